@@ -1,0 +1,11 @@
+"""Denoising diffusion probabilistic models in JAX.
+
+Importing the package brings the pure core, which needs jax and numpy alone. Networks, data and the training program
+are imported by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
+"""
+
+from diffusion_jax import losses, process, sampling, schedules, timesteps
+
+__version__ = "0.1.0"
+
+__all__ = ["losses", "process", "sampling", "schedules", "timesteps"]

@@ -1,0 +1,49 @@
+"""Data: sources of images, and batches as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from diffusion_jax.data.pipeline import Batches, example_indices, stream
+from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds
+
+__all__ = [
+    "Batches",
+    "DataError",
+    "Digits",
+    "Folder",
+    "Memory",
+    "Tfds",
+    "example_indices",
+    "image_shape",
+    "load",
+    "stream",
+]
+
+
+def image_shape(config: Mapping) -> tuple[int, int, int]:
+    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width). Raises: DataError."""
+    size = config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if len(size) != 2 or min(size) < 1:
+        raise DataError(f"data.image_size={config['image_size']} must be a number of pixels, or (height, width)")
+    if config["channels"] not in (1, 3):
+        raise DataError(f"data.channels={config['channels']} must be 1 (grey) or 3 (colour)")
+    return (*size, config["channels"])
+
+
+def load(config: Mapping, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
+    """The source that `config.data` names, in memory where it fits into `data.memory_mb`.
+
+    progress: wraps the iteration over the examples while they are decoded. Raises: DataError with one line of advice.
+    """
+    *size, channels = image_shape(config)
+    size = tuple(size)
+    if config["dataset"] == "digits":
+        source = Digits(config["split"], size, channels)
+    elif config["dataset"] == "folder":
+        source = Folder(config["data_dir"] or "", size, channels)
+    else:
+        source = Tfds(config["dataset"], config["split"], config["data_dir"] or None, size, channels)
+    megabytes = len(source) * size[0] * size[1] * channels / 2**20
+    return Memory(source, progress) if megabytes <= config["memory_mb"] else source

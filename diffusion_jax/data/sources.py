@@ -1,0 +1,166 @@
+"""Where images come from: TFDS by name, a folder of the user's own, or the digits that ship with scikit-learn.
+
+A source has a length and gives (uint8 image [H, W, C], int label) by index, in random access and from any process. It
+is small and picklable; the files are opened where they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pathlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class DataError(Exception):
+    """Data that is missing, unreadable or of the wrong kind: one line that says what, where, and what to do."""
+
+
+def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
+    """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and centre-cropped."""
+    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    height, width = image_size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels of grey. Every sixth is held out as "test"."""
+
+    num_classes = 10
+
+    def __init__(self, split: str, image_size: tuple[int, int], channels: int):
+        from sklearn.datasets import load_digits  # only this source needs scikit-learn
+
+        if split not in ("train", "test"):
+            raise DataError(f"data.split={split!r}: the digits have 'train' and 'test'")
+        digits = load_digits()
+        chosen = (np.arange(len(digits.images)) % 6 == 5) == (split == "test")
+        grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self._images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in grey])
+        self._labels = digits.target[chosen].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self._images[i], int(self._labels[i])
+
+
+class Folder:
+    """Every image file below a folder, in order of its path; where there are subfolders, each is a class."""
+
+    def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
+        root = pathlib.Path(directory).expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.data_dir={directory!r} is no folder; give the one that holds your images")
+        self._root, self._size, self._channels = root, image_size, channels
+        self._files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        if not self._files:
+            raise DataError(f"no images below {directory!r}; looked for {', '.join(sorted(_SUFFIXES))}")
+        classes = sorted({pathlib.PurePath(f).parts[0] for f in self._files if len(pathlib.PurePath(f).parts) > 1})
+        self._class_index = {name: i for i, name in enumerate(classes)}
+        self.num_classes = len(classes)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        path = self._root / self._files[i]
+        try:
+            with Image.open(path) as image:
+                pixels = fit(image, self._size, self._channels)
+        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some damaged PNGs
+            raise DataError(f"cannot read the image {path}: {error}; repair or remove it") from None
+        return pixels, self._class_index.get(pathlib.PurePath(self._files[i]).parts[0], 0)
+
+
+class Tfds:
+    """A TFDS data set in array_record format (random access, no TensorFlow at run time)."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
+        import tensorflow_datasets as tfds  # half a second, and only this source needs it
+
+        self._name, self._split, self._data_dir = name, split, data_dir
+        self._size, self._channels = image_size, channels
+        try:
+            builder = tfds.builder(name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError:
+            raise DataError(
+                f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir)"
+            ) from None
+        where = f"in {builder.data_path.parent}"
+        prepare = (
+            'prepare it with: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
+        )
+        if not builder.is_prepared():
+            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or {prepare}")
+        if builder.info.file_format.value != "array_record":
+            found = builder.info.file_format.value
+            raise DataError(f"the data set {name!r} {where} is in {found} format, not array_record; {prepare}")
+        if split.split("[")[0] not in builder.info.splits:
+            raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}")
+        features = builder.info.features
+        if "image" not in features:
+            raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+        self._has_label = "label" in features
+        self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if self._has_label else 0
+        self._length = builder.info.splits[split].num_examples
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_records"}
+
+    @functools.cached_property
+    def _records(self):
+        import tensorflow_datasets as tfds
+
+        return tfds.data_source(
+            self._name, split=self._split, data_dir=self._data_dir, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        try:
+            record = self._records[i]
+            with Image.open(io.BytesIO(record["image"])) as image:
+                pixels = fit(image, self._size, self._channels)
+        except (OSError, SyntaxError) as error:
+            raise DataError(f"cannot read example {i} of {self._name!r} {self._split!r}: {error}") from None
+        return pixels, int(record["label"]) if self._has_label else 0
+
+
+class Memory:
+    """Any source, decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
+
+    def __init__(self, source, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
+        """progress: wraps the iteration over the examples, to show it."""
+        self.num_classes = source.num_classes
+        n = len(source)
+        first, _ = source[0]
+        self.images, self.labels = np.empty((n, *first.shape), np.uint8), np.empty(n, np.int32)
+
+        def decode(chunk):
+            for i in chunk:
+                self.images[i], self.labels[i] = source[i]
+            return chunk
+
+        chunks = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
+        with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
+            for _ in progress(pool.map(decode, chunks), len(chunks)):
+                pass
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.images[i], int(self.labels[i])

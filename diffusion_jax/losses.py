@@ -1,0 +1,126 @@
+"""Training losses, as pure functions of a key, a schedule and any callable `denoise_fn(x_t, time) -> output`.
+
+Each returns one loss for each example, so that the caller chooses the mean, and the parts that went into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import process, timesteps
+from diffusion_jax.schedules import Schedule
+
+
+class SimpleParts(NamedTuple):
+    """What `simple` saw: t int32 [B]; weight [B]; mse [B], the unweighted error; eps, x_t and output as the images."""
+
+    t: jax.Array
+    weight: jax.Array
+    mse: jax.Array
+    eps: jax.Array
+    x_t: jax.Array
+    output: jax.Array
+
+
+def snr_weight(snr):
+    """Weight 1 on the eps error, which is SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
+    return jnp.ones_like(snr)
+
+
+def min_snr_weight(snr, gamma: float = 5.0):
+    """Weight min(1, gamma / SNR) on the eps error, which is min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
+    return jnp.minimum(1.0, gamma / snr)
+
+
+def truncated_snr_weight(snr):
+    """Weight max(1, 1 / SNR) on the eps error, which is max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
+    return jnp.maximum(1.0, 1.0 / snr)
+
+
+def p2_weight(snr, k: float = 1.0, gamma: float = 1.0):
+    """Weight 1 / (k + SNR)^gamma on the eps error (Choi et al. 2022, P2)."""
+    return (k + snr) ** -gamma
+
+
+WEIGHTINGS = {"snr": snr_weight, "min_snr": min_snr_weight, "truncated_snr": truncated_snr_weight, "p2": p2_weight}
+
+
+def simple(
+    key,
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_0,
+    *,
+    prediction: str = "eps",
+    weighting: str | Callable | None = None,
+    timestep_sampler: Callable = timesteps.uniform,
+) -> tuple[jax.Array, SimpleParts]:
+    """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
+
+    The square is a mean over pixels and channels, as in DDPM's and OpenAI's code (DDIM's sums).
+
+    Args:
+      key: draws t and eps.
+      denoise_fn: (x_t [B, ...], network time float [B]) -> output with the shape of x_t. Channels beyond those of x_t (a
+        learned variance) are left out of this loss.
+      x_0: float [B, ...], images in [-1, 1].
+      prediction: what the output stands for: eps, x_0, v, x_prev or score.
+      weighting: None or "none": the plain squared error of whatever is predicted, as OpenAI's code does; for eps this is
+        L_simple. Otherwise a weight of the **eps error**, whatever is predicted (the eps error is SNR times the x_0 error
+        and SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their
+        published constants) or a function SNR [B] -> weight [B].
+      timestep_sampler: one of `timesteps`, or any function of that form.
+    Returns:
+      loss float [B], and SimpleParts with the drawn t, the weight on `mse` (importance weight included) and the rest.
+    Raises: ValueError for an unknown prediction or weighting, or an output of another shape.
+    """
+    key_t, key_eps = jax.random.split(key)
+    t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
+    eps = jax.random.normal(key_eps, x_0.shape, jnp.result_type(x_0, float))
+    x_t = process.q_sample(schedule, x_0, t, eps)
+    target = _target(schedule, x_0, x_t, t, eps, prediction)
+    output = denoise_fn(x_t, process.at(schedule.timesteps, t, t))
+    predicted = output[..., : x_t.shape[-1]]
+    if predicted.shape != target.shape:
+        raise ValueError(f"denoise_fn gave {output.shape} for x_t {x_t.shape}; it must keep the shape of x_t")
+    mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
+    weight = importance * _weight_of_target(schedule, t, prediction, weighting)
+    return weight * mse, SimpleParts(t, weight, mse, eps, x_t, output)
+
+
+def _target(schedule, x_0, x_t, t, eps, prediction):
+    a, s = process.at(schedule.sqrt_alpha_bar, t, x_0), process.at(schedule.sqrt_one_minus_alpha_bar, t, x_0)
+    if prediction == "eps":
+        return eps
+    if prediction == "x_0":
+        return x_0
+    if prediction == "v":
+        return a * eps - s * x_0
+    if prediction == "x_prev":
+        return process.q_posterior(schedule, x_0, x_t, t).mean
+    if prediction == "score":
+        return -eps / s
+    raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
+
+
+def _weight_of_target(schedule, t, prediction, weighting):
+    """A weight of the eps error, [B], turned into the weight of the predicted quantity's error."""
+    if weighting is None or weighting == "none":
+        return 1.0
+    if not callable(weighting) and weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
+    weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]
+    # A floor keeps 1 / SNR finite where alpha_bar is 0, so that its product with a v error stays what it tends to.
+    snr = jnp.maximum(process.at(schedule.snr, t, t), 1e-20)
+    eps_error_per_error = {
+        "eps": 1.0,
+        "x_0": snr,
+        "v": snr / (1 + snr),
+        "x_prev": snr / process.at(schedule.posterior_mean_coef_x_0, t, t) ** 2,
+        "score": process.at(schedule.sqrt_one_minus_alpha_bar, t, t) ** 2,
+    }
+    return weighting(snr) * eps_error_per_error[prediction]

@@ -1,0 +1,134 @@
+"""Training: from a config to a state and a compiled, sharded train step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jax.sharding import Mesh, NamedSharding
+
+from diffusion_jax import data, losses, models, process, schedules, timesteps
+from diffusion_jax.training import compiler, sharding
+from diffusion_jax.training.optimizer import from_config as optimizer_from_config
+from diffusion_jax.training.optimizer import learning_rate
+from diffusion_jax.training.step import TrainState, initial_state, make_train_step, window_means
+
+__all__ = ["Setup", "TrainState", "create", "schedule_from_config", "setup", "window_means"]
+
+
+class Setup(NamedTuple):
+    """What a config builds, before any array exists.
+
+    init: () -> TrainState, compiled. train_step: (state, batch) -> (state, metrics), compiled, the state donated.
+    train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one program; None where that
+    is 1. abstract_state: shapes, dtypes and shardings of the state.
+    """
+
+    mesh: Mesh
+    model: models.UNet
+    schedule: schedules.Schedule
+    init: Callable[[], TrainState]
+    train_step: Callable
+    train_steps: Callable | None
+    abstract_state: Any
+    batch_sharding: NamedSharding
+
+
+def schedule_from_config(config: Mapping) -> schedules.Schedule:
+    """The Schedule of `config.diffusion`. Raises: ValueError for values that do not fit one another."""
+    betas = schedules.betas(
+        config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
+    )
+    schedule = schedules.from_betas(betas)
+    if config["prediction"] not in process.PREDICTIONS:
+        known = ", ".join(process.PREDICTIONS)
+        raise ValueError(f"diffusion.prediction={config['prediction']!r} is unknown; known: {known}")
+    if config["variance"] not in process.VARIANCES:
+        raise ValueError(f"diffusion.variance={config['variance']!r} is unknown; known: {', '.join(process.VARIANCES)}")
+    if schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
+        raise ValueError(
+            f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} says nothing about "
+            "x_0; use diffusion.prediction=v"
+        )
+    return schedule
+
+
+def _check_loss(config: Mapping) -> None:
+    if config["variance"].startswith("learned"):
+        raise ValueError(
+            f"diffusion.variance={config['variance']!r}: L_simple leaves a learned variance untrained; use fixed_large or fixed_small"
+        )
+    if config["weighting"] not in (None, "none", *losses.WEIGHTINGS):
+        raise ValueError(
+            f"diffusion.weighting={config['weighting']!r} is unknown; known: none, {', '.join(losses.WEIGHTINGS)}"
+        )
+    if config["timestep_sampler"] not in timesteps.SAMPLERS:
+        raise ValueError(
+            f"diffusion.timestep_sampler={config['timestep_sampler']!r} is unknown; known: {', '.join(timesteps.SAMPLERS)}"
+        )
+
+
+def setup(config: Mapping) -> Setup:
+    """Builds the model, the schedule and the compiled functions of a config. Raises: ValueError for one that cannot be."""
+    mesh = sharding.make_mesh(config["mesh"])
+    sharding.check_divides(config["training"]["batch_size"], mesh, "training.batch_size")
+    schedule = schedule_from_config(config["diffusion"])
+    _check_loss(config["diffusion"])
+    model = models.from_config(config["model"])
+    optimizer = optimizer_from_config(config["optimizer"])
+    image_shape = data.image_shape(config["data"])
+
+    def init():
+        return initial_state(jax.random.key(config["seed"]), model, optimizer, image_shape)
+
+    shapes = jax.eval_shape(init)
+    whole = sharding.replicated(mesh)
+    states = jax.tree.map(lambda _: whole, shapes)
+    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]))
+
+    def compiled(function, leading):
+        batches = sharding.batch_sharding(mesh, leading)
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(states, batches),
+            out_shardings=(states, whole),
+            compiler_options=compiler.options(),
+        )
+
+    # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls: there the program of
+    # several steps is left out and the caller makes single calls.
+    many = config["training"]["steps_per_call"] > 1 and jax.default_backend() != "cpu"
+    return Setup(
+        mesh=mesh,
+        model=model,
+        schedule=schedule,
+        init=jax.jit(init, out_shardings=states),
+        train_step=compiled(train_step, 0),
+        train_steps=compiled(scan_steps(train_step), 1) if many else None,
+        abstract_state=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes),
+        batch_sharding=sharding.batch_sharding(mesh),
+    )
+
+
+def scan_steps(train_step: Callable) -> Callable:
+    """(state, batches [K, B, ...]) -> (state, the last step's metrics): K train steps in one `lax.scan`."""
+
+    def train_steps(state, batches):
+        state, metrics = jax.lax.scan(train_step, state, batches)
+        return state, jax.tree.map(lambda m: m[-1], metrics)
+
+    return train_steps
+
+
+def create(config: Mapping) -> tuple[TrainState, Callable]:
+    """(state, train_step) of a config, for use in other programs.
+
+    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
+    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. Raises:
+    ValueError for a config that cannot be built.
+    """
+    built = setup(config)
+    return built.init(), built.train_step

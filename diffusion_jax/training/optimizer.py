@@ -1,0 +1,38 @@
+"""The optimiser of a config, from optax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import optax
+
+
+def learning_rate(config: Mapping) -> optax.Schedule:
+    """Steps -> rate: a linear warm-up from 0 over `warmup_steps`, then constant, or a cosine to 0 at `decay_steps`."""
+    peak, warmup = config["learning_rate"], config["warmup_steps"]
+    if config["schedule"] == "constant":
+        after = optax.constant_schedule(peak)
+    elif config["schedule"] == "cosine":
+        if config["decay_steps"] <= warmup:
+            raise ValueError(f"optimizer.decay_steps={config['decay_steps']} must exceed warmup_steps={warmup}")
+        after = optax.cosine_decay_schedule(peak, config["decay_steps"] - warmup)
+    else:
+        raise ValueError(f"optimizer.schedule={config['schedule']!r} must be 'constant' or 'cosine'")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def from_config(config: Mapping) -> optax.GradientTransformation:
+    """Clipping by the global norm (0 for none), then Adam or AdamW. Raises: ValueError for a value that fits neither."""
+    moments = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
+    if config["name"] == "adam":
+        if config["weight_decay"]:
+            raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
+        update = optax.adam(learning_rate(config), **moments)
+    elif config["name"] == "adamw":
+        update = optax.adamw(learning_rate(config), weight_decay=config["weight_decay"], **moments)
+    else:
+        raise ValueError(f"optimizer.name={config['name']!r} must be 'adam' or 'adamw'")
+    clip = config["grad_clip"]
+    return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update

@@ -1,0 +1,125 @@
+"""The train step: one pure function from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax import losses, timesteps
+from diffusion_jax.schedules import Schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run is, but its config: saved whole, restored whole.
+
+    step: int32, steps taken. params, ema_params: trees of float32. opt_state: optax's. window: running sums of the metrics
+    since the last multiple of `training.log_every`, and in `nonfinite_step` the first step whose loss or gradient was
+    not finite (-1 for none). They are part of the state so that a run continued in mid-window logs the same means.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    window: dict[str, Any]
+
+
+QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+_METRICS = ("loss", *QUARTERS, "grad_norm", "param_norm", "learning_rate")
+
+
+def ema_decay(step, config: Mapping):
+    """Decay of the EMA at a step: `decay`, or with `warmup` min(decay, (1 + step) / (10 + step))."""
+    if not config["warmup"]:
+        return config["decay"]
+    return jnp.minimum(config["decay"], (1.0 + step) / (10.0 + step))
+
+
+def initial_state(key, model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]) -> TrainState:
+    """A fresh state; the EMA starts as a copy of the parameters."""
+    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
+    params = model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), y)["params"]
+    window = {name: {"total": jnp.zeros(()), "count": jnp.zeros(())} for name in _METRICS}
+    window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), window)
+
+
+def window_means(window) -> dict[str, float]:
+    """The means of a fetched `TrainState.window`; what it saw nothing of (a quarter without a timestep) is left out."""
+    return {
+        name: float(window[name]["total"] / window[name]["count"]) for name in _METRICS if window[name]["count"] > 0
+    }
+
+
+def make_train_step(
+    config: Mapping,
+    model,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
+    """train_step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), not yet compiled.
+
+    Every draw comes from `fold_in(key(config.seed), state.step)`. metrics: loss (mean of L_simple), loss_q1 ... loss_q4
+    (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep in),
+    grad_norm (before clipping), param_norm, learning_rate; scalars.
+    """
+    diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
+    flip, conditional = config["data"]["random_flip"], bool(config["model"]["num_classes"])
+    timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
+
+    def loss_fn(params, key, x_0, y):
+        key_loss, key_dropout = jax.random.split(key)
+
+        def denoise_fn(x_t, time):
+            return model.apply({"params": params}, x_t, time, y, train=True, rngs={"dropout": key_dropout})
+
+        loss, parts = losses.simple(
+            key_loss,
+            schedule,
+            denoise_fn,
+            x_0,
+            prediction=diffusion["prediction"],
+            weighting=diffusion["weighting"],
+            timestep_sampler=timestep_sampler,
+        )
+        return loss.mean(), (loss, parts.t)
+
+    def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
+        key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        x_0 = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        if flip:
+            flipped = jax.random.bernoulli(key_flip, shape=(x_0.shape[0], 1, 1, 1))
+            x_0 = jnp.where(flipped, x_0[:, :, ::-1], x_0)
+        y = batch["label"] if conditional else None
+        (loss, (per_example, t)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key_loss, x_0, y)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
+
+        in_quarter = (t * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
+        grad_norm = optax.global_norm(grads)
+        seen = dict(zip(QUARTERS, zip((per_example[:, None] * in_quarter).sum(0), in_quarter.sum(0)), strict=True))
+        seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.global_norm(params), 1)}
+        seen |= {"learning_rate": (jnp.asarray(rate(state.step), jnp.float32), 1)}
+        metrics = {name: seen[name][0] / seen[name][1] for name in _METRICS}
+
+        fresh = state.step % log_every == 0
+        window = {
+            name: {
+                "total": jnp.where(fresh, 0.0, state.window[name]["total"]) + seen[name][0],
+                "count": jnp.where(fresh, 0.0, state.window[name]["count"]) + seen[name][1],
+            }
+            for name in _METRICS
+        }
+        bad, earlier = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)), state.window["nonfinite_step"]
+        window["nonfinite_step"] = jnp.where((earlier < 0) & bad, state.step + 1, earlier)
+        return TrainState(state.step + 1, params, ema_params, opt_state, window), metrics
+
+    return train_step

@@ -1,0 +1,233 @@
+"""The process against Bayes in float64, closed forms of Gaussian and two-point data, and its own inverses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import process, schedules
+
+NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+SCHEDULES = {name: schedules.from_betas(schedules.betas(name, 1000)) for name in NAMES}
+
+
+def draw(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def numpy_tables(name):
+    """alpha_bar, and alpha_bar one step earlier, from the betas alone."""
+    alpha_bar = np.cumprod(1 - schedules.betas(name, 1000))
+    return alpha_bar, np.append(1.0, alpha_bar[:-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_process_composes(name, x64):
+    """One step after q(x_{t-1} | x_0) has the moments of q(x_t | x_0): the closed form of DDPM eq. 4."""
+    schedule, t = SCHEDULES[name], jnp.arange(1, 1000)
+    x_0 = draw((999, 3))
+    mean_prev, variance_prev = process.q_mean_variance(schedule, x_0, t - 1)
+    step_mean, step_variance = process.q_step_mean_variance(schedule, mean_prev, t)
+    mean, variance = process.q_mean_variance(schedule, x_0, t)
+    np.testing.assert_allclose(step_mean, mean, atol=1e-12)
+    beta = schedules.betas(name, 1000)[1:, None]
+    np.testing.assert_allclose((1 - beta) * variance_prev + step_variance, variance, rtol=1e-10)
+
+
+def test_samples_have_the_moments_of_q():
+    schedule, n = SCHEDULES["linear"], 200_000
+    eps = jax.random.normal(jax.random.key(0), (n,))
+    t = jnp.full(n, 299)
+    x_t = process.q_sample(schedule, jnp.full(n, 0.7), t, eps)
+    mean, variance = process.q_mean_variance(schedule, jnp.full(1, 0.7), t[:1])
+    error = np.sqrt(variance[0] / n)
+    assert abs(x_t.mean() - mean[0]) < 4 * error
+    assert abs(x_t.var() - variance[0]) < 4 * variance[0] * np.sqrt(2 / n)
+    one = process.q_step(schedule, jnp.full(n, 0.7), t, eps)
+    beta = schedule.betas[299]
+    assert abs(one.mean() - 0.7 * np.sqrt(1 - beta)) < 4 * np.sqrt(beta / n)
+    assert abs(one.var() - beta) < 4 * beta * np.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_posterior_is_bayes(name, x64):
+    """Against the product of the two densities, completed to a square, over a whole chain but its degenerate ends."""
+    schedule = SCHEDULES[name]
+    alpha_bar, prev = numpy_tables(name)
+    last = 998 if name == "jsd" else 999  # jsd's last step forgets everything: precision 0, tested below
+    t = np.arange(1, last + 1)
+    x_0, x_t = draw((t.size, 2), 1), draw((t.size, 2), 2)
+    beta = schedules.betas(name, 1000)[t][:, None]
+    precision = 1 / (1 - prev[t][:, None]) + (1 - beta) / beta
+    mean = (np.sqrt(prev[t])[:, None] * x_0 / (1 - prev[t][:, None]) + np.sqrt(1 - beta) * x_t / beta) / precision
+    posterior = process.q_posterior(schedule, x_0, x_t, jnp.asarray(t))
+    np.testing.assert_allclose(posterior.mean, mean, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(posterior.variance, np.broadcast_to(1 / precision, mean.shape), rtol=1e-8)
+    np.testing.assert_allclose(posterior.log_variance, np.broadcast_to(-np.log(precision), mean.shape), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_posterior_at_the_ends(name):
+    schedule = SCHEDULES[name]
+    x_0, x_t = jnp.array([[0.3]]), jnp.array([[-1.2]])
+    first = process.q_posterior(schedule, x_0, x_t, jnp.array([0]))
+    np.testing.assert_allclose(first.mean, x_0, rtol=1e-6)
+    assert first.variance[0, 0] == 0
+    np.testing.assert_allclose(first.log_variance[0, 0], np.log(schedule.posterior_variance[1]), rtol=1e-6)
+    if name == "jsd":  # x_T is pure noise: the posterior is q(x_{T-1} | x_0)
+        end = process.q_posterior(schedule, x_0, x_t, jnp.array([999]))
+        mean, variance = process.q_mean_variance(schedule, x_0, jnp.array([998]))
+        np.testing.assert_allclose(end.mean, mean, rtol=1e-5)
+        np.testing.assert_allclose(end.variance, variance, rtol=1e-5)
+
+
+CONVERSIONS = {"x_0": process.to_x_0, "eps": process.to_eps, "v": process.to_v, "score": process.to_score}
+
+
+def everything(name, t, shape):
+    """x_0, x_t and each of the five quantities, from NumPy alone."""
+    alpha_bar, prev = numpy_tables(name)
+    x_0, eps = draw(shape, 3), draw(shape, 4)
+    a, s = (np.sqrt(v[t]).reshape(-1, *(1,) * (x_0.ndim - 1)) for v in (alpha_bar, 1 - alpha_bar))
+    x_t = a * x_0 + s * eps
+    beta = schedules.betas(name, 1000)[t].reshape(a.shape)
+    before = prev[t].reshape(a.shape)
+    x_prev = beta * np.sqrt(before) / s**2 * x_0 + np.sqrt(1 - beta) * (1 - before) / s**2 * x_t
+    return x_t, {"x_0": x_0, "eps": eps, "v": a * eps - s * x_0, "score": -eps / s, "x_prev": x_prev}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("source", process.PREDICTIONS)
+@pytest.mark.parametrize("target", CONVERSIONS)
+def test_every_conversion_at_every_step(name, source, target, x64):
+    t = np.arange(999 if name == "jsd" and source in ("eps", "score") else 1000)
+    x_t, values = everything(name, t, (t.size, 2, 1))
+    convert = jax.jit(lambda out, x, i: CONVERSIONS[target](SCHEDULES[name], out, x, i, source))
+    # x_prev holds x_0 times a coefficient as small as beta, so some digits are lost on the way back.
+    tolerance = 1e-6 if source == "x_prev" else 1e-8
+    got = convert(values[source], x_t, jnp.asarray(t))
+    np.testing.assert_allclose(got, values[target], rtol=tolerance, atol=tolerance)
+
+
+def test_conversions_in_float32_under_vmap():
+    t = np.array([0, 1, 500, 999])
+    x_t, values = everything("cosine", t, (4, 2, 2, 1))
+    for source in ("x_0", "v"):
+        out = jax.vmap(lambda o, x, i, source=source: process.to_x_0(SCHEDULES["cosine"], o, x, i, source))(
+            jnp.float32(values[source]), jnp.float32(x_t), jnp.asarray(t)
+        )
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out, values["x_0"], atol=2e-6)
+
+
+def test_the_step_without_signal_is_refused_for_eps():
+    schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
+    for prediction in ("eps", "score"):
+        for convert in (process.to_x_0, process.to_v, process.p_mean_variance):
+            with pytest.raises(ValueError, match="says nothing about x_0"):
+                convert(schedule, x, x, jnp.array([3, 999]), prediction)
+            assert np.isfinite(np.asarray(convert(schedule, x, x, jnp.array([3, 998]), prediction)[0])).all()
+        traced = jax.jit(lambda t, p=prediction: process.to_x_0(schedule, x, x, t, p))(jnp.array([3, 999]))
+        assert np.isfinite(traced[0, 0]) and np.isnan(traced[1, 0])
+    np.testing.assert_allclose(process.to_x_0(schedule, x, x, jnp.array([3, 999]), "v")[1], -1.0)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "jsd"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "x_prev"])
+def test_p_mean_is_the_posterior_of_its_x_0(name, prediction, x64):
+    t = np.array([0, 1, 2, 500, 999])
+    x_t, values = everything(name, t, (5, 3))
+    reverse = process.p_mean_variance(SCHEDULES[name], values[prediction], x_t, jnp.asarray(t), prediction, clip=False)
+    np.testing.assert_allclose(reverse.mean, values["x_prev"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(reverse.x_0, values["x_0"], rtol=1e-5, atol=1e-5)
+    if prediction == "eps":  # DDPM eq. 11
+        beta = schedules.betas(name, 1000)[t][:, None]
+        s = np.sqrt(1 - np.cumprod(1 - schedules.betas(name, 1000)))[t][:, None]
+        np.testing.assert_allclose(
+            reverse.mean, (x_t - beta / s * values["eps"]) / np.sqrt(1 - beta), rtol=1e-6, atol=1e-8
+        )
+
+
+def test_clipping_acts_on_x_0_and_is_switchable():
+    schedule, t = SCHEDULES["linear"], jnp.array([500])
+    x_t = jnp.array([[0.5, -0.5]])
+    big = jnp.array([[3.0, -0.2]])
+    clipped = process.p_mean_variance(schedule, big, x_t, t, "x_0")
+    np.testing.assert_allclose(clipped.x_0, [[1.0, -0.2]])
+    np.testing.assert_allclose(clipped.mean, process.q_posterior(schedule, jnp.array([[1.0, -0.2]]), x_t, t).mean)
+    free = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=False)
+    np.testing.assert_allclose(free.x_0, big)
+    half = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=lambda x_0: x_0 / 2)
+    np.testing.assert_allclose(half.x_0, big / 2)
+    # The mean that is predicted directly is not clipped, only the x_0 that is reported.
+    direct = process.p_mean_variance(schedule, big, x_t, t, "x_prev")
+    np.testing.assert_allclose(direct.mean, big)
+    assert abs(direct.x_0).max() <= 1
+
+
+def test_variances():
+    schedule, t = SCHEDULES["linear"], jnp.array([0, 1, 700])
+    x = jnp.zeros((3, 2))
+    beta, small = schedule.betas, schedule.posterior_variance
+    fixed = {v: process.p_mean_variance(schedule, x, x, t, variance=v) for v in ("fixed_small", "fixed_large")}
+    np.testing.assert_allclose(fixed["fixed_small"].variance[:, 0], [small[1], small[1], small[700]], rtol=1e-5)
+    np.testing.assert_allclose(fixed["fixed_large"].variance[:, 0], [small[1], beta[1], beta[700]], rtol=1e-5)
+    for reverse in fixed.values():
+        np.testing.assert_allclose(jnp.exp(reverse.log_variance), reverse.variance, rtol=1e-6)
+    np.testing.assert_allclose(fixed["fixed_large"].log_variance[0, 0], -9.816725, atol=1e-5)
+    values = jnp.stack([jnp.full((3,), -1.0), jnp.full((3,), 1.0)], axis=-1)
+    ranged = process.p_mean_variance(schedule, jnp.concatenate([x, values], -1), x, t, variance="learned_range")
+    np.testing.assert_allclose(ranged.variance[:, 0], [small[1], small[1], small[700]], rtol=1e-5)
+    np.testing.assert_allclose(ranged.variance[:, 1], beta[[0, 1, 700]], rtol=1e-5)
+    learned = process.p_mean_variance(schedule, jnp.concatenate([x, values], -1), x, t, variance="learned")
+    np.testing.assert_allclose(learned.log_variance, values)
+
+
+def test_optimal_reverse_variance_lies_between_the_fixed_ones(x64):
+    """Data N(0, s^2), s^2 <= 1: the exact reverse variance beta_t v_{t-1}/v_t is in [beta-tilde, beta] (DDPM section 3.2)."""
+    schedule = SCHEDULES["linear"]
+    for s2 in (0.01, 0.5, 1.0):
+        v = schedule.alpha_bar * s2 + 1 - schedule.alpha_bar
+        exact = schedule.betas[1:] * v[:-1] / v[1:]
+        assert (exact >= schedule.posterior_variance[1:] * (1 - 1e-12)).all() and (
+            exact <= schedule.betas[1:] * (1 + 1e-12)
+        ).all()
+
+
+def test_two_point_data_posterior_mean(x64):
+    """x_0 = +-1: averaging q_posterior over the exact p(x_0 | x_t) is p_mean_variance of E[x_0 | x_t] = tanh(...)."""
+    schedule, t = SCHEDULES["linear"], jnp.arange(1000)
+    x_t = draw((1000, 1), 5)
+    a, s2 = np.sqrt(schedule.alpha_bar)[:, None], (1 - schedule.alpha_bar)[:, None]
+    weight = 1 / (1 + np.exp(-2 * a * x_t / s2))
+    plus, minus = (process.q_posterior(schedule, np.full((1000, 1), x_0), x_t, t).mean for x_0 in (1.0, -1.0))
+    reverse = process.p_mean_variance(schedule, np.tanh(a * x_t / s2), x_t, t, "x_0")
+    np.testing.assert_allclose(reverse.mean, weight * plus + (1 - weight) * minus, rtol=1e-9, atol=1e-12)
+
+
+def test_wrong_shapes_names_and_indices():
+    schedule, x = SCHEDULES["linear"], jnp.zeros((2, 4, 4, 3))
+    t = jnp.array([0, 1])
+    with pytest.raises(ValueError, match="must agree"):
+        process.q_sample(schedule, x, t, x[..., :1])
+    with pytest.raises(ValueError, match="twice the channels"):
+        process.p_mean_variance(schedule, x, x, t, variance="learned_range")
+    with pytest.raises(ValueError, match="twice the channels"):
+        process.p_mean_variance(schedule, jnp.zeros((2, 4, 4, 6)), x, t, variance="fixed_small")
+    with pytest.raises(ValueError, match="known: eps"):
+        process.to_x_0(schedule, x, x, t, "noise")
+    with pytest.raises(ValueError, match="known: fixed_small"):
+        process.p_mean_variance(schedule, x, x, t, variance="fixed")
+    outside = process.q_sample(schedule, x, jnp.array([-1, 1000]), x)
+    assert np.isnan(outside).all()  # never a neighbour's value
+
+
+def test_gradients_are_finite():
+    schedule = SCHEDULES["linear"]
+
+    def total(output, t):
+        reverse = process.p_mean_variance(schedule, output, jnp.ones((1, 2)), t, variance="learned_range")
+        return (reverse.mean**2).sum() + reverse.log_variance.sum()
+
+    for t in (0, 1, 999):
+        assert np.isfinite(jax.grad(total)(jnp.full((1, 4), 0.3), jnp.array([t]))).all()

@@ -1,0 +1,194 @@
+"""Schedules against their published definitions, in float64 NumPy written here anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import schedules
+
+NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("linear", 1e-4, 0.02),
+        ("quadratic", 1e-4, 0.02),
+        ("sigmoid", 1e-4 + 0.0199 / (1 + np.exp(6)), 1e-4 + 0.0199 / (1 + np.exp(-6))),
+        ("constant", 0.02, 0.02),
+        ("jsd", 1e-3, 1.0),
+        ("warmup10", 1e-4, 0.02),
+        ("warmup50", 1e-4, 0.02),
+        (
+            "cosine",
+            1 - np.cos((0.001 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2,
+            0.999,
+        ),
+    ],
+)
+def test_published_end_points(name, first, last):
+    betas = schedules.betas(name, 1000)
+    assert betas.dtype == np.float64 and betas.shape == (1000,)
+    np.testing.assert_allclose(betas[[0, -1]], [first, last], rtol=1e-12)
+
+
+def test_the_middle_of_each_schedule():
+    linear, quadratic = schedules.betas("linear", 1000), schedules.betas("quadratic", 1000)
+    np.testing.assert_allclose(np.diff(linear), 0.0199 / 999, rtol=1e-9)
+    np.testing.assert_allclose(np.diff(np.sqrt(quadratic)), (np.sqrt(0.02) - 0.01) / 999, rtol=1e-9)
+    np.testing.assert_allclose(1 / schedules.betas("jsd", 7), [7, 6, 5, 4, 3, 2, 1])
+    assert (schedules.betas("warmup10", 1000)[99:] == 0.02).all() and schedules.betas("warmup10", 1000)[98] < 0.02
+    assert (schedules.betas("warmup50", 1000)[499:] == 0.02).all() and schedules.betas("warmup50", 1000)[498] < 0.02
+    # Improved DDPM eq. 17: alpha_bar itself is the squared cosine until beta is capped.
+    alpha_bar = np.cumprod(1 - schedules.betas("cosine", 4000))
+    f = np.cos((np.arange(1, 3990) / 4000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(alpha_bar[:3989], f / np.cos(0.008 / 1.008 * np.pi / 2) ** 2, rtol=1e-9)
+    # JSD: x_t keeps a fraction of the signal that falls linearly, alpha_bar_t = 1 - t / T.
+    np.testing.assert_allclose(np.cumprod(1 - schedules.betas("jsd", 50)), 1 - np.arange(1, 51) / 50, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 1000])
+def test_any_length_gives_a_schedule(name, num_timesteps):
+    schedule = schedules.from_betas(schedules.betas(name, num_timesteps))
+    assert schedule.num_timesteps == num_timesteps
+    for leaf in jax.tree.leaves(schedule):
+        assert leaf.dtype == np.float64 and leaf.shape == (num_timesteps,) and np.isfinite(leaf).all()
+    assert (np.diff(schedule.alpha_bar) < 0).all()
+    assert schedule.zero_terminal_snr == (name == "jsd")
+
+
+def test_tables_agree_with_bayes_in_float64():
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    assert schedule.alpha_bar[-1] == pytest.approx(4.035830e-05, rel=1e-6)  # DDPM's L_T rests on it
+    assert schedule.posterior_log_variance[0] == pytest.approx(-9.816725, abs=1e-6)
+    np.testing.assert_array_equal(schedule.timesteps, np.arange(1000))
+    # q(x_{t-1} | x_0) q(x_t | x_{t-1}) as a product of Gaussians in x_{t-1}.
+    t = np.arange(1, 1000)
+    prior_precision = 1 / (1 - schedule.alpha_bar[t - 1])
+    likelihood_precision = (1 - schedule.betas[t]) / schedule.betas[t]
+    variance = 1 / (prior_precision + likelihood_precision)
+    np.testing.assert_allclose(schedule.posterior_variance[t], variance, rtol=1e-9)
+    np.testing.assert_allclose(
+        schedule.posterior_mean_coef_x_0[t], variance * prior_precision * np.sqrt(schedule.alpha_bar[t - 1]), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        schedule.posterior_mean_coef_x_t[t], variance * np.sqrt(1 - schedule.betas[t]) / schedule.betas[t], rtol=1e-9
+    )
+    assert (schedule.posterior_variance[0], schedule.posterior_mean_coef_x_0[0]) == (0.0, pytest.approx(1.0))
+
+
+def test_bad_betas_are_refused():
+    for bad, words in [
+        ([0.1, 0.0], r"betas\[1\] is 0"),
+        ([0.1, 1.5], r"betas\[1\]"),
+        ([1.0, 0.1], r"betas\[0\] is 1"),
+        ([], "one"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            schedules.from_betas(bad)
+    with pytest.raises(ValueError, match=r"betas\[0\] is nan"):
+        schedules.from_betas([np.nan, 0.1])
+    with pytest.raises(ValueError, match="known: linear"):
+        schedules.betas("lineal", 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        schedules.betas("linear", 0)
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        schedules.betas("linear", 10, beta_end=2.0)
+    with pytest.raises(ValueError, match="increasing"):
+        schedules.from_betas([0.1, 0.2], timesteps=[3, 3])
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    return schedules.from_betas(schedules.betas("linear", 1000))
+
+
+def indices(schedule, *args, **kwargs):
+    return schedules.respace(schedule, *args, **kwargs).timesteps.astype(int).tolist()
+
+
+def test_openai_strings(thousand):
+    assert indices(thousand, "ddim25") == list(range(0, 1000, 40))
+    assert indices(thousand, "ddim50") == list(range(0, 1000, 20))
+    twenty_five = indices(thousand, "25")
+    assert twenty_five == [round(i * 999 / 24) for i in range(25)]
+    sections = indices(thousand, "10,15,20")
+    bounds = [0, 334, 667, 1000]  # the first section takes the odd step
+    assert [sum(a <= i < b for i in sections) for a, b in zip(bounds, bounds[1:], strict=False)] == [10, 15, 20]
+    assert [i for i in sections if i in (0, 333, 334, 666, 667, 999)] == [0, 333, 334, 666, 667, 999]
+    assert indices(thousand, "1") == [0]
+    assert indices(thousand, "1000") == list(range(1000))
+
+
+def test_integers_and_indices(thousand):
+    assert indices(thousand, 10) == list(range(0, 1000, 100))
+    assert indices(thousand, 10, spacing="trailing") == list(range(99, 1000, 100))
+    assert indices(thousand, 3, spacing="trailing") == [332, 666, 999]
+    assert indices(thousand, 11, spacing="linspace") == [0, 100, 200, 300, 400, 500, 599, 699, 799, 899, 999]
+    assert indices(thousand, 10, spacing="quadratic") == [int((np.sqrt(800) * i / 9) ** 2) for i in range(10)]
+    assert indices(thousand, [999, 5, 0]) == [0, 5, 999]
+    assert indices(thousand, np.array([7])) == [7]
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ("ddim300", "nearest that work: ddim334, ddim250"),
+        ("ddim0", "no whole stride"),
+        ("fast", "write 'ddim50'"),
+        ("10,,5", "write"),
+        ("2000", "must lie in 1"),
+        ("0", "must lie in 1"),
+        (0, "whole number in 1"),
+        (1001, "whole number in 1"),
+        (2.5, "whole number"),
+        ([1, 1], "visits step 1 twice"),
+        ([-1, 4], "0 ... 999"),
+        ([1000], "0 ... 999"),
+        ([], "explicit steps"),
+        ([0.5, 1.5], "explicit steps"),
+    ],
+)
+def test_impossible_respacings_are_refused(thousand, steps, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.respace(thousand, steps)
+
+
+def test_repeated_steps_and_unknown_spacings_are_refused(thousand):
+    with pytest.raises(ValueError, match="fewer steps or another spacing"):
+        schedules.respace(thousand, 900, spacing="quadratic")
+    with pytest.raises(ValueError, match="leading, trailing"):
+        schedules.respace(thousand, 10, spacing="even")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_respacing_keeps_alpha_bar(name):
+    schedule = schedules.from_betas(schedules.betas(name, 1000))
+    short = schedules.respace(schedule, "ddim50")
+    np.testing.assert_array_equal(short.alpha_bar, schedule.alpha_bar[::20])
+    np.testing.assert_allclose(np.cumprod(1 - short.betas), short.alpha_bar, rtol=1e-12)
+    again = schedules.respace(short, [0, 10, 49])
+    np.testing.assert_array_equal(again.timesteps, [0, 200, 980])
+    assert not short.zero_terminal_snr
+    assert schedules.respace(schedule, 10, spacing="trailing").zero_terminal_snr == (name == "jsd")
+
+
+def test_log_snr_extends_the_table_and_is_invertible(thousand, x64):
+    np.testing.assert_allclose(thousand.log_snr(thousand.timesteps), np.log(thousand.snr), rtol=1e-12)
+    short = schedules.respace(thousand, "ddim25")
+    time = jnp.array([0.0, 17.25, 500.5, 998.9])
+    np.testing.assert_allclose(short.log_snr(time), thousand.log_snr(time), rtol=1e-12)
+    np.testing.assert_allclose(thousand.time_at_log_snr(thousand.log_snr(time)), time, atol=1e-8)
+    middle = np.exp(np.log(thousand.alpha_bar[[500, 501]]).mean())
+    np.testing.assert_allclose(thousand.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
+
+
+def test_a_schedule_is_a_pytree_that_crosses_jit(thousand):
+    @jax.jit
+    def snr_of(schedule, t):
+        return jnp.asarray(schedule.snr)[t]
+
+    np.testing.assert_allclose(snr_of(thousand, 3), thousand.snr[3], rtol=1e-6)
+    assert thousand.alpha_bar.dtype == np.float64
