@@ -53,7 +53,7 @@ def test_samples_have_the_moments_of_q():
 def test_posterior_is_bayes(name, x64):
     """Against the product of the two densities, completed to a square, over a whole chain but its degenerate ends."""
     schedule = SCHEDULES[name]
-    alpha_bar, prev = numpy_tables(name)
+    _, prev = numpy_tables(name)
     last = 998 if name == "jsd" else 999  # jsd's last step forgets everything: precision 0, tested below
     t = np.arange(1, last + 1)
     x_0, x_t = draw((t.size, 2), 1), draw((t.size, 2), 2)

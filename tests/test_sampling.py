@@ -140,6 +140,12 @@ def test_trajectory_holds_every_step():
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
     np.testing.assert_array_equal(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
+    x_0, some = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[0, 24, 7])
+    np.testing.assert_array_equal(some.t, [24, 7, 0])
+    np.testing.assert_array_equal(some.x_t, kept.x_t[np.array([0, 17, 24])])
+    np.testing.assert_array_equal(some.x_0, kept.x_0[np.array([0, 17, 24])])
+    with pytest.raises(ValueError, match="keeps indices in 0"):
+        sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[25])
 
 
 def test_memory_is_flat_in_the_number_of_steps():
@@ -204,7 +210,7 @@ def test_conversions_meet_a_public_yardstick():
     sample = (np.arange(4 * 3 * 8 * 8) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2)
     model = lambda x, time: x * (time / (time + 1)).reshape(-1, 1, 1, 1)  # noqa: E731
     for prediction, total, mean in [("eps", 172.0067, 0.223967), ("v", 52.5302, 0.0684)]:
-        # diffusers keeps the network's eps after its clip; ours derives eps again, so its step is written here from conversions.
+        # diffusers keeps the network's eps after its clip; ours derives eps again, so its step is written here.
         x = jnp.asarray(sample, jnp.float32)
         for t in range(9, -1, -1):
             index, time = jnp.full(4, t), jnp.full(4, schedule.timesteps[t])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion_jax import data, losses, models, process, schedules, timesteps
@@ -49,8 +48,8 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
         raise ValueError(f"diffusion.variance={config['variance']!r} is unknown; known: {', '.join(process.VARIANCES)}")
     if schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
         raise ValueError(
-            f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} says nothing about "
-            "x_0; use diffusion.prediction=v"
+            f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} says nothing "
+            "about x_0; use diffusion.prediction=v"
         )
     return schedule
 
@@ -58,7 +57,8 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
 def _check_loss(config: Mapping) -> None:
     if config["variance"].startswith("learned"):
         raise ValueError(
-            f"diffusion.variance={config['variance']!r}: L_simple leaves a learned variance untrained; use fixed_large or fixed_small"
+            f"diffusion.variance={config['variance']!r}: L_simple leaves a learned variance untrained; use fixed_large or "
+            "fixed_small"
         )
     if config["weighting"] not in (None, "none", *losses.WEIGHTINGS):
         raise ValueError(

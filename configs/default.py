@@ -1,0 +1,90 @@
+"""Every leaf of a config with what it means; the other files say where they differ.
+
+Any leaf can be overridden on the command line: --config.training.batch_size=64
+"""
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+
+def get_config() -> ConfigDict:
+    """DDPM's hyperparameters for CIFAR-10."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.dataset = "cifar10"  # a TFDS name, "folder" (images below data_dir) or "digits" (scikit-learn's)
+    config.data.data_dir = ""  # TFDS's directory ("" for ~/tensorflow_datasets), or the folder of images
+    config.data.split = "train"
+    config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
+    config.data.channels = 3  # 3 for colour, 1 for grey
+    config.data.random_flip = True  # each image mirrored with probability one half
+    config.data.memory_mb = 2048  # decoded once into memory where it fits, else streamed
+    config.data.workers = 8  # processes that decode when streaming
+
+    config.model = ConfigDict()  # the fields of models.UNet
+    config.model.channels = 128
+    config.model.channel_multipliers = (1, 2, 2, 2)
+    config.model.num_res_blocks = 2
+    config.model.attention_levels = (1,)
+    config.model.num_heads = 1
+    config.model.num_groups = 32
+    config.model.dropout = 0.1
+    config.model.num_classes = 0  # 0 for unconditional
+    config.model.out_channels = config_dict.placeholder(int)  # as many as the images have, unless given
+    config.model.dtype = "float32"  # or "bfloat16": what the layers compute in
+    config.model.remat = False  # less memory, about a third more time
+
+    config.diffusion = ConfigDict()
+    config.diffusion.schedule = "linear"
+    config.diffusion.num_timesteps = 1000
+    config.diffusion.beta_start = 1e-4
+    config.diffusion.beta_end = 0.02
+    config.diffusion.prediction = "eps"  # eps, x_0, v, x_prev
+    config.diffusion.variance = "fixed_large"  # or fixed_small
+    config.diffusion.weighting = "none"  # none, snr, min_snr, truncated_snr, p2
+    config.diffusion.timestep_sampler = "uniform"  # uniform, antithetic, stratified
+
+    config.training = ConfigDict()
+    config.training.num_steps = 800_000
+    config.training.batch_size = 128  # of all devices together
+    config.training.steps_per_call = 1  # on accelerators, several steps in one program; CPUs make single calls
+    config.training.log_every = 100
+    config.training.sample_every = 10_000  # 0 for never
+    config.training.checkpoint_every = 5_000
+    config.training.checkpoints_kept = 3  # the newest ones
+    config.training.checkpoint_keep_every = 100_000  # and every such step for good; 0 for none
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # or adamw
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 5_000  # linear from 0
+    config.optimizer.schedule = "constant"  # or "cosine", to 0 at decay_steps
+    config.optimizer.decay_steps = 800_000
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.grad_clip = 1.0  # of the global norm; 0 for none
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.9999
+    config.ema.warmup = False  # min(decay, (1 + step) / (10 + step))
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch; -1 for all
+    config.mesh.fsdp = 1
+
+    config.sampling = ConfigDict()
+    config.sampling.sampler = "ddpm"  # or ddim
+    config.sampling.steps = FieldReference(1000, field_type=object)  # a number, or OpenAI's "ddim50", "250", "10,15,20"
+    config.sampling.spacing = "trailing"  # of a number: leading, trailing, linspace, quadratic
+    config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
+    config.sampling.clip = True  # x_0 to [-1, 1] at every step
+    config.sampling.num_samples = 64
+    config.sampling.batch_size = 64
+    config.sampling.seed = 0
+    config.sampling.use_ema = True
+    config.sampling.trajectory = 0  # columns of the picture from noise to image; 0 for none
+    config.sampling.preview_samples = 16  # of the pictures during training, made by DDIM
+    config.sampling.preview_steps = 25
+    return config

@@ -1,0 +1,98 @@
+"""python main.py --config=configs/NAME.py --workdir=DIR [--mode=train|sample] [--config.group.leaf=value ...]
+
+Relaunching the same command continues the run. For a directory that holds a run, --config may be left out.
+"""
+
+import difflib
+import pathlib
+import runpy
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion_jax.runs import devices
+
+MODES = ("train", "sample")
+
+flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
+flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a file of configs/.", lock_config=True)
+
+
+def fail(message: str, exit_code: int = 2) -> None:
+    """One line on standard error, and the end."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags, so that what is wrong with them is one line."""
+    named = any(arg.split("=")[0] in ("--config", "-config") for arg in argv)
+    path = next((arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))), None)
+    if path and not pathlib.Path(path.partition(":")[0]).is_file():
+        fail(f"--config={path}: no such file")
+    workdir = next((arg.split("=", 1)[1] for arg in argv if arg.startswith(("--workdir=", "-workdir="))), None)
+    if not named and workdir and (pathlib.Path(workdir) / "config.json").exists():
+        stored = f"--config={pathlib.Path(__file__).parent / 'configs' / 'workdir.py'}:{workdir}"
+        # config_flags reads overrides from sys.argv itself.
+        sys.argv = argv = [argv[0], stored, *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+        if config is not None:
+            config.to_dict()  # a file that could not be loaded raises only when it is read
+    except (KeyError, AttributeError) as error:
+        fail(_unknown_key(argv) or f"cannot read the config: {error}")
+    except (flags.Error, OSError, ValueError, ImportError, SyntaxError, TypeError) as error:
+        fail(str(error))
+    if flags.FLAGS.workdir is None:
+        fail("--workdir=DIR is needed: where the run keeps its checkpoints, metrics and samples")
+    if config is None:
+        fail(f"--config=configs/NAME.py is needed: {flags.FLAGS.workdir} holds no run whose config could be used")
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    return rest
+
+
+def _unknown_key(argv: list[str]) -> str | None:
+    """What is wrong with the first override whose key the config does not have."""
+    from diffusion_jax.runs.workdir import flatten, to_dict
+
+    path, _, argument = (
+        next(arg for arg in argv if arg.lstrip("-").startswith("config=")).split("=", 1)[1].partition(":")
+    )
+    get_config = runpy.run_path(path)["get_config"]
+    known = flatten(to_dict(get_config(argument) if argument else get_config()))
+    for arg in argv:
+        key = arg.lstrip("-").split("=")[0].removeprefix("config.")
+        if arg.startswith(("--config.", "-config.")) and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            return f"unknown config key config.{key}; did you mean config.{near[0]}?"
+    return None
+
+
+def main(argv: list[str]) -> None:
+    """Runs the mode; a user's mistake ends in one line and exit code 2."""
+    del argv
+    devices.quiet()
+    from diffusion_jax.data import DataError
+    from diffusion_jax.runs.errors import UserError
+    from diffusion_jax.runs.generate import sample
+    from diffusion_jax.runs.train import train
+    from diffusion_jax.training.checkpoints import CheckpointError
+
+    devices.start()
+    run = {"train": train, "sample": sample}[flags.FLAGS.mode]
+    try:
+        run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except (DataError, CheckpointError, PermissionError, NotADirectoryError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command continues from the last checkpoint", 130)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
