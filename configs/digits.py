@@ -1,4 +1,11 @@
-"""WIP."""
+"""Handwritten digits, 8x8, from scikit-learn: from nothing to recognisable samples in about two minutes on two CPU cores.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --workdir=runs/digits --mode=sample
+
+`make demo` does both. A network of 651,041 parameters. For better digits, train longer with the same command and
+--config.training.num_steps=8000.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,15 +13,15 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
+    """A small network, a fast rate and a short EMA: what makes the most of two minutes."""
     config = default.get_config()
     config.data.update(dataset="digits", image_size=8, channels=1, random_flip=False)
-    config.model.update(
-        channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8, dropout=0.0
-    )
-    config.diffusion.update(schedule="cosine", timestep_sampler="stratified", variance="fixed_small")
-    config.training.update(num_steps=1500, batch_size=64, log_every=50, sample_every=500, checkpoint_every=500)
+    config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
+    config.model.dropout = 0.0
+    config.diffusion.update(schedule="cosine", variance="fixed_small", timestep_sampler="stratified")
+    config.training.update(num_steps=1400, batch_size=64, log_every=50, sample_every=350, checkpoint_every=350)
     config.training.checkpoint_keep_every = 0
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
-    config.ema.update(decay=0.995, warmup=True)
-    config.sampling.update(steps=100, num_samples=100, batch_size=100, trajectory=12)
+    config.ema.update(decay=0.998, warmup=True)
+    config.sampling.update(steps=250, num_samples=100, batch_size=100, trajectory=12)
     return config

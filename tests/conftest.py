@@ -10,7 +10,7 @@ import pytest
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(tempfile.gettempdir()) / "diffusion_jax_tests")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start share it
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture

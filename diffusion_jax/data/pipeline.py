@@ -10,6 +10,7 @@ import functools
 
 import grain
 import numpy as np
+from absl import flags
 
 from diffusion_jax.data.sources import Memory
 
@@ -61,5 +62,9 @@ def stream(batches: Batches, start: int = 0, workers: int = 0, ahead: int = 4):
     rest = grain.MapDataset.source(batches)[start:]
     iterable = rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
     if workers:
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # Grain reads absl flags before it starts workers; outside app.run they have defaults
+            flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
     return iter(iterable)

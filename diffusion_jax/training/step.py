@@ -104,10 +104,10 @@ def make_train_step(
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
 
         in_quarter = (t * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         totals, counts = (per_example[:, None] * in_quarter).sum(0), in_quarter.sum(0)
         seen = {name: (totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
-        seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.global_norm(params), 1)}
+        seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.tree.norm(params), 1)}
         seen |= {"learning_rate": (jnp.asarray(rate(state.step), jnp.float32), 1)}
         metrics = {name: seen[name][0] / seen[name][1] for name in _METRICS}
 

@@ -1,0 +1,49 @@
+# make demo: set up, train on the embedded digits, show samples.   make test: the whole test suite.
+PYTHON ?= python3
+# make setup EXTRA=cuda (or tpu) installs the accelerator's jax as well.
+EXTRA ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
+comma := ,
+
+.PHONY: setup demo test test-slow parity lint format pictures clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[train,test$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/python main.py --workdir=runs/digits --mode=sample
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+parity: setup
+	$(BIN)/pip install --quiet --editable '.[parity]'
+	$(BIN)/python -m pytest -q -m parity
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The README's pictures, from the demo's run.
+pictures: demo
+	cp runs/digits/samples/step*_ema_*_trajectory.png docs/images/noise_to_digits.png
+	cp $$(ls runs/digits/samples/step*_ema_*.png | grep -v trajectory) docs/images/digits.png
+
+clean:
+	rm -rf $(VENV) runs

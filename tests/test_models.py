@@ -1,0 +1,146 @@
+"""The U-Net: counts, embedding and initialisation as published, and what it accepts and refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+
+TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
+
+
+def init(model, shape=(1, 8, 8, 3), y=None):
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
+
+
+def apply(model, params, *args, **kwargs):
+    """Compiled whole: op by op costs more time than the network."""
+    train = kwargs.pop("train", False)
+    return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)
+
+
+def redraw(params, seed=1):
+    """Every leaf at random, the layers that start at zero included."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure, [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "count"),
+    [
+        ({}, 32, 35_746_307),
+        ({"channel_multipliers": (1, 1, 2, 2, 4, 4), "attention_levels": (4,)}, 256, 113_673_219),
+    ],
+)
+def test_parameter_counts_of_ho_et_al(fields, size, count):
+    shapes = jax.eval_shape(lambda: init(models.UNet(**fields), (1, size, size, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_timestep_embedding_is_ho_et_al_s():
+    embedding = models.timestep_embedding(jnp.arange(128), 64)
+    expected = [[0.9646, 0.9804, 0.9892], [0.9615, 0.9787, 0.9882], [0.9582, 0.9769, 0.9872]]
+    np.testing.assert_allclose(embedding[23:26, 47:50], expected, atol=5e-5)
+    np.testing.assert_allclose(models.timestep_embedding(jnp.array([0.5]), 64)[0, :32].max(), np.sin(0.5), rtol=1e-6)
+    with pytest.raises(ValueError, match="even"):
+        models.timestep_embedding(jnp.arange(2), 7)
+
+
+def test_initialisation_is_ho_et_al_s():
+    """Uniform of variance 1 / fan_avg, biases 0; the last layer of every residual branch and of the network near 0."""
+    params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
+    kernel = params["down_1_block_0"]["conv1"]["kernel"]
+    bound = np.sqrt(3 / (9 * (64 + 128) / 2))
+    assert 0.98 * bound < abs(kernel).max() <= bound and abs(kernel.var() - bound**2 / 3) < 0.02 * bound**2
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if "bias" in name:
+            assert (leaf == 0).all(), name
+        elif (
+            "kernel" in name
+            and any(last in name for last in ("conv2", "proj'", "conv_out"))
+            and "time_proj" not in name
+        ):
+            assert 0 < abs(leaf).max() < 1e-5, name
+        elif "kernel" in name:
+            assert abs(leaf).max() > 1e-2, name
+
+
+def test_every_parameter_has_a_gradient():
+    model = models.UNet(**TINY, num_classes=3)
+    x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
+    params = redraw(init(model, y=y[:1]))
+    grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        if "['k']['bias']" not in jax.tree_util.keystr(path):  # a constant added to every logit moves no softmax
+            assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 12, 20, 1), (1, 2, 2, 4)])
+def test_any_size_that_divides_and_any_channels(shape):
+    model = models.UNet(**TINY)
+    out = apply(model, redraw(init(model, shape)), jnp.ones(shape), jnp.zeros(shape[0]))
+    assert out.shape == shape and out.dtype == jnp.float32 and np.isfinite(out).all()
+    wide = models.UNet(**TINY, out_channels=2 * shape[-1])
+    out = jax.eval_shape(lambda: wide.apply({"params": init(wide, shape)}, jnp.ones(shape), jnp.zeros(shape[0])))
+    assert out.shape == (*shape[:-1], 2 * shape[-1])
+
+
+def test_parameters_do_not_depend_on_the_image_size():
+    small, large = (jax.eval_shape(lambda s=s: init(models.UNet(**TINY), s)) for s in ((1, 8, 8, 3), (1, 16, 24, 3)))
+    assert small == large
+
+
+def test_labels_time_and_dropout_matter():
+    model = models.UNet(**{**TINY, "num_classes": 3, "dropout": 0.5})
+    x = jnp.ones((1, 8, 8, 3))
+    params = redraw(init(model, y=jnp.zeros(1, int)))
+    run = lambda t=0.0, y=0, **kw: apply(model, params, x, jnp.array([t]), jnp.array([y]), **kw)  # noqa: E731
+    assert abs(run() - run(y=1)).max() > 1e-3 and abs(run() - run(t=500.0)).max() > 1e-3
+    a, b = (run(train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1))
+    assert abs(a - b).max() > 1e-3
+    np.testing.assert_array_equal(run(), run())
+    assert np.isnan(run(y=3)).all()  # a label out of range is never a neighbour's
+
+
+def test_remat_changes_nothing_and_bfloat16_little():
+    x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
+    plain = models.UNet(**TINY)
+    params = redraw(init(plain))
+    reference = apply(plain, params, x, time)
+    loss = lambda model: jax.grad(lambda p: (apply(model, p, x, time) ** 2).mean())(params)  # noqa: E731
+    remat = models.UNet(**TINY, remat=True)
+    np.testing.assert_allclose(apply(remat, params, x, time), reference, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), loss(plain), loss(remat))
+    half = models.UNet(**TINY, dtype="bfloat16")
+    out = apply(half, params, x, time)
+    # bfloat16 keeps 8 bits: 0.4% a rounding, some tens of them in a row.
+    assert out.dtype == jnp.float32 and np.linalg.norm(out - reference) < 0.05 * np.linalg.norm(reference)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(init(half)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "y", "words"),
+    [
+        ({}, (1, 9, 8, 3), None, "that 2 divides"),
+        ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
+        ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
+        ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3"),
+        ({"attention_levels": (2,)}, (1, 8, 8, 3), None, "attention_levels must lie in 0 ... 1"),
+        ({"num_classes": 2}, (1, 8, 8, 3), None, "needs y"),
+        ({}, (1, 8, 8, 3), jnp.zeros(1, int), "without classes"),
+    ],
+)
+def test_refusals(fields, shape, y, words):
+    with pytest.raises(ValueError, match=words):
+        init(models.UNet(**{**TINY, **fields}), shape, y)
+
+
+def test_from_config():
+    assert models.from_config({**TINY, "channel_multipliers": [1, 2]}) == models.UNet(**TINY)
+    with pytest.raises(ValueError, match=r"model.width is not a field"):
+        models.from_config({"width": 3})

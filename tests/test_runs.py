@@ -1,0 +1,321 @@
+"""Runs as a person starts them: train, relaunch, sample, and what goes wrong in one line."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from test_training import tiny_config
+
+from diffusion_jax.runs import errors, pictures, workdir
+from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEED = ("images_per_second", "data_wait", "seconds_left")
+
+
+def lines(directory, without=SPEED):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def event_scalars(directory):
+    """{step: {tag: value}} of every event file, read by TensorBoard."""
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.util import tensor_util
+
+    accumulator = event_accumulator.EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    found = {}
+    for tag in accumulator.Tags()["tensors"]:
+        if tag != "samples":
+            for event in accumulator.Tensors(tag):
+                points = found.setdefault(event.step, {})
+                assert tag not in points, f"{tag} twice at step {event.step}"
+                points[tag] = float(tensor_util.make_ndarray(event.tensor_proto))
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 4 steps, which no test may change."""
+    directory = tmp_path_factory.mktemp("run")
+    train(tiny_config(), directory)
+    return directory
+
+
+def test_a_run_leaves_what_the_contract_says(trained):
+    assert json.loads((trained / "config.json").read_text()) == workdir.to_dict(tiny_config())
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
+    rows = lines(trained)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["param_norm"] > 0 for row in rows)
+    assert {"loss_q1", "loss_q2", "loss_q3", "loss_q4", "learning_rate"} <= set(rows[0])
+    with Image.open(trained / "samples" / "train_step00000004.png") as picture:
+        assert picture.size == (2 * 68 + 4, 68 + 4) and picture.mode == "L"
+
+
+def test_a_finished_run_says_so(trained, capsys):
+    before = lines(trained, without=())
+    train(tiny_config(), trained)
+    assert "This run is finished" in capsys.readouterr().out
+    assert lines(trained, without=()) == before
+
+
+def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
+    """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
+    for steps in (4, 7, 10):
+        train(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
+    assert "Continuing from step 7" in capsys.readouterr().out
+    train(tiny_config(**{"training.num_steps": 10, "training.log_every": 5}), tmp_path / "whole")
+    by_step = {row["step"]: row for row in lines(tmp_path / "broken")}
+    assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
+    scalars = event_scalars(tmp_path / "broken")
+    assert {step: scalars[step]["loss"] for step in scalars} == pytest.approx({s: by_step[s]["loss"] for s in by_step})
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+    """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
+    train(tiny_config(), tmp_path)
+    metrics = workdir.Metrics(tmp_path, step=4)
+    metrics.scalars(5, {"loss": 9.0})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < 9
+    scalars = event_scalars(tmp_path)
+    assert sorted(scalars) == [2, 4, 6]
+    for row in rows:
+        assert scalars[row["step"]]["loss"] == pytest.approx(row["loss"])
+
+
+def test_another_identity_is_refused_and_the_rest_may_change(trained):
+    other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
+    with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
+        train(other, trained)
+    free = {"training.num_steps": 9, "training.log_every": 3, "sampling.seed": 7, "data.data_dir": "x", "mesh.data": 1}
+    workdir.check_identity(tiny_config(**free), trained)
+    with pytest.raises(errors.UserError, match="training.batch_size"):
+        workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
+    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    train(tiny_config(), tmp_path)
+    (tmp_path / "checkpoints" / "9").mkdir()  # an empty directory is no checkpoint
+    for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
+        if file.is_file() and "ocdbt.process" in str(file):
+            file.unlink()
+    (tmp_path / "checkpoints" / "9").rmdir()
+    train(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    out = capsys.readouterr().out
+    assert "Cannot read the checkpoint of step 4" in out and "Continuing from step 2" in out
+    assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(**{"training.num_steps": 40, "training.checkpoint_every": 1})
+    config.optimizer.update(learning_rate=1e18, grad_clip=0.0)
+    with pytest.raises(
+        errors.UserError, match=r"not finite at step \d+ .*try a lower optimizer.learning_rate"
+    ) as caught:
+        train(config, tmp_path)
+    assert caught.value.exit_code == 1
+    step = int(str(caught.value).split("at step ")[1].split()[0])
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()] == list(range(1, step))[
+        -3:
+    ]
+
+
+def test_sampling_writes_a_grid_and_an_npz(trained):
+    sample(tiny_config(), trained)
+    path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
+    with np.load(f"{path}.npz") as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (3, 8, 8, 1)
+        images = arrays["arr_0"]
+    with Image.open(f"{path}.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture)[4:68:8, 4:68:8], images[0, :, :, 0])
+    raw = tiny_config(
+        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": "2"}
+    )
+    sample(raw, trained)
+    with np.load(trained / "samples" / "step4_raw_ddim2_seed0_n3.npz") as arrays:
+        assert (arrays["arr_0"] != images).any()
+    with Image.open(trained / "samples" / "step4_raw_ddim2_seed0_n3_trajectory.png") as picture:
+        assert picture.size == (2 * 68 + 4, 4 * 68 + 4)
+
+
+def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
+    from diffusion_jax.runs import generate
+
+    config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
+    whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
+    sample(config, trained)
+    with np.load(whole) as arrays:
+        expected = arrays["arr_0"]
+    whole.unlink()
+    made = []
+    draw = generate.Generator.__call__
+
+    def third_breaks(self, *args):
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return draw(self, *args)
+
+    monkeypatch.setattr(generate.Generator, "__call__", third_breaks)
+    with pytest.raises(KeyboardInterrupt):
+        sample(config, trained)
+    monkeypatch.undo()
+    monkeypatch.setattr(generate.Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
+    sample(config, trained)
+    assert len(made) == 5  # two before, the broken one, and the two that were left
+    with np.load(whole) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], expected)
+    assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
+
+
+def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
+    config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
+    train(config, tmp_path)
+    sample(config, tmp_path)
+    with np.load(tmp_path / "samples" / "step2_ema_ddpm2_seed0_n3.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"training.num_steps": 0}, "training.num_steps=0"),
+        ({"training.steps_per_call": 3}, "multiple of training.steps_per_call=3"),
+        ({"model.num_classes": 3}, "the data has 10 classes"),
+        ({"sampling.sampler": "euler"}, "known: ddpm, ddim"),
+        ({"sampling.preview_steps": 2000}, "whole number in 1"),
+    ],
+)
+def test_training_that_cannot_start(overrides, words, tmp_path):
+    overrides = dict(overrides)
+    if "sampling.sampler" in overrides:
+        with pytest.raises(errors.UserError, match=words):
+            sample(tiny_config(**overrides), tmp_path)
+        return
+    with pytest.raises(errors.UserError, match=words):
+        train(tiny_config(**overrides), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_without_a_run(tmp_path):
+    with pytest.raises(errors.UserError, match="train first"):
+        sample(tiny_config(), tmp_path)
+    with pytest.raises(errors.UserError, match="num_samples=0"):
+        sample(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
+
+
+def test_grids_and_text():
+    images = np.zeros((5, 2, 3, 1), np.uint8)
+    images[4] = 255
+    picture = pictures.grid(images, columns=3)
+    assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
+    assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
+    assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
+    np.testing.assert_array_equal(pictures.to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
+    text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
+    assert text == "  @@\n@@"
+
+
+# ------------------------------------------------------------------------------------ as processes
+
+
+def tiny_flags(directory, **overrides):
+    config, base = (
+        workdir.flatten(workdir.to_dict(tiny_config(**overrides))),
+        workdir.flatten(workdir.to_dict(digits_config())),
+    )
+    changed = {key: value for key, value in config.items() if value != base[key]}
+    as_flag = {key: f"({','.join(map(str, v))},)" if isinstance(v, list) else v for key, v in changed.items()}
+    return [f"--workdir={directory}", "--config=configs/digits.py", *(f"--config.{k}={v}" for k, v in as_flag.items())]
+
+
+def digits_config() -> ConfigDict:
+    from configs import digits
+
+    return digits.get_config()
+
+
+def start(*arguments, **kwargs):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_killed_and_relaunched_logs_the_same_losses(tmp_path):
+    """SIGKILL in mid-run, twice; then to the end. Every logged number but the speed equals an unbroken run's, to the bit."""
+    overrides = {
+        "training.num_steps": 400,
+        "training.log_every": 1,
+        "training.checkpoint_every": 3,
+        "sampling.preview_samples": 0,
+    }
+    flags = tiny_flags(tmp_path / "killed", **overrides)
+    for after in (20, 60):
+        process = start(*flags)
+        path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            if path.exists() and path.read_text().count("\n") > after:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, out, err = finish(start(*flags))
+    assert code == 0, err
+    assert "Continuing from step" in out
+    code, _, err = finish(start(*tiny_flags(tmp_path / "whole", **overrides)))
+    assert code == 0 and not err.strip(), err
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert len(lines(tmp_path / "whole")) == 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
+        (["--config=configs/digit.py"], "no such file"),
+        (["--config=configs/digits.py", "--mode=dream"], "train|sample"),
+        (["--config=configs/digits.py", "leftover"], "unexpected argument"),
+        ([], "--config=configs/NAME.py is needed"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
+    code, _, err = finish(start(f"--workdir={tmp_path}", *arguments))
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_run_s_own_config_is_used_where_none_is_named(trained):
+    code, out, err = finish(start(f"--workdir={trained}", "--mode=sample", "--config.sampling.seed=5"))
+    assert code == 0, err
+    assert (trained / "samples" / "step4_ema_ddpm2_seed5_n3.npz").exists() and "a grid:" in out
+    assert not err.strip()

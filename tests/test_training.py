@@ -1,0 +1,275 @@
+"""The train step: its parts against optax and NumPy written here, one program, sharding, and steps in one call."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import default, digits
+from diffusion_jax import training
+from diffusion_jax.training import optimizer, sharding, step
+
+
+def tiny_config(**overrides):
+    config = digits.get_config()
+    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
+    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
+    config.optimizer.warmup_steps = 0
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def a_batch(config, key=0, batch_size=None):
+    rng = np.random.default_rng(key)
+    shape = (batch_size or config.training.batch_size, 8, 8, 1)
+    return {"image": rng.integers(0, 256, shape, dtype=np.uint8), "label": np.zeros(shape[0], np.int32)}
+
+
+def test_create_gives_a_state_and_a_step_that_learns():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+    batch, losses = a_batch(config), []
+    for _ in range(60):
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert int(state.step) == 60 and train_step._cache_size() == 1  # compiled once
+    window = training.window_means(jax.device_get(state.window))
+    np.testing.assert_allclose(window["loss"], np.mean(losses[-2:]), rtol=1e-5)  # since the last multiple of log_every
+
+
+def test_the_same_seed_gives_the_same_run_and_another_not():
+    def losses(seed):
+        config = tiny_config(seed=seed)
+        state, train_step = training.create(config)
+        out = []
+        for i in range(3):
+            state, metrics = train_step(state, a_batch(config, i))
+            out.append(float(metrics["loss"]))
+        return out
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+def test_the_state_is_donated():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    new, _ = train_step(state, a_batch(config))
+    assert state.params["conv_in"]["kernel"].is_deleted() and not new.params["conv_in"]["kernel"].is_deleted()
+
+
+def test_one_step_is_adam_and_ema_in_numpy():
+    """From the gradient that Adam's own first moment tells: the update, the clip and the EMA."""
+    config = tiny_config(
+        **{"optimizer.learning_rate": 0.01, "optimizer.grad_clip": 0.5, "ema.warmup": False, "ema.decay": 0.9}
+    )
+    state, train_step = training.create(config)
+    before = jax.device_get(state)
+    after, metrics = train_step(state, a_batch(config))
+    after = jax.device_get(after)
+    adam = next(s for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    clipped = jax.tree.map(lambda m: m / 0.1, adam.mu)  # mu = 0.1 g after one step
+    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(clipped)))
+    np.testing.assert_allclose(norm, min(0.5, float(metrics["grad_norm"])), rtol=1e-4)
+    moved = jax.tree.map(lambda p, g: p - 0.01 * g / (np.abs(g) + 1e-8), before.params, clipped)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after.params, moved)
+    ema = jax.tree.map(lambda p, q: 0.9 * p + 0.1 * q, before.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema_params, ema)
+
+
+def test_quarters_average_to_the_loss():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    _, metrics = train_step(state, a_batch(config))  # stratified timesteps: two of eight in each quarter
+    quarters = [float(metrics[name]) for name in step.QUARTERS]
+    np.testing.assert_allclose(np.mean(quarters), metrics["loss"], rtol=1e-5)
+
+
+def test_flips_differ_per_image():
+    """With lr 0 and a batch of one asymmetric image, the loss takes exactly two values over many keys' flips."""
+    config = tiny_config(**{"data.random_flip": True, "training.batch_size": 64})
+    built = training.setup(config)
+    image = np.zeros((64, 8, 8, 1), np.uint8)
+    image[:, :, :3] = 255
+    seen = []
+
+    def spy(params, x_t, time, y, train, rngs):
+        seen.append(x_t)
+        return x_t
+
+    class Spy:
+        num_classes = 0
+
+        @staticmethod
+        def apply(variables, x_t, time, y, train, rngs):
+            jax.debug.callback(lambda x, t: seen.append((np.asarray(x), np.asarray(t))), x_t, time)
+            return x_t * variables["params"]["w"]
+
+    rate = optimizer.learning_rate(config.optimizer)
+    tx = optimizer.from_config(config.optimizer)
+    params = {"w": jnp.ones(())}
+    window = built.init().window
+    state = step.TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params), window)
+    run = step.make_train_step(config, Spy, built.schedule, tx, rate)
+    jax.jit(run)(state, {"image": image, "label": np.zeros(64, np.int32)})
+    jax.effects_barrier()
+    x_t, time = next(pair for pair in seen if isinstance(pair, tuple))
+    clean = time < 200  # little noise: the bright side is visible
+    left = x_t[clean, :, :3].mean((1, 2, 3)) > x_t[clean, :, 5:].mean((1, 2, 3))
+    assert clean.sum() > 5 and 0 < left.sum() < clean.sum()
+
+
+def test_several_steps_in_one_program_equal_single_ones():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    batches = [a_batch(config, i) for i in range(3)]
+    built = training.setup(config)
+    single = jax.tree.map(jnp.copy, state)
+    for batch in batches:
+        single, metrics = train_step(single, batch)
+    raw = step.make_train_step(
+        config,
+        built.model,
+        built.schedule,
+        optimizer.from_config(config.optimizer),
+        optimizer.learning_rate(config.optimizer),
+    )
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    many, last = jax.jit(training.scan_steps(raw))(state, stacked)
+    np.testing.assert_allclose(last["loss"], metrics["loss"], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), many.params, single.params)
+    assert int(many.step) == 3
+
+
+def test_labels_reach_a_conditional_network():
+    config = tiny_config(**{"model.num_classes": 10})
+    state, train_step = training.create(config)
+    assert state.params["class"]["embedding"].shape == (10, 32)
+    before = np.asarray(state.params["class"]["embedding"])
+    batch = a_batch(config)
+    batch["label"][:] = 3
+    for _ in range(3):
+        state, _ = train_step(state, batch)
+    changed = abs(np.asarray(state.params["class"]["embedding"]) - before).max(axis=1) > 0
+    assert changed[3] and changed.sum() == 1
+
+
+def test_a_loss_that_is_not_finite_is_marked_with_its_step():
+    config = tiny_config(**{"optimizer.learning_rate": 1e20, "optimizer.grad_clip": 0.0})
+    state, train_step = training.create(config)
+    for i in range(6):
+        state, metrics = train_step(state, a_batch(config, i))
+        marked = int(state.window["nonfinite_step"])
+        if not np.isfinite(float(metrics["loss"])) or marked >= 0:
+            break
+    assert 1 <= marked <= i + 1
+
+
+def test_learning_rates():
+    options = default.get_config().optimizer
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4], rtol=1e-6)
+    options.update(schedule="cosine", decay_steps=15_000)
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
+    for wrong, words in [
+        ({"schedule": "step"}, "constant"),
+        ({"decay_steps": 10}, "exceed"),
+        ({"name": "sgd"}, "adamw"),
+    ]:
+        bad = default.get_config().optimizer
+        bad.update({"schedule": "cosine", **wrong})
+        with pytest.raises(ValueError, match=words):
+            optimizer.from_config(bad)
+    bad = default.get_config().optimizer
+    bad.weight_decay = 0.1
+    with pytest.raises(ValueError, match="adamw"):
+        optimizer.from_config(bad)
+
+
+def test_ema_warmup():
+    warm = {"decay": 0.999, "warmup": True}
+    np.testing.assert_allclose([step.ema_decay(s, warm) for s in (0, 90, 10**6)], [0.1, 0.91, 0.999], rtol=1e-6)
+    assert step.ema_decay(0, {"decay": 0.999, "warmup": False}) == 0.999
+
+
+def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
+    from diffusion_jax.training import compiler
+
+    compiler.options.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
+    assert compiler.options() == {}
+    compiler.options.cache_clear()
+    monkeypatch.delenv("XLA_FLAGS")
+    assert set(compiler.options()) <= {"xla_cpu_experimental_ynn_fusion_type"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh.data": 3}, "number of devices"),
+        ({"mesh.fsdp": 2}, "mesh.fsdp=1"),
+        ({"training.batch_size": 0}, "multiple"),
+        ({"diffusion.schedule": "line"}, "known: linear"),
+        ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
+        ({"diffusion.prediction": "noise"}, "known: eps"),
+        ({"diffusion.variance": "fixed"}, "known: fixed_small"),
+        ({"diffusion.variance": "learned_range"}, "untrained"),
+        ({"diffusion.weighting": "p3"}, "known: none"),
+        ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
+        ({"optimizer.name": "sgd"}, "adamw"),
+        ({"model.num_groups": 3}, "num_groups=3"),
+        ({"data.image_size": 9}, "that 2 divides"),
+    ],
+)
+def test_configs_that_cannot_be_built(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        training.create(tiny_config(**overrides))
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest():
+    mesh = dataclasses.make_dataclass("Mesh", ["size"])(8)
+    with pytest.raises(ValueError, match="nearest: 8 or 16"):
+        sharding.check_divides(12, mesh, "training.batch_size")
+    with pytest.raises(ValueError, match="nearest: 8$"):
+        sharding.check_divides(3, mesh, "training.batch_size")
+
+
+EIGHT = """
+import jax, numpy as np, sys
+sys.path.insert(0, "tests")
+from test_training import tiny_config, a_batch
+from diffusion_jax import training
+assert jax.device_count() == 8
+state, train_step = training.create(tiny_config())
+for i in range(3):
+    state, metrics = train_step(state, a_batch(tiny_config(), i))
+    print(float(metrics["loss"]))
+"""
+
+
+def test_eight_devices_give_the_losses_of_one():
+    """Data parallel: the same draws and the same rows, so the same losses up to the order of float32 sums."""
+    config = tiny_config()
+    state, train_step = training.create(config)
+    expected = []
+    for i in range(3):
+        state, metrics = train_step(state, a_batch(config, i))
+        expected.append(float(metrics["loss"]))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": "."}
+    out = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, check=True)
+    np.testing.assert_allclose([float(line) for line in out.stdout.split()], expected, rtol=1e-4)
+
+
+def test_optax_ema_convention():
+    """incremental_update(new, old, 1 - decay) is decay * old + (1 - decay) * new."""
+    np.testing.assert_allclose(optax.incremental_update(jnp.ones(()), jnp.zeros(()), 0.25), 0.25)
