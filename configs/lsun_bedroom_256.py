@@ -2,7 +2,8 @@
 
     python main.py --config=configs/lsun_bedroom_256.py --workdir=DIR
 
-Published result: FID 6.36 (4.90 with a larger network). Expected, not measured: days on a TPU v3-8 or on eight GPUs. Needs the TFDS set
+Published result: FID 6.36 (4.90 with a larger network). Expected, not measured: days on a TPU v3-8 or on eight GPUs.
+Needs the TFDS set
 lsun/bedroom, which TFDS downloads and prepares.
 """
 

@@ -125,7 +125,9 @@ def main() -> None:
     out = run_peer(model, x, time)
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     FIXTURE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(FIXTURE, x=x, time=time, out=out, **{f"weights/{name}": value for name, value in weights.items()})
+    np.savez_compressed(
+        FIXTURE, x=x, time=time, out=out, **{f"weights/{name}": value for name, value in weights.items()}
+    )
     print(f"{FIXTURE}: {sum(w.size for w in weights.values()):,} weights, output std {out.std():.3f}")
 
 

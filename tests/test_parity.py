@@ -30,7 +30,10 @@ def test_narrow_network_gives_the_stored_output():
     assert arrays["out"].std() > 0.1
     assert worst(out, arrays["out"]) < 1e-5
     # The same check must see a wrong time, or it would prove nothing of the embedding.
-    assert worst(run_ours(models.UNet(**peer.NARROW_FIELDS), weights, arrays["x"], arrays["time"] + 1), arrays["out"]) > 1e-3
+    assert (
+        worst(run_ours(models.UNet(**peer.NARROW_FIELDS), weights, arrays["x"], arrays["time"] + 1), arrays["out"])
+        > 1e-3
+    )
 
 
 @pytest.mark.parity

@@ -12,8 +12,6 @@ import grain
 import numpy as np
 from absl import flags
 
-from diffusion_jax.data.sources import Memory
-
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
@@ -47,10 +45,8 @@ class Batches:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         indices = example_indices(self._seed, len(self._source), step * self._batch_size + self._rows)
-        if isinstance(self._source, Memory):
-            return {"image": self._source.images[indices], "label": self._source.labels[indices]}
-        images, labels = zip(*(self._source[i] for i in indices.tolist()), strict=True)
-        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+        images, labels = self._source.read(indices)
+        return {"image": images, "label": labels}
 
 
 def stream(batches: Batches, start: int = 0, workers: int = 0, ahead: int = 4):

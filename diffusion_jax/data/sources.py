@@ -1,7 +1,7 @@
 """Where images come from: TFDS by name, a folder of the user's own, or the digits that ship with scikit-learn.
 
-A source has a length and gives (uint8 image [H, W, C], int label) by index, in random access and from any process. It
-is small and picklable; the files are opened where they are read.
+A source has a length, `num_classes` (0 where there are no labels) and `read(indices) -> (images uint8 [n, H, W, C], labels
+int32 [n])`, random access from any process. It is picklable; files are opened where they are read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +24,7 @@ class DataError(Exception):
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
     """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and centre-cropped."""
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -50,8 +50,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self._images[i], int(self._labels[i])
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self._images[indices], self._labels[indices]
 
 
 class Folder:
@@ -72,14 +72,17 @@ class Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        path = self._root / self._files[i]
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        files = [self._files[i] for i in indices]
+        labels = [self._class_index.get(pathlib.PurePath(file).parts[0], 0) for file in files]
+        return np.stack([self._image(self._root / file) for file in files]), np.array(labels, np.int32)
+
+    def _image(self, path: pathlib.Path) -> np.ndarray:
         try:
             with Image.open(path) as image:
-                pixels = fit(image, self._size, self._channels)
+                return fit(ImageOps.exif_transpose(image), self._size, self._channels)
         except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some damaged PNGs
             raise DataError(f"cannot read the image {path}: {error}; repair or remove it") from None
-        return pixels, self._class_index.get(pathlib.PurePath(self._files[i]).parts[0], 0)
 
 
 class Tfds:
@@ -129,14 +132,15 @@ class Tfds:
             self._name, split=self._split, data_dir=self._data_dir, decoders={"image": tfds.decode.SkipDecoding()}
         )
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            record = self._records[i]
-            with Image.open(io.BytesIO(record["image"])) as image:
-                pixels = fit(image, self._size, self._channels)
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"cannot read example {i} of {self._name!r} {self._split!r}: {error}") from None
-        return pixels, int(record["label"]) if self._has_label else 0
+            records = self._records.__getitems__([int(i) for i in indices])
+            images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
+        except (OSError, SyntaxError, ValueError) as error:
+            where = f"examples {indices[0]} ... {indices[-1]}"
+            raise DataError(f"cannot read {where} of {self._name!r} {self._split!r}: {error}") from None
+        labels = [record["label"] for record in records] if self._has_label else np.zeros(len(indices))
+        return np.stack(images), np.array(labels, np.int32)
 
 
 class Memory:
@@ -146,15 +150,13 @@ class Memory:
         """progress: wraps the iteration over the examples, to show it."""
         self.num_classes = source.num_classes
         n = len(source)
-        first, _ = source[0]
-        self.images, self.labels = np.empty((n, *first.shape), np.uint8), np.empty(n, np.int32)
+        first, _ = source.read([0])
+        self.images, self.labels = np.empty((n, *first.shape[1:]), np.uint8), np.empty(n, np.int32)
 
         def decode(chunk):
-            for i in chunk:
-                self.images[i], self.labels[i] = source[i]
-            return chunk
+            self.images[chunk], self.labels[chunk] = source.read(chunk)
 
-        chunks = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
+        chunks = np.array_split(np.arange(n), -(-n // 256))
         with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
             for _ in progress(pool.map(decode, chunks), len(chunks)):
                 pass
@@ -162,5 +164,5 @@ class Memory:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self.images[i], int(self.labels[i])
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self.images[indices], self.labels[indices]

@@ -1,0 +1,122 @@
+"""What the package promises as a whole: a light import, floors that hold, configs that build, a README that runs."""
+
+import ast
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import workdir as workdir_config
+from diffusion_jax import data, models, training
+from diffusion_jax.runs import workdir
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir"))
+
+
+def test_import_loads_jax_and_numpy_alone():
+    code = "import jax, sys; before = set(sys.modules); import diffusion_jax; print(*sorted(set(sys.modules) - before))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    foreign = (
+        {name.split(".")[0] for name in out}
+        - {"diffusion_jax", "jax", "jaxlib", "numpy"}
+        - set(sys.stdlib_module_names)
+    )
+    assert not foreign
+    assert not [
+        name
+        for name in out
+        if name.startswith(("diffusion_jax.models", "diffusion_jax.training", "diffusion_jax.data"))
+    ]
+
+
+FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward
+    {"schedules"},
+    {"process"},
+    {"losses", "timesteps", "sampling"},
+    {"data", "models"},
+    {"training"},
+    {"runs"},
+]
+
+
+def test_nothing_imports_upward():
+    level = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in (ROOT / "diffusion_jax").rglob("*.py"):
+        room = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
+            if module == "diffusion_jax":
+                used = [alias.name for alias in node.names]
+            elif module and module.startswith("diffusion_jax."):
+                used = [module.split(".")[1]]
+            else:
+                continue
+            for name in used:
+                assert level[name] <= level[room], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds(name):
+    """The network, schedule, optimiser and train step of each config, by shapes alone."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    built = training.setup(config)
+    height, width, channels = data.image_shape(config.data)
+    out = jax.eval_shape(
+        lambda p, x, t: built.model.apply({"params": p}, x, t),
+        built.abstract_state.params,
+        jax.ShapeDtypeStruct((1, height, width, channels), "float32"),
+        jax.ShapeDtypeStruct((1,), "float32"),
+    )
+    assert out.shape == (1, height, width, channels)
+    docstring = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
+
+
+def test_the_published_configs_have_the_published_networks():
+    counts = {
+        "cifar10": 35_746_307,
+        "celeba_hq_256": 113_673_219,
+        "lsun_church_256": 113_673_219,
+        "lsun_cat_256": 113_673_219,
+    }
+    for name, count in counts.items():
+        config = importlib.import_module(f"configs.{name}").get_config()
+        shapes = training.setup(config).abstract_state.params
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+        assert models.from_config(config.model).out_channels is None
+
+
+def test_a_stored_config_comes_back(tmp_path):
+    config = importlib.import_module("configs.digits").get_config()
+    config.training.num_steps = 7
+    workdir.write_config(config, tmp_path)
+    again = workdir_config.get_config(str(tmp_path))
+    assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
+
+
+def test_the_readme_s_example_runs():
+    """Every Python block of the README, in order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["x"].shape == (16, 2) and abs(float(namespace["x"].mean()) - 0.5) < 0.2
+
+
+def test_the_readme_is_short_and_its_files_exist():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 250
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+    for config in re.findall(r"configs/(\w+)\.py", text):
+        assert config == "NAME" or (ROOT / "configs" / f"{config}.py").exists(), config
