@@ -32,11 +32,11 @@ def example_indices(seed: int, num_examples: int, places) -> np.ndarray:
 class Batches:
     """Batches by step: `batches[step] -> {"image": uint8 [rows, H, W, C], "label": int32 [rows]}`.
 
-    source: anything of `data.sources`. batch_size: of all processes together. rows: the part of each batch that this
-    process reads, all of it unless given.
+    source: anything of `data.sources`. batch_size: of all processes together. rows: a slice or indices, the part of
+    each batch that this process reads; all of it unless given.
     """
 
-    def __init__(self, source, seed: int, batch_size: int, num_steps: int, rows: slice = slice(None)):
+    def __init__(self, source, seed: int, batch_size: int, num_steps: int, rows=slice(None)):
         self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
         self._rows = np.arange(batch_size)[rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXES = ("data", "fsdp")
@@ -45,7 +46,7 @@ def check_divides(batch_size: int, mesh: Mesh, name: str) -> None:
         raise ValueError(f"{name}={batch_size} must be a multiple of the {devices} devices; nearest: {near}")
 
 
-def process_rows(batch_size: int) -> slice:
-    """The rows of a global batch that this process reads: the block that its own devices hold."""
-    rows = batch_size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process reads: those that its own devices hold. int [rows], increasing."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))

@@ -1,0 +1,25 @@
+"""The demo's promise, on the demo's own config: plainly digits, all ten, and no copies. Minutes, so marked slow."""
+
+import sys
+
+import numpy as np
+import pytest
+from test_runs import ROOT, digits_config
+
+from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.train import train
+
+
+@pytest.mark.slow
+def test_the_demo_s_digits_are_digits(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from digits_quality import quality
+
+    config = digits_config()
+    config.sampling.update(num_samples=512, batch_size=128, trajectory=0)
+    train(config, tmp_path)
+    sample(config, tmp_path)
+    with np.load(tmp_path / "samples" / f"step{config.training.num_steps}_ema_ddpm250_seed0_n512.npz") as arrays:
+        figures = quality(arrays["arr_0"])
+    print(figures)
+    assert figures["confident"] > 0.6 and figures["rarest"] > 0.02 and figures["distance"] >= 1.0
