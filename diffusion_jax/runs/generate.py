@@ -1,0 +1,191 @@
+"""Drawing images from a trained model: pictures during training, and `--mode=sample`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, models, sampling, schedules
+from diffusion_jax.runs import pictures, workdir as work
+from diffusion_jax.runs.console import Bar, say
+from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.training import compiler, schedule_from_config, sharding
+from diffusion_jax.training.checkpoints import Checkpoints
+
+
+def sampler_from_config(config: Mapping, diffusion: Mapping) -> sampling.Sampler:
+    """The sampler of `config.sampling`, for what `config.diffusion` says the network predicts. Raises: ValueError."""
+    prediction, variance, clip = diffusion["prediction"], diffusion["variance"], config["clip"]
+    if config["sampler"] == "ddpm":
+        return sampling.ddpm(prediction, variance, clip)
+    if config["sampler"] == "ddim":
+        return sampling.ddim(config["eta"], prediction, variance, clip)
+    raise ValueError(f"sampling.sampler={config['sampler']!r} is unknown; known: ddpm, ddim")
+
+
+def draw_images(
+    key, schedule: schedules.Schedule, model, params, sampler, shape, y=None, *, constrain: Callable = lambda x: x, trajectory=False
+):
+    """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` gives with a trajectory; pure.
+
+    shape: (B, H, W, C). y: int32 [B] for a conditional model. constrain: applied to x_T, to place it on a mesh.
+    """
+    key_noise, key_steps = jax.random.split(key)
+    x_T = constrain(jax.random.normal(key_noise, shape))
+
+    def denoise_fn(x_t, time):
+        return model.apply({"params": params}, x_t, time, y)
+
+    return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=trajectory)
+
+
+class Generator:
+    """Compiled sampling for a config: `generator(params, key, y) -> uint8 [B, H, W, C]`, spread over the devices."""
+
+    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, batch_size: int):
+        self.schedule = schedules.respace(schedule, config["sampling"]["steps"], config["sampling"]["spacing"])
+        self.sampler = sampler_from_config(config["sampling"], config["diffusion"])
+        self.num_classes, self.batch_size = config["model"]["num_classes"], batch_size
+        shape, rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
+
+        def generate(params, key, y):
+            x = draw_images(
+                key,
+                self.schedule,
+                model,
+                params,
+                self.sampler,
+                shape,
+                y,
+                constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
+            )
+            return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+        whole = sharding.replicated(mesh)
+        self._generate = jax.jit(
+            generate, in_shardings=(whole, whole, rows), out_shardings=rows, compiler_options=compiler.options()
+        )
+
+    def labels(self, first: int, count: int) -> np.ndarray | None:
+        """Labels of samples first ... first + count - 1: the classes in turn; None for an unconditional model."""
+        return np.arange(first, first + count, dtype=np.int32) % self.num_classes if self.num_classes else None
+
+    def __call__(self, params, key, y=None) -> np.ndarray:
+        """One batch, gathered on every process."""
+        return multihost_utils.process_allgather(self._generate(params, key, y), tiled=True)
+
+
+def trajectory_picture(key, config: Mapping, model, schedule, params, columns: int, rows: int = 4) -> np.ndarray:
+    """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C]."""
+    schedule = schedules.respace(schedule, config["sampling"]["steps"], config["sampling"]["spacing"])
+    sampler = sampler_from_config(config["sampling"], config["diffusion"])
+    kept = np.unique(np.linspace(0, schedule.num_timesteps - 1, columns).round().astype(int))[1:]
+    params = jax.device_get(params)  # one process draws this, on one device
+    num_classes = config["model"]["num_classes"]
+    y = jnp.arange(rows, dtype=jnp.int32) % num_classes if num_classes else None
+    shape = (rows, *data.image_shape(config["data"]))
+
+    def draw(params, key):
+        return draw_images(key, schedule, model, params, sampler, shape, y, trajectory=kept)
+
+    x_0, passed = jax.jit(draw, compiler_options=compiler.options())(params, key)
+    through = np.concatenate([np.asarray(passed.x_t), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
+    images = pictures.to_uint8(through).swapaxes(0, 1)
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
+
+
+def sample(config: ConfigDict, directory: pathlib.Path) -> None:
+    """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any).
+
+    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped.
+    """
+    work.check_identity(config, directory)
+    options = config.sampling
+    if options.num_samples < 1:
+        raise UserError(f"sampling.num_samples={options.num_samples} must be at least 1")
+    if options.batch_size < 1:
+        raise UserError(f"sampling.batch_size={options.batch_size} must be at least 1")
+    if options.trajectory < 0 or options.trajectory == 1:
+        raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
+    with as_user_error("config"):
+        mesh = sharding.make_mesh(config.mesh)
+        batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
+        model, schedule = models.from_config(config.model), schedule_from_config(config.diffusion)
+        generator = Generator(config, model, schedule, mesh, batch_size)
+    image_shape = data.image_shape(config.data)
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}")
+    abstract = jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(0, 1)
+        )["params"]
+    )
+    whole = sharding.replicated(mesh)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        restored = checkpoints.restore_weights(abstract, options.use_ema)
+    if restored is None:
+        raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
+    step, params = restored
+
+    kind = "ema" if options.use_ema else "raw"
+    steps = str(options.steps).replace(",", "-")
+    name = f"step{step}_{kind}_{options.sampler}{steps}_seed{options.seed}_n{options.num_samples}"
+    say(f"Sampling {options.num_samples} images from step {step} ({'EMA' if options.use_ema else 'raw'} weights).")
+    samples = directory / "samples"
+    parts = samples / f".{name}_{_digest(config, batch_size)}"
+    if jax.process_index() == 0:
+        parts.mkdir(parents=True, exist_ok=True)
+    multihost_utils.sync_global_devices("sample parts")
+    batches = -(-options.num_samples // batch_size)
+    done = {int(path.stem) for path in parts.glob("*.npy")}
+    key = jax.random.key(options.seed)
+    with Bar("Sampling", options.num_samples, min(len(done) * batch_size, options.num_samples)) as bar:
+        for i in range(batches):
+            if i in done:
+                continue
+            if i == min(set(range(batches)) - done):
+                say("Compiling the sampler, and the first batch ...")
+            images = generator(params, jax.random.fold_in(key, i), generator.labels(i * batch_size, batch_size))
+            if jax.process_index() == 0:
+                np.save(parts / f"{i}.partial.npy", images)
+                (parts / f"{i}.partial.npy").replace(parts / f"{i}.npy")
+            bar.update(min((i + 1) * batch_size, options.num_samples))
+    if jax.process_index() == 0:
+        _collect(config, generator, parts, batches, samples / name)
+        if options.trajectory:
+            picture = trajectory_picture(key, config, model, schedule, params, options.trajectory)
+            pictures.save_png(samples / f"{name}_trajectory.png", picture)
+            say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
+
+
+def _digest(config: ConfigDict, batch_size: int) -> str:
+    """Tells apart the unfinished parts of commands that would draw different images."""
+    what = {key: value for key, value in work.to_dict(config.sampling).items() if not key.startswith("preview")}
+    return hashlib.sha256(json.dumps([what, batch_size], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _collect(config: ConfigDict, generator: Generator, parts: pathlib.Path, batches: int, path: pathlib.Path) -> None:
+    """Joins the parts into PATH.npz and PATH.png, and removes them."""
+    n = config.sampling.num_samples
+    images = np.concatenate([np.load(parts / f"{i}.npy") for i in range(batches)])[:n]
+    labels = generator.labels(0, n)
+    arrays = [images] if labels is None else [images, labels]
+    temporary = path.with_name(path.name + ".partial.npz")
+    np.savez(temporary, *arrays)
+    temporary.replace(path.with_name(path.name + ".npz"))
+    pictures.save_png(path.with_name(path.name + ".png"), pictures.grid(images[:256]))
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    if images.shape[2] <= 12:
+        say(pictures.as_text(images[: 72 // images.shape[2]]))
+    say(f"{n} images: {path}.npz, a grid: {path}.png")

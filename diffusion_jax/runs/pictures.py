@@ -1,0 +1,48 @@
+"""Pictures for people: grids, the way from noise to image, and small images as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+_SHADES = " .:-=+*#%@"
+
+
+def to_uint8(x) -> np.ndarray:
+    """[-1, 1] to 0 ... 255, rounded to the nearest (OpenAI's code truncates)."""
+    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+GAP = 4  # grey pixels around every image of a grid
+_GREY = 64
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = max(1, 64 // max(height, width))
+    height, width = height * scale + GAP, width * scale + GAP
+    tiles = np.full((rows * columns, height, width, channels), _GREY, np.uint8)
+    tiles[:n, GAP:, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
+    """Writes uint8 [H, W, C] (C 1 or 3), whole or not at all."""
+    temporary = path.with_suffix(".partial")
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def as_text(images: np.ndarray) -> str:
+    """A row of small uint8 images [N, H, W, C] as characters, two to a pixel."""
+    shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
+    rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
+    return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)

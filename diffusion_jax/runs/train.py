@@ -1,0 +1,193 @@
+"""`--mode=train`: one run from its config to its last checkpoint, or from its last checkpoint onwards."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, training
+from diffusion_jax.runs import pictures, workdir as work
+from diffusion_jax.runs.console import Bar, bar_over, compiling, say
+from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.runs.generate import Generator
+from diffusion_jax.training import sharding
+from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+
+
+def train(config: ConfigDict, directory: pathlib.Path) -> None:
+    """Trains until `training.num_steps`, leaving checkpoints, metrics and pictures in `directory`.
+
+    Raises: UserError for a config that cannot be run, a directory that holds another run, or a loss that is not finite.
+    """
+    _check(config)
+    work.check_identity(config, directory)
+    with as_user_error("config"):
+        built = training.setup(config)
+        preview = _preview(config, built)
+    options = config.training
+    newest = max(committed_steps(directory / "checkpoints"), default=0)
+    if newest >= options.num_steps:
+        say(f"This run is finished: {directory} holds step {newest} of {options.num_steps}. Nothing to do.")
+        return
+    source = data.load(config.data, bar_over("Reading the images"))
+    _check_source(config, source)
+    directory.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(directory / "checkpoints", options.checkpoints_kept, options.checkpoint_keep_every) as checkpoints:
+        state = checkpoints.restore(built.abstract_state)
+        step = 0 if state is None else int(state.step)
+        if state is None:
+            with compiling("the initialisation"):
+                state = built.init()
+        if jax.process_index() == 0:
+            work.write_config(config, directory)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
+        say(f"Continuing from step {step}." if step else "Starting from step 0.")
+        _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
+    say(f"Done: {options.num_steps} steps, in {directory}. Sample with --mode=sample.")
+
+
+def _check(config: ConfigDict) -> None:
+    """What can be seen to be wrong before anything is built."""
+    options = config.training
+    for leaf in ("num_steps", "batch_size", "log_every", "checkpoint_every", "steps_per_call", "checkpoints_kept"):
+        if options[leaf] < 1:
+            raise UserError(f"training.{leaf}={options[leaf]} must be at least 1")
+    for leaf in ("num_steps", "log_every", "sample_every", "checkpoint_every"):
+        if options[leaf] % options.steps_per_call:
+            raise UserError(
+                f"training.{leaf}={options[leaf]} must be a multiple of training.steps_per_call={options.steps_per_call}"
+            )
+
+
+def _check_source(config: ConfigDict, source) -> None:
+    classes = config.model.num_classes
+    if classes and source.num_classes > classes:
+        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
+    if classes and not source.num_classes:
+        raise UserError(f"model.num_classes={classes}, but the data has no labels; use model.num_classes=0")
+
+
+def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
+    """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted."""
+    if config.sampling.preview_samples < 1:
+        return None
+    config = ConfigDict(work.to_dict(config))
+    config.sampling.update(sampler="ddim", steps=config.sampling.preview_steps, spacing="trailing", eta=0.0)
+    devices = built.mesh.size
+    batch_size = max(1, config.sampling.preview_samples // devices) * devices
+    return Generator(config, built.model, built.schedule, built.mesh, batch_size)
+
+
+class _Loop:
+    """The training loop and what it does at its intervals."""
+
+    def __init__(self, config: ConfigDict, directory: pathlib.Path, built: training.Setup, checkpoints: Checkpoints, preview):
+        self._config, self._directory, self._built = config, directory, built
+        self._checkpoints, self._preview = checkpoints, preview
+        self._metrics: work.Metrics | None = None
+
+    def run(self, state: training.TrainState, step: int, source) -> None:
+        """From `step` to the end."""
+        options = self._config.training
+        rows = sharding.process_rows(options.batch_size, self._built.mesh)
+        batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
+        workers = 0 if isinstance(source, data.Memory) else self._config.data.workers
+        stream = data.stream(batches, step, workers)
+        per_call = options.steps_per_call if self._built.train_steps else 1
+        train = self._built.train_steps or self._built.train_step
+        if options.steps_per_call > per_call:
+            say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")
+        if jax.process_index() == 0:
+            self._metrics = work.Metrics(self._directory, step)
+        batch = self._next(stream, per_call)
+        with compiling("the train step"):
+            train = train.lower(state, batch).compile()
+
+        with Bar("Training", options.num_steps, step) as bar:
+            began, waited, logged = time.perf_counter(), 0.0, step
+            try:
+                while step < options.num_steps:
+                    state, _ = train(state, batch)
+                    step += per_call
+                    last = step == options.num_steps
+                    if not last:
+                        start = time.perf_counter()
+                        batch = self._next(stream, per_call)
+                        waited += time.perf_counter() - start
+                    note = ""
+                    if step % options.log_every == 0 or last:
+                        means = training.window_means(self._finite(state))
+                        seconds = time.perf_counter() - began
+                        note = self._log(step, means, (step - logged) / seconds, waited / seconds)
+                        began, waited, logged = time.perf_counter(), 0.0, step
+                    bar.update(step, note)
+                    start = time.perf_counter()
+                    if step % options.checkpoint_every == 0 or last:
+                        self._save(state, step)
+                    if last or (options.sample_every and step % options.sample_every == 0):
+                        self._picture(state, step)
+                    began += time.perf_counter() - start  # the speed is that of training alone
+                self._checkpoints.finish(step)
+            finally:
+                if self._metrics:
+                    self._metrics.close()
+
+    def _log(self, step: int, means: dict[str, float], steps_per_second: float, waiting: float) -> str:
+        """Writes the means of the steps since the last line, and the speed; returns a note for the bar."""
+        options = self._config.training
+        speed = {
+            "images_per_second": steps_per_second * options.batch_size,
+            "data_wait": waiting,  # the fraction of the time that the loop waited for data
+            "seconds_left": (options.num_steps - step) / steps_per_second,
+        }
+        if self._metrics:
+            self._metrics.scalars(step, means | speed)
+        return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
+
+    def _next(self, stream, per_call: int):
+        """The next batch (or `per_call` of them, stacked) on the devices."""
+        if per_call == 1:
+            return self._place(next(stream), 0)
+        several = [next(stream) for _ in range(per_call)]
+        return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1)
+
+    def _place(self, batch, leading: int):
+        place = sharding.batch_sharding(self._built.mesh, leading)
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(place, leaf), batch)
+
+    def _finite(self, state):
+        """The fetched window. Raises: UserError where a loss or gradient was not finite."""
+        window = jax.device_get(state.window)
+        if window["nonfinite_step"] >= 0:
+            saved = self._checkpoints.steps()
+            kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there was no checkpoint yet"
+            raise UserError(
+                f"the loss or its gradient was not finite at step {window['nonfinite_step']} ({kept}); try a lower "
+                "optimizer.learning_rate, a longer warmup_steps, grad_clip=1.0, or model.dtype=float32",
+                exit_code=1,
+            )
+        return window
+
+    def _save(self, state, step: int) -> None:
+        self._finite(state)
+        if self._metrics:
+            self._metrics.flush()  # what is logged up to here must outlive the checkpoint that continues from here
+        self._checkpoints.save(step, state)
+
+    def _picture(self, state, step: int) -> None:
+        """A grid drawn with the EMA weights, as PNG and among TensorBoard's images."""
+        preview = self._preview
+        if preview is None:
+            return
+        key = jax.random.key(self._config.sampling.seed)
+        images = preview(state.ema_params, key, preview.labels(0, preview.batch_size))
+        if self._metrics:
+            picture = pictures.grid(images)
+            (self._directory / "samples").mkdir(exist_ok=True)
+            pictures.save_png(self._directory / "samples" / f"train_step{step:08d}.png", picture)
+            self._metrics.picture(step, "samples", picture)

@@ -1,0 +1,143 @@
+"""The work directory: config.json, metrics.jsonl, TensorBoard events, samples/ and checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax.runs.errors import UserError
+
+# What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
+_IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
+_NOT_IDENTITY = {"data.data_dir", "data.workers", "data.memory_mb"}
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested leaves as {"group.leaf": value}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def identity(config: Mapping) -> dict[str, Any]:
+    """The leaves that must agree between the launches of one run."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key in ("seed", "training.batch_size") or (key.split(".")[0] in _IDENTITY_GROUPS and key not in _NOT_IDENTITY)
+    }
+
+
+def to_dict(config: ConfigDict) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json())
+
+
+def read_config(workdir: pathlib.Path) -> dict | None:
+    """The stored config, or None where there is none. Raises: UserError for one that cannot be read."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no config ({error}); was it edited?") from None
+
+
+def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises: UserError, with every key that differs, where the directory holds another run."""
+    stored = read_config(workdir)
+    if stored is None:
+        return
+    old, new = identity(stored), identity(to_dict(config))
+    differing = [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in new if key in old and old[key] != new[key]]
+    if differing:
+        raise UserError(f"{workdir} holds another run ({'; '.join(differing)}); use another --workdir, or its config")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Stores the config of this launch."""
+    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events, which agree: both are cut back to the step that a launch starts from."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        import tensorflow as tf  # clu's writers need it; imported here because it takes seconds
+
+        tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
+        from clu import metric_writers
+
+        self._path = workdir / "metrics.jsonl"
+        self._cut_lines(step)
+        self._cut_events(tf, workdir, step)
+        self._events = metric_writers.SummaryWriter(str(workdir))
+        self._lines = self._path.open("a")
+
+    def _cut_lines(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run may be torn
+                continue
+        write_text(self._path, "".join(kept))
+
+    @staticmethod
+    def _cut_events(tf, workdir: pathlib.Path, step: int) -> None:
+        for path in sorted(workdir.glob("events.out.tfevents.*")):
+            records = []
+            try:
+                for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+                    if tf.compat.v1.Event.FromString(record).step <= step:
+                        records.append(record)
+            except tf.errors.DataLossError:  # the end of a killed run's file may be torn
+                pass
+            temporary = path.with_name("partial." + path.name)
+            with tf.io.TFRecordWriter(str(temporary)) as writer:
+                for record in records:
+                    writer.write(record)
+            os.replace(temporary, path)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line, and one point of each curve."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        self._events.write_scalars(step, dict(values))
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A uint8 picture [H, W, C] among TensorBoard's images."""
+        self._events.write_images(step, {name: picture[None]})
+
+    def flush(self) -> None:
+        """Makes what was written last, before the checkpoint that a relaunch would start from."""
+        self._events.flush()
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self.flush()
+        self._events.close()
+        self._lines.close()
