@@ -65,7 +65,9 @@ class Bar:
             return
         self._last_line = now
         left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
-        say(f"{self._what} {done}/{self._total} ({100 * done // self._total}%)  {clock(left)} left  {self._note}".rstrip())
+        say(
+            f"{self._what} {done}/{self._total} ({100 * done // self._total}%)  {clock(left)} left  {self._note}".rstrip()
+        )
 
     def over(self, items: Iterable, total: int) -> Iterator:
         """Passes the items through and counts them."""

@@ -16,7 +16,9 @@ from diffusion_jax.runs.console import say
 def quiet() -> None:
     """Silences what libraries log below an error; must come before TensorFlow is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only writes event files here; oneDNN greets on stderr
+    os.environ.setdefault(
+        "TF_ENABLE_ONEDNN_OPTS", "0"
+    )  # TensorFlow only writes event files here; oneDNN greets on stderr
     absl.logging.set_verbosity(absl.logging.ERROR)
     absl.logging.set_stderrthreshold("error")
     for name in ("jax", "orbax", "grain", "tensorflow", "absl"):
@@ -46,4 +48,4 @@ def start() -> None:
         card = "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
         if card:
             extra = "tpu" if card == "a TPU" else "cuda"
-            say(f"This machine has {card} but jax runs on the CPU: install the accelerator's jax with `make setup EXTRA={extra}`.")
+            say(f"This machine has {card} but jax runs on the CPU; for the accelerator's jax: make setup EXTRA={extra}")

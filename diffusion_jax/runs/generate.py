@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, sampling, schedules
-from diffusion_jax.runs import pictures, workdir as work
+from diffusion_jax.runs import pictures
+from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.training import compiler, schedule_from_config, sharding
@@ -32,7 +33,16 @@ def sampler_from_config(config: Mapping, diffusion: Mapping) -> sampling.Sampler
 
 
 def draw_images(
-    key, schedule: schedules.Schedule, model, params, sampler, shape, y=None, *, constrain: Callable = lambda x: x, trajectory=False
+    key,
+    schedule: schedules.Schedule,
+    model,
+    params,
+    sampler,
+    shape,
+    y=None,
+    *,
+    constrain: Callable = lambda x: x,
+    trajectory=False,
 ):
     """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` gives with a trajectory; pure.
 
@@ -122,11 +132,13 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         generator = Generator(config, model, schedule, mesh, batch_size)
     image_shape = data.image_shape(config.data)
     if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}")
+        raise UserError(
+            f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
+        )
     abstract = jax.eval_shape(
-        lambda: model.init(
-            jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(0, 1)
-        )["params"]
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(0, 1))[
+            "params"
+        ]
     )
     whole = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)

@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.runs import pictures, workdir as work
+from diffusion_jax.runs import pictures
+from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
@@ -86,7 +87,9 @@ def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
 class _Loop:
     """The training loop and what it does at its intervals."""
 
-    def __init__(self, config: ConfigDict, directory: pathlib.Path, built: training.Setup, checkpoints: Checkpoints, preview):
+    def __init__(
+        self, config: ConfigDict, directory: pathlib.Path, built: training.Setup, checkpoints: Checkpoints, preview
+    ):
         self._config, self._directory, self._built = config, directory, built
         self._checkpoints, self._preview = checkpoints, preview
         self._metrics: work.Metrics | None = None

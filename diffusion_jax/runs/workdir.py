@@ -34,7 +34,8 @@ def identity(config: Mapping) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(config).items()
-        if key in ("seed", "training.batch_size") or (key.split(".")[0] in _IDENTITY_GROUPS and key not in _NOT_IDENTITY)
+        if key in ("seed", "training.batch_size")
+        or (key.split(".")[0] in _IDENTITY_GROUPS and key not in _NOT_IDENTITY)
     }
 
 
