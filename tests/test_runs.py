@@ -231,7 +231,7 @@ def test_grids_and_text():
     assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
     np.testing.assert_array_equal(pictures.to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
     text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
-    assert text == "  @@\n@@"
+    assert text == "  @@    @@"
 
 
 # ------------------------------------------------------------------------------------ as processes
