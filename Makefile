@@ -13,6 +13,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing into $(VENV): a minute or two, about 2.5 GB."
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[train,test$(if $(EXTRA),$(comma)$(EXTRA))]'
@@ -23,7 +24,7 @@ demo: setup
 	$(BIN)/python main.py --workdir=runs/digits --mode=sample
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
@@ -42,8 +43,9 @@ format: setup
 
 # The README's pictures, from the demo's run.
 pictures: demo
-	cp runs/digits/samples/step*_ema_*_trajectory.png docs/images/noise_to_digits.png
-	cp $$(ls runs/digits/samples/step*_ema_*.png | grep -v trajectory) docs/images/digits.png
+	cp "$$(ls -t runs/digits/samples/step*_trajectory.png | head -1)" docs/images/noise_to_digits.png
+	cp "$$(ls -t runs/digits/samples/step*_n100.png | head -1)" docs/images/digits.png
 
+# Leaves runs/ alone: those are results.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

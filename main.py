@@ -28,12 +28,12 @@ def fail(message: str, exit_code: int = 2) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
-    named = any(arg.split("=")[0] in ("--config", "-config") for arg in argv)
-    path = next((arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))), None)
+    path, workdir = _value(argv, "config"), _value(argv, "workdir")
     if path and not pathlib.Path(path.partition(":")[0]).is_file():
         fail(f"--config={path}: no such file")
-    workdir = next((arg.split("=", 1)[1] for arg in argv if arg.startswith(("--workdir=", "-workdir="))), None)
-    if not named and workdir and (pathlib.Path(workdir) / "config.json").exists():
+    if workdir and "://" in workdir:
+        fail(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
+    if not path and workdir and _read_config(workdir) is not None:
         stored = f"--config={pathlib.Path(__file__).parent / 'configs' / 'workdir.py'}:{workdir}"
         # config_flags reads overrides from sys.argv itself.
         sys.argv = argv = [argv[0], stored, *argv[1:]]
@@ -55,13 +55,32 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _value(argv: list[str], name: str) -> str | None:
+    """The value of a flag (its last, as absl has it) before absl has read any: --name=value or --name value."""
+    found = None
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            found = value if equals else next(iter(argv[i + 1 :]), None)
+    return found
+
+
+def _read_config(workdir: str) -> dict | None:
+    """The config stored in a work directory, None where there is none; one that cannot be read ends the program."""
+    from diffusion_jax.runs.errors import UserError
+    from diffusion_jax.runs.workdir import read_config
+
+    try:
+        return read_config(pathlib.Path(workdir).expanduser())
+    except (UserError, OSError) as error:
+        fail(str(error))
+
+
 def _unknown_key(argv: list[str]) -> str | None:
     """What is wrong with the first override whose key the config does not have."""
     from diffusion_jax.runs.workdir import flatten, to_dict
 
-    path, _, argument = (
-        next(arg for arg in argv if arg.lstrip("-").startswith("config=")).split("=", 1)[1].partition(":")
-    )
+    path, _, argument = (_value(argv, "config") or "").partition(":")
     get_config = runpy.run_path(path)["get_config"]
     known = flatten(to_dict(get_config(argument) if argument else get_config()))
     for arg in argv:
@@ -88,7 +107,7 @@ def main(argv: list[str]) -> None:
         run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
     except UserError as error:
         fail(str(error), error.exit_code)
-    except (DataError, CheckpointError, PermissionError, NotADirectoryError) as error:
+    except (DataError, CheckpointError, OSError) as error:  # OSError: a full disk, a directory that cannot be written
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command continues from the last checkpoint", 130)

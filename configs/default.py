@@ -72,12 +72,13 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1 for all
-    config.mesh.fsdp = 1
+    config.mesh.fsdp = 1  # devices that would split the parameters too; only 1 works yet
 
     config.sampling = ConfigDict()
     config.sampling.sampler = "ddpm"  # or ddim
-    config.sampling.steps = FieldReference(1000, field_type=object)  # a number, or OpenAI's "ddim50", "250", "10,15,20"
-    config.sampling.spacing = "trailing"  # of a number: leading, trailing, linspace, quadratic
+    # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), or OpenAI's "ddim50" or "10,15,20".
+    config.sampling.steps = FieldReference(None, field_type=object)
+    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic
     config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
     config.sampling.clip = True  # x_0 to [-1, 1] at every step
     config.sampling.num_samples = 64

@@ -3,8 +3,7 @@
     python main.py --config=configs/lsun_bedroom_256.py --workdir=DIR
 
 Published result: FID 6.36 (4.90 with a larger network). Expected, not measured: days on a TPU v3-8 or on eight GPUs.
-Needs the TFDS set
-lsun/bedroom, which TFDS downloads and prepares.
+Needs the TFDS set lsun/bedroom, which TFDS downloads and prepares.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +14,6 @@ from configs import lsun_church_256
 def get_config() -> ConfigDict:
     """As the church, with another data set and length."""
     config = lsun_church_256.get_config()
-    config.data.update(dataset="lsun/bedroom", random_flip=True)
+    config.data.update(dataset="lsun/bedroom")
     config.training.num_steps = 2_400_000
     return config

@@ -12,7 +12,7 @@ from configs import default
 def get_config(directory: str) -> ConfigDict:
     """The defaults, overwritten by DIR/config.json."""
     config = default.get_config()
-    config.update(_tuples(json.loads((pathlib.Path(directory) / "config.json").read_text())))
+    config.update(_tuples(json.loads((pathlib.Path(directory).expanduser() / "config.json").read_text())))
     return config
 
 

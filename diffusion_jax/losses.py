@@ -65,7 +65,7 @@ def simple(
 
     Args:
       key: draws t and eps.
-      denoise_fn: (x_t [B, ...], network time float [B]) -> output with the shape of x_t. Channels beyond those of x_t (a
+      denoise_fn: (x_t [B, ...], network time float [B]) -> output with the shape of x_t. A second half of the channels (a
         learned variance) are left out of this loss.
       x_0: float [B, ...], images in [-1, 1].
       prediction: what the output stands for: eps, x_0, v, x_prev or score.
@@ -76,8 +76,10 @@ def simple(
       timestep_sampler: one of `timesteps`, or any function of that form.
     Returns:
       loss float [B], and SimpleParts with the drawn t, the weight on `mse` (importance weight included) and the rest.
-    Raises: ValueError for an unknown prediction or weighting, or an output of another shape.
+    Raises: ValueError for an unknown prediction or weighting, an output of another shape, or an x_0 that is not float.
     """
+    if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
+        raise ValueError(f"x_0 must be float, images in [-1, 1]; got {jnp.result_type(x_0)}")
     key_t, key_eps = jax.random.split(key)
     t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
     eps = jax.random.normal(key_eps, x_0.shape, jnp.result_type(x_0, float))
@@ -85,8 +87,11 @@ def simple(
     target = _target(schedule, x_0, x_t, t, eps, prediction)
     output = denoise_fn(x_t, process.at(schedule.timesteps, t, t))
     predicted = output[..., : x_t.shape[-1]]
-    if predicted.shape != target.shape:
-        raise ValueError(f"denoise_fn gave {output.shape} for x_t {x_t.shape}; it must keep the shape of x_t")
+    if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
+        raise ValueError(
+            f"denoise_fn gave {output.shape} for x_t {x_t.shape}; it must keep the shape of x_t, or double its last axis "
+            "for a learned variance"
+        )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
     weight = importance * _weight_of_target(schedule, t, prediction, weighting)
     return weight * mse, SimpleParts(t, weight, mse, eps, x_t, output)

@@ -86,8 +86,8 @@ def betas(name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: 
     """
     if name not in _BETAS:
         raise ValueError(f"unknown schedule {name!r}; known: {', '.join(_BETAS)}")
-    if num_timesteps < 1 or int(num_timesteps) != num_timesteps:
-        raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps}")
+    if not isinstance(num_timesteps, int | np.integer) or num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps!r}")
     if not (0 < beta_start <= 1 and 0 < beta_end <= 1):
         raise ValueError(f"beta_start and beta_end must lie in (0, 1], got {beta_start} and {beta_end}")
     return _BETAS[name](int(num_timesteps), float(beta_start), float(beta_end))
@@ -194,19 +194,18 @@ def from_betas(betas: Sequence[float] | np.ndarray, timesteps: Sequence[float] |
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise ValueError(f"betas must be one row of at least one number, got shape {betas.shape}")
-    bad = ~((betas > 0) & (betas <= 1))
+    bad = ~((1 - betas < 1) & (betas <= 1))  # a beta that vanishes beside 1 would leave alpha_bar at 1
     if bad.any() or (betas[:-1] == 1).any():
         t = int(np.argmax(bad if bad.any() else betas == 1))
         raise ValueError(f"betas must lie in (0, 1), the last in (0, 1]; betas[{t}] is {betas[t]}")
     timesteps = np.arange(betas.size, dtype=np.float64) if timesteps is None else np.asarray(timesteps, np.float64)
-    if timesteps.shape != betas.shape or (np.diff(timesteps) <= 0).any():
+    if timesteps.shape != betas.shape or not (np.diff(timesteps) > 0).all() or not np.isfinite(timesteps).all():
         raise ValueError(
             f"timesteps must be {betas.size} increasing numbers, one for each beta, got shape {timesteps.shape}"
         )
     alpha_bar = np.cumprod(1 - betas)
-    with np.errstate(divide="ignore"):
-        # A chain that ends in pure noise has log alpha_bar = -inf; a finite floor keeps the interpolation finite.
-        log_alpha_bar = np.maximum(np.log(alpha_bar), -80.0)
+    # A chain that ends in pure noise has log alpha_bar = -inf there; a finite floor keeps the interpolation finite.
+    log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
     return _tables(alpha_bar, betas, timesteps, grid=(timesteps, log_alpha_bar))
 
 
@@ -260,8 +259,8 @@ def _indices(steps, spacing, total) -> np.ndarray:
     if np.ndim(steps) == 0:
         if spacing not in _SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(_SPACINGS)}")
-        if int(steps) != steps or not 1 <= steps <= total:
-            raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps}")
+        if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
+            raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
         return _SPACINGS[spacing](int(steps), total)
     indices = np.asarray(steps)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):

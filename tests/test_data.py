@@ -90,6 +90,8 @@ def folder(tmp_path):
         tmp_path / "dog" / "palette.PNG"
     )
     (tmp_path / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / ".thumbs").mkdir()
+    (tmp_path / ".thumbs" / "hidden.png").write_text("no image either")
     return tmp_path
 
 
@@ -112,6 +114,14 @@ def test_resizing_crops_the_centre(tmp_path):
     assert source.num_classes == 0
 
 
+def test_sixteen_bits_are_scaled_and_images_beside_subfolders_are_no_class(folder):
+    Image.fromarray(np.array([[0, 257, 65535, 32768]], np.uint16)).save(folder / "deep.png")
+    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": (1, 4)}
+    source = data.load(config)
+    assert len(source) == 5 and source.num_classes == 0
+    assert source.images[2].ravel().tolist() == [0, 1, 255, 128]
+
+
 def test_bad_folders_and_images(folder, tmp_path):
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
     with pytest.raises(data.DataError, match="is no folder"):
@@ -123,7 +133,9 @@ def test_bad_folders_and_images(folder, tmp_path):
     (folder / "cat" / "wide.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(data.DataError, match="wide.png"):
         data.load(config)
-    for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}):
+    with pytest.raises(data.DataError, match="is no folder"):
+        data.load({**config, "data_dir": ""})
+    for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"image_size": "wide"}, {"image_size": 2.5}):
         with pytest.raises(data.DataError, match="must be"):
             data.load({**config, **wrong})
 
@@ -133,6 +145,8 @@ def test_tfds_that_is_not_there(tmp_path):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
     with pytest.raises(data.DataError, match="neither a TFDS data set"):
         data.load({**CONFIG, "dataset": "no_such_set", "data_dir": str(tmp_path)})
+    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+        data.load({**CONFIG, "dataset": "my data", "data_dir": str(tmp_path)})
 
 
 def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> None:
@@ -186,11 +200,13 @@ def test_tfds_in_array_record(tmp_path):
     for step, batch in enumerate(data.stream(batches, workers=1)):
         assert batch["image"].shape == (2, 32, 32, 3)
         np.testing.assert_array_equal(batch["label"], batches[step]["label"])
-    with pytest.raises(data.DataError, match="has train"):
-        data.load({**config, "split": "test"})
+    assert len(data.load({**config, "split": "train[:40%]+train[4:]"})) == 3
+    for split in ("test", "train[abc"):
+        with pytest.raises(data.DataError, match="has train"):
+            data.load({**config, "split": split})
 
 
 def test_tfds_in_another_format(tmp_path):
     write_tfds(tmp_path, "tfrecord")
-    with pytest.raises(data.DataError, match="in tfrecord format, not array_record; prepare it with"):
+    with pytest.raises(data.DataError, match="in tfrecord format, not array_record; prepare it with.*_array_record"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})

@@ -145,6 +145,10 @@ def test_bad_arguments():
         losses.simple(jax.random.key(0), SCHEDULE, keep, x_0, prediction="noise")
     with pytest.raises(ValueError, match="keep the shape"):
         losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: x[:, :1], x_0)
+    with pytest.raises(ValueError, match="keep the shape"):
+        losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: jnp.concatenate([x, x[:, :1]], -1), x_0)
+    with pytest.raises(ValueError, match="float, images in"):
+        losses.simple(jax.random.key(0), SCHEDULE, keep, jnp.zeros((2, 3), jnp.uint8))
 
 
 @pytest.mark.parametrize("name", timesteps.SAMPLERS)

@@ -90,8 +90,11 @@ def test_bad_betas_are_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             schedules.from_betas(bad)
-    with pytest.raises(ValueError, match=r"betas\[0\] is nan"):
-        schedules.from_betas([np.nan, 0.1])
+    for tiny in (np.nan, 1e-17):
+        with pytest.raises(ValueError, match=rf"betas\[0\] is {tiny}"):
+            schedules.from_betas([tiny, 0.1])
+    with pytest.raises(ValueError, match="increasing"):
+        schedules.from_betas([0.1, 0.2], timesteps=[0, np.nan])
     with pytest.raises(ValueError, match="known: linear"):
         schedules.betas("lineal", 10)
     with pytest.raises(ValueError, match="at least 1"):
@@ -146,6 +149,10 @@ def test_integers_and_indices(thousand):
         (0, "whole number in 1"),
         (1001, "whole number in 1"),
         (2.5, "whole number"),
+        (None, "whole number"),
+        (float("inf"), "whole number"),
+        ("ddim", "write"),
+        ("", "write"),
         ([1, 1], "visits step 1 twice"),
         ([-1, 4], "0 ... 999"),
         ([1000], "0 ... 999"),
@@ -183,6 +190,8 @@ def test_log_snr_extends_the_table_and_is_invertible(thousand, x64):
     time = jnp.array([0.0, 17.25, 500.5, 998.9])
     np.testing.assert_allclose(short.log_snr(time), thousand.log_snr(time), rtol=1e-12)
     np.testing.assert_allclose(thousand.time_at_log_snr(thousand.log_snr(time)), time, atol=1e-8)
+    long = schedules.from_betas(schedules.betas("linear", 10_000))  # alpha_bar ends near 1e-44
+    np.testing.assert_allclose(long.log_snr(long.timesteps), np.log(long.snr), rtol=1e-9)
     middle = np.exp(np.log(thousand.alpha_bar[[500, 501]]).mean())
     np.testing.assert_allclose(thousand.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
 

@@ -24,8 +24,8 @@ __all__ = [
 def image_shape(config: Mapping) -> tuple[int, int, int]:
     """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width). Raises: DataError."""
     size = config["image_size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or min(size) < 1:
+    size = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
         raise DataError(f"data.image_size={config['image_size']} must be a number of pixels, or (height, width)")
     if config["channels"] not in (1, 3):
         raise DataError(f"data.channels={config['channels']} must be 1 (grey) or 3 (colour)")

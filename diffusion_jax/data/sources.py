@@ -24,6 +24,8 @@ class DataError(Exception):
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
     """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and centre-cropped."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
     if image.size != (width, height):
@@ -55,17 +57,22 @@ class Digits:
 
 
 class Folder:
-    """Every image file below a folder, in order of its path; where there are subfolders, each is a class."""
+    """Every image file below a folder, in order of its path; where all stand in subfolders, each subfolder is a class.
+
+    Hidden files and folders are left out; transparency is dropped.
+    """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
         root = pathlib.Path(directory).expanduser()
-        if not root.is_dir():
+        if not directory or not root.is_dir():
             raise DataError(f"data.data_dir={directory!r} is no folder; give the one that holds your images")
         self._root, self._size, self._channels = root, image_size, channels
-        self._files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not self._files:
+        found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()]
+        files = sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+        if not files:
             raise DataError(f"no images below {directory!r}; looked for {', '.join(sorted(_SUFFIXES))}")
-        classes = sorted({pathlib.PurePath(f).parts[0] for f in self._files if len(pathlib.PurePath(f).parts) > 1})
+        classes = sorted({p.parts[0] for p in files}) if all(len(p.parts) > 1 for p in files) else []
+        self._files = [str(p) for p in files]
         self._class_index = {name: i for i, name in enumerate(classes)}
         self.num_classes = len(classes)
 
@@ -81,8 +88,15 @@ class Folder:
         try:
             with Image.open(path) as image:
                 return fit(ImageOps.exif_transpose(image), self._size, self._channels)
-        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some damaged PNGs
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some damaged PNGs
             raise DataError(f"cannot read the image {path}: {error}; repair or remove it") from None
+
+
+def _prepare_command(name: str, data_dir: str | None) -> str:
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
+    )
 
 
 class Tfds:
@@ -95,28 +109,31 @@ class Tfds:
         self._size, self._channels = image_size, channels
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.DatasetNotFoundError:
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+            reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {error}"
             raise DataError(
-                f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir)"
+                f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
             ) from None
         where = f"in {builder.data_path.parent}"
-        prepare = (
-            'prepare it with: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
-        )
         if not builder.is_prepared():
-            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or {prepare}")
+            how = _prepare_command(name, data_dir)
+            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or prepare it with: {how}")
         if builder.info.file_format.value != "array_record":
             found = builder.info.file_format.value
-            raise DataError(f"the data set {name!r} {where} is in {found} format, not array_record; {prepare}")
-        if split.split("[")[0] not in builder.info.splits:
-            raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}")
+            other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
+            raise DataError(
+                f"the data set {name!r} {where} is in {found} format, not array_record; prepare it with: "
+                f"{_prepare_command(name, other)} and set data.data_dir={other}"
+            )
+        try:
+            self._length = builder.info.splits[split].num_examples
+        except (KeyError, ValueError):
+            raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}") from None
         features = builder.info.features
         if "image" not in features:
             raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
         self._has_label = "label" in features
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if self._has_label else 0
-        self._length = builder.info.splits[split].num_examples
 
     def __len__(self) -> int:
         return self._length

@@ -197,6 +197,8 @@ class UNet(nn.Module):
                 f"a U-Net of {levels} levels needs a height and width that {divisor} divides, got {x_t.shape[1:3]}; resize "
                 "the images or use fewer channel_multipliers"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         bad = [level for level in self.attention_levels if not 0 <= level < levels]
         if bad:
             raise ValueError(f"attention_levels must lie in 0 ... {levels - 1}, got {bad[0]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -27,18 +29,22 @@ def quiet() -> None:
 
 
 def start() -> None:
-    """Joins the other processes where a cluster is announced, and says what the run computes on.
+    """Joins the other processes where there are any, and says what the run computes on.
 
-    Processes are joined where JAX_COORDINATOR_ADDRESS is set, on a TPU pod with several hosts, or in a SLURM job of several
-    tasks.
+    Processes are joined where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, in a SLURM job of several
+    tasks, or where jax itself finds a TPU pod.
     """
-    cluster = (
-        "JAX_COORDINATOR_ADDRESS" in os.environ
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    )
-    if cluster:
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif os.environ.get("SLURM_NTASKS", "1") != "1":
         jax.distributed.initialize()
+    elif importlib.util.find_spec("libtpu"):
+        with contextlib.suppress(ValueError, RuntimeError):  # no pod: a single TPU host, or none
+            jax.distributed.initialize()
     if not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffusion_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

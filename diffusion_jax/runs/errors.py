@@ -15,8 +15,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def as_user_error(where: str):
-    """Turns a ValueError raised while a config is built into a UserError that says where."""
+    """Turns what a wrong value raises while a config is built into a UserError that says where."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise UserError(f"{where}: {error}") from error

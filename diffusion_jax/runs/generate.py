@@ -57,45 +57,57 @@ def draw_images(
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=trajectory)
 
 
+def respaced(schedule: schedules.Schedule, config: Mapping) -> schedules.Schedule:
+    """The schedule that `config.sampling` walks: all of it, or `steps` of it. Raises: ValueError."""
+    steps = config["steps"]
+    if steps is None:
+        return schedule
+    if isinstance(steps, tuple):  # the command line reads 10,15,20 as a tuple; sections are what is meant
+        steps = ",".join(map(str, steps))
+    return schedules.respace(schedule, steps, config["spacing"])
+
+
 class Generator:
-    """Compiled sampling for a config: `generator(params, key, y) -> uint8 [B, H, W, C]`, spread over the devices."""
+    """Compiled sampling for a config: `generator(params, seed, batch) -> uint8 [B, H, W, C]`, spread over the devices.
+
+    Batch i holds samples i B ... (i + 1) B - 1; those of a conditional model have the classes in turn.
+    """
 
     def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, batch_size: int):
-        self.schedule = schedules.respace(schedule, config["sampling"]["steps"], config["sampling"]["spacing"])
-        self.sampler = sampler_from_config(config["sampling"], config["diffusion"])
+        self.schedule = respaced(schedule, config["sampling"])
         self.num_classes, self.batch_size = config["model"]["num_classes"], batch_size
+        sampler = sampler_from_config(config["sampling"], config["diffusion"])
         shape, rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
 
-        def generate(params, key, y):
-            x = draw_images(
-                key,
-                self.schedule,
-                model,
-                params,
-                self.sampler,
-                shape,
-                y,
-                constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
-            )
-            return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+        def constrain(x):
+            return jax.lax.with_sharding_constraint(x, rows)
+
+        def generate(params, seed, batch):
+            y = None
+            if self.num_classes:
+                y = constrain((batch * batch_size + jnp.arange(batch_size)) % self.num_classes)
+            key = jax.random.fold_in(jax.random.key(seed), batch)
+            x = draw_images(key, self.schedule, model, params, sampler, shape, y, constrain=constrain)
+            return pictures.to_uint8(x)
 
         whole = sharding.replicated(mesh)
         self._generate = jax.jit(
-            generate, in_shardings=(whole, whole, rows), out_shardings=rows, compiler_options=compiler.options()
+            generate, in_shardings=(whole, whole, whole), out_shardings=rows, compiler_options=compiler.options()
         )
 
-    def labels(self, first: int, count: int) -> np.ndarray | None:
-        """Labels of samples first ... first + count - 1: the classes in turn; None for an unconditional model."""
-        return np.arange(first, first + count, dtype=np.int32) % self.num_classes if self.num_classes else None
+    def labels(self, count: int) -> np.ndarray | None:
+        """Labels of the first `count` samples; None for an unconditional model."""
+        return np.arange(count, dtype=np.int32) % self.num_classes if self.num_classes else None
 
-    def __call__(self, params, key, y=None) -> np.ndarray:
+    def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
         """One batch, gathered on every process."""
-        return multihost_utils.process_allgather(self._generate(params, key, y), tiled=True)
+        images = self._generate(params, np.uint32(seed), np.int32(batch))
+        return np.asarray(multihost_utils.process_allgather(images, tiled=True))
 
 
 def trajectory_picture(key, config: Mapping, model, schedule, params, columns: int, rows: int = 4) -> np.ndarray:
     """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C]."""
-    schedule = schedules.respace(schedule, config["sampling"]["steps"], config["sampling"]["spacing"])
+    schedule = respaced(schedule, config["sampling"])
     sampler = sampler_from_config(config["sampling"], config["diffusion"])
     kept = np.unique(np.linspace(0, schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     params = jax.device_get(params)  # one process draws this, on one device
@@ -108,7 +120,7 @@ def trajectory_picture(key, config: Mapping, model, schedule, params, columns: i
 
     x_0, passed = jax.jit(draw, compiler_options=compiler.options())(params, key)
     through = np.concatenate([np.asarray(passed.x_t), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
-    images = pictures.to_uint8(through).swapaxes(0, 1)
+    images = np.asarray(pictures.to_uint8(through)).swapaxes(0, 1)
     return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
 
 
@@ -123,6 +135,8 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         raise UserError(f"sampling.num_samples={options.num_samples} must be at least 1")
     if options.batch_size < 1:
         raise UserError(f"sampling.batch_size={options.batch_size} must be at least 1")
+    if options.seed < 0:
+        raise UserError(f"sampling.seed={options.seed} must be at least 0")
     if options.trajectory < 0 or options.trajectory == 1:
         raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
     with as_user_error("config"):
@@ -136,21 +150,21 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
             f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
         )
     abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(0, 1))[
-            "params"
-        ]
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(1))["params"]
     )
     whole = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
-    with Checkpoints(directory / "checkpoints") as checkpoints:
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, options.use_ema)
     if restored is None:
         raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
     step, params = restored
 
     kind = "ema" if options.use_ema else "raw"
-    steps = str(options.steps).replace(",", "-")
-    name = f"step{step}_{kind}_{options.sampler}{steps}_seed{options.seed}_n{options.num_samples}"
+    sampler = f"{options.sampler}{generator.schedule.num_timesteps}"
+    if options.sampler == "ddim" and options.eta:
+        sampler += f"_eta{options.eta:g}"
+    name = f"step{step}_{kind}_{sampler}_seed{options.seed}_n{options.num_samples}"
     say(f"Sampling {options.num_samples} images from step {step} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
     parts = samples / f".{name}_{_digest(config, batch_size)}"
@@ -158,15 +172,14 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         parts.mkdir(parents=True, exist_ok=True)
     multihost_utils.sync_global_devices("sample parts")
     batches = -(-options.num_samples // batch_size)
-    done = {int(path.stem) for path in parts.glob("*.npy")}
-    key = jax.random.key(options.seed)
+    done = {int(path.stem) for path in parts.glob("*.npy") if path.stem.isdecimal()}
     with Bar("Sampling", options.num_samples, min(len(done) * batch_size, options.num_samples)) as bar:
         for i in range(batches):
             if i in done:
                 continue
             if i == min(set(range(batches)) - done):
                 say("Compiling the sampler, and the first batch ...")
-            images = generator(params, jax.random.fold_in(key, i), generator.labels(i * batch_size, batch_size))
+            images = generator(params, options.seed, i)
             if jax.process_index() == 0:
                 np.save(parts / f"{i}.partial.npy", images)
                 (parts / f"{i}.partial.npy").replace(parts / f"{i}.npy")
@@ -174,7 +187,10 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
     if jax.process_index() == 0:
         _collect(config, generator, parts, batches, samples / name)
         if options.trajectory:
-            picture = trajectory_picture(key, config, model, schedule, params, options.trajectory)
+            say("Compiling the sampler of the way from noise to images ...")
+            picture = trajectory_picture(
+                jax.random.key(options.seed), config, model, schedule, params, options.trajectory
+            )
             pictures.save_png(samples / f"{name}_trajectory.png", picture)
             say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
 
@@ -189,7 +205,7 @@ def _collect(config: ConfigDict, generator: Generator, parts: pathlib.Path, batc
     """Joins the parts into PATH.npz and PATH.png, and removes them."""
     n = config.sampling.num_samples
     images = np.concatenate([np.load(parts / f"{i}.npy") for i in range(batches)])[:n]
-    labels = generator.labels(0, n)
+    labels = generator.labels(n)
     arrays = [images] if labels is None else [images, labels]
     temporary = path.with_name(path.name + ".partial.npz")
     np.savez(temporary, *arrays)

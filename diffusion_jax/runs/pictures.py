@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 _SHADES = " .:-=+*#%@"
 
 
-def to_uint8(x) -> np.ndarray:
-    """[-1, 1] to 0 ... 255, rounded to the nearest (OpenAI's code truncates)."""
-    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+def to_uint8(x) -> jax.Array:
+    """[-1, 1] to 0 ... 255, rounded to the nearest (OpenAI's code truncates); works in compiled code."""
+    return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 GAP = 4  # grey pixels around every image of a grid

@@ -58,7 +58,9 @@ def _check(config: ConfigDict) -> None:
     for leaf in ("num_steps", "batch_size", "log_every", "checkpoint_every", "steps_per_call", "checkpoints_kept"):
         if options[leaf] < 1:
             raise UserError(f"training.{leaf}={options[leaf]} must be at least 1")
-    for leaf in ("num_steps", "log_every", "sample_every", "checkpoint_every"):
+    if options.sample_every < 0 or config.seed < 0:
+        raise UserError("training.sample_every and seed must be at least 0")
+    for leaf in ("log_every", "sample_every", "checkpoint_every"):
         if options[leaf] % options.steps_per_call:
             raise UserError(
                 f"training.{leaf}={options[leaf]} must be a multiple of training.steps_per_call={options.steps_per_call}"
@@ -78,7 +80,8 @@ def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
     if config.sampling.preview_samples < 1:
         return None
     config = ConfigDict(work.to_dict(config))
-    config.sampling.update(sampler="ddim", steps=config.sampling.preview_steps, spacing="trailing", eta=0.0)
+    steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)
+    config.sampling.update(sampler="ddim", steps=steps, spacing="trailing", eta=0.0)
     devices = built.mesh.size
     batch_size = max(1, config.sampling.preview_samples // devices) * devices
     return Generator(config, built.model, built.schedule, built.mesh, batch_size)
@@ -93,6 +96,8 @@ class _Loop:
         self._config, self._directory, self._built = config, directory, built
         self._checkpoints, self._preview = checkpoints, preview
         self._metrics: work.Metrics | None = None
+        self._programs: dict = {}
+        self._pictured = False
 
     def run(self, state: training.TrainState, step: int, source) -> None:
         """From `step` to the end."""
@@ -101,26 +106,24 @@ class _Loop:
         batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
         workers = 0 if isinstance(source, data.Memory) else self._config.data.workers
         stream = data.stream(batches, step, workers)
-        per_call = options.steps_per_call if self._built.train_steps else 1
-        train = self._built.train_steps or self._built.train_step
-        if options.steps_per_call > per_call:
+        if options.steps_per_call > 1 and not self._built.train_steps:
             say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")
         if jax.process_index() == 0:
             self._metrics = work.Metrics(self._directory, step)
-        batch = self._next(stream, per_call)
+        batch, count = self._next(stream, step)
         with compiling("the train step"):
-            train = train.lower(state, batch).compile()
+            self._program(count, state, batch)
 
         with Bar("Training", options.num_steps, step) as bar:
             began, waited, logged = time.perf_counter(), 0.0, step
             try:
                 while step < options.num_steps:
-                    state, _ = train(state, batch)
-                    step += per_call
+                    state, _ = self._program(count, state, batch)(state, batch)
+                    step += count
                     last = step == options.num_steps
                     if not last:
                         start = time.perf_counter()
-                        batch = self._next(stream, per_call)
+                        batch, count = self._next(stream, step)
                         waited += time.perf_counter() - start
                     note = ""
                     if step % options.log_every == 0 or last:
@@ -130,15 +133,23 @@ class _Loop:
                         began, waited, logged = time.perf_counter(), 0.0, step
                     bar.update(step, note)
                     start = time.perf_counter()
-                    if step % options.checkpoint_every == 0 or last:
-                        self._save(state, step)
+                    # The picture first: a run that ends after its checkpoint would not come back for it.
                     if last or (options.sample_every and step % options.sample_every == 0):
                         self._picture(state, step)
+                    if step % options.checkpoint_every == 0 or last:
+                        self._save(state, step)
                     began += time.perf_counter() - start  # the speed is that of training alone
                 self._checkpoints.finish(step)
             finally:
                 if self._metrics:
                     self._metrics.close()
+
+    def _program(self, count: int, state, batch):
+        """The compiled program of `count` steps."""
+        if count not in self._programs:
+            function = self._built.train_step if count == 1 else self._built.train_steps
+            self._programs[count] = function.lower(state, batch).compile()
+        return self._programs[count]
 
     def _log(self, step: int, means: dict[str, float], steps_per_second: float, waiting: float) -> str:
         """Writes the means of the steps since the last line, and the speed; returns a note for the bar."""
@@ -152,12 +163,18 @@ class _Loop:
             self._metrics.scalars(step, means | speed)
         return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
 
-    def _next(self, stream, per_call: int):
-        """The next batch (or `per_call` of them, stacked) on the devices."""
-        if per_call == 1:
-            return self._place(next(stream), 0)
-        several = [next(stream) for _ in range(per_call)]
-        return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1)
+    def _next(self, stream, step: int):
+        """The next batch on the devices, and how many steps it is for.
+
+        Several steps make one call where they end at a multiple of `steps_per_call`, so that no interval is stepped over
+        after a relaunch with another `steps_per_call`; the steps up to there, and a rest at the end, are single.
+        """
+        options = self._config.training
+        count = options.steps_per_call
+        if not self._built.train_steps or step % count or step + count > options.num_steps:
+            return self._place(next(stream), 0), 1
+        several = [next(stream) for _ in range(count)]
+        return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1), count
 
     def _place(self, batch, leading: int):
         place = sharding.batch_sharding(self._built.mesh, leading)
@@ -170,8 +187,9 @@ class _Loop:
             saved = self._checkpoints.steps()
             kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there was no checkpoint yet"
             raise UserError(
-                f"the loss or its gradient was not finite at step {window['nonfinite_step']} ({kept}); try a lower "
-                "optimizer.learning_rate, a longer warmup_steps, grad_clip=1.0, or model.dtype=float32",
+                f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
+                "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
+                "optimizer.grad_clip=1.0, or model.dtype=float32",
                 exit_code=1,
             )
         return window
@@ -187,8 +205,10 @@ class _Loop:
         preview = self._preview
         if preview is None:
             return
-        key = jax.random.key(self._config.sampling.seed)
-        images = preview(state.ema_params, key, preview.labels(0, preview.batch_size))
+        if not self._pictured:
+            say("Compiling the sampler of the pictures ...")
+            self._pictured = True
+        images = preview(state.ema_params, self._config.sampling.seed)
         if self._metrics:
             picture = pictures.grid(images)
             (self._directory / "samples").mkdir(exist_ok=True)

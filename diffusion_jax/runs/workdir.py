@@ -50,9 +50,13 @@ def read_config(workdir: pathlib.Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no config ({error}); was it edited?") from None
+        config = json.loads(path.read_text())
+        if isinstance(config, dict):
+            return config
+        error = "not a dictionary"
+    except ValueError as caught:
+        error = str(caught)
+    raise UserError(f"{path} is no config ({error}); was it edited?")
 
 
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:

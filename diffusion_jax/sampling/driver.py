@@ -72,8 +72,9 @@ def sample(
     x_T = x_T.astype(jnp.promote_types(x_T.dtype, jnp.float32))
 
     total = schedule.num_timesteps
-    kept = range(total) if trajectory is True else () if trajectory is False else trajectory
-    kept = np.sort(np.array(kept, np.int32))[::-1]
+    if isinstance(trajectory, bool | np.bool_):
+        trajectory = range(total) if trajectory else None
+    kept = np.unique(np.array(() if trajectory is None else trajectory, np.int32))[::-1]
     if kept.size and not 0 <= kept[-1] <= kept[0] < total:
         raise ValueError(f"trajectory keeps indices in 0 ... {total - 1}, got {kept[-1]} ... {kept[0]}")
     row = np.full(
@@ -94,4 +95,4 @@ def sample(
 
     steps = jnp.arange(total - 1, -1, -1, dtype=jnp.int32)
     (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(step, (x_T, sampler.start(schedule, x_T), (empty, empty)), steps)
-    return x_0 if trajectory is False else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
+    return x_0 if trajectory is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from diffusion_jax import data, losses, models, process, schedules, timesteps
 from diffusion_jax.training import compiler, sharding
@@ -32,7 +32,6 @@ class Setup(NamedTuple):
     train_step: Callable
     train_steps: Callable | None
     abstract_state: Any
-    batch_sharding: NamedSharding
 
 
 def schedule_from_config(config: Mapping) -> schedules.Schedule:
@@ -71,11 +70,16 @@ def _check_loss(config: Mapping) -> None:
 
 
 def setup(config: Mapping) -> Setup:
-    """Builds the model, the schedule and the compiled functions of a config. Raises: ValueError for one that cannot be."""
+    """Builds the model, the schedule and the compiled functions of a config.
+
+    Raises: ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    """
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_divides(config["training"]["batch_size"], mesh, "training.batch_size")
     schedule = schedule_from_config(config["diffusion"])
     _check_loss(config["diffusion"])
+    if not 0 <= config["ema"]["decay"] <= 1:
+        raise ValueError(f"ema.decay={config['ema']['decay']} must lie in [0, 1]")
     model = models.from_config(config["model"])
     optimizer = optimizer_from_config(config["optimizer"])
     image_shape = data.image_shape(config["data"])
@@ -109,7 +113,6 @@ def setup(config: Mapping) -> Setup:
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if many else None,
         abstract_state=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes),
-        batch_sharding=sharding.batch_sharding(mesh),
     )
 
 
@@ -127,8 +130,8 @@ def create(config: Mapping) -> tuple[TrainState, Callable]:
     """(state, train_step) of a config, for use in other programs.
 
     state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
-    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. Raises:
-    ValueError for a config that cannot be built.
+    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. A config
+    is any nested mapping with the leaves of configs/default.py. Raises: as `setup`.
     """
     built = setup(config)
     return built.init(), built.train_step

@@ -7,6 +7,7 @@ A step's directory holds three parts, so that sampling reads only the weights it
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Mapping
 
 import jax
@@ -21,6 +22,11 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read: one line that says which and what to do."""
 
 
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def committed_steps(directory: pathlib.Path) -> list[int]:
     """Steps with a committed checkpoint below `directory`, oldest first; Orbax itself would count an empty `7/` as one."""
     found = directory.glob("*/_CHECKPOINT_METADATA")
@@ -30,11 +36,16 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
 class Checkpoints:
     """The checkpoints of one run: the newest `kept`, and every `keep_every`-th step (0 for none) for good."""
 
-    def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0):
+    def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0, read_only: bool = False):
+        """read_only: leaves everything in the directory as it is, so that a run in progress is not disturbed."""
         self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
-        )
+        writing = {
+            "max_to_keep": kept,
+            "keep_period": keep_every or None,
+            "cleanup_tmp_directories": True,
+            "create": True,
+        }
+        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(**writing)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -77,7 +88,7 @@ class Checkpoints:
             except Exception as error:  # Orbax and tensorstore raise many types for damaged files
                 failed.append(step)
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                print(f"Cannot read the checkpoint of step {step}: {reason[0][:200]}", flush=True)
+                _say(f"Cannot read the checkpoint of step {step}: {reason[0][:200]}")
                 continue
             self._set_aside(failed)
             return TrainState(params=parts["params"], ema_params=parts["ema_params"], **parts["rest"])
@@ -95,7 +106,7 @@ class Checkpoints:
             return steps[-1], self._read(steps[-1], {name: abstract_params})[name]
         except Exception as error:
             raise CheckpointError(
-                f"the checkpoint of step {steps[-1]} below {self._directory} does not fit: {str(error)[:300]}"
+                f"the checkpoint of step {steps[-1]} below {self._directory} cannot be read: {str(error)[:300]}"
             ) from error
 
     def _read(self, step: int, trees: Mapping) -> Mapping:
@@ -105,8 +116,10 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
             path = self._directory / str(step)
+            aside = path.with_name(f"{step}.unreadable")
             if jax.process_index() == 0:
-                path.rename(path.with_name(f"{step}.unreadable"))
-            print(f"Set aside {path}; continuing from the checkpoint before it.", flush=True)
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                path.rename(aside)
+            _say(f"Set it aside as {aside}; continuing from the checkpoint before it.")
         if steps:
             self._manager.reload()

@@ -25,6 +25,8 @@ def learning_rate(config: Mapping) -> optax.Schedule:
 
 def from_config(config: Mapping) -> optax.GradientTransformation:
     """Clipping by the global norm (0 for none), then Adam or AdamW. Raises: ValueError for a value that fits neither."""
+    if not config["learning_rate"] > 0:
+        raise ValueError(f"optimizer.learning_rate={config['learning_rate']} must be above 0")
     moments = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
     if config["name"] == "adam":
         if config["weight_decay"]:

@@ -19,8 +19,9 @@ class TrainState:
     """Everything a run is, but its config: saved whole, restored whole.
 
     step: int32, steps taken. params, ema_params: trees of float32. opt_state: optax's. window: running sums of the metrics
-    since the last multiple of `training.log_every`, and in `nonfinite_step` the first step whose loss or gradient was
-    not finite (-1 for none). They are part of the state so that a run continued in mid-window logs the same means.
+    since the last multiple of `training.log_every`, and in `nonfinite_step` the first step whose loss, gradient or
+    parameters were not finite (-1 for none). They are part of the state so that a run continued in mid-window logs the
+    same means.
     """
 
     step: jax.Array
@@ -119,7 +120,8 @@ def make_train_step(
             }
             for name in _METRICS
         }
-        bad, earlier = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)), state.window["nonfinite_step"]
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(seen["param_norm"][0])
+        bad, earlier = ~finite, state.window["nonfinite_step"]
         window["nonfinite_step"] = jnp.where((earlier < 0) & bad, state.step + 1, earlier)
         return TrainState(state.step + 1, params, ema_params, opt_state, window), metrics
 
