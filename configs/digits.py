@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.update(dataset="digits", image_size=8, channels=1, random_flip=False)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
-    config.model.dropout = 0.2  # 1,498 images are soon known by heart
+    config.model.dropout = 0.35  # 1,498 images are soon known by heart: with 0, samples of 7,000 steps stand too close
     config.diffusion.update(schedule="cosine", variance="fixed_small", timestep_sampler="stratified")
     config.training.update(num_steps=1500, batch_size=64, log_every=50, sample_every=500, checkpoint_every=500)
     config.training.checkpoint_keep_every = 0

@@ -199,7 +199,7 @@ def test_two_point_data_posterior_mean(x64):
     schedule, t = SCHEDULES["linear"], jnp.arange(1000)
     x_t = draw((1000, 1), 5)
     a, s2 = np.sqrt(schedule.alpha_bar)[:, None], (1 - schedule.alpha_bar)[:, None]
-    weight = 1 / (1 + np.exp(-2 * a * x_t / s2))
+    weight = (1 + np.tanh(a * x_t / s2)) / 2
     plus, minus = (process.q_posterior(schedule, np.full((1000, 1), x_0), x_t, t).mean for x_0 in (1.0, -1.0))
     reverse = process.p_mean_variance(schedule, np.tanh(a * x_t / s2), x_t, t, "x_0")
     np.testing.assert_allclose(reverse.mean, weight * plus + (1 - weight) * minus, rtol=1e-9, atol=1e-12)
