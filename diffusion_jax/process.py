@@ -240,14 +240,20 @@ def _same_shape(name, value, other_name, other):
         )
 
 
+def check_terminal_snr(schedule: Schedule, prediction: str) -> None:
+    """Raises: ValueError where alpha_bar ends at 0 and what is predicted says nothing about x_0 there."""
+    if schedule.zero_terminal_snr and prediction in ("eps", "score"):
+        raise ValueError(
+            f"alpha_bar is 0 at index {schedule.num_timesteps - 1}: {prediction} says nothing about x_0 there; "
+            "predict v or x_0, or leave that step out with schedules.respace"
+        )
+
+
 def _check(schedule, output, x_t, t, prediction):
     """Refuses what can be seen to be wrong before tracing hides it."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
     _same_shape("output", output, "x_t", x_t)
-    if schedule.zero_terminal_snr and prediction in ("eps", "score") and t is not None:
-        if not isinstance(t, jax.core.Tracer) and np.any(np.asarray(t) == schedule.num_timesteps - 1):
-            raise ValueError(
-                f"alpha_bar is 0 at index {schedule.num_timesteps - 1}: {prediction} says nothing about x_0 there; "
-                "predict v or x_0, or leave that step out with schedules.respace"
-            )
+    known = t is not None and not isinstance(t, jax.core.Tracer)
+    if known and np.any(np.asarray(t) == schedule.num_timesteps - 1):
+        check_terminal_snr(schedule, prediction)

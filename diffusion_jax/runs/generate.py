@@ -20,6 +20,7 @@ from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.training import compiler, schedule_from_config, sharding
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.step import initial_params
 
 
 def sampler_from_config(config: Mapping, diffusion: Mapping) -> sampling.Sampler:
@@ -149,9 +150,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         raise UserError(
             f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
         )
-    abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1), generator.labels(1))["params"]
-    )
+    abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, image_shape))
     whole = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
@@ -174,11 +173,10 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
     batches = -(-options.num_samples // batch_size)
     done = {int(path.stem) for path in parts.glob("*.npy") if path.stem.isdecimal()}
     with Bar("Sampling", options.num_samples, min(len(done) * batch_size, options.num_samples)) as bar:
-        for i in range(batches):
-            if i in done:
-                continue
-            if i == min(set(range(batches)) - done):
-                say("Compiling the sampler, and the first batch ...")
+        left = [i for i in range(batches) if i not in done]
+        if left:
+            say("Compiling the sampler, and the first batch ...")
+        for i in left:
             images = generator(params, options.seed, i)
             if jax.process_index() == 0:
                 np.save(parts / f"{i}.partial.npy", images)

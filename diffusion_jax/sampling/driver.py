@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import at
+from diffusion_jax.process import at, check_terminal_snr
 from diffusion_jax.schedules import Schedule
 
 
@@ -63,11 +63,7 @@ def sample(
     Raises: ValueError where the network predicts eps or the score and alpha_bar ends at 0, or for a kept index outside
       0 ... T - 1.
     """
-    if schedule.zero_terminal_snr and sampler.prediction in ("eps", "score"):
-        raise ValueError(
-            f"alpha_bar is 0 at index {schedule.num_timesteps - 1}: {sampler.prediction} says nothing about x_0 there; "
-            "predict v or x_0, or leave that step out with schedules.respace"
-        )
+    check_terminal_snr(schedule, sampler.prediction)
     x_T = jnp.asarray(x_T)
     x_T = x_T.astype(jnp.promote_types(x_T.dtype, jnp.float32))
 

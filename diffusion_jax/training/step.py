@@ -42,10 +42,15 @@ def ema_decay(step, config: Mapping):
     return jnp.minimum(config["decay"], (1.0 + step) / (10.0 + step))
 
 
+def initial_params(key, model, image_shape: tuple[int, int, int]):
+    """Fresh parameters of a network for images of `image_shape` (H, W, C)."""
+    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
+    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), y)["params"]
+
+
 def initial_state(key, model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]) -> TrainState:
     """A fresh state; the EMA starts as a copy of the parameters."""
-    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
-    params = model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), y)["params"]
+    params = initial_params(key, model, image_shape)
     window = {name: {"total": jnp.zeros(()), "count": jnp.zeros(())} for name in _METRICS}
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), window)
