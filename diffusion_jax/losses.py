@@ -1,6 +1,8 @@
 """Training losses, as pure functions of a key, a schedule and any callable `denoise_fn(x_t, time) -> output`.
 
-Each returns one loss for each example, so that the caller chooses the mean, and the parts that went into it.
+Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, and the parts
+that went into it: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's sum of both, which
+trains a learned variance).
 """
 
 from __future__ import annotations
@@ -11,16 +13,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import process, timesteps
+from diffusion_jax import likelihood, process, timesteps
 from diffusion_jax.schedules import Schedule
 
+LOSSES = ("simple", "vlb", "hybrid")
 
-class SimpleParts(NamedTuple):
-    """What `simple` saw: t int32 [B]; weight [B]; mse [B], the unweighted error; eps, x_t and output as the images."""
+
+class Parts(NamedTuple):
+    """What a loss saw.
+
+    t: int32 [B]. importance: [B], the weight of the timestep sampler, already in the loss. mse: [B], the unweighted error of
+    what is predicted. vlb: [B], T times the bound's term at t, in bits per dimension (an estimate of the whole bound but its
+    constant L_T); None for `simple`. eps, x_t, output: as the images.
+    """
 
     t: jax.Array
-    weight: jax.Array
+    importance: jax.Array
     mse: jax.Array
+    vlb: jax.Array | None
     eps: jax.Array
     x_t: jax.Array
     output: jax.Array
@@ -58,7 +68,7 @@ def simple(
     prediction: str = "eps",
     weighting: str | Callable | None = None,
     timestep_sampler: Callable = timesteps.uniform,
-) -> tuple[jax.Array, SimpleParts]:
+) -> tuple[jax.Array, Parts]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
     The square is a mean over pixels and channels, as in DDPM's and OpenAI's code (DDIM's sums).
@@ -66,7 +76,7 @@ def simple(
     Args:
       key: draws t and eps.
       denoise_fn: (x_t [B, ...], network time float [B]) -> output with the shape of x_t. A second half of the channels (a
-        learned variance) are left out of this loss.
+        learned variance) is left out of this loss.
       x_0: float [B, ...], images in [-1, 1].
       prediction: what the output stands for: eps, x_0, v, x_prev or score.
       weighting: None or "none": the plain squared error of whatever is predicted, as OpenAI's code does; for eps this is
@@ -74,10 +84,80 @@ def simple(
         and SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their
         published constants) or a function SNR [B] -> weight [B].
       timestep_sampler: one of `timesteps`, or any function of that form.
-    Returns:
-      loss float [B], and SimpleParts with the drawn t, the weight on `mse` (importance weight included) and the rest.
+    Returns: (loss float [B], Parts).
     Raises: ValueError for an unknown prediction or weighting, an output of another shape, or an x_0 that is not float.
     """
+    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    return parts.importance * _weight_of_target(schedule, parts.t, prediction, weighting) * parts.mse, parts
+
+
+def vlb(
+    key,
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_0,
+    *,
+    prediction: str = "eps",
+    variance: str = "learned_range",
+    clip: bool | Callable = False,
+    levels: int | None = 256,
+    timestep_sampler: Callable = timesteps.uniform,
+) -> tuple[jax.Array, Parts]:
+    """The variational bound (DDPM eq. 5) but its constant L_T, in bits per dimension: T times the term of one drawn step.
+
+    Its mean estimates `likelihood.bits_per_dim(...).total - .prior` without bias. The noise of that estimate is what
+    `timesteps.loss_second_moment` is for (Improved DDPM section 3.3).
+
+    Args:
+      key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
+      variance, clip: as `process.p_mean_variance`; training does not clip, as in OpenAI's code (Ho's does).
+      levels: as `likelihood.decoder_log_prob`.
+    Returns: (loss float [B], Parts).
+    Raises: ValueError as `simple`, and for an output whose channels do not fit `variance`.
+    """
+    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    bound = _bound(schedule, parts, parts.output, x_0, prediction, variance, clip, levels)
+    return parts.importance * bound, parts._replace(vlb=bound)
+
+
+def hybrid(
+    key,
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_0,
+    *,
+    prediction: str = "eps",
+    variance: str = "learned_range",
+    clip: bool | Callable = False,
+    levels: int | None = 256,
+    weighting: str | Callable | None = None,
+    vlb_weight: float = 0.001,
+    timestep_sampler: Callable = timesteps.uniform,
+) -> tuple[jax.Array, Parts]:
+    """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains the variance alone.
+
+    In the bound the first half of the output, which makes the mean, is a constant (`stop_gradient`): its gradient is that of
+    L_simple. The bound is in bits per dimension and its weight is on the whole of it, whatever T; published: 0.001 (OpenAI's
+    code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False by 1, which is a weight of 1 / T).
+
+    Args: as `simple` and `vlb`.
+    Returns: (loss float [B], Parts).
+    Raises: as `vlb`, and ValueError for a fixed variance, which leaves the bound nothing to train.
+    """
+    if not variance.startswith("learned"):
+        raise ValueError(
+            f"variance={variance!r}: the hybrid loss trains a learned variance; use simple, or learned_range"
+        )
+    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    mean, values = process.split_variance(parts.output, parts.x_t, variance)
+    detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
+    bound = _bound(schedule, parts, detached, x_0, prediction, variance, clip, levels)
+    weight = _weight_of_target(schedule, parts.t, prediction, weighting)
+    return parts.importance * (weight * parts.mse + vlb_weight * bound), parts._replace(vlb=bound)
+
+
+def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts:
+    """Draws t and eps, calls the network and compares what it predicted."""
     if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
         raise ValueError(f"x_0 must be float, images in [-1, 1]; got {jnp.result_type(x_0)}")
     key_t, key_eps = jax.random.split(key)
@@ -93,8 +173,15 @@ def simple(
             "for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    weight = importance * _weight_of_target(schedule, t, prediction, weighting)
-    return weight * mse, SimpleParts(t, weight, mse, eps, x_t, output)
+    return Parts(t, importance, mse, None, eps, x_t, output)
+
+
+def _bound(schedule, parts, output, x_0, prediction, variance, clip, levels):
+    """T times the bound's term at the drawn step, [B]."""
+    term, _ = likelihood.bound_term(
+        schedule, output, x_0, parts.x_t, parts.t, prediction=prediction, variance=variance, clip=clip, levels=levels
+    )
+    return schedule.num_timesteps * term
 
 
 def _target(schedule, x_0, x_t, t, eps, prediction):

@@ -1,0 +1,355 @@
+"""The variational bound against closed forms on Gaussian data, quadrature and float64 SciPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.special
+import scipy.stats
+
+from diffusion_jax import likelihood, process, schedules
+
+M, S2, T = 0.2, 0.16, 50  # data N(M, S2) in every dimension, 50 steps that end near noise
+SCHEDULE = schedules.from_betas(schedules.betas("linear", T, beta_start=2e-3, beta_end=0.25))
+V = SCHEDULE.alpha_bar * S2 + 1 - SCHEDULE.alpha_bar  # variance of x_t
+V_PREV = np.append(S2, V[:-1])
+EXACT_VARIANCE = SCHEDULE.betas * V_PREV / V
+FRACTION = (np.log(EXACT_VARIANCE) - SCHEDULE.posterior_log_variance) / (
+    np.log(SCHEDULE.betas) - SCHEDULE.posterior_log_variance
+)
+VARIANCES = {
+    "fixed_small": np.exp(SCHEDULE.posterior_log_variance),
+    "fixed_large": SCHEDULE.fixed_large_variance,
+    "learned_range": EXACT_VARIANCE,
+}
+
+
+def optimal(variance):
+    """The exact posterior mean as eps, and for learned_range the exact variance as its fraction."""
+
+    def denoise_fn(x_t, time):
+        t = time.astype(jnp.int32)
+        a = process.at(SCHEDULE.alpha_bar, t, x_t)
+        v = process.at(V, t, x_t)
+        eps = process.at(SCHEDULE.sqrt_one_minus_alpha_bar, t, x_t) * (x_t - jnp.sqrt(a) * M) / v
+        if variance != "learned_range":
+            return eps
+        return jnp.concatenate([eps, jnp.broadcast_to(process.at(2 * FRACTION - 1, t, x_t), eps.shape)], -1)
+
+    return denoise_fn
+
+
+def gaussian_data(n, key=0, d=4):
+    return M + np.sqrt(S2) * jax.random.normal(jax.random.key(key), (n, d))
+
+
+def closed_form(variance):
+    """E L_t in bits per dimension for the optimal mean and a continuous decoder; index 0 is the decoder."""
+    sigma2 = VARIANCES[variance]
+    error = S2 * (1 - SCHEDULE.alpha_bar) / V  # E (x_0 - E[x_0 | x_t])^2
+    small = SCHEDULE.posterior_variance[1:]
+    mean = SCHEDULE.posterior_mean_coef_x_0[1:] ** 2 * error[1:]
+    kl = 0.5 * (np.log(sigma2[1:] / small) - 1 + (small + mean) / sigma2[1:])
+    decoder = 0.5 * (np.log(2 * np.pi * sigma2[0]) + error[0] / sigma2[0])
+    return np.append(decoder, kl) / np.log(2)
+
+
+def evaluate(denoise_fn, variance, x_0, key=1, **options):
+    run = functools.partial(likelihood.bits_per_dim, denoise_fn=denoise_fn, variance=variance, clip=False, **options)
+    return jax.jit(lambda key, x: run(key, SCHEDULE, x_0=x))(jax.random.key(key), x_0)
+
+
+def mean_and_error(values):
+    values = np.asarray(values, np.float64)
+    return values.mean(0), values.std(0) / np.sqrt(len(values))
+
+
+# The decoder.
+
+SDS = (1e-9, 1e-6, 1e-4, 1e-3, 4e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e3, 1e8)
+MEANS = (-50.0, -1.3, -1.0, -0.37, -0.9999, 0.0, 1e-3, 0.501, 1.0, 1.2, 1e6)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_decoder_s_probabilities_sum_to_1_and_its_gradients_are_finite(levels):
+    mean, log_variance, x_0 = np.meshgrid(MEANS, 2 * np.log(SDS), np.arange(levels) * 2 / (levels - 1) - 1)
+    mean, log_variance, x_0 = (a.astype(np.float32) for a in (mean, log_variance, x_0))
+    log_p = likelihood.decoder_log_prob(x_0, mean, log_variance, levels)
+    assert np.isfinite(log_p).all() and (log_p <= 0).all()
+    np.testing.assert_allclose(np.exp(np.asarray(log_p, np.float64)).sum(-1), 1, atol=1e-6)
+    total = lambda mean, log_variance: likelihood.decoder_log_prob(x_0, mean, log_variance, levels).sum()  # noqa: E731
+    for gradient in jax.jit(jax.grad(total, (0, 1)))(mean, log_variance):
+        assert np.isfinite(gradient).all()
+
+
+def scipy_log_prob(x_0, mean, sd, levels):
+    """Independent, in float64: differences of SciPy's log CDF on the side where it is small."""
+    k = np.round((x_0 + 1) * (levels - 1) / 2)
+    lower = np.where(k == 0, -np.inf, ((2 * k - 1) / (levels - 1) - 1 - mean) / sd)
+    upper = np.where(k == levels - 1, np.inf, ((2 * k + 1) / (levels - 1) - 1 - mean) / sd)
+    a, b = np.where(lower + upper > 0, -upper, lower), np.where(lower + upper > 0, -lower, upper)
+    log_a, log_b = scipy.special.log_ndtr(a), scipy.special.log_ndtr(b)
+    return log_b + np.log(-np.expm1(log_a - log_b))
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_the_decoder_is_the_gaussian_s_mass_in_the_bin(levels, x64):
+    """In float64 against SciPy, gradients against central differences of SciPy's values."""
+    mean, sd, x_0 = np.meshgrid([-1.1, -0.4, 0.0, 0.63, 1.0], [0.002, 0.02, 0.3, 5.0], np.linspace(-1, 1, levels))
+    keep = abs(x_0 - mean) / sd < 60
+    mean, sd, x_0 = mean[keep], sd[keep], x_0[keep]
+    log_p = lambda mean, log_variance: likelihood.decoder_log_prob(x_0, mean, log_variance, levels)  # noqa: E731
+    np.testing.assert_allclose(log_p(mean, 2 * np.log(sd)), scipy_log_prob(x_0, mean, sd, levels), rtol=1e-9, atol=1e-9)
+    by_mean, by_log_variance = jax.grad(lambda m, v: log_p(m, v).sum(), (0, 1))(mean, 2 * np.log(sd))
+    h = 1e-5 * sd
+    difference = scipy_log_prob(x_0, mean + h, sd, levels) - scipy_log_prob(x_0, mean - h, sd, levels)
+    np.testing.assert_allclose(by_mean, difference / (2 * h), rtol=1e-4, atol=1e-4)
+    difference = scipy_log_prob(x_0, mean, sd * np.exp(5e-6), levels)
+    difference -= scipy_log_prob(x_0, mean, sd * np.exp(-5e-6), levels)
+    np.testing.assert_allclose(by_log_variance, difference / 2e-5, rtol=1e-4, atol=1e-4)
+
+
+def in_float32(x_0, mean, sd):
+    """float32 arguments for the decoder, and the same values in float64 for its judge."""
+    single = [np.asarray(a, np.float32) for a in (x_0, mean, 2 * np.log(sd))]
+    x_0, mean, log_variance = (a.astype(np.float64) for a in single)
+    return single, (x_0, mean, np.exp(0.5 * log_variance))
+
+
+def test_the_decoder_in_float32_is_close_to_float64():
+    mean, sd, x_0 = np.meshgrid([-1.1, -0.4, 0.63, 1.0], [0.01, 0.1, 1.0], np.linspace(-1, 1, 256))
+    single, double = in_float32(x_0, mean, sd)
+    expected = scipy_log_prob(*double, 256)
+    # (edge - mean) / sd carries 1e-7 / sd, which its square turns into 1e-7 z / sd nats.
+    allowed = 1e-4 + 2e-7 * np.sqrt(2 * abs(expected)) / sd + 1e-6 * abs(expected)
+    assert (abs(likelihood.decoder_log_prob(*single) - expected) < allowed).all()
+
+
+def test_a_far_tail_s_gradient_in_float32_is_the_mills_ratio():
+    """d log p / d mean -> (edge - mean) / sd^2; a difference of logarithms would be off by a factor there."""
+    gradient = jax.grad(lambda m: likelihood.decoder_log_prob(jnp.float32(0.0039216), m, jnp.float32(2 * np.log(1e-4))))
+    edge = 2 / 255
+    np.testing.assert_allclose(gradient(jnp.float32(0.9)), (edge - 0.9) / 1e-8, rtol=1e-4)
+
+
+def test_the_decoder_by_quadrature():
+    density = scipy.stats.norm(0.1, 0.05).pdf
+    for level, (low, high) in {128: (127.5, 128.5), 0: (-np.inf, 0.5), 255: (254.5, np.inf)}.items():
+        mass, _ = scipy.integrate.quad(density, low * 2 / 255 - 1, high * 2 / 255 - 1, epsabs=1e-300)
+        got = likelihood.decoder_log_prob(jnp.float32(level * 2 / 255 - 1), 0.1, 2 * np.log(0.05))
+        np.testing.assert_allclose(got, np.log(mass), rtol=3e-5)
+
+
+def test_openai_s_tanh_decoder():
+    """Its formula, written anew in float64 from the description: edges at +-1/255, tanh CDF, floor of 1e-12."""
+    mean, sd, x_0 = np.meshgrid([-0.99, -0.2, 0.7], [0.01, 0.2], np.arange(256) / 127.5 - 1)
+    single, (x_0, mean, sd) = in_float32(x_0, mean, sd)
+    cdf = lambda z: 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+    upper, lower = cdf((x_0 + 1 / 255 - mean) / sd), cdf((x_0 - 1 / 255 - mean) / sd)
+    mass = np.where(x_0 < -0.999, upper, np.where(x_0 > 0.999, 1 - lower, upper - lower))
+    got = np.asarray(likelihood.decoder_log_prob(*single, cdf="tanh"), np.float64)
+    np.testing.assert_allclose(np.exp(got), np.maximum(mass, 1e-12), atol=1e-5)  # x_0 rounds by 1e-7, sd 0.01
+    assert got.min() == pytest.approx(-27.631, abs=1e-3)
+    exact = np.exp(np.asarray(likelihood.decoder_log_prob(*single), np.float64))
+    assert 1e-5 < abs(np.exp(got) - exact).max() < 2 * 1.8e-4
+
+
+def test_the_decoder_s_bad_arguments():
+    x = jnp.zeros(3)
+    with pytest.raises(ValueError, match="levels=1"):
+        likelihood.decoder_log_prob(x, x, x, levels=1)
+    with pytest.raises(ValueError, match="known: exact, tanh"):
+        likelihood.decoder_log_prob(x, x, x, cdf="erf")
+
+
+# The terms.
+
+
+def test_the_kl_of_two_gaussians_by_quadrature():
+    for mean_1, sd_1, mean_2, sd_2 in [(0.0, 1.0, 0.3, 0.5), (-2.0, 0.1, -1.9, 0.11), (0.0, 3.0, 0.0, 3.0)]:
+        p, q = scipy.stats.norm(mean_1, sd_1), scipy.stats.norm(mean_2, sd_2)
+        integrand = lambda x, p=p, q=q: p.pdf(x) * (p.logpdf(x) - q.logpdf(x))  # noqa: E731
+        expected, _ = scipy.integrate.quad(integrand, mean_1 - 12 * sd_1, mean_1 + 12 * sd_1)
+        got = likelihood.gaussian_kl(mean_1, 2 * np.log(sd_1), mean_2, 2 * np.log(sd_2))
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_the_prior_term():
+    for schedule in (SCHEDULE, schedules.from_betas(schedules.betas("linear", 1000))):
+        x_0 = np.array([[-1.0, 0.3], [1.0, 0.0]])
+        a = schedule.alpha_bar[-1]
+        expected = 0.5 * (a * x_0**2 + (1 - a) - 1 - np.log(1 - a)) / np.log(2)
+        np.testing.assert_allclose(likelihood.prior_term(schedule, x_0.astype(np.float32)), expected.mean(1), rtol=2e-5)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_every_term_has_its_closed_form(variance):
+    """Gaussian data and the exact posterior mean: each L_t, both squared errors and the prior, within error bars."""
+    bits = evaluate(optimal(variance), variance, gaussian_data(20_000), levels=None)
+    assert bits.vlb.shape == bits.mse.shape == bits.x_0_mse.shape == bits.t.shape == (20_000, T)
+    a = SCHEDULE.alpha_bar
+    expected = {"vlb": closed_form(variance), "mse": a * S2 / V, "x_0_mse": S2 * (1 - a) / V}
+    for name, values in expected.items():
+        mean, error = mean_and_error(getattr(bits, name))
+        assert (abs(mean - values) < 4.5 * error + 1e-6).all(), name
+    mean, error = mean_and_error(bits.prior)
+    prior = 0.5 * (a[-1] * (S2 + M**2) - a[-1] - np.log1p(-a[-1])) / np.log(2)
+    assert abs(mean - prior) < 4.5 * error
+    np.testing.assert_allclose(bits.total, bits.prior + bits.vlb.sum(1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(bits.decoder, bits.vlb[:, 0])
+    assert bits.standard_error is None
+
+
+def test_the_exact_variance_attains_the_bound():
+    """1/2 ln(2 pi e s^2) + KL(N(sqrt(abar_T) m, v_T) || N(0, 1)): the sum of closed forms, and the measured mean."""
+    a, v = SCHEDULE.alpha_bar[-1], V[-1]
+    attained = 0.5 * np.log(2 * np.pi * np.e * S2) + 0.5 * (v + a * M**2 - 1 - np.log(v))
+    prior = 0.5 * (a * (S2 + M**2) - a - np.log1p(-a))
+    assert closed_form("learned_range").sum() + prior / np.log(2) == pytest.approx(attained / np.log(2), abs=1e-12)
+    bits = evaluate(optimal("learned_range"), "learned_range", gaussian_data(20_000, 3), levels=None, tables=False)
+    mean, error = mean_and_error(bits.total)
+    assert abs(mean - attained / np.log(2)) < 4 * error and error < 0.01
+    for other in ("fixed_small", "fixed_large"):
+        assert closed_form(other).sum() > closed_form("learned_range").sum()
+
+
+def test_the_discretised_decoder_term_by_quadrature():
+    """E of -log2 P(level | x_1) over the levels of a rounded Gaussian and, by Gauss-Hermite, over the noise."""
+    levels = 17
+    grid = np.arange(levels) * 2 / (levels - 1) - 1
+    probabilities = np.exp(scipy_log_prob(grid, M, np.sqrt(S2), levels))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    a = SCHEDULE.alpha_bar[0]
+    x_t = np.sqrt(a) * grid[:, None] + np.sqrt(1 - a) * nodes
+    mean = M + np.sqrt(a) * S2 * (x_t - np.sqrt(a) * M) / V[0]
+    log_p = scipy_log_prob(np.broadcast_to(grid[:, None], mean.shape), mean, np.sqrt(EXACT_VARIANCE[0]), levels)
+    expected = -(probabilities * (log_p @ weights / weights.sum())).sum() / np.log(2)
+    x_0 = np.random.default_rng(0).choice(grid, p=probabilities / probabilities.sum(), size=(40_000, 4))
+    bits = evaluate(optimal("learned_range"), "learned_range", x_0.astype(np.float32), levels=levels, tables=False)
+    measured, error = mean_and_error(bits.decoder)
+    assert abs(measured - expected) < 4 * error and error < 0.01 * expected
+
+
+def test_with_the_fixed_small_variance_terms_are_snr_drops(x64):
+    """L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x0hat||^2 (Kingma et al. 2021), whatever the network says."""
+    x_0 = jax.random.uniform(jax.random.key(0), (5, 3), minval=-1)
+    bits = likelihood.bits_per_dim(
+        jax.random.key(1), SCHEDULE, lambda x, time: 0.3 * x + 0.1, x_0, variance="fixed_small", clip=True
+    )
+    drops = 0.5 * (SCHEDULE.snr[:-1] - SCHEDULE.snr[1:]) / np.log(2)
+    np.testing.assert_allclose(bits.vlb[:, 1:], drops * bits.x_0_mse[:, 1:], rtol=1e-8)
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_what_is_predicted_does_not_matter(prediction, x64):
+    def denoise_fn(x_t, time):
+        t = time.astype(jnp.int32)
+        x_0 = 0.8 * x_t
+        if prediction == "x_0":
+            return x_0
+        if prediction == "x_prev":
+            return process.q_posterior(SCHEDULE, x_0, x_t, t).mean
+        convert = {"eps": process.to_eps, "v": process.to_v, "score": process.to_score}[prediction]
+        return convert(SCHEDULE, x_0, x_t, t, "x_0")
+
+    x_0 = gaussian_data(6)
+    bits, by_x_0 = (
+        likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, network, x_0, prediction=name, clip=False)
+        for network, name in [(denoise_fn, prediction), (lambda x, time: 0.8 * x, "x_0")]
+    )
+    np.testing.assert_allclose(bits.vlb, by_x_0.vlb, rtol=1e-6)
+
+
+# The estimate from some of the steps.
+
+
+@pytest.mark.parametrize("strata", [1, 7, 49])
+def test_strata_estimate_the_whole_without_bias(strata):
+    x_0 = gaussian_data(20_000, 5)
+    bits = evaluate(optimal("learned_range"), "learned_range", x_0, key=2, levels=None, strata=strata)
+    assert bits.vlb.shape == (20_000, 1 + 2 * strata) and (bits.t[:, 0] == 0).all()
+    assert bits.t[:, 1:].min() == 1 and bits.t[:, 1:].max() == T - 1
+    transitions = bits.total - bits.prior - bits.decoder
+    mean, error = mean_and_error(transitions)
+    assert abs(mean - closed_form("learned_range")[1:].sum()) < 4 * error
+    if strata < 49:  # the choice of steps dominates there: the stated error, against the errors there are
+        expected_variance = np.asarray(bits.standard_error, np.float64) ** 2
+        whole = evaluate(optimal("learned_range"), "learned_range", x_0, key=9, levels=None, tables=False)
+        difference = np.asarray(transitions - (whole.total - whole.prior - whole.decoder), np.float64)
+        # The whole has the noise of one draw a step, which the pairs see as well, at its own (smaller) weight.
+        assert 0.8 < expected_variance.mean() / difference.var() < 1.1
+
+
+def test_more_strata_are_more_exact():
+    x_0 = gaussian_data(2000, 5)
+    errors = [
+        float(evaluate(optimal("fixed_small"), "fixed_small", x_0, levels=None, strata=s).standard_error.mean())
+        for s in (1, 5, 20)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+# How it behaves.
+
+
+def test_without_tables_the_memory_does_not_grow_with_t():
+    def memory(steps):
+        schedule = schedules.from_betas(schedules.betas("linear", steps))
+        run = lambda key, x_0: likelihood.bits_per_dim(key, schedule, lambda x, time: x, x_0, tables=False)  # noqa: E731
+        compiled = jax.jit(run).lower(jax.random.key(0), jnp.zeros((64, 32, 32, 3))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(1000) < 1.05 * memory(10)
+
+
+def test_tables_change_nothing_and_jit_nothing():
+    x_0 = gaussian_data(8)
+    for strata in (None, 3):
+        run = functools.partial(evaluate, optimal("fixed_small"), "fixed_small", x_0, strata=strata)
+        with_tables, without = run(), run(tables=False)
+        np.testing.assert_array_equal(with_tables.total, without.total)
+        assert without.vlb is without.mse is without.t is None
+    one_by_one = likelihood.bits_per_dim(
+        jax.random.key(1), SCHEDULE, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
+    )
+    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-6)
+    # The schedule may be traced too.
+    traced = jax.jit(
+        lambda s: (
+            likelihood.bits_per_dim(
+                jax.random.key(1), s, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
+            ).total
+        )
+    )(SCHEDULE)
+    np.testing.assert_allclose(traced, one_by_one.total, rtol=1e-4)
+
+
+def test_the_bound_is_differentiable():
+    x_0 = jnp.array([[-1.0, 1.0, 0.2]])
+    total = lambda w: likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, lambda x, time: w * x, x_0).total.sum()  # noqa: E731
+    gradient = jax.grad(total)(0.4)
+    assert np.isfinite(gradient)
+    np.testing.assert_allclose(gradient, (total(0.41) - total(0.39)) / 0.02, rtol=0.05)
+
+
+def test_a_chain_that_ends_in_noise_has_no_prior_term():
+    jsd = schedules.from_betas(schedules.betas("jsd", 10))
+    x_0 = jnp.ones((2, 3))
+    bits = likelihood.bits_per_dim(
+        jax.random.key(0), jsd, lambda x, time: 0 * x, x_0, prediction="v", variance="fixed_small"
+    )
+    assert (bits.prior == 0).all() and np.isfinite(bits.total).all()
+    with pytest.raises(ValueError, match="alpha_bar is 0"):
+        likelihood.bits_per_dim(jax.random.key(0), jsd, lambda x, time: 0 * x, x_0)
+
+
+def test_bad_arguments():
+    x_0, keep = jnp.zeros((2, 3)), lambda x, time: x
+    for strata in (0, T):
+        with pytest.raises(ValueError, match=f"strata={strata} must lie in 1 ... {T - 1}"):
+            likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, strata=strata)
+    with pytest.raises(ValueError, match="twice the channels"):
+        likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, variance="learned")
