@@ -1,11 +1,12 @@
-"""L_simple against closed forms on Gaussian data, for which the best network is known."""
+"""L_simple, the bound and the hybrid against closed forms on Gaussian data, and the timestep samplers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from diffusion_jax import losses, process, schedules, timesteps
+from diffusion_jax import likelihood, losses, process, schedules, timesteps
 
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 1000))
 M, S2 = 0.3, 0.25  # data N(M, S2) in every dimension
@@ -167,3 +168,196 @@ def test_antithetic_pairs_and_strata():
     for seed in range(20):
         t, _ = timesteps.stratified(jax.random.key(seed), 8, 80)
         np.testing.assert_array_equal(np.sort(np.asarray(t) // 10), np.arange(8))  # one in each eighth
+
+
+# The bound as a loss, and the hybrid.
+
+SHORT = schedules.from_betas(schedules.betas("linear", 20, beta_start=5e-3, beta_end=0.4))
+
+
+def doubled(x_t, time):
+    """Some network with a learned variance."""
+    return jnp.concatenate([0.4 * x_t + 0.1, jnp.tanh(x_t + 0.01 * time[:, None])], axis=-1)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_the_vlb_loss_estimates_the_bound(variance):
+    x_0 = gaussian_data(100_000)
+    options = {"variance": variance, "levels": None, "clip": False}
+    loss, parts = jax.jit(lambda key: losses.vlb(key, SHORT, doubled, x_0, **options))(jax.random.key(0))
+    bits = likelihood.bits_per_dim(jax.random.key(1), SHORT, doubled, x_0, tables=False, **options)
+    mean, error = mean_and_error(loss)
+    whole, whole_error = mean_and_error(bits.total - bits.prior)
+    assert abs(mean - whole) < 4 * np.hypot(error, whole_error) and error < 0.02 * whole
+    np.testing.assert_array_equal(loss, parts.vlb)
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
+    """With respect to the output: the mean's gradient is L_simple's to the bit, the variance's that of the weighted vlb."""
+    x_0 = gaussian_data(16)
+
+    def gradient(loss, **options):
+        def total(offset):
+            return loss(
+                jax.random.key(0), SHORT, lambda x, t: doubled(x, t) + offset, x_0, prediction=prediction, **options
+            )[0].sum()
+
+        by_mean, by_variance = jnp.split(jax.jit(jax.grad(total))(jnp.zeros((16, 8))), 2, axis=-1)
+        return np.asarray(by_mean), np.asarray(by_variance)
+
+    hybrid, simple, bound = gradient(losses.hybrid), gradient(losses.simple), gradient(losses.vlb)
+    np.testing.assert_array_equal(hybrid[0], simple[0])
+    assert abs(bound[0]).max() > 0 and (simple[1] == 0).all()
+    np.testing.assert_allclose(hybrid[1], 0.001 * bound[1], rtol=1e-5, atol=1e-9)
+    loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0, prediction=prediction, vlb_weight=0.5)
+    np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-6)
+
+
+def test_the_published_weight_is_on_the_whole_bound():
+    """Improved DDPM's code: MSE + one term in bits times T / 1000."""
+    x_0 = gaussian_data(16)
+    loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0)
+    term, _ = likelihood.bound_term(SHORT, parts.output, x_0, parts.x_t, parts.t, variance="learned_range", clip=False)
+    np.testing.assert_allclose(loss, parts.mse + term * 20 / 1000, rtol=1e-6)
+
+
+def first_step(key, batch, total):
+    return jnp.zeros(batch, jnp.int32), jnp.ones(batch)
+
+
+@pytest.mark.parametrize("sampler", [first_step, timesteps.uniform])
+def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
+    """8-bit images of black and white, a thousand cosine steps, a mean far off: float32."""
+    schedule = schedules.from_betas(schedules.betas("cosine", 1000))
+    x_0 = jnp.where(jax.random.bernoulli(jax.random.key(0), shape=(512, 3)), 1.0, -1.0)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(w):
+        network = lambda x, t: w * doubled(x, t)  # noqa: E731
+        return losses.vlb(jax.random.key(1), schedule, network, x_0, timestep_sampler=sampler)[0].mean()
+
+    for w in (-3.0, 0.0, 1.0):
+        assert np.isfinite(total(w)).all()
+
+
+def test_the_hybrid_refuses_a_fixed_variance():
+    with pytest.raises(ValueError, match="trains a learned variance"):
+        losses.hybrid(jax.random.key(0), SHORT, doubled, gaussian_data(2), variance="fixed_small")
+    with pytest.raises(ValueError, match="twice the channels"):
+        losses.vlb(jax.random.key(0), SHORT, lambda x, t: x, gaussian_data(2))
+
+
+def test_a_trained_network_learns_the_exact_variance():
+    """Gaussian data, T = 20: the fraction of learned_range within 0.05 of the exact one wherever it can be told."""
+    d = 4
+    v = SHORT.alpha_bar * S2 + 1 - SHORT.alpha_bar
+    exact = np.log(SHORT.betas * np.append(S2, v[:-1]) / v)
+    small, large = SHORT.posterior_log_variance, np.log(SHORT.betas)
+    fraction = (exact - small) / (large - small)
+
+    def network(params, x_t, time):
+        """An MLP of 64 hidden units, for each dimension on its own: (x_t, which step) -> (eps, the fraction)."""
+        steps = jnp.broadcast_to(jax.nn.one_hot(time.astype(jnp.int32), 20)[:, None], (*x_t.shape, 20))
+        hidden = jnp.tanh(jnp.concatenate([x_t[..., None], steps], -1) @ params["in"])
+        out = jnp.concatenate([hidden, x_t[..., None] * steps, steps], -1) @ params["out"]
+        return jnp.concatenate([out[..., 0], out[..., 1]], axis=-1)
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.03, 4000))
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        key_x, key_loss = jax.random.split(key)
+        x_0 = M + np.sqrt(S2) * jax.random.normal(key_x, (512, d))
+        loss = lambda p: losses.hybrid(  # noqa: E731
+            key_loss,
+            SHORT,
+            lambda x, t: network(p, x, t),
+            x_0,
+            levels=None,
+            vlb_weight=0.1,
+            timestep_sampler=timesteps.stratified,
+        )[0].mean()
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"in": 0.3 * jax.random.normal(jax.random.key(1), (21, 64)), "out": jnp.zeros((104, 2))}
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(0), 4000))
+    tellable = large - small > 0.1
+    assert tellable.sum() >= 8
+    t = jnp.arange(20)
+    x_t = process.at(SHORT.sqrt_alpha_bar, t, x_0 := jnp.full((20, 1), M)) * x_0  # where the data is
+    learned = (np.asarray(network(params, x_t, t))[:, 1] + 1) / 2
+    assert abs(learned - fraction)[tellable].max() < 0.05, (learned, fraction)
+
+
+# Importance sampling of timesteps.
+
+
+def recorded_one_by_one(history, t, values):
+    """The published rule, one loss at a time: a list for each step, of which the oldest falls out."""
+    for step, value in zip(t, values, strict=True):
+        history[step] = (history[step] + [value])[-3:]
+    return history
+
+
+def test_the_history_keeps_the_last_losses_of_each_step():
+    rng = np.random.default_rng(0)
+    history, lists = timesteps.loss_history(5, length=3), [[] for _ in range(5)]
+    record = jax.jit(timesteps.record)
+    for _ in range(20):
+        t = rng.integers(0, 5, 12).astype(np.int32)  # some steps more often than a ring is long
+        values = rng.normal(size=12).astype(np.float32)
+        history, lists = record(history, t, values), recorded_one_by_one(lists, t.tolist(), values.tolist())
+        for step in range(5):
+            kept = np.asarray(history.losses[step])[: min(int(history.counts[step]), 3)]
+            np.testing.assert_array_equal(np.sort(kept), np.sort(np.float32(lists[step])))
+
+
+def test_the_sampler_is_uniform_until_every_step_is_full():
+    history = timesteps.loss_history(4, length=2)
+    for t in ([0, 0, 1, 1], [2, 2, 3, 0]):
+        history = timesteps.record(history, jnp.array(t), jnp.array([5.0, 1.0, 2.0, 3.0]))
+        np.testing.assert_allclose(timesteps.step_probabilities(history), 0.25)
+    history = timesteps.record(history, jnp.array([3]), jnp.array([4.0]))
+    kept = np.array([[1, 3], [2, 3], [5, 1], [2, 4]], float)  # step 0 saw 5, 1, 3
+    root = np.sqrt((kept**2).mean(1))
+    np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
+
+
+def test_importance_sampling_is_unbiased_and_steadier():
+    """The weighted estimate of the bound equals the uniform one within error bars, with less variance."""
+    x_0 = gaussian_data(60_000)
+    run = jax.jit(
+        lambda key, sampler_history: losses.vlb(
+            key, SHORT, doubled, x_0, levels=None, timestep_sampler=timesteps.loss_second_moment(sampler_history)
+        )
+    )
+    history = timesteps.loss_history(20)
+    for seed in range(3):
+        uniform, parts = run(jax.random.key(seed), history)
+        if seed == 0:
+            first = uniform
+        history = timesteps.record(history, parts.t[:4000], parts.vlb[:4000])
+    weighted, parts = run(jax.random.key(9), history)
+    p = timesteps.step_probabilities(history)
+    assert p.max() > 2 / 20 and abs(float(p.sum()) - 1) < 1e-6
+    np.testing.assert_allclose(parts.importance, 1 / (20 * np.asarray(p)[parts.t]), rtol=1e-6)
+    (a, error_a), (b, error_b) = mean_and_error(first), mean_and_error(weighted)
+    assert abs(a - b) < 4 * np.hypot(error_a, error_b) and error_b < 0.9 * error_a
+    # Also where a step is almost never drawn: the frequencies are the probabilities.
+    counts = np.bincount(np.asarray(parts.t), minlength=20)
+    assert (abs(counts - 60_000 * p) < 5 * np.sqrt(60_000 * p) + 1).all()
+
+
+def test_a_history_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="has 19 steps, the schedule 20"):
+        losses.vlb(
+            jax.random.key(0),
+            SHORT,
+            doubled,
+            gaussian_data(2),
+            timestep_sampler=timesteps.loss_second_moment(timesteps.loss_history(19)),
+        )
