@@ -1,6 +1,7 @@
-"""diffusers' `UNet2DModel` in the shape of google/ddpm-cifar10-32, and its weights under this project's names.
+"""diffusers' `UNet2DModel` in the shapes of google/ddpm-cifar10-32 and of Improved DDPM, and its weights under this project's
+names.
 
-As a program (it needs `make parity`'s packages), it writes the fixture that test_parity.py reads without them:
+As a program (it needs `make parity`'s packages), it writes the fixtures that test_parity.py reads without them:
 
     python tests/diffusers_unet.py
 """
@@ -10,7 +11,7 @@ import re
 
 import numpy as np
 
-FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "unet_ddpm_cifar10_narrow.npz"
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 # The published configuration; its fields differ from the library's defaults in five places that change no shape.
 PUBLISHED = {
@@ -28,8 +29,49 @@ PUBLISHED = {
     "norm_num_groups": 32,
     "attention_head_dim": None,
 }
-NARROW = {**PUBLISHED, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
-NARROW_FIELDS = {"channels": 8, "num_groups": 4}
+# OpenAI's choices in diffusers' words: scale-shift norm, [cos, sin], eps 1e-5, padding on both sides, 4 heads, classes.
+IMPROVED = {
+    **PUBLISHED,
+    "out_channels": 6,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 4,  # or the middle's attention has no norm there
+    "num_class_embeds": 5,
+}
+# Narrow networks, each as diffusers' configuration and as our fields; a fixture of each is stored.
+NARROW = {
+    "unet_ddpm_cifar10_narrow": (
+        {**PUBLISHED, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4},
+        {"channels": 8, "num_groups": 4},
+    ),
+    "unet_improved_narrow": (
+        IMPROVED,
+        {
+            "channels": 8,
+            "channel_multipliers": (1, 2, 2),
+            "num_res_blocks": 1,
+            "attention_levels": (1, 2),
+            "num_heads": 4,
+            "scale_shift_norm": True,
+            "embedding_cos_first": True,
+            "embedding_freq_shift": 0.0,
+            "downsample_padding": (1, 1),
+            "num_groups": 4,
+            "norm_epsilon": 1e-5,
+            "num_classes": 5,
+            "out_channels": 6,
+        },
+    ),
+}
 
 _LAYERS = {
     "group_norm": "norm",
@@ -42,6 +84,7 @@ _LAYERS = {
     "time_embedding.linear_1": "time_0",
     "time_embedding.linear_2": "time_1",
     "conv_norm_out": "norm_out",
+    "class_embedding": "class",
 }
 
 
@@ -77,6 +120,8 @@ def our_params(weights: dict[str, np.ndarray], levels: int) -> dict:
         if "norm" in last:
             node = node.setdefault("norm", {})
             leaf = {"weight": "scale", "bias": "bias"}[leaf]
+        elif last == "class":
+            leaf = "embedding"
         elif leaf == "weight":
             leaf = "kernel"
             if value.ndim == 4:  # OIHW to HWIO, and 1x1 convolutions to matrices
@@ -107,28 +152,30 @@ def random_peer(config: dict, seed: int = 0):
     return model
 
 
-def run_peer(model, x: np.ndarray, time: np.ndarray) -> np.ndarray:
+def run_peer(model, x: np.ndarray, time: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
     """The PyTorch network on NHWC images."""
     import torch
 
+    labels = None if y is None else torch.from_numpy(y)
     with torch.no_grad():
-        out = model(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(time)).sample
+        out = model(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(time), labels).sample
     return out.numpy().transpose(0, 2, 3, 1)
 
 
 def main() -> None:
-    """Writes the fixture."""
+    """Writes the fixtures."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 16, 32, 3)).astype(np.float32)  # not square, so that no axis can be swapped
-    time = np.array([0, 31, 999])
-    model = random_peer(NARROW)
-    out = run_peer(model, x, time)
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    FIXTURE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        FIXTURE, x=x, time=time, out=out, **{f"weights/{name}": value for name, value in weights.items()}
-    )
-    print(f"{FIXTURE}: {sum(w.size for w in weights.values()):,} weights, output std {out.std():.3f}")
+    time, y = np.array([0, 31, 999]), np.array([4, 0, 2])
+    FIXTURES.mkdir(exist_ok=True)
+    for name, (config, fields) in NARROW.items():
+        model = random_peer(config)
+        arrays = {"x": x, "time": time} | ({"y": y} if fields.get("num_classes") else {})
+        out = run_peer(model, **arrays)
+        weights = {key: value.numpy() for key, value in model.state_dict().items()}
+        arrays |= {"out": out} | {f"weights/{key}": value for key, value in weights.items()}
+        np.savez_compressed(FIXTURES / f"{name}.npz", **arrays)
+        print(f"{name}: {sum(w.size for w in weights.values()):,} weights, output std {out.std():.3f}")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,13 @@ def test_parameter_counts_of_ho_et_al(fields, size, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-def test_timestep_embedding_is_ho_et_al_s():
+def test_timestep_embeddings_are_the_published_ones():
     embedding = models.timestep_embedding(jnp.arange(128), 64)
     expected = [[0.9646, 0.9804, 0.9892], [0.9615, 0.9787, 0.9882], [0.9582, 0.9769, 0.9872]]
     np.testing.assert_allclose(embedding[23:26, 47:50], expected, atol=5e-5)
+    openai = models.timestep_embedding(jnp.arange(128), 64, cos_first=True, freq_shift=0)
+    expected = [[0.3019, 0.2280, 0.1716], [0.3146, 0.2377, 0.1790], [0.3272, 0.2474, 0.1864]]
+    np.testing.assert_allclose(openai[23:26, 47:50], expected, atol=6e-5)
     np.testing.assert_allclose(models.timestep_embedding(jnp.array([0.5]), 64)[0, :32].max(), np.sin(0.5), rtol=1e-6)
     with pytest.raises(ValueError, match="even"):
         models.timestep_embedding(jnp.arange(2), 7)
@@ -70,8 +73,18 @@ def test_initialisation_is_ho_et_al_s():
             assert abs(leaf).max() > 1e-2, name
 
 
-def test_every_parameter_has_a_gradient():
-    model = models.UNet(**TINY, num_classes=3)
+def test_initialisation_is_openai_s():
+    """PyTorch's default kernels, uniform within 1 / sqrt(fan_in), and zeros where a branch ends."""
+    params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}, initializer="openai"))
+    kernel, bound = params["down_1_block_0"]["conv1"]["kernel"], (9 * 64) ** -0.5
+    assert 0.98 * bound < abs(kernel).max() <= bound and abs(kernel.var() - bound**2 / 3) < 0.02 * bound**2
+    for layer in (params["down_1_block_0"]["conv2"], params["mid_attn"]["proj"], params["conv_out"]):
+        assert (layer["kernel"] == 0).all()
+
+
+@pytest.mark.parametrize("scale_shift_norm", [False, True])
+def test_every_parameter_has_a_gradient(scale_shift_norm):
+    model = models.UNet(**TINY, num_classes=3, scale_shift_norm=scale_shift_norm)
     x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
     params = redraw(init(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
@@ -129,6 +142,7 @@ def test_remat_changes_nothing_and_bfloat16_little():
         ({}, (1, 9, 8, 3), None, "that 2 divides"),
         ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
         ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
+        ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),
         ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3"),
         ({"attention_levels": (2,)}, (1, 8, 8, 3), None, "attention_levels must lie in 0 ... 1"),
         ({"num_classes": 2}, (1, 8, 8, 3), None, "needs y"),

@@ -14,26 +14,25 @@ def worst(ours, theirs):
     return abs(np.asarray(ours) - theirs).max() / abs(theirs).max()
 
 
-def run_ours(model, weights, x, time):
-    params = peer.our_params(weights, levels=4)
-    expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros_like(x), jnp.zeros(len(x)))["params"])
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)
+def run_ours(model, weights, x, time, y=None):
+    params = peer.our_params(weights, levels=len(model.channel_multipliers))
+    init = lambda: model.init(jax.random.key(0), jnp.zeros_like(x), jnp.zeros(len(x)), y)["params"]  # noqa: E731
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init))
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda p: model.apply({"params": p}, x, jnp.float32(time)))(params)
+        return jax.jit(lambda p: model.apply({"params": p}, x, jnp.float32(time), y))(params)
 
 
-def test_narrow_network_gives_the_stored_output():
-    with np.load(peer.FIXTURE) as stored:
+@pytest.mark.parametrize("name", peer.NARROW)
+def test_narrow_network_gives_the_stored_output(name):
+    with np.load(peer.FIXTURES / f"{name}.npz") as stored:
         arrays = dict(stored)
-    weights = {name.removeprefix("weights/"): value for name, value in arrays.items() if name.startswith("weights/")}
-    out = run_ours(models.UNet(**peer.NARROW_FIELDS), weights, arrays["x"], arrays["time"])
+    weights = {key.removeprefix("weights/"): value for key, value in arrays.items() if key.startswith("weights/")}
+    inputs, model = {k: arrays[k] for k in ("x", "time", "y") if k in arrays}, models.UNet(**peer.NARROW[name][1])
     assert arrays["out"].std() > 0.1
-    assert worst(out, arrays["out"]) < 1e-5
+    assert worst(run_ours(model, weights, **inputs), arrays["out"]) < 1e-5
     # The same check must see a wrong time, or it would prove nothing of the embedding.
-    assert (
-        worst(run_ours(models.UNet(**peer.NARROW_FIELDS), weights, arrays["x"], arrays["time"] + 1), arrays["out"])
-        > 1e-3
-    )
+    inputs["time"] = inputs["time"] + 1
+    assert worst(run_ours(model, weights, **inputs), arrays["out"]) > 1e-3
 
 
 @pytest.mark.parity

@@ -1,16 +1,17 @@
 """The U-Net of the DDPM family, as one Flax Linen module.
 
 Its defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the
-time embedding added between the two halves, self-attention at chosen levels, and skip connections. It knows nothing of
-diffusion: it maps (x_t, network time) to an output of the same height and width.
+time embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give
+OpenAI's (Improved DDPM). It knows nothing of diffusion: it maps (x_t, network time) to an output of the same height and
+width.
 
 Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `mid_attn`, `up_3_upsample`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,92 +19,126 @@ import jax
 import jax.numpy as jnp
 
 
-def timestep_embedding(time, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """[sin(time w_i), cos(time w_i)] with w_i = max_period^(-i / (dim/2 - 1)), as in Ho et al.'s code.
+def timestep_embedding(
+    time, dim: int, max_period: float = 10_000.0, *, cos_first: bool = False, freq_shift: float = 1.0
+) -> jax.Array:
+    """[sin(time w_i), cos(time w_i)] with w_i = max_period^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
-    time: float [B], in the unit the network is trained on; returns float32 [B, dim]. Raises: ValueError for an odd dim.
+    OpenAI's is `cos_first=True, freq_shift=0`. time: float [B], in the unit the network is trained on; returns float32
+    [B, dim]. Raises: ValueError for an odd dim.
     """
     if dim % 2 or dim < 4:
         raise ValueError(f"the embedding needs an even number of at least 4 dimensions, got {dim}")
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    frequencies = jnp.exp(-math.log(max_period) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
     angles = jnp.asarray(time, jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def _init(scale: float = 1.0) -> Callable:
-    """Ho et al.'s initialiser; layers that end a residual branch have scale 0, which is 1e-10 there."""
-    return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
-
-
-def _conv(features: int, dtype: Any, *, scale: float = 1.0, stride: int = 1, name: str) -> nn.Conv:
-    # With stride 2 and an even size, 'SAME' pads (0, 1), as TensorFlow did for the published weights.
-    return nn.Conv(features, (3, 3), stride, padding="SAME", dtype=dtype, kernel_init=_init(scale), name=name)
-
-
-def _dense(features: int, dtype: Any, *, scale: float = 1.0, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=_init(scale), name=name)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([cos, sin] if cos_first else [sin, cos], axis=-1)
 
 
 class GroupNorm(nn.Module):
     """GroupNorm with float32 statistics, whatever the network computes in."""
 
     num_groups: int
+    epsilon: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
         if x.shape[-1] % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {x.shape[-1]} channels")
-        norm = nn.GroupNorm(self.num_groups, epsilon=1e-6, dtype=self.dtype, use_fast_variance=False, name="norm")
+        norm = nn.GroupNorm(
+            self.num_groups, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm"
+        )
         return norm(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """Makes the layers of a network: what they all share."""
+
+    num_groups: int
+    norm_epsilon: float
+    initializer: str
+    dtype: Any
+
+    def _init(self, last: bool):
+        """Layers that end a residual branch, and the network's last, start at 0 (at OpenAI) or next to it (at Ho et al.)."""
+        if self.initializer == "openai":
+            return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")
+
+    def conv(self, features: int, name: str, *, last: bool = False, stride: int = 1, padding=(1, 1)) -> nn.Conv:
+        """3x3. padding: before and after, in height and width."""
+        padding = (tuple(padding),) * 2
+        return nn.Conv(
+            features, (3, 3), stride, padding=padding, dtype=self.dtype, kernel_init=self._init(last), name=name
+        )
+
+    def dense(self, features: int, name: str, *, last: bool = False) -> nn.Dense:
+        return nn.Dense(features, dtype=self.dtype, kernel_init=self._init(last), name=name)
+
+    def norm(self, name: str) -> GroupNorm:
+        return GroupNorm(self.num_groups, self.norm_epsilon, self.dtype, name=name)
+
+    def embed(self, num_classes: int, features: int, name: str) -> nn.Embed:
+        options = {"embedding_init": nn.initializers.normal(1.0)} if self.initializer == "openai" else {}
+        return nn.Embed(num_classes, features, dtype=self.dtype, name=name, **options)
+
+
 class ResBlock(nn.Module):
-    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a 1x1 projection where widths differ."""
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a 1x1 projection where widths differ.
+
+    With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    """
 
     features: int
-    num_groups: int
     dropout: float
-    dtype: Any
+    scale_shift_norm: bool
+    layers: _Layers
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
-        h = nn.silu(GroupNorm(self.num_groups, self.dtype, name="norm1")(x))
-        h = _conv(self.features, self.dtype, name="conv1")(h)
-        h += _dense(self.features, self.dtype, name="time_proj")(nn.silu(embedding))[:, None, None, :]
-        h = nn.silu(GroupNorm(self.num_groups, self.dtype, name="norm2")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = _conv(self.features, self.dtype, scale=0.0, name="conv2")(h)
+        h = nn.silu(self.layers.norm("norm1")(x))
+        h = self.layers.conv(self.features, "conv1")(h)
+        width = self.features * (2 if self.scale_shift_norm else 1)
+        time = self.layers.dense(width, "time_proj")(nn.silu(embedding))[:, None, None, :]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.layers.norm("norm2")(h) * (1 + scale) + shift
+        else:
+            h = self.layers.norm("norm2")(h + time)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = self.layers.conv(self.features, "conv2", last=True)(h)
         if x.shape[-1] != self.features:
-            x = _dense(self.features, self.dtype, name="skip")(x)
+            x = self.layers.dense(self.features, "skip")(x)
         return x + h
 
 
 class Attention(nn.Module):
-    """x + proj(softmax(q k / sqrt(C)) v) over all positions, with a float32 softmax."""
+    """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax."""
 
     num_heads: int
-    num_groups: int
-    dtype: Any
+    layers: _Layers
 
     @nn.compact
     def __call__(self, x):
         b, height, width, c = x.shape
         if c % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide an attention layer of {c} channels")
-        h = GroupNorm(self.num_groups, self.dtype, name="norm")(x)
-        h = h.reshape(b, height * width, c)
+        h = self.layers.norm("norm")(x).reshape(b, height * width, c)
         q, k, v = (
-            _dense(c, self.dtype, name=n)(h).reshape(b, height * width, self.num_heads, c // self.num_heads)
-            for n in ("q", "k", "v")
+            self.layers.dense(c, name)(h).reshape(b, height * width, self.num_heads, c // self.num_heads)
+            for name in ("q", "k", "v")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
-        return x + _dense(c, self.dtype, scale=0.0, name="proj")(h)
+        return x + self.layers.dense(c, "proj", last=True)(h)
 
 
 class UNet(nn.Module):
-    """Ho et al.'s U-Net. `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32.
+    """The U-Net; its defaults are Ho et al.'s.
+
+    `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32.
 
     channels: width of the first level, a multiple of `num_groups`.
     channel_multipliers: the width of each level over `channels`; each level after the first halves the resolution.
@@ -111,7 +146,11 @@ class UNet(nn.Module):
     attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
       256-pixel ones. The middle always has one.
     num_heads: attention heads.
-    num_groups: groups of every GroupNorm.
+    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
+    downsample_padding: before and after each side of the stride-2 convolution; OpenAI's is (1, 1).
+    num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
+    initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
     dropout: rate before the second convolution of each block, in training only.
     num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
       time embedding.
@@ -126,7 +165,13 @@ class UNet(nn.Module):
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = (1,)
     num_heads: int = 1
+    scale_shift_norm: bool = False
+    embedding_cos_first: bool = False
+    embedding_freq_shift: float = 1.0
+    downsample_padding: tuple[int, int] = (0, 1)
     num_groups: int = 32
+    norm_epsilon: float = 1e-6
+    initializer: str = "ho"
     dropout: float = 0.1
     num_classes: int = 0
     out_channels: int | None = None
@@ -143,23 +188,27 @@ class UNet(nn.Module):
         dtype = jnp.dtype(self.dtype)
         levels = len(self.channel_multipliers)
         self._check(x_t, y, levels)
+        layers = _Layers(self.num_groups, self.norm_epsilon, self.initializer, dtype)
         block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_class = nn.remat(Attention) if self.remat else Attention
 
         def block(h, level, name):
             features = self.channels * self.channel_multipliers[level]
-            return block_class(features, self.num_groups, self.dropout, dtype, name=name)(h, embedding, train)
+            made = block_class(features, self.dropout, self.scale_shift_norm, layers, name=name)
+            return made(h, embedding, train)
 
         def attention(h, name):
-            return attention_class(self.num_heads, self.num_groups, dtype, name=name)(h)
+            return attention_class(self.num_heads, layers, name=name)(h)
 
-        embedding = timestep_embedding(time, self.channels).astype(dtype)
-        embedding = nn.silu(_dense(4 * self.channels, dtype, name="time_0")(embedding))
-        embedding = _dense(4 * self.channels, dtype, name="time_1")(embedding)
+        embedding = timestep_embedding(
+            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+        embedding = nn.silu(layers.dense(4 * self.channels, "time_0")(embedding.astype(dtype)))
+        embedding = layers.dense(4 * self.channels, "time_1")(embedding)
         if self.num_classes:
-            embedding += nn.Embed(self.num_classes, 4 * self.channels, dtype=dtype, name="class")(y)
+            embedding += layers.embed(self.num_classes, 4 * self.channels, "class")(y)
 
-        h = _conv(self.channels, dtype, name="conv_in")(x_t.astype(dtype))
+        h = layers.conv(self.channels, "conv_in")(x_t.astype(dtype))
         skips = [h]
         for level in range(levels):
             for j in range(self.num_res_blocks):
@@ -168,7 +217,8 @@ class UNet(nn.Module):
                     h = attention(h, f"down_{level}_attn_{j}")
                 skips.append(h)
             if level < levels - 1:
-                h = _conv(h.shape[-1], dtype, stride=2, name=f"down_{level}_downsample")(h)
+                down = layers.conv(h.shape[-1], f"down_{level}_downsample", stride=2, padding=self.downsample_padding)
+                h = down(h)
                 skips.append(h)
 
         h = block(h, levels - 1, "mid_block_0")
@@ -182,11 +232,11 @@ class UNet(nn.Module):
                     h = attention(h, f"up_{level}_attn_{j}")
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = _conv(h.shape[-1], dtype, name=f"up_{level}_upsample")(h)
+                h = layers.conv(h.shape[-1], f"up_{level}_upsample")(h)
 
-        h = nn.silu(GroupNorm(self.num_groups, dtype, name="norm_out")(h))
+        h = nn.silu(layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
-        return _conv(out_channels, dtype, scale=0.0, name="conv_out")(h).astype(jnp.float32)
+        return layers.conv(out_channels, "conv_out", last=True)(h).astype(jnp.float32)
 
     def _check(self, x_t, y, levels):
         if x_t.ndim != 4:
@@ -197,6 +247,8 @@ class UNet(nn.Module):
                 f"a U-Net of {levels} levels needs a height and width that {divisor} divides, got {x_t.shape[1:3]}; resize "
                 "the images or use fewer channel_multipliers"
             )
+        if self.initializer not in ("ho", "openai"):
+            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         bad = [level for level in self.attention_levels if not 0 <= level < levels]
