@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.data.split = "train"
     config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
     config.data.channels = 3  # 3 for colour, 1 for grey
+    config.data.levels = 256  # how many values a channel can have; what likelihoods are of
     config.data.random_flip = True  # each image mirrored with probability one half
     config.data.memory_mb = 2048  # decoded once into memory where it fits, else streamed
     config.data.workers = 8  # processes that decode when streaming
@@ -27,10 +28,18 @@ def get_config() -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_levels = (1,)
     config.model.num_heads = 1
+    config.model.scale_shift_norm = False
+    config.model.embedding_cos_first = False
+    config.model.embedding_freq_shift = 1.0
+    config.model.downsample_padding = (0, 1)
     config.model.num_groups = 32
+    config.model.norm_epsilon = 1e-6
+    config.model.initializer = "ho"  # or "openai"
     config.model.dropout = 0.1
     config.model.num_classes = 0  # 0 for unconditional
-    config.model.out_channels = config_dict.placeholder(int)  # as many as the images have, unless given
+    config.model.out_channels = config_dict.placeholder(
+        int
+    )  # what data.channels and diffusion.variance need, unless given
     config.model.dtype = "float32"  # or "bfloat16": what the layers compute in
     config.model.remat = False  # less memory, about a third more time
 
@@ -40,9 +49,14 @@ def get_config() -> ConfigDict:
     config.diffusion.beta_start = 1e-4
     config.diffusion.beta_end = 0.02
     config.diffusion.prediction = "eps"  # eps, x_0, v, x_prev
-    config.diffusion.variance = "fixed_large"  # or fixed_small
+    config.diffusion.rescale_timesteps = False  # the network sees t 1000 / T
+    config.diffusion.variance = (
+        "fixed_large"  # fixed_large, fixed_small; with the vlb or hybrid loss learned_range, learned
+    )
+    config.diffusion.loss = "simple"  # simple, vlb (the variational bound), hybrid (both, for a learned variance)
+    config.diffusion.vlb_weight = 0.001  # of the bound in the hybrid
     config.diffusion.weighting = "none"  # none, snr, min_snr, truncated_snr, p2
-    config.diffusion.timestep_sampler = "uniform"  # uniform, antithetic, stratified
+    config.diffusion.timestep_sampler = "uniform"  # uniform, antithetic, stratified, loss_second_moment
 
     config.training = ConfigDict()
     config.training.num_steps = 800_000

@@ -76,7 +76,8 @@ def test_every_config_builds(name):
         jax.ShapeDtypeStruct((1, height, width, channels), "float32"),
         jax.ShapeDtypeStruct((1,), "float32"),
     )
-    assert out.shape == (1, height, width, channels)
+    learned = config.diffusion.variance.startswith("learned")
+    assert out.shape == (1, height, width, channels * (2 if learned else 1))
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
 
@@ -87,12 +88,34 @@ def test_the_published_configs_have_the_published_networks():
         "celeba_hq_256": 113_673_219,
         "lsun_church_256": 113_673_219,
         "lsun_cat_256": 113_673_219,
+        "cifar10_improved": 52_546_438,
+        "cifar10_improved:vlb": 52_546_438,
+        "imagenet64_improved": 121_063_942,
+        "imagenet64_improved:vlb": 121_063_942,
+        "imagenet64_improved:conditional": 273_049_350,
     }
     for name, count in counts.items():
-        config = importlib.import_module(f"configs.{name}").get_config()
+        name, _, variant = name.partition(":")
+        config = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else []))
         shapes = training.setup(config).abstract_state.params
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
         assert models.from_config(config.model).out_channels is None
+
+
+def test_improved_ddpm_s_settings():
+    """What its command lines say (facts of the paper's repository), in our words."""
+    from configs import cifar10_improved, imagenet64_improved
+
+    vlb, conditional = cifar10_improved.get_config("vlb"), imagenet64_improved.get_config("conditional")
+    assert (vlb.diffusion.loss, vlb.diffusion.timestep_sampler) == ("vlb", "loss_second_moment")
+    schedule = training.schedule_from_config(vlb.diffusion)
+    assert schedule.num_timesteps == 4000 and schedule.timesteps[1] == 0.25 and schedule.timesteps[-1] == 999.75
+    assert training.schedule_from_config(conditional.diffusion).timesteps[-1] == 3999
+    assert conditional.diffusion.vlb_weight == 1 / 4000 and conditional.training.batch_size == 2048
+    with pytest.raises(ValueError, match="known are hybrid, vlb"):
+        cifar10_improved.get_config("kl")
+    with pytest.raises(ValueError, match="known are hybrid, vlb, conditional"):
+        imagenet64_improved.get_config("kl")
 
 
 def test_a_stored_config_comes_back(tmp_path):

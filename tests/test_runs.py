@@ -20,6 +20,7 @@ from diffusion_jax import training
 from diffusion_jax.runs import errors, pictures, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
+from diffusion_jax.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEED = ("images_per_second", "data_wait", "seconds_left")
@@ -279,16 +280,28 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_killed_and_relaunched_logs_the_same_losses(tmp_path):
-    """SIGKILL in mid-run, twice; then to the end. Every logged number but the speed equals an unbroken run's, to the bit."""
+IMPORTANCE_SAMPLED = {
+    "diffusion.loss": "vlb",
+    "diffusion.variance": "learned_range",
+    "diffusion.timestep_sampler": "loss_second_moment",
+    "diffusion.num_timesteps": 5,
+    "diffusion.schedule": "linear",
+    "diffusion.beta_end": 0.5,
+}
+
+
+@pytest.mark.parametrize(("loss", "num_steps", "kills"), [({}, 150, (20, 70)), (IMPORTANCE_SAMPLED, 60, (30,))])
+def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, kills):
+    """SIGKILL in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the bit."""
     overrides = {
-        "training.num_steps": 150,
+        "training.num_steps": num_steps,
         "training.log_every": 1,
         "training.checkpoint_every": 7,
-        "training.sample_every": 50,
+        "training.sample_every": num_steps // 3,
+        **loss,
     }
     flags = tiny_flags(tmp_path / "killed", **overrides)
-    for after in (20, 70):
+    for after in kills:
         process = start(*flags)
         path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
         while time.time() < deadline and process.poll() is None:
@@ -303,9 +316,18 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path):
     code, _, err = finish(start(*tiny_flags(tmp_path / "whole", **overrides)))
     assert code == 0 and not err.strip(), err
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert len(lines(tmp_path / "whole")) == 150
+    assert len(lines(tmp_path / "whole")) == num_steps
     for directory in ("killed", "whole"):
         assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
+    killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    if loss:  # long past its warm-up
+        assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
+
+
+def last_state(config, directory):
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.restore(training.setup(config).abstract_state)
 
 
 @pytest.mark.parametrize(

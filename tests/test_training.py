@@ -93,6 +93,38 @@ def test_quarters_average_to_the_loss():
     np.testing.assert_allclose(np.mean(quarters), metrics["loss"], rtol=1e-5)
 
 
+def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
+    config = tiny_config(**{"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"})
+    state, train_step = training.create(config)
+    assert state.params["conv_out"]["kernel"].shape[-1] == 2 and state.loss_history is None
+    _, metrics = train_step(state, a_batch(config))
+    np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
+
+
+def test_importance_sampling_records_the_unweighted_losses():
+    """The history holds what the steps saw; once it is full, rarely drawn steps weigh more, and the loss stays one of T."""
+    config = tiny_config(
+        **{
+            "diffusion.loss": "vlb",
+            "diffusion.variance": "learned_range",
+            "diffusion.timestep_sampler": "loss_second_moment",
+            "diffusion.num_timesteps": 3,
+            "optimizer.learning_rate": 1e-9,
+        }
+    )
+    state, train_step = training.create(config)
+    vlbs = []
+    for _ in range(20):
+        state, metrics = train_step(state, a_batch(config))
+        vlbs.append(float(metrics["vlb"]))
+        assert np.isclose(metrics["loss"], metrics["vlb"], rtol=1e-5)
+    assert state.loss_history.counts.sum() == 160
+    # The network stands still, so the mean of the weighted losses is 1/3 of the sum over the steps of the mean losses.
+    by_step = np.asarray(state.loss_history.losses).mean(1)
+    assert by_step.max() > 2 * by_step.min()
+    assert abs(np.mean(vlbs) - by_step.mean()) < 0.15 * by_step.mean()
+
+
 def test_flips_differ_per_image():
     """A batch of one asymmetric image, seen through the noise: some are mirrored and some are not."""
     config = tiny_config(**{"data.random_flip": True, "training.batch_size": 64})
@@ -219,6 +251,11 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
         ({"diffusion.prediction": "noise"}, "known: eps"),
         ({"diffusion.variance": "fixed"}, "known: fixed_small"),
         ({"diffusion.variance": "learned_range"}, "untrained"),
+        ({"diffusion.loss": "kl"}, "known: simple, vlb, hybrid"),
+        ({"diffusion.loss": "hybrid"}, "use learned_range"),
+        ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
+        ({"diffusion.loss": "vlb", "model.out_channels": 2}, "need 1"),
+        ({"data.levels": 1}, "data.levels=1"),
         ({"diffusion.weighting": "p3"}, "known: none"),
         ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
         ({"optimizer.name": "sgd"}, "adamw"),

@@ -13,12 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, sampling, schedules
+from diffusion_jax import data, sampling, schedules
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.training import compiler, schedule_from_config, sharding
+from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.step import initial_params
 
@@ -143,7 +143,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
-        model, schedule = models.from_config(config.model), schedule_from_config(config.diffusion)
+        model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         generator = Generator(config, model, schedule, mesh, batch_size)
     image_shape = data.image_shape(config.data)
     if not (directory / "checkpoints").is_dir():

@@ -6,15 +6,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, losses, models, process, schedules, timesteps
 from diffusion_jax.training import compiler, sharding
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
-from diffusion_jax.training.step import TrainState, initial_state, make_train_step, window_means
+from diffusion_jax.training.step import (
+    IMPORTANCE_SAMPLER,
+    TrainState,
+    initial_state,
+    make_train_step,
+    window_means,
+)
 
-__all__ = ["Setup", "TrainState", "create", "schedule_from_config", "setup", "window_means"]
+__all__ = ["Setup", "TrainState", "create", "model_from_config", "schedule_from_config", "setup", "window_means"]
 
 
 class Setup(NamedTuple):
@@ -39,7 +46,10 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )
-    schedule = schedules.from_betas(betas)
+    rescaled = None
+    if config["rescale_timesteps"]:
+        rescaled = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
+    schedule = schedules.from_betas(betas, rescaled)
     if config["prediction"] not in process.PREDICTIONS:
         known = ", ".join(process.PREDICTIONS)
         raise ValueError(f"diffusion.prediction={config['prediction']!r} is unknown; known: {known}")
@@ -53,19 +63,46 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
     return schedule
 
 
-def _check_loss(config: Mapping) -> None:
-    if config["variance"].startswith("learned"):
+def model_from_config(config: Mapping) -> models.UNet:
+    """The network of `config.model`, with the output channels that `config.diffusion.variance` asks for.
+
+    Raises: ValueError where `model.out_channels` says otherwise.
+    """
+    model = models.from_config(config["model"])
+    channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
+    needed = channels * (2 if variance.startswith("learned") else 1)
+    if model.out_channels not in (None, needed):
         raise ValueError(
-            f"diffusion.variance={config['variance']!r}: L_simple leaves a learned variance untrained; use fixed_large or "
-            "fixed_small"
+            f"model.out_channels={model.out_channels}, but diffusion.variance={variance!r} and data.channels={channels} "
+            f"need {needed}; leave it out"
+        )
+    return model.clone(out_channels=None if needed == channels else needed)
+
+
+def _check_loss(config: Mapping) -> None:
+    loss, variance = config["loss"], config["variance"]
+    learned = variance.startswith("learned")
+    if loss not in losses.LOSSES:
+        raise ValueError(f"diffusion.loss={loss!r} is unknown; known: {', '.join(losses.LOSSES)}")
+    if loss == "simple" and learned:
+        raise ValueError(
+            f"diffusion.variance={variance!r}: L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a "
+            "fixed variance"
+        )
+    if loss == "hybrid" and not learned:
+        raise ValueError(
+            f"diffusion.loss='hybrid' trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
         )
     if config["weighting"] not in (None, "none", *losses.WEIGHTINGS):
         raise ValueError(
             f"diffusion.weighting={config['weighting']!r} is unknown; known: none, {', '.join(losses.WEIGHTINGS)}"
         )
-    if config["timestep_sampler"] not in timesteps.SAMPLERS:
+    if loss == "vlb" and config["weighting"] not in (None, "none"):
+        raise ValueError(f"diffusion.weighting={config['weighting']!r} is for L_simple; the vlb has weights of its own")
+    known = (*timesteps.SAMPLERS, IMPORTANCE_SAMPLER)
+    if config["timestep_sampler"] not in known:
         raise ValueError(
-            f"diffusion.timestep_sampler={config['timestep_sampler']!r} is unknown; known: {', '.join(timesteps.SAMPLERS)}"
+            f"diffusion.timestep_sampler={config['timestep_sampler']!r} is unknown; known: {', '.join(known)}"
         )
 
 
@@ -78,14 +115,17 @@ def setup(config: Mapping) -> Setup:
     sharding.check_divides(config["training"]["batch_size"], mesh, "training.batch_size")
     schedule = schedule_from_config(config["diffusion"])
     _check_loss(config["diffusion"])
+    levels = config["data"]["levels"]
+    if not 2 <= levels <= 256:
+        raise ValueError(f"data.levels={levels} must lie in 2 ... 256, the grey levels that the images have")
     if not 0 <= config["ema"]["decay"] <= 1:
         raise ValueError(f"ema.decay={config['ema']['decay']} must lie in [0, 1]")
-    model = models.from_config(config["model"])
+    model = model_from_config(config)
     optimizer = optimizer_from_config(config["optimizer"])
     image_shape = data.image_shape(config["data"])
 
     def init():
-        return initial_state(jax.random.key(config["seed"]), model, optimizer, image_shape)
+        return initial_state(config, model, optimizer, image_shape)
 
     shapes = jax.eval_shape(init)
     whole = sharding.replicated(mesh)

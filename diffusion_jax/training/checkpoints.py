@@ -27,6 +27,12 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _rest(state: TrainState) -> dict:
+    """What a state holds besides its weights."""
+    rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
+    return rest if state.loss_history is None else rest | {"loss_history": state.loss_history}
+
+
 def committed_steps(directory: pathlib.Path) -> list[int]:
     """Steps with a committed checkpoint below `directory`, oldest first; Orbax itself would count an empty `7/` as one."""
     found = directory.glob("*/_CHECKPOINT_METADATA")
@@ -61,8 +67,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state to the host and writes it in the background; errors of an earlier save surface here."""
         parts = {name: getattr(state, name) for name in _WEIGHTS}
-        rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in {**parts, "rest": rest}.items()}
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in {**parts, "rest": _rest(state)}.items()}
         self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
 
     def finish(self, step: int) -> None:
@@ -79,8 +84,7 @@ class Checkpoints:
         A checkpoint that cannot be read is renamed to `<step>.unreadable` and the one before it is used. Raises:
         CheckpointError where there are checkpoints and none can be read.
         """
-        rest = {"opt_state": abstract.opt_state, "step": abstract.step, "window": abstract.window}
-        trees = {name: getattr(abstract, name) for name in _WEIGHTS} | {"rest": rest}
+        trees = {name: getattr(abstract, name) for name in _WEIGHTS} | {"rest": _rest(abstract)}
         failed: list[int] = []
         for step in reversed(self.steps()):
             try:

@@ -21,7 +21,7 @@ class TrainState:
     step: int32, steps taken. params, ema_params: trees of float32. opt_state: optax's. window: running sums of the metrics
     since the last multiple of `training.log_every`, and in `nonfinite_step` the first step whose loss, gradient or
     parameters were not finite (-1 for none). They are part of the state so that a run continued in mid-window logs the
-    same means.
+    same means. loss_history: what `timesteps.loss_second_moment` draws by; None for the other timestep samplers.
     """
 
     step: jax.Array
@@ -29,10 +29,16 @@ class TrainState:
     ema_params: Any
     opt_state: Any
     window: dict[str, Any]
+    loss_history: timesteps.LossHistory | None = None
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
-_METRICS = ("loss", *QUARTERS, "grad_norm", "param_norm", "learning_rate")
+IMPORTANCE_SAMPLER = "loss_second_moment"
+
+
+def _metric_names(diffusion: Mapping) -> tuple[str, ...]:
+    parts = () if diffusion["loss"] == "simple" else ("mse", "vlb")
+    return ("loss", *QUARTERS, *parts, "grad_norm", "param_norm", "learning_rate")
 
 
 def ema_decay(step, config: Mapping):
@@ -48,19 +54,52 @@ def initial_params(key, model, image_shape: tuple[int, int, int]):
     return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), y)["params"]
 
 
-def initial_state(key, model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]) -> TrainState:
+def initial_state(
+    config: Mapping, model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]
+) -> TrainState:
     """A fresh state; the EMA starts as a copy of the parameters."""
-    params = initial_params(key, model, image_shape)
-    window = {name: {"total": jnp.zeros(()), "count": jnp.zeros(())} for name in _METRICS}
+    diffusion = config["diffusion"]
+    params = initial_params(jax.random.key(config["seed"]), model, image_shape)
+    window = {name: {"total": jnp.zeros(()), "count": jnp.zeros(())} for name in _metric_names(diffusion)}
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), window)
+    history = None
+    if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:
+        history = timesteps.loss_history(diffusion["num_timesteps"])
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), window, history)
 
 
 def window_means(window) -> dict[str, float]:
     """The means of a fetched `TrainState.window`; what it saw nothing of (a quarter without a timestep) is left out."""
-    return {
-        name: float(window[name]["total"] / window[name]["count"]) for name in _METRICS if window[name]["count"] > 0
-    }
+    sums = {name: value for name, value in window.items() if isinstance(value, Mapping)}
+    return {name: float(value["total"] / value["count"]) for name, value in sums.items() if value["count"] > 0}
+
+
+def _loss_function(config: Mapping, schedule: Schedule) -> Callable:
+    """(key, denoise_fn, x_0, timestep_sampler) -> (loss [B], parts), the one that `config.diffusion` names."""
+    diffusion = config["diffusion"]
+    bound = {"variance": diffusion["variance"], "levels": config["data"]["levels"]}
+    loss, options = {
+        "simple": (losses.simple, {"weighting": diffusion["weighting"]}),
+        "vlb": (losses.vlb, bound),
+        "hybrid": (
+            losses.hybrid,
+            bound | {"weighting": diffusion["weighting"], "vlb_weight": diffusion["vlb_weight"]},
+        ),
+    }[diffusion["loss"]]
+
+    def loss_fn(key, denoise_fn, x_0, timestep_sampler):
+        return loss(
+            key,
+            schedule,
+            denoise_fn,
+            x_0,
+            prediction=diffusion["prediction"],
+            timestep_sampler=timestep_sampler,
+            **options,
+        )
+
+    return loss_fn
 
 
 def make_train_step(
@@ -72,30 +111,27 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
     """train_step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), not yet compiled.
 
-    Every draw comes from `fold_in(key(config.seed), state.step)`. metrics: loss (mean of L_simple), loss_q1 ... loss_q4
-    (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep in),
-    grad_norm (before clipping), param_norm, learning_rate; scalars.
+    Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
+    ... loss_q4 (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep
+    in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), grad_norm (before clipping),
+    param_norm, learning_rate. Under importance sampling all of them are the weighted, unbiased means.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
     flip, conditional = config["data"]["random_flip"], bool(config["model"]["num_classes"])
-    timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
+    loss_function, names = _loss_function(config, schedule), _metric_names(diffusion)
 
-    def loss_fn(params, key, x_0, y):
+    def loss_fn(params, history, key, x_0, y):
         key_loss, key_dropout = jax.random.split(key)
+        if history is None:
+            timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
+        else:
+            timestep_sampler = timesteps.loss_second_moment(history)
 
         def denoise_fn(x_t, time):
             return model.apply({"params": params}, x_t, time, y, train=True, rngs={"dropout": key_dropout})
 
-        loss, parts = losses.simple(
-            key_loss,
-            schedule,
-            denoise_fn,
-            x_0,
-            prediction=diffusion["prediction"],
-            weighting=diffusion["weighting"],
-            timestep_sampler=timestep_sampler,
-        )
-        return loss.mean(), (loss, parts.t)
+        loss, parts = loss_function(key_loss, denoise_fn, x_0, timestep_sampler)
+        return loss.mean(), (loss, parts)
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -104,18 +140,24 @@ def make_train_step(
             flipped = jax.random.bernoulli(key_flip, shape=(x_0.shape[0], 1, 1, 1))
             x_0 = jnp.where(flipped, x_0[:, :, ::-1], x_0)
         y = batch["label"] if conditional else None
-        (loss, (per_example, t)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key_loss, x_0, y)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (per_example, parts)), grads = gradient(state.params, state.loss_history, key_loss, x_0, y)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
+        history = state.loss_history
+        if history is not None:
+            history = timesteps.record(history, parts.t, per_example / parts.importance)
 
-        in_quarter = (t * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
+        in_quarter = (parts.t * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
         grad_norm = optax.tree.norm(grads)
-        totals, counts = (per_example[:, None] * in_quarter).sum(0), in_quarter.sum(0)
+        totals, counts = (per_example[:, None] * in_quarter).sum(0), (parts.importance[:, None] * in_quarter).sum(0)
         seen = {name: (totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
         seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.tree.norm(params), 1)}
         seen |= {"learning_rate": (jnp.asarray(rate(state.step), jnp.float32), 1)}
-        metrics = {name: seen[name][0] / seen[name][1] for name in _METRICS}
+        if parts.vlb is not None:
+            seen |= {name: ((parts.importance * getattr(parts, name)).mean(), 1) for name in ("mse", "vlb")}
+        metrics = {name: seen[name][0] / seen[name][1] for name in names}
 
         fresh = state.step % log_every == 0
         window = {
@@ -123,11 +165,11 @@ def make_train_step(
                 "total": jnp.where(fresh, 0.0, state.window[name]["total"]) + seen[name][0],
                 "count": jnp.where(fresh, 0.0, state.window[name]["count"]) + seen[name][1],
             }
-            for name in _METRICS
+            for name in names
         }
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(seen["param_norm"][0])
         bad, earlier = ~finite, state.window["nonfinite_step"]
         window["nonfinite_step"] = jnp.where((earlier < 0) & bad, state.step + 1, earlier)
-        return TrainState(state.step + 1, params, ema_params, opt_state, window), metrics
+        return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step
