@@ -102,4 +102,22 @@ def get_config() -> ConfigDict:
     config.sampling.trajectory = 0  # columns of the picture from noise to image; 0 for none
     config.sampling.preview_samples = 16  # of the pictures during training, made by DDIM
     config.sampling.preview_steps = 25
+
+    config.evaluation = ConfigDict()
+    config.evaluation.split = "test"
+    config.evaluation.data_dir = ""  # where that split lies, if not in data.data_dir: for a folder, which has no splits
+    config.evaluation.num_examples = 0  # the first ones of the split; 0 for all
+    config.evaluation.batch_size = 64
+    # Of the bound: None visits every timestep of every image; a number S, L_0 and two timesteps in each of S parts.
+    config.evaluation.strata = config_dict.placeholder(int)
+    config.evaluation.cdf = "exact"  # or "tanh", OpenAI's approximation
+    config.evaluation.clip = True  # x_0 to [-1, 1], as in Ho's and OpenAI's figures
+    config.evaluation.seed = 0
+    config.evaluation.use_ema = True
+    config.evaluation.ode = False  # also the likelihood of the probability-flow ODE
+    config.evaluation.ode_dequantisation = "uniform"  # or "variational"
+    config.evaluation.ode_trace = "hutchinson"  # or "exact", as many derivatives as an image has numbers
+    config.evaluation.ode_tolerance = 1e-5
+    config.evaluation.progressive_examples = 64  # images of --mode=progressive
+    config.evaluation.progressive_columns = 12  # of its pictures
     return config

@@ -242,6 +242,20 @@ def bits_per_dim(
     )
 
 
+def rate_distortion(prior, vlb, x_0_mse) -> tuple[jax.Array, jax.Array]:
+    """Progressive coding (DDPM section 4.3): what is paid until x_t is known, and how well it tells x_0.
+
+    Rate at index t: L_T + sum_{s > t} L_s, bits per dimension. Distortion: the root mean squared error of the x_0 predicted
+    from x_t, on the 0-255 scale. The rest, L_t and below, makes the code lossless.
+
+    Args: prior [...]; vlb, x_0_mse [..., T], every step's, of examples or averaged over them.
+    Returns: (rate, distortion) [..., T].
+    """
+    vlb = jnp.asarray(vlb)
+    after = jnp.flip(jnp.cumsum(jnp.flip(vlb, -1), -1), -1) - vlb
+    return jnp.asarray(prior)[..., None] + after, 127.5 * jnp.sqrt(jnp.asarray(x_0_mse))
+
+
 def _drawn_steps(key, total_steps: int, strata: int, batch: int):
     """Index 0, then two draws of each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
     if not 1 <= strata <= total_steps - 1:

@@ -130,22 +130,31 @@ def to_x_0(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
     return (x_t - s * eps) / (jnp.where(a > 0, a, jnp.nan) if schedule.zero_terminal_snr else a)
 
 
-def to_eps(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
-    """The noise that a network's output stands for; arguments and errors as `to_x_0`.
+def eps_at(alpha, sigma, output, x_t, prediction: str) -> jax.Array:
+    """The noise that an output stands for at any noise level, x_t = alpha x_0 + sigma eps, between a schedule's steps too.
 
-    x_0: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar); v: sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
+    x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t. Raises:
+    ValueError for x_prev, which belongs to a step, or an unknown prediction.
     """
+    if prediction == "eps":
+        return output * jnp.ones_like(alpha)  # so that every prediction has the same dtype
+    if prediction == "x_0":
+        return (x_t - alpha * output) / sigma
+    if prediction == "v":
+        return alpha * output + sigma * x_t
+    if prediction == "score":
+        return -sigma * output
+    raise ValueError(f"prediction {prediction!r} has no eps at a noise level of its own; known: eps, x_0, v, score")
+
+
+def to_eps(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
+    """The noise that a network's output stands for, as `eps_at`; arguments and errors as `to_x_0`."""
     # Only the way to x_0 is closed where alpha_bar is 0, so nothing else is refused here.
     _check(schedule, output, x_t, None, prediction)
+    if prediction == "x_prev":
+        output, prediction = to_x_0(schedule, output, x_t, t, prediction), "x_0"
     a = at(schedule.sqrt_alpha_bar, t, x_t)
-    s = at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
-    if prediction == "eps":
-        return output * jnp.ones_like(a)
-    if prediction == "score":
-        return -s * output
-    if prediction == "v":
-        return a * output + s * x_t
-    return (x_t - a * to_x_0(schedule, output, x_t, t, prediction)) / s
+    return eps_at(a, at(schedule.sqrt_one_minus_alpha_bar, t, x_t), output, x_t, prediction)
 
 
 def to_v(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:

@@ -263,6 +263,25 @@ def test_what_is_predicted_does_not_matter(prediction, x64):
     np.testing.assert_allclose(bits.vlb, by_x_0.vlb, rtol=1e-6)
 
 
+def test_rate_and_distortion_of_a_gaussian():
+    """As T grows, R = 1/2 log2(1 + s^2 SNR) and D = s^2 2^(-2R) of the scaled data; here from the closed forms of L_t."""
+    steps = 20_000
+    schedule = schedules.from_betas(schedules.betas("linear", steps, beta_start=0.1 / steps, beta_end=20 / steps))
+    a = schedule.alpha_bar
+    v = a * S2 + 1 - a
+    error = S2 * (1 - a) / v
+    kl = np.append(0.0, 0.5 * (schedule.snr[:-1] - schedule.snr[1:]) * error[1:]) / np.log(
+        2
+    )  # the fixed small variance
+    prior = 0.5 * (a[-1] * (S2 + M**2) - a[-1] - np.log1p(-a[-1])) / np.log(2)
+    rate, distortion = likelihood.rate_distortion(prior, kl, error)
+    expected = 0.5 * np.log2(1 + S2 * schedule.snr)
+    # The first steps are coarse whatever T is: SNR halves there from one to the next, which costs up to half a bit.
+    np.testing.assert_allclose(rate[steps // 50 :], expected[steps // 50 :], atol=2e-3)
+    np.testing.assert_allclose(distortion, 127.5 * np.sqrt(S2) * 2.0**-expected, rtol=1e-4)
+    assert rate[-1] == pytest.approx(prior) and (np.diff(rate) <= 0).all()
+
+
 # The estimate from some of the steps.
 
 

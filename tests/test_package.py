@@ -40,7 +40,7 @@ FLOORS = [  # lowest first; a file imports from its own floor's other lines or f
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling"},
-    {"data", "models"},
+    {"data", "models", "evaluation"},
     {"training"},
     {"runs"},
 ]

@@ -180,7 +180,7 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
         sample(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
-    (torn / "2.partial.npy").write_bytes(b"killed while writing")
+    (torn / "2.partial.npz").write_bytes(b"killed while writing")
     monkeypatch.setattr(generate.Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
     sample(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left

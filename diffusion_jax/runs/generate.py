@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -14,13 +12,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, sampling, schedules
-from diffusion_jax.runs import pictures
+from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
-from diffusion_jax.training.checkpoints import Checkpoints
-from diffusion_jax.training.step import initial_params
 
 
 def sampler_from_config(config: Mapping, diffusion: Mapping) -> sampling.Sampler:
@@ -106,8 +103,13 @@ class Generator:
         return np.asarray(multihost_utils.process_allgather(images, tiled=True))
 
 
-def trajectory_picture(key, config: Mapping, model, schedule, params, columns: int, rows: int = 4) -> np.ndarray:
-    """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C]."""
+def trajectory_picture(
+    key, config: Mapping, model, schedule, params, columns: int, rows: int = 4, show: str = "x_t"
+) -> np.ndarray:
+    """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C].
+
+    show: "x_t", or "x_0" for the x_0 predicted at those steps (DDPM figure 6).
+    """
     schedule = respaced(schedule, config["sampling"])
     sampler = sampler_from_config(config["sampling"], config["diffusion"])
     kept = np.unique(np.linspace(0, schedule.num_timesteps - 1, columns).round().astype(int))[1:]
@@ -120,7 +122,7 @@ def trajectory_picture(key, config: Mapping, model, schedule, params, columns: i
         return draw_images(key, schedule, model, params, sampler, shape, y, trajectory=kept)
 
     x_0, passed = jax.jit(draw, compiler_options=compiler.options())(params, key)
-    through = np.concatenate([np.asarray(passed.x_t), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
+    through = np.concatenate([np.asarray(getattr(passed, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
     images = np.asarray(pictures.to_uint8(through)).swapaxes(0, 1)
     return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
 
@@ -145,19 +147,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         generator = Generator(config, model, schedule, mesh, batch_size)
-    image_shape = data.image_shape(config.data)
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(
-            f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
-        )
-    abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, image_shape))
-    whole = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore_weights(abstract, options.use_ema)
-    if restored is None:
-        raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
-    step, params = restored
+    step, params = weights.load(directory, model, data.image_shape(config.data), mesh, options.use_ema)
 
     kind = "ema" if options.use_ema else "raw"
     sampler = f"{options.sampler}{generator.schedule.num_timesteps}"
@@ -166,21 +156,16 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
     name = f"step{step}_{kind}_{sampler}_seed{options.seed}_n{options.num_samples}"
     say(f"Sampling {options.num_samples} images from step {step} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
-    parts = samples / f".{name}_{_digest(config, batch_size)}"
-    if jax.process_index() == 0:
-        parts.mkdir(parents=True, exist_ok=True)
-    multihost_utils.sync_global_devices("sample parts")
+    drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith("preview")}
+    parts = Parts(samples / f".{name}_{digest(drawn, batch_size)}")
     batches = -(-options.num_samples // batch_size)
-    done = {int(path.stem) for path in parts.glob("*.npy") if path.stem.isdecimal()}
-    with Bar("Sampling", options.num_samples, min(len(done) * batch_size, options.num_samples)) as bar:
-        left = [i for i in range(batches) if i not in done]
+    done = len(parts.done) * batch_size
+    with Bar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
+        left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the sampler, and the first batch ...")
         for i in left:
-            images = generator(params, options.seed, i)
-            if jax.process_index() == 0:
-                np.save(parts / f"{i}.partial.npy", images)
-                (parts / f"{i}.partial.npy").replace(parts / f"{i}.npy")
+            parts.save(i, images=generator(params, options.seed, i))
             bar.update(min((i + 1) * batch_size, options.num_samples))
     if jax.process_index() == 0:
         _collect(config, generator, parts, batches, samples / name)
@@ -193,25 +178,17 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
             say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
 
 
-def _digest(config: ConfigDict, batch_size: int) -> str:
-    """Tells apart the unfinished parts of commands that would draw different images."""
-    what = {key: value for key, value in work.to_dict(config.sampling).items() if not key.startswith("preview")}
-    return hashlib.sha256(json.dumps([what, batch_size], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _collect(config: ConfigDict, generator: Generator, parts: pathlib.Path, batches: int, path: pathlib.Path) -> None:
+def _collect(config: ConfigDict, generator: Generator, parts: Parts, batches: int, path: pathlib.Path) -> None:
     """Joins the parts into PATH.npz and PATH.png, and removes them."""
     n = config.sampling.num_samples
-    images = np.concatenate([np.load(parts / f"{i}.npy") for i in range(batches)])[:n]
+    images = np.concatenate([parts.load(i)["images"] for i in range(batches)])[:n]
     labels = generator.labels(n)
     arrays = [images] if labels is None else [images, labels]
     temporary = path.with_name(path.name + ".partial.npz")
     np.savez(temporary, *arrays)
     temporary.replace(path.with_name(path.name + ".npz"))
     pictures.save_png(path.with_name(path.name + ".png"), pictures.grid(images[:256]))
-    for part in parts.iterdir():
-        part.unlink()
-    parts.rmdir()
+    parts.remove()
     if images.shape[2] <= 12:
         say(pictures.as_text(images[: 72 // images.shape[2]]))
     say(f"{n} images: {path}.npz, a grid: {path}.png")

@@ -1,0 +1,46 @@
+"""The finished parts of a long command, kept so that a relaunch goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def digest(options: Mapping, *more) -> str:
+    """Tells apart the parts of commands that would compute different things."""
+    return hashlib.sha256(json.dumps([dict(options), *more], sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Parts:
+    """Numbered parts, one .npz each, in a directory of their own that process 0 writes and every process reads."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        multihost_utils.sync_global_devices(f"parts {directory.name}")
+        self.done = {int(path.stem) for path in directory.glob("*.npz") if path.stem.isdecimal()}
+
+    def save(self, i: int, **arrays: np.ndarray) -> None:
+        """Part i, whole or not at all; from process 0 only."""
+        if jax.process_index() == 0:
+            temporary = self._directory / f"{i}.partial.npz"
+            np.savez(temporary, **arrays)
+            temporary.replace(self._directory / f"{i}.npz")
+
+    def load(self, i: int) -> dict[str, np.ndarray]:
+        """The arrays of part i."""
+        with np.load(self._directory / f"{i}.npz") as arrays:
+            return dict(arrays)
+
+    def remove(self) -> None:
+        """When what they were for is written."""
+        for part in self._directory.iterdir():
+            part.unlink()
+        self._directory.rmdir()
