@@ -1,6 +1,7 @@
-"""python main.py --config=configs/NAME.py --workdir=DIR [--mode=train|sample] [--config.group.leaf=value ...]
+"""python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
-Relaunching the same command continues the run. For a directory that holds a run, --config may be left out.
+MODE is train, sample, evaluate (bits per dimension) or progressive (rate and distortion). Relaunching the same command
+continues the run. For a directory that holds a run, --config may be left out.
 """
 
 import difflib
@@ -13,7 +14,7 @@ from ml_collections import config_flags
 
 from diffusion_jax.runs import devices
 
-MODES = ("train", "sample")
+MODES = ("train", "sample", "evaluate", "progressive")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -97,12 +98,13 @@ def main(argv: list[str]) -> None:
     devices.quiet()
     from diffusion_jax.data import DataError
     from diffusion_jax.runs.errors import UserError
+    from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
     from diffusion_jax.runs.train import train
     from diffusion_jax.training.checkpoints import CheckpointError
 
     devices.start()
-    run = {"train": train, "sample": sample}[flags.FLAGS.mode]
+    run = {"train": train, "sample": sample, "evaluate": evaluate, "progressive": progressive}[flags.FLAGS.mode]
     try:
         run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
     except UserError as error:

@@ -184,9 +184,9 @@ def bits_per_dim(
       x_0: float [B, ...], images in [-1, 1].
       prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's figures clip.
       levels, cdf: as `decoder_log_prob`; None levels for continuous data, whose "bits" are of a density and may be negative.
-      strata: None visits all T steps. A number S visits 1 + 2 S of them: L_0, and in each of S equal parts of the other
-        steps two that are drawn for each example on its own. The estimate is unbiased, and `standard_error` comes from the
-        differences of those pairs.
+      strata: None visits all T steps. A number S visits 1 + 2 S of them: L_0, and two in each of S parts of the others (short
+        ones where t is small and terms are large), drawn for each example on its own. The estimate is unbiased, and
+        `standard_error` comes from the differences of those pairs.
       tables: False leaves the tables out, for memory that does not grow with T.
     Returns: BitsPerDim.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; where eps or the score is predicted and alpha_bar
@@ -260,7 +260,11 @@ def _drawn_steps(key, total_steps: int, strata: int, batch: int):
     """Index 0, then two draws of each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
     if not 1 <= strata <= total_steps - 1:
         raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
-    edges = 1 + np.arange(strata + 1) * (total_steps - 1) // strata
+    # Terms fall off roughly as 1 / t, so parts of equal ratio, not of equal length, have sums of like size.
+    edges = [1]
+    for left in range(strata, 0, -1):
+        ratio = (total_steps / edges[-1]) ** (1 / left)
+        edges.append(max(edges[-1] + 1, round(edges[-1] * ratio)))
     low, size = np.repeat(edges[:-1], 2), np.repeat(np.diff(edges), 2)
     drawn = jax.random.randint(key, (2 * strata, batch), low[:, None], (low + size)[:, None], jnp.int32)
     return jnp.concatenate([jnp.zeros((1, batch), jnp.int32), drawn]), jnp.asarray(np.append(1.0, size / 2))

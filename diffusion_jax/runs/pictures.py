@@ -48,3 +48,47 @@ def as_text(images: np.ndarray) -> str:
     shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
     rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
     return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
+
+
+def _axes(title: str):
+    """A figure and its axes, drawn without a display."""
+    from matplotlib.figure import Figure  # half a second, and only plots need it
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save_figure(path: pathlib.Path, figure) -> None:
+    temporary = path.with_suffix(".partial")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
+    """The terms of the bound [T] in bits per dimension against t, both on logarithmic axes (Improved DDPM figure 2)."""
+    figure, axes = _axes(title)
+    t = np.arange(1, len(vlb) + 1)
+    seen = np.isfinite(vlb) & (vlb > 0)
+    seen[0] = False
+    axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
+    axes.plot(t[:1], vlb[:1], "o", label=f"decoder $L_0$ = {vlb[0]:.3g}")
+    axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
+    if seen.any():  # a decoder that is sure of its cell would stretch the axis to nothing
+        axes.set_ylim(bottom=vlb[seen].min() / 3)
+    axes.legend()
+    _save_figure(path, figure)
+
+
+def plot_rate_distortion(
+    path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
+) -> None:
+    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and where the code is lossless."""
+    figure, axes = _axes(title)
+    axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
+    axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
+    axes.set(xlabel="rate (bits per dimension)", ylabel="distortion (RMSE, 0-255)", xlim=(0, None), ylim=(0, None))
+    axes.legend()
+    _save_figure(path, figure)

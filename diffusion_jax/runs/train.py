@@ -35,7 +35,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         say(f"This run is finished: {directory} holds step {newest} of {options.num_steps}. Nothing to do.")
         return
     source = data.load(config.data, bar_over("Reading the images"))
-    _check_source(config, source)
+    check_source(config, source)
     directory.mkdir(parents=True, exist_ok=True)
     with Checkpoints(directory / "checkpoints", options.checkpoints_kept, options.checkpoint_keep_every) as checkpoints:
         state = checkpoints.restore(built.abstract_state)
@@ -67,7 +67,8 @@ def _check(config: ConfigDict) -> None:
             )
 
 
-def _check_source(config: ConfigDict, source) -> None:
+def check_source(config: ConfigDict, source) -> None:
+    """Raises: UserError where the labels of the data do not fit the network."""
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
