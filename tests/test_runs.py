@@ -18,6 +18,7 @@ from test_training import tiny_config
 
 from diffusion_jax import training
 from diffusion_jax.runs import errors, pictures, workdir
+from diffusion_jax.runs.evaluate import evaluate
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -337,7 +338,7 @@ def last_state(config, directory):
         (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
         (["--config=configs/digit.py"], "no such file"),
-        (["--config=configs/digits.py", "--mode=dream"], "train|sample"),
+        (["--config=configs/digits.py", "--mode=dream"], "train|sample|evaluate|progressive"),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
         (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
@@ -370,8 +371,9 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
 
 
 def test_two_processes_log_the_losses_of_one(tmp_path):
-    """Each reads its own rows, the first alone writes; then they sample a conditional model together."""
+    """Each reads its own rows, the first alone writes; then they sample a conditional model, and evaluate it, together."""
     overrides = {"model.num_classes": 10, "training.log_every": 1, "sampling.num_samples": 4}
+    overrides |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -386,7 +388,11 @@ def test_two_processes_log_the_losses_of_one(tmp_path):
 
     together(*tiny_flags(tmp_path / "two", **overrides))
     together(f"--workdir={tmp_path / 'two'}", "--mode=sample")
+    together(f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
     train(tiny_config(**overrides), tmp_path / "one")
+    evaluate(tiny_config(**overrides), tmp_path / "one")
+    reports = [json.loads((tmp_path / name / "likelihood.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [row["step"] for row in two] == [1, 2, 3, 4]
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
