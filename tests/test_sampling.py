@@ -58,6 +58,36 @@ def test_ancestral_final_variance(name, variance):
     assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / n) + 1e-5
 
 
+@pytest.mark.parametrize("steps", ["25", "ddim50", 400])
+def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
+    """Improved DDPM section 4: the network's fraction, trained at T = 4000, interpolates between the respaced bounds."""
+    full = schedules.from_betas(schedules.betas("cosine", 4000), np.arange(4000) * 0.25)
+    schedule = schedules.respace(full, steps)
+    assert 0 <= schedule.timesteps[0] < schedule.timesteps[-1] <= 999.75  # the network's own unit
+    fraction = 0.5 + 0.4 * np.sin(np.arange(4000) / 1500)
+
+    def network(x_t, time):
+        value = jnp.interp(time, jnp.asarray(full.timesteps), jnp.asarray(2 * fraction - 1))[:, None]
+        return jnp.concatenate([denoiser(full)(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
+
+    n = 100_000
+    x_T = jax.random.normal(jax.random.key(1), (n, 1))
+    sampler = sampling.ddpm("x_0", "learned_range", clip=False)
+    x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
+    f = np.interp(schedule.timesteps, full.timesteps, fraction)
+    alpha_bar, before = schedule.alpha_bar, np.append(1.0, schedule.alpha_bar[:-1])
+    beta = 1 - alpha_bar / before  # the respaced ones, from their definition
+    small = beta * (1 - before) / (1 - alpha_bar)
+    total = 1.0
+    for t in range(schedule.num_timesteps - 1, -1, -1):
+        shrink = np.sqrt(1 - beta[t]) * (1 - before[t]) / (1 - alpha_bar[t]) + beta[t] * np.sqrt(before[t]) * np.sqrt(
+            alpha_bar[t]
+        ) * S2 / ((1 - alpha_bar[t]) * (alpha_bar[t] * S2 + 1 - alpha_bar[t]))
+        noise = beta[t] ** f[t] * small[t] ** (1 - f[t]) if t else 0.0
+        total = shrink**2 * total + noise
+    assert abs(x_0.var() - total) < 4 * total * np.sqrt(2 / n)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ddim_spread_is_its_own_closed_form(name, x64):
     """Each step multiplies x / sqrt(alpha_bar) by (s^2 + sigma sigma') / (s^2 + sigma^2); the last leaves E[x_0 | x_1]."""
