@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_levels = (1,)
     config.model.num_heads = 1
+    config.model.head_channels = config_dict.placeholder(int)  # channels of a head, instead of num_heads
+    config.model.resample_blocks = False  # residual blocks that change the resolution, as ADM's, instead of convolutions
     config.model.scale_shift_norm = False
     config.model.embedding_cos_first = False
     config.model.embedding_freq_shift = 1.0
@@ -37,6 +39,7 @@ def get_config() -> ConfigDict:
     config.model.initializer = "ho"  # or "openai"
     config.model.dropout = 0.1
     config.model.num_classes = 0  # 0 for unconditional
+    config.model.label_dropout = 0.0  # of the labels in training, for classifier-free guidance; 0.1 is usual
     config.model.out_channels = config_dict.placeholder(
         int
     )  # what data.channels and diffusion.variance need, unless given

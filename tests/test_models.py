@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
+from diffusion_jax.models import unet
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
 
@@ -38,6 +39,39 @@ def redraw(params, seed=1):
 )
 def test_parameter_counts_of_ho_et_al(fields, size, count):
     shapes = jax.eval_shape(lambda: init(models.UNet(**fields), (1, size, size, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+ADM = {
+    "channels": 256,
+    "scale_shift_norm": True,
+    "resample_blocks": True,
+    "head_channels": 64,
+    "embedding_cos_first": True,
+    "embedding_freq_shift": 0.0,
+    "norm_epsilon": 1e-5,
+    "initializer": "openai",
+    "dropout": 0.0,
+    "num_classes": 1000,
+    "out_channels": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "count"),
+    [
+        (64, {"channels": 192, "channel_multipliers": (1, 2, 3, 4), "num_res_blocks": 3}, 295_904_454),
+        (128, {"channel_multipliers": (1, 1, 2, 3, 4), "num_heads": 4, "head_channels": None}, 421_529_606),
+        (256, {"channel_multipliers": (1, 1, 2, 2, 4, 4)}, 553_838_086),
+        (256, {"channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 0}, 552_814_086),
+        (512, {"channel_multipliers": (0.5, 1, 1, 2, 2, 4, 4)}, 558_997_638),
+    ],
+)
+def test_parameter_counts_of_adm(size, fields, count):
+    levels = tuple(i for i in range(len(fields["channel_multipliers"])) if size >> i in (32, 16, 8))
+    model = models.UNet(**{**ADM, **fields, "attention_levels": levels})
+    y = jnp.zeros(1, int) if model.num_classes else None
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1), y))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
@@ -82,9 +116,9 @@ def test_initialisation_is_openai_s():
         assert (layer["kernel"] == 0).all()
 
 
-@pytest.mark.parametrize("scale_shift_norm", [False, True])
-def test_every_parameter_has_a_gradient(scale_shift_norm):
-    model = models.UNet(**TINY, num_classes=3, scale_shift_norm=scale_shift_norm)
+@pytest.mark.parametrize("adm", [False, True])
+def test_every_parameter_has_a_gradient(adm):
+    model = models.UNet(**TINY, num_classes=3, scale_shift_norm=adm, resample_blocks=adm)
     x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
     params = redraw(init(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
@@ -120,6 +154,86 @@ def test_labels_time_and_dropout_matter():
     assert np.isnan(run(y=3)).all()  # a label out of range is never a neighbour's
 
 
+def test_label_dropout_gives_the_null_label_in_training_alone():
+    """With every other randomness off, a training output is that of the label or of the null label, at the rate asked."""
+    rate, n = 0.3, 400
+    model = models.UNet(**TINY, dropout=0.0, num_classes=3, label_dropout=rate)
+    assert model.null_label == 3 and models.UNet(**TINY, num_classes=3).null_label is None
+    x, time, y = jnp.ones((1, 4, 4, 3)), jnp.zeros(1), jnp.array([1])
+    params = redraw(init(model, x.shape, y))
+    assert params["class"]["embedding"].shape == (4, 32)
+    labelled, null = apply(model, params, x, time, y), apply(model, params, x, time, jnp.array([3]))
+    assert abs(labelled - null).max() > 1e-2
+    many = apply(
+        model, params, x.repeat(n, 0), time.repeat(n), y.repeat(n), train=True, rngs={"dropout": jax.random.key(1)}
+    )
+    kept, dropped = (abs(many - one).max(axis=(1, 2, 3)) < 1e-3 for one in (labelled, null))
+    assert (kept ^ dropped).all()
+    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_allclose(
+        apply(model, params, x.repeat(n, 0), time.repeat(n), y.repeat(n)), many.at[:].set(labelled[0]), atol=1e-4
+    )
+
+
+def conv3x3(x, layer):
+    """A 3x3 convolution with zeros around, one kernel entry at a time."""
+    _, h, w, _ = x.shape
+    padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), layer["kernel"]
+    return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)) + layer["bias"]
+
+
+def group_norm(x, layer, groups=2, epsilon=1e-5):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h * w, groups, c // groups)
+    x = (x - x.mean((1, 3), keepdims=True)) / np.sqrt(x.var((1, 3), keepdims=True) + epsilon)
+    return x.reshape(b, h, w, c) * layer["norm"]["scale"] + layer["norm"]["bias"]
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("resample", [unet.halve, unet.double])
+def test_a_resampling_block_is_adm_s(resample):
+    """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
+    layers = unet._Layers(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    block = unet.ResBlock(6, 0.0, True, layers, resample)
+    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
+    params = redraw(block.init(jax.random.key(2), x, embedding, False)["params"])
+    out = block.apply({"params": params}, x, embedding, False)
+    x, embedding, p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, embedding, params))
+    if resample is unet.halve:
+        resized = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4  # noqa: E731
+    else:
+        resized = lambda a: np.kron(a, np.ones((1, 2, 2, 1)))  # noqa: E731
+    h = conv3x3(resized(silu(group_norm(x, p["norm1"]))), p["conv1"])
+    time = (silu(embedding) @ p["time_proj"]["kernel"] + p["time_proj"]["bias"])[:, None, None]
+    h = group_norm(h, p["norm2"]) * (1 + time[..., :6]) + time[..., 6:]
+    expected = resized(x) @ p["skip"]["kernel"] + p["skip"]["bias"] + conv3x3(silu(h), p["conv2"])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_resampling_blocks_stand_where_the_convolutions_did():
+    """Same places, widths and sizes: only the layers between levels change."""
+    model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
+    params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
+    assert {k: v for k, v in params.items() if "sample" not in k} == {
+        k: v for k, v in others.items() if "sample" not in k
+    }
+    assert params["down_0_downsample"]["conv1"]["kernel"].shape == (3, 3, 8, 8)
+    assert params["up_1_upsample"]["conv2"]["kernel"].shape == (3, 3, 16, 16)
+    x = jnp.zeros((2, 8, 12, 3))
+    assert jax.eval_shape(lambda p: model.apply({"params": p}, x, jnp.zeros(2)), params).shape == x.shape
+
+
+def test_heads_by_their_channels_equal_heads_by_their_number():
+    x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
+    by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
+    params = redraw(init(by_number))
+    by_channels = models.UNet(**TINY, head_channels=4)
+    np.testing.assert_allclose(apply(by_channels, params, x, time), apply(by_number, params, x, time), rtol=1e-6)
+
+
 def test_remat_changes_nothing_and_bfloat16_little():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)
@@ -143,7 +257,16 @@ def test_remat_changes_nothing_and_bfloat16_little():
         ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
         ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
         ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),
-        ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3"),
+        ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3 does not divide an attention layer of 16"),
+        ({"head_channels": 3}, (1, 8, 8, 3), None, "head_channels=3 does not divide an attention layer of 16"),
+        ({"head_channels": 0}, (1, 8, 8, 3), None, "head_channels=0"),
+        (
+            {"label_dropout": 1.0, "num_classes": 2},
+            (1, 8, 8, 3),
+            jnp.zeros(1, int),
+            r"label_dropout must lie in \[0, 1\)",
+        ),
+        ({"label_dropout": 0.1}, (1, 8, 8, 3), None, "needs labels to drop"),
         ({"attention_levels": (2,)}, (1, 8, 8, 3), None, "attention_levels must lie in 0 ... 1"),
         ({"num_classes": 2}, (1, 8, 8, 3), None, "needs y"),
         ({}, (1, 8, 8, 3), jnp.zeros(1, int), "without classes"),

@@ -2,8 +2,8 @@
 
 Its defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the
 time embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give
-OpenAI's (Improved DDPM). It knows nothing of diffusion: it maps (x_t, network time) to an output of the same height and
-width.
+OpenAI's (Improved DDPM, ADM). It knows nothing of diffusion: it maps (x_t, network time) to an output of the same height
+and width.
 
 Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `mid_attn`, `up_3_upsample`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -86,20 +87,34 @@ class _Layers:
         return nn.Embed(num_classes, features, dtype=self.dtype, name=name, **options)
 
 
+def halve(x) -> jax.Array:
+    """[B, H, W, C] to [B, H / 2, W / 2, C]: the mean of each 2x2 pixels."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def double(x) -> jax.Array:
+    """[B, H, W, C] to [B, 2 H, 2 W, C]: each pixel four times."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a 1x1 projection where widths differ.
 
     With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    resample: `halve` or `double`, of both branches; the residual one after its first SiLU (ADM appendix A, as BigGAN).
     """
 
     features: int
     dropout: float
     scale_shift_norm: bool
     layers: _Layers
+    resample: Callable | None = None
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
         h = nn.silu(self.layers.norm("norm1")(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
         h = self.layers.conv(self.features, "conv1")(h)
         width = self.features * (2 if self.scale_shift_norm else 1)
         time = self.layers.dense(width, "time_proj")(nn.silu(embedding))[:, None, None, :]
@@ -115,21 +130,28 @@ class ResBlock(nn.Module):
         return x + h
 
 
+def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
+    """How many heads a layer has: C / head_channels where that is given, else num_heads. Raises: ValueError."""
+    name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
+    if value < 1 or channels % value:
+        raise ValueError(f"{name}={value} does not divide an attention layer of {channels} channels")
+    return num_heads if head_channels is None else channels // head_channels
+
+
 class Attention(nn.Module):
     """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax."""
 
     num_heads: int
+    head_channels: int | None
     layers: _Layers
 
     @nn.compact
     def __call__(self, x):
         b, height, width, c = x.shape
-        if c % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide an attention layer of {c} channels")
+        heads = split_heads(c, self.num_heads, self.head_channels)
         h = self.layers.norm("norm")(x).reshape(b, height * width, c)
         q, k, v = (
-            self.layers.dense(c, name)(h).reshape(b, height * width, self.num_heads, c // self.num_heads)
-            for name in ("q", "k", "v")
+            self.layers.dense(c, name)(h).reshape(b, height * width, heads, c // heads) for name in ("q", "k", "v")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
         return x + self.layers.dense(c, "proj", last=True)(h)
@@ -141,11 +163,15 @@ class UNet(nn.Module):
     `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32.
 
     channels: width of the first level, a multiple of `num_groups`.
-    channel_multipliers: the width of each level over `channels`; each level after the first halves the resolution.
+    channel_multipliers: the width of each level over `channels`, whole numbers or 0.5 (ADM at 512 pixels); each level after
+      the first halves the resolution.
     num_res_blocks: residual blocks of each level on the way down (one more on the way up).
     attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
       256-pixel ones. The middle always has one.
-    num_heads: attention heads.
+    num_heads: attention heads of every layer; head_channels: the channels of a head instead, of which wider layers have
+      more (ADM's are 64).
+    resample_blocks: between levels stands a residual block that averages 2x2 pixels, or repeats them, in both its branches
+      (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
     scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
     embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
     downsample_padding: before and after each side of the stride-2 convolution; OpenAI's is (1, 1).
@@ -154,6 +180,8 @@ class UNet(nn.Module):
     dropout: rate before the second convolution of each block, in training only.
     num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
       time embedding.
+    label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own that
+      stands for no class: what classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
     out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalisation statistics, the softmax and the
       output stay float32.
@@ -161,10 +189,12 @@ class UNet(nn.Module):
     """
 
     channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    channel_multipliers: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = (1,)
     num_heads: int = 1
+    head_channels: int | None = None
+    resample_blocks: bool = False
     scale_shift_norm: bool = False
     embedding_cos_first: bool = False
     embedding_freq_shift: float = 1.0
@@ -174,9 +204,15 @@ class UNet(nn.Module):
     initializer: str = "ho"
     dropout: float = 0.1
     num_classes: int = 0
+    label_dropout: float = 0.0
     out_channels: int | None = None
     dtype: str = "float32"
     remat: bool = False
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class; None where the network has none."""
+        return self.num_classes if self.num_classes and self.label_dropout else None
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False) -> jax.Array:
@@ -192,13 +228,14 @@ class UNet(nn.Module):
         block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_class = nn.remat(Attention) if self.remat else Attention
 
-        def block(h, level, name):
-            features = self.channels * self.channel_multipliers[level]
-            made = block_class(features, self.dropout, self.scale_shift_norm, layers, name=name)
+        widths = [int(self.channels * multiplier) for multiplier in self.channel_multipliers]
+
+        def block(h, level, name, resample=None):
+            made = block_class(widths[level], self.dropout, self.scale_shift_norm, layers, resample, name=name)
             return made(h, embedding, train)
 
         def attention(h, name):
-            return attention_class(self.num_heads, layers, name=name)(h)
+            return attention_class(self.num_heads, self.head_channels, layers, name=name)(h)
 
         embedding = timestep_embedding(
             time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
@@ -206,9 +243,13 @@ class UNet(nn.Module):
         embedding = nn.silu(layers.dense(4 * self.channels, "time_0")(embedding.astype(dtype)))
         embedding = layers.dense(4 * self.channels, "time_1")(embedding)
         if self.num_classes:
-            embedding += layers.embed(self.num_classes, 4 * self.channels, "class")(y)
+            if self.label_dropout and train:
+                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, jnp.shape(y))
+                y = jnp.where(dropped, self.null_label, y)
+            rows = self.num_classes + (1 if self.label_dropout else 0)
+            embedding += layers.embed(rows, 4 * self.channels, "class")(y)
 
-        h = layers.conv(self.channels, "conv_in")(x_t.astype(dtype))
+        h = layers.conv(widths[0], "conv_in")(x_t.astype(dtype))
         skips = [h]
         for level in range(levels):
             for j in range(self.num_res_blocks):
@@ -217,8 +258,11 @@ class UNet(nn.Module):
                     h = attention(h, f"down_{level}_attn_{j}")
                 skips.append(h)
             if level < levels - 1:
-                down = layers.conv(h.shape[-1], f"down_{level}_downsample", stride=2, padding=self.downsample_padding)
-                h = down(h)
+                name = f"down_{level}_downsample"
+                if self.resample_blocks:
+                    h = block(h, level, name, halve)
+                else:
+                    h = layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
                 skips.append(h)
 
         h = block(h, levels - 1, "mid_block_0")
@@ -231,8 +275,8 @@ class UNet(nn.Module):
                 if level in self.attention_levels:
                     h = attention(h, f"up_{level}_attn_{j}")
             if level > 0:
-                h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = layers.conv(h.shape[-1], f"up_{level}_upsample")(h)
+                name = f"up_{level}_upsample"
+                h = block(h, level, name, double) if self.resample_blocks else layers.conv(h.shape[-1], name)(double(h))
 
         h = nn.silu(layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
@@ -251,6 +295,10 @@ class UNet(nn.Module):
             raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.label_dropout and not self.num_classes:
+            raise ValueError(f"label_dropout={self.label_dropout} needs labels to drop; give num_classes, or use 0")
         bad = [level for level in self.attention_levels if not 0 <= level < levels]
         if bad:
             raise ValueError(f"attention_levels must lie in 0 ... {levels - 1}, got {bad[0]}")
