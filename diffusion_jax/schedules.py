@@ -247,6 +247,31 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
+_GAUSSIAN_SD = 0.5  # of images in [-1, 1], roughly (EDM's sigma_data)
+
+
+def _karras(position, sigma_min, sigma_max):
+    return (sigma_max ** (1 / 7) + position * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+
+
+def _even_log_snr(position, sigma_min, sigma_max):
+    return sigma_max * (sigma_min / sigma_max) ** position
+
+
+def _even_angle(position, sigma_min, sigma_max):
+    low, high = np.arctan(sigma_min / _GAUSSIAN_SD), np.arctan(sigma_max / _GAUSSIAN_SD)
+    return _GAUSSIAN_SD * np.tan(high + position * (low - high))
+
+
+# Spacings of the noise level sigma = sqrt((1 - alpha_bar) / alpha_bar), from the noisiest (position 0) to the cleanest (1).
+_LEVEL_SPACINGS: dict[str, Callable] = {"karras": _karras, "log_snr": _even_log_snr, "gaussian": _even_angle}
+
+
+def _check_count(steps, total):
+    if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
+        raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
+
+
 def _indices(steps, spacing, total) -> np.ndarray:
     if isinstance(steps, str):
         text = steps.removeprefix("ddim")
@@ -258,19 +283,52 @@ def _indices(steps, spacing, total) -> np.ndarray:
         return _section_indices([int(part) for part in counts], total)
     if np.ndim(steps) == 0:
         if spacing not in _SPACINGS:
-            raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(_SPACINGS)}")
-        if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
-            raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
+            known = ", ".join([*_SPACINGS, *_LEVEL_SPACINGS])
+            raise ValueError(f"unknown spacing {spacing!r}; known: {known}")
+        _check_count(steps, total)
         return _SPACINGS[spacing](int(steps), total)
     indices = np.asarray(steps)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(
-            f"explicit steps must be one row of whole numbers, got shape {indices.shape} of {indices.dtype}"
+            f"explicit steps must be one row of numbers, indices (int) or network times (float), got shape {indices.shape} "
+            f"of {indices.dtype}"
         )
     return np.sort(indices)
 
 
-def respace(schedule: Schedule, steps: str | int | Sequence[int] | np.ndarray, spacing: str = "leading") -> Schedule:
+def _levels(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
+    """log alpha_bar [count], noisiest last, of a spacing that lies between the schedule's steps."""
+    _check_count(count, schedule.num_timesteps)
+    if schedule.zero_terminal_snr:
+        raise ValueError(
+            f"spacing {spacing!r} needs a finite noise level at the end, but alpha_bar ends at 0; use 'trailing', or leave "
+            "the last step out"
+        )
+    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[[0, -1]]
+    sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
+    sigma = _LEVEL_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1]
+    return -np.log1p(sigma**2)
+
+
+def _between(schedule: Schedule, steps, spacing: str):
+    """(timesteps, alpha_bar), float64 [S], of what lies between the schedule's steps; None where `steps` asks for indices."""
+    grid_times, grid_logs = np.asarray(schedule.grid_timesteps), np.asarray(schedule.grid_log_alpha_bar)
+    if spacing in _LEVEL_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
+        logs = _levels(schedule, steps, spacing)
+        return np.interp(logs, grid_logs[::-1], grid_times[::-1]), np.exp(logs)
+    if np.ndim(steps) == 1 and np.size(steps) and np.issubdtype(np.asarray(steps).dtype, np.floating):
+        times = np.sort(np.asarray(steps, np.float64))
+        if not (grid_times[0] <= times[0] and times[-1] <= grid_times[-1]):
+            raise ValueError(
+                f"network times must lie in {grid_times[0]:g} ... {grid_times[-1]:g}, got {times[0]:g} ... {times[-1]:g}"
+            )
+        return times, np.exp(np.interp(times, grid_times, grid_logs))
+    return None
+
+
+def respace(
+    schedule: Schedule, steps: str | int | Sequence[int] | Sequence[float] | np.ndarray, spacing: str = "leading"
+) -> Schedule:
     """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).
 
     Args:
@@ -283,25 +341,33 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int] | np.ndarray, s
             trailing   ..., T - 1 - T/S, T - 1, rounded
             linspace   S rounded numbers from 0 to T - 1
             quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
-        or the indices themselves, in any order.
+          or even in some function of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the schedule's largest to its smallest,
+          at levels between its steps, whose network times are fractions:
+            karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
+            log_snr    log sigma (DPM-Solver section 3.3)
+            gaussian   arctan(sigma / 0.5), where DDIM makes the least error on Gaussian data of standard deviation 0.5
+              (Sabour et al. 2024, section 3.1, find it for its own bound);
+        or a list of your own, in any order: indices (int), or network times (float).
       spacing: for an int only.
 
     Returns: a Schedule of the kept steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1} (alpha_bar itself is copied to
-      the bit), and `timesteps` those of the kept steps.
-    Raises: ValueError for a string that cannot be read, a count that does not fit, an index outside 0 ... T - 1, or a
-      repeated step.
+      the bit, or interpolated as in `Schedule.log_snr`), and `timesteps` those of the kept steps.
+    Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
+      repeated step, or one of the last three spacings where alpha_bar ends at 0.
     """
-    total = schedule.num_timesteps
-    indices = _indices(steps, spacing, total)
-    if indices[0] < 0 or indices[-1] >= total:
-        raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-    repeated = indices[1:][np.diff(indices) <= 0]
+    between = _between(schedule, steps, spacing)
+    if between is not None:
+        timesteps, alpha_bar = between
+    else:
+        total = schedule.num_timesteps
+        indices = _indices(steps, spacing, total)
+        if indices[0] < 0 or indices[-1] >= total:
+            raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
+        timesteps, alpha_bar = schedule.timesteps[indices], np.asarray(schedule.alpha_bar, np.float64)[indices]
+    repeated = timesteps[1:][np.diff(timesteps) <= 0]
     if repeated.size:
         raise ValueError(
-            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]} twice; ask for fewer steps or another spacing"
+            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; ask for fewer steps or another spacing"
         )
-    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[indices]
     betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return _tables(
-        alpha_bar, betas, schedule.timesteps[indices], grid=(schedule.grid_timesteps, schedule.grid_log_alpha_bar)
-    )
+    return _tables(alpha_bar, betas, timesteps, grid=(schedule.grid_timesteps, schedule.grid_log_alpha_bar))

@@ -157,7 +157,8 @@ def test_integers_and_indices(thousand):
         ([-1, 4], "0 ... 999"),
         ([1000], "0 ... 999"),
         ([], "explicit steps"),
-        ([0.5, 1.5], "explicit steps"),
+        ([0.5, 999.5], "network times must lie in 0 ... 999"),
+        ([0.5, 0.5], "visits step 0.5 twice"),
     ],
 )
 def test_impossible_respacings_are_refused(thousand, steps, words):

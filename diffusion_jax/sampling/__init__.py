@@ -1,6 +1,27 @@
-"""Samplers: pure functions from noise to images. `driver` holds the loop, each other file a family of steps."""
+"""Samplers: pure functions from noise to images, and back.
 
-from diffusion_jax.sampling.ancestral import ddim, ddpm
+`driver` holds the loop, `levels` what solvers read, each other file a family of steps.
+"""
+
+from diffusion_jax.sampling.ancestral import ddim, ddpm, euler, euler_ancestral
 from diffusion_jax.sampling.driver import Sampler, Step, Trajectory, sample
+from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
+from diffusion_jax.sampling.inversion import encode
+from diffusion_jax.sampling.runge_kutta import heun, pndm
 
-__all__ = ["Sampler", "Step", "Trajectory", "ddim", "ddpm", "sample"]
+__all__ = [
+    "Sampler",
+    "Step",
+    "Trajectory",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm_solver_pp",
+    "encode",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "pndm",
+    "sample",
+    "unipc",
+]

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import process
+from diffusion_jax.sampling import levels
 from diffusion_jax.sampling.driver import Sampler, Step
-
-
-def _no_memory(schedule, x_T):
-    return ()
 
 
 def ddpm(
@@ -24,41 +21,46 @@ def ddpm(
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with its code's clip).
 
     prediction, variance, clip: as `process.p_mean_variance`.
-    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t); the mean moves by the
-      variance times g, after the clip (ADM Algorithm 1, classifier guidance).
+    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) such as
+      `guidance.log_prob_gradient` gives; the mean moves by the variance times g, after the clip (ADM Algorithm 1).
     """
 
-    def step(key, schedule, output, x_t, t, memory):
+    def step(key, schedule, denoise_fn, x_t, t, memory):
+        output = levels.call(schedule, denoise_fn, x_t, t)
         reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
         mean = reverse.mean
         if mean_shift is not None:
-            mean = mean + reverse.variance * mean_shift(x_t, process.at(schedule.timesteps, t, t))
+            mean = mean + reverse.variance * levels.call(schedule, mean_shift, x_t, t)
         noise = jax.random.normal(key, x_t.shape, x_t.dtype)
-        moving = (t > 0).reshape(t.shape + (1,) * (x_t.ndim - t.ndim))
-        return Step(mean + jnp.where(moving, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
+        return Step(mean + jnp.where(t > 0, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
 
-    return Sampler(step, _no_memory, prediction)
+    return Sampler(step, levels.no_memory, prediction)
 
 
 def ddim(
-    eta: float = 0.0, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True
+    eta: float = 0.0,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool | Callable = True,
+    clipped_eps: bool = True,
 ) -> Sampler:
     """DDIM eq. 12: x_{t-1} = sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with sigma from eq. 16.
 
     sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
-    the ancestral sampler with the fixed small variance. After a clip of x_0, eps is derived again from the clipped x_0,
-    as in OpenAI's code (DDIM's own never clips: clip=False).
+    the ancestral sampler with the fixed small variance.
 
     prediction, clip: as `process.p_mean_variance`. variance only says whether the output has a second half to leave out.
+    clipped_eps: True derives eps again from the clipped x_0, as OpenAI's code does; False keeps the network's own, as
+      diffusers does unless told (DDIM's own code never clips: clip=False).
     Raises: ValueError for an eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {eta}")
 
-    def step(key, schedule, output, x_t, t, memory):
-        output, _ = process.split_variance(output, x_t, variance)
+    def step(key, schedule, denoise_fn, x_t, t, memory):
+        output, _ = process.split_variance(levels.call(schedule, denoise_fn, x_t, t), x_t, variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, prediction), clip)
-        eps = process.to_eps(schedule, x_0, x_t, t, "x_0")
+        eps = process.to_eps(schedule, *((x_0, x_t, t, "x_0") if clipped_eps else (output, x_t, t, prediction)))
         # eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
         # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
         sigma = eta * jnp.sqrt(process.at(schedule.posterior_variance, t, x_t))
@@ -71,4 +73,14 @@ def ddim(
             mean = mean + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean, x_0)
 
-    return Sampler(step, _no_memory, prediction)
+    return Sampler(step, levels.no_memory, prediction)
+
+
+def euler(prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+    """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022): it is DDIM with eta = 0."""
+    return ddim(0.0, prediction, variance, clip)
+
+
+def euler_ancestral(prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+    """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"): it is DDIM with eta = 1."""
+    return ddim(1.0, prediction, variance, clip)

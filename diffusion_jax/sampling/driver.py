@@ -1,8 +1,8 @@
 """The one loop that every sampler runs in.
 
 A `Sampler` is two pure functions and knows nothing of loops; `sample` walks any of them from the noisiest index to 0
-with `lax.scan`: one compiled program, one network call traced, and memory that does not grow with the number of steps
-unless the trajectory is asked for.
+with `lax.scan`: one compiled program, and memory that does not grow with the number of steps unless the trajectory is asked
+for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import at, check_terminal_snr
+from diffusion_jax.process import check_terminal_snr
 from diffusion_jax.schedules import Schedule
 
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 class Sampler(NamedTuple):
     """How x_t becomes x_{t-1}.
 
-    step: (key, schedule, output, x_t, t int32 [B], memory) -> Step, where `output` is the network's at (x_t, t).
+    step: (key, schedule, denoise_fn, x_t [B, ...], t int32 [], memory) -> Step; it calls the network as often as it needs.
     start: (schedule, x_T) -> memory, what a multistep method carries from step to step; () for most.
     prediction: what the network's output stands for; the driver refuses what the schedule cannot serve.
     """
@@ -48,7 +48,16 @@ class Trajectory(NamedTuple):
 
 
 def sample(
-    key, schedule: Schedule, denoise_fn: Callable, x_T, sampler: Sampler, *, trajectory: bool | Sequence[int] = False
+    key,
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_T,
+    sampler: Sampler,
+    *,
+    start: int | None = None,
+    final_step: bool = True,
+    trajectory: bool | Sequence[int] = False,
+    progress: Callable[[int], None] | None = None,
 ):
     """Draws x_0 from x_T by walking every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
 
@@ -57,38 +66,44 @@ def sample(
       schedule: T steps; `schedules.respace` makes it shorter.
       denoise_fn: (x_t float [B, ...], network time float [B]) -> output.
       x_T: float [B, ...], usually N(0, I).
-      sampler: `ddpm(...)`, `ddim(...)` and so on.
+      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on.
+      start: the index whose noise level x_T has; T - 1 unless given.
+      final_step: False stops at the noise level of index 0 instead of denoising it to x_0.
       trajectory: also return x_t and the predicted x_0 at every step (True) or at chosen indices t; memory for those only.
+      progress: called on the host with the number of steps taken, as they finish (out of order, perhaps); None puts nothing
+        into the program.
     Returns: x_0 float32 [B, ...] (float64 for a float64 x_T), or (x_0, Trajectory).
-    Raises: ValueError where the network predicts eps or the score and alpha_bar ends at 0, or for a kept index outside
-      0 ... T - 1.
+    Raises: ValueError where the network predicts eps or the score and alpha_bar ends at 0, or for a start or a kept index
+      outside of what is walked.
     """
     check_terminal_snr(schedule, sampler.prediction)
     x_T = jnp.asarray(x_T)
     x_T = x_T.astype(jnp.promote_types(x_T.dtype, jnp.float32))
 
     total = schedule.num_timesteps
+    first, last = total - 1 if start is None else start, 0 if final_step else 1
+    if not 0 <= first < total:
+        raise ValueError(f"start={start} must be an index of the schedule, 0 ... {total - 1}")
     if isinstance(trajectory, bool | np.bool_):
-        trajectory = range(total) if trajectory else None
+        trajectory = range(last, first + 1) if trajectory else None
     kept = np.unique(np.array(() if trajectory is None else trajectory, np.int32))[::-1]
-    if kept.size and not 0 <= kept[-1] <= kept[0] < total:
-        raise ValueError(f"trajectory keeps indices in 0 ... {total - 1}, got {kept[-1]} ... {kept[0]}")
-    row = np.full(
-        total, kept.size, np.int32
-    )  # where each step's values go; the last + 1, which is dropped, for the others
+    if kept.size and not last <= kept[-1] <= kept[0] <= first:
+        raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
+    # Where each step's values go; the last + 1, which is dropped, for steps that are not kept.
+    row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)
 
     def step(carry, t):
         x_t, memory, (all_x_t, all_x_0) = carry
-        index = jnp.full(x_t.shape[:1], t)
-        output = denoise_fn(x_t, at(schedule.timesteps, index, index))
-        new = sampler.step(jax.random.fold_in(key, t), schedule, output, x_t, index, memory)
+        new = sampler.step(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, memory)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")
+        if progress is not None:
+            jax.debug.callback(progress, first + 1 - t)
         return (new.x_prev.astype(x_t.dtype), new.memory, (all_x_t, all_x_0)), None
 
-    steps = jnp.arange(total - 1, -1, -1, dtype=jnp.int32)
+    steps = jnp.arange(first, last - 1, -1, dtype=jnp.int32)
     (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(step, (x_T, sampler.start(schedule, x_T), (empty, empty)), steps)
     return x_0 if trajectory is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))

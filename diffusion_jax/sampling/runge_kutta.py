@@ -1,0 +1,136 @@
+"""Solvers that call the network more than once in a step: Heun's, with EDM's churn, and PNDM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.sampling.driver import Sampler, Step
+from diffusion_jax.sampling.exponential import History
+from diffusion_jax.sampling.levels import (
+    Level,
+    denoise,
+    denoise_at,
+    level,
+    level_at,
+    level_before,
+    move,
+    no_memory,
+)
+
+
+def heun(
+    *,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool | Callable = True,
+) -> Sampler:
+    """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
+
+    Two network calls a step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's.
+
+    churn: S_churn; above 0 each step first raises sigma, the standard deviation of the noise in x / alpha, by the factor
+      1 + min(churn / T, sqrt(2) - 1), never above the training grid's largest, with fresh noise of S_noise = `churn_noise`,
+      where sigma lies in `churn_range` (S_tmin, S_tmax).
+    prediction, variance, clip: as `ddim`.
+    Raises: ValueError for a negative churn; with churn, for prediction "x_prev", which is no function of a noise level.
+    """
+    if churn < 0:
+        raise ValueError(f"churn must be at least 0, got {churn}")
+
+    def step(key, schedule, denoise_fn, x_t, t, memory):
+        here, there = level(schedule, t), level_before(schedule, t)
+        if churn:
+            x_t, here = stir(key, schedule, x_t, here)
+            denoised = denoise_at(schedule, denoise_fn, x_t, here, prediction, variance, clip)
+        else:
+            denoised = denoise(schedule, denoise_fn, x_t, t, prediction, variance, clip)
+        euler = move(denoised, denoised.eps, here, there)
+
+        def corrected():
+            ahead = denoise(schedule, denoise_fn, euler, t - 1, prediction, variance, clip)
+            return move(denoised, (denoised.eps + ahead.eps) / 2, here, there)
+
+        return Step(jax.lax.cond(t > 0, corrected, lambda: euler), denoised.x_0)
+
+    def stir(key, schedule, x_t, here: Level):
+        sigma = here.sigma / here.alpha
+        raised = sigma * (1 + min(churn / schedule.num_timesteps, 2**0.5 - 1))
+        highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.grid_timesteps)[-1]) / 2)
+        inside = (churn_range[0] <= sigma) & (sigma <= churn_range[1])
+        raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
+        noise = churn_noise * jnp.sqrt(raised**2 - sigma**2) * jax.random.normal(key, x_t.shape, x_t.dtype)
+        there = level_at(-2 * jnp.log(raised))
+        return there.alpha * (x_t / here.alpha + noise), there
+
+    return Sampler(step, no_memory, prediction)
+
+
+def pndm(
+    *,
+    runge_kutta: bool = True,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool | Callable = True,
+) -> Sampler:
+    """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, 55/24, -59/24, 37/24, -9/24 (F-PNDM).
+
+    For steps even in network time ("leading", "linspace"); of second order there.
+
+    runge_kutta: the first three steps make four network calls each, two of them half-way; False starts with the lower orders
+      instead, one call a step, two in the first (PLMS).
+    prediction, variance, clip: as `ddim`; not "x_prev" with `runge_kutta`.
+    """
+
+    def step(key, schedule, denoise_fn, x_t, t, history):
+        here, there = level(schedule, t), level_before(schedule, t)
+        denoised = denoise(schedule, denoise_fn, x_t, t, prediction, variance, clip)
+        e_1, values = denoised.eps, history.values
+
+        def ahead(eps):
+            """eps at the step's end, reached along `eps`."""
+            x = move(denoised, eps, here, there)
+            return denoise(schedule, denoise_fn, x, t - 1, prediction, variance, clip).eps
+
+        def four_calls():
+            middle = level_at(schedule.log_snr(_middle(schedule, t)))
+
+            def half_way(eps):
+                x = move(denoised, eps, here, middle)
+                return denoise_at(schedule, denoise_fn, x, middle, prediction, variance, clip).eps
+
+            e_2 = half_way(e_1)
+            e_3 = half_way(e_2)
+            return (e_1 + 2 * e_2 + 2 * e_3 + ahead(e_3)) / 6
+
+        mean = {
+            1: lambda: e_1,
+            2: lambda: (3 * e_1 - values[0]) / 2,
+            3: lambda: (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
+            4: lambda: (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
+        }
+        if runge_kutta:
+            first = [four_calls] * 3
+        else:
+            first = [lambda: (e_1 + ahead(e_1)) / 2, mean[2], mean[3]]
+        branches = [mean[1], *first, mean[4]]
+        # The last step, to x_0, is DDIM's.
+        eps = jax.lax.switch(jnp.where(t > 0, jnp.minimum(history.taken, 3) + 1, 0), branches)
+        kept = History(history.taken + 1, (e_1, *values[:-1]))
+        return Step(move(denoised, eps, here, there), denoised.x_0, kept)
+
+    def start(schedule, x_T):
+        return History(jnp.zeros((), jnp.int32), (jnp.zeros_like(x_T),) * 3)
+
+    return Sampler(step, start, prediction)
+
+
+def _middle(schedule, t):
+    """The network time half-way between index t and the one before, float []."""
+    times = jnp.asarray(schedule.timesteps)
+    return (times[t] + times[t - 1]) / 2
