@@ -1,4 +1,4 @@
-"""The U-Net of the DDPM family, as one Flax Linen module.
+"""The U-Net of the DDPM family, as one Flax Linen module, and the half of it that classifiers share.
 
 Its defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the
 time embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give
@@ -157,10 +157,11 @@ class Attention(nn.Module):
         return x + self.layers.dense(c, "proj", last=True)(h)
 
 
-class UNet(nn.Module):
-    """The U-Net; its defaults are Ho et al.'s.
+_REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
-    `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32.
+
+class Encoder(nn.Module):
+    """The way down and the middle, which U-Nets and classifiers share: fields, layers and their names.
 
     channels: width of the first level, a multiple of `num_groups`.
     channel_multipliers: the width of each level over `channels`, whole numbers or 0.5 (ADM at 512 pixels); each level after
@@ -178,11 +179,6 @@ class UNet(nn.Module):
     num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
     initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
     dropout: rate before the second convolution of each block, in training only.
-    num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
-      time embedding.
-    label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own that
-      stands for no class: what classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
-    out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalisation statistics, the softmax and the
       output stay float32.
     remat: recompute each block's activations in the backward pass: less memory, about a third more time.
@@ -203,11 +199,91 @@ class UNet(nn.Module):
     norm_epsilon: float = 1e-6
     initializer: str = "ho"
     dropout: float = 0.1
+    dtype: str = "float32"
+    remat: bool = False
+
+    @property
+    def layers(self) -> _Layers:
+        """What makes the layers."""
+        return _Layers(self.num_groups, self.norm_epsilon, self.initializer, jnp.dtype(self.dtype))
+
+    def block(self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None):
+        """A residual block as wide as its level."""
+        width = int(self.channels * self.channel_multipliers[level])
+        made = _REMAT_BLOCK if self.remat else ResBlock
+        return made(width, self.dropout, self.scale_shift_norm, self.layers, resample, name=name)(h, embedding, train)
+
+    def attention(self, h, name: str):
+        """A self-attention layer."""
+        made = _REMAT_ATTENTION if self.remat else Attention
+        return made(self.num_heads, self.head_channels, self.layers, name=name)(h)
+
+    def embed(self, time):
+        """The network time [B] as [B, 4 channels]."""
+        embedding = timestep_embedding(
+            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+        embedding = nn.silu(self.layers.dense(4 * self.channels, "time_0")(embedding.astype(self.dtype)))
+        return self.layers.dense(4 * self.channels, "time_1")(embedding)
+
+    def encode(self, x, embedding, train: bool):
+        """From an image [B, H, W, C] to the middle's output, and what was passed on the way, for skip connections."""
+        levels = len(self.channel_multipliers)
+        h = self.layers.conv(int(self.channels * self.channel_multipliers[0]), "conv_in")(x.astype(self.dtype))
+        passed = [h]
+        for level in range(levels):
+            for j in range(self.num_res_blocks):
+                h = self.block(h, embedding, level, f"down_{level}_block_{j}", train)
+                if level in self.attention_levels:
+                    h = self.attention(h, f"down_{level}_attn_{j}")
+                passed.append(h)
+            if level < levels - 1:
+                name = f"down_{level}_downsample"
+                if self.resample_blocks:
+                    h = self.block(h, embedding, level, name, train, halve)
+                else:
+                    h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
+                passed.append(h)
+        h = self.block(h, embedding, levels - 1, "mid_block_0", train)
+        h = self.attention(h, "mid_attn")
+        return self.block(h, embedding, levels - 1, "mid_block_1", train), passed
+
+    def check(self, x):
+        """Raises: ValueError for fields that fit no network, or an image that does not fit this one."""
+        levels = len(self.channel_multipliers)
+        kind = type(self).__name__
+        if x.ndim != 4:
+            raise ValueError(f"the {kind} needs images [B, H, W, C], got shape {x.shape}")
+        divisor = 2 ** (levels - 1)
+        if x.shape[1] % divisor or x.shape[2] % divisor:
+            raise ValueError(
+                f"a {kind} of {levels} levels needs a height and width that {divisor} divides, got {x.shape[1:3]}; resize "
+                "the images or use fewer channel_multipliers"
+            )
+        if self.initializer not in ("ho", "openai"):
+            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        bad = [level for level in self.attention_levels if not 0 <= level < levels]
+        if bad:
+            raise ValueError(f"attention_levels must lie in 0 ... {levels - 1}, got {bad[0]}")
+
+
+class UNet(Encoder):
+    """The U-Net; its defaults are Ho et al.'s.
+
+    `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32. Fields: `Encoder`'s, and
+
+    num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
+      time embedding.
+    label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own that
+      stands for no class: what classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
+    out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
+    """
+
     num_classes: int = 0
     label_dropout: float = 0.0
     out_channels: int | None = None
-    dtype: str = "float32"
-    remat: bool = False
 
     @property
     def null_label(self) -> int | None:
@@ -221,87 +297,39 @@ class UNet(nn.Module):
         Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or labels where none are known (and
         the reverse).
         """
-        dtype = jnp.dtype(self.dtype)
-        levels = len(self.channel_multipliers)
-        self._check(x_t, y, levels)
-        layers = _Layers(self.num_groups, self.norm_epsilon, self.initializer, dtype)
-        block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_class = nn.remat(Attention) if self.remat else Attention
-
-        widths = [int(self.channels * multiplier) for multiplier in self.channel_multipliers]
-
-        def block(h, level, name, resample=None):
-            made = block_class(widths[level], self.dropout, self.scale_shift_norm, layers, resample, name=name)
-            return made(h, embedding, train)
-
-        def attention(h, name):
-            return attention_class(self.num_heads, self.head_channels, layers, name=name)(h)
-
-        embedding = timestep_embedding(
-            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
-        )
-        embedding = nn.silu(layers.dense(4 * self.channels, "time_0")(embedding.astype(dtype)))
-        embedding = layers.dense(4 * self.channels, "time_1")(embedding)
+        self.check(x_t)
+        self._check_labels(y)
+        embedding = self.embed(time)
         if self.num_classes:
             if self.label_dropout and train:
                 dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, jnp.shape(y))
                 y = jnp.where(dropped, self.null_label, y)
             rows = self.num_classes + (1 if self.label_dropout else 0)
-            embedding += layers.embed(rows, 4 * self.channels, "class")(y)
+            embedding += self.layers.embed(rows, 4 * self.channels, "class")(y)
 
-        h = layers.conv(widths[0], "conv_in")(x_t.astype(dtype))
-        skips = [h]
-        for level in range(levels):
-            for j in range(self.num_res_blocks):
-                h = block(h, level, f"down_{level}_block_{j}")
-                if level in self.attention_levels:
-                    h = attention(h, f"down_{level}_attn_{j}")
-                skips.append(h)
-            if level < levels - 1:
-                name = f"down_{level}_downsample"
-                if self.resample_blocks:
-                    h = block(h, level, name, halve)
-                else:
-                    h = layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
-                skips.append(h)
-
-        h = block(h, levels - 1, "mid_block_0")
-        h = attention(h, "mid_attn")
-        h = block(h, levels - 1, "mid_block_1")
-
-        for level in reversed(range(levels)):
+        h, skips = self.encode(x_t, embedding, train)
+        for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_block_{j}")
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self.block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
-                    h = attention(h, f"up_{level}_attn_{j}")
+                    h = self.attention(h, f"up_{level}_attn_{j}")
             if level > 0:
                 name = f"up_{level}_upsample"
-                h = block(h, level, name, double) if self.resample_blocks else layers.conv(h.shape[-1], name)(double(h))
+                if self.resample_blocks:
+                    h = self.block(h, embedding, level, name, train, double)
+                else:
+                    h = self.layers.conv(h.shape[-1], name)(double(h))
 
-        h = nn.silu(layers.norm("norm_out")(h))
+        h = nn.silu(self.layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
-        return layers.conv(out_channels, "conv_out", last=True)(h).astype(jnp.float32)
+        return self.layers.conv(out_channels, "conv_out", last=True)(h).astype(jnp.float32)
 
-    def _check(self, x_t, y, levels):
-        if x_t.ndim != 4:
-            raise ValueError(f"the U-Net needs images [B, H, W, C], got shape {x_t.shape}")
-        divisor = 2 ** (levels - 1)
-        if x_t.shape[1] % divisor or x_t.shape[2] % divisor:
-            raise ValueError(
-                f"a U-Net of {levels} levels needs a height and width that {divisor} divides, got {x_t.shape[1:3]}; resize "
-                "the images or use fewer channel_multipliers"
-            )
-        if self.initializer not in ("ho", "openai"):
-            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+    def _check_labels(self, y):
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if self.label_dropout and not self.num_classes:
             raise ValueError(f"label_dropout={self.label_dropout} needs labels to drop; give num_classes, or use 0")
-        bad = [level for level in self.attention_levels if not 0 <= level < levels]
-        if bad:
-            raise ValueError(f"attention_levels must lie in 0 ... {levels - 1}, got {bad[0]}")
         if self.num_classes and y is None:
             raise ValueError(f"a network of {self.num_classes} classes needs y, the labels")
         if not self.num_classes and y is not None:
