@@ -30,12 +30,12 @@ class Sampler(NamedTuple):
     """How x_t becomes x_{t-1}.
 
     step: (key, schedule, denoise_fn, x_t [B, ...], t int32 [], memory) -> Step; it calls the network as often as it needs.
-    start: (schedule, x_T) -> memory, what a multistep method carries from step to step; () for most.
+    start: (schedule, x_T, number of steps) -> memory, what a multistep method carries from step to step; () for most.
     prediction: what the network's output stands for; the driver refuses what the schedule cannot serve.
     """
 
     step: Callable[..., Step]
-    start: Callable[[Schedule, jax.Array], Any]
+    start: Callable[[Schedule, jax.Array, int], Any]
     prediction: str
 
 
@@ -105,5 +105,7 @@ def sample(
         return (new.x_prev.astype(x_t.dtype), new.memory, (all_x_t, all_x_0)), None
 
     steps = jnp.arange(first, last - 1, -1, dtype=jnp.int32)
-    (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(step, (x_T, sampler.start(schedule, x_T), (empty, empty)), steps)
+    (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(
+        step, (x_T, sampler.start(schedule, x_T, first + 1 - last), (empty, empty)), steps
+    )
     return x_0 if trajectory is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))

@@ -6,9 +6,11 @@ that is interpolated through its last values. From lambda to lambda' = lambda + 
     x' = (sigma'/sigma) x + alpha' int_0^h e^{-(h - u)} D(lambda + u) du            (DPM-Solver++ eq. 9; UniPC)
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
-so that every method here is one choice of polynomial, and of order at most the number of values it has seen. The order falls
-towards the end (a step with r more to come has at most order r + 1), and the last step, to x_0, is of order 1: it returns the
-x_0 predicted.
+so that every method here is one choice of polynomial, and of order at most the number of values it has seen. A step to x_0
+itself is of order 1: it returns the x_0 predicted.
+
+What they all take: `order`, 1 to 3; `lower_order_final`, True for at most order n in the n-th step from the end, which few
+steps need; `prediction`, `variance` and `clip` as `ddim`. All raise ValueError for another order.
 """
 
 from __future__ import annotations
@@ -25,27 +27,29 @@ from diffusion_jax.sampling.levels import denoise, level, level_before
 
 
 class History(NamedTuple):
-    """taken: steps so far, int32 []; values: the network's last ones, newest first; more: what a method keeps besides."""
+    """taken, left: steps so far and to go, int32 []; values: the network's last ones, newest first; more: a method's own."""
 
     taken: jax.Array
+    left: jax.Array
     values: tuple[jax.Array, ...]
     more: Any = ()
 
 
-def _empty(order: int, more: Callable = lambda x_T: ()) -> Callable:
-    def start(schedule, x_T):
-        return History(jnp.zeros((), jnp.int32), (jnp.zeros_like(x_T),) * (order - 1), more(x_T))
-
-    return start
+def empty_history(x_T, num_steps: int, num_values: int, more: Any = ()) -> History:
+    """What is known before the first of `num_steps` steps."""
+    return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, more)
 
 
-def _push(history: History, value, more: Any = ()) -> History:
-    return History(history.taken + 1, (value, *history.values)[: len(history.values)], more)
+def push(history: History, value, more: Any = ()) -> History:
+    """The history after a step."""
+    values = (value, *history.values)[: len(history.values)]
+    return History(history.taken + 1, history.left - 1, values, more)
 
 
-def _order(order: int, history: History, t):
+def _order(order: int, history: History, t, lower_order_final: bool):
     """The order of this step, int []: what was asked for, what the values seen allow, and what is left to go."""
-    return jnp.minimum(jnp.minimum(order, history.taken + 1), t + 1)
+    order = jnp.minimum(order, history.taken + 1)
+    return jnp.minimum(order, history.left) if lower_order_final else jnp.where(t > 0, order, 1)
 
 
 def _check_order(order: int) -> None:
@@ -74,6 +78,7 @@ def dpm_solver_pp(
     *,
     sde: bool = False,
     singlestep: bool = False,
+    lower_order_final: bool = True,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool | Callable = True,
@@ -86,8 +91,6 @@ def dpm_solver_pp(
       added ("SDE-DPM-Solver++").
     singlestep: steps in groups of `order`; inside a group each starts from the group's first x with all values seen since.
       Order 3 needs steps of about one length in lambda, which any smooth spacing has. The noise of a group is one path.
-    prediction, variance, clip: as `ddim`.
-    Raises: ValueError for an order outside 1 ... 3.
     """
     _check_order(order)
     rate = 2.0 if sde else 1.0
@@ -120,11 +123,14 @@ def dpm_solver_pp(
             def from_last(n):
                 return lambda: integral(here, there, values[:n], [level(schedule, t + i) for i in range(n)])
 
-            drift = jax.lax.switch(_order(order, history, t) - 1, [from_last(n) for n in range(1, order + 1)])
-            return Step(kept * x_t + drift + noise, x_0, _push(history, x_0))
+            drift = jax.lax.switch(
+                _order(order, history, t, lower_order_final) - 1, [from_last(n) for n in range(1, order + 1)]
+            )
+            return Step(kept * x_t + drift + noise, x_0, push(history, x_0))
 
         x_first, path = history.more
-        place = jnp.where(t > 0, history.taken % order, 0)  # the last step is a group of its own
+        alone = (history.left == 1) if lower_order_final else (t == 0)  # the last step, as a group of its own
+        place = jnp.where(alone, 0, history.taken % order)
         x_first, path = jnp.where(place == 0, x_t, x_first), kept * jnp.where(place == 0, 0.0, path) + noise
 
         def from_first(n):
@@ -137,20 +143,25 @@ def dpm_solver_pp(
             return drift
 
         x_prev = jax.lax.switch(place, [from_first(n) for n in range(1, order + 1)]) + path
-        return Step(x_prev, x_0, _push(history, x_0, (x_first, path)))
+        return Step(x_prev, x_0, push(history, x_0, (x_first, path)))
 
-    def more(x_T):
-        return (x_T, jnp.zeros_like(x_T)) if singlestep else ()
+    def start(schedule, x_T, num_steps):
+        return empty_history(x_T, num_steps, order - 1, (x_T, jnp.zeros_like(x_T)) if singlestep else ())
 
-    return Sampler(step, _empty(order, more), prediction)
+    return Sampler(step, start, prediction)
 
 
 def deis(
-    order: int = 2, *, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True
+    order: int = 2,
+    *,
+    lower_order_final: bool = True,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool | Callable = True,
 ) -> Sampler:
     """DEIS (Zhang & Chen 2023, "log-rho"): polynomials in lambda through eps, integrated exactly; one network call a step.
 
-    Order 1 is DDIM. Arguments and errors as `dpm_solver_pp`.
+    Order 1 is DDIM.
     """
     _check_order(order)
 
@@ -170,17 +181,23 @@ def deis(
 
             return change
 
-        change = jax.lax.switch(_order(order, history, t) - 1, [beyond_ddim(n) for n in range(1, order + 1)])
+        change = jax.lax.switch(
+            _order(order, history, t, lower_order_final) - 1, [beyond_ddim(n) for n in range(1, order + 1)]
+        )
         x_prev = there.alpha * denoised.x_0 + there.sigma * denoised.eps - change
-        return Step(x_prev, denoised.x_0, _push(history, denoised.eps))
+        return Step(x_prev, denoised.x_0, push(history, denoised.eps))
 
-    return Sampler(step, _empty(order), prediction)
+    def start(schedule, x_T, num_steps):
+        return empty_history(x_T, num_steps, order - 1)
+
+    return Sampler(step, start, prediction)
 
 
 def unipc(
     order: int = 2,
     *,
     variant: str = "bh2",
+    lower_order_final: bool = True,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool | Callable = True,
@@ -190,8 +207,7 @@ def unipc(
     Each call serves twice: it corrects the x it was made at (order + 1 there), and predicts the next. Order 3 and "bh2" suit
     few steps without guidance; order 2 is what its authors use with guidance. The last x_0 is predicted, not corrected.
 
-    variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1).
-    Other arguments and errors as `dpm_solver_pp`; ValueError for another variant.
+    variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1). Raises: ValueError for another.
     """
     _check_order(order)
     if variant not in ("bh1", "bh2"):
@@ -231,17 +247,17 @@ def unipc(
             return lambda: update(p, True, nodes[1], here, nodes[1:], last_x, history.values, x_0)
 
         corrected = jax.lax.switch(last_order, [lambda: x_t] + [correct(p) for p in range(1, order + 1)])
-        now = _order(order, history, t)
+        now = _order(order, history, t, lower_order_final)
         values = (x_0, *history.values)
 
         def predict(p):
             return lambda: update(p, False, here, there, nodes, corrected, values, None)
 
         x_prev = jax.lax.switch(now - 1, [predict(p) for p in range(1, order + 1)])
-        return Step(x_prev, x_0, _push(history, x_0, (corrected, now)))
+        return Step(x_prev, x_0, push(history, x_0, (corrected, now)))
 
-    def start(schedule, x_T):
-        # One value more than the order: the corrector looks back from the step before.
-        return History(jnp.zeros((), jnp.int32), (jnp.zeros_like(x_T),) * order, (x_T, jnp.zeros((), jnp.int32)))
+    def start(schedule, x_T, num_steps):
+        # One value more than a predictor needs: the corrector looks back from the step before.
+        return empty_history(x_T, num_steps, order, (x_T, jnp.int32(0)))
 
     return Sampler(step, start, prediction)

@@ -30,7 +30,7 @@ class Denoised(NamedTuple):
     eps: jax.Array
 
 
-def no_memory(schedule: Schedule, x_T) -> tuple:
+def no_memory(schedule: Schedule, x_T, num_steps: int) -> tuple:
     """The memory of a sampler that remembers nothing."""
     return ()
 

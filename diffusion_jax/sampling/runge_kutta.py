@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.exponential import History
+from diffusion_jax.sampling.exponential import empty_history, push
 from diffusion_jax.sampling.levels import (
     Level,
     denoise,
@@ -121,11 +121,10 @@ def pndm(
         branches = [mean[1], *first, mean[4]]
         # The last step, to x_0, is DDIM's.
         eps = jax.lax.switch(jnp.where(t > 0, jnp.minimum(history.taken, 3) + 1, 0), branches)
-        kept = History(history.taken + 1, (e_1, *values[:-1]))
-        return Step(move(denoised, eps, here, there), denoised.x_0, kept)
+        return Step(move(denoised, eps, here, there), denoised.x_0, push(history, e_1))
 
-    def start(schedule, x_T):
-        return History(jnp.zeros((), jnp.int32), (jnp.zeros_like(x_T),) * 3)
+    def start(schedule, x_T, num_steps):
+        return empty_history(x_T, num_steps, 3)
 
     return Sampler(step, start, prediction)
 

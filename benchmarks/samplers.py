@@ -1,0 +1,112 @@
+"""Error against the number of network calls, for every deterministic solver, on a sharp mixture of Gaussians.
+
+    python benchmarks/samplers.py [--spacing=karras] [--plot=docs/images/samplers.png]
+
+Five modes in the plane, standard deviation 0.05. Its eps is known, so the truth is the exact probability-flow map from x_T to
+x_0, by scipy's adaptive solver in float64; the error is the root mean square distance to it over 256 points.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.integrate import solve_ivp
+
+from diffusion_jax import sampling, schedules
+
+ANGLES = 2 * np.pi * np.arange(5) / 5
+MODES, SD = 0.8 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), 0.05
+SCHEDULE = schedules.from_betas(schedules.betas("linear", 1000))
+POINTS = 256
+
+# name: (sampler, steps that a number of network calls pays for).
+SOLVERS = {
+    "DDIM (Euler)": (sampling.ddim(clip=False), lambda calls: calls),
+    "Heun": (sampling.heun(clip=False), lambda calls: (calls + 1) // 2),
+    "DPM-Solver++ 2M": (sampling.dpm_solver_pp(2, clip=False), lambda calls: calls),
+    "DPM-Solver++ 3M": (sampling.dpm_solver_pp(3, clip=False), lambda calls: calls),
+    "DPM-Solver++ 2S": (sampling.dpm_solver_pp(2, singlestep=True, clip=False), lambda calls: calls),
+    "DPM-Solver++ 3S": (sampling.dpm_solver_pp(3, singlestep=True, clip=False), lambda calls: calls),
+    "UniPC 2": (sampling.unipc(2, clip=False), lambda calls: calls),
+    "UniPC 3": (sampling.unipc(3, clip=False), lambda calls: calls),
+    "DEIS 2": (sampling.deis(2, clip=False), lambda calls: calls),
+    "DEIS 3": (sampling.deis(3, clip=False), lambda calls: calls),
+    "PNDM": (sampling.pndm(clip=False), lambda calls: calls - 9),
+    "PLMS": (sampling.pndm(runge_kutta=False, clip=False), lambda calls: calls - 1),
+}
+
+
+def eps(x, alpha, sigma, np=np):
+    """E[eps | x] of the mixture at x = alpha x_0 + sigma eps; x [N, 2], alpha and sigma broadcast with [N, 1]."""
+    spread = alpha**2 * SD**2 + sigma**2
+    away = x[:, None] - alpha[..., None] * MODES  # [N, modes, 2]
+    logits = -0.5 * (away**2).sum(-1) / spread
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    return sigma / spread * (weights[..., None] * away).sum(1)
+
+
+def denoise_fn(x_t, time):
+    """The exact network, in the schedule's own time."""
+    log_snr = SCHEDULE.log_snr(time)[:, None]
+    return eps(x_t, jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), jnp)
+
+
+def exact_map(x_T):
+    """x_0 at the end of the probability flow: d(x/alpha)/d(sigma/alpha) = eps, down to no noise at all; float64 [N, 2]."""
+    alpha, sigma = SCHEDULE.sqrt_alpha_bar[-1], SCHEDULE.sqrt_one_minus_alpha_bar[-1]
+
+    def slope(log_s, flat):
+        s = np.exp(log_s)
+        a = np.full((1, 1), 1 / np.sqrt(1 + s**2))
+        return s * eps(a * flat.reshape(-1, 2), a, s * a).ravel()
+
+    ends = np.log(sigma / alpha), np.log(1e-5)
+    return solve_ivp(slope, ends, np.ravel(x_T) / alpha, "DOP853", rtol=1e-9, atol=1e-10).y[:, -1].reshape(-1, 2)
+
+
+def error(name, calls, x_T, truth, spacing="karras"):
+    """Root mean square distance of a solver's samples from the truth; NaN where the calls do not pay for two steps."""
+    sampler, steps = SOLVERS[name]
+    if steps(calls) < 2:
+        return np.nan
+    schedule = schedules.respace(SCHEDULE, steps(calls), spacing)
+    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(0), schedule, denoise_fn, x, sampler))(x_T)
+    return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
+
+
+def main():
+    """Prints the table and draws the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spacing", default="karras")
+    parser.add_argument("--plot", default="")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    x_T = jax.random.normal(jax.random.key(1), (POINTS, 2))
+    truth = exact_map(x_T)
+    all_calls = [5, 7, 10, 14, 20, 28, 40, 56, 80, 100]
+    print(f"| spacing {options.spacing!r}, calls | " + " | ".join(map(str, all_calls)) + " |")
+    print("|---" * (len(all_calls) + 1) + "|")
+    errors = {}
+    for name in SOLVERS:
+        errors[name] = [error(name, calls, x_T, truth, options.spacing) for calls in all_calls]
+        print(f"| {name} | " + " | ".join("" if np.isnan(e) else f"{e:.3g}" for e in errors[name]) + " |", flush=True)
+    if options.plot:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, values) in enumerate(errors.items()):
+            axes.plot(all_calls, values, marker="os^vD"[i % 5], markersize=4, linewidth=1.2, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact map")
+        axes.set_xticks(all_calls, map(str, all_calls))
+        axes.set_title(f"Five modes of standard deviation 0.05, spacing {options.spacing!r}", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.minorticks_off()
+        axes.legend(fontsize=8, ncols=2)
+        figure.savefig(options.plot)
+
+
+if __name__ == "__main__":
+    main()
