@@ -1,7 +1,7 @@
 """python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
-MODE is train, sample, evaluate (bits per dimension) or progressive (rate and distortion). Relaunching the same command
-continues the run. For a directory that holds a run, --config may be left out.
+MODE is train, sample, evaluate (bits per dimension), progressive (rate and distortion) or train_classifier (of noisy images,
+for guidance). Relaunching the same command continues the run. For a directory that holds a run, --config may be left out.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from diffusion_jax.runs import devices
 
-MODES = ("train", "sample", "evaluate", "progressive")
+MODES = ("train", "sample", "evaluate", "progressive", "train_classifier")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -92,6 +92,16 @@ def _unknown_key(argv: list[str]) -> str | None:
     return None
 
 
+def check_mode(mode: str, classifier: bool) -> None:
+    """Ends the program where a mode is not for what the config trains: a classifier, or else a diffusion model."""
+    if classifier and mode == "train":
+        fail("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
+    if classifier and mode != "train_classifier":
+        fail(f"--mode={mode} is for diffusion models, and this config is a classifier's (diffusion.loss=classify)")
+    if mode == "train_classifier" and not classifier:
+        fail("this config trains a diffusion model, not a classifier (diffusion.loss=classify): use --mode=train")
+
+
 def main(argv: list[str]) -> None:
     """Runs the mode; a user's mistake ends in one line and exit code 2."""
     del argv
@@ -101,10 +111,19 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
     from diffusion_jax.runs.train import train
+    from diffusion_jax.training import is_classifier
     from diffusion_jax.training.checkpoints import CheckpointError
 
+    check_mode(flags.FLAGS.mode, is_classifier(_CONFIG.value))
     devices.start()
-    run = {"train": train, "sample": sample, "evaluate": evaluate, "progressive": progressive}[flags.FLAGS.mode]
+    runs = {
+        "train": train,
+        "sample": sample,
+        "evaluate": evaluate,
+        "progressive": progressive,
+        "train_classifier": train,
+    }
+    run = runs[flags.FLAGS.mode]
     try:
         run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
     except UserError as error:

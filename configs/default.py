@@ -22,14 +22,14 @@ def get_config() -> ConfigDict:
     config.data.memory_mb = 2048  # decoded once into memory where it fits, else streamed
     config.data.workers = 8  # processes that decode when streaming
 
-    config.model = ConfigDict()  # the fields of models.UNet
+    config.model = ConfigDict()  # the fields of models.UNet, or with the loss classify of models.Classifier
     config.model.channels = 128
     config.model.channel_multipliers = (1, 2, 2, 2)
     config.model.num_res_blocks = 2
     config.model.attention_levels = (1,)
     config.model.num_heads = 1
     config.model.head_channels = config_dict.placeholder(int)  # channels of a head, instead of num_heads
-    config.model.resample_blocks = False  # residual blocks that change the resolution, as ADM's, instead of convolutions
+    config.model.resample_blocks = False  # ADM's residual blocks between levels, instead of convolutions
     config.model.scale_shift_norm = False
     config.model.embedding_cos_first = False
     config.model.embedding_freq_shift = 1.0
@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     config.diffusion.variance = (
         "fixed_large"  # fixed_large, fixed_small; with the vlb or hybrid loss learned_range, learned
     )
-    config.diffusion.loss = "simple"  # simple, vlb (the variational bound), hybrid (both, for a learned variance)
+    # simple, vlb (the variational bound), hybrid (both, for a learned variance), classify (a classifier for guidance)
+    config.diffusion.loss = "simple"
     config.diffusion.vlb_weight = 0.001  # of the bound in the hybrid
     config.diffusion.weighting = "none"  # none, snr, min_snr, truncated_snr, p2
     config.diffusion.timestep_sampler = "uniform"  # uniform, antithetic, stratified, loss_second_moment
@@ -75,7 +76,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adam"  # or adamw
     config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 5_000  # linear from 0
-    config.optimizer.schedule = "constant"  # or "cosine", to 0 at decay_steps
+    config.optimizer.schedule = "constant"  # or "linear" or "cosine", to 0 at decay_steps
     config.optimizer.decay_steps = 800_000
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
@@ -112,7 +113,7 @@ def get_config() -> ConfigDict:
     config.evaluation.num_examples = 0  # the first ones of the split; 0 for all
     config.evaluation.batch_size = 64
     # Of the bound: None visits every timestep of every image; a number S, L_0 and two timesteps in each of S parts.
-    config.evaluation.strata = config_dict.placeholder(int)
+    config.evaluation.strata = FieldReference(None, field_type=object)
     config.evaluation.cdf = "exact"  # or "tanh", OpenAI's approximation
     config.evaluation.clip = True  # x_0 to [-1, 1], as in Ho's and OpenAI's figures
     config.evaluation.seed = 0

@@ -10,9 +10,12 @@ from configs import default
 
 
 def get_config(directory: str) -> ConfigDict:
-    """The defaults, overwritten by DIR/config.json."""
+    """The defaults, overwritten by DIR/config.json; a classifier's model has leaves of its own, none of the default's."""
     config = default.get_config()
-    config.update(_tuples(json.loads((pathlib.Path(directory).expanduser() / "config.json").read_text())))
+    stored = _tuples(json.loads((pathlib.Path(directory).expanduser() / "config.json").read_text()))
+    if stored.get("diffusion", {}).get("loss") == "classify":
+        config.model = ConfigDict()
+    config.update(stored)
     return config
 
 

@@ -2,7 +2,7 @@
 
 Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, and the parts
 that went into it: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's sum of both, which
-trains a learned variance).
+trains a learned variance). `classify` trains a classifier of noisy images instead, from labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from diffusion_jax import likelihood, process, timesteps
 from diffusion_jax.schedules import Schedule
 
-LOSSES = ("simple", "vlb", "hybrid")
+LOSSES = ("simple", "vlb", "hybrid", "classify")
 
 
 class Parts(NamedTuple):
@@ -34,6 +34,20 @@ class Parts(NamedTuple):
     eps: jax.Array
     x_t: jax.Array
     output: jax.Array
+
+
+class ClassifyParts(NamedTuple):
+    """What `classify` saw.
+
+    t, importance: as in `Parts`. accuracy: [B], 1 where the largest logit is the label's, else 0. x_t: as the images.
+    logits: [B, K].
+    """
+
+    t: jax.Array
+    importance: jax.Array
+    accuracy: jax.Array
+    x_t: jax.Array
+    logits: jax.Array
 
 
 def snr_weight(snr):
@@ -156,14 +170,46 @@ def hybrid(
     return parts.importance * (weight * parts.mse + vlb_weight * bound), parts._replace(vlb=bound)
 
 
-def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts:
-    """Draws t and eps, calls the network and compares what it predicted."""
+def classify(
+    key, schedule: Schedule, logits_fn: Callable, x_0, y, *, timestep_sampler: Callable = timesteps.uniform
+) -> tuple[jax.Array, ClassifyParts]:
+    """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
+
+    Args:
+      key: draws t and eps.
+      logits_fn: (x_t [B, ...], network time float [B]) -> logits [B, K].
+      x_0: float [B, ...], images in [-1, 1].
+      y: int [B] in 0 ... K - 1; the loss is NaN outside.
+      timestep_sampler: one of `timesteps`, or any function of that form.
+    Returns: (loss float [B], ClassifyParts).
+    Raises: ValueError for logits of another shape, or an x_0 that is not float.
+    """
+    t, importance, _, x_t = _noise(key, schedule, x_0, timestep_sampler)
+    logits = logits_fn(x_t, process.at(schedule.timesteps, t, t))
+    if logits.ndim != 2 or logits.shape[0] != x_0.shape[0]:
+        raise ValueError(
+            f"logits_fn gave {logits.shape} for x_t {x_t.shape}; it must give [B, K], a logit for each class"
+        )
+    log_p = jax.nn.log_softmax(logits)
+    index = jnp.where(y < 0, logits.shape[-1], y)[:, None]  # below 0 is out of range, not counted from the end
+    loss = -jnp.take_along_axis(log_p, index, axis=1, mode="fill")[:, 0]
+    accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
+    return importance * loss, ClassifyParts(t, importance, accuracy, x_t, logits)
+
+
+def _noise(key, schedule, x_0, timestep_sampler):
+    """Draws t and eps: (t, importance, eps, x_t)."""
     if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
         raise ValueError(f"x_0 must be float, images in [-1, 1]; got {jnp.result_type(x_0)}")
     key_t, key_eps = jax.random.split(key)
     t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
     eps = jax.random.normal(key_eps, x_0.shape, jnp.result_type(x_0, float))
-    x_t = process.q_sample(schedule, x_0, t, eps)
+    return t, importance, eps, process.q_sample(schedule, x_0, t, eps)
+
+
+def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts:
+    """Draws t and eps, calls the network and compares what it predicted."""
+    t, importance, eps, x_t = _noise(key, schedule, x_0, timestep_sampler)
     target = _target(schedule, x_0, x_t, t, eps, prediction)
     output = denoise_fn(x_t, process.at(schedule.timesteps, t, t))
     predicted = output[..., : x_t.shape[-1]]

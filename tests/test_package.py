@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import workdir as workdir_config
-from diffusion_jax import data, models, training
+from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,10 +76,12 @@ def test_every_config_builds(name):
         jax.ShapeDtypeStruct((1, height, width, channels), "float32"),
         jax.ShapeDtypeStruct((1,), "float32"),
     )
-    learned = config.diffusion.variance.startswith("learned")
-    assert out.shape == (1, height, width, channels * (2 if learned else 1))
+    learned, classifier = config.diffusion.variance.startswith("learned"), training.is_classifier(config)
+    image = (height, width, channels * (2 if learned else 1))
+    assert out.shape == (1, *((config.model.num_classes,) if classifier else image))
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
+    assert ("--mode=train_classifier" in docstring) == classifier
 
 
 def test_the_published_configs_have_the_published_networks():
@@ -93,13 +95,19 @@ def test_the_published_configs_have_the_published_networks():
         "imagenet64_improved": 121_063_942,
         "imagenet64_improved:vlb": 121_063_942,
         "imagenet64_improved:conditional": 273_049_350,
+        "imagenet_classifier:64": 65_438_568,
+        "imagenet_classifier:128": 42_568_040,
+        "imagenet_classifier:256": 54_096_360,
+        "imagenet_classifier:512": 54_448_360,
+        "cifar10_classifier": 5_096_138,
+        "digits_classifier": 361_418,
     }
     for name, count in counts.items():
         name, _, variant = name.partition(":")
         config = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else []))
         shapes = training.setup(config).abstract_state.params
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-        assert models.from_config(config.model).out_channels is None
+        assert config.model.get("out_channels") is None
 
 
 def test_improved_ddpm_s_settings():

@@ -137,7 +137,7 @@ def test_flips_differ_per_image():
         num_classes = 0
 
         @staticmethod
-        def apply(variables, x_t, time, y, train, rngs):
+        def apply(variables, x_t, time, train, rngs):
             jax.debug.callback(lambda x, t: seen.append((np.asarray(x), np.asarray(t))), x_t, time)
             return x_t * variables["params"]["w"]
 
@@ -177,17 +177,17 @@ def test_several_steps_in_one_program_equal_single_ones():
     assert int(many.step) == 3
 
 
-def test_labels_reach_a_conditional_network():
-    config = tiny_config(**{"model.num_classes": 10})
+def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
+    config = tiny_config(**{"model.num_classes": 10, "model.label_dropout": 0.5})
     state, train_step = training.create(config)
-    assert state.params["class"]["embedding"].shape == (10, 32)
+    assert state.params["class"]["embedding"].shape == (11, 32)
     before = np.asarray(state.params["class"]["embedding"])
     batch = a_batch(config)
     batch["label"][:] = 3
     for _ in range(3):
         state, _ = train_step(state, batch)
     changed = abs(np.asarray(state.params["class"]["embedding"]) - before).max(axis=1) > 0
-    assert changed[3] and changed.sum() == 1
+    assert np.flatnonzero(changed).tolist() == [3, 10]
 
 
 def test_a_loss_that_is_not_finite_is_marked_with_its_step():
@@ -208,8 +208,13 @@ def test_learning_rates():
     options.update(schedule="cosine", decay_steps=15_000)
     rate = optimizer.learning_rate(options)
     np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
+    options.schedule = "linear"
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
+    options.update(warmup_steps=0, decay_steps=300_000)
+    np.testing.assert_allclose(optimizer.learning_rate(options)(100_000), 2e-4 * (1 - 1 / 3), rtol=1e-6)
     for wrong, words in [
-        ({"schedule": "step"}, "constant"),
+        ({"schedule": "step"}, "'constant', 'linear' or 'cosine'"),
         ({"decay_steps": 10}, "exceed"),
         ({"name": "sgd"}, "adamw"),
     ]:
@@ -251,7 +256,7 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
         ({"diffusion.prediction": "noise"}, "known: eps"),
         ({"diffusion.variance": "fixed"}, "known: fixed_small"),
         ({"diffusion.variance": "learned_range"}, "untrained"),
-        ({"diffusion.loss": "kl"}, "known: simple, vlb, hybrid"),
+        ({"diffusion.loss": "kl"}, "known: simple, vlb, hybrid, classify"),
         ({"diffusion.loss": "hybrid"}, "use learned_range"),
         ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
         ({"diffusion.loss": "vlb", "model.out_channels": 2}, "need 1"),
@@ -260,6 +265,8 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
         ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
         ({"optimizer.name": "sgd"}, "adamw"),
         ({"model.num_groups": 3}, "num_groups=3"),
+        ({"model.label_dropout": 0.1}, "needs labels to drop"),
+        ({"diffusion.loss": "classify"}, "is not a field of models.Classifier"),
         ({"data.image_size": 9}, "that 2 divides"),
     ],
 )

@@ -62,6 +62,7 @@ class Classifier(Encoder):
     scale_shift_norm: bool = True
     embedding_cos_first: bool = True
     embedding_freq_shift: float = 0.0
+    downsample_padding: tuple[int, int] = (1, 1)
     norm_epsilon: float = 1e-5
     initializer: str = "openai"
     dropout: float = 0.0

@@ -1,4 +1,4 @@
-"""`--mode=train`: one run from its config to its last checkpoint, or from its last checkpoint onwards."""
+"""`--mode=train` and `train_classifier`: one run from its config to its last checkpoint, or from its last one onwards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
         _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
-    say(f"Done: {options.num_steps} steps, in {directory}. Sample with --mode=sample.")
+    then = "It can guide a diffusion model." if training.is_classifier(config) else "Sample with --mode=sample."
+    say(f"Done: {options.num_steps} steps, in {directory}. {then}")
 
 
 def _check(config: ConfigDict) -> None:
@@ -73,12 +74,13 @@ def check_source(config: ConfigDict, source) -> None:
     if classes and source.num_classes > classes:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
     if classes and not source.num_classes:
-        raise UserError(f"model.num_classes={classes}, but the data has no labels; use model.num_classes=0")
+        advice = "a classifier needs labelled images" if training.is_classifier(config) else "use model.num_classes=0"
+        raise UserError(f"model.num_classes={classes}, but the data has no labels; {advice}")
 
 
 def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
-    """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted."""
-    if config.sampling.preview_samples < 1:
+    """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted, or possible."""
+    if config.sampling.preview_samples < 1 or training.is_classifier(config):
         return None
     config = ConfigDict(work.to_dict(config))
     steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)

@@ -21,7 +21,16 @@ from diffusion_jax.training.step import (
     window_means,
 )
 
-__all__ = ["Setup", "TrainState", "create", "model_from_config", "schedule_from_config", "setup", "window_means"]
+__all__ = [
+    "Setup",
+    "TrainState",
+    "create",
+    "is_classifier",
+    "model_from_config",
+    "schedule_from_config",
+    "setup",
+    "window_means",
+]
 
 
 class Setup(NamedTuple):
@@ -33,12 +42,17 @@ class Setup(NamedTuple):
     """
 
     mesh: Mesh
-    model: models.UNet
+    model: models.UNet | models.Classifier
     schedule: schedules.Schedule
     init: Callable[[], TrainState]
     train_step: Callable
     train_steps: Callable | None
     abstract_state: Any
+
+
+def is_classifier(config: Mapping) -> bool:
+    """Whether a config trains a classifier of noisy images, not a diffusion model."""
+    return config["diffusion"]["loss"] == "classify"
 
 
 def schedule_from_config(config: Mapping) -> schedules.Schedule:
@@ -50,6 +64,8 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
     if config["rescale_timesteps"]:
         rescaled = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
     schedule = schedules.from_betas(betas, rescaled)
+    if config["loss"] == "classify":  # nothing is predicted of x_0
+        return schedule
     if config["prediction"] not in process.PREDICTIONS:
         known = ", ".join(process.PREDICTIONS)
         raise ValueError(f"diffusion.prediction={config['prediction']!r} is unknown; known: {known}")
@@ -63,11 +79,14 @@ def schedule_from_config(config: Mapping) -> schedules.Schedule:
     return schedule
 
 
-def model_from_config(config: Mapping) -> models.UNet:
-    """The network of `config.model`, with the output channels that `config.diffusion.variance` asks for.
+def model_from_config(config: Mapping) -> models.UNet | models.Classifier:
+    """The network of `config.model`: a U-Net with the output channels that `config.diffusion.variance` asks for, or, with
+    the loss "classify", a classifier.
 
-    Raises: ValueError where `model.out_channels` says otherwise.
+    Raises: ValueError where `model.out_channels` says otherwise, or for a leaf that the network does not have.
     """
+    if is_classifier(config):
+        return models.from_config(config["model"], models.Classifier)
     model = models.from_config(config["model"])
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
@@ -84,6 +103,13 @@ def _check_loss(config: Mapping) -> None:
     learned = variance.startswith("learned")
     if loss not in losses.LOSSES:
         raise ValueError(f"diffusion.loss={loss!r} is unknown; known: {', '.join(losses.LOSSES)}")
+    known = (*timesteps.SAMPLERS, IMPORTANCE_SAMPLER)
+    if config["timestep_sampler"] not in known:
+        raise ValueError(
+            f"diffusion.timestep_sampler={config['timestep_sampler']!r} is unknown; known: {', '.join(known)}"
+        )
+    if loss == "classify":
+        return
     if loss == "simple" and learned:
         raise ValueError(
             f"diffusion.variance={variance!r}: L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a "
@@ -99,11 +125,6 @@ def _check_loss(config: Mapping) -> None:
         )
     if loss == "vlb" and config["weighting"] not in (None, "none"):
         raise ValueError(f"diffusion.weighting={config['weighting']!r} is for L_simple; the vlb has weights of its own")
-    known = (*timesteps.SAMPLERS, IMPORTANCE_SAMPLER)
-    if config["timestep_sampler"] not in known:
-        raise ValueError(
-            f"diffusion.timestep_sampler={config['timestep_sampler']!r} is unknown; known: {', '.join(known)}"
-        )
 
 
 def setup(config: Mapping) -> Setup:

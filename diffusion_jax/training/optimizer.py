@@ -8,16 +8,18 @@ import optax
 
 
 def learning_rate(config: Mapping) -> optax.Schedule:
-    """Steps -> rate: a linear warm-up from 0 over `warmup_steps`, then constant, or a cosine to 0 at `decay_steps`."""
+    """Steps -> rate: a line from 0 over `warmup_steps`, then constant, or a line or a cosine to 0 at `decay_steps`."""
     peak, warmup = config["learning_rate"], config["warmup_steps"]
     if config["schedule"] == "constant":
         after = optax.constant_schedule(peak)
-    elif config["schedule"] == "cosine":
-        if config["decay_steps"] <= warmup:
+    elif config["schedule"] in ("linear", "cosine"):
+        steps = config["decay_steps"] - warmup
+        if steps <= 0:
             raise ValueError(f"optimizer.decay_steps={config['decay_steps']} must exceed warmup_steps={warmup}")
-        after = optax.cosine_decay_schedule(peak, config["decay_steps"] - warmup)
+        linear = config["schedule"] == "linear"
+        after = optax.linear_schedule(peak, 0.0, steps) if linear else optax.cosine_decay_schedule(peak, steps)
     else:
-        raise ValueError(f"optimizer.schedule={config['schedule']!r} must be 'constant' or 'cosine'")
+        raise ValueError(f"optimizer.schedule={config['schedule']!r} must be 'constant', 'linear' or 'cosine'")
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion_jax import losses, timesteps
+from diffusion_jax import losses, models, timesteps
 from diffusion_jax.schedules import Schedule
 
 
@@ -36,9 +36,12 @@ QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 IMPORTANCE_SAMPLER = "loss_second_moment"
 
 
+# What each loss logs beside itself, fields of its parts.
+_PARTS = {"simple": (), "vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("accuracy",)}
+
+
 def _metric_names(diffusion: Mapping) -> tuple[str, ...]:
-    parts = () if diffusion["loss"] == "simple" else ("mse", "vlb")
-    return ("loss", *QUARTERS, *parts, "grad_norm", "param_norm", "learning_rate")
+    return ("loss", *QUARTERS, *_PARTS[diffusion["loss"]], "grad_norm", "param_norm", "learning_rate")
 
 
 def ema_decay(step, config: Mapping):
@@ -50,8 +53,9 @@ def ema_decay(step, config: Mapping):
 
 def initial_params(key, model, image_shape: tuple[int, int, int]):
     """Fresh parameters of a network for images of `image_shape` (H, W, C)."""
-    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
-    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), y)["params"]
+    takes_labels = model.num_classes and not isinstance(model, models.Classifier)
+    y = (jnp.zeros(1, jnp.int32),) if takes_labels else ()
+    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), *y)["params"]
 
 
 def initial_state(
@@ -75,31 +79,38 @@ def window_means(window) -> dict[str, float]:
     return {name: float(value["total"] / value["count"]) for name, value in sums.items() if value["count"] > 0}
 
 
-def _loss_function(config: Mapping, schedule: Schedule) -> Callable:
-    """(key, denoise_fn, x_0, timestep_sampler) -> (loss [B], parts), the one that `config.diffusion` names."""
+def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
+    """(params, history, key, x_0, y) -> (loss [B], parts): the loss that `config.diffusion` names, of a network in training.
+
+    history: `TrainState.loss_history`. y: int [B], the labels of the batch, whether or not the network takes any.
+    """
     diffusion = config["diffusion"]
+    prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
     bound = {"variance": diffusion["variance"], "levels": config["data"]["levels"]}
     loss, options = {
-        "simple": (losses.simple, {"weighting": diffusion["weighting"]}),
-        "vlb": (losses.vlb, bound),
-        "hybrid": (
-            losses.hybrid,
-            bound | {"weighting": diffusion["weighting"], "vlb_weight": diffusion["vlb_weight"]},
-        ),
+        "simple": (losses.simple, prediction | weighting),
+        "vlb": (losses.vlb, prediction | bound),
+        "hybrid": (losses.hybrid, prediction | bound | weighting | {"vlb_weight": diffusion["vlb_weight"]}),
+        "classify": (losses.classify, {}),
     }[diffusion["loss"]]
+    classifies = loss is losses.classify
+    takes_labels = bool(model.num_classes) and not classifies
 
-    def loss_fn(key, denoise_fn, x_0, timestep_sampler):
-        return loss(
-            key,
-            schedule,
-            denoise_fn,
-            x_0,
-            prediction=diffusion["prediction"],
-            timestep_sampler=timestep_sampler,
-            **options,
-        )
+    def objective(params, history, key, x_0, y):
+        key_loss, key_dropout = jax.random.split(key)
+        if history is None:
+            timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
+        else:
+            timestep_sampler = timesteps.loss_second_moment(history)
 
-    return loss_fn
+        def network(x_t, time):
+            labels = (y,) if takes_labels else ()
+            return model.apply({"params": params}, x_t, time, *labels, train=True, rngs={"dropout": key_dropout})
+
+        targets = (y,) if classifies else ()
+        return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)
+
+    return objective
 
 
 def make_train_step(
@@ -113,24 +124,15 @@ def make_train_step(
 
     Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
     ... loss_q4 (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep
-    in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), grad_norm (before clipping),
-    param_norm, learning_rate. Under importance sampling all of them are the weighted, unbiased means.
+    in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy, grad_norm
+    (before clipping), param_norm, learning_rate. Under importance sampling all of them are the weighted, unbiased means.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
-    flip, conditional = config["data"]["random_flip"], bool(config["model"]["num_classes"])
-    loss_function, names = _loss_function(config, schedule), _metric_names(diffusion)
+    flip, extras = config["data"]["random_flip"], _PARTS[diffusion["loss"]]
+    objective, names = _objective(config, model, schedule), _metric_names(diffusion)
 
     def loss_fn(params, history, key, x_0, y):
-        key_loss, key_dropout = jax.random.split(key)
-        if history is None:
-            timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
-        else:
-            timestep_sampler = timesteps.loss_second_moment(history)
-
-        def denoise_fn(x_t, time):
-            return model.apply({"params": params}, x_t, time, y, train=True, rngs={"dropout": key_dropout})
-
-        loss, parts = loss_function(key_loss, denoise_fn, x_0, timestep_sampler)
+        loss, parts = objective(params, history, key, x_0, y)
         return loss.mean(), (loss, parts)
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
@@ -139,9 +141,9 @@ def make_train_step(
         if flip:
             flipped = jax.random.bernoulli(key_flip, shape=(x_0.shape[0], 1, 1, 1))
             x_0 = jnp.where(flipped, x_0[:, :, ::-1], x_0)
-        y = batch["label"] if conditional else None
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (per_example, parts)), grads = gradient(state.params, state.loss_history, key_loss, x_0, y)
+        arguments = (state.params, state.loss_history, key_loss, x_0, batch["label"])
+        (loss, (per_example, parts)), grads = gradient(*arguments)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
@@ -155,8 +157,7 @@ def make_train_step(
         seen = {name: (totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
         seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.tree.norm(params), 1)}
         seen |= {"learning_rate": (jnp.asarray(rate(state.step), jnp.float32), 1)}
-        if parts.vlb is not None:
-            seen |= {name: ((parts.importance * getattr(parts, name)).mean(), 1) for name in ("mse", "vlb")}
+        seen |= {name: ((parts.importance * getattr(parts, name)).mean(), 1) for name in extras}
         metrics = {name: seen[name][0] / seen[name][1] for name in names}
 
         fresh = state.step % log_every == 0
