@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config = lsun_church_256.get_config()
     config.data.dataset = "celeb_a_hq/256"
     config.training.num_steps = 500_000
+    config.evaluation.split = "train"  # the only one that TFDS has
     return config

@@ -28,6 +28,7 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     config.data.update(dataset="downsampled_imagenet/64x64", image_size=64)
     config.model.update(channel_multipliers=(1, 2, 3, 4), attention_levels=(2, 3), dropout=0.0)
     config.training.num_steps = 1_500_000
+    config.evaluation.split = "validation"
     if conditional:
         config.data.dataset = "imagenet_resized/64x64"
         config.model.update(channels=192, num_classes=1000)

@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     config.training.update(num_steps=1_200_000, batch_size=64)
     config.optimizer.learning_rate = 2e-5
     config.sampling.update(batch_size=32, num_samples=32)
+    config.evaluation.split = "validation"
     return config

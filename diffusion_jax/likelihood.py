@@ -23,6 +23,7 @@ from diffusion_jax import process
 from diffusion_jax.schedules import Schedule
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
+_LEAST_LOG_VARIANCE = -60.0
 CDFS = ("exact", "tanh")
 
 
@@ -94,7 +95,7 @@ def decoder_log_prob(x_0, mean, log_variance, levels: int | None = 256, cdf: str
         raise ValueError(f"levels={levels} must be at least 2, or None for continuous data")
     if cdf not in CDFS:
         raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
-    log_variance = jnp.maximum(log_variance, -60.0)
+    log_variance = jnp.maximum(log_variance, _LEAST_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (levels - 1)
     level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, levels - 1)
@@ -156,8 +157,10 @@ def bound_term(
     """
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
-    kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
-    decoder = -decoder_log_prob(x_0, reverse.mean, reverse.log_variance, levels, cdf)
+    # A network's own log variance may fall to where float32 has no exponential, here or in the branch not taken.
+    log_variance = jnp.maximum(reverse.log_variance, _LEAST_LOG_VARIANCE)
+    kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
+    decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, levels, cdf)
     return jnp.where(t == 0, _bits(decoder), _bits(kl)), reverse
 
 

@@ -13,6 +13,7 @@ from test_training import tiny_config
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.runs import errors, evaluate, weights, workdir
+from diffusion_jax.runs.generate import trajectory_picture
 from diffusion_jax.training.checkpoints import Checkpoints
 
 T = 20
@@ -56,21 +57,23 @@ def report(directory):
     return json.loads((directory / "likelihood.json").read_text())
 
 
-def bound_by_hand(config, directory, use_ema=True):
+def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.setup(config)
     _, params = weights.load(directory, built.model, (8, 8, 1), built.mesh, use_ema)
-    source = data.load(ConfigDict({**config.data, "split": "test"}))
+    source = data.load(ConfigDict({**config.data, "split": split}))
 
     @jax.jit
     def bound(key, images, labels):
         denoise_fn = lambda x_t, time: built.model.apply({"params": params}, x_t, time, labels)  # noqa: E731
         x_0 = images.astype(np.float32) / 127.5 - 1
-        return likelihood.bits_per_dim(key, built.schedule, denoise_fn, x_0, variance="learned_range", levels=17)
+        return likelihood.bits_per_dim(
+            key, built.schedule, denoise_fn, x_0, variance="learned_range", levels=17, **options
+        )
 
     found = []
     for batch, places in enumerate([range(0, 4), range(4, 8), [8, 9, 9, 9]]):
-        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), batch))
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
         bits, kept = bound(key, *source.read(np.array(places))), min(4, 10 - 4 * batch)
         found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], bits))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
@@ -104,6 +107,38 @@ def test_the_report_is_the_core_s_bound(trained):
     assert raw["weights"] == "raw" and raw["bits_per_dim"] != got["bits_per_dim"]
 
 
+def test_the_options_reach_the_core(trained):
+    """Another split, seed, cdf and clip; and the ODE's with both of its dequantisations."""
+    options = {"split": "train", "seed": 3, "cdf": "tanh", "clip": False}
+    evaluate.evaluate(config_with(**{f"evaluation.{key}": value for key, value in options.items()}), trained)
+    got = report(trained)
+    expected = bound_by_hand(config_with(), trained, **options)
+    np.testing.assert_allclose(got["bits_per_dim"], expected.total.mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["decoder"], expected.decoder.mean(), rtol=1e-5)
+    for other, part in (({"seed": 0}, "total"), ({"cdf": "exact"}, "decoder"), ({"clip": True}, "total")):
+        without = getattr(bound_by_hand(config_with(), trained, **{**options, **other}), part).mean()
+        assert abs(without / getattr(expected, part).mean() - 1) > 1e-4, other
+    found = {}
+    for dequantisation in ("uniform", "variational"):
+        ode = {"ode": True, "ode_tolerance": 1e-2, "ode_dequantisation": dequantisation, "num_examples": 4, "strata": 1}
+        evaluate.evaluate(config_with(**{f"evaluation.{key}": value for key, value in ode.items()}), trained)
+        found[dequantisation] = report(trained)["ode_bits_per_dim"]
+    assert abs(found["uniform"] - found["variational"]) > 0.01
+
+
+def test_the_split_may_lie_elsewhere(trained, monkeypatch):
+    asked = []
+
+    def load(where, *_):
+        asked.append((where["data_dir"], where["split"]))
+        raise data.DataError("far enough")
+
+    monkeypatch.setattr(evaluate.data, "load", load)
+    with pytest.raises(data.DataError, match="far enough"):
+        evaluate.evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
+    assert asked == [("elsewhere", "test")]
+
+
 def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
     evaluate.evaluate(config_with(), trained)
     whole = report(trained)
@@ -122,6 +157,27 @@ def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
     evaluate.evaluate(config_with(), trained)
     assert made == [0, 1, 1, 2]  # the first batch was kept
     assert report(trained) == whole
+
+
+def test_what_was_measured_outlives_a_failure_to_write_and_is_of_its_own_options(trained, monkeypatch):
+    """A full disk at the plots costs no measuring; another seed starts anew."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    made, save = [], evaluate.Parts.save
+    monkeypatch.setattr(evaluate.Parts, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays)))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.pictures, "plot_terms", full)
+        with pytest.raises(OSError, match="No space"):
+            evaluate.evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    evaluate.evaluate(config_with(**{"evaluation.strata": 2, "evaluation.seed": 1}), trained)
+    assert made == [0, 1, 2, 0, 1, 2]
+    evaluate.evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    assert made == [0, 1, 2, 0, 1, 2] and not list(trained.glob(".likelihood_*"))
+    with pytest.raises(errors.UserError, match="unknown"):
+        evaluate.progressive(config_with(**{"sampling.sampler": "foo"}), trained)
+    assert len(made) == 6  # refused before measuring
 
 
 def test_strata_and_the_ode_are_reported(trained):
@@ -144,6 +200,16 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     assert rates == sorted(rates) and float(rows[-1]["rmse_0_255"]) == 0 and float(rows[0]["rmse_0_255"]) > 20
     with Image.open(trained / "progressive.png") as picture:
         assert picture.size == (2 * 68 + 4, 4 * 68 + 4)  # two sampling steps
+        built = training.setup(config_with())
+        _, params = weights.load(trained, built.model, (8, 8, 1), built.mesh, True)
+        by_show = {
+            show: trajectory_picture(
+                jax.random.key(0), config_with(), built.model, built.schedule, params, 3, show=show
+            )
+            for show in ("x_0", "x_t")
+        }
+        np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])
+        assert (by_show["x_0"] != by_show["x_t"]).any()
     with Image.open(trained / "progressive_coding.png") as picture:
         assert picture.size == (3 * 68 + 4, 4 * 68 + 4)
         source = data.load(ConfigDict({**config_with().data, "split": "test"}))
@@ -156,6 +222,8 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     ("overrides", "words"),
     [
         ({"evaluation.batch_size": 0}, "evaluation.batch_size=0"),
+        ({"evaluation.seed": 2**32}, "evaluation.seed=4294967296 must lie in 0"),
+        ({"evaluation.ode": True, "evaluation.ode_tolerance": 0.0}, "tolerance=0.0 must be above 0"),
         ({"evaluation.strata": T}, f"strata={T} must lie in 1 ... {T - 1}"),
         ({"evaluation.cdf": "erf"}, "known: exact, tanh"),
         ({"evaluation.ode": True, "evaluation.ode_dequantisation": "flow"}, "known: uniform, variational"),
@@ -166,6 +234,21 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
 def test_evaluations_that_cannot_start(trained, overrides, words):
     with pytest.raises(errors.UserError, match=words):
         evaluate.evaluate(config_with(**overrides), trained)
+
+
+def test_an_ode_that_cannot_be_solved_is_no_figure(trained):
+    overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
+    with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):
+        evaluate.evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
+
+
+def test_images_of_other_grey_levels_are_refused():
+    digits = data.load(tiny_config().data).read(np.arange(100))[0]
+    data.check_levels(digits, 17)
+    data.check_levels(digits, 256)
+    for levels in (2, 16, 18, 100):
+        with pytest.raises(data.DataError, match=f"data.levels={levels}, but the images have grey"):
+            data.check_levels(digits, levels)
 
 
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):

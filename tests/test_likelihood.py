@@ -353,6 +353,25 @@ def test_the_bound_is_differentiable():
     np.testing.assert_allclose(gradient, (total(0.41) - total(0.39)) / 0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize("levels", [256, None])
+def test_gradients_are_finite_at_any_learned_log_variance(levels):
+    """float32 has no exponential beyond 88: neither the term at t nor the branch that is not taken may overflow."""
+    x_0, x_t = jnp.array([[-1.0, 0.3], [1.0, -0.4]]), jnp.array([[-0.9, 0.2], [0.8, -0.5]])
+    for log_variance in (-200.0, -89.0, -60.0, -20.0, 20.0):
+        for t in (0, T // 2):
+
+            def term(output, t=t):
+                index = jnp.full(2, t)
+                value, _ = likelihood.bound_term(
+                    SCHEDULE, output, x_0, x_t, index, prediction="x_0", variance="learned", levels=levels
+                )
+                return value.sum()
+
+            output = jnp.concatenate([0.9 * x_0, jnp.full((2, 2), log_variance)], axis=-1)
+            value, slope = jax.value_and_grad(term)(output)
+            assert np.isfinite(value) and np.isfinite(slope).all(), (log_variance, t)
+
+
 def test_a_chain_that_ends_in_noise_has_no_prior_term():
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     x_0 = jnp.ones((2, 3))

@@ -160,11 +160,77 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
     assert bits.mean() > entropy
 
 
+def test_the_decoder_of_variational_dequantisation():
+    """256 levels, where x_1 leaves the cell open: the decoder's nats, by SciPy on draws of its own, at two variances."""
+    n, width, t0 = 40_000, 2 / 255, 0
+    rng = np.random.default_rng(1)
+    x_0 = np.clip(np.round((M + np.sqrt(S2) * rng.standard_normal((n, 1)) + 1) / width), 1, 254) * width - 1
+    scale, a, noise = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar[t0]
+    m = a[0] * M - scale * a[-1] * M
+    squares = (a[0] * x_0 - m) ** 2 + noise**2
+    density = 0.5 * np.log(2 * np.pi * scale**2) + squares / (2 * scale**2)
+    entropy = -0.5 * np.log(2 * np.pi * np.e * noise**2)
+    x_1 = a[0] * x_0 + noise * rng.standard_normal((n, 1))
+    mean = M + a[0] * S2 / V[0] * (x_1 - a[0] * M)
+    for variance, sd in (
+        ("fixed_small", np.exp(0.5 * SCHEDULE.posterior_log_variance[0])),
+        ("learned", 0.02),
+    ):
+
+        def network(x, time, variance=variance, sd=sd):
+            eps = exact(x, time)
+            return eps if variance == "fixed_small" else jnp.concatenate([eps, jnp.full_like(eps, 2 * np.log(sd))], -1)
+
+        cell = scipy.stats.norm.cdf((x_0 + width / 2 - mean) / sd) - scipy.stats.norm.cdf((x_0 - width / 2 - mean) / sd)
+        expected = (density + entropy - np.log(cell)) / np.log(2)
+        bits, _ = ode_likelihood.bits_per_dim(
+            jax.random.key(0),
+            SCHEDULE,
+            network,
+            x_0.astype(np.float32),
+            dequantisation="variational",
+            trace="exact",
+            variance=variance,
+        )
+        error = np.sqrt((np.var(np.asarray(bits)) + expected.var()) / n)
+        # The draws of x_0 are shared, so this is an upper bound of the standard error.
+        assert abs(bits.mean() - expected.mean()) < 4 * error and -np.log(cell).mean() > 0.5
+
+
+def test_images_a_rounding_off_their_level_count_as_it():
+    """The digits' 17 levels, as uint8 has them."""
+    levels = np.round(np.arange(17) * 255 / 16)
+    run = lambda x: ode_likelihood.bits_per_dim(  # noqa: E731
+        jax.random.key(0), SCHEDULE, exact, x, levels=17, trace="exact"
+    )[0]
+    stored, even = (levels / 127.5 - 1)[:, None], (np.arange(17) / 8 - 1)[:, None]
+    assert abs(stored - even).max() > 1e-3
+    np.testing.assert_allclose(run(stored.astype(np.float32)), run(even.astype(np.float32)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
+    full = schedules.from_betas(np.append(SCHEDULE.betas, 1.0))
+    run = lambda s: ode_likelihood.log_density(  # noqa: E731
+        jax.random.key(1), s, exact_as("v"), data(8), prediction="v"
+    )
+    np.testing.assert_allclose(run(full).log_density, run(SCHEDULE).log_density, atol=1e-3)
+
+
+def test_a_solver_that_gives_up_says_nan():
+    density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, data(4), max_steps=3)
+    assert np.isnan(density.log_density).all()
+
+
 def test_bad_arguments():
     x = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match="known: hutchinson, exact"):
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, trace="full")
     with pytest.raises(ValueError, match="known: uniform, variational, none"):
         ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantisation="flow")
+    with pytest.raises(ValueError, match="levels=None"):
+        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, levels=None)
+    for tolerance in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="above 0"):
+            ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)
     with pytest.raises(ValueError, match="x_prev"):
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, prediction="x_prev")

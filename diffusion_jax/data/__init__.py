@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds
 
@@ -14,6 +16,7 @@ __all__ = [
     "Folder",
     "Memory",
     "Tfds",
+    "check_levels",
     "example_indices",
     "image_shape",
     "load",
@@ -30,6 +33,18 @@ def image_shape(config: Mapping) -> tuple[int, int, int]:
     if config["channels"] not in (1, 3):
         raise DataError(f"data.channels={config['channels']} must be 1 (grey) or 3 (colour)")
     return (*size, config["channels"])
+
+
+def check_levels(images: np.ndarray, levels: int) -> None:
+    """Raises: DataError for uint8 images that do not lie on `levels` even grey levels, of which a likelihood would be."""
+    grid = np.arange(256) * ((levels - 1) / 255)
+    off = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # rounded to whole numbers is all they may be
+    wrong = images[off[images]]
+    if wrong.size:
+        raise DataError(
+            f"data.levels={levels}, but the images have grey {wrong[0]}, which is none of {levels} even levels (were they "
+            "resized?); use data.levels=256, in a new --workdir"
+        )
 
 
 def load(config: Mapping, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):

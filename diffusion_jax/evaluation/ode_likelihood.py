@@ -60,11 +60,14 @@ def log_density(
         derivative for each of the D dimensions.
       tolerance: of the solver, relative and absolute. max_steps: after which it gives up.
     Returns: OdeDensity.
-    Raises: ValueError for an unknown trace or prediction, or eps or score where alpha_bar ends at 0.
+    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, or eps or score where alpha_bar
+      ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance} must be above 0")
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     dimensions, channels = math.prod(x.shape[1:]), x.shape[-1]
@@ -121,14 +124,15 @@ def bits_per_dim(
     prediction: str = "eps",
     variance: str = "fixed_large",
     dequantisation: str = "uniform",
-    levels: int = 256,
+    levels: int | None = 256,
     trace: str = "hutchinson",
     probes: int = 1,
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
     """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantisation.
 
-    Images have `levels` values, w = 2 / (levels - 1) apart in [-1, 1], and D numbers; p is the density at index 0.
+    Images have `levels` values, w = 2 / (levels - 1) apart in [-1, 1], to the nearest of which x_0 is rounded, and D numbers;
+    p is the density at index 0.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
@@ -139,13 +143,18 @@ def bits_per_dim(
       - log2 P(x_0 | x_1)], and there is no offset: the decoder's cells have it.
     none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 standing for x_1.
 
-    Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance`.
+    Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
+      levels: may be None for continuous data with dequantisation "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, and for an unknown dequantisation.
+    Raises: ValueError as `log_density`, for an unknown dequantisation, or where one has no levels.
     """
     if dequantisation not in DEQUANTISATIONS:
         raise ValueError(f"unknown dequantisation {dequantisation!r}; known: {', '.join(DEQUANTISATIONS)}")
     x_0 = jnp.asarray(x_0)
+    if dequantisation != "none":
+        if levels is None or levels < 2:
+            raise ValueError(f"levels={levels}: dequantisation={dequantisation!r} is for data of at least 2 levels")
+        x_0 = jnp.round((x_0 + 1) * ((levels - 1) / 2)) * (2 / (levels - 1)) - 1
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)

@@ -26,7 +26,7 @@ from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import trajectory_picture
+from diffusion_jax.runs.generate import respaced, sampler_from_config, trajectory_picture
 from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.train import check_source
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
@@ -53,9 +53,10 @@ class _Trained:
     def __init__(self, config: ConfigDict, directory: pathlib.Path):
         work.check_identity(config, directory)
         options = config.evaluation
-        for leaf, least in (("num_examples", 0), ("batch_size", 1), ("seed", 0), ("progressive_examples", 1)):
+        for leaf, least in (("num_examples", 0), ("batch_size", 1), ("progressive_examples", 1)):
             if options[leaf] < least:
                 raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least {least}")
+        work.check_seed("evaluation.seed", options.seed)
         self.config, self.directory = config, directory
         self.image_shape = data.image_shape(config.data)
         with as_user_error("config"):
@@ -73,6 +74,12 @@ class _Trained:
         self.source = data.load(where, bar_over("Reading the images"))
         check_source(config, self.source)
 
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels. Raises: UserError for images that have other grey levels than the likelihood is of."""
+        images, labels = self.source.read(indices)
+        data.check_levels(images, self.config.data.levels)
+        return images, labels
+
     def denoise_fn(self, params, y):
         """The network as the core takes it."""
         return lambda x_t, time: self.model.apply({"params": params}, x_t, time, y)
@@ -81,7 +88,7 @@ class _Trained:
         """What the network takes as y."""
         return labels if self.config.model.num_classes else None
 
-    def bound(self):
+    def bound(self, ode: bool):
         """(params, seed, batch index, images uint8, labels) -> {"total", ..., "t", the tables, "ode"}, not yet compiled."""
         options, diffusion, levels = self.config.evaluation, self.config.diffusion, self.config.data.levels
         model_says = {"prediction": diffusion.prediction, "variance": diffusion.variance, "levels": levels}
@@ -101,7 +108,7 @@ class _Trained:
                 **model_says,
             )
             out = {name: getattr(bits, name) for name in ("total", "prior", "decoder", "t", *_TABLES)}
-            if options.ode:
+            if ode:
                 out["ode"], _ = _ode_likelihood().bits_per_dim(
                     key_ode,
                     self.schedule,
@@ -126,13 +133,22 @@ def _ode_likelihood():
     return ode_likelihood
 
 
-def _measure(trained: _Trained, count: int) -> Terms:
-    """The bound of the first `count` images, in batches over the devices; every batch is kept, so a relaunch goes on."""
-    options, mesh, source = trained.config.evaluation, trained.mesh, trained.source
-    batch_size = -(-min(options.batch_size, count) // mesh.size) * mesh.size
+def _batch_size(trained: _Trained, count: int) -> int:
+    """What is asked for, but no more than there is, rounded up to the devices."""
+    devices = trained.mesh.size
+    return -(-min(trained.config.evaluation.batch_size, count) // devices) * devices
+
+
+def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
+    """The bound of the first `count` images, in batches over the devices.
+
+    Every batch is kept, so that a relaunch goes on; the caller removes them when all is written.
+    """
+    options, mesh = trained.config.evaluation, trained.mesh
+    batch_size = _batch_size(trained, count)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     held = sharding.process_rows(batch_size, mesh)
-    run = trained.bound()
+    run = trained.bound(ode)
     shapes = (
         jax.ShapeDtypeStruct((batch_size, *trained.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((batch_size,), jnp.int32),
@@ -143,7 +159,7 @@ def _measure(trained: _Trained, count: int) -> Terms:
         run, in_shardings=(whole, whole, whole, rows, rows), out_shardings=rows, compiler_options=compiler.options()
     )
     chosen = {key: value for key, value in work.to_dict(options).items() if not key.startswith("progressive")}
-    name = digest(chosen, trained.step, count, batch_size)
+    name = digest(chosen, work.to_dict(trained.config.data), ode, trained.step, count, batch_size)
     parts = Parts(trained.directory / f".likelihood_{name}")
     batches = -(-count // batch_size)
     done = min(len(parts.done) * batch_size, count)
@@ -153,7 +169,7 @@ def _measure(trained: _Trained, count: int) -> Terms:
             say("Compiling the bound, and the first batch ...")
         for i in left:
             # The last batch is filled up with its last image, whose copies are cut off again.
-            images, labels = source.read(np.minimum(i * batch_size + held, count - 1))
+            images, labels = trained.read(np.minimum(i * batch_size + held, count - 1))
             placed = [jax.make_array_from_process_local_data(rows, leaf) for leaf in (images, labels)]
             out = compiled(trained.params, np.uint32(options.seed), np.int32(i), *placed)
             out = multihost_utils.process_allgather(out, tiled=True)
@@ -163,9 +179,14 @@ def _measure(trained: _Trained, count: int) -> Terms:
     multihost_utils.sync_global_devices("likelihood parts written")
     terms = _joined([parts.load(i) for i in range(batches)])
     multihost_utils.sync_global_devices("likelihood parts read")
-    if jax.process_index() == 0:
-        parts.remove()
-    return terms
+    if "ode" in terms.examples and not np.isfinite(terms.examples["ode"]).all():
+        if jax.process_index() == 0:
+            parts.remove()  # the same command would only read the same numbers again
+        raise UserError(
+            f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE gave up on "
+            f"{(~np.isfinite(terms.examples['ode'])).sum()} of {count} images; try a larger one"
+        )
+    return terms, parts
 
 
 def _summed(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
@@ -216,7 +237,7 @@ def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     options = config.evaluation
     count = min(options.num_examples or len(trained.source), len(trained.source))
     say(f"The bound of {count:,} images, with the {trained.kind} weights of step {trained.step}.")
-    terms = _measure(trained, count)
+    terms, parts = _measure(trained, count, options.ode)
     if jax.process_index() != 0:
         return
     transitions = terms.examples["total"] - terms.examples["prior"] - terms.examples["decoder"]
@@ -234,7 +255,8 @@ def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
         "num_timesteps": trained.schedule.num_timesteps,
         "prediction": config.diffusion.prediction,
         "variance": config.diffusion.variance,
-        **{key: options[key] for key in ("strata", "cdf", "clip", "seed", "batch_size")},
+        **{key: options[key] for key in ("strata", "cdf", "clip", "seed")},
+        "batch_size": _batch_size(trained, count),  # the noise depends on it
     }
     if options.ode:
         report |= {key: options[key] for key in ("ode_dequantisation", "ode_trace", "ode_tolerance")}
@@ -246,11 +268,12 @@ def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     temporary = directory / "likelihood.partial.npz"
     np.savez(temporary, **arrays)
     temporary.replace(directory / "likelihood.npz")
-    work.write_text(directory / "likelihood.json", json.dumps(report, indent=2) + "\n")
+    work.write_text(directory / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     lossless = report["bits_per_dim"]
     title = f"{config.data.dataset} {options.split}, step {trained.step}, {trained.kind} weights"
     pictures.plot_terms(directory / "likelihood_terms.png", terms.means["vlb"], title)
     pictures.plot_rate_distortion(directory / "rate_distortion.png", rate, distortion, lossless, title)
+    parts.remove()
     say(
         f"{_figure(report, 'bits_per_dim')} bits per dimension: prior {report['prior']:.4f}, transitions "
         f"{report['transitions']:.4f}, decoder {report['decoder']:.4f}"
@@ -271,9 +294,12 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     options = config.evaluation
     if options.progressive_columns < 2:
         raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
+    with as_user_error("config.sampling"):
+        sampler_from_config(config.sampling, config.diffusion)
+        respaced(trained.schedule, config.sampling)
     count = min(options.progressive_examples, len(trained.source))
     say(f"Rate and distortion of {count} images, with the {trained.kind} weights of step {trained.step}.")
-    terms = _measure(trained, count)
+    terms, parts = _measure(trained, count, ode=False)
     if jax.process_index() != 0:
         return
     rate, distortion = _rate_distortion(terms)
@@ -288,25 +314,25 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     for t, _, r, d in (table[i] for i in np.unique(np.linspace(0, len(table) - 1, 11).round().astype(int))):
         say(f"{'x_' + str(t):>10}   {r:8.4f}   {d:8.2f}")
     say("Compiling the pictures' programs ...")
-    with as_user_error("config.sampling"):
-        picture = trajectory_picture(
-            jax.random.key(options.seed),
-            config,
-            trained.model,
-            trained.schedule,
-            trained.params,
-            options.progressive_columns,
-            show="x_0",
-        )
+    picture = trajectory_picture(
+        jax.random.key(options.seed),
+        config,
+        trained.model,
+        trained.schedule,
+        trained.params,
+        options.progressive_columns,
+        show="x_0",
+    )
     pictures.save_png(directory / "progressive.png", picture)
     pictures.save_png(directory / "progressive_coding.png", _coding_picture(trained, options.progressive_columns))
+    parts.remove()
     say(f"Written to {directory}: progressive.csv, progressive.png, progressive_coding.png")
 
 
 def _coding_picture(trained: _Trained, columns: int, rows: int = 4) -> np.ndarray:
     """Real images as predicted from less and less noisy x_t, and at the right themselves. uint8 [H, W, C]."""
     config, schedule = trained.config, trained.schedule
-    images, labels = trained.source.read(np.arange(min(rows, len(trained.source))))
+    images, labels = trained.read(np.arange(min(rows, len(trained.source))))
     params = jax.device_get(trained.params)  # one process draws this, on one device
     steps = np.unique(np.linspace(schedule.num_timesteps - 1, 0, columns - 1).round().astype(int))[::-1]
 

@@ -138,8 +138,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         raise UserError(f"sampling.num_samples={options.num_samples} must be at least 1")
     if options.batch_size < 1:
         raise UserError(f"sampling.batch_size={options.batch_size} must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"sampling.seed={options.seed} must be at least 0")
+    work.check_seed("sampling.seed", options.seed)
     if options.trajectory < 0 or options.trajectory == 1:
         raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
     with as_user_error("config"):

@@ -70,6 +70,12 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise UserError(f"{workdir} holds another run ({'; '.join(differing)}); use another --workdir, or its config")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raises: UserError for a seed that 32 bits do not hold."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name}={seed} must lie in 0 ... {2**32 - 1}")
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".partial")
