@@ -92,8 +92,13 @@ def _unknown_key(argv: list[str]) -> str | None:
     return None
 
 
-def check_mode(mode: str, classifier: bool) -> None:
-    """Ends the program where a mode is not for what the config trains: a classifier, or else a diffusion model."""
+def check_mode(mode: str, config) -> None:
+    """Ends the program where a mode is not for what the config trains: a classifier, an upsampler, or a diffusion model."""
+    from diffusion_jax.training import is_classifier, is_upsampler
+
+    classifier = is_classifier(config)
+    if mode in ("evaluate", "progressive") and is_upsampler(config):
+        fail(f"--mode={mode} is not for a model of enlarged images (data.low_resolution={config.data.low_resolution})")
     if classifier and mode == "train":
         fail("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if classifier and mode != "train_classifier":
@@ -111,10 +116,9 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
     from diffusion_jax.runs.train import train
-    from diffusion_jax.training import is_classifier
     from diffusion_jax.training.checkpoints import CheckpointError
 
-    check_mode(flags.FLAGS.mode, is_classifier(_CONFIG.value))
+    check_mode(flags.FLAGS.mode, _CONFIG.value)
     devices.start()
     runs = {
         "train": train,

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.data.split = "train"
     config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
     config.data.channels = 3  # 3 for colour, 1 for grey
+    config.data.low_resolution = 0  # height of the smaller images that the model enlarges; 0 for none
     config.data.levels = 256  # how many values a channel can have; what likelihoods are of
     config.data.random_flip = True  # each image mirrored with probability one half
     config.data.memory_mb = 2048  # decoded once into memory where it fits, else streamed
@@ -59,6 +60,7 @@ def get_config() -> ConfigDict:
     # simple, vlb (the variational bound), hybrid (both, for a learned variance), classify (a classifier for guidance)
     config.diffusion.loss = "simple"
     config.diffusion.vlb_weight = 0.001  # of the bound in the hybrid
+    config.diffusion.conditioning_noise = 0.0  # of an upsampler: most standard deviation of noise on the smaller images
     config.diffusion.weighting = "none"  # none, snr, min_snr, truncated_snr, p2
     config.diffusion.timestep_sampler = "uniform"  # uniform, antithetic, stratified, loss_second_moment
 

@@ -69,14 +69,16 @@ def test_every_config_builds(name):
     """The network, schedule, optimiser and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.setup(config)
-    height, width, channels = data.image_shape(config.data)
-    out = jax.eval_shape(
-        lambda p, x, t: built.model.apply({"params": p}, x, t),
-        built.abstract_state.params,
-        jax.ShapeDtypeStruct((1, height, width, channels), "float32"),
-        jax.ShapeDtypeStruct((1,), "float32"),
-    )
+    (height, width, channels), taken = data.image_shape(config.data), training.input_shape(config)
     learned, classifier = config.diffusion.variance.startswith("learned"), training.is_classifier(config)
+    labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
+    out = jax.eval_shape(
+        lambda p, x, t, *y: built.model.apply({"params": p}, x, t, *y),
+        built.abstract_state.params,
+        jax.ShapeDtypeStruct((1, *taken), "float32"),
+        jax.ShapeDtypeStruct((1,), "float32"),
+        *labels,
+    )
     image = (height, width, channels * (2 if learned else 1))
     assert out.shape == (1, *((config.model.num_classes,) if classifier else image))
     docstring = importlib.import_module(f"configs.{name}").__doc__
@@ -101,6 +103,9 @@ def test_the_published_configs_have_the_published_networks():
         "imagenet_classifier:512": 54_448_360,
         "cifar10_classifier": 5_096_138,
         "digits_classifier": 361_418,
+        "cifar10_upsample": 35_749_763,
+        "imagenet256_upsample": 311_795_910,
+        "imagenet512_upsample": 308_835_270,
     }
     for name, count in counts.items():
         name, _, variant = name.partition(":")

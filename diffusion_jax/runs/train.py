@@ -80,7 +80,7 @@ def check_source(config: ConfigDict, source) -> None:
 
 def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
     """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted, or possible."""
-    if config.sampling.preview_samples < 1 or training.is_classifier(config):
+    if config.sampling.preview_samples < 1 or training.is_classifier(config) or training.is_upsampler(config):
         return None
     config = ConfigDict(work.to_dict(config))
     steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)

@@ -25,7 +25,9 @@ __all__ = [
     "Setup",
     "TrainState",
     "create",
+    "input_shape",
     "is_classifier",
+    "is_upsampler",
     "model_from_config",
     "schedule_from_config",
     "setup",
@@ -53,6 +55,35 @@ class Setup(NamedTuple):
 def is_classifier(config: Mapping) -> bool:
     """Whether a config trains a classifier of noisy images, not a diffusion model."""
     return config["diffusion"]["loss"] == "classify"
+
+
+def is_upsampler(config: Mapping) -> bool:
+    """Whether a config's diffusion model enlarges smaller images that it is given."""
+    return bool(config["data"]["low_resolution"])
+
+
+def input_shape(config: Mapping) -> tuple[int, int, int]:
+    """(H, W, C) of what the network takes: an image, and for an upsampler the smaller one and the channel of its noise.
+
+    Raises: ValueError for a low resolution or a noise that fits no image or no such network.
+    """
+    height, width, channels = data.image_shape(config["data"])
+    low, noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
+    if not low:
+        if noise:
+            raise ValueError(
+                f"diffusion.conditioning_noise={noise} is for upsamplers; give data.low_resolution, or use 0"
+            )
+        return height, width, channels
+    if not 1 <= low < height or height % low or width % (height // low):
+        raise ValueError(
+            f"data.low_resolution={low}: smaller images of that height must divide those of {height}x{width} (0 for none)"
+        )
+    if noise < 0:
+        raise ValueError(f"diffusion.conditioning_noise={noise} must be at least 0")
+    if is_classifier(config):
+        raise ValueError(f"data.low_resolution={low}: a classifier (diffusion.loss=classify) takes none; use 0")
+    return height, width, 2 * channels + (1 if noise else 0)
 
 
 def schedule_from_config(config: Mapping) -> schedules.Schedule:
@@ -95,7 +126,7 @@ def model_from_config(config: Mapping) -> models.UNet | models.Classifier:
             f"model.out_channels={model.out_channels}, but diffusion.variance={variance!r} and data.channels={channels} "
             f"need {needed}; leave it out"
         )
-    return model.clone(out_channels=None if needed == channels else needed)
+    return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
 
 
 def _check_loss(config: Mapping) -> None:
@@ -143,10 +174,10 @@ def setup(config: Mapping) -> Setup:
         raise ValueError(f"ema.decay={config['ema']['decay']} must lie in [0, 1]")
     model = model_from_config(config)
     optimizer = optimizer_from_config(config["optimizer"])
-    image_shape = data.image_shape(config["data"])
+    shape = input_shape(config)
 
     def init():
-        return initial_state(config, model, optimizer, image_shape)
+        return initial_state(config, model, optimizer, shape)
 
     shapes = jax.eval_shape(init)
     whole = sharding.replicated(mesh)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import losses, models, timesteps
+from diffusion_jax.models import upsampling
 from diffusion_jax.schedules import Schedule
 
 
@@ -52,7 +53,7 @@ def ema_decay(step, config: Mapping):
 
 
 def initial_params(key, model, image_shape: tuple[int, int, int]):
-    """Fresh parameters of a network for images of `image_shape` (H, W, C)."""
+    """Fresh parameters of a network whose input is `image_shape` (H, W, C): `training.input_shape` of a config."""
     takes_labels = model.num_classes and not isinstance(model, models.Classifier)
     y = (jnp.zeros(1, jnp.int32),) if takes_labels else ()
     return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), *y)["params"]
@@ -95,9 +96,22 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
     }[diffusion["loss"]]
     classifies = loss is losses.classify
     takes_labels = bool(model.num_classes) and not classifies
+    low_resolution, most_noise = config["data"]["low_resolution"], diffusion["conditioning_noise"]
+
+    def conditioning(key, x_0):
+        """x_t -> what the network takes: for an upsampler, x_t and the small version of x_0."""
+        if not low_resolution:
+            return lambda x_t: x_t
+        low, noise_std = upsampling.downsample(x_0, low_resolution), None
+        if most_noise:
+            key_std, key_noise = jax.random.split(key)
+            noise_std = jax.random.uniform(key_std, x_0.shape[:1], maxval=most_noise)
+            low = upsampling.augment(key_noise, low, noise_std)
+        return lambda x_t: upsampling.condition(x_t, low, noise_std)
 
     def objective(params, history, key, x_0, y):
-        key_loss, key_dropout = jax.random.split(key)
+        key_loss, key_dropout, key_low = jax.random.split(key, 3)
+        to_input = conditioning(key_low, x_0)
         if history is None:
             timestep_sampler = timesteps.SAMPLERS[diffusion["timestep_sampler"]]
         else:
@@ -105,7 +119,8 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
 
         def network(x_t, time):
             labels = (y,) if takes_labels else ()
-            return model.apply({"params": params}, x_t, time, *labels, train=True, rngs={"dropout": key_dropout})
+            x = to_input(x_t)
+            return model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key_dropout})
 
         targets = (y,) if classifies else ()
         return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)

@@ -1,0 +1,47 @@
+"""Conditioning of a network on a smaller image: super-resolution as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
+
+The small image is enlarged to the size of x_t and stands beside it in the channels. With noise augmentation (Ho et al. 2021,
+Cascaded Diffusion Models, section 4) it is noisy, and the network is told how much by one channel more.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def downsample(x_0, height: int) -> jax.Array:
+    """Images [B, H, W, C] at a smaller height, the width in proportion: means over squares of H / height pixels.
+
+    Raises: ValueError where the squares do not divide the image.
+    """
+    b, h, w, c = x_0.shape
+    if not 1 <= height <= h or h % height or w % (h // height):
+        raise ValueError(f"a low resolution of {height} pixels does not divide images of {h}x{w}")
+    side = h // height
+    return x_0.reshape(b, height, side, w // side, side, c).mean(axis=(2, 4))
+
+
+def augment(key, low, noise_std) -> jax.Array:
+    """low + noise_std eps: the small images [B, h, w, C] under noise of standard deviation noise_std [B]."""
+    return low + noise_std[:, None, None, None] * jax.random.normal(key, low.shape, low.dtype)
+
+
+def enlarge(low, shape: tuple[int, int]) -> jax.Array:
+    """Images [B, h, w, C] at another (H, W), bilinear between the centres of pixels, as ADM's upsamplers take them."""
+    return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
+
+
+def condition(x_t, low, noise_std=None) -> jax.Array:
+    """What a network that enlarges takes: x_t, the enlarged small image, and a constant channel of its noise, if any.
+
+    x_t: [B, H, W, C]. low: [B, h, w, C], in [-1, 1] but for its noise; at H x W it is taken as enlarged already. noise_std:
+    float [B], the standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
+    Returns: [B, H, W, 2 C], or 2 C + 1 channels. Raises: ValueError for images whose batch or channels differ.
+    """
+    if low.shape[0] != x_t.shape[0] or low.shape[-1] != x_t.shape[-1]:
+        raise ValueError(f"x_t {x_t.shape} needs as many small images with as many channels, got {low.shape}")
+    parts = [x_t, low if low.shape == x_t.shape else enlarge(low, x_t.shape[1:3])]
+    if noise_std is not None:
+        parts.append(jnp.broadcast_to(noise_std[:, None, None, None], (*x_t.shape[:-1], 1)))
+    return jnp.concatenate(parts, axis=-1)
