@@ -137,6 +137,69 @@ def test_integers_and_indices(thousand):
     assert indices(thousand, np.array([7])) == [7]
 
 
+def sigmas(schedule):
+    return np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
+
+
+def test_spacings_of_the_noise_level(thousand):
+    first, last = sigmas(thousand)[[0, -1]]
+    for count in (2, 10, 200):
+        spaced = {name: schedules.respace(thousand, count, name) for name in ("karras", "log_snr", "gaussian")}
+        for schedule in spaced.values():
+            assert schedule.num_timesteps == count
+            np.testing.assert_allclose(sigmas(schedule)[[0, -1]], [first, last], rtol=1e-9)
+            np.testing.assert_allclose(schedule.timesteps[[0, -1]], [0, 999], atol=1e-9)
+            np.testing.assert_allclose(np.cumprod(1 - schedule.betas), schedule.alpha_bar, rtol=1e-12)
+            # The network's time is where the training grid has this level.
+            np.testing.assert_allclose(schedule.log_snr(schedule.timesteps), np.log(schedule.snr), atol=2e-5)
+        rho = np.linspace(last ** (1 / 7), first ** (1 / 7), count)[::-1] ** 7  # Karras et al. 2022 eq. 5
+        np.testing.assert_allclose(sigmas(spaced["karras"]), rho, rtol=1e-9)
+        assert np.ptp(np.diff(np.log(spaced["log_snr"].snr))) < 1e-8
+        assert np.ptp(np.diff(np.arctan(sigmas(spaced["gaussian"]) / 0.5))) < 1e-8
+    assert schedules.respace(thousand, 1, "karras").timesteps == pytest.approx([999])
+
+
+def test_the_gaussian_spacing_is_the_best_for_ddim_on_gaussian_data(thousand):
+    """DDIM multiplies by (s^2 + sigma sigma')/(s^2 + sigma^2), the flow by their square roots; their ratio is a product of
+    cosines of steps in the angle arctan(sigma / s), largest where the steps are equal."""
+    levels = sigmas(schedules.respace(thousand, 8, "gaussian"))
+
+    def error(levels):
+        high, low = levels[1:], levels[:-1]
+        ddim = np.prod((0.25 + high * low) / (0.25 + high**2))
+        return 1 - ddim / np.sqrt((0.25 + levels[0] ** 2) / (0.25 + levels[-1] ** 2))
+
+    angles = np.arctan(levels / 0.5)
+    assert error(levels) == pytest.approx(1 - np.cos(np.diff(angles)).prod())
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        moved = np.sort(levels * np.append(np.append(1, np.exp(0.05 * rng.standard_normal(6))), 1))
+        assert error(moved) >= error(levels)
+    for name in ("karras", "log_snr"):
+        assert error(sigmas(schedules.respace(thousand, 8, name))) > error(levels)
+
+
+def test_network_times_of_your_own(thousand):
+    schedule = schedules.respace(thousand, [700.0, 0.5, 31.25])
+    np.testing.assert_allclose(schedule.timesteps, [0.5, 31.25, 700])
+    log = np.log(thousand.alpha_bar)
+    expected = [(log[0] + log[1]) / 2, 0.75 * log[31] + 0.25 * log[32], log[700]]
+    np.testing.assert_allclose(np.log(schedule.alpha_bar), expected, rtol=1e-12)
+    whole = schedules.respace(thousand, [3.0, 40.0])
+    np.testing.assert_allclose(whole.alpha_bar, schedules.respace(thousand, [3, 40]).alpha_bar, rtol=1e-14)
+    again = schedules.respace(schedules.respace(thousand, 50, "karras"), 7, "log_snr")  # respaced twice
+    np.testing.assert_allclose(again.alpha_bar, schedules.respace(thousand, 7, "log_snr").alpha_bar, rtol=1e-12)
+
+
+def test_spacings_of_the_noise_level_need_one():
+    jsd = schedules.from_betas(schedules.betas("jsd", 100))
+    for name in ("karras", "log_snr", "gaussian"):
+        with pytest.raises(ValueError, match="alpha_bar ends at 0; use 'trailing'"):
+            schedules.respace(jsd, 10, name)
+        with pytest.raises(ValueError, match=r"whole number in 1 \.\.\. 100"):
+            schedules.respace(jsd, 101, name)
+
+
 @pytest.mark.parametrize(
     ("steps", "words"),
     [

@@ -59,14 +59,15 @@ def heun(
         return Step(jax.lax.cond(t > 0, corrected, lambda: euler), denoised.x_0)
 
     def stir(key, schedule, x_t, here: Level):
-        sigma = here.sigma / here.alpha
+        alpha = jnp.maximum(here.alpha, 1e-10)  # beyond, nothing but noise is left to raise
+        sigma = here.sigma / alpha
         raised = sigma * (1 + min(churn / schedule.num_timesteps, 2**0.5 - 1))
         highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.grid_timesteps)[-1]) / 2)
         inside = (churn_range[0] <= sigma) & (sigma <= churn_range[1])
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
-        noise = churn_noise * jnp.sqrt(raised**2 - sigma**2) * jax.random.normal(key, x_t.shape, x_t.dtype)
+        noise = churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma)) * jax.random.normal(key, x_t.shape, x_t.dtype)
         there = level_at(-2 * jnp.log(raised))
-        return there.alpha * (x_t / here.alpha + noise), there
+        return there.alpha * (x_t / alpha + noise), there
 
     return Sampler(step, no_memory, prediction)
 

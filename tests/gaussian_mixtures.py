@@ -1,0 +1,47 @@
+"""Data whose score is known: one and several Gaussians, as networks in the network time of a schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import schedules
+
+FULL = schedules.from_betas(schedules.betas("linear", 1000))
+M, S2 = 0.3, 0.25
+MEANS, VARIANCES, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.05, 0.1]), np.array([0.4, 0.6])
+
+
+def as_prediction(eps, x, alpha, sigma, prediction):
+    """What a network of that prediction gives where the noise is `eps`."""
+    x_0 = (x - sigma * eps) / alpha
+    return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma}[prediction]
+
+
+def _alpha_sigma(time, schedule):
+    log_snr = schedule.log_snr(time)[:, None]
+    return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+
+
+def gaussian(prediction="eps", schedule=FULL):
+    """N(M, S2) in every dimension; x [B, D]."""
+
+    def denoise_fn(x, time):
+        alpha, sigma = _alpha_sigma(time, schedule)
+        eps = sigma * (x - alpha * M) / (alpha**2 * S2 + sigma**2)
+        return as_prediction(eps, x, alpha, sigma, prediction)
+
+    return denoise_fn
+
+
+def mixture(prediction="eps", schedule=FULL):
+    """Two Gaussians in every dimension, each on its own; x [B, D]."""
+
+    def denoise_fn(x, time):
+        alpha, sigma = _alpha_sigma(time, schedule)
+        away = x[..., None] - alpha[..., None] * MEANS
+        spread = alpha[..., None] ** 2 * VARIANCES + sigma[..., None] ** 2
+        weights = jax.nn.softmax(jnp.log(WEIGHTS) - 0.5 * jnp.log(spread) - 0.5 * away**2 / spread, axis=-1)
+        eps = sigma * (weights * away / spread).sum(-1)
+        return as_prediction(eps, x, alpha, sigma, prediction)
+
+    return denoise_fn
