@@ -4,8 +4,8 @@ Importing the package brings the pure core, which needs jax and numpy alone. Net
 are imported by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 """
 
-from diffusion_jax import likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
 
 __version__ = "0.1.0"
 
-__all__ = ["likelihood", "losses", "process", "sampling", "schedules", "timesteps"]
+__all__ = ["editing", "guidance", "likelihood", "losses", "process", "sampling", "schedules", "timesteps"]

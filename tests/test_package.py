@@ -39,7 +39,7 @@ def test_import_loads_jax_and_numpy_alone():
 FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward
     {"schedules"},
     {"process"},
-    {"losses", "timesteps", "likelihood", "sampling"},
+    {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"data", "models", "evaluation"},
     {"training"},
     {"runs"},

@@ -1,0 +1,190 @@
+"""Editing against Gaussian data, where the conditional distribution of what is unknown has a closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import editing, sampling, schedules
+
+KEY = jax.random.key(0)
+FULL = schedules.from_betas(schedules.betas("linear", 1000))
+S2, RHO = 0.3, 0.8
+COVARIANCE = S2 * np.array([[1.0, RHO], [RHO, 1.0]])
+
+
+def correlated(x, time):
+    """The exact eps of N(0, COVARIANCE); x [..., 2]."""
+    log_snr = FULL.log_snr(time)[0]
+    a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    return jnp.sqrt(s2) * jnp.linalg.solve(a * COVARIANCE + s2 * jnp.eye(2), x[..., None])[..., 0]
+
+
+def pixels(x, time):
+    """The exact eps of images whose pixels are independent N(0, S2)."""
+    log_snr = FULL.log_snr(time)[(...,) + (None,) * (x.ndim - 1)]
+    a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    return jnp.sqrt(s2) * x / (a * S2 + s2)
+
+
+KNOWN, N = 0.7, 20_000
+MASK = jnp.array([True, False])
+
+
+def repainted(resamplings):
+    """Mean and variance of the unknown number, and what the known one came back as."""
+    schedule = schedules.respace(FULL, 50, "log_snr")
+    x_0 = jnp.tile(jnp.array([KNOWN, -9.0]), (N, 1))
+
+    @jax.jit
+    def run(x_0):
+        sampler = sampling.ddpm(variance="fixed_small", clip=False)
+        return editing.repaint(KEY, schedule, correlated, x_0, MASK, sampler, resamplings=resamplings, jump=5)
+
+    x = np.asarray(run(x_0))
+    np.testing.assert_array_equal(x[:, 0], np.float32(KNOWN))
+    return x[:, 1].mean(), x[:, 1].var()
+
+
+def test_repaint_nears_the_conditional_mean_and_its_spread_falls_short():
+    mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
+    found = {r: repainted(r) for r in (1, 5, 20)}
+    errors = {r: abs(m - mean) for r, (m, _) in found.items()}
+    bar = {r: np.sqrt(v / N) for r, (_, v) in found.items()}
+    print({r: (float(m), float(v)) for r, (m, v) in found.items()}, "exact", mean, variance)
+    assert errors[1] - errors[5] > 4 * (bar[1] + bar[5])
+    assert errors[5] - errors[20] > 4 * (bar[5] + bar[20])
+    assert found[20][1] < variance  # said in the docstring
+
+
+def test_the_walk_of_repaint():
+    """The published example's rules, counted: every stretch as often as asked, each climb back to where it fell from."""
+    downs, climbs = editing._walk(12, 3, 4)
+    np.testing.assert_array_equal(downs[:4], [11, 10, 9, 8])
+    assert {j: int((climbs == j).sum()) for j in set(climbs.tolist()) - {-1}} == {4: 2, 8: 2}
+    level = 11
+    for t, climb in zip(downs, climbs, strict=True):
+        assert t == level
+        level = t - 1 if climb < 0 else climb
+    assert level == -1
+    plain, never = editing._walk(12, 1, 4)
+    np.testing.assert_array_equal(plain, np.arange(11, -1, -1))
+    assert (never == -1).all()
+
+
+def test_replacement_returns_the_known_pixels_with_any_sampler():
+    schedule = schedules.respace(FULL, 12, "log_snr")
+    x_0 = jnp.tile(jnp.array([KNOWN, 5.0]), (4000, 1))
+    x_T = jax.random.normal(KEY, x_0.shape)
+    for sampler in (sampling.ddpm(clip=False), sampling.dpm_solver_pp(2, clip=False), sampling.unipc(clip=False)):
+        wrapped = editing.replacement(sampler, x_0, MASK)
+        x = jax.jit(lambda x, w=wrapped: sampling.sample(KEY, schedule, correlated, x, w))(x_T)
+        np.testing.assert_array_equal(x[:, 0], x_0[:, 0])
+        assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn towards what is known
+
+
+def test_what_is_below_the_mask_does_not_matter():
+    schedule = schedules.respace(FULL, 10, "trailing")
+    a = jnp.tile(jnp.array([KNOWN, -9.0]), (3, 1))
+    b = jnp.tile(jnp.array([KNOWN, 4.0]), (3, 1))
+    run = lambda x: editing.repaint(KEY, schedule, correlated, x, MASK, resamplings=2, jump=3)  # noqa: E731
+    np.testing.assert_array_equal(run(a), run(b))
+
+
+def test_sdedit_keeps_what_its_strength_leaves():
+    """From x_0 through q(x_t | x_0) and back along DDIM: mean and variance in closed form."""
+    n, value = 50_000, 1.2
+    x_0 = jnp.full((n, 1), value)
+    schedule = schedules.respace(FULL, 200, "log_snr")
+    for strength in (0.1, 0.5, 1.0):
+        run = jax.jit(
+            lambda x, s=strength: editing.sdedit(KEY, schedule, pixels, x, sampling.heun(clip=False), strength=s)
+        )
+        x = run(x_0)
+        t = round(200 * strength) - 1
+        a, v = schedule.alpha_bar[t], schedule.alpha_bar[t] * S2 + 1 - schedule.alpha_bar[t]
+        # The flow divides by the growth of the spread; the last step gives E[x_0 | x_1].
+        factor = np.sqrt(S2 / v)
+        assert abs(x.mean() - factor * np.sqrt(a) * value) < 4 * factor / np.sqrt(n) + 1e-3
+        assert abs(x.var() / (factor**2 * (1 - a)) - 1) < 0.05
+    for strength in (0, 1.1):
+        with pytest.raises(ValueError, match="strength"):
+            editing.sdedit(KEY, schedule, pixels, x_0, sampling.ddim(), strength=strength)
+
+
+OPERATORS = {
+    "grey": editing.grey(3),
+    "average_pool": editing.average_pool(4),
+    "masked": editing.masked(jnp.zeros((8, 8, 1), bool).at[2:6].set(True)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_projection_meets_the_measurement_and_leaves_the_rest(name, x64):
+    linear = OPERATORS[name]
+    image, other = jax.random.uniform(KEY, (2, 3, 8, 8, 3), minval=-1)
+    y = linear.measure(image)
+    np.testing.assert_allclose(linear.measure(linear.invert(y)), y, atol=1e-12)  # A A+ = I
+    moved = editing.project(linear, y, clip=False)(other)
+    np.testing.assert_allclose(linear.measure(moved), y, atol=1e-12)
+    # Only along A+: what A does not see is as it was, and no nearer x_0 fits (A+ is the transpose but for a factor).
+    np.testing.assert_allclose(moved - other, linear.invert(linear.measure(moved - other)), atol=1e-12)
+    np.testing.assert_allclose(editing.project(linear, y, clip=False)(moved), moved, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grey", "average_pool"])
+def test_restored_images_fit_what_was_measured(name):
+    """Independent Gaussian pixels: the measured means come back, the rest keeps its spread."""
+    linear = OPERATORS[name]
+    image = np.sqrt(S2) * jax.random.normal(jax.random.key(5), (200, 8, 8, 3))
+    y = linear.measure(image)
+    schedule = schedules.respace(FULL, 60, "log_snr")
+    x_T = jax.random.normal(jax.random.key(1), image.shape)
+    for make in (sampling.ddpm, sampling.dpm_solver_pp, sampling.ddim):
+        sampler = make(clip=editing.project(linear, y, clip=False))
+        x = jax.jit(lambda x, s=sampler: sampling.sample(KEY, schedule, pixels, x, s))(x_T)
+        np.testing.assert_allclose(linear.measure(x), y, atol=1e-5)
+        free = x - linear.invert(linear.measure(x))
+        expected = image - linear.invert(linear.measure(image))
+        assert abs(free.std() / expected.std() - 1) < 0.15, make
+
+
+def test_slerp():
+    x, y = jax.random.normal(KEY, (2, 4, 8, 8, 1))
+    np.testing.assert_allclose(editing.slerp(x, y, 0.0), x, atol=1e-6)
+    np.testing.assert_allclose(editing.slerp(x, y, 1.0), y, atol=1e-5)
+    u, v = jnp.eye(2)
+    middle = editing.slerp(u[None], v[None], 1 / 3)
+    np.testing.assert_allclose(middle, [[np.cos(np.pi / 6), np.sin(np.pi / 6)]], atol=1e-6)
+    np.testing.assert_allclose(editing.slerp(x, x, 0.3), x, atol=1e-6)
+    length = jnp.linalg.norm(editing.slerp(x, y, 0.5).reshape(4, -1), axis=1)
+    assert (abs(length / 8 - 1) < 0.2).all()
+
+
+def test_interpolations():
+    schedule = schedules.respace(FULL, 50, "log_snr")
+    x, y = jnp.full((3, 1), -0.7), jnp.full((3, 1), 0.9)
+    weights = jnp.linspace(0, 1, 5)
+    run = jax.jit(
+        lambda x, y: editing.interpolate(KEY, schedule, pixels, x, y, weights, sampling.heun(clip=False), order=2)
+    )
+    between = run(x, y)
+    assert between.shape == (5, 3, 1)
+    np.testing.assert_allclose(between[0], x, atol=5e-3)
+    np.testing.assert_allclose(between[-1], y, atol=5e-3)
+    assert (np.diff(between[:, 0, 0]) > 0).all()
+    # Ho's, half-way up the chain: linear in x_t, so with a linear sampler linear in x_0, with the same noise throughout.
+    held = editing.interpolate(KEY, schedule, pixels, x, y, weights, sampling.ddim(clip=False), t=25)
+    np.testing.assert_allclose(held, held[0] + weights[:, None, None] * (held[-1] - held[0]), atol=1e-5)
+    assert np.std(held[0]) > 0.01
+
+
+def test_edits_that_cannot_be():
+    x_0 = jnp.zeros((1, 2))
+    schedule = schedules.respace(FULL, 10)
+    with pytest.raises(ValueError, match="sampler with a memory cannot; use ddpm"):
+        editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp())
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=0)
+    with pytest.raises(ValueError, match="8x6 do not divide into squares of 4"):
+        editing.average_pool(4).measure(jnp.zeros((1, 8, 6, 1)))

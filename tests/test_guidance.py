@@ -1,0 +1,175 @@
+"""Guidance against the exact conditional eps of Gaussian classes, for every prediction."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian_mixtures import FULL, as_prediction
+
+from diffusion_jax import guidance, process, sampling, schedules
+
+KEY = jax.random.key(0)
+MEANS, S2 = np.array([[-0.6, 0.3], [0.5, 0.4], [0.1, -0.7]]), 0.04  # three classes in the plane, equally likely
+NULL = 3
+
+
+def levels(time):
+    log_snr = FULL.log_snr(time)[:, None]
+    return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+
+
+def class_logits(x, time):
+    """log q(x_t | y) up to a constant: the exact noise-aware classifier's logits."""
+    alpha, sigma = levels(time)
+    away = x[:, None] - alpha[..., None] * MEANS
+    return -0.5 * (away**2).sum(-1) / (alpha**2 * S2 + sigma**2)
+
+
+def network(prediction="eps", learned=False):
+    """(x_t, time, y) -> the exact output for class y, or for all of them at the null label."""
+
+    def denoise_fn(x, time, y):
+        alpha, sigma = levels(time)
+        spread = alpha**2 * S2 + sigma**2
+        each = sigma[..., None] * (x[:, None] - alpha[..., None] * MEANS) / spread[..., None]  # [B, classes, 2]
+        weights = jax.nn.softmax(class_logits(x, time))
+        mean = (weights[..., None] * each).sum(1)
+        own = jnp.take_along_axis(each, jnp.minimum(y, 2)[:, None, None], axis=1)[:, 0]
+        output = as_prediction(jnp.where((y == NULL)[:, None], mean, own), x, alpha, sigma, prediction)
+        return jnp.concatenate([output, jnp.sin(output)], axis=-1) if learned else output
+
+    return denoise_fn
+
+
+PREDICTIONS = ("eps", "x_0", "v", "score")
+Y = jnp.array([0, 1, 2, 1, 0])
+X_T = np.random.default_rng(3).standard_normal((5, 2))
+TIME = np.array([1.0, 200.0, 431.5, 700.0, 999.0])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(prediction, learned):
+    calls = []
+
+    def counted(x, time, y):
+        calls.append(x.shape[0])
+        return network(prediction, learned)(x, time, y)
+
+    both = network(prediction, learned)(
+        jnp.concatenate([X_T, X_T]), jnp.concatenate([TIME, TIME]), jnp.concatenate([Y, jnp.full(5, NULL)])
+    )
+    conditional, unconditional = both[:5], both[5:]
+    for scale, mean in ((1.0, conditional), (0.0, unconditional)):
+        guided = guidance.classifier_free(counted, Y, NULL, scale)(X_T, TIME)
+        np.testing.assert_array_equal(guided[:, :2], mean[:, :2])
+        np.testing.assert_array_equal(
+            guided[:, 2:], conditional[:, 2:]
+        )  # the variance is the conditional one at any scale
+    assert calls == [10, 10]
+    guided = guidance.classifier_free(counted, Y, NULL, jnp.array([0.0, 1.0, 3.0, -1.0, 2.0]))(X_T, TIME)
+    s = np.array([[0.0], [1.0], [3.0], [-1.0], [2.0]])
+    expected = unconditional[:, :2] + s * (conditional - unconditional)[:, :2]
+    np.testing.assert_allclose(guided[:, :2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guided_eps_is_the_score_of_the_sharpened_classes(x64):
+    """eps_s = -sigma grad [log q(x_t) + s log p(y | x_t)] (Ho & Salimans 2022, section 3)."""
+    guided = guidance.classifier_free(network(), Y, NULL, 2.5)(X_T, TIME)
+
+    def log_density(x, time, y):
+        logits = class_logits(x[None], time[None])
+        return jax.nn.logsumexp(logits) + 2.5 * jax.nn.log_softmax(logits)[0, y]
+
+    score = jax.vmap(jax.grad(log_density))(X_T, TIME, Y)
+    np.testing.assert_allclose(guided, -levels(TIME)[1] * score, rtol=1e-6, atol=1e-9)
+
+
+def test_interval_and_rescale():
+    plain = guidance.classifier_free(network(), Y, NULL, 4.0)(X_T, TIME)
+    conditional = guidance.classifier_free(network(), Y, NULL, 1.0)(X_T, TIME)
+    inside = guidance.classifier_free(network(), Y, NULL, 4.0, interval=(200, 700))(X_T, TIME)
+    applies = np.array([False, True, True, True, False])[:, None]
+    np.testing.assert_array_equal(inside, np.where(applies, plain, conditional))
+    x = jax.random.normal(KEY, (3, 4, 4, 2))
+
+    def images(x, time, y):
+        return x * (1 + y[:, None, None, None]) + jnp.sin(3 * x)
+
+    y, time = jnp.array([0, 1, 2]), jnp.zeros(3)
+    conditional = images(x, time, y)
+    spread = lambda x: np.std(np.asarray(x), axis=(1, 2, 3))  # noqa: E731
+    plain = guidance.classifier_free(images, y, 3, 5.0)(x, time)
+    full = guidance.classifier_free(images, y, 3, 5.0, rescale=1.0)(x, time)
+    part = guidance.classifier_free(images, y, 3, 5.0, rescale=0.7)(x, time)
+    np.testing.assert_allclose(spread(full), spread(conditional), rtol=1e-5)
+    np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x64):
+    schedule_time = TIME
+    log_prob = guidance.class_log_prob(class_logits, Y)
+    unconditional = lambda x, time: network(prediction)(x, time, jnp.full(5, NULL))  # noqa: E731
+    guided = guidance.classifier(unconditional, log_prob, FULL, 1.0, prediction=prediction)
+    expected = network(prediction)(X_T, schedule_time, Y)
+    np.testing.assert_allclose(guided(X_T, schedule_time), expected, rtol=1e-8, atol=1e-9)
+    doubled = guidance.classifier(
+        lambda x, time: network(prediction, learned=True)(x, time, jnp.full(5, NULL)),
+        log_prob,
+        FULL,
+        1.0,
+        prediction=prediction,
+    )(X_T, schedule_time)
+    np.testing.assert_allclose(doubled[:, :2], expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_array_equal(doubled[:, 2:], jnp.sin(unconditional(X_T, schedule_time)))
+
+
+def test_guided_samplers_end_in_the_class_asked_for():
+    """Every way of guiding an unconditional or conditional network, with several samplers."""
+    schedule, n = schedules.respace(FULL, 60, "log_snr"), 3000
+    y = jnp.arange(n) % 3
+    x_T = jax.random.normal(jax.random.key(1), (n, 2))
+    log_prob = guidance.class_log_prob(class_logits, y)
+    unconditional = lambda x, time: network()(x, time, jnp.full(x.shape[0], NULL))  # noqa: E731
+    shift = guidance.log_prob_gradient(log_prob, 1.0)
+    ways = {
+        "classifier_free": (guidance.classifier_free(network(), y, NULL, 1.0), sampling.dpm_solver_pp(2, clip=False)),
+        "classifier": (guidance.classifier(unconditional, log_prob, FULL), sampling.unipc(2, clip=False)),
+        "classifier, ancestral": (guidance.classifier(unconditional, log_prob, FULL), sampling.ddpm(clip=False)),
+        "mean_shift": (unconditional, sampling.ddpm(clip=False, mean_shift=shift)),
+    }
+    for name, (denoise_fn, sampler) in ways.items():
+        x_0 = jax.jit(lambda x, f=denoise_fn, s=sampler: sampling.sample(KEY, schedule, f, x, s))(x_T)
+        for label in range(3):
+            found = np.asarray(x_0[label::3])
+            np.testing.assert_allclose(found.mean(0), MEANS[label], atol=0.03, err_msg=name)
+            # The clipless spread is the sampler's own; that no other class is in it is what matters.
+            assert found.std() < 0.75 and (np.linalg.norm(found - MEANS[label], axis=1) < 1.0).all(), name
+
+
+def test_mean_shift_is_the_eps_shift_to_first_order(x64):
+    """ADM's two forms agree as steps shrink: variance g against sigma g in eps."""
+    y, x_t = jnp.array([2]), X_T[:1]
+    log_prob = guidance.class_log_prob(class_logits, y)
+    unconditional = lambda x, time: network()(x, time, jnp.full(x.shape[0], NULL))  # noqa: E731
+    gaps = []
+    for steps in (100, 1000):
+        schedule = schedules.respace(FULL, steps, "leading")
+        t = jnp.array([steps // 2])
+        time = process.at(schedule.timesteps, t, t)
+        eps = guidance.classifier(unconditional, log_prob, FULL)(x_t, time)
+        by_eps = process.p_mean_variance(schedule, eps, x_t, t, clip=False).mean
+        reverse = process.p_mean_variance(schedule, unconditional(x_t, time), x_t, t, clip=False)
+        by_mean = reverse.mean + reverse.variance * guidance.log_prob_gradient(log_prob)(x_t, time)
+        gaps.append(abs(by_eps - by_mean).max() / abs(reverse.mean - by_mean).max())
+    assert gaps[1] < 0.02 and gaps[1] < 0.2 * gaps[0]
+
+
+def test_guidance_refusals():
+    with pytest.raises(ValueError, match="y has 5 rows but x_t has 2"):
+        guidance.classifier_free(network(), Y, NULL, 1.0)(X_T[:2], TIME[:2])
+    log_prob = guidance.class_log_prob(class_logits, Y)
+    for prediction in ("x_prev", "noise"):
+        with pytest.raises(ValueError, match="known: eps, x_0, v, score"):
+            guidance.classifier(network(), log_prob, FULL, prediction=prediction)
