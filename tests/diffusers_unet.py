@@ -1,5 +1,5 @@
-"""diffusers' `UNet2DModel` in the shapes of google/ddpm-cifar10-32 and of Improved DDPM, and its weights under this project's
-names.
+"""diffusers' `UNet2DModel` in the shapes of google/ddpm-cifar10-32, of Improved DDPM and of ADM, and its weights under this
+project's names.
 
 As a program (it needs `make parity`'s packages), it writes the fixtures that test_parity.py reads without them:
 
@@ -47,6 +47,28 @@ IMPROVED = {
     "attn_norm_num_groups": 4,  # or the middle's attention has no norm there
     "num_class_embeds": 5,
 }
+# ADM's: residual blocks change the resolution, and wider layers have more heads (of attention_head_dim channels each).
+ADM = {
+    **IMPROVED,
+    "block_out_channels": (8, 16, 24),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+_OPENAI = {
+    "channels": 8,
+    "num_res_blocks": 1,
+    "attention_levels": (1, 2),
+    "scale_shift_norm": True,
+    "embedding_cos_first": True,
+    "embedding_freq_shift": 0.0,
+    "downsample_padding": (1, 1),
+    "num_groups": 4,
+    "norm_epsilon": 1e-5,
+    "num_classes": 5,
+    "out_channels": 6,
+}
 # Narrow networks, each as diffusers' configuration and as our fields; a fixture of each is stored.
 NARROW = {
     "unet_ddpm_cifar10_narrow": (
@@ -55,21 +77,11 @@ NARROW = {
     ),
     "unet_improved_narrow": (
         IMPROVED,
-        {
-            "channels": 8,
-            "channel_multipliers": (1, 2, 2),
-            "num_res_blocks": 1,
-            "attention_levels": (1, 2),
-            "num_heads": 4,
-            "scale_shift_norm": True,
-            "embedding_cos_first": True,
-            "embedding_freq_shift": 0.0,
-            "downsample_padding": (1, 1),
-            "num_groups": 4,
-            "norm_epsilon": 1e-5,
-            "num_classes": 5,
-            "out_channels": 6,
-        },
+        _OPENAI | {"channel_multipliers": (1, 2, 2), "num_heads": 4},
+    ),
+    "unet_adm_narrow": (
+        ADM,
+        _OPENAI | {"channel_multipliers": (1, 2, 3), "head_channels": 4, "resample_blocks": True},
     ),
 }
 
@@ -95,11 +107,11 @@ def our_path(name: str, levels: int) -> tuple[str, ...]:
         way, level, kind, j, layer = block.groups()
         level = int(level) if way == "down" else levels - 1 - int(level)
         return f"{way}_{level}_{'block' if kind == 'resnets' else 'attn'}_{j}", _LAYERS.get(layer, layer)
-    resample = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv", name)
+    resample = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.(.+)", name)
     if resample:
-        way, level, _ = resample.groups()
+        way, level, _, layer = resample.groups()
         level = int(level) if way == "down" else levels - 1 - int(level)
-        return (f"{way}_{level}_{way}sample",)
+        return f"{way}_{level}_{way}sample", *(() if layer == "conv" else (_LAYERS.get(layer, layer),))
     middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name)
     if middle:
         kind, j, layer = middle.groups()
@@ -163,12 +175,14 @@ def run_peer(model, x: np.ndarray, time: np.ndarray, y: np.ndarray | None = None
 
 
 def main() -> None:
-    """Writes the fixtures."""
+    """Writes the fixtures that are not there."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 16, 32, 3)).astype(np.float32)  # not square, so that no axis can be swapped
     time, y = np.array([0, 31, 999]), np.array([4, 0, 2])
     FIXTURES.mkdir(exist_ok=True)
     for name, (config, fields) in NARROW.items():
+        if (FIXTURES / f"{name}.npz").exists():
+            continue
         model = random_peer(config)
         arrays = {"x": x, "time": time} | ({"y": y} if fields.get("num_classes") else {})
         out = run_peer(model, **arrays)
