@@ -97,8 +97,10 @@ def check_mode(mode: str, config) -> None:
     from diffusion_jax.training import is_classifier, is_upsampler
 
     classifier = is_classifier(config)
-    if mode in ("evaluate", "progressive") and is_upsampler(config):
-        fail(f"--mode={mode} is not for a model of enlarged images (data.low_resolution={config.data.low_resolution})")
+    if mode in ("sample", "evaluate", "progressive") and is_upsampler(config):
+        fail(
+            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        )
     if classifier and mode == "train":
         fail("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if classifier and mode != "train_classifier":

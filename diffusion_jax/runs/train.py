@@ -49,8 +49,10 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
         _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
-    then = "It can guide a diffusion model." if training.is_classifier(config) else "Sample with --mode=sample."
-    say(f"Done: {options.num_steps} steps, in {directory}. {then}")
+    then = " Sample with --mode=sample."
+    if training.is_classifier(config) or training.is_upsampler(config):
+        then = ""
+    say(f"Done: {options.num_steps} steps, in {directory}.{then}")
 
 
 def _check(config: ConfigDict) -> None:
