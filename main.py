@@ -1,7 +1,8 @@
 """python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
-MODE is train, sample, evaluate (bits per dimension), progressive (rate and distortion) or train_classifier (of noisy images,
-for guidance). Relaunching the same command continues the run. For a directory that holds a run, --config may be left out.
+MODE is train, sample, edit (inpainting and more, of images of yours), evaluate (bits per dimension), progressive (rate and
+distortion) or train_classifier (of noisy images, for guidance). Relaunching the same command continues the run. For a
+directory that holds a run, --config may be left out.
 """
 
 import difflib
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 
 from diffusion_jax.runs import devices
 
-MODES = ("train", "sample", "evaluate", "progressive", "train_classifier")
+MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -29,6 +30,8 @@ def fail(message: str, exit_code: int = 2) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
+    # What people write; a config's leaf cannot be named by a word of Python's own. config_flags reads sys.argv itself.
+    sys.argv = argv = [arg.replace("--config.sampling.class=", "--config.sampling.label=", 1) for arg in argv]
     path, workdir = _value(argv, "config"), _value(argv, "workdir")
     if path and not pathlib.Path(path.partition(":")[0]).is_file():
         fail(f"--config={path}: no such file")
@@ -36,8 +39,9 @@ def parse(argv: list[str]) -> list[str]:
         fail(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
     if not path and workdir and _read_config(workdir) is not None:
         stored = f"--config={pathlib.Path(__file__).parent / 'configs' / 'workdir.py'}:{workdir}"
-        # config_flags reads overrides from sys.argv itself.
         sys.argv = argv = [argv[0], stored, *argv[1:]]
+    elif not path and any(arg.startswith(("--config.", "-config.")) for arg in argv):
+        fail(f"--config=configs/NAME.py is needed: {workdir or 'no --workdir'} holds no run whose config could be used")
     try:
         rest = flags.FLAGS(argv)
         config = _CONFIG.value
@@ -97,7 +101,7 @@ def check_mode(mode: str, config) -> None:
     from diffusion_jax.training import is_classifier, is_upsampler
 
     classifier = is_classifier(config)
-    if mode in ("sample", "evaluate", "progressive") and is_upsampler(config):
+    if mode in ("edit", "evaluate", "progressive") and is_upsampler(config):
         fail(
             f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
         )
@@ -114,6 +118,7 @@ def main(argv: list[str]) -> None:
     del argv
     devices.quiet()
     from diffusion_jax.data import DataError
+    from diffusion_jax.runs.edit import edit
     from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
@@ -125,6 +130,7 @@ def main(argv: list[str]) -> None:
     runs = {
         "train": train,
         "sample": sample,
+        "edit": edit,
         "evaluate": evaluate,
         "progressive": progressive,
         "train_classifier": train,
@@ -137,7 +143,7 @@ def main(argv: list[str]) -> None:
     except (DataError, CheckpointError, OSError) as error:  # OSError: a full disk, a directory that cannot be written
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues from the last checkpoint", 130)
+        fail("interrupted; the same command goes on from what it had saved", 130)
 
 
 if __name__ == "__main__":

@@ -95,19 +95,53 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1  # devices that would split the parameters too; only 1 works yet
 
     config.sampling = ConfigDict()
-    config.sampling.sampler = "ddpm"  # or ddim
+    # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
+    config.sampling.sampler = "ddpm"
     # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), or OpenAI's "ddim50" or "10,15,20".
     config.sampling.steps = FieldReference(None, field_type=object)
-    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic
+    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian
     config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
-    config.sampling.clip = True  # x_0 to [-1, 1] at every step
+    config.sampling.order = 2  # of dpm_solver_pp, unipc, deis: 1, 2, 3
+    config.sampling.singlestep = False  # of dpm_solver_pp
+    config.sampling.sde = False  # of dpm_solver_pp
+    config.sampling.churn = 0.0  # of heun: EDM's S_churn
+    config.sampling.clip = FieldReference(
+        True, field_type=object
+    )  # x_0 to [-1, 1] at every step; or False, or "dynamic"
+    config.sampling.clip_quantile = 0.995  # of the dynamic threshold
+    # Of a conditional model, or with a classifier: None for all classes in turn, a class, or several "(3,5)" in turn.
+    # --config.sampling.class is read as this: the word is Python's own.
+    config.sampling.label = FieldReference(None, field_type=object)
+    config.sampling.guidance_scale = 1.0  # classifier-free, with model.label_dropout: 1 is none, 0 unconditional
+    config.sampling.guidance_interval = ()  # the network times (low, high) at which it applies; () for all
+    config.sampling.guidance_rescale = 0.0  # to 1, against the glare of a large scale
+    config.sampling.classifier = ""  # the work directory of a classifier that guides
+    config.sampling.classifier_scale = 1.0
+    config.sampling.classifier_form = "eps"  # shifts eps; or "mean", ADM's, of the sampler ddpm
+    config.sampling.low_resolution = ""  # what an upsampler enlarges: an .npz of --mode=sample, or a folder of images
+    config.sampling.low_resolution_noise = 0.0  # how noisy these are said to be, with diffusion.conditioning_noise
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.seed = 0
     config.sampling.use_ema = True
+    config.sampling.progress = False  # shows the steps inside a batch, too; compiles anew at every launch
     config.sampling.trajectory = 0  # columns of the picture from noise to image; 0 for none
     config.sampling.preview_samples = 16  # of the pictures during training, made by DDIM
     config.sampling.preview_steps = 25
+
+    config.editing = ConfigDict()  # --mode=edit; the sampler is that of `sampling`
+    # inpaint (RePaint), replace (its simple form), sdedit, colourise, super_resolution, interpolate
+    config.editing.task = "inpaint"
+    config.editing.image = ""  # the file to edit
+    config.editing.mask = ""  # of inpaint and replace: an image, white where pixels are known
+    config.editing.other = ""  # of interpolate: the second image
+    config.editing.num_samples = 8  # results; of interpolate: images from one to the other, ends included
+    config.editing.resamplings = 10  # of inpaint
+    config.editing.jump = 10  # of inpaint
+    config.editing.strength = 0.5  # of sdedit: 0 to 1, how much may change
+    config.editing.factor = 4  # of super_resolution
+    # Of interpolate: None mixes encoded noise (for deterministic samplers); an index of the steps, noised images there.
+    config.editing.level = config_dict.placeholder(int)
 
     config.evaluation = ConfigDict()
     config.evaluation.split = "test"

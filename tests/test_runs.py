@@ -211,7 +211,7 @@ def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
         ({"model.dropout": 1.5}, "dropout must lie in"),
         ({"optimizer.learning_rate": -1.0}, "must be above 0"),
         ({"ema.decay": 1.5}, "ema.decay=1.5"),
-        ({"sampling.sampler": "euler"}, "known: ddpm, ddim"),
+        ({"sampling.sampler": "eulr"}, "known: ddpm, ddim, euler"),
         ({"sampling.preview_steps": 0}, "whole number in 1"),
     ],
 )
@@ -338,7 +338,7 @@ def last_state(config, directory):
         (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
         (["--config=configs/digit.py"], "no such file"),
-        (["--config=configs/digits.py", "--mode=dream"], "train|sample|evaluate|progressive"),
+        (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
         (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),

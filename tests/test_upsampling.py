@@ -166,7 +166,7 @@ def test_a_run_makes_no_pictures_and_is_not_evaluated(tmp_path):
     )
     train(config, tmp_path)
     assert not (tmp_path / "samples").exists()
-    for mode in ("sample", "evaluate", "progressive"):
+    for mode in ("edit", "evaluate", "progressive"):
         code, _, err = finish(start(f"--workdir={tmp_path}", f"--mode={mode}"))
         assert code == 2 and "enlarges images (data.low_resolution=4)" in err and len(err.strip().splitlines()) == 1, (
             err

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
-from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds
+from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds, fit
 
 __all__ = [
     "Batches",
@@ -18,6 +18,7 @@ __all__ = [
     "Tfds",
     "check_levels",
     "example_indices",
+    "fit",
     "image_shape",
     "load",
     "stream",

@@ -26,8 +26,9 @@ from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import respaced, sampler_from_config, trajectory_picture
+from diffusion_jax.runs.generate import trajectory_picture
 from diffusion_jax.runs.parts import Parts, digest
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.runs.train import check_source
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
@@ -295,8 +296,7 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     if options.progressive_columns < 2:
         raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
     with as_user_error("config.sampling"):
-        sampler_from_config(config.sampling, config.diffusion)
-        respaced(trained.schedule, config.sampling)
+        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh)
     count = min(options.progressive_examples, len(trained.source))
     say(f"Rate and distortion of {count} images, with the {trained.kind} weights of step {trained.step}.")
     terms, parts = _measure(trained, count, ode=False)
@@ -317,8 +317,7 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     picture = trajectory_picture(
         jax.random.key(options.seed),
         config,
-        trained.model,
-        trained.schedule,
+        recipe,
         trained.params,
         options.progressive_columns,
         show="x_0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -11,120 +12,110 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, sampling, schedules
+from diffusion_jax import data
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import Parts, digest
-from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
-
-
-def sampler_from_config(config: Mapping, diffusion: Mapping) -> sampling.Sampler:
-    """The sampler of `config.sampling`, for what `config.diffusion` says the network predicts. Raises: ValueError."""
-    prediction, variance, clip = diffusion["prediction"], diffusion["variance"], config["clip"]
-    if config["sampler"] == "ddpm":
-        return sampling.ddpm(prediction, variance, clip)
-    if config["sampler"] == "ddim":
-        return sampling.ddim(config["eta"], prediction, variance, clip)
-    raise ValueError(f"sampling.sampler={config['sampler']!r} is unknown; known: ddpm, ddim")
-
-
-def draw_images(
-    key,
-    schedule: schedules.Schedule,
-    model,
-    params,
-    sampler,
-    shape,
-    y=None,
-    *,
-    constrain: Callable = lambda x: x,
-    trajectory=False,
-):
-    """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` gives with a trajectory; pure.
-
-    shape: (B, H, W, C). y: int32 [B] for a conditional model. constrain: applied to x_T, to place it on a mesh.
-    """
-    key_noise, key_steps = jax.random.split(key)
-    x_T = constrain(jax.random.normal(key_noise, shape))
-
-    def denoise_fn(x_t, time):
-        return model.apply({"params": params}, x_t, time, y)
-
-    return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=trajectory)
-
-
-def respaced(schedule: schedules.Schedule, config: Mapping) -> schedules.Schedule:
-    """The schedule that `config.sampling` walks: all of it, or `steps` of it. Raises: ValueError."""
-    steps = config["steps"]
-    if steps is None:
-        return schedule
-    if isinstance(steps, tuple):  # the command line reads 10,15,20 as a tuple; sections are what is meant
-        steps = ",".join(map(str, steps))
-    return schedules.respace(schedule, steps, config["spacing"])
+from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.training import compiler, input_shape, model_from_config, schedule_from_config, sharding
 
 
 class Generator:
     """Compiled sampling for a config: `generator(params, seed, batch) -> uint8 [B, H, W, C]`, spread over the devices.
 
-    Batch i holds samples i B ... (i + 1) B - 1; those of a conditional model have the classes in turn.
+    Batch i holds samples i B ... (i + 1) B - 1. low: uint8 [N, h, w, C], the images that an upsampler enlarges, in turn.
+    on_step: called with the number of steps that a batch has taken, while it is drawn.
     """
 
-    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, batch_size: int):
-        self.schedule = respaced(schedule, config["sampling"])
-        self.num_classes, self.batch_size = config["model"]["num_classes"], batch_size
-        sampler = sampler_from_config(config["sampling"], config["diffusion"])
+    def __init__(
+        self,
+        config: Mapping,
+        recipe: Recipe,
+        mesh,
+        batch_size: int,
+        low: np.ndarray | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        self.recipe, self.batch_size, self._low = recipe, batch_size, low
         shape, rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
 
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, rows)
 
-        def generate(params, seed, batch):
-            y = None
-            if self.num_classes:
-                y = constrain((batch * batch_size + jnp.arange(batch_size)) % self.num_classes)
+        def generate(params, guide, seed, batch, y, low):
+            y, low = jax.tree.map(constrain, (y, low))
+            low = None if low is None else low.astype(jnp.float32) / 127.5 - 1.0
             key = jax.random.fold_in(jax.random.key(seed), batch)
-            x = draw_images(key, self.schedule, model, params, sampler, shape, y, constrain=constrain)
+            x = recipe.draw(params, guide, key, shape, y, low, constrain=constrain, progress=on_step)
             return pictures.to_uint8(x)
 
         whole = sharding.replicated(mesh)
-        self._generate = jax.jit(
-            generate, in_shardings=(whole, whole, whole), out_shardings=rows, compiler_options=compiler.options()
-        )
-
-    def labels(self, count: int) -> np.ndarray | None:
-        """Labels of the first `count` samples; None for an unconditional model."""
-        return np.arange(count, dtype=np.int32) % self.num_classes if self.num_classes else None
+        self._generate = jax.jit(generate, in_shardings=whole, out_shardings=rows, compiler_options=compiler.options())
 
     def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
         """One batch, gathered on every process."""
-        images = self._generate(params, np.uint32(seed), np.int32(batch))
+        numbers = batch * self.batch_size + np.arange(self.batch_size)
+        low = None if self._low is None else self._low[numbers % len(self._low)]
+        y = self.recipe.labels(numbers)
+        images = self._generate(params, self.recipe.guide, np.uint32(seed), np.int32(batch), y, low)
         return np.asarray(multihost_utils.process_allgather(images, tiled=True))
 
 
 def trajectory_picture(
-    key, config: Mapping, model, schedule, params, columns: int, rows: int = 4, show: str = "x_t"
+    key, config: Mapping, recipe: Recipe, params, columns: int, rows: int = 4, show: str = "x_t", low=None
 ) -> np.ndarray:
     """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C].
 
-    show: "x_t", or "x_0" for the x_0 predicted at those steps (DDPM figure 6).
+    show: "x_t", or "x_0" for the x_0 predicted at those steps (DDPM figure 6). low: as `Generator`.
     """
-    schedule = respaced(schedule, config["sampling"])
-    sampler = sampler_from_config(config["sampling"], config["diffusion"])
-    kept = np.unique(np.linspace(0, schedule.num_timesteps - 1, columns).round().astype(int))[1:]
-    params = jax.device_get(params)  # one process draws this, on one device
-    num_classes = config["model"]["num_classes"]
-    y = jnp.arange(rows, dtype=jnp.int32) % num_classes if num_classes else None
+    kept = np.unique(np.linspace(0, recipe.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
+    params, guide = jax.device_get((params, recipe.guide))  # one process draws this, on one device
     shape = (rows, *data.image_shape(config["data"]))
+    if low is not None:
+        low = low[np.arange(rows) % len(low)].astype(np.float32) / 127.5 - 1.0
 
-    def draw(params, key):
-        return draw_images(key, schedule, model, params, sampler, shape, y, trajectory=kept)
+    def draw(params, guide, key, y, low):
+        return recipe.draw(params, guide, key, shape, y, low, trajectory=kept)
 
-    x_0, passed = jax.jit(draw, compiler_options=compiler.options())(params, key)
+    drawn = jax.jit(draw, compiler_options=compiler.options())(params, guide, key, recipe.labels(np.arange(rows)), low)
+    x_0, passed = drawn
     through = np.concatenate([np.asarray(getattr(passed, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
     images = np.asarray(pictures.to_uint8(through)).swapaxes(0, 1)
     return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
+
+
+def _low_resolution(config: ConfigDict) -> np.ndarray | None:
+    """The images that an upsampler enlarges, uint8 [N, h, w, C]; None for other models. Raises: UserError, DataError."""
+    path, side = config.sampling.low_resolution, config.data.low_resolution
+    if not side:
+        if path:
+            raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
+        return None
+    if not path:
+        raise UserError(
+            "this model enlarges images: name them by sampling.low_resolution, an .npz of --mode=sample or a folder of images"
+        )
+    height, width, channels = data.image_shape(config.data)
+    small = (side, width * side // height)
+    source = pathlib.Path(path).expanduser()
+    if source.is_dir():
+        folder = data.Folder(str(source), small, channels)
+        return folder.read(np.arange(len(folder)))[0]
+    try:
+        with np.load(source, allow_pickle=False) as arrays:
+            images = arrays["arr_0"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
+        ) from None
+    if images.dtype != np.uint8 or images.shape[1:] != (*small, channels):
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
+            f"{small[0]}x{small[1]} with {channels} channels"
+        )
+    return images
 
 
 def sample(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -145,43 +136,48 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        generator = Generator(config, model, schedule, mesh, batch_size)
-    step, params = weights.load(directory, model, data.image_shape(config.data), mesh, options.use_ema)
+        recipe = Recipe(config, model, schedule, mesh)
+        low, num_steps = _low_resolution(config), recipe.schedule.num_timesteps
+    step, params = weights.load(directory, model, input_shape(config), mesh, options.use_ema)
 
     kind = "ema" if options.use_ema else "raw"
-    sampler = f"{options.sampler}{generator.schedule.num_timesteps}"
-    if options.sampler == "ddim" and options.eta:
-        sampler += f"_eta{options.eta:g}"
-    name = f"step{step}_{kind}_{sampler}_seed{options.seed}_n{options.num_samples}"
+    name = f"step{step}_{kind}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
     say(f"Sampling {options.num_samples} images from step {step} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
-    drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith("preview")}
-    parts = Parts(samples / f".{name}_{digest(drawn, batch_size)}")
+    drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith(("preview", "progress"))}
+    enlarged = None if low is None else hashlib.sha256(low.tobytes()).hexdigest()
+    parts = Parts(samples / f".{name}_{digest(drawn, batch_size, enlarged)}")
     batches = -(-options.num_samples // batch_size)
     done = len(parts.done) * batch_size
     with Bar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
+
+        def on_step(taken):
+            bar.update(min(done, options.num_samples), f"step {int(taken)} of {num_steps}")
+
+        generator = Generator(config, recipe, mesh, batch_size, low, on_step if options.progress else None)
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the sampler, and the first batch ...")
         for i in left:
             parts.save(i, images=generator(params, options.seed, i))
-            bar.update(min((i + 1) * batch_size, options.num_samples))
+            done = (i + 1) * batch_size
+            bar.update(min(done, options.num_samples))
     if jax.process_index() == 0:
-        _collect(config, generator, parts, batches, samples / name)
+        _collect(config, recipe, parts, batches, samples / name)
         if options.trajectory:
             say("Compiling the sampler of the way from noise to images ...")
             picture = trajectory_picture(
-                jax.random.key(options.seed), config, model, schedule, params, options.trajectory
+                jax.random.key(options.seed), config, recipe, params, options.trajectory, low=low
             )
             pictures.save_png(samples / f"{name}_trajectory.png", picture)
             say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
 
 
-def _collect(config: ConfigDict, generator: Generator, parts: Parts, batches: int, path: pathlib.Path) -> None:
+def _collect(config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path) -> None:
     """Joins the parts into PATH.npz and PATH.png, and removes them."""
     n = config.sampling.num_samples
     images = np.concatenate([parts.load(i)["images"] for i in range(batches)])[:n]
-    labels = generator.labels(n)
+    labels = recipe.labels(np.arange(n))
     arrays = [images] if labels is None else [images, labels]
     temporary = path.with_name(path.name + ".partial.npz")
     np.savez(temporary, *arrays)

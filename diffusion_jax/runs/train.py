@@ -15,6 +15,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 
@@ -49,10 +50,12 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
         _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
-    then = " Sample with --mode=sample."
-    if training.is_classifier(config) or training.is_upsampler(config):
-        then = ""
-    say(f"Done: {options.num_steps} steps, in {directory}.{then}")
+    then = "Sample with --mode=sample."
+    if training.is_upsampler(config):
+        then = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
+    elif training.is_classifier(config):
+        then = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={directory}."
+    say(f"Done: {options.num_steps} steps, in {directory}. {then}")
 
 
 def _check(config: ConfigDict) -> None:
@@ -86,10 +89,12 @@ def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
         return None
     config = ConfigDict(work.to_dict(config))
     steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)
-    config.sampling.update(sampler="ddim", steps=steps, spacing="trailing", eta=0.0)
+    config.sampling.update(sampler="ddim", steps=steps, spacing="trailing", eta=0.0, guidance_scale=1.0, classifier="")
+    config.sampling.label = None
+    recipe = Recipe(config, built.model, built.schedule, built.mesh)
     devices = built.mesh.size
     batch_size = max(1, config.sampling.preview_samples // devices) * devices
-    return Generator(config, built.model, built.schedule, built.mesh, batch_size)
+    return Generator(config, recipe, built.mesh, batch_size)
 
 
 class _Loop:

@@ -65,7 +65,9 @@ def heun(
         highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.grid_timesteps)[-1]) / 2)
         inside = (churn_range[0] <= sigma) & (sigma <= churn_range[1])
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
-        noise = churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma)) * jax.random.normal(key, x_t.shape, x_t.dtype)
+        noise = (
+            churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma)) * jax.random.normal(key, x_t.shape, x_t.dtype)
+        )
         there = level_at(-2 * jnp.log(raised))
         return there.alpha * (x_t / alpha + noise), there
 

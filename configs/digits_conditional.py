@@ -1,0 +1,15 @@
+"""Digits by their class, with classifier-free guidance: about two minutes to the digit asked for on two CPU cores.
+
+python main.py --config=configs/digits_conditional.py --workdir=runs/conditional
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    """The digits' network with ten classes, each label left out one time in ten."""
+    config = digits.get_config()
+    config.model.update(num_classes=10, label_dropout=0.1)
+    return config

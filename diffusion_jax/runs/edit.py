@@ -1,0 +1,189 @@
+"""`--mode=edit`: images of the user's own, edited by a trained model: `editing` at the end of a command line."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from diffusion_jax import data, editing, sampling
+from diffusion_jax.runs import pictures, weights
+from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.console import say
+from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.training import compiler, input_shape, model_from_config, schedule_from_config, sharding
+
+TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
+
+
+def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.ndarray:
+    """A file as uint8 [H, W, C] of the model's size. Raises: UserError."""
+    if not path:
+        raise UserError(f"editing.{leaf}=FILE is needed")
+    try:
+        with Image.open(pathlib.Path(path).expanduser()) as image:
+            return data.fit(image, size, channels)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
+
+
+def _signed(images: np.ndarray, count: int) -> jax.Array:
+    """uint8 [H, W, C] as `count` float images in [-1, 1]."""
+    return jnp.repeat(jnp.asarray(images, jnp.float32)[None] / 127.5 - 1.0, count, axis=0)
+
+
+class _Edit:
+    """One task on one image. given: uint8 [G, H, W, C], what the picture shows before the results."""
+
+    def __init__(self, config: ConfigDict, recipe: Recipe):
+        self.options, self.recipe = config.editing, recipe
+        self.shape = data.image_shape(config.data)
+        *self.size, self.channels = self.shape
+        self.count = self.options.num_samples
+        if self.options.task not in TASKS:
+            raise UserError(f"editing.task={self.options.task!r} is unknown; known: {', '.join(TASKS)}")
+        if self.count < 1 or (self.options.task == "interpolate" and self.count < 2):
+            raise UserError(f"editing.num_samples={self.count} is too few")
+        self.given, self.run = getattr(self, f"_{self.options.task}")()
+
+    def _read(self, leaf: str, size=None) -> np.ndarray:
+        return _image(self.options[leaf], leaf, tuple(size or self.size), self.channels)
+
+    def _sample(self, clip: Callable) -> Callable:
+        """Plain sampling, with every x_0 on the way changed by `clip`."""
+
+        def run(key, denoise_fn):
+            key_noise, key_steps = jax.random.split(key)
+            x_T = jax.random.normal(key_noise, (self.count, *self.shape))
+            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, self.recipe.sampler(clip))
+
+        return run
+
+    def _masked(self):
+        image = self._read("image")
+        mask = _image(self.options.mask, "mask", tuple(self.size), 1) > 127
+        if mask.all():
+            raise UserError(f"editing.mask={self.options.mask!r} is white everywhere: nothing is left to paint")
+        return image, mask, np.stack([image, np.where(mask, image, 127).astype(np.uint8)])
+
+    def _inpaint(self):
+        image, mask, given = self._masked()
+
+        def run(key, denoise_fn):
+            return editing.repaint(
+                key,
+                self.recipe.schedule,
+                denoise_fn,
+                _signed(image, self.count),
+                mask,
+                self.recipe.sampler(),
+                resamplings=self.options.resamplings,
+                jump=self.options.jump,
+            )
+
+        return given, run
+
+    def _replace(self):
+        image, mask, given = self._masked()
+
+        def run(key, denoise_fn):
+            key_noise, key_steps = jax.random.split(key)
+            x_T = jax.random.normal(key_noise, (self.count, *self.shape))
+            sampler = editing.replacement(self.recipe.sampler(), _signed(image, self.count), mask)
+            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, sampler)
+
+        return given, run
+
+    def _sdedit(self):
+        image = self._read("image")
+
+        def run(key, denoise_fn):
+            x_0 = _signed(image, self.count)
+            strength = self.options.strength
+            return editing.sdedit(key, self.recipe.schedule, denoise_fn, x_0, self.recipe.sampler(), strength=strength)
+
+        return image[None], run
+
+    def _colourise(self):
+        if self.channels == 1:
+            raise UserError("editing.task='colourise' needs a model of colour images (data.channels=3)")
+        linear, image = editing.grey(self.channels), self._read("image")
+        y = linear.measure(_signed(image, self.count))
+        return np.asarray(pictures.to_uint8(linear.invert(y)))[:1], self._sample(
+            lambda clip: editing.project(linear, y, clip)
+        )
+
+    def _super_resolution(self):
+        factor = self.options.factor
+        if factor < 1 or self.size[0] % factor or self.size[1] % factor:
+            raise UserError(f"editing.factor={factor} must divide the model's {self.size[0]}x{self.size[1]} pixels")
+        linear = editing.average_pool(factor)
+        small = self._read("image", (self.size[0] // factor, self.size[1] // factor))
+        y = _signed(small, self.count)
+        return np.asarray(pictures.to_uint8(linear.invert(y)))[:1], self._sample(
+            lambda clip: editing.project(linear, y, clip)
+        )
+
+    def _interpolate(self):
+        ends = [self._read(leaf) for leaf in ("image", "other")]
+        level = self.options.level
+
+        def run(key, denoise_fn):
+            encoding = {} if level is not None else self.recipe.says
+            x = editing.interpolate(
+                key,
+                self.recipe.schedule,
+                denoise_fn,
+                *(_signed(end, 1) for end in ends),
+                np.linspace(0, 1, self.count),
+                self.recipe.sampler(),
+                t=level,
+                **encoding,
+            )
+            return x[:, 0]
+
+        return np.stack(ends), run
+
+    @property
+    def rows(self) -> int:
+        """Images that the network sees at a time."""
+        return 1 if self.options.task == "interpolate" else self.count
+
+
+def edit(config: ConfigDict, directory: pathlib.Path) -> None:
+    """Edits `editing.image`: writes a picture of what was given and what came of it, and an .npz of the results."""
+    work.check_identity(config, directory)
+    work.check_seed("sampling.seed", config.sampling.seed)
+    with as_user_error("config"):
+        mesh = sharding.make_mesh(config.mesh)
+        model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
+        recipe = Recipe(config, model, schedule, mesh)
+        task = _Edit(config, recipe)
+    step, params = weights.load(directory, model, input_shape(config), mesh, config.sampling.use_ema)
+    params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device
+    labels = recipe.labels(np.arange(task.rows))
+
+    def run(params, guide, key, y):
+        return pictures.to_uint8(task.run(key, recipe.network(params, guide, y)))
+
+    if jax.process_index() != 0:
+        return
+    say(f"Compiling {config.editing.task} ...")
+    with as_user_error("config"):
+        run = jax.jit(run, compiler_options=compiler.options())
+        images = np.asarray(run(params, guide, jax.random.key(config.sampling.seed), labels))
+    name = f"edit_{config.editing.task}_step{step}_{recipe.name}_seed{config.sampling.seed}"
+    path = directory / "samples" / name
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f"{name}.partial.npz")
+    np.savez(temporary, images)
+    temporary.replace(path.with_name(f"{name}.npz"))
+    shown = np.concatenate([task.given, images])
+    pictures.save_png(path.with_name(f"{name}.png"), pictures.grid(shown, columns=min(len(shown), 10)))
+    say(f"What was given, and {len(images)} results: {path}.png; the results alone: {path}.npz")

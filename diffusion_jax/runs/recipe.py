@@ -1,0 +1,219 @@
+"""What `config.sampling` makes of a trained network: the sampler and its steps, the classes asked for, and the guidance."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import data, guidance, process, sampling, schedules, training
+from diffusion_jax.models import upsampling
+from diffusion_jax.runs import weights
+from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.errors import UserError
+
+# What a classifier and the model that it guides must share: they look at the same x_t.
+_SHARED = ("schedule", "num_timesteps", "beta_start", "beta_end", "rescale_timesteps")
+
+SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
+    "ddpm": lambda options, **says: sampling.ddpm(**says),
+    "ddim": lambda options, **says: sampling.ddim(options["eta"], **says),
+    "euler": lambda options, **says: sampling.euler(**says),
+    "euler_ancestral": lambda options, **says: sampling.euler_ancestral(**says),
+    "heun": lambda options, **says: sampling.heun(churn=options["churn"], **says),
+    "dpm_solver_pp": lambda options, **says: sampling.dpm_solver_pp(
+        options["order"], sde=options["sde"], singlestep=options["singlestep"], **says
+    ),
+    "unipc": lambda options, **says: sampling.unipc(options["order"], **says),
+    "deis": lambda options, **says: sampling.deis(options["order"], **says),
+    "pndm": lambda options, **says: sampling.pndm(**says),
+    "plms": lambda options, **says: sampling.pndm(runge_kutta=False, **says),
+}
+
+
+def sampler_from_config(options: Mapping, diffusion: Mapping, clip: Callable | None = None, **more) -> sampling.Sampler:
+    """The sampler of `config.sampling`, for what `config.diffusion` says the network predicts.
+
+    clip: instead of `sampling.clip`, given that one. Raises: ValueError for values that fit no sampler.
+    """
+    if options["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampling.sampler={options['sampler']!r} is unknown; known: {', '.join(SAMPLERS)}")
+    own = options["clip"]
+    if own == "dynamic":
+        own = process.dynamic_threshold(options["clip_quantile"])
+    elif not isinstance(own, bool):
+        raise ValueError(f"sampling.clip={own!r} must be True, False or 'dynamic'")
+    says = {"prediction": diffusion["prediction"], "variance": diffusion["variance"]}
+    return SAMPLERS[options["sampler"]](options, clip=own if clip is None else clip(own), **says, **more)
+
+
+def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedule:
+    """The schedule that `config.sampling` walks: all of it, or `steps` of it. Raises: ValueError."""
+    steps = options["steps"]
+    if steps is None:
+        return schedule
+    if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
+        steps = ",".join(map(str, steps))
+    return schedules.respace(schedule, steps, options["spacing"])
+
+
+class Recipe:
+    """All that a config decides about drawing, checked before anything is compiled.
+
+    schedule: the one that is walked. classes: those asked for, which samples have in turn; None where nothing has a class.
+    guide: parameters of the guiding classifier, None without one; an argument of `draw`, for compiled code.
+    """
+
+    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh):
+        """Raises: UserError or ValueError for what does not fit together."""
+        self._config, self._model, self._full = config, model, schedule
+        options = self._options = config["sampling"]
+        self.schedule = respaced(schedule, options)
+        self.guide, self._classifier = None, None
+        num_classes = model.num_classes
+        if options["classifier"]:
+            self._load_classifier(pathlib.Path(options["classifier"]).expanduser(), mesh)
+            if num_classes not in (0, self._classifier.num_classes):
+                raise UserError(
+                    f"sampling.classifier={options['classifier']} knows {self._classifier.num_classes} classes, the model "
+                    f"{num_classes}"
+                )
+            num_classes = self._classifier.num_classes
+        self.classes = self._chosen_classes(num_classes)
+        self.guided = options["guidance_scale"] != 1
+        if self.guided and not (model.num_classes and model.label_dropout):
+            raise UserError(
+                f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
+                "model.label_dropout above 0; use 1, or sampling.classifier"
+            )
+        interval = options["guidance_interval"]
+        if interval and len(interval) != 2:
+            raise UserError(f"sampling.guidance_interval={interval} must be two network times, or () for all")
+        if options["classifier_form"] not in ("eps", "mean"):
+            raise UserError(f"sampling.classifier_form={options['classifier_form']!r} must be 'eps' or 'mean'")
+        self._shifts_mean = self._classifier is not None and options["classifier_form"] == "mean"
+        if self._shifts_mean and options["sampler"] != "ddpm":
+            raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
+        self.sampler()  # for its errors
+
+    def _load_classifier(self, directory: pathlib.Path, mesh) -> None:
+        config = work.read_config(directory)
+        if config is None or not training.is_classifier(config):
+            raise UserError(f"sampling.classifier={directory} holds no classifier; --mode=train_classifier makes one")
+        own, its = self._config["diffusion"], config["diffusion"]
+        differing = [f"{key}: {its[key]!r} there, {own[key]!r} here" for key in _SHARED if its[key] != own[key]]
+        shape = data.image_shape(config["data"])
+        if shape != data.image_shape(self._config["data"]):
+            differing.append(f"images: {shape} there, {data.image_shape(self._config['data'])} here")
+        if differing:
+            raise UserError(f"sampling.classifier={directory} looks at other x_t ({'; '.join(differing)})")
+        self._classifier = training.model_from_config(config)
+        _, self.guide = weights.load(directory, self._classifier, shape, mesh, self._options["use_ema"])
+
+    def _chosen_classes(self, num_classes: int) -> tuple[int, ...] | None:
+        chosen = self._options["label"]
+        if chosen is None:
+            return tuple(range(num_classes)) or None
+        if not num_classes:
+            raise UserError(f"sampling.label={chosen}, but the model has no classes (model.num_classes=0)")
+        chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
+        bad = [y for y in chosen if not isinstance(y, int) or not 0 <= y < num_classes]
+        if bad or not chosen:
+            raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
+        return chosen
+
+    def labels(self, indices: np.ndarray) -> np.ndarray | None:
+        """int32, the labels of the samples of these numbers; None where they have none."""
+        return None if self.classes is None else np.array(self.classes, np.int32)[indices % len(self.classes)]
+
+    @property
+    def name(self) -> str:
+        """The part of a file's name that tells samples of other recipes apart."""
+        options = self._options
+        name = f"{options['sampler']}{self.schedule.num_timesteps}"
+        if options["sampler"] == "ddim" and options["eta"]:
+            name += f"_eta{options['eta']:g}"
+        if options["label"] is not None:
+            name += "_class" + "-".join(map(str, self.classes))[:40]
+        if self.guided:
+            name += f"_guided{options['guidance_scale']:g}"
+        if self._classifier is not None:
+            name += f"_classifier{options['classifier_scale']:g}"
+        return name
+
+    def sampler(self, clip: Callable | None = None, mean_shift: Callable | None = None) -> sampling.Sampler:
+        """The sampler; clip: as `sampler_from_config`."""
+        more = {} if mean_shift is None else {"mean_shift": mean_shift}
+        return sampler_from_config(self._options, self._config["diffusion"], clip, **more)
+
+    @property
+    def says(self) -> dict[str, str]:
+        """What the network's output stands for, as samplers take it."""
+        return {key: self._config["diffusion"][key] for key in ("prediction", "variance")}
+
+    def _log_prob(self, guide, y) -> Callable:
+        return guidance.class_log_prob(lambda x, time: self._classifier.apply({"params": guide}, x, time), y)
+
+    def network(self, params, guide, y, low=None) -> Callable:
+        """The guided denoise_fn(x_t, time), pure. y: int32 [B] or None; low: [B, h, w, C], for an upsampler."""
+        options, diffusion = self._options, self._config["diffusion"]
+
+        def conditional(x_t, time, y):
+            if low is not None:
+                times = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
+                noise = None
+                if diffusion["conditioning_noise"]:
+                    noise = jnp.full(x_t.shape[:1], options["low_resolution_noise"])
+                x_t = upsampling.condition(x_t, jnp.tile(low, (times, 1, 1, 1)), noise)
+            return self._model.apply({"params": params}, x_t, time, y)
+
+        if self.guided:
+            interval = tuple(options["guidance_interval"]) or None
+            denoise_fn = guidance.classifier_free(
+                conditional,
+                y,
+                self._model.null_label,
+                options["guidance_scale"],
+                interval=interval,
+                rescale=options["guidance_rescale"],
+            )
+        else:
+            own = y if self._model.num_classes else None
+            denoise_fn = lambda x_t, time: conditional(x_t, time, own)  # noqa: E731
+        if self._classifier is not None and not self._shifts_mean:
+            denoise_fn = guidance.classifier(
+                denoise_fn,
+                self._log_prob(guide, y),
+                self._full,
+                options["classifier_scale"],
+                prediction=diffusion["prediction"],
+            )
+        return denoise_fn
+
+    def draw(
+        self,
+        params,
+        guide,
+        key,
+        shape: tuple[int, ...],
+        y=None,
+        low=None,
+        *,
+        constrain: Callable = lambda x: x,
+        **options: Any,
+    ):
+        """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` gives with `options`; pure.
+
+        shape: (B, H, W, C). y, low: as `network`. constrain: applied to x_T, to place it on a mesh.
+        """
+        key_noise, key_steps = jax.random.split(key)
+        x_T = constrain(jax.random.normal(key_noise, shape))
+        mean_shift = None
+        if self._shifts_mean:
+            mean_shift = guidance.log_prob_gradient(self._log_prob(guide, y), self._options["classifier_scale"])
+        denoise_fn, sampler = self.network(params, guide, y, low), self.sampler(mean_shift=mean_shift)
+        return sampling.sample(key_steps, self.schedule, denoise_fn, x_T, sampler, **options)

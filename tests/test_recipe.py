@@ -1,0 +1,338 @@
+"""--mode=sample and --mode=edit: classes, guidance, classifiers, upsamplers and edits of tiny networks, against the core."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from test_classifier import classifier_config
+from test_runs import finish, start
+from test_training import tiny_config
+from test_upsampling import upsampler_config
+
+from diffusion_jax import data, guidance, sampling, schedules, training
+from diffusion_jax.models import upsampling
+from diffusion_jax.runs import errors, pictures, recipe, weights, workdir
+from diffusion_jax.runs.edit import edit
+from diffusion_jax.runs.generate import sample
+from diffusion_jax.training.checkpoints import Checkpoints
+
+T = 20
+CONDITIONAL = {"diffusion.num_timesteps": T, "model.num_classes": 10, "model.label_dropout": 0.1}
+DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 5, "sampling.trajectory": 0}
+
+
+def conditional(**overrides):
+    return tiny_config(**{**CONDITIONAL, **DRAWN, **overrides})
+
+
+def untrained(directory, config):
+    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
+    built = training.setup(config)
+    state = built.init()
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, moved)
+    directory.mkdir()
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(1, state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
+        checkpoints.finish(1)
+    workdir.write_config(config, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    untrained(root / "conditional", conditional())
+    untrained(root / "plain", tiny_config(**{"diffusion.num_timesteps": T, **DRAWN}))
+    untrained(root / "classifier", classifier_config(**{"diffusion.num_timesteps": T}))
+    untrained(root / "other_classifier", classifier_config(**{"diffusion.num_timesteps": 2 * T}))
+    untrained(root / "upsampler", upsampler_config(**DRAWN, **{"diffusion.conditioning_noise": 0.2}))
+    return root
+
+
+def parts_of(config, directory):
+    """(schedule to walk, whole schedule, apply(x, time, *y)) of a work directory."""
+    built = training.setup(config)
+    _, params = weights.load(directory, built.model, training.input_shape(config), built.mesh, True)
+    return schedules.respace(built.schedule, 5, "trailing"), built.schedule, built.model, params
+
+
+def by_hand(network, walked, sampler, batches=2, size=4):
+    """The same keys and batches through the core alone. network(batch) -> denoise_fn."""
+    images = []
+    for batch in range(batches):
+        key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), batch))
+        x_T = jax.random.normal(key_noise, (size, 8, 8, 1))
+        images.append(
+            jax.jit(lambda x, k=key_steps, b=batch: sampling.sample(k, walked, network(b), x, sampler(b)))(x_T)
+        )
+    return np.concatenate(images)
+
+
+def drawn(directory):
+    """(images, labels) of the newest .npz, removed again."""
+    (path,) = (directory / "samples").glob("step*.npz")
+    with np.load(path) as arrays:
+        found = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
+    path.unlink()
+    return found
+
+
+def agree(images, x):
+    """uint8 images and what they were made from, but for the rounding of values half-way."""
+    assert abs(images.astype(int) - np.asarray(pictures.to_uint8(x)).astype(int)).max() <= 1
+    assert len(np.unique(images)) > 20
+
+
+def test_guided_samples_are_the_core_s(root):
+    """Two classes in turn, classifier-free guidance with an interval and a rescale, DPM-Solver++."""
+    directory = root / "conditional"
+    overrides = {
+        "sampling.label": (3, 5),
+        "sampling.guidance_scale": 2.5,
+        "sampling.guidance_interval": (4, 15),
+        "sampling.guidance_rescale": 0.5,
+        "sampling.sampler": "dpm_solver_pp",
+    }
+    sample(conditional(**overrides), directory)
+    images, labels = drawn(directory)
+    np.testing.assert_array_equal(labels, [3, 5, 3, 5, 3, 5])
+    walked, _, model, params = parts_of(conditional(), directory)
+
+    def network(batch):
+        apply = lambda x, time, y: model.apply({"params": params}, x, time, y)  # noqa: E731
+        y = jnp.array([3, 5, 3, 5])
+        return guidance.classifier_free(apply, y, model.null_label, 2.5, interval=(4, 15), rescale=0.5)
+
+    agree(images, by_hand(network, walked, lambda batch: sampling.dpm_solver_pp(2))[:6])
+    sample(conditional(**{**overrides, "sampling.guidance_scale": 1.0}), directory)
+    unguided, _ = drawn(directory)
+    assert (unguided != images).any()
+
+
+@pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
+def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
+    directory = root / name
+    base = (
+        conditional
+        if name == "conditional"
+        else lambda **o: tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **o})
+    )
+    config = base(
+        **{
+            "sampling.classifier": str(root / "classifier"),
+            "sampling.classifier_scale": 2.0,
+            "sampling.classifier_form": form,
+            "sampling.label": 7,
+        }
+    )
+    sample(config, directory)
+    images, labels = drawn(directory)
+    np.testing.assert_array_equal(labels, [7] * 6)
+    walked, full, model, params = parts_of(base(), directory)
+    its = classifier_config(**{"diffusion.num_timesteps": T})
+    classifier = training.model_from_config(its)
+    _, guide = weights.load(root / "classifier", classifier, (8, 8, 1), training.setup(its).mesh, True)
+    y = jnp.full(4, 7)
+    log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
+
+    def network(batch):
+        own = (y,) if name == "conditional" else ()
+        apply = lambda x, time: model.apply({"params": params}, x, time, *own)  # noqa: E731
+        return guidance.classifier(apply, log_prob, full, 2.0) if form == "eps" else apply
+
+    shift = guidance.log_prob_gradient(log_prob, 2.0) if form == "mean" else None
+    agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
+
+
+def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
+    """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
+    directory = root / "upsampler"
+    low = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "low.npz", low)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, image in enumerate(low):
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    config = lambda **o: upsampler_config(**{**DRAWN, "diffusion.conditioning_noise": 0.2, **o})  # noqa: E731
+    options = {"sampling.low_resolution_noise": 0.1, "sampling.sampler": "ddim"}
+    sample(config(**{"sampling.low_resolution": str(tmp_path / "low.npz"), **options}), directory)
+    images, _ = drawn(directory)
+    walked, _, model, params = parts_of(config(), directory)
+
+    def network(batch):
+        small = jnp.asarray(low[(4 * batch + np.arange(4)) % 3] / 127.5 - 1, jnp.float32)
+        return lambda x, time: model.apply(
+            {"params": params}, upsampling.condition(x, small, jnp.full(x.shape[0], 0.1)), time
+        )
+
+    agree(images, by_hand(network, walked, lambda batch: sampling.ddim())[:6])
+    sample(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
+    np.testing.assert_array_equal(drawn(directory)[0], images)
+    np.savez(tmp_path / "wrong.npz", low[:, :2])
+    for path, words in (
+        ("", "name them by sampling.low_resolution"),
+        (str(tmp_path / "none.npz"), "neither a folder nor an .npz"),
+        (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            sample(config(**{"sampling.low_resolution": path}), directory)
+
+
+@pytest.mark.parametrize("name", recipe.SAMPLERS)
+def test_every_sampler_of_a_config(name):
+    """The same function as the core's of that name, by what it draws; and with every clip."""
+    options = conditional(**{"sampling.sampler": name, "sampling.order": 3, "sampling.churn": 5.0}).sampling
+    made = {
+        "ddpm": lambda **k: sampling.ddpm(**k),
+        "ddim": lambda **k: sampling.ddim(**k),
+        "euler": lambda **k: sampling.euler(**k),
+        "euler_ancestral": lambda **k: sampling.euler_ancestral(**k),
+        "heun": lambda **k: sampling.heun(churn=5.0, **k),
+        "dpm_solver_pp": lambda **k: sampling.dpm_solver_pp(3, **k),
+        "unipc": lambda **k: sampling.unipc(3, **k),
+        "deis": lambda **k: sampling.deis(3, **k),
+        "pndm": lambda **k: sampling.pndm(**k),
+        "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
+    }[name]
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
+    network = lambda x, time: 0.7 * x  # noqa: E731
+    x_T = jax.random.normal(jax.random.key(2), (2, 3))
+    config = ConfigDict({"prediction": "v", "variance": "fixed_large"})
+    run = lambda sampler: sampling.sample(jax.random.key(0), schedule, network, x_T, sampler)  # noqa: E731
+    np.testing.assert_array_equal(run(recipe.sampler_from_config(options, config)), run(made(prediction="v")))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("conditional", {"sampling.label": 10}, r"sampling.label=10 must be classes in 0 \.\.\. 9"),
+        ("conditional", {"sampling.label": "seven"}, "sampling.label=seven must be classes"),
+        ("plain", {"sampling.label": 1}, "the model has no classes"),
+        ("plain", {"sampling.guidance_scale": 2.0}, "needs a model trained with model.num_classes and"),
+        ("conditional", {"sampling.guidance_interval": (5,)}, "must be two network times"),
+        ("conditional", {"sampling.clip": "maybe"}, "must be True, False or 'dynamic'"),
+        ("conditional", {"sampling.clip": "dynamic", "sampling.clip_quantile": 2.0}, "quantile must lie in"),
+        ("conditional", {"sampling.sampler": "deis", "sampling.order": 4}, "order must be 1, 2 or 3"),
+        ("conditional", {"sampling.sampler": "ddim", "sampling.eta": 2.0}, "eta must lie in"),
+        ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
+        ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
+        ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),
+        ("plain", {"sampling.classifier": "nothing"}, "holds no classifier"),
+        ("plain", {"sampling.classifier": "other_classifier"}, "num_timesteps: 40 there, 20 here"),
+        ("plain", {"sampling.classifier": "classifier", "sampling.classifier_form": "x"}, "must be 'eps' or 'mean'"),
+        (
+            "plain",
+            {
+                "sampling.classifier": "classifier",
+                "sampling.classifier_form": "mean",
+                "sampling.sampler": "heun",
+            },
+            "use sampling.sampler='ddpm'",
+        ),
+    ],
+)
+def test_wrong_combinations_are_one_line(root, name, overrides, words):
+    overrides = dict(overrides)
+    if "sampling.classifier" in overrides:
+        overrides["sampling.classifier"] = str(root / overrides["sampling.classifier"])
+    config = conditional(**overrides)
+    if name == "plain":
+        config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **overrides})
+    with pytest.raises(errors.UserError, match=words) as caught:
+        sample(config, root / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files")
+    images = data.load(tiny_config().data).read(np.arange(2))[0]
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[:4] = 0
+    for name, image in {
+        "image": images[0, ..., 0],
+        "other": images[1, ..., 0],
+        "mask": mask,
+        "white": mask | 255,
+    }.items():
+        Image.fromarray(image).save(directory / f"{name}.png")
+    return directory
+
+
+def editing_config(files, **overrides):
+    named = {f"editing.{leaf}": str(files / f"{leaf}.png") for leaf in ("image", "other", "mask")}
+    return conditional(**{"editing.num_samples": 3, "editing.resamplings": 2, "editing.jump": 2, **named, **overrides})
+
+
+@pytest.mark.parametrize("task", ["inpaint", "replace", "sdedit", "super_resolution", "interpolate"])
+def test_edits(root, files, task):
+    directory = root / "conditional"
+    overrides = {"editing.task": task, "editing.factor": 2, "sampling.label": 4}
+    if task == "interpolate":
+        overrides |= {"sampling.sampler": "ddim", "sampling.clip": False, "sampling.steps": None}
+    edit(editing_config(files, **overrides), directory)
+    (path,) = (directory / "samples").glob(f"edit_{task}_*.npz")
+    with np.load(path) as arrays:
+        images = arrays["arr_0"]
+    with Image.open(path.with_suffix(".png")) as picture:
+        shown = 3 + {"inpaint": 2, "replace": 2, "interpolate": 2}.get(task, 1)
+        assert picture.size == (68 * shown + 4, 72)
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    with Image.open(files / "image.png") as image:
+        image = np.asarray(image)[..., None]
+    if task in ("inpaint", "replace"):
+        np.testing.assert_array_equal(images[:, 4:], np.repeat(image[None, 4:], 3, axis=0))
+        assert (images[0, :4] != images[1, :4]).any()
+    if task == "super_resolution":
+        small = data.fit(Image.fromarray(image[..., 0]), (4, 4), 1)
+        free = (images > 0) & (images < 255)  # what was cut off at the ends of the scale fits no longer
+        whole = free.reshape(3, 4, 2, 4, 2).all(axis=(2, 4))
+        means = images.reshape(3, 4, 2, 4, 2).mean(axis=(2, 4))
+        assert abs(means - small[..., 0])[whole].max() <= 1 and whole.any()
+    path.unlink()
+
+
+def test_edits_that_cannot_be(root, files):
+    for overrides, words in (
+        ({"editing.task": "foo"}, "known: inpaint, replace"),
+        ({"editing.task": "colourise"}, "needs a model of colour images"),
+        ({"editing.mask": ""}, "editing.mask=FILE is needed"),
+        ({"editing.image": str(files)}, "cannot be read as an image"),
+        ({"editing.mask": str(files / "white.png")}, "white everywhere"),
+        ({"editing.num_samples": 0}, "is too few"),
+        ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
+        ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
+        ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
+        ({"editing.task": "interpolate", "editing.level": 7}, "start=7"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            edit(editing_config(files, **overrides), root / "conditional")
+
+
+def test_colours_come_back_to_what_was_grey(tmp_path, files):
+    config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
+    untrained(tmp_path / "run", config)
+    config.editing.update(task="colourise", image=str(files / "image.png"), num_samples=2)
+    edit(config, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "samples").glob("edit_colourise_*.npz")
+    with np.load(path) as arrays:
+        images = arrays["arr_0"].astype(int)
+    with Image.open(files / "image.png") as image:
+        grey = np.asarray(image).astype(int)
+    inside = ((images > 0) & (images < 255)).all(-1)
+    assert abs(images.mean(-1) - grey)[inside].max() <= 1 and (np.ptp(images, axis=-1) > 5).any()
+
+
+def test_the_command_line_takes_a_class(root):
+    flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
+    code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
+    assert code == 0, err
+    assert "step 5 of 5" in out
+    np.testing.assert_array_equal(drawn(root / "conditional")[1], [2] * 6)
+    code, _, err = finish(start(f"--workdir={root / 'nothing'}", "--mode=sample", "--config.sampling.class=1"))
+    assert code == 2 and "holds no run whose config could be used" in err and len(err.strip().splitlines()) == 1
