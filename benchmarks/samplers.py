@@ -93,12 +93,14 @@ def main():
         errors[name] = [error(name, calls, x_T, truth, options.spacing) for calls in all_calls]
         print(f"| {name} | " + " | ".join("" if np.isnan(e) else f"{e:.3g}" for e in errors[name]) + " |", flush=True)
     if options.plot:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         for i, (name, values) in enumerate(errors.items()):
-            axes.plot(all_calls, values, marker="os^vD"[i % 5], markersize=4, linewidth=1.2, label=name)
+            look = {"color": colormaps["tab20"](i), "marker": "os^vD"[i % 5], "markersize": 4, "linewidth": 1.3}
+            axes.plot(all_calls, values, **look, label=name)
         axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact map")
         axes.set_xticks(all_calls, map(str, all_calls))
         axes.set_title(f"Five modes of standard deviation 0.05, spacing {options.spacing!r}", fontsize=10)

@@ -186,10 +186,10 @@ def test_memory_is_flat_in_the_number_of_steps():
         run = jax.jit(
             lambda x: sampling.sample(KEY, schedule, denoiser(full), x, sampling.ddim(prediction="x_0"), **kwargs)
         )
-        analysis = run.lower(jnp.zeros((64, 64))).compile().memory_analysis()
+        analysis = run.lower(jnp.zeros((512, 512))).compile().memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
-    assert temporary_bytes(1000) < 1.05 * temporary_bytes(10) + 20_000
+    assert temporary_bytes(1000) < 1.05 * temporary_bytes(10)
     assert temporary_bytes(1000, trajectory=True) > 50 * temporary_bytes(1000)
 
 
