@@ -27,7 +27,7 @@ TASKS = {
     "sdedit": ["--config.sampling.steps=100", "--config.editing.strength=0.6"],
     "colourise": ["--config.sampling.steps=100"],
     "super_resolution": ["--config.sampling.steps=100", "--config.editing.factor=2"],
-    "interpolate": ["--config.sampling.sampler=heun", "--config.sampling.steps=50", "--config.sampling.clip=False"],
+    "interpolate": ["--config.sampling.steps=100", "--config.sampling.sampler=ddim"],
 }
 
 

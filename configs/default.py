@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
-    config.sampling.sampler = "ddpm"
+    config.sampling.sampler = "ddpm"  # heun, pndm and plms of a cosine schedule need the spacing karras or log_snr
     # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), or OpenAI's "ddim50" or "10,15,20".
     config.sampling.steps = FieldReference(None, field_type=object)
     config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default, digits
-from diffusion_jax import training
+from diffusion_jax import likelihood, training
 from diffusion_jax.training import optimizer, sharding, step
 
 
@@ -99,6 +99,24 @@ def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
     assert state.params["conv_out"]["kernel"].shape[-1] == 2 and state.loss_history is None
     _, metrics = train_step(state, a_batch(config))
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
+
+
+def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_given():
+    """A chain of one step, whose only term is the decoder's."""
+    overrides = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 1}
+    config = tiny_config(**overrides, **{"diffusion.vlb_weight": 0.5, "data.levels": 17, "diffusion.beta_end": 0.02})
+    built = training.setup(config)
+    objective = step._objective(config, built.model, built.schedule)
+    x_0 = jnp.asarray(a_batch(config)["image"], jnp.float32) / 127.5 - 1
+    loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
+    says = {"prediction": "eps", "variance": "learned_range", "clip": False}
+    by_levels = {
+        levels: likelihood.bound_term(built.schedule, parts.output, x_0, parts.x_t, parts.t, levels=levels, **says)[0]
+        for levels in (17, 256)
+    }
+    np.testing.assert_allclose(parts.vlb, by_levels[17], rtol=1e-5)
+    assert (by_levels[256] > 1.005 * by_levels[17]).all()
+    np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-5)
 
 
 def test_importance_sampling_records_the_unweighted_losses():

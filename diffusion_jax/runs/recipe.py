@@ -135,8 +135,16 @@ class Recipe:
         """The part of a file's name that tells samples of other recipes apart."""
         options = self._options
         name = f"{options['sampler']}{self.schedule.num_timesteps}"
+        if options["steps"] is not None and options["spacing"] != "trailing":
+            name += f"_{options['spacing']}"
+        if options["sampler"] in ("dpm_solver_pp", "unipc", "deis") and options["order"] != 2:
+            name += f"_order{options['order']}"
+        if options["sampler"] == "dpm_solver_pp":
+            name += "_singlestep" * options["singlestep"] + "_sde" * options["sde"]
         if options["sampler"] == "ddim" and options["eta"]:
             name += f"_eta{options['eta']:g}"
+        if options["sampler"] == "heun" and options["churn"]:
+            name += f"_churn{options['churn']:g}"
         if options["label"] is not None:
             name += "_class" + "-".join(map(str, self.classes))[:40]
         if self.guided:

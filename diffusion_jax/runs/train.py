@@ -74,7 +74,9 @@ def _check(config: ConfigDict) -> None:
 
 
 def check_source(config: ConfigDict, source) -> None:
-    """Raises: UserError where the labels of the data do not fit the network."""
+    """Raises: UserError or DataError where labels do not fit the network, or grey levels the bound that is trained."""
+    if config.diffusion.loss in ("vlb", "hybrid"):
+        data.check_levels(source.read(np.arange(min(64, len(source))))[0], config.data.levels)
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")

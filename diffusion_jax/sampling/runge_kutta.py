@@ -32,7 +32,8 @@ def heun(
 ) -> Sampler:
     """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
 
-    Two network calls a step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's.
+    Two network calls a step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. A step over many octaves
+    of sigma is beyond it, and the first ones of a cosine schedule are that: respace by "karras" or "log_snr".
 
     churn: S_churn; above 0 each step first raises sigma, the standard deviation of the noise in x / alpha, by the factor
       1 + min(churn / T, sqrt(2) - 1), never above the training grid's largest, with fresh noise of S_noise = `churn_noise`,
@@ -83,7 +84,8 @@ def pndm(
 ) -> Sampler:
     """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, 55/24, -59/24, 37/24, -9/24 (F-PNDM).
 
-    For steps even in network time ("leading", "linspace"); of second order there.
+    For steps even in network time ("leading", "linspace"), of second order there; as `heun`, not for steps over many octaves
+    of sigma.
 
     runge_kutta: the first three steps make four network calls each, two of them half-way; False starts with the lower orders
       instead, one call a step, two in the first (PLMS).

@@ -140,7 +140,7 @@ def make_train_step(
     Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
     ... loss_q4 (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep
     in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy, grad_norm
-    (before clipping), param_norm, learning_rate. Under importance sampling all of them are the weighted, unbiased means.
+    (before clipping), param_norm, learning_rate. Under importance sampling losses are weighted, so that means are unbiased.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
     flip, extras = config["data"]["random_flip"], _PARTS[diffusion["loss"]]
