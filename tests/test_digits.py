@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_runs import ROOT, digits_config
 
+from configs import digits_conditional
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 
@@ -23,3 +24,21 @@ def test_the_demo_s_digits_are_digits(tmp_path):
         figures = quality(arrays["arr_0"])
     print(figures)
     assert figures["confident"] > 0.6 and figures["rarest"] > 0.02 and figures["distance"] >= 1.0
+
+
+@pytest.mark.slow
+def test_the_digit_asked_for_is_the_digit_drawn(tmp_path):
+    """configs/digits_conditional.py with classifier-free guidance, judged by a classifier of real digits."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from digits_quality import agreement
+
+    config = digits_conditional.get_config()
+    config.sampling.update(num_samples=500, batch_size=250, trajectory=0, guidance_scale=2.0)
+    config.sampling.update(sampler="dpm_solver_pp", steps=50, spacing="log_snr")
+    train(config, tmp_path)
+    sample(config, tmp_path)
+    (path,) = (tmp_path / "samples").glob("*guided2*.npz")
+    with np.load(path) as arrays:
+        found = agreement(arrays["arr_0"], arrays["arr_1"])
+    print(found)
+    assert found >= 0.95
