@@ -3,8 +3,8 @@
     python benchmarks/digits_quality.py runs/digits/samples/NAME.npz
 
 A small classifier learns the real training digits. Its confidence that 95% of the held-out real digits reach is the bar; the
-figure is the share of samples that reach it. For a conditional model, also the share in which it sees the digit that was asked
-for. Memorisation: the median distance of samples to their nearest training image, over that of held-out real digits (1 and
+figure is the share of samples that reach it. For a conditional model, also the share in which it sees the digit asked for.
+Memorisation: the median distance of samples to their nearest training image, over that of held-out real digits (1 and
 more: samples stand no closer to the training set than new real digits do).
 """
 

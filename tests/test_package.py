@@ -139,20 +139,28 @@ def test_a_stored_config_comes_back(tmp_path):
     assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
 
 
-def test_the_readme_s_example_runs():
-    """Every Python block of the README, in order, in one namespace."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def run_blocks(path):
+    """Every Python block of a document, in order, in one namespace, which it returns."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
     assert blocks
     namespace: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["x"].shape == (16, 2) and abs(float(namespace["x"].mean()) - 0.5) < 0.2
+        exec(compile(block, str(path), "exec"), namespace)
+    return namespace
+
+
+def test_the_documents_examples_run():
+    x = run_blocks(ROOT / "README.md")["x"]
+    assert x.shape == (16, 2) and abs(float(x.mean()) - 0.5) < 0.2
+    x_0 = run_blocks(ROOT / "docs" / "sampling.md")["x_0"]
+    assert abs(x_0 - jax.numpy.array([[-0.75], [0.75], [0.75]])).max() < 1e-3  # half as far again as unguided
 
 
 def test_the_readme_is_short_and_its_files_exist():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 250
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / link).exists(), link
-    for config in re.findall(r"configs/(\w+)\.py", text):
-        assert config == "NAME" or (ROOT / "configs" / f"{config}.py").exists(), config
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (document.parent / link).exists(), link
+        for config in re.findall(r"configs/(\w+)\.py", text):
+            assert config == "NAME" or (ROOT / "configs" / f"{config}.py").exists(), config
