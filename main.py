@@ -2,7 +2,8 @@
 
 MODE is train, sample, edit (inpainting and more, of images of yours), evaluate (bits per dimension), progressive (rate and
 distortion) or train_classifier (of noisy images, for guidance). Relaunching the same command continues the run. For a
-directory that holds a run, --config may be left out.
+directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
+diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
 import difflib
@@ -19,6 +20,10 @@ MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+flags.DEFINE_string("pretrained", None, "Published weights to begin with: a folder or file as pretrained.load takes.")
+flags.DEFINE_string(
+    "pretrained_flags", "", "What these do not say of themselves: a preset's name, OpenAI's flags, JSON."
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a file of configs/.", lock_config=True)
 
 
@@ -32,12 +37,14 @@ def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
     # What people write; a config's leaf cannot be named by a word of Python's own. config_flags reads sys.argv itself.
     sys.argv = argv = [arg.replace("--config.sampling.class=", "--config.sampling.label=", 1) for arg in argv]
-    path, workdir = _value(argv, "config"), _value(argv, "workdir")
+    path, workdir, weights = (_value(argv, name) for name in ("config", "workdir", "pretrained"))
     if path and not pathlib.Path(path.partition(":")[0]).is_file():
         fail(f"--config={path}: no such file")
     if workdir and "://" in workdir:
         fail(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
-    if not path and workdir and _read_config(workdir) is not None:
+    if weights:
+        argv = sys.argv = _with_weights(argv, path, workdir, weights)
+    elif not path and workdir and _read_config(workdir) is not None:
         stored = f"--config={pathlib.Path(__file__).parent / 'configs' / 'workdir.py'}:{workdir}"
         sys.argv = argv = [argv[0], stored, *argv[1:]]
     elif not path and any(arg.startswith(("--config.", "-config.")) for arg in argv):
@@ -51,6 +58,10 @@ def parse(argv: list[str]) -> list[str]:
         fail(_unknown_key(argv) or f"cannot read the config: {error}")
     except (flags.Error, OSError, ValueError, ImportError, SyntaxError, TypeError) as error:
         fail(str(error))
+    except Exception as error:  # PretrainedError, whose import would take seconds from every launch
+        if type(error).__name__ != "PretrainedError":
+            raise
+        fail(str(error))
     if flags.FLAGS.workdir is None:
         fail("--workdir=DIR is needed: where the run keeps its checkpoints, metrics and samples")
     if config is None:
@@ -58,6 +69,17 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
+
+
+def _with_weights(argv: list[str], path: str | None, workdir: str | None, weights: str) -> list[str]:
+    """The arguments with the config of published weights; or, with a config of one's own, with these to begin with."""
+    if workdir and any(pathlib.Path(workdir).expanduser().glob("checkpoints/*/_CHECKPOINT_METADATA")):
+        fail(f"--pretrained={weights} begins a run, and {workdir} holds one; leave it out, or use another --workdir")
+    more = _value(argv, "pretrained_flags") or ""
+    if path:
+        return [*argv, f"--config.init_from={weights}", f"--config.init_flags={more}"]
+    described = pathlib.Path(__file__).parent / "configs" / "pretrained.py"
+    return [argv[0], f"--config={described}:{weights}" + (f"|{more}" if more else ""), *argv[1:]]
 
 
 def _value(argv: list[str], name: str) -> str | None:
@@ -118,6 +140,7 @@ def main(argv: list[str]) -> None:
     del argv
     devices.quiet()
     from diffusion_jax.data import DataError
+    from diffusion_jax.pretrained import PretrainedError
     from diffusion_jax.runs.edit import edit
     from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.evaluate import evaluate, progressive
@@ -140,7 +163,12 @@ def main(argv: list[str]) -> None:
         run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
     except UserError as error:
         fail(str(error), error.exit_code)
-    except (DataError, CheckpointError, OSError) as error:  # OSError: a full disk, a directory that cannot be written
+    except (
+        DataError,
+        CheckpointError,
+        PretrainedError,
+        OSError,
+    ) as error:  # OSError: a full disk, a read-only directory
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from what it had saved", 130)

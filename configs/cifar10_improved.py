@@ -15,6 +15,7 @@ estimates the bits per dimension of the test images.
 from ml_collections import ConfigDict
 
 from configs import default
+from diffusion_jax import models
 
 _LOSSES = {
     "hybrid": {"loss": "hybrid", "timestep_sampler": "uniform"},
@@ -28,9 +29,7 @@ def get_config(loss: str = "hybrid") -> ConfigDict:
         raise ValueError(f"cifar10_improved.py:{loss}: known are {', '.join(_LOSSES)}")
     config = default.get_config()
     config.data.random_flip = False
-    config.model.update(num_res_blocks=3, attention_levels=(1, 2), num_heads=4, dropout=0.3)
-    config.model.update(scale_shift_norm=True, embedding_cos_first=True, embedding_freq_shift=0.0)
-    config.model.update(downsample_padding=(1, 1), norm_epsilon=1e-5, initializer="openai")
+    config.model.update(models.preset_fields("improved_cifar10"))
     config.diffusion.update(schedule="cosine", num_timesteps=4000, rescale_timesteps=True, variance="learned_range")
     config.diffusion.update(_LOSSES[loss])
     config.training.num_steps = 500_000

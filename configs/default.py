@@ -10,6 +10,8 @@ def get_config() -> ConfigDict:
     """DDPM's hyperparameters for CIFAR-10."""
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""  # weights that training begins with: a path as pretrained.load takes
+    config.init_flags = ""  # what these do not say of themselves: a preset's name, OpenAI's flags, or JSON
 
     config.data = ConfigDict()
     config.data.dataset = "cifar10"  # a TFDS name, "folder" (images below data_dir) or "digits" (scikit-learn's)
@@ -29,6 +31,7 @@ def get_config() -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_levels = (1,)
     config.model.num_heads = 1
+    config.model.num_heads_up = config_dict.placeholder(int)  # on the way up, where not as many
     config.model.head_channels = config_dict.placeholder(int)  # channels of a head, instead of num_heads
     config.model.resample_blocks = False  # ADM's residual blocks between levels, instead of convolutions
     config.model.scale_shift_norm = False
@@ -115,7 +118,8 @@ def get_config() -> ConfigDict:
     config.sampling.guidance_scale = 1.0  # classifier-free, with model.label_dropout: 1 is none, 0 unconditional
     config.sampling.guidance_interval = ()  # the network times (low, high) at which it applies; () for all
     config.sampling.guidance_rescale = 0.0  # to 1, against the glare of a large scale
-    config.sampling.classifier = ""  # the work directory of a classifier that guides
+    config.sampling.classifier = ""  # that guides: its work directory, or a path as pretrained.load takes
+    config.sampling.classifier_flags = ""
     config.sampling.classifier_scale = 1.0
     config.sampling.classifier_form = "eps"  # shifts eps; or "mean", ADM's, of the sampler ddpm
     config.sampling.low_resolution = ""  # what an upsampler enlarges: an .npz of --mode=sample, or a folder of images

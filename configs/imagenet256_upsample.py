@@ -10,16 +10,14 @@ whose files TFDS asks you to download by hand.
 from ml_collections import ConfigDict
 
 from configs import default
+from diffusion_jax import models
 
 
 def get_config() -> ConfigDict:
     """Six levels from 256 to 8 pixels, attention at 32, 16 and 8, 1,000 classes, a learned variance."""
     config = default.get_config()
     config.data.update(dataset="imagenet2012", image_size=256, low_resolution=64, random_flip=True)
-    config.model.update(channels=192, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(3, 4, 5), num_heads=4)
-    config.model.update(num_classes=1000, scale_shift_norm=True, resample_blocks=True, dropout=0.0)
-    config.model.update(embedding_cos_first=True, embedding_freq_shift=0.0, downsample_padding=(1, 1))
-    config.model.update(norm_epsilon=1e-5, initializer="openai")
+    config.model.update(models.preset_fields("adm_upsampler_64_256"))
     config.diffusion.update(loss="hybrid", variance="learned_range")
     config.training.update(num_steps=500_000, batch_size=256)
     config.optimizer.update(name="adamw", learning_rate=1e-4, warmup_steps=0, grad_clip=0.0)

@@ -17,6 +17,7 @@ downsampled_imagenet/64x64, which the bits per dimension are of, and for the con
 from ml_collections import ConfigDict
 
 from configs import cifar10_improved
+from diffusion_jax import models
 
 
 def get_config(variant: str = "hybrid") -> ConfigDict:
@@ -26,12 +27,11 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     conditional = variant == "conditional"
     config = cifar10_improved.get_config("hybrid" if conditional else variant)
     config.data.update(dataset="downsampled_imagenet/64x64", image_size=64)
-    config.model.update(channel_multipliers=(1, 2, 3, 4), attention_levels=(2, 3), dropout=0.0)
+    config.model.update(models.preset_fields("improved_imagenet64" + ("_conditional" if conditional else "")))
     config.training.num_steps = 1_500_000
     config.evaluation.split = "validation"
     if conditional:
         config.data.dataset = "imagenet_resized/64x64"
-        config.model.update(channels=192, num_classes=1000)
         # Its run neither rescaled the timesteps nor the bound: one sampled term of it had weight 1, the whole 1 / T.
         config.diffusion.update(rescale_timesteps=False, vlb_weight=1 / config.diffusion.num_timesteps)
         config.training.update(num_steps=250_000, batch_size=2048)

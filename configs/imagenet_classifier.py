@@ -19,28 +19,19 @@ imagenet_resized/64x64, which TFDS downloads.
 from ml_collections import ConfigDict
 
 from configs import default
-
-_MULTIPLIERS = {
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
+from diffusion_jax import models
 
 
 def get_config(size: str = "128") -> ConfigDict:
     """size: "64", "128", "256" or "512"."""
-    if size not in map(str, _MULTIPLIERS):
-        raise ValueError(f"imagenet_classifier.py:{size}: known are {', '.join(map(str, _MULTIPLIERS))}")
-    pixels = int(size)
+    if size not in ("64", "128", "256", "512"):
+        raise ValueError(f"imagenet_classifier.py:{size}: known are 64, 128, 256, 512")
     config = default.get_config()
-    config.data.update(dataset="imagenet2012", image_size=pixels)
+    config.data.update(dataset="imagenet2012", image_size=int(size))
     config.model = classifier(1000)
-    config.model.channel_multipliers = _MULTIPLIERS[pixels]
-    config.model.attention_levels = tuple(i for i in range(len(_MULTIPLIERS[pixels])) if pixels >> i in (32, 16, 8))
-    if pixels == 64:
+    config.model.update(models.preset_fields(f"adm_classifier{size}"))
+    if size == "64":
         config.data.dataset = "imagenet_resized/64x64"
-        config.model.num_res_blocks = 4
         config.diffusion.schedule = "cosine"  # as the diffusion model that it guides
     config.diffusion.loss = "classify"
     config.training.update(num_steps=300_000, batch_size=256, checkpoint_every=10_000)

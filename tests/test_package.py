@@ -15,7 +15,9 @@ from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir"))
+CONFIGS = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir", "pretrained")
+)
 
 
 def test_import_loads_jax_and_numpy_alone():

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.models.presets import PRESETS, preset, preset_fields
 from diffusion_jax.models.unet import UNet, timestep_embedding
 
-__all__ = ["Classifier", "UNet", "from_config", "timestep_embedding"]
+__all__ = ["PRESETS", "Classifier", "UNet", "from_config", "preset", "preset_fields", "timestep_embedding"]
 
 
 def from_config(config: Mapping, kind: type[UNet] | type[Classifier] = UNet) -> UNet | Classifier:

@@ -164,8 +164,8 @@ class Encoder(nn.Module):
     """The way down and the middle, which U-Nets and classifiers share: fields, layers and their names.
 
     channels: width of the first level, a multiple of `num_groups`.
-    channel_multipliers: the width of each level over `channels`, whole numbers or 0.5 (ADM at 512 pixels); each level after
-      the first halves the resolution.
+    channel_multipliers: the width of each level over `channels`, fractions too (0.5 is ADM's first at 512 pixels); each level
+      after the first halves the resolution.
     num_res_blocks: residual blocks of each level on the way down (one more on the way up).
     attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
       256-pixel ones. The middle always has one.
@@ -207,16 +207,20 @@ class Encoder(nn.Module):
         """What makes the layers."""
         return _Layers(self.num_groups, self.norm_epsilon, self.initializer, jnp.dtype(self.dtype))
 
+    def width(self, level: int) -> int:
+        """Channels of a level."""
+        return round(self.channels * self.channel_multipliers[level])
+
     def block(self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None):
         """A residual block as wide as its level."""
-        width = int(self.channels * self.channel_multipliers[level])
         made = _REMAT_BLOCK if self.remat else ResBlock
+        width = self.width(level)
         return made(width, self.dropout, self.scale_shift_norm, self.layers, resample, name=name)(h, embedding, train)
 
-    def attention(self, h, name: str):
-        """A self-attention layer."""
+    def attention(self, h, name: str, num_heads: int | None = None):
+        """A self-attention layer, of `num_heads` heads where not said otherwise."""
         made = _REMAT_ATTENTION if self.remat else Attention
-        return made(self.num_heads, self.head_channels, self.layers, name=name)(h)
+        return made(num_heads or self.num_heads, self.head_channels, self.layers, name=name)(h)
 
     def embed(self, time):
         """The network time [B] as [B, 4 channels]."""
@@ -229,7 +233,7 @@ class Encoder(nn.Module):
     def encode(self, x, embedding, train: bool):
         """From an image [B, H, W, C] to the middle's output, and what was passed on the way, for skip connections."""
         levels = len(self.channel_multipliers)
-        h = self.layers.conv(int(self.channels * self.channel_multipliers[0]), "conv_in")(x.astype(self.dtype))
+        h = self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype))
         passed = [h]
         for level in range(levels):
             for j in range(self.num_res_blocks):
@@ -278,11 +282,13 @@ class UNet(Encoder):
       time embedding.
     label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own that
       stands for no class: what classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
+    num_heads_up: heads of the attention layers on the way up, where not as many as elsewhere.
     out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     """
 
     num_classes: int = 0
     label_dropout: float = 0.0
+    num_heads_up: int | None = None
     out_channels: int | None = None
 
     @property
@@ -313,7 +319,7 @@ class UNet(Encoder):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
-                    h = self.attention(h, f"up_{level}_attn_{j}")
+                    h = self.attention(h, f"up_{level}_attn_{j}", self.num_heads_up)
             if level > 0:
                 name = f"up_{level}_upsample"
                 if self.resample_blocks:

@@ -17,7 +17,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.training import compiler, input_shape, model_from_config, schedule_from_config, sharding
+from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
 TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
 
@@ -165,7 +165,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         recipe = Recipe(config, model, schedule, mesh)
         task = _Edit(config, recipe)
-    step, params = weights.load(directory, model, input_shape(config), mesh, config.sampling.use_ema)
+    step, params = weights.load(config, directory, model, mesh, config.sampling.use_ema)
     params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device
     labels = recipe.labels(np.arange(task.rows))
 
@@ -178,7 +178,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         run = jax.jit(run, compiler_options=compiler.options())
         images = np.asarray(run(params, guide, jax.random.key(config.sampling.seed), labels))
-    name = f"edit_{config.editing.task}_step{step}_{recipe.name}_seed{config.sampling.seed}"
+    name = f"edit_{config.editing.task}_{weights.origin(config, step)}_{recipe.name}_seed{config.sampling.seed}"
     path = directory / "samples" / name
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f"{name}.partial.npz")

@@ -63,7 +63,7 @@ class _Trained:
         with as_user_error("config"):
             self.mesh = sharding.make_mesh(config.mesh)
             self.model, self.schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        self.step, self.params = weights.load(directory, self.model, self.image_shape, self.mesh, options.use_ema)
+        self.step, self.params = weights.load(config, directory, self.model, self.mesh, options.use_ema)
         self.kind = "ema" if options.use_ema else "raw"
         where = ConfigDict({**config.data, "split": options.split})
         if options.data_dir:

@@ -19,7 +19,7 @@ from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.training import compiler, input_shape, model_from_config, schedule_from_config, sharding
+from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
 
 class Generator:
@@ -86,13 +86,16 @@ def trajectory_picture(
     return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
 
 
-def _low_resolution(config: ConfigDict) -> np.ndarray | None:
-    """The images that an upsampler enlarges, uint8 [N, h, w, C]; None for other models. Raises: UserError, DataError."""
+def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The images that an upsampler enlarges, uint8 [N, h, w, C], and their labels, if they have any; None for other models.
+
+    Raises: UserError, DataError.
+    """
     path, side = config.sampling.low_resolution, config.data.low_resolution
     if not side:
         if path:
             raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
-        return None
+        return None, None
     if not path:
         raise UserError(
             "this model enlarges images: name them by sampling.low_resolution, an .npz of --mode=sample or a folder of images"
@@ -102,10 +105,10 @@ def _low_resolution(config: ConfigDict) -> np.ndarray | None:
     source = pathlib.Path(path).expanduser()
     if source.is_dir():
         folder = data.Folder(str(source), small, channels)
-        return folder.read(np.arange(len(folder)))[0]
+        return folder.read(np.arange(len(folder)))[0], None
     try:
         with np.load(source, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
+            images, labels = arrays["arr_0"], arrays.get("arr_1")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
@@ -115,7 +118,11 @@ def _low_resolution(config: ConfigDict) -> np.ndarray | None:
             f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
             f"{small[0]}x{small[1]} with {channels} channels"
         )
-    return images
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}"
+        )
+    return images, labels
 
 
 def sample(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -137,16 +144,18 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         recipe = Recipe(config, model, schedule, mesh)
-        low, num_steps = _low_resolution(config), recipe.schedule.num_timesteps
-    step, params = weights.load(directory, model, input_shape(config), mesh, options.use_ema)
+        (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
+        if low_labels is not None:
+            recipe.take_labels(low_labels)
+    step, params = weights.load(config, directory, model, mesh, options.use_ema)
 
-    kind = "ema" if options.use_ema else "raw"
-    name = f"step{step}_{kind}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
-    say(f"Sampling {options.num_samples} images from step {step} ({'EMA' if options.use_ema else 'raw'} weights).")
+    origin = weights.origin(config, step)
+    name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
+    say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
     drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith(("preview", "progress"))}
-    enlarged = None if low is None else hashlib.sha256(low.tobytes()).hexdigest()
-    parts = Parts(samples / f".{name}_{digest(drawn, batch_size, enlarged)}")
+    given = [hashlib.sha256(array.tobytes()).hexdigest() for array in (low, low_labels) if array is not None]
+    parts = Parts(samples / f".{name}_{digest(drawn, batch_size, config.init_from, given)}")
     batches = -(-options.num_samples // batch_size)
     done = len(parts.done) * batch_size
     with Bar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import data, guidance, process, sampling, schedules, training
+from diffusion_jax import data, guidance, models, pretrained, process, sampling, schedules
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import weights
-from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.errors import UserError
-
-# What a classifier and the model that it guides must share: they look at the same x_t.
-_SHARED = ("schedule", "num_timesteps", "beta_start", "beta_end", "rescale_timesteps")
+from diffusion_jax.training import sharding
 
 SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
     "ddpm": lambda options, **says: sampling.ddpm(**says),
@@ -76,7 +71,7 @@ class Recipe:
         self.guide, self._classifier = None, None
         num_classes = model.num_classes
         if options["classifier"]:
-            self._load_classifier(pathlib.Path(options["classifier"]).expanduser(), mesh)
+            self._load_classifier(options["classifier"], mesh)
             if num_classes not in (0, self._classifier.num_classes):
                 raise UserError(
                     f"sampling.classifier={options['classifier']} knows {self._classifier.num_classes} classes, the model "
@@ -84,6 +79,7 @@ class Recipe:
                 )
             num_classes = self._classifier.num_classes
         self.classes = self._chosen_classes(num_classes)
+        self._given: np.ndarray | None = None
         self.guided = options["guidance_scale"] != 1
         if self.guided and not (model.num_classes and model.label_dropout):
             raise UserError(
@@ -100,19 +96,22 @@ class Recipe:
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
         self.sampler()  # for its errors
 
-    def _load_classifier(self, directory: pathlib.Path, mesh) -> None:
-        config = work.read_config(directory)
-        if config is None or not training.is_classifier(config):
-            raise UserError(f"sampling.classifier={directory} holds no classifier; --mode=train_classifier makes one")
-        own, its = self._config["diffusion"], config["diffusion"]
-        differing = [f"{key}: {its[key]!r} there, {own[key]!r} here" for key in _SHARED if its[key] != own[key]]
-        shape = data.image_shape(config["data"])
-        if shape != data.image_shape(self._config["data"]):
-            differing.append(f"images: {shape} there, {data.image_shape(self._config['data'])} here")
+    def _load_classifier(self, path: str, mesh) -> None:
+        flags = pretrained.read_flags(self._options["classifier_flags"])
+        net = pretrained.load(path, flags, self._options["use_ema"])
+        if not isinstance(net.model, models.Classifier):
+            raise UserError(f"sampling.classifier={path} holds no classifier; --mode=train_classifier makes one")
+        differing = []
+        for name in ("timesteps", "alpha_bar"):
+            if not np.array_equal(getattr(net.schedule, name), getattr(self._full, name)):
+                differing.append("another noise schedule")
+                break
+        theirs, own = (*net.image_size, net.channels), data.image_shape(self._config["data"])
+        if theirs != own:
+            differing.append(f"images: {theirs} there, {own} here")
         if differing:
-            raise UserError(f"sampling.classifier={directory} looks at other x_t ({'; '.join(differing)})")
-        self._classifier = training.model_from_config(config)
-        _, self.guide = weights.load(directory, self._classifier, shape, mesh, self._options["use_ema"])
+            raise UserError(f"sampling.classifier={path} looks at other x_t ({'; '.join(differing)})")
+        self._classifier, self.guide = net.model, jax.device_put(net.params, sharding.replicated(mesh))
 
     def _chosen_classes(self, num_classes: int) -> tuple[int, ...] | None:
         chosen = self._options["label"]
@@ -126,8 +125,18 @@ class Recipe:
             raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
         return chosen
 
+    def take_labels(self, labels: np.ndarray) -> None:
+        """Labels of small images, which what is enlarged from them shares where no class is asked for. Raises: UserError."""
+        if self.classes is None or self._options["label"] is not None:
+            return
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(self.classes):
+            raise UserError(f"the small images' labels (arr_1) must be classes in 0 ... {len(self.classes) - 1}")
+        self._given = labels.astype(np.int32)
+
     def labels(self, indices: np.ndarray) -> np.ndarray | None:
         """int32, the labels of the samples of these numbers; None where they have none."""
+        if self._given is not None:
+            return self._given[indices % len(self._given)]
         return None if self.classes is None else np.array(self.classes, np.int32)[indices % len(self.classes)]
 
     @property

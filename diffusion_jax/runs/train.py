@@ -6,11 +6,12 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.runs import pictures
+from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
@@ -44,6 +45,8 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         if state is None:
             with compiling("the initialisation"):
                 state = built.init()
+            if config.init_from:
+                state = _begin_with(config, built, state)
         if jax.process_index() == 0:
             work.write_config(config, directory)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -56,6 +59,17 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     elif training.is_classifier(config):
         then = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={directory}."
     say(f"Done: {options.num_steps} steps, in {directory}. {then}")
+
+
+def _begin_with(config: ConfigDict, built: training.Setup, state: training.TrainState) -> training.TrainState:
+    """A fresh state with the weights that `config.init_from` names, and their average the same."""
+    params = weights.initial(config, built.model)
+    say(f"The weights are those of {config.init_from}.")
+    copies = [
+        jax.tree.map(lambda leaf, place: jax.device_put(jnp.copy(leaf), place.sharding), params, places)
+        for places in (built.abstract_state.params, built.abstract_state.ema_params)
+    ]
+    return state.replace(params=copies[0], ema_params=copies[1])
 
 
 def _check(config: ConfigDict) -> None:

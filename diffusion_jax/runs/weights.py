@@ -1,28 +1,68 @@
-"""The trained weights of a work directory."""
+"""The trained weights of a work directory, or those of others that a run begins with."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
 
+from diffusion_jax import models, pretrained
 from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training import sharding
-from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training import input_shape, sharding
+from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 
+# Fields of a network that change nothing of what its weights compute.
+_FREE = {"dropout", "dtype", "remat", "initializer", "parent", "name"}
 
-def load(directory: pathlib.Path, model, image_shape: tuple[int, int, int], mesh, use_ema: bool):
-    """(step, params) of the newest checkpoint, whole on every device of the mesh. Raises: UserError where there is none."""
+
+def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
+    """(step, params) of the newest checkpoint, whole on every device of the mesh; of step 0 where nothing is trained yet and
+    `config.init_from` names weights. Raises: UserError where there are none; pretrained.PretrainedError.
+    """
+    whole = sharding.replicated(mesh)
+    if config["init_from"] and not committed_steps(directory / "checkpoints"):
+        return 0, jax.device_put(initial(config, model, use_ema), whole)
     if not (directory / "checkpoints").is_dir():
         raise UserError(
             f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
         )
-    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, image_shape))
-    whole = sharding.replicated(mesh)
+    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, input_shape(config)))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, use_ema)
     if restored is None:
         raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
     return restored
+
+
+def origin(config: Mapping, step: int) -> str:
+    """The part of a file's name that says whose weights made it: step500, or what `config.init_from` is called."""
+    return pathlib.Path(config["init_from"]).stem if config["init_from"] and not step else f"step{step}"
+
+
+def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bool = True):
+    """The parameters that `config.init_from` names. Raises: UserError where they are another network's; PretrainedError."""
+    path = config["init_from"]
+    net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+    if type(net.model) is not type(model):
+        raise UserError(f"init_from={path} is a {type(net.model).__name__}, and the config's a {type(model).__name__}")
+    # An output as wide as the image is written as None or as a number.
+    theirs = net.model
+    if isinstance(theirs, models.UNet):
+        theirs = theirs.clone(out_channels=theirs.out_channels or net.channels)
+        model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
+    differing = [
+        f"model.{name}: {getattr(theirs, name)!r} there, {getattr(model, name)!r} here"
+        for name in sorted({field.name for field in dataclasses.fields(model)} - _FREE)
+        if getattr(theirs, name) != getattr(model, name)
+    ]
+    if net.in_channels != input_shape(config)[2]:
+        differing.append(f"input channels: {net.in_channels} there, {input_shape(config)[2]} here")
+    if differing:
+        raise UserError(
+            f"init_from={path} is another network ({'; '.join(differing)}); --pretrained={path} takes its config"
+        )
+    return net.params

@@ -1,0 +1,25 @@
+"""ADM's ImageNet model at 64x64 (Dhariwal & Nichol 2021), with classes: 295,904,454 parameters.
+
+    python main.py --config=configs/imagenet64_adm.py --workdir=DIR
+
+540,000 steps of batch 2,048. Published result: FID 2.07 with the classifier's guidance (imagenet_classifier.py:64). Expected,
+not measured: months on one current GPU. Needs imagenet_resized/64x64, which TFDS downloads and prepares.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from diffusion_jax import models
+
+
+def get_config() -> ConfigDict:
+    """A cosine schedule, a learned variance, AdamW without warm-up."""
+    config = default.get_config()
+    config.data.update(dataset="imagenet_resized/64x64", image_size=64, random_flip=True)
+    config.model.update(models.preset_fields("adm_imagenet64"))
+    config.diffusion.update(schedule="cosine", loss="hybrid", variance="learned_range")
+    config.training.update(num_steps=540_000, batch_size=2048)
+    config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, grad_clip=0.0)
+    config.sampling.steps = "250"
+    config.evaluation.split = "validation"
+    return config

@@ -1,0 +1,112 @@
+"""The published networks by name, as fields of `UNet` and `Classifier`.
+
+| preset | parameters | weights |
+|---|---|---|
+| ddpm_cifar10 | 35,746,307 | DDPM, CIFAR-10 |
+| ddpm_256 | 113,673,219 | DDPM, CelebA-HQ and LSUN at 256 pixels |
+| improved_cifar10 | 52,546,438 | Improved DDPM, CIFAR-10 |
+| improved_imagenet64 | 121,063,942 | Improved DDPM, ImageNet at 64 pixels |
+| improved_imagenet64_conditional | 273,049,350 | the same with classes |
+| improved_lsun | 113,676,678 | Improved DDPM, LSUN bedroom at 256 pixels |
+| improved_upsampler_64_256 | 279,792,390 | Improved DDPM, from 64 to 256 pixels |
+| adm_imagenet64 | 295,904,454 | ADM, ImageNet at 64 pixels |
+| adm_imagenet128 | 421,529,606 | at 128 |
+| adm_imagenet256 | 553,838,086 | at 256 |
+| adm_imagenet256_unconditional | 552,814,086 | without classes |
+| adm_imagenet512 | 558,997,638 | at 512 |
+| adm_lsun | 552,814,086 | ADM, LSUN at 256 pixels |
+| adm_upsampler_64_256 | 311,795,910 | ADM, from 64 to 256 pixels |
+| adm_upsampler_128_512 | 308,835,270 | from 128 to 512 |
+| adm_classifier64 | 65,438,568 | ADM's classifiers of noisy images |
+| adm_classifier128 | 42,568,040 | |
+| adm_classifier256 | 54,096,360 | |
+| adm_classifier512 | 54,448,360 | |
+
+Upsamplers take six channels: see `models.upsampling`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.models.unet import UNet
+
+# What all of OpenAI's networks share, and Ho et al.'s do not.
+OPENAI: dict[str, Any] = {
+    "embedding_cos_first": True,
+    "embedding_freq_shift": 0.0,
+    "downsample_padding": (1, 1),
+    "norm_epsilon": 1e-5,
+    "initializer": "openai",
+    "dropout": 0.0,
+}
+_IMPROVED = OPENAI | {"num_heads": 4, "scale_shift_norm": True, "num_res_blocks": 3, "out_channels": 6}
+_ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": True, "out_channels": 6}
+_CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
+_UPSAMPLER = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
+
+# The widths of OpenAI's networks by their pixels, and the levels of 32, 16 and 8 pixels, which have attention in ADM.
+MULTIPLIERS = {
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def _at(pixels: int) -> dict[str, Any]:
+    multipliers = MULTIPLIERS[pixels]
+    levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
+    return {"channel_multipliers": multipliers, "attention_levels": levels}
+
+
+_UNETS: dict[str, dict[str, Any]] = {
+    "ddpm_cifar10": {"out_channels": 3},
+    "ddpm_256": {
+        "channel_multipliers": (1, 1, 2, 2, 4, 4),
+        "attention_levels": (4,),
+        "dropout": 0.0,
+        "out_channels": 3,
+    },
+    "improved_cifar10": _IMPROVED | {"attention_levels": (1, 2), "dropout": 0.3},
+    "improved_imagenet64": _IMPROVED | {"channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3)},
+    "improved_imagenet64_conditional": _IMPROVED
+    | {"channels": 192, "channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3), "num_classes": 1000},
+    "improved_lsun": OPENAI | {"channel_multipliers": MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
+    "improved_upsampler_64_256": _IMPROVED | _UPSAMPLER | {"num_res_blocks": 2, "attention_levels": (4, 5)},
+    "adm_imagenet64": _ADM
+    | _at(64)
+    | {"channels": 192, "num_res_blocks": 3, "head_channels": 64, "dropout": 0.1, "num_classes": 1000},
+    "adm_imagenet128": _ADM | _at(128) | {"num_heads": 4, "num_classes": 1000},
+    "adm_imagenet256": _ADM | _at(256) | {"head_channels": 64, "num_classes": 1000},
+    "adm_imagenet256_unconditional": _ADM | _at(256) | {"head_channels": 64},
+    "adm_imagenet512": _ADM | _at(512) | {"head_channels": 64, "num_classes": 1000},
+    "adm_lsun": _ADM | _at(256) | {"head_channels": 64, "dropout": 0.1},
+    "adm_upsampler_64_256": _ADM | _UPSAMPLER | {"attention_levels": (3, 4, 5), "num_heads": 4},
+    "adm_upsampler_128_512": _ADM | _UPSAMPLER | {"attention_levels": (4, 5), "head_channels": 64},
+}
+_CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "adm_classifier64": _CLASSIFIER | _at(64) | {"num_res_blocks": 4},
+    "adm_classifier128": _CLASSIFIER | _at(128),
+    "adm_classifier256": _CLASSIFIER | _at(256),
+    "adm_classifier512": _CLASSIFIER | _at(512),
+}
+PRESETS = (*_UNETS, *_CLASSIFIERS)
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """Leaves of `config.model` for a published network: its fields that differ from the defaults.
+
+    Not `out_channels`, which a config leaves to its data and variance. Raises: ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return {field: value for field, value in (_UNETS | _CLASSIFIERS)[name].items() if field != "out_channels"}
+
+
+def preset(name: str) -> UNet | Classifier:
+    """A published network by name: its table is at the head of this file. Raises: ValueError for an unknown name."""
+    fields = preset_fields(name)
+    return UNet(**_UNETS[name]) if name in _UNETS else Classifier(**fields)

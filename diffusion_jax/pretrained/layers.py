@@ -1,0 +1,210 @@
+"""Where each layer of our networks stands in other people's, and how their tensors are laid out.
+
+A parameter of ours has a path such as ("down_1_block_0", "conv1", "kernel"). Each `Naming` says what the same tensor is
+called elsewhere. It is filled from ours: whatever a file has beside what our network asks for is left over, an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.models import Classifier, UNet
+from diffusion_jax.models.unet import split_heads
+from diffusion_jax.pretrained.errors import PretrainedError, some
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """module: (our module, whether it is a single layer, the network) -> its name there. inside: layers of a block."""
+
+    module: Callable[[str, bool, UNet | Classifier], str]
+    inside: Mapping[str, str]
+
+    def __call__(self, path: Path, model: UNet | Classifier) -> str:
+        """The name there of a parameter, in PyTorch's words: NAME.weight and NAME.bias."""
+        module, *layers, leaf = path
+        if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
+            layers = layers[:-1]  # Flax's own layer inside ours
+        name = self.module(module, not layers, model)
+        if layers:
+            name += "." + self.inside.get(layers[0], layers[0])
+        if leaf == "position":
+            return f"{name}.positional_embedding"
+        return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _parts(module: str) -> tuple[str, int, str, str] | None:
+    """("down", 1, "block", "0") of down_1_block_0, and ("up", 2, "resample", "") of up_2_upsample; else None."""
+    found = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
+    return found and (found[1], int(found[2]), found[3] or "resample", found[4] or "")
+
+
+def _diffusers_module(module: str, single: bool, model: UNet | Classifier) -> str:
+    parts = _parts(module)
+    if parts:
+        way, level, kind, j = parts
+        i = level if way == "down" else len(model.channel_multipliers) - 1 - level
+        if kind == "resample":
+            return f"{way}_blocks.{i}.{way}samplers.0" + (".conv" if single else "")
+        return f"{way}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{j}"
+    return {
+        "mid_block_0": "mid_block.resnets.0",
+        "mid_attn": "mid_block.attentions.0",
+        "mid_block_1": "mid_block.resnets.1",
+        "time_0": "time_embedding.linear_1",
+        "time_1": "time_embedding.linear_2",
+        "class": "class_embedding",
+        "norm_out": "conv_norm_out",
+    }.get(module, module)
+
+
+DIFFUSERS = Naming(
+    _diffusers_module,
+    {
+        "time_proj": "time_emb_proj",
+        "skip": "conv_shortcut",
+        "norm": "group_norm",
+        "q": "to_q",
+        "k": "to_k",
+        "v": "to_v",
+        "proj": "to_out.0",
+    },
+)
+
+
+def _openai_module(module: str, single: bool, model: UNet | Classifier) -> str:
+    n, levels = model.num_res_blocks, len(model.channel_multipliers)
+    parts = _parts(module)
+    if parts:
+        way, level, kind, j = parts
+        attends = level in model.attention_levels
+        if way == "down":
+            if kind == "resample":
+                return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
+            return f"input_blocks.{1 + level * (n + 1) + int(j)}.{0 if kind == 'block' else 1}"
+        first = (levels - 1 - level) * (n + 1)
+        if kind == "resample":
+            return f"output_blocks.{first + n}.{2 if attends else 1}" + (".conv" if single else "")
+        return f"output_blocks.{first + int(j)}.{0 if kind == 'block' else 1}"
+    return {
+        "mid_block_0": "middle_block.0",
+        "mid_attn": "middle_block.1",
+        "mid_block_1": "middle_block.2",
+        "time_0": "time_embed.0",
+        "time_1": "time_embed.2",
+        "class": "label_emb",
+        "conv_in": "input_blocks.0.0",
+        "norm_out": "out.0",
+        "conv_out": "out.2",
+        "pool": "out.2",
+    }[module]
+
+
+_OPENAI_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "skip": "skip_connection",
+    "proj": "proj_out",
+}
+OPENAI = Naming(_openai_module, _OPENAI_LAYERS)
+
+
+def _ho_module(module: str, single: bool, model: UNet | Classifier) -> str:
+    parts = _parts(module)
+    if parts:
+        way, level, kind, j = parts
+        return f"{way}.{level}.{way}sample.conv" if kind == "resample" else f"{way}.{level}.{kind}.{j}"
+    return {
+        "mid_block_0": "mid.block_1",
+        "mid_attn": "mid.attn_1",
+        "mid_block_1": "mid.block_2",
+        "time_0": "temb.dense.0",
+        "time_1": "temb.dense.1",
+    }.get(module, module)
+
+
+HO = Naming(_ho_module, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"})
+
+
+def shapes_of(model: UNet | Classifier, size: tuple[int, int], in_channels: int) -> dict[Path, tuple[int, ...]]:
+    """Shape of every parameter of a network, by its path. Raises: PretrainedError for fields that fit no network."""
+    y = (jnp.zeros(1, jnp.int32),) if isinstance(model, UNet) and model.num_classes else ()
+    image = jnp.zeros((1, *size, in_channels))
+    try:
+        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), image, jnp.zeros(1), *y)["params"])
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise PretrainedError(f"no network has these fields: {error}") from None
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+
+
+def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of PyTorch's in Flax's layout: OIHW to HWIO, [out, in] to [in, out]; 1x1 convolutions are matrices here."""
+    if path[-1] in ("kernel", "position"):
+        if len(shape) == 2 and value.ndim > 2:
+            value = value.reshape(value.shape[:2]) if value.size == value.shape[0] * value.shape[1] else value
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value
+
+
+def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
+    """The way back from `from_torch`; the 1x1 projection of a residual block is a convolution there."""
+    if path[-1] == "kernel":
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        value = value[:, :, None, None] if path[-2] == "skip" else value
+    return np.ascontiguousarray(value)
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How PyTorch lists the shape of what Flax lists as `shape`, but for 1x1 convolutions."""
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def fill(
+    where: str,
+    shapes: Mapping[Path, tuple[int, ...]],
+    names: Iterable[str],
+    name_of: Callable[[Path], str],
+    read: Callable[[str, Path, tuple[int, ...]], np.ndarray],
+) -> dict:
+    """The tree of parameters, float32 arrays of JAX's.
+
+    where: the file, for errors. names: of all its tensors. read(name, path, shape): a tensor in our layout.
+    Raises: PretrainedError that lists what is missing, left over, of another shape, or not finite.
+    """
+    wanted, names = {path: name_of(path) for path in shapes}, set(names)
+    missing = [name for name in wanted.values() if name not in names]
+    over = sorted(names - set(wanted.values()))
+    if missing or over:
+        parts = [f"{len(missing)} tensors are missing ({some(missing)})"] if missing else []
+        parts += [f"{len(over)} are left over ({some(over)})"] if over else []
+        raise PretrainedError(f"{where} does not fit the network: {'; '.join(parts)}")
+    filled, wrong = {}, []
+    for path, shape in shapes.items():
+        value = read(wanted[path], path, shape)
+        if value.shape != shape:
+            wrong.append(f"{wanted[path]} is {torch_shape(value.shape)}, not {torch_shape(shape)}")
+            continue
+        if not np.isfinite(value).all():
+            raise PretrainedError(f"{where}: {wanted[path]} holds values that are not finite; is the file damaged?")
+        filled[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
+    if wrong:
+        raise PretrainedError(f"{where} does not fit the network: {len(wrong)} shapes differ ({some(wrong)})")
+    return flax.traverse_util.unflatten_dict(filled)
+
+
+def heads_of(path: Path, model: UNet | Classifier, channels: int) -> int:
+    """How many heads an attention layer of that many channels has."""
+    own = model.num_heads_up if isinstance(model, UNet) and path[0].startswith("up_") else None
+    return split_heads(channels, own or model.num_heads, model.head_channels)

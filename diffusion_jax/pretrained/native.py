@@ -1,0 +1,131 @@
+"""This project's own weights: work directories, and one .safetensors file with all that is known of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from diffusion_jax import data, models, training
+from diffusion_jax.pretrained import layers
+from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
+from diffusion_jax.pretrained.errors import PretrainedError
+from diffusion_jax.pretrained.files import Tensors, read_json
+from diffusion_jax.training import checkpoints
+from diffusion_jax.training.step import initial_params
+
+_KEY = "diffusion_jax"
+
+
+def fields_of(model: models.UNet | models.Classifier) -> dict[str, Any]:
+    """The fields of a network, as `config.model` has them."""
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in ("parent", "name")
+    }
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+    """Whether a directory holds a run of ours."""
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+
+
+def is_native(tensors: Tensors) -> bool:
+    """Whether a safetensors file is one that `write_file` made."""
+    return _KEY in tensors.metadata
+
+
+def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, dict | None]:
+    """The newest checkpoint of a run. Raises: PretrainedError."""
+    config = read_json(path / "config.json")
+    try:
+        model, shape = training.model_from_config(config), training.input_shape(config)
+        height, width, channels = data.image_shape(config["data"])
+        diffusion = config["diffusion"]
+        found = dataclasses.replace(
+            describe(
+                "diffusion_jax, a work directory",
+                model,
+                (height, width),
+                {name: diffusion[name] for name in DIFFUSION},
+                channels=channels,
+                clip=bool(config["sampling"]["clip"]),
+                low_resolution=config["data"]["low_resolution"],
+            ),
+            conditioning_noise=diffusion["conditioning_noise"],
+        )
+    except (KeyError, ValueError, TypeError, data.DataError) as error:
+        raise PretrainedError(f"{path / 'config.json'} is no config of this version: {error}") from None
+    if not with_params:
+        return found, None
+    abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
+    whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    try:
+        with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
+            restored = saved.restore_weights(abstract, ema)
+    except checkpoints.CheckpointError as error:
+        raise PretrainedError(str(error)) from None
+    if restored is None:
+        raise PretrainedError(f"{path} holds no finished checkpoint yet")
+    return found, restored[1]
+
+
+def write_file(found: Description, params, path: pathlib.Path) -> None:
+    """One .safetensors: tensors by their paths here, in Flax's layout, and a JSON description. Raises: PretrainedError."""
+    from safetensors.numpy import save_file
+
+    if found.diffusion is None:
+        raise PretrainedError("a schedule that is given as a table of betas has no place in the file's description")
+    if not isinstance(found.clip, bool):
+        raise PretrainedError("clip: only True and False have a place in the file's description")
+    description = {
+        "kind": type(found.model).__name__,
+        "model": fields_of(found.model),
+        "image_size": found.image_size,
+        "channels": found.channels,
+        "diffusion": dict(found.diffusion),
+        "clip": found.clip,
+        "low_resolution": found.low_resolution,
+        "conditioning_noise": found.conditioning_noise,
+    }
+    flat = flax.traverse_util.flatten_dict(params, sep=".")
+    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {_KEY: json.dumps(description)})
+
+
+def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[Description, dict | None]:
+    """What `write_file` wrote. Raises: PretrainedError."""
+    try:
+        stored: Mapping[str, Any] = json.loads(tensors.metadata[_KEY])
+        kind = {"UNet": models.UNet, "Classifier": models.Classifier}[stored["kind"]]
+        found = dataclasses.replace(
+            describe(
+                "diffusion_jax, one file",
+                models.from_config(stored["model"], kind),
+                stored["image_size"],
+                stored["diffusion"],
+                channels=stored["channels"],
+                clip=stored["clip"],
+                low_resolution=stored["low_resolution"],
+            ),
+            conditioning_noise=stored["conditioning_noise"],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise PretrainedError(
+            f"{path}: its description cannot be read ({error}); was it written by another version?"
+        ) from None
+    if not with_params:
+        return found, None
+    shapes = layers.shapes_of(found.model, found.image_size, found.in_channels)
+    return found, layers.fill(
+        str(path), shapes, tensors, ".".join, lambda name, parameter, shape: np.asarray(tensors[name])
+    )
