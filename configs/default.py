@@ -100,14 +100,19 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
     config.sampling.sampler = "ddpm"  # heun, pndm and plms of a cosine schedule need the spacing karras or log_snr
-    # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), or OpenAI's "ddim50" or "10,15,20".
+    # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), OpenAI's "ddim50" or "10,15,20", or,
+    # with the spacing "given", the network times themselves, rising.
     config.sampling.steps = FieldReference(None, field_type=object)
-    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian
+    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian, given
     config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
     config.sampling.order = 2  # of dpm_solver_pp, unipc, deis: 1, 2, 3
+    config.sampling.lower_order_final = True  # of those
+    config.sampling.variant = "bh2"  # of unipc: bh1, bh2
     config.sampling.singlestep = False  # of dpm_solver_pp
     config.sampling.sde = False  # of dpm_solver_pp
     config.sampling.churn = 0.0  # of heun: EDM's S_churn
+    config.sampling.churn_range = ()  # and the noise levels sigma (low, high) at which it churns; () for all
+    config.sampling.churn_noise = 1.0  # and its S_noise
     config.sampling.clip = FieldReference(
         True, field_type=object
     )  # x_0 to [-1, 1] at every step; or False, or "dynamic"

@@ -10,8 +10,8 @@
 | 512 | 558,997,638 | 1,940,000 | 7.72 |
 
 Expected, not measured: years on one current GPU; these are for pods. `--config.model.dtype=bfloat16` and
-`--config.model.remat=True` save memory. Needs the TFDS set imagenet2012, whose files TFDS asks you to download by hand. The guiding classifiers are
-imagenet_classifier.py's, the upsamplers imagenet256_upsample.py and imagenet512_upsample.py.
+`--config.model.remat=True` save memory. Needs the TFDS set imagenet2012, whose files TFDS asks you to download by hand. The
+guiding classifiers are imagenet_classifier.py's, the upsamplers imagenet256_upsample.py and imagenet512_upsample.py.
 """
 
 from ml_collections import ConfigDict

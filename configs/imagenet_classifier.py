@@ -32,7 +32,7 @@ def get_config(size: str = "128") -> ConfigDict:
     config.model.update(models.preset_fields(f"adm_classifier{size}"))
     if size == "64":
         config.data.dataset = "imagenet_resized/64x64"
-        config.diffusion.schedule = "cosine"  # as the diffusion model that it guides
+        config.diffusion.schedule = "cosine"  # as imagenet64_adm.py, which it guides
     config.diffusion.loss = "classify"
     config.training.update(num_steps=300_000, batch_size=256, checkpoint_every=10_000)
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, weight_decay=0.05, grad_clip=0.0)

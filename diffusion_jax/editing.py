@@ -109,10 +109,12 @@ def repaint(
         schedule of 250 steps. The work is about `resamplings` times the steps.
     Returns: float32 [B, ...] with the known pixels of x_0. More resamplings bring the mean of the unknown pixels closer to
       their conditional mean, but not their spread: it falls below the true one.
-    Raises: ValueError for a sampler with a memory, or numbers below 1.
+    Raises: ValueError for a sampler with a memory, numbers below 1, or a jump over the whole schedule.
     """
     if resamplings < 1 or jump < 1:
         raise ValueError(f"resamplings and jump must be at least 1, got {resamplings} and {jump}")
+    if resamplings > 1 and jump >= schedule.num_timesteps:
+        raise ValueError(f"jump={jump} leaves nothing to walk again in a schedule of {schedule.num_timesteps} steps")
     sampler = sampler or sampling.ddpm()
     process.check_terminal_snr(schedule, sampler.prediction)
     x_0 = jnp.asarray(x_0)
@@ -176,7 +178,7 @@ def project(linear: Linear, y, clip: bool | Callable = True) -> Callable:
 
     `sampling.ddpm(clip=project(average_pool(4), y))` samples images whose 4x4 means are y; with eta, by `sampling.ddim`.
     clip: what is done to x_0 before, as `process.p_mean_variance`. The last step returns such an x_0, so A x_0 = y holds
-    there but for rounding.
+    there but for rounding; not with `sampling.ddpm(prediction="x_prev")`, whose mean is the output itself.
     """
 
     def projected(x_0):
@@ -193,13 +195,13 @@ def slerp(x, y, weight) -> jax.Array:
     def dot(a, b):
         return jnp.sum(a * b, axis=axes, keepdims=True)
 
-    cosine = dot(x, y) / jnp.sqrt(dot(x, x) * dot(y, y))
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
-    # On one line there is no circle to follow, or any; there it is the line.
-    parallel = jnp.sin(angle) < 1e-4
-    sine = jnp.where(parallel, 1.0, jnp.sin(angle))
-    a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * angle) / sine)
-    b = jnp.where(parallel, weight, jnp.sin(weight * angle) / sine)
+    lengths = dot(x, x) * dot(y, y)
+    cosine = dot(x, y) / jnp.sqrt(jnp.where(lengths > 0, lengths, 1.0))
+    # On one line there is no circle to follow, or any, and none from 0; there it is the line.
+    straight = (lengths == 0) | (jnp.abs(cosine) > 1 - 1e-7)
+    angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
+    a = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / jnp.sin(angle))
+    b = jnp.where(straight, weight, jnp.sin(weight * angle) / jnp.sin(angle))
     return a * x + b * y
 
 

@@ -63,7 +63,8 @@ def classifier_free(
         mixed = (1 - s) * u + s * c
         if rescale:
             axes = tuple(range(1, x_t.ndim))
-            ratio = jnp.std(c, axes, keepdims=True) / jnp.std(mixed, axes, keepdims=True)
+            own, its = jnp.std(mixed, axes, keepdims=True), jnp.std(c, axes, keepdims=True)
+            ratio = jnp.where(own > 0, its / jnp.where(own > 0, own, 1.0), 1.0)
             mixed = mixed * (1 - rescale + rescale * ratio)
         return jnp.concatenate([mixed, conditional[..., channels:]], axis=-1)
 
@@ -117,12 +118,13 @@ def classifier(
         output, g = denoise_fn(x_t, time), gradient(x_t, time)
         log_snr = schedule.log_snr(time)
         alpha, sigma = (_rows(jnp.sqrt(jax.nn.sigmoid(sign * log_snr)), x_t) for sign in (1, -1))
+        some = alpha > 1e-15  # a schedule that ends at alpha_bar = 0 has less there, under x64
         # d eps = -s sigma g, and what that is for the others at this x_t. Where alpha is 0, x_t says nothing of y: g is 0.
         shift = {
             "eps": lambda: -sigma * g,
             "score": lambda: g,
-            "x_0": lambda: jnp.where(alpha > 0, sigma**2 / jnp.maximum(alpha, 1e-30) * g, 0.0),
-            "v": lambda: jnp.where(alpha > 0, -sigma / jnp.maximum(alpha, 1e-30) * g, 0.0),
+            "x_0": lambda: jnp.where(some, sigma**2 / jnp.where(some, alpha, 1.0) * g, 0.0),
+            "v": lambda: jnp.where(some, -sigma / jnp.where(some, alpha, 1.0) * g, 0.0),
         }[prediction]()
         channels = x_t.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)

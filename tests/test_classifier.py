@@ -215,7 +215,7 @@ def test_a_run_and_its_relaunch(tmp_path, capsys):
     for steps in (2, 4):
         train(classifier_config(**{"training.num_steps": steps, "training.sample_every": 1}), tmp_path / "broken")
     out = capsys.readouterr().out
-    assert "Continuing from step 2" in out and "--mode=sample" not in out
+    assert "Continuing from step 2" in out and "Sample with --mode=sample" not in out
     train(classifier_config(), tmp_path / "whole")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])

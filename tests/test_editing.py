@@ -157,6 +157,9 @@ def test_slerp():
     middle = editing.slerp(u[None], v[None], 1 / 3)
     np.testing.assert_allclose(middle, [[np.cos(np.pi / 6), np.sin(np.pi / 6)]], atol=1e-6)
     np.testing.assert_allclose(editing.slerp(x, x, 0.3), x, atol=1e-6)
+    np.testing.assert_allclose(editing.slerp(x, 0 * x, 0.25), 0.75 * x, atol=1e-6)
+    for other in (x, 0 * x, y):
+        assert np.isfinite(jax.grad(lambda x, o=other: editing.slerp(x, o, 0.3).sum())(x)).all()
     length = jnp.linalg.norm(editing.slerp(x, y, 0.5).reshape(4, -1), axis=1)
     assert (abs(length / 8 - 1) < 0.2).all()
 
@@ -177,14 +180,95 @@ def test_interpolations():
     held = editing.interpolate(KEY, schedule, pixels, x, y, weights, sampling.ddim(clip=False), t=25)
     np.testing.assert_allclose(held, held[0] + weights[:, None, None] * (held[-1] - held[0]), atol=1e-5)
     assert np.std(held[0]) > 0.01
+    many = jnp.full((N, 1), 0.2)
+    ends = editing.interpolate(
+        KEY, schedule, pixels, many, many, jnp.array([0.0, 1.0]), sampling.ddim(clip=False), t=25
+    )
+    assert abs(np.corrcoef(ends[0, :, 0], ends[1, :, 0])[0, 1]) < 4 / np.sqrt(N)  # each end has noise of its own
+
+
+def test_known_pixels_are_drawn_one_step_earlier():
+    """q(x_{t-1} | x_0) at every t, x_0 itself at 0, and the unknown ones as they were."""
+    schedule = schedules.respace(FULL, 10)
+    x_0, x_prev = jnp.tile(jnp.array([KNOWN, 5.0]), (N, 1)), jnp.tile(jnp.array([9.0, -3.0]), (N, 1))
+    for t in (9, 4, 1, 0):
+        x = editing._with_known(KEY, schedule, x_prev, x_0, MASK, jnp.int32(t))
+        np.testing.assert_array_equal(x[:, 1], -3.0)
+        a = schedule.alpha_bar[t - 1] if t else 1.0
+        assert abs(x[:, 0].mean() - np.sqrt(a) * KNOWN) < 4 * np.sqrt((1 - a) / N) + 1e-6
+        assert abs(x[:, 0].var() - (1 - a)) < 4 * (1 - a) * np.sqrt(2 / N) + 1e-9
+
+
+def test_repaint_climbs_to_the_spread_of_its_level():
+    """White data, nothing known: every level has variance 1, after climbs too; and its noises are not one another's."""
+    schedule = schedules.respace(FULL, 12, "log_snr")
+    nothing = jnp.array([False, False])
+    seen = []
+
+    def white(x, time):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
+        return jnp.sqrt(jax.nn.sigmoid(-FULL.log_snr(time)))[:, None] * x  # the exact eps of N(0, 1)
+
+    sampler = sampling.ddpm(variance="fixed_large", clip=False)
+    x = editing.repaint(KEY, schedule, white, jnp.zeros((N, 2)), nothing, sampler, resamplings=3, jump=4)
+    jax.block_until_ready(x)
+    assert len(seen) == len(editing._walk(12, 3, 4)[0])
+    for x in seen:
+        assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
+
+
+def test_noise_of_the_known_pixels_is_their_own():
+    """Not the solver's, nor the climb's: a known pixel's noise tells nothing of the unknown ones'."""
+    schedule = schedules.respace(FULL, 12, "log_snr")
+    x_0 = jnp.zeros((N, 2))
+
+    def independent(x, time):  # two white pixels, which do not see each other
+        return jnp.sqrt(jax.nn.sigmoid(-FULL.log_snr(time)))[:, None] * x
+
+    sampler = sampling.ddpm(variance="fixed_large", clip=False)
+    x_T = jax.random.normal(KEY, x_0.shape)
+    wrapped = editing.replacement(sampler, x_0, MASK)
+    free = editing.replacement(sampler, x_0, jnp.array([False, False]))
+    first = lambda s: np.asarray(s.step(KEY, schedule, independent, x_T, jnp.int32(11), ()).x_prev)  # noqa: E731
+    known, unknown = first(wrapped), first(free)
+    assert (known[:, 1] == unknown[:, 1]).all()
+    # The solver's own noise on the first pixel, against the noise that the known pixel was given.
+    solver = unknown[:, 0] - x_T[:, 0] * np.cov(unknown[:, 0], x_T[:, 0])[0, 1]
+    assert abs(np.corrcoef(solver, known[:, 0])[0, 1]) < 4 / np.sqrt(N)
+    seen = []
+
+    def watching(x, time):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
+        return independent(x, time)
+
+    jax.block_until_ready(editing.repaint(KEY, schedule, watching, x_0, MASK, sampler, resamplings=2, jump=4))
+    downs, climbs = editing._walk(12, 2, 4)
+    for i, climb in enumerate(climbs[:-1]):
+        if climb >= 0:  # the climbed pixel against the one before the climb's own step: independent white noise
+            kept = schedule.alpha_bar[climb] / (schedule.alpha_bar[downs[i] - 1] if downs[i] else 1.0)
+            assert abs(seen[i + 1][:, 0].var() - (1 - schedule.alpha_bar[climb])) < 5 * np.sqrt(2 / N), kept
+
+
+def test_a_clip_comes_before_the_projection():
+    """Or measured values near the ends of the range would be cut."""
+    linear = editing.average_pool(2)
+    image = jnp.where(jax.random.bernoulli(KEY, 0.5, (2, 8, 8, 1)), 0.99, -0.99)
+    y = linear.measure(image)
+    far = 3 * jax.random.normal(KEY, image.shape)
+    moved = editing.project(linear, y, clip=True)(far)
+    np.testing.assert_allclose(linear.measure(moved), y, atol=1e-6)
+    clipped = jnp.clip(far, -1, 1)
+    np.testing.assert_allclose(moved, clipped + linear.invert(y - linear.measure(clipped)), atol=1e-6)
 
 
 def test_edits_that_cannot_be():
     x_0 = jnp.zeros((1, 2))
     schedule = schedules.respace(FULL, 10)
     with pytest.raises(ValueError, match="sampler with a memory cannot; use ddpm"):
-        editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp())
+        editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp(), jump=3)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=0)
+    with pytest.raises(ValueError, match="jump=10 leaves nothing to walk again in a schedule of 10 steps"):
+        editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=2, jump=10)
     with pytest.raises(ValueError, match="8x6 do not divide into squares of 4"):
         editing.average_pool(4).measure(jnp.zeros((1, 8, 6, 1)))

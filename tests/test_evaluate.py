@@ -60,7 +60,7 @@ def report(directory):
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.setup(config)
-    _, params = weights.load(directory, built.model, (8, 8, 1), built.mesh, use_ema)
+    _, params = weights.load(config, directory, built.model, built.mesh, use_ema)
     source = data.load(ConfigDict({**config.data, "split": split}))
 
     @jax.jit
@@ -201,7 +201,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     with Image.open(trained / "progressive.png") as picture:
         assert picture.size == (2 * 68 + 4, 4 * 68 + 4)  # two sampling steps
         built = training.setup(config_with())
-        _, params = weights.load(trained, built.model, (8, 8, 1), built.mesh, True)
+        _, params = weights.load(config_with(), trained, built.model, built.mesh, True)
         by_show = {
             show: trajectory_picture(
                 jax.random.key(0), config_with(), built.model, built.schedule, params, 3, show=show

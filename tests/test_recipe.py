@@ -11,7 +11,7 @@ from test_runs import finish, start
 from test_training import tiny_config
 from test_upsampling import upsampler_config
 
-from diffusion_jax import data, guidance, sampling, schedules, training
+from diffusion_jax import data, editing, guidance, pretrained, process, sampling, schedules, training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import errors, pictures, recipe, weights, workdir
 from diffusion_jax.runs.edit import edit
@@ -57,7 +57,7 @@ def root(tmp_path_factory):
 def parts_of(config, directory):
     """(schedule to walk, whole schedule, apply(x, time, *y)) of a work directory."""
     built = training.setup(config)
-    _, params = weights.load(directory, built.model, training.input_shape(config), built.mesh, True)
+    _, params = weights.load(config, directory, built.model, built.mesh, True)
     return schedules.respace(built.schedule, 5, "trailing"), built.schedule, built.model, params
 
 
@@ -136,7 +136,7 @@ def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
     walked, full, model, params = parts_of(base(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = weights.load(root / "classifier", classifier, (8, 8, 1), training.setup(its).mesh, True)
+    _, guide = weights.load(its, root / "classifier", classifier, training.setup(its).mesh, True)
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
 
@@ -174,37 +174,123 @@ def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
     sample(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
     np.testing.assert_array_equal(drawn(directory)[0], images)
     np.savez(tmp_path / "wrong.npz", low[:, :2])
+    np.savez(tmp_path / "empty.npz", low[:0])
     for path, words in (
         ("", "name them by sampling.low_resolution"),
         (str(tmp_path / "none.npz"), "neither a folder nor an .npz"),
+        (str(tmp_path / "empty.npz"), "holds no images"),
         (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
     ):
         with pytest.raises(errors.UserError, match=words):
             sample(config(**{"sampling.low_resolution": path}), directory)
 
 
-@pytest.mark.parametrize("name", recipe.SAMPLERS)
+OPTIONS = {  # every option of every sampler, off its usual value
+    "ddpm": ({}, lambda **k: sampling.ddpm(**k)),
+    "ddim": ({"eta": 0.5}, lambda **k: sampling.ddim(0.5, **k)),
+    "euler": ({}, lambda **k: sampling.euler(**k)),
+    "euler_ancestral": ({}, lambda **k: sampling.euler_ancestral(**k)),
+    "heun": (
+        {"churn": 5.0, "churn_range": (0.1, 20), "churn_noise": 1.2},
+        lambda **k: sampling.heun(churn=5.0, churn_range=(0.1, 20), churn_noise=1.2, **k),
+    ),
+    "dpm_solver_pp": (
+        {"order": 3, "sde": True, "lower_order_final": False},
+        lambda **k: sampling.dpm_solver_pp(3, sde=True, lower_order_final=False, **k),
+    ),
+    "dpm_solver_pp singlestep": (
+        {"order": 3, "singlestep": True},
+        lambda **k: sampling.dpm_solver_pp(3, singlestep=True, **k),
+    ),
+    "unipc": (
+        {"order": 3, "variant": "bh1", "lower_order_final": False},
+        lambda **k: sampling.unipc(3, variant="bh1", lower_order_final=False, **k),
+    ),
+    "deis": ({"order": 3, "lower_order_final": False}, lambda **k: sampling.deis(3, lower_order_final=False, **k)),
+    "pndm": ({}, lambda **k: sampling.pndm(**k)),
+    "plms": ({}, lambda **k: sampling.pndm(runge_kutta=False, **k)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config(name):
-    """The same function as the core's of that name, by what it draws; and with every clip."""
-    options = conditional(**{"sampling.sampler": name, "sampling.order": 3, "sampling.churn": 5.0}).sampling
-    made = {
-        "ddpm": lambda **k: sampling.ddpm(**k),
-        "ddim": lambda **k: sampling.ddim(**k),
-        "euler": lambda **k: sampling.euler(**k),
-        "euler_ancestral": lambda **k: sampling.euler_ancestral(**k),
-        "heun": lambda **k: sampling.heun(churn=5.0, **k),
-        "dpm_solver_pp": lambda **k: sampling.dpm_solver_pp(3, **k),
-        "unipc": lambda **k: sampling.unipc(3, **k),
-        "deis": lambda **k: sampling.deis(3, **k),
-        "pndm": lambda **k: sampling.pndm(**k),
-        "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
-    }[name]
+    """The same function as the core's with the same options, by what it draws; each option changes that."""
+    assert {name.split()[0] for name in OPTIONS} == set(recipe.SAMPLERS)
+    options, made = OPTIONS[name]
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
-    network = lambda x, time: 0.7 * x  # noqa: E731
+    network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
     x_T = jax.random.normal(jax.random.key(2), (2, 3))
-    config = ConfigDict({"prediction": "v", "variance": "fixed_large"})
-    run = lambda sampler: sampling.sample(jax.random.key(0), schedule, network, x_T, sampler)  # noqa: E731
-    np.testing.assert_array_equal(run(recipe.sampler_from_config(options, config)), run(made(prediction="v")))
+    diffusion = ConfigDict({"prediction": "v", "variance": "fixed_large"})
+
+    def run(sampler):
+        return np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T, sampler))
+
+    def configured(**leaves):
+        leaves = {f"sampling.{leaf}": value for leaf, value in {"sampler": name.split()[0], **leaves}.items()}
+        return run(recipe.sampler_from_config(conditional(**leaves).sampling, diffusion))
+
+    np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
+    for leaf in options:
+        without = {key: value for key, value in options.items() if key != leaf}
+        assert (configured(**without) != configured(**options)).any(), leaf
+
+
+def test_every_clip_of_a_config():
+    x = 3 * jax.random.normal(jax.random.key(2), (1, 50))
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 2, "log_snr")
+    diffusion = ConfigDict({"prediction": "x_0", "variance": "fixed_large"})
+    for leaves, expected in (
+        ({"clip": True}, np.clip(x, -1, 1)),
+        ({"clip": False}, x),
+        ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
+    ):
+        options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
+        sampler = recipe.sampler_from_config(options.sampling, diffusion)
+        x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
+        np.testing.assert_allclose(x_0, expected, rtol=1e-6)
+
+
+def test_given_steps_are_network_times():
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    options = {"steps": (10, 300.5, 900), "spacing": "given"}
+    np.testing.assert_allclose(recipe.respaced(schedule, options).timesteps, [10, 300.5, 900])
+    with pytest.raises(ValueError, match="needs sampling.steps="):
+        recipe.respaced(schedule, {"steps": 5, "spacing": "given"})
+
+
+def test_file_names_tell_requests_apart(root):
+    """What a name does not spell out is in its digest."""
+    names = set()
+    for leaves in (
+        {},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
+        {"guidance_scale": 2.0, "guidance_interval": (2, 5)},
+        {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        {"clip": False},
+        {"clip": "dynamic"},
+        {"clip": "dynamic", "clip_quantile": 0.9},
+        {"steps": (1, 5, 8, 15, 19), "spacing": "given"},
+        {"steps": (2, 5, 8, 15, 19), "spacing": "given"},
+        {"classifier": str(root / "classifier")},
+        {"classifier": str(root / "classifier"), "classifier_form": "mean"},
+    ):
+        config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
+        built = training.setup(config)
+        names.add(recipe.Recipe(config, built.model, built.schedule, built.mesh).name)
+    assert len(names) == 12
+
+
+def test_a_step_over_many_octaves_is_warned_of():
+    def warning(**leaves):
+        config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
+        config.diffusion.update(schedule="cosine", num_timesteps=1000)
+        built = training.setup(config)
+        return recipe.Recipe(config, built.model, built.schedule, built.mesh).warning
+
+    assert "use sampling.spacing=karras or log_snr" in warning(sampler="heun", steps=10)
+    assert warning(sampler="heun", steps=20, spacing="karras") is None
+    assert warning(sampler="ddim", steps=10) is None
 
 
 @pytest.mark.parametrize(
@@ -214,7 +300,14 @@ def test_every_sampler_of_a_config(name):
         ("conditional", {"sampling.label": "seven"}, "sampling.label=seven must be classes"),
         ("plain", {"sampling.label": 1}, "the model has no classes"),
         ("plain", {"sampling.guidance_scale": 2.0}, "needs a model trained with model.num_classes and"),
-        ("conditional", {"sampling.guidance_interval": (5,)}, "must be two network times"),
+        ("conditional", {"sampling.label": True}, "sampling.label=True must be classes"),
+        ("conditional", {"sampling.guidance_interval": (5,)}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_interval": (30, 10)}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_interval": ("a", "b")}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_scale": float("nan")}, "must be a finite number"),
+        ("conditional", {"sampling.guidance_rescale": -3.0}, r"must lie in \[0, 1\]"),
+        ("conditional", {"sampling.sampler": "heun", "sampling.churn": float("nan")}, "churn must be a number"),
+        ("conditional", {"sampling.low_resolution_noise": 0.5}, r"must lie in 0 \.\.\. 0.0"),
         ("conditional", {"sampling.clip": "maybe"}, "must be True, False or 'dynamic'"),
         ("conditional", {"sampling.clip": "dynamic", "sampling.clip_quantile": 2.0}, "quantile must lie in"),
         ("conditional", {"sampling.sampler": "deis", "sampling.order": 4}, "order must be 1, 2 or 3"),
@@ -222,8 +315,8 @@ def test_every_sampler_of_a_config(name):
         ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
         ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
         ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),
-        ("plain", {"sampling.classifier": "nothing"}, "holds no classifier"),
-        ("plain", {"sampling.classifier": "other_classifier"}, "num_timesteps: 40 there, 20 here"),
+        ("plain", {"sampling.classifier": "nothing"}, "nothing: no such file or folder"),
+        ("plain", {"sampling.classifier": "other_classifier"}, "another noise schedule"),
         ("plain", {"sampling.classifier": "classifier", "sampling.classifier_form": "x"}, "must be 'eps' or 'mean'"),
         (
             "plain",
@@ -243,7 +336,7 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
     config = conditional(**overrides)
     if name == "plain":
         config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **overrides})
-    with pytest.raises(errors.UserError, match=words) as caught:
+    with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
         sample(config, root / name)
     assert "\n" not in str(caught.value)
 
@@ -259,6 +352,7 @@ def files(tmp_path_factory):
         "other": images[1, ..., 0],
         "mask": mask,
         "white": mask | 255,
+        "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
     return directory
@@ -297,6 +391,47 @@ def test_edits(root, files, task):
     path.unlink()
 
 
+def test_edits_are_the_core_s(root, files):
+    """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
+    directory = root / "conditional"
+    built = training.setup(conditional())
+    walked, full, model, params = parts_of(conditional(), directory)
+    its = classifier_config(**{"diffusion.num_timesteps": T})
+    classifier = training.model_from_config(its)
+    _, guide = weights.load(its, root / "classifier", classifier, built.mesh, True)
+    y = jnp.full(3, 4)
+    log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
+    plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
+    guided = guidance.classifier(plain, log_prob, full, 5.0)
+    shift = guidance.log_prob_gradient(log_prob, 5.0)
+    with Image.open(files / "image.png") as image, Image.open(files / "mask.png") as mask:
+        x_0 = jnp.tile(jnp.float32(np.asarray(image))[None, ..., None] / 127.5 - 1, (3, 1, 1, 1))
+        known = (np.asarray(mask) > 127)[..., None]
+    key, small = jax.random.key(0), {"variance": "fixed_small"}
+    tasks = {
+        "sdedit": lambda network, sampler: editing.sdedit(key, walked, network, x_0, sampler, strength=0.7),
+        "inpaint": lambda network, sampler: editing.repaint(
+            key, walked, network, x_0, known, sampler, resamplings=3, jump=1
+        ),
+    }
+    base = {"sampling.label": 4, "editing.strength": 0.7, "editing.resamplings": 3, "editing.jump": 1}
+    by_classifier = base | {"sampling.classifier": str(root / "classifier"), "sampling.classifier_scale": 5.0}
+    made = set()
+    for task, run in tasks.items():
+        for leaves, network, sampler in (
+            (base, plain, sampling.ddpm(**small)),
+            (by_classifier, guided, sampling.ddpm(**small)),
+            (by_classifier | {"sampling.classifier_form": "mean"}, plain, sampling.ddpm(mean_shift=shift, **small)),
+        ):
+            edit(editing_config(files, **{**leaves, "editing.task": task}), directory)
+            (path,) = set((directory / "samples").glob(f"edit_{task}_*.npz")) - made
+            made.add(path)
+            with np.load(path) as arrays:
+                agree(arrays["arr_0"], jax.jit(lambda n=network, s=sampler, r=run: r(n, s))())
+    for path in made:
+        path.unlink()
+
+
 def test_edits_that_cannot_be(root, files):
     for overrides, words in (
         ({"editing.task": "foo"}, "known: inpaint, replace"),
@@ -304,11 +439,15 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
+        ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "is too few"),
+        ({"editing.jump": 5}, "leaves nothing to walk again"),
+        ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
+        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "is of one class: give sampling.label"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
-        ({"editing.task": "interpolate", "editing.level": 7}, "start=7"),
+        ({"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3}, "start=7"),
     ):
         with pytest.raises(errors.UserError, match=words):
             edit(editing_config(files, **overrides), root / "conditional")

@@ -10,6 +10,7 @@ from gaussian_mixtures import FULL, S2, M, gaussian, mixture
 
 from benchmarks import samplers as benchmark
 from diffusion_jax import process, sampling, schedules
+from diffusion_jax.sampling import levels
 
 KEY = jax.random.key(0)
 FREE = {"clip": False}
@@ -182,23 +183,33 @@ def recursion(name, schedule):
                 mean = mean + i_1 * (d_1 + step * d_2) + i_2 * 2 * d_2
             seen.append((np.log(a / s), x_0))
             x = r / s * np.exp(-h) * x + b * mean + r * np.sqrt(first) * z
-        elif name == "singlestep sde":
-            if group is None:
-                group = (np.log(a / s), s, x, x_0, (r / s * np.exp(-h)) * (0 * z) + r * np.sqrt(1 - np.exp(-2 * h)) * z)
-                x = r / s * np.exp(-h) * x + b * (1 - np.exp(-2 * h)) * x_0 + group[4]
-            else:
-                lam, s_0, x_s, x_0_s, path = group
-                path = (r / s * np.exp(-h)) * path + r * np.sqrt(1 - np.exp(-2 * h)) * z
-                whole = np.log(b / r) - lam
-                first = 1 - np.exp(-2 * whole)
-                d_1 = (x_0 - x_0_s) * (1 / (np.log(a / s) - lam))
-                x = r / s_0 * np.exp(-whole) * x_s + b * first * (x_0_s + whole / 2 * d_1) + path
-                group = None
+        elif name.startswith("singlestep sde"):
+            if group is None or len(group[4]) == int(name[-1]):
+                group = [np.log(a / s), s, x, 0 * z, []]
+            lam, s_0, x_s, path, values = group
+            values.append((np.log(a / s), x_0))
+            group[3] = path = (r / s * np.exp(-h)) * path + r * np.sqrt(1 - np.exp(-2 * h)) * z
+            whole = np.log(b / r) - lam
+            # 2 int_0^whole e^{-2 (whole - u)} (1, u, u^2 / 2) du, and Newton's polynomial from the group's first node
+            i_0 = 1 - np.exp(-2 * whole)
+            i_1 = whole - i_0 / 2
+            i_2 = whole**2 / 2 - whole / 2 + i_0 / 4
+            mean = i_0 * values[0][1]
+            if len(values) > 1:
+                d_01 = (values[1][1] - values[0][1]) * (1 / (values[1][0] - lam))
+                mean = mean + i_1 * d_01
+            if len(values) == 2:  # the authors' shorter form of the first-order term
+                mean = i_0 * (values[0][1] + whole / 2 * d_01)
+            if len(values) == 3:
+                d_12 = (values[2][1] - values[1][1]) * (1 / (values[2][0] - values[1][0]))
+                d_012 = (d_12 - d_01) * (1 / (values[2][0] - lam))
+                mean = mean + (2 * i_2 - (values[1][0] - lam) * i_1) * d_012
+            x = r / s_0 * np.exp(-whole) * x_s + b * mean + path
         elif name == "heun churn":
             sigma, lower = s / a, r / b
             raised = min(sigma * (1 + min(20 / total, np.sqrt(2) - 1)), np.sqrt(1 / FULL.alpha_bar[-1] - 1))
-            raised = raised if 0.05 <= sigma <= 50 else sigma
-            hat = x * (1 / a) + 1.003 * np.sqrt(raised**2 - sigma**2) * z
+            raised = raised if 0.3 <= sigma <= 20 else sigma
+            hat = x * (1 / a) + 1.1 * np.sqrt(raised**2 - sigma**2) * z
             d = []
             for point, level in ((hat, raised), (None, lower)):
                 if point is None:
@@ -215,8 +226,9 @@ STOCHASTIC = {
     "sde 1": sampling.dpm_solver_pp(1, sde=True, **FREE),
     "sde 2": sampling.dpm_solver_pp(2, sde=True, **FREE),
     "sde 3": sampling.dpm_solver_pp(3, sde=True, **FREE),
-    "singlestep sde": sampling.dpm_solver_pp(2, sde=True, singlestep=True, **FREE),
-    "heun churn": sampling.heun(churn=20, churn_range=(0.05, 50), churn_noise=1.003, **FREE),
+    "singlestep sde 2": sampling.dpm_solver_pp(2, sde=True, singlestep=True, **FREE),
+    "singlestep sde 3": sampling.dpm_solver_pp(3, sde=True, singlestep=True, **FREE),
+    "heun churn": sampling.heun(churn=20, churn_range=(0.3, 20), churn_noise=1.1, **FREE),
 }
 
 
@@ -459,6 +471,62 @@ def test_every_solver_from_pure_noise(name):
     assert abs(x_0.mean() - M) < 0.02 and abs(x_0.std() - np.sqrt(S2)) < 0.05
     with pytest.raises(ValueError, match="predict v or x_0"):
         sampling.sample(KEY, schedule, network, x_T, ALL[name]())
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0"])
+def test_levels_between_steps_reach_down_to_noise_alone(prediction):
+    """x_0 there needs no division by alpha, and neither does its gradient."""
+    zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
+    network = lambda x, time: 0.3 * x + 0.1  # noqa: E731
+    x = jnp.array([[0.5, -1.0]])
+
+    def x_0(x, alpha):
+        where = levels.Level(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
+        return levels.denoise_at(zero, network, x, where, prediction, "fixed_large", False).x_0
+
+    for alpha in (0.0, 1e-30, 0.6):
+        alpha = jnp.float32(alpha)
+        expected = network(x, 0)
+        if prediction == "v":
+            expected = alpha * x - jnp.sqrt(1 - alpha**2) * expected
+        np.testing.assert_allclose(x_0(x, alpha), expected, rtol=1e-6)
+        slope = jax.grad(lambda x, alpha=alpha: x_0(x, alpha).sum())(x)
+        np.testing.assert_allclose(
+            slope, 0.3 if prediction == "x_0" else alpha - 0.3 * jnp.sqrt(1 - alpha**2), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["pndm", "heun churn"])
+def test_whole_schedules_from_pure_noise_are_finite(name):
+    """With half-way points between alpha_bar = 0 and the next level."""
+    zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
+    sampler = sampling.pndm(prediction="v") if name == "pndm" else sampling.heun(churn=5.0, prediction="v")
+    x_T = jax.random.normal(KEY, (4, 2))
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, zero, lambda x, time: -0.2 * x, x, sampler))(x_T)
+    assert np.isfinite(x_0).all()
+
+
+def test_the_covariance_of_correlated_data_comes_out_as_its_axes_say():
+    """A stochastic sampler acts on each axis of the data's covariance as the recursion says, and mixes none."""
+    angle, spreads = 0.6, np.array([1.0, 3.0])  # of S2
+    axes = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+    def network(x, time):
+        log_snr = FULL.log_snr(time)[0]
+        a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+        along = jnp.sqrt(s2) * (x @ axes - jnp.sqrt(a) * M) / (a * S2 * spreads + s2)
+        return along @ axes.T
+
+    schedule, n = schedules.respace(FULL, 15, "karras"), 100_000
+    x_T = jax.random.normal(jax.random.key(1), (n, 2))
+    for name in ("ddim 0.5", "sde 2"):
+        x_0 = jax.jit(lambda x, s=STOCHASTIC[name]: sampling.sample(KEY, schedule, network, x, s))(x_T) @ axes
+        mean, variance = recursion(name, schedule)
+        covariance = np.cov(x_0.T)
+        assert abs(float(x_0[:, 0].mean()) - mean) < 4 * np.sqrt(variance / n) + 1e-5
+        assert abs(covariance[0, 0] - variance) < 4 * variance * np.sqrt(2 / n) + 1e-5
+        assert abs(covariance[0, 1]) < 4 * np.sqrt(variance * covariance[1, 1] / n)
+        assert 2 < covariance[1, 1] / variance < 3.5
 
 
 def test_learned_variances_leave_solvers_alone():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.runs.parts import digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
@@ -33,13 +36,22 @@ def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.nda
         raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
 
 
+def _size(path: str) -> tuple[int, int]:
+    """(width, height) of a file that `_image` could read."""
+    with Image.open(pathlib.Path(path).expanduser()) as image:
+        return image.size
+
+
 def _signed(images: np.ndarray, count: int) -> jax.Array:
     """uint8 [H, W, C] as `count` float images in [-1, 1]."""
     return jnp.repeat(jnp.asarray(images, jnp.float32)[None] / 127.5 - 1.0, count, axis=0)
 
 
 class _Edit:
-    """One task on one image. given: uint8 [G, H, W, C], what the picture shows before the results."""
+    """One task on one image. given: uint8 [G, H, W, C], what the picture shows before the results.
+
+    run(key, denoise_fn, sampler) -> float [N, H, W, C], pure; sampler(clip=None) makes the sampler, `clip` around its own.
+    """
 
     def __init__(self, config: ConfigDict, recipe: Recipe):
         self.options, self.recipe = config.editing, recipe
@@ -56,18 +68,29 @@ class _Edit:
         return _image(self.options[leaf], leaf, tuple(size or self.size), self.channels)
 
     def _sample(self, clip: Callable) -> Callable:
-        """Plain sampling, with every x_0 on the way changed by `clip`."""
+        """Plain sampling, with every x_0 on the way changed by `clip`. Raises: UserError."""
+        if self.recipe.says["prediction"] == "x_prev" and self.recipe.stochastic:
+            raise UserError(
+                f"editing.task={self.options.task!r} cannot act on an ancestral mean that the network predicts itself "
+                "(diffusion.prediction='x_prev'): use sampling.sampler=ddim"
+            )
 
-        def run(key, denoise_fn):
+        def run(key, denoise_fn, sampler):
             key_noise, key_steps = jax.random.split(key)
             x_T = jax.random.normal(key_noise, (self.count, *self.shape))
-            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, self.recipe.sampler(clip))
+            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, sampler(clip))
 
         return run
 
     def _masked(self):
         image = self._read("image")
         mask = _image(self.options.mask, "mask", tuple(self.size), 1) > 127
+        shapes = [_size(self.options[leaf]) for leaf in ("image", "mask")]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"editing.mask={self.options.mask!r} is {shapes[1][0]}x{shapes[1][1]} pixels and the image "
+                f"{shapes[0][0]}x{shapes[0][1]}: they must be as large, to be cropped alike"
+            )
         if mask.all():
             raise UserError(f"editing.mask={self.options.mask!r} is white everywhere: nothing is left to paint")
         return image, mask, np.stack([image, np.where(mask, image, 127).astype(np.uint8)])
@@ -75,14 +98,14 @@ class _Edit:
     def _inpaint(self):
         image, mask, given = self._masked()
 
-        def run(key, denoise_fn):
+        def run(key, denoise_fn, sampler):
             return editing.repaint(
                 key,
                 self.recipe.schedule,
                 denoise_fn,
                 _signed(image, self.count),
                 mask,
-                self.recipe.sampler(),
+                sampler(),
                 resamplings=self.options.resamplings,
                 jump=self.options.jump,
             )
@@ -92,21 +115,21 @@ class _Edit:
     def _replace(self):
         image, mask, given = self._masked()
 
-        def run(key, denoise_fn):
+        def run(key, denoise_fn, sampler):
             key_noise, key_steps = jax.random.split(key)
             x_T = jax.random.normal(key_noise, (self.count, *self.shape))
-            sampler = editing.replacement(self.recipe.sampler(), _signed(image, self.count), mask)
-            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, sampler)
+            known = editing.replacement(sampler(), _signed(image, self.count), mask)
+            return sampling.sample(key_steps, self.recipe.schedule, denoise_fn, x_T, known)
 
         return given, run
 
     def _sdedit(self):
         image = self._read("image")
 
-        def run(key, denoise_fn):
+        def run(key, denoise_fn, sampler):
             x_0 = _signed(image, self.count)
             strength = self.options.strength
-            return editing.sdedit(key, self.recipe.schedule, denoise_fn, x_0, self.recipe.sampler(), strength=strength)
+            return editing.sdedit(key, self.recipe.schedule, denoise_fn, x_0, sampler(), strength=strength)
 
         return image[None], run
 
@@ -133,8 +156,15 @@ class _Edit:
     def _interpolate(self):
         ends = [self._read(leaf) for leaf in ("image", "other")]
         level = self.options.level
+        if level is None and self.recipe.stochastic:
+            raise UserError(
+                "editing.task='interpolate' mixes the images' encodings, which only a deterministic sampler decodes: use "
+                "sampling.sampler=ddim (eta 0) or heun, or give editing.level"
+            )
+        if self.recipe.classes is not None and len(self.recipe.classes) > 1:
+            raise UserError("editing.task='interpolate' is of one class: give sampling.label")
 
-        def run(key, denoise_fn):
+        def run(key, denoise_fn, sampler):
             encoding = {} if level is not None else self.recipe.says
             x = editing.interpolate(
                 key,
@@ -142,7 +172,7 @@ class _Edit:
                 denoise_fn,
                 *(_signed(end, 1) for end in ends),
                 np.linspace(0, 1, self.count),
-                self.recipe.sampler(),
+                sampler(),
                 t=level,
                 **encoding,
             )
@@ -170,15 +200,20 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     labels = recipe.labels(np.arange(task.rows))
 
     def run(params, guide, key, y):
-        return pictures.to_uint8(task.run(key, recipe.network(params, guide, y)))
+        sampler = partial(recipe.sampler, guide, y)
+        return pictures.to_uint8(task.run(key, recipe.network(params, guide, y), sampler))
 
     if jax.process_index() != 0:
         return
+    if recipe.warning:
+        say(f"Note: {recipe.warning}.")
     say(f"Compiling {config.editing.task} ...")
     with as_user_error("config"):
         run = jax.jit(run, compiler_options=compiler.options())
         images = np.asarray(run(params, guide, jax.random.key(config.sampling.seed), labels))
-    name = f"edit_{config.editing.task}_{weights.origin(config, step)}_{recipe.name}_seed{config.sampling.seed}"
+    given = hashlib.sha256(task.given.tobytes()).hexdigest()
+    told = f"edit_{config.editing.task}_{weights.origin(config, step)}_{recipe.name}_seed{config.sampling.seed}"
+    name = f"{told}_{digest(work.to_dict(config.editing), given)[:6]}"
     path = directory / "samples" / name
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f"{name}.partial.npz")

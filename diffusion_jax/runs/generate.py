@@ -118,6 +118,8 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
             f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
             f"{small[0]}x{small[1]} with {channels} channels"
         )
+    if not len(images):
+        raise UserError(f"sampling.low_resolution={path!r} holds no images")
     if labels is not None and labels.shape != images.shape[:1]:
         raise UserError(
             f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}"
@@ -147,6 +149,8 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
         if low_labels is not None:
             recipe.take_labels(low_labels)
+    if recipe.warning:
+        say(f"Note: {recipe.warning}.")
     step, params = weights.load(config, directory, model, mesh, options.use_ema)
 
     origin = weights.origin(config, step)
@@ -168,7 +172,9 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
         if left:
             say("Compiling the sampler, and the first batch ...")
         for i in left:
-            parts.save(i, images=generator(params, options.seed, i))
+            with as_user_error("config"):  # what shows only when the sampler is traced
+                images = generator(params, options.seed, i)
+            parts.save(i, images=images)
             done = (i + 1) * batch_size
             bar.update(min(done, options.num_samples))
     if jax.process_index() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,19 +13,57 @@ import numpy as np
 from diffusion_jax import data, guidance, models, pretrained, process, sampling, schedules
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs.errors import UserError
+from diffusion_jax.runs.parts import digest
 from diffusion_jax.training import sharding
+
+# Leaves of `config.sampling` that change what is drawn and that `Recipe.name` does not spell out, and their usual values.
+_UNTOLD: dict[str, Any] = {
+    "guidance_interval": (),
+    "guidance_rescale": 0.0,
+    "clip": True,
+    "classifier": "",
+    "classifier_form": "eps",
+    "low_resolution": "",
+    "low_resolution_noise": 0.0,
+    "lower_order_final": True,
+    "variant": "bh2",
+    "churn_range": (),
+    "churn_noise": 1.0,
+}
+
+
+def _interval(leaf: str, value) -> tuple[float, float] | None:
+    """(low, high), or None for (). Raises: UserError."""
+    if not value:
+        return None
+    numbers = isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value)
+    if not numbers or len(value) != 2 or not value[0] <= value[1]:
+        raise UserError(f"sampling.{leaf}={value} must be two numbers (low, high), or () for all")
+    return tuple(value)
+
+
+def _final(options: Mapping) -> dict[str, bool]:
+    return {"lower_order_final": options["lower_order_final"]}
+
 
 SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
     "ddpm": lambda options, **says: sampling.ddpm(**says),
     "ddim": lambda options, **says: sampling.ddim(options["eta"], **says),
     "euler": lambda options, **says: sampling.euler(**says),
     "euler_ancestral": lambda options, **says: sampling.euler_ancestral(**says),
-    "heun": lambda options, **says: sampling.heun(churn=options["churn"], **says),
-    "dpm_solver_pp": lambda options, **says: sampling.dpm_solver_pp(
-        options["order"], sde=options["sde"], singlestep=options["singlestep"], **says
+    "heun": lambda options, **says: sampling.heun(
+        churn=options["churn"],
+        churn_range=_interval("churn_range", options["churn_range"]) or (0.0, float("inf")),
+        churn_noise=options["churn_noise"],
+        **says,
     ),
-    "unipc": lambda options, **says: sampling.unipc(options["order"], **says),
-    "deis": lambda options, **says: sampling.deis(options["order"], **says),
+    "dpm_solver_pp": lambda options, **says: sampling.dpm_solver_pp(
+        options["order"], sde=options["sde"], singlestep=options["singlestep"], **_final(options), **says
+    ),
+    "unipc": lambda options, **says: sampling.unipc(
+        options["order"], variant=options["variant"], **_final(options), **says
+    ),
+    "deis": lambda options, **says: sampling.deis(options["order"], **_final(options), **says),
     "pndm": lambda options, **says: sampling.pndm(**says),
     "plms": lambda options, **says: sampling.pndm(runge_kutta=False, **says),
 }
@@ -51,6 +90,10 @@ def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedu
     steps = options["steps"]
     if steps is None:
         return schedule
+    if options["spacing"] == "given":
+        if not isinstance(steps, tuple | list):
+            raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
+        return schedules.respace(schedule, [float(t) for t in steps])
     if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
         steps = ",".join(map(str, steps))
     return schedules.respace(schedule, steps, options["spacing"])
@@ -86,15 +129,36 @@ class Recipe:
                 f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
                 "model.label_dropout above 0; use 1, or sampling.classifier"
             )
-        interval = options["guidance_interval"]
-        if interval and len(interval) != 2:
-            raise UserError(f"sampling.guidance_interval={interval} must be two network times, or () for all")
+        self._interval = _interval("guidance_interval", options["guidance_interval"])
+        for leaf in ("guidance_scale", "classifier_scale"):
+            if not math.isfinite(options[leaf]):
+                raise UserError(f"sampling.{leaf}={options[leaf]} must be a finite number")
+        if not 0 <= options["guidance_rescale"] <= 1:
+            raise UserError(f"sampling.guidance_rescale={options['guidance_rescale']} must lie in [0, 1]")
+        said, most = options["low_resolution_noise"], config["diffusion"]["conditioning_noise"]
+        if not 0 <= said <= most:
+            raise UserError(
+                f"sampling.low_resolution_noise={said} must lie in 0 ... {most}, the noise that the model was trained with "
+                "(diffusion.conditioning_noise)"
+            )
         if options["classifier_form"] not in ("eps", "mean"):
             raise UserError(f"sampling.classifier_form={options['classifier_form']!r} must be 'eps' or 'mean'")
         self._shifts_mean = self._classifier is not None and options["classifier_form"] == "mean"
         if self._shifts_mean and options["sampler"] != "ddpm":
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
         self.sampler()  # for its errors
+        self.warning = self._warn()
+
+    def _warn(self) -> str | None:
+        """What is allowed and will look wrong, in a line."""
+        snr = self.schedule.snr[self.schedule.snr > 0]  # from noise alone these samplers step as DDIM does
+        octaves = np.abs(np.diff(np.log2(snr))).max(initial=0.0) / 2
+        if self._options["sampler"] in ("heun", "pndm", "plms") and octaves > 5:
+            return (
+                f"sampling.sampler={self._options['sampler']} is not for steps over {octaves:.0f} octaves of noise, and "
+                "these have one: use sampling.spacing=karras or log_snr"
+            )
+        return None
 
     def _load_classifier(self, path: str, mesh) -> None:
         flags = pretrained.read_flags(self._options["classifier_flags"])
@@ -120,7 +184,7 @@ class Recipe:
         if not num_classes:
             raise UserError(f"sampling.label={chosen}, but the model has no classes (model.num_classes=0)")
         chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
-        bad = [y for y in chosen if not isinstance(y, int) or not 0 <= y < num_classes]
+        bad = [y for y in chosen if type(y) is not int or not 0 <= y < num_classes]
         if bad or not chosen:
             raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
         return chosen
@@ -146,6 +210,13 @@ class Recipe:
         name = f"{options['sampler']}{self.schedule.num_timesteps}"
         if options["steps"] is not None and options["spacing"] != "trailing":
             name += f"_{options['spacing']}"
+        untold = {leaf: options[leaf] for leaf, usual in _UNTOLD.items() if options[leaf] not in (usual, [])}
+        if not isinstance(options["steps"], int | None):
+            untold["steps"] = options["steps"]
+        if options["clip"] == "dynamic":
+            untold["clip_quantile"] = options["clip_quantile"]
+        if self._given is not None:
+            untold["labels"] = self._given.tolist()
         if options["sampler"] in ("dpm_solver_pp", "unipc", "deis") and options["order"] != 2:
             name += f"_order{options['order']}"
         if options["sampler"] == "dpm_solver_pp":
@@ -160,12 +231,24 @@ class Recipe:
             name += f"_guided{options['guidance_scale']:g}"
         if self._classifier is not None:
             name += f"_classifier{options['classifier_scale']:g}"
-        return name
+        return f"{name}_{digest(untold)[:6]}" if untold else name
 
-    def sampler(self, clip: Callable | None = None, mean_shift: Callable | None = None) -> sampling.Sampler:
-        """The sampler; clip: as `sampler_from_config`."""
-        more = {} if mean_shift is None else {"mean_shift": mean_shift}
+    def sampler(self, guide=None, y=None, clip: Callable | None = None) -> sampling.Sampler:
+        """The sampler; guide, y: as `network`, where the classifier shifts its mean. clip: as `sampler_from_config`."""
+        more = {}
+        if self._shifts_mean and guide is not None:
+            shift = guidance.log_prob_gradient(self._log_prob(guide, y), self._options["classifier_scale"])
+            more = {"mean_shift": shift}
         return sampler_from_config(self._options, self._config["diffusion"], clip, **more)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two draws from one x_T differ."""
+        options = self._options
+        return options["sampler"] in ("ddpm", "euler_ancestral") or any(
+            options["sampler"] == name and options[leaf]
+            for name, leaf in (("ddim", "eta"), ("dpm_solver_pp", "sde"), ("heun", "churn"))
+        )
 
     @property
     def says(self) -> dict[str, str]:
@@ -189,13 +272,12 @@ class Recipe:
             return self._model.apply({"params": params}, x_t, time, y)
 
         if self.guided:
-            interval = tuple(options["guidance_interval"]) or None
             denoise_fn = guidance.classifier_free(
                 conditional,
                 y,
                 self._model.null_label,
                 options["guidance_scale"],
-                interval=interval,
+                interval=self._interval,
                 rescale=options["guidance_rescale"],
             )
         else:
@@ -229,8 +311,5 @@ class Recipe:
         """
         key_noise, key_steps = jax.random.split(key)
         x_T = constrain(jax.random.normal(key_noise, shape))
-        mean_shift = None
-        if self._shifts_mean:
-            mean_shift = guidance.log_prob_gradient(self._log_prob(guide, y), self._options["classifier_scale"])
-        denoise_fn, sampler = self.network(params, guide, y, low), self.sampler(mean_shift=mean_shift)
+        denoise_fn, sampler = self.network(params, guide, y, low), self.sampler(guide, y)
         return sampling.sample(key_steps, self.schedule, denoise_fn, x_T, sampler, **options)

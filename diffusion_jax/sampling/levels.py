@@ -77,8 +77,13 @@ def denoise_at(
     """As `denoise`, at a level of the training grid between the schedule's steps. Raises: ValueError for x_prev."""
     time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * where.lam))
     output, _ = process.split_variance(denoise_fn(x, time), x, variance)
-    eps = process.eps_at(where.alpha, where.sigma, output, x, prediction)
-    x_0 = process.clip_x_0((x - where.sigma * eps) / where.alpha, clip)
+    if prediction == "x_0":
+        x_0 = output
+    elif prediction == "v":  # neither divides by an alpha that may be 0
+        x_0 = where.alpha * x - where.sigma * output
+    else:
+        x_0 = (x - where.sigma * process.eps_at(where.alpha, where.sigma, output, x, prediction)) / where.alpha
+    x_0 = process.clip_x_0(x_0, clip)
     return Denoised(x_0, (x - where.alpha * x_0) / where.sigma)
 
 

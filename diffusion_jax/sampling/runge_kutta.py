@@ -41,8 +41,8 @@ def heun(
     prediction, variance, clip: as `ddim`.
     Raises: ValueError for a negative churn; with churn, for prediction "x_prev", which is no function of a noise level.
     """
-    if churn < 0:
-        raise ValueError(f"churn must be at least 0, got {churn}")
+    if not 0 <= churn < float("inf"):
+        raise ValueError(f"churn must be a number of at least 0, got {churn}")
 
     def step(key, schedule, denoise_fn, x_t, t, memory):
         here, there = level(schedule, t), level_before(schedule, t)
