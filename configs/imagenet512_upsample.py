@@ -7,7 +7,7 @@ Published result, from the guided samples of the model at 128 pixels: FID 3.85. 
 
 from ml_collections import ConfigDict
 
-from configs import imagenet256_upsample
+from configs import default, imagenet256_upsample
 from diffusion_jax import models
 
 
@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     """Six levels from 512 to 16 pixels, attention at 32 and 16, 64 channels a head."""
     config = imagenet256_upsample.get_config()
     config.data.update(image_size=512, low_resolution=128)
-    config.model.update(models.preset_fields("adm_upsampler_128_512") | {"num_heads": 1})
+    config.model = default.get_config().model
+    config.model.update(models.preset_fields("adm_upsampler_128_512"))
     config.sampling.update(num_samples=4, batch_size=4)
     return config

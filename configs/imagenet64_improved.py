@@ -16,7 +16,7 @@ downsampled_imagenet/64x64, which the bits per dimension are of, and for the con
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_improved
+from configs import cifar10_improved, default
 from diffusion_jax import models
 
 
@@ -27,6 +27,7 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     conditional = variant == "conditional"
     config = cifar10_improved.get_config("hybrid" if conditional else variant)
     config.data.update(dataset="downsampled_imagenet/64x64", image_size=64)
+    config.model = default.get_config().model
     config.model.update(models.preset_fields("improved_imagenet64" + ("_conditional" if conditional else "")))
     config.training.num_steps = 1_500_000
     config.evaluation.split = "validation"

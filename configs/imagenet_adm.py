@@ -1,6 +1,7 @@
 """ADM's larger ImageNet models (Dhariwal & Nichol 2021), at 128, 256 or 512 pixels.
 
-    python main.py --config=configs/imagenet_adm.py:256 --workdir=DIR
+    python main.py --config=configs/imagenet_adm.py --workdir=DIR
+    python main.py --config=configs/imagenet_adm.py:128 --workdir=DIR
 
 | argument | parameters | steps of batch 256 | published FID, with the classifier's guidance |
 |---|---|---|---|
@@ -16,7 +17,7 @@ guiding classifiers are imagenet_classifier.py's, the upsamplers imagenet256_ups
 
 from ml_collections import ConfigDict
 
-from configs import imagenet64_adm
+from configs import default, imagenet64_adm
 from diffusion_jax import models
 
 _STEPS = {"128": 4_360_000, "256": 1_980_000, "256_unconditional": 1_980_000, "512": 1_940_000}
@@ -28,8 +29,7 @@ def get_config(variant: str = "256") -> ConfigDict:
         raise ValueError(f"imagenet_adm.py:{variant}: known are {', '.join(_STEPS)}")
     config = imagenet64_adm.get_config()
     config.data.update(dataset="imagenet2012", image_size=int(variant.split("_")[0]))
-    config.model.num_classes = 0
-    config.model.head_channels = None
+    config.model = default.get_config().model
     config.model.update(models.preset_fields(f"adm_imagenet{variant}"))
     config.diffusion.schedule = "linear"
     config.training.update(num_steps=_STEPS[variant], batch_size=256)

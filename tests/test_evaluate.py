@@ -14,6 +14,7 @@ from test_training import tiny_config
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.runs import errors, evaluate, weights, workdir
 from diffusion_jax.runs.generate import trajectory_picture
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training.checkpoints import Checkpoints
 
 T = 20
@@ -202,10 +203,9 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         assert picture.size == (2 * 68 + 4, 4 * 68 + 4)  # two sampling steps
         built = training.setup(config_with())
         _, params = weights.load(config_with(), trained, built.model, built.mesh, True)
+        drawn = Recipe(config_with(), built.model, built.schedule, built.mesh)
         by_show = {
-            show: trajectory_picture(
-                jax.random.key(0), config_with(), built.model, built.schedule, params, 3, show=show
-            )
+            show: trajectory_picture(jax.random.key(0), config_with(), drawn, params, 3, show=show)
             for show in ("x_0", "x_t")
         }
         np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])

@@ -44,6 +44,7 @@ FLOORS = [  # lowest first; a file imports from its own floor's other lines or f
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"data", "models", "evaluation"},
     {"training"},
+    {"pretrained"},
     {"runs"},
 ]
 

@@ -1,49 +1,247 @@
-"""The U-Net against diffusers' on the same weights: a stored narrow fixture always, the full network with `make parity`."""
+"""Our networks against PyTorch's on the same weights, with `make parity`: outputs, gradients, files, samples."""
 
-import diffusers_unet as peer
+import json
+import pathlib
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
+from test_pretrained import SCHEDULER, ho_variables, worst, write_folder
 
-from diffusion_jax import models
+from diffusion_jax import pretrained, sampling, schedules
+from diffusion_jax.pretrained import PretrainedError, diffusers, layers, openai
+from diffusion_jax.pretrained.files import Tensors
 
-
-def worst(ours, theirs):
-    """The largest difference over the largest value."""
-    return abs(np.asarray(ours) - theirs).max() / abs(theirs).max()
-
-
-def run_ours(model, weights, x, time, y=None):
-    params = peer.our_params(weights, levels=len(model.channel_multipliers))
-    init = lambda: model.init(jax.random.key(0), jnp.zeros_like(x), jnp.zeros(len(x)), y)["params"]  # noqa: E731
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init))
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda p: model.apply({"params": p}, x, jnp.float32(time), y))(params)
+pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("name", peer.NARROW)
-def test_narrow_network_gives_the_stored_output(name):
-    with np.load(peer.FIXTURES / f"{name}.npz") as stored:
-        arrays = dict(stored)
-    weights = {key.removeprefix("weights/"): value for key, value in arrays.items() if key.startswith("weights/")}
-    inputs, model = {k: arrays[k] for k in ("x", "time", "y") if k in arrays}, models.UNet(**peer.NARROW[name][1])
-    assert arrays["out"].std() > 0.1
-    assert worst(run_ours(model, weights, **inputs), arrays["out"]) < 1e-5
-    # The same check must see a wrong time, or it would prove nothing of the embedding.
-    inputs["time"] = inputs["time"] + 1
-    assert worst(run_ours(model, weights, **inputs), arrays["out"]) > 1e-3
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("size", [32, 16])
-def test_full_network_equals_diffusers(size):
+@pytest.fixture(autouse=True)
+def _needs_pytorch():
+    pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    model = peer.random_peer(peer.PUBLISHED)
-    x = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
-    time = np.array([3, 777])
-    theirs = peer.run_peer(model, x, time)
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    assert sum(value.size for value in weights.values()) == 35_746_307
-    assert theirs.std() > 0.1
-    assert worst(run_ours(models.UNet(), weights, x, time), theirs) < 1e-5
+    pytest.importorskip("guided_diffusion")
+
+
+def weights_of(model):
+    return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+
+def save(model, path):
+    """As OpenAI publishes them: a plain state dict."""
+    import torch
+
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def ours(net, x, times, y=None, low=None):
+    def run(params):
+        labels = () if y is None else (y,)
+        taken = x if low is None else pretrained.description.upsampling.condition(x, low)
+        return net.model.apply({"params": params}, taken, jnp.float32(times), *labels)
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(run)(net.params))
+
+
+def inputs(size, seed=1, count=2):
+    rng = np.random.default_rng(seed)
+    height, width = (size, size) if isinstance(size, int) else size
+    return rng.normal(size=(count, height, width, 3)).astype(np.float32), np.array([3, 777, 500][:count])
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "sizes"),
+    [
+        ("cifar10", peers.PUBLISHED, (32, (16, 24))),
+        ("256", peers.LARGE, (64,)),
+        ("defaults", {}, (32,)),
+        ("improved", peers.IMPROVED, ((16, 32),)),
+        ("adm", peers.ADM, ((16, 32),)),
+    ],
+)
+def test_diffusers_networks(name, config, sizes, tmp_path):
+    """In google/ddpm-*'s shapes at full width, and with the library's defaults."""
+    model = peers.diffusers(config)
+    model.save_pretrained(tmp_path / "unet")  # its own files and config
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    net = pretrained.load(tmp_path)
+    for size in sizes:
+        x, times = inputs(size)
+        y = np.array([4, 0]) if config.get("num_class_embeds") else None
+        theirs = peers.run(model, x, times, y)
+        assert theirs.std() > 0.1
+        assert worst(ours(net, x, times, y), theirs) < 2e-5, (name, size)
+
+
+@pytest.mark.parametrize("name", peers.OPENAI)
+def test_openai_s_networks(name, tmp_path):
+    """Every published set of flags, narrowed, at several sizes; the flags as a dict."""
+    function, flags = peers.OPENAI[name]
+    model = peers.openai(function, flags)
+    net = pretrained.load(
+        save(model, tmp_path / "m.pt"), {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
+    )
+    for size in (64,) if function == "create_classifier" else (64, (128, 64)):
+        x, times = inputs(size)
+        y = np.array([3, 999]) if flags.get("class_cond") else None
+        low = None
+        if function == "sr_create_model":
+            low = np.random.default_rng(2).normal(size=(2, *(s // 4 for s in x.shape[1:3]), 3)).astype(np.float32)
+        theirs = peers.run(model, x, times, y, low)
+        assert theirs.std() > 0.1
+        assert worst(ours(net, x, times, y, low), theirs) < 2e-5, size
+
+
+@pytest.mark.parametrize("name", ["diffusers", "openai", "classifier"])
+def test_gradients(name, tmp_path):
+    """Of a weighted sum of the output, by every parameter: theirs, put through the same map as weights, against ours."""
+    import torch
+
+    config = {"diffusers": peers.IMPROVED}.get(name)
+    function, flags = peers.OPENAI["classifier" if name == "classifier" else "adm 64"]
+    model = peers.diffusers(config) if config else peers.openai(function, flags)
+    x, times = inputs(64 if not config else (16, 32))
+    y = None if name == "classifier" else np.array([4, 0])
+    out = peers.call(model, x, times, y)
+    weighting = np.random.default_rng(5).normal(size=out.shape).astype(np.float32)
+    (out * torch.from_numpy(weighting)).sum().backward()
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
+    assert all(abs(g).max() > 0 for g in gradients.values())
+    if config:
+        net = pretrained.load(write_folder(tmp_path / "f", {**config}, weights_of(model)))
+        theirs = pretrained.load(write_folder(tmp_path / "g", {**config}, gradients)).params
+    else:
+        flags = {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
+        net = pretrained.load(save(model, tmp_path / "m.pt"), flags)
+        tensors = Tensors("PyTorch", {n: g.shape for n, g in gradients.items()}, gradients.get)
+        found, order = openai.describe_openai(pathlib.Path("g"), tensors, flags)
+        theirs = openai.load_params(pathlib.Path("g"), tensors, found, order)
+    weighting = weighting.transpose(0, 2, 3, 1) if weighting.ndim == 4 else weighting
+    labels = () if y is None else (y,)
+    loss = lambda p: (net.model.apply({"params": p}, x, jnp.float32(times), *labels) * weighting).sum()  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        own = jax.jit(jax.grad(loss))(net.params)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs), strict=True):
+        if jax.tree_util.keystr(path).endswith("['k']['bias']"):  # the softmax does not see it: rounding alone
+            assert abs(a).max() < 1e-3 * abs(own["conv_in"]["kernel"]).max()
+            continue
+        assert worst(a, b) < 1e-4, jax.tree_util.keystr(path)
+
+
+def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
+    """The same DDIM samples from the same x_T."""
+    import torch
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    model = peers.diffusers(peers.DIFFUSERS["unet_ddpm_cifar10_narrow"])
+    net = pretrained.load(
+        write_folder(tmp_path / "in", {**peers.DIFFUSERS["unet_ddpm_cifar10_narrow"]}, weights_of(model))
+    )
+    pretrained.save_diffusers(net, tmp_path / "out")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
+    images = pipeline(batch_size=1, num_inference_steps=3, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all()
+    scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True, clip_sample=True
+    )
+    scheduler.set_timesteps(10)
+    x_T = np.random.default_rng(3).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    x = peers.images(x_T)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    schedule = schedules.respace(net.schedule, 10, "leading")
+    with jax.default_matmul_precision("highest"):
+        samples = jax.jit(lambda x: sampling.sample(jax.random.key(0), schedule, net.denoise_fn, x, sampling.ddim()))(
+            x_T
+        )
+    assert abs(np.asarray(samples) - x.numpy().transpose(0, 2, 3, 1)).max() < 1e-4
+
+
+def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
+    """The same weights as TensorFlow wrote them and as a google/ddpm-* folder, through their own code's network."""
+    import tensorflow as tf
+
+    model = peers.diffusers(peers.PUBLISHED)
+    net = pretrained.load(write_folder(tmp_path / "f", {**peers.PUBLISHED}, weights_of(model)))
+    shapes = layers.shapes_of(net.model, (32, 32), 3)
+    import flax.traverse_util
+
+    flat = flax.traverse_util.flatten_dict(net.params)
+    port = {layers.HO(path, net.model): layers.to_torch(np.asarray(flat[path]), path) for path in shapes}
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        made = [
+            tf.compat.v1.get_variable(f"{name}{suffix}", initializer=value)
+            for name, value in ho_variables(port).items()
+            for suffix in ("", "/ExponentialMovingAverage")
+        ]
+        session.run(tf.compat.v1.global_variables_initializer())
+        path = tf.compat.v1.train.Saver(made).save(session, str(tmp_path / "model.ckpt"), global_step=790000)
+    x, times = inputs(32)
+    read = pretrained.load(path)
+    assert read.variance == "fixed_large" and read.family.endswith("ddpm_cifar10")
+    assert worst(ours(read, x, times), peers.run(model, x, times)) < 2e-5
+
+
+def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
+    """Truncated, with code to run, with other things than tensors; and the same weights in every container."""
+    import torch
+
+    function, flags = peers.OPENAI["improved"]
+    model = peers.openai(function, flags)
+    path = save(model, tmp_path / "m.pt")
+    flags = {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
+    net = pretrained.load(path, flags)
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "nested.ckpt")
+    torch.save({n: v.half() for n, v in model.state_dict().items()}, tmp_path / "half.bin")
+    for name, tolerance in (("old.pt", 0), ("nested.ckpt", 0), ("half.bin", 2e-3)):
+        again = pretrained.load(tmp_path / name, flags)
+        jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, atol=t), again.params, net.params)
+
+    (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:-100_000])
+    marker = tmp_path / "ran"
+
+    class Malicious:
+        def __reduce__(self):
+            return pathlib.Path.touch, (marker,)
+
+    torch.save({"a": Malicious()}, tmp_path / "malicious.pt")
+    import pickle
+
+    (tmp_path / "malicious.pkl").write_bytes(pickle.dumps({"a": Malicious()}))
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    torch.save({"a": torch.zeros(3), "b": 5}, tmp_path / "mixed.pt")
+    for name, words in (
+        ("truncated.pt", "cannot be read as PyTorch weights"),
+        ("malicious.pt", "only plain state dicts are read"),
+        ("malicious.pkl", "cannot be read as PyTorch weights"),
+        ("list.pt", "holds no state dict"),
+        ("mixed.pt", "holds no state dict"),
+    ):
+        with pytest.raises(PretrainedError, match=words) as caught:
+            pretrained.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_diffusers_older_files(tmp_path):
+    """.bin weights, beside config.json in one folder, as google/ddpm-cifar10-32 has them."""
+    import torch
+
+    model = peers.diffusers(peers.PUBLISHED)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **peers.PUBLISHED}))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    start = time.perf_counter()
+    net = pretrained.load(tmp_path)
+    print(f"35.7M parameters in {time.perf_counter() - start:.2f} s")
+    x, times = inputs(32)
+    assert worst(ours(net, x, times), peers.run(model, x, times)) < 2e-5
+    assert diffusers.find(tmp_path)[0] == tmp_path

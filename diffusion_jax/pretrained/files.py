@@ -59,13 +59,13 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
     for start, what in _NOT_WEIGHTS.items():
         if head.startswith(start):
             raise PretrainedError(f"{path} is {what}")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return _open_torch(path)
-    length = int.from_bytes(head[:8], "little")
+    length = int.from_bytes(head[:8], "little")  # may begin as a pickle does: this is looked at first
     if head[8:9] == b"{" and length < 2**30:
         if 8 + length > size:
             raise PretrainedError(f"{path} is a truncated safetensors file; download it again")
         return _open_safetensors(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _open_torch(path)
     raise PretrainedError(
         f"{path} ({size:,} bytes) is no file of weights: neither safetensors nor PyTorch's; a TensorFlow checkpoint is named "
         "by its prefix, .../model.ckpt-N"

@@ -166,8 +166,10 @@ def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
     return np.ascontiguousarray(value)
 
 
-def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
     """How PyTorch lists the shape of what Flax lists as `shape`, but for 1x1 convolutions."""
+    if path[-1] not in ("kernel", "position"):
+        return shape
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
@@ -194,7 +196,7 @@ def fill(
     for path, shape in shapes.items():
         value = read(wanted[path], path, shape)
         if value.shape != shape:
-            wrong.append(f"{wanted[path]} is {torch_shape(value.shape)}, not {torch_shape(shape)}")
+            wrong.append(f"{wanted[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
         if not np.isfinite(value).all():
             raise PretrainedError(f"{where}: {wanted[path]} holds values that are not finite; is the file damaged?")
