@@ -1,0 +1,84 @@
+"""How long published weights take to load, and how much memory: at random, written as their own family writes them.
+
+    python benchmarks/loading.py [--presets=ddpm_cifar10,adm_imagenet256]
+
+Each is written to a temporary file, then loaded once in a process of its own, the file in the page cache. Memory is the peak of
+the process beyond what it held after its imports, over the size of the parameters in float32.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+_CHILD = """
+import resource, sys, time
+from diffusion_jax import pretrained
+import jax, jax.numpy as jnp, safetensors
+jnp.zeros(1).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = peak(), time.perf_counter()
+net = pretrained.load(sys.argv[1], sys.argv[2] or None)
+jax.block_until_ready(net.params)
+print(time.perf_counter() - start, peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(net.params)))
+"""
+
+
+def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """A file or folder with a preset's tensors at random, and the flags to load it with."""
+    from safetensors.numpy import save_file
+
+    from diffusion_jax import models
+    from diffusion_jax.pretrained import diffusers, ho, layers, openai
+    from diffusion_jax.pretrained.description import describe
+
+    model, rng = models.preset(name), np.random.default_rng(0)
+    if name in ho.PRESETS:
+        size, diffusion = ho.PRESETS[name]
+        found = describe("", model, size, diffusion)
+        folder = directory / name
+        (folder / "unet").mkdir(parents=True)
+        unet, scheduler = diffusers.config_of(found)
+        (folder / "unet" / "config.json").write_text(json.dumps(unet))
+        (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+        naming, path, flags = layers.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
+    else:
+        size, low, diffusion = openai.PRESETS[name]
+        found = describe("", model, size, diffusion, low_resolution=low)
+        naming, folder, flags = layers.OPENAI, None, name
+        path = directory / f"{name}.safetensors"
+    tensors = {}
+    for place, shape in layers.shapes_of(model, found.image_size, found.in_channels).items():
+        value = rng.standard_normal(shape, np.float32)
+        tensors[naming(place, model)] = layers.to_torch(value, place)
+    if naming is layers.OPENAI:
+        for query in [one for one in tensors if ".q." in one]:
+            joined = np.concatenate([tensors.pop(query.replace(".q.", f".{layer}.")) for layer in "qkv"])
+            tensors[query.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined
+    save_file(tensors, path)
+    return folder or path, flags
+
+
+def main() -> None:
+    """Prints a line of a table for each preset."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--presets", default="ddpm_cifar10,adm_imagenet256")
+    print("| preset | parameters | seconds | peak memory over the parameters' |\n|---|---|---|---|")
+    for name in parser.parse_args().presets.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            path, flags = write(name, pathlib.Path(directory))
+            command = [sys.executable, "-c", _CHILD, str(path), flags]
+            out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        seconds, peak, size = map(float, out.split())
+        print(f"| {name} | {size / 4:,.0f} | {seconds:.2f} | {peak / size:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
