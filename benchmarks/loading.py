@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py [--presets=ddpm_cifar10,adm_imagenet256]
 
-Each is written to a temporary file, then loaded once in a process of its own, the file in the page cache. Memory is the peak of
-the process beyond what it held after its imports, over the size of the parameters in float32.
+Each is written to a temporary file, then loaded once in a process of its own, the file in the page cache. Memory is the peak
+of the process beyond what it held after its imports, over the size of the parameters in float32.
 """
 
 import argparse
