@@ -27,11 +27,11 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not parity"
 
 parity: setup
 	$(BIN)/pip install --quiet --editable '.[parity]'
-	$(BIN)/python -m pytest -q -m parity
+	$(BIN)/python -m pytest -q -m "parity and not slow"
 
 lint: setup
 	$(BIN)/ruff check .
