@@ -115,7 +115,7 @@ def test_openai_s_networks_at_full_width(name, tmp_path):
     taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
     common = peers.OPENAI["improved"][1]
     if "classifier" in name:
-        function, known = "create_classifier", peers.OPENAI["classifier"][1]
+        function, known = "create_classifier", peers.OPENAI["classifier"][1] | {"classifier_width": 128}
     elif low:
         function, known = "sr_create_model", peers.OPENAI["adm upsampler"][1] | {"num_head_channels": -1}
     else:

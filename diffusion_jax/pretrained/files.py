@@ -23,7 +23,7 @@ _NOT_WEIGHTS = {
 
 
 class Tensors(Mapping):
-    """Tensors by name, each read when it is asked for; `shapes` are known at once."""
+    """Tensors by name, each read when it is asked for, which may be done once; `shapes` are known at once."""
 
     def __init__(
         self, source: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], metadata=None
@@ -34,6 +34,9 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         self.shapes[name]  # a KeyError for a name that is not there
         return self._read(name)
+
+    def __contains__(self, name: object) -> bool:  # a Mapping's own would read it
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -85,10 +88,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 def _open_torch(path: pathlib.Path) -> Tensors:
     torch = _import("torch", "PyTorch")
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -99,11 +99,14 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise PretrainedError(f"{path} holds no state dict (tensors by name), but a {type(loaded).__name__}")
 
+    shapes = {name: tuple(value.shape) for name, value in loaded.items()}
+    loaded = dict(loaded)
+
     def read(name):
-        value = loaded[name]
+        value = loaded.pop(name)  # so that weights are not held twice
         return (value.float() if value.is_floating_point() else value).numpy()
 
-    return Tensors("PyTorch", {name: tuple(value.shape) for name, value in loaded.items()}, read)
+    return Tensors("PyTorch", shapes, read)
 
 
 _SHADOW = "/ExponentialMovingAverage"

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.presets import OPENAI
 from diffusion_jax.pretrained import layers
@@ -274,27 +276,30 @@ def _check_flags(
 def load_params(path: pathlib.Path, tensors: Tensors, found: Description, new_order: bool) -> dict:
     """The parameters. Raises: PretrainedError."""
     # qkv is one tensor there and three layers here; the classifier's pooling has other names for the same.
-    parts, names = {}, []
+    whole, combined = {}, {}
     for name in tensors:
-        plain = name.replace("out.2.c_proj.", "out.2.proj_out.")
-        combined = re.fullmatch(r"(.+)\.(?:qkv|qkv_proj)\.(weight|bias)", name)
-        for i, layer in enumerate("qkv" if combined else [None]):
-            own = f"{combined[1]}.{layer}.{combined[2]}" if combined else plain
-            parts[own] = (name, i if combined else None)
-            names.append(own)
+        joined = re.fullmatch(r"(.+)\.(?:qkv|qkv_proj)\.(weight|bias)", name)
+        if joined:
+            combined |= {f"{joined[1]}.{layer}.{joined[2]}": name for layer in "qkv"}
+        else:
+            whole[name.replace("out.2.c_proj.", "out.2.proj_out.")] = name
+    split: dict[str, np.ndarray] = {}  # parts of tensors that were read, and not yet asked for
 
     def read(own, path, shape):
-        name, part = parts[own]
-        value = tensors[name]
-        if part is not None:
+        if own in whole:
+            return layers.from_torch(tensors[whole[own]], path, shape)
+        if own not in split:
+            value = tensors[combined[own]]
             channels = value.shape[0] // 3
-            if new_order or path[0] == "pool":  # (3, head, d)
-                value = value.reshape(3, channels, *value.shape[1:])[part]
+            if new_order or path[0] == "pool":
+                value = value.reshape(3, channels, *value.shape[1:])
             else:  # (head, 3, d)
                 heads = layers.heads_of(path, found.model, channels)
-                value = value.reshape(heads, 3, channels // heads, *value.shape[1:])[:, part]
-                value = value.reshape(channels, *value.shape[2:])
-        return layers.from_torch(value, path, shape)
+                value = value.reshape(heads, 3, channels // heads, *value.shape[1:]).swapaxes(0, 1)
+                value = value.reshape(3, channels, *value.shape[3:])
+            stem, leaf = re.fullmatch(r"(.+)\.[qkv]\.(\w+)", own).groups()
+            split.update({f"{stem}.{layer}.{leaf}": part for layer, part in zip("qkv", value, strict=True)})
+        return layers.from_torch(split.pop(own), path, shape)
 
     shapes = layers.shapes_of(found.model, found.image_size, found.in_channels)
-    return layers.fill(str(path), shapes, names, lambda p: layers.OPENAI(p, found.model), read)
+    return layers.fill(str(path), shapes, (*whole, *combined), lambda p: layers.OPENAI(p, found.model), read)
