@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-slow parity lint format pictures clean
+.PHONY: setup demo test test-slow parity parity-slow lint format pictures clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test-slow: setup
 parity: setup
 	$(BIN)/pip install --quiet --editable '.[parity]'
 	$(BIN)/python -m pytest -q -m "parity and not slow"
+
+# The published networks at full width: gigabytes of memory.
+parity-slow: setup
+	$(BIN)/pip install --quiet --editable '.[parity]'
+	$(BIN)/python -m pytest -q -m "parity and slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -73,9 +73,15 @@ def parse(argv: list[str]) -> list[str]:
 
 def _with_weights(argv: list[str], path: str | None, workdir: str | None, weights: str) -> list[str]:
     """The arguments with the config of published weights; or, with a config of one's own, with these to begin with."""
-    if workdir and any(pathlib.Path(workdir).expanduser().glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        fail(f"--pretrained={weights} begins a run, and {workdir} holds one; leave it out, or use another --workdir")
     more = _value(argv, "pretrained_flags") or ""
+    if workdir and any(pathlib.Path(workdir).expanduser().glob("checkpoints/*/_CHECKPOINT_METADATA")):
+        stored = _read_config(workdir) or {}
+        if stored.get("init_from") == weights:  # the run that these weights began, launched again
+            if path:
+                return [*argv, f"--config.init_from={weights}", f"--config.init_flags={more}"]
+            config = pathlib.Path(__file__).parent / "configs" / "workdir.py"
+            return [argv[0], f"--config={config}:{workdir}", *argv[1:]]
+        fail(f"--pretrained={weights} begins a run, and {workdir} holds one; leave it out, or use another --workdir")
     if path:
         return [*argv, f"--config.init_from={weights}", f"--config.init_flags={more}"]
     described = pathlib.Path(__file__).parent / "configs" / "pretrained.py"

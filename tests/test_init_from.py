@@ -99,7 +99,11 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
         config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
     )
     assert step == 1
-    code, _, err = finish(start("--mode=sample", f"--pretrained={first}", f"--workdir={tmp_path / 'second'}"))
+    longer = ("--config.training.num_steps=2", "--mode=train")
+    code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
+    assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
+    other = untrained(tmp_path / "other", tiny_config())
+    code, _, err = finish(start("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}"))
     assert code == 2 and "begins a run, and" in err and len(err.strip().splitlines()) == 1
 
 
@@ -116,7 +120,13 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
         weights.initial(config, training.model_from_config(config))
     config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
     config.init_from = str(first)
-    weights.initial(config, training.model_from_config(config))
+    assert weights.initial(config, training.model_from_config(config))[1] == []
+    config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
+    config.init_from = str(first)
+    model, mesh = training.model_from_config(config), training.setup(config).mesh
+    assert weights.initial(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
+    with pytest.raises(errors.UserError, match="was trained for another diffusion"):
+        weights.load(config, tmp_path / "none", model, mesh, True)
 
 
 def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):

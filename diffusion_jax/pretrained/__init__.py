@@ -53,14 +53,26 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
     Raises: PretrainedError, one line, for anything that does not fit: tensors that are missing, left over, of another shape
     or not finite; fields that our networks do not have; what the file does not say; a file that is none.
     """
-    found, params = _read(pathlib.Path(path).expanduser(), flags, ema, with_params=True)
+    found, params = _read_or_refuse(path, flags, ema, with_params=True)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return Pretrained(**values, params=params)
 
 
 def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Description:
     """What `load` would load, without reading the weights. Raises: as `load`, but for what is wrong with the numbers."""
-    return _read(pathlib.Path(path).expanduser(), flags, ema, with_params=False)[0]
+    return _read_or_refuse(path, flags, ema, with_params=False)[0]
+
+
+def _read_or_refuse(path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
+    """As `_read`, for files that may hold anything at all."""
+    try:
+        return _read(pathlib.Path(path).expanduser(), flags, ema, with_params)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise PretrainedError(
+            f"{path} cannot be loaded: something in it, or in its flags, is not as it should be "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from diffusion_jax.models.unet import split_heads
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
 from diffusion_jax.pretrained.errors import PretrainedError, some
-from diffusion_jax.pretrained.files import open_tensors, read_json
+from diffusion_jax.pretrained.files import open_tensors, read_json, save_tensors
 
 # What a config that does not name a field means.
 _DEFAULTS: dict[str, Any] = {
@@ -70,6 +71,76 @@ _ONLY: dict[str, tuple] = {
 _DOWN = {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)}
 _UP = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
 
+# Types of the fields that reach our network as they are.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "in_channels": (int,),
+    "out_channels": (int,),
+    "layers_per_block": (int,),
+    "norm_num_groups": (int,),
+    "downsample_padding": (int,),
+    "attention_head_dim": (int, type(None)),
+    "attn_norm_num_groups": (int, type(None)),
+    "num_class_embeds": (int, type(None)),
+    "flip_sin_to_cos": (bool,),
+    "freq_shift": (int, float),
+    "norm_eps": (int, float),
+    "dropout": (int, float),
+    "block_out_channels": (list, tuple),
+    "down_block_types": (list, tuple),
+    "up_block_types": (list, tuple),
+}
+_RESAMPLING = ("conv", "resnet")
+
+# Schedulers of the DDPM kind, and whether each clips x_0 where its config does not say; others have another process.
+_SCHEDULERS = {
+    "DDPMScheduler": True,
+    "DDIMScheduler": True,
+    "DDIMInverseScheduler": True,
+    "PNDMScheduler": False,
+    "DEISMultistepScheduler": False,
+    "DPMSolverMultistepScheduler": False,
+    "DPMSolverSinglestepScheduler": False,
+    "UniPCMultistepScheduler": False,
+}
+_SCHEDULER_FIELDS = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "thresholding",
+}
+# Of how fewer steps are taken, which is a sampler's choice here.
+_STEPPING = {
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+    "set_alpha_to_zero",
+    "skip_prk_steps",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "solver_order",
+    "solver_type",
+    "algorithm_type",
+    "lower_order_final",
+    "euler_at_final",
+    "final_sigmas_type",
+    "lambda_min_clipped",
+    "predict_x0",
+    "disable_corrector",
+    "solver_p",
+    "use_lu_lambdas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "tensor_format",  # of versions before 0.4
+}
+
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 _VARIANCES = {
@@ -100,6 +171,13 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     if unknown:
         raise PretrainedError(f"the config has fields that UNet2DModel has not: {some(unknown)}")
     fields = _DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
+    for name, types in _TYPES.items():
+        value = fields[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise PretrainedError(f"{name}={value!r} is no {' or '.join(kind.__name__ for kind in types)}")
+    for name in ("downsample_type", "upsample_type"):
+        if fields[name] not in _RESAMPLING:
+            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(_RESAMPLING)}")
     for name, values in _ONLY.items():
         if fields[name] not in values:
             raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
@@ -154,10 +232,19 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
     ):
         if value not in known:
             raise PretrainedError(f"the scheduler's {name}={value!r} is not supported; known: {', '.join(known)}")
+    own = config.get("_class_name", "DDPMScheduler")
+    if own not in _SCHEDULERS:
+        raise PretrainedError(f"the scheduler's _class_name={own!r} is not supported; known: {', '.join(_SCHEDULERS)}")
+    unknown = sorted(n for n in config if n not in _SCHEDULER_FIELDS | _STEPPING and not n.startswith("_"))
+    if unknown:
+        raise PretrainedError(f"the scheduler's {some(unknown)} is unknown here")
     table = config.get("trained_betas")
-    if config.get("rescale_betas_zero_snr"):
-        raise PretrainedError("the scheduler's rescale_betas_zero_snr=True is not supported")
-    clip: bool | Callable = bool(config.get("clip_sample", True))
+    for name in ("rescale_betas_zero_snr", "thresholding"):
+        if config.get(name):
+            raise PretrainedError(f"the scheduler's {name}=True is not supported")
+    clip: bool | Callable = config.get("clip_sample", _SCHEDULERS[own])
+    if not isinstance(clip, bool):
+        raise PretrainedError(f"the scheduler's clip_sample={clip!r} must be true or false")
     bound = float(config.get("clip_sample_range", 1.0))
     if clip and bound != 1:
         clip = partial(jnp.clip, min=-bound, max=bound)
@@ -188,7 +275,13 @@ def load_diffusers(
 ) -> tuple[Description, dict | None]:
     """A pipeline's folder. flags: fields of the scheduler's config, where it has none. Raises: PretrainedError."""
     network, scheduler_path = find(folder)
-    config = read_json(network / "config.json")
+    config, index = read_json(network / "config.json"), folder / "model_index.json"
+    parts = {name for name in (read_json(index) if index.is_file() else {}) if not name.startswith("_")}
+    if parts - {"unet", "scheduler"}:
+        raise PretrainedError(
+            f"{folder}: a pipeline with {some(sorted(parts - {'unet', 'scheduler'}))} is not supported, only an unet and a "
+            "scheduler: what its unet draws are no images"
+        )
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise PretrainedError(f"{network}: {kind} is not supported, only UNet2DModel")
@@ -196,22 +289,28 @@ def load_diffusers(
         raise PretrainedError(
             f"flags={flags!r}: of a diffusers folder they are fields of the scheduler's config, as a dict"
         )
-    if scheduler_path.is_file():
-        scheduler = read_json(scheduler_path) | dict(flags or {})
-    elif flags:
-        scheduler = dict(flags)
-    else:
+    given = dict(flags or {})
+    scheduler = read_json(scheduler_path) if scheduler_path.is_file() else {}
+    if not scheduler_path.is_file() and not given:
         raise PretrainedError(
             f"{folder} holds no scheduler_config.json: name the pipeline's whole folder, or give its fields as flags"
         )
+    size = given.pop("sample_size", None) or config.get("sample_size")
     try:
         model = unet_from_config(config)
-        leaves, table, clip = scheduler_from_config(scheduler)
+        leaves, table, clip = scheduler_from_config(scheduler | given)
         channels = _DEFAULTS["in_channels"] if "in_channels" not in config else config["in_channels"]
-        size = config.get("sample_size") or 2 ** (len(model.channel_multipliers) + 2)
+        if size is None:
+            raise PretrainedError("the config does not say sample_size, the image's pixels: give it in flags")
         found = describe(
             f"diffusers, {config.get('_diffusers_version', '')}", model, size, leaves, channels=channels, clip=clip
         )
+        needed = channels * (2 if found.variance.startswith("learned") else 1)
+        if model.out_channels != needed:
+            raise PretrainedError(
+                f"out_channels={model.out_channels} and variance_type={found.variance!r} do not fit in_channels={channels}, "
+                f"which would need {needed}"
+            )
         if table is not None:
             found = dataclasses.replace(found, schedule=schedules.from_betas(table), diffusion=None)
     except PretrainedError as error:
@@ -343,9 +442,9 @@ def _scheduler_config(found: Description) -> dict[str, Any]:
 
 
 def write_folder(found: Description, params, folder: pathlib.Path) -> None:
-    """Writes the folder of a DDPMPipeline. Raises: PretrainedError, before anything is written."""
-    from safetensors.numpy import save_file
-
+    """Writes the folder of a DDPMPipeline, whole or not at all. Raises: PretrainedError, before writing; OSError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PretrainedError(f"{folder} exists already and is not empty: name another place")
     network, scheduler = config_of(found)
     flat = flax.traverse_util.flatten_dict(params)
     tensors = {
@@ -357,12 +456,15 @@ def write_folder(found: Description, params, folder: pathlib.Path) -> None:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted time
     for name in ("unet", "scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        (partial / name).mkdir(parents=True)
+    save_tensors(tensors, partial / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     for name, content in (
         ("unet/config.json", network),
         ("scheduler/scheduler_config.json", scheduler),
         ("model_index.json", index),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(folder)

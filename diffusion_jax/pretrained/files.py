@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -82,21 +83,46 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise PretrainedError(f"{path} is a damaged safetensors file ({error}); download it again") from None
-    return Tensors("safetensors", shapes, file.get_tensor, file.metadata())
+
+    def read(name):
+        try:
+            return file.get_tensor(name)
+        except Exception as error:  # bfloat16 and narrower types, which NumPy may not have
+            raise PretrainedError(
+                f"{path}: {name} cannot be read ({str(error)[:100]}); convert it to float32"
+            ) from None
+
+    return Tensors("safetensors", shapes, read, file.metadata())
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all. Raises: PretrainedError, OSError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(dict(tensors), partial, dict(metadata))
+    except SafetensorError as error:
+        raise PretrainedError(f"{path} cannot be written: {error}") from None
+    partial.replace(path)
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
     torch = _import("torch", "PyTorch")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
             reason = "it holds more than tensors, and a pickle can run any code: only plain state dicts are read"
         raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason[:200]}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    plain = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
+    if not plain or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise PretrainedError(f"{path} holds no state dict (tensors by name), but a {type(loaded).__name__}")
 
     shapes = {name: tuple(value.shape) for name, value in loaded.items()}
@@ -104,7 +130,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
 
     def read(name):
         value = loaded.pop(name)  # so that weights are not held twice
-        return (value.float() if value.is_floating_point() else value).numpy()
+        return (value.detach().float() if value.is_floating_point() else value).numpy()
 
     return Tensors("PyTorch", shapes, read)
 

@@ -141,9 +141,9 @@ HO = Naming(_ho_module, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj
 def shapes_of(model: UNet | Classifier, size: tuple[int, int], in_channels: int) -> dict[Path, tuple[int, ...]]:
     """Shape of every parameter of a network, by its path. Raises: PretrainedError for fields that fit no network."""
     y = (jnp.zeros(1, jnp.int32),) if isinstance(model, UNet) and model.num_classes else ()
-    image = jnp.zeros((1, *size, in_channels))
     try:
-        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), image, jnp.zeros(1), *y)["params"])
+        image = jax.ShapeDtypeStruct((1, *size, in_channels), jnp.float32)
+        tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, jnp.zeros(1), *y)["params"], image)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise PretrainedError(f"no network has these fields: {error}") from None
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
@@ -198,6 +198,10 @@ def fill(
         if value.shape != shape:
             wrong.append(f"{wanted[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise PretrainedError(
+                f"{where}: {wanted[path]} is {value.dtype}, not a floating-point number: is it quantised?"
+            )
         if not np.isfinite(value).all():
             raise PretrainedError(f"{where}: {wanted[path]} holds values that are not finite; is the file damaged?")
         filled[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))

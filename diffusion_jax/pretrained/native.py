@@ -16,7 +16,7 @@ from diffusion_jax import data, models, training
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
 from diffusion_jax.pretrained.errors import PretrainedError
-from diffusion_jax.pretrained.files import Tensors, read_json
+from diffusion_jax.pretrained.files import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.step import initial_params
 
@@ -75,13 +75,13 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         raise PretrainedError(str(error)) from None
     if restored is None:
         raise PretrainedError(f"{path} holds no finished checkpoint yet")
+    if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored[1])):
+        raise PretrainedError(f"{path} holds values that are not finite, in the checkpoint of step {restored[0]}")
     return found, restored[1]
 
 
 def write_file(found: Description, params, path: pathlib.Path) -> None:
     """One .safetensors: tensors by their paths here, in Flax's layout, and a JSON description. Raises: PretrainedError."""
-    from safetensors.numpy import save_file
-
     if found.diffusion is None:
         raise PretrainedError("a schedule that is given as a table of betas has no place in the file's description")
     if not isinstance(found.clip, bool):
@@ -99,7 +99,7 @@ def write_file(found: Description, params, path: pathlib.Path) -> None:
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {_KEY: json.dumps(description)})
+    save_tensors(tensors, path, {_KEY: json.dumps(description)})
 
 
 def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[Description, dict | None]:

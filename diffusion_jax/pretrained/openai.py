@@ -86,6 +86,28 @@ _IGNORED = {
     "clip_denoised",
     "classifier_scale",
 }
+_BOOLEAN = {
+    "class_cond",
+    "learn_sigma",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "use_new_attention_order",
+    "predict_xstart",
+    "rescale_timesteps",
+    "classifier_use_scale_shift_norm",
+    "classifier_resblock_updown",
+}
+_POSITIVE = {
+    "image_size",
+    "large_size",
+    "small_size",
+    "num_channels",
+    "num_res_blocks",
+    "diffusion_steps",
+    "classifier_width",
+    "classifier_depth",
+}
+_WHOLE = _POSITIVE | {"num_heads", "num_heads_upsample", "num_head_channels"}
 _KNOWN = {
     "image_size",
     "large_size",
@@ -129,6 +151,7 @@ def describe_openai(
     flags: a preset's or a published file's name, or OpenAI's flags, as a dict or as text; None for what the file is called.
     Raises: PretrainedError for flags that its tensors deny, and for those that are needed.
     """
+    undropped = flags is None and path.stem.endswith("nodropout")
     if flags is None:
         flags = FILES.get(path.stem, {})
     if isinstance(flags, str):
@@ -138,7 +161,8 @@ def describe_openai(
     if flags not in PRESETS:
         raise PretrainedError(f"flags={flags!r} is no preset of OpenAI's; known: {', '.join(PRESETS)}")
     size, low, diffusion = PRESETS[flags]
-    return describe(f"OpenAI, {flags}", preset(flags), size, diffusion, low_resolution=low), flags in _NEW_ORDER
+    model = preset(flags).clone(dropout=0.0) if undropped else preset(flags)
+    return describe(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low), flags in _NEW_ORDER
 
 
 def parse_flags(text: str) -> dict[str, Any]:
@@ -190,7 +214,15 @@ def _from_flags(path: pathlib.Path, tensors: Tensors, flags: dict[str, Any]) -> 
     unknown = sorted(set(flags) - _KNOWN - _IGNORED)
     if unknown:
         raise PretrainedError(f"flags: {some(unknown)} is none of OpenAI's; known: {', '.join(sorted(_KNOWN))}")
+    for name, value in flags.items():
+        kind = bool if name in _BOOLEAN else int if name in _WHOLE else None
+        if kind and (type(value) is not kind or (name in _POSITIVE and value < 1)):
+            raise PretrainedError(
+                f"flags: {name}={value!r} must be {'True or False' if kind is bool else 'a whole number'}"
+            )
     shapes = tensors.shapes
+    if flags.get("classifier_pool", "attention") != "attention":
+        raise PretrainedError(f"flags: classifier_pool={flags['classifier_pool']!r} is not supported, only attention")
     classifier = "out.2.positional_embedding" in shapes
     needed = []
 
@@ -213,6 +245,8 @@ def _from_flags(path: pathlib.Path, tensors: Tensors, flags: dict[str, Any]) -> 
         if own == -1:
             heads = need("num_heads", "num_head_channels", default="--num_heads 4")
         fields = {"head_channels": None if own == -1 else own, "num_heads": heads or 1}
+        if own != -1 or heads not in (None, 1):
+            need("use_new_attention_order", default="False, but True for ADM at 64 pixels")
         if flags.get("num_heads_upsample", -1) not in (-1, heads):
             fields["num_heads_up"] = flags["num_heads_upsample"]
     in_channels = shapes["input_blocks.0.0.weight"][1]

@@ -63,8 +63,10 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
 
 def _begin_with(config: ConfigDict, built: training.Setup, state: training.TrainState) -> training.TrainState:
     """A fresh state with the weights that `config.init_from` names, and their average the same."""
-    params = weights.initial(config, built.model)
+    params, differing = weights.initial(config, built.model)
     say(f"The weights are those of {config.init_from}.")
+    if differing:
+        say(f"Note: they were trained for another diffusion ({'; '.join(differing)}).")
     copies = [
         jax.tree.map(lambda leaf, place: jax.device_put(jnp.copy(leaf), place.sharding), params, places)
         for places in (built.abstract_state.params, built.abstract_state.ema_params)

@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from diffusion_jax import models, pretrained
 from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training import input_shape, sharding
+from diffusion_jax.training import input_shape, schedule_from_config, sharding
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 
@@ -24,7 +25,12 @@ def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
     """
     whole = sharding.replicated(mesh)
     if config["init_from"] and not committed_steps(directory / "checkpoints"):
-        return 0, jax.device_put(initial(config, model, use_ema), whole)
+        params, differing = initial(config, model, use_ema)
+        if differing:
+            raise UserError(
+                f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differing)})"
+            )
+        return 0, jax.device_put(params, whole)
     if not (directory / "checkpoints").is_dir():
         raise UserError(
             f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
@@ -44,7 +50,9 @@ def origin(config: Mapping, step: int) -> str:
 
 
 def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bool = True):
-    """The parameters that `config.init_from` names. Raises: UserError where they are another network's; PretrainedError."""
+    """(params, differing): the parameters that `config.init_from` names, and how what they were trained for differs from
+    `config.diffusion`, a phrase each. Raises: UserError where they are another network's; PretrainedError.
+    """
     path = config["init_from"]
     net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
     if type(net.model) is not type(model):
@@ -65,4 +73,13 @@ def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bo
         raise UserError(
             f"init_from={path} is another network ({'; '.join(differing)}); --pretrained={path} takes its config"
         )
-    return net.params
+    schedule, diffusion = schedule_from_config(config["diffusion"]), config["diffusion"]
+    says = {"prediction": (net.prediction, diffusion["prediction"]), "variance": (net.variance, diffusion["variance"])}
+    if isinstance(net.model, models.Classifier):
+        says = {}
+    phrases = [f"{name}: {theirs!r} there, {own!r} here" for name, (theirs, own) in says.items() if theirs != own]
+    if any(
+        not np.array_equal(getattr(net.schedule, name), getattr(schedule, name)) for name in ("timesteps", "alpha_bar")
+    ):
+        phrases.append("another noise schedule")
+    return net.params, phrases
