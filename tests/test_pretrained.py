@@ -515,8 +515,15 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     np.testing.assert_allclose(net.schedule.betas, [0.01, 0.02, 0.5])
     pretrained.save_diffusers(net, tmp_path / "out")
     np.testing.assert_array_equal(pretrained.load(tmp_path / "out").schedule.betas, net.schedule.betas)
-    with pytest.raises(PretrainedError, match="table of betas"):
-        pretrained.save_safetensors(net, tmp_path / "x.safetensors")
+    net = pretrained.Pretrained(**{**vars(net), "clip": description.clip_to(1.5)})
+    pretrained.save_safetensors(net, tmp_path / "x.safetensors")
+    again = pretrained.load(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
+    assert again.diffusion is None and again.variance == net.variance and float(again.clip(jnp.float32(7))) == 1.5
+    with pytest.raises(PretrainedError, match="only True, False and a range"):
+        pretrained.save_safetensors(
+            pretrained.Pretrained(**{**vars(net), "clip": jnp.tanh}), tmp_path / "y.safetensors"
+        )
     with pytest.raises(PretrainedError, match="table of betas"):
         pretrained.config_leaves(net)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from diffusion_jax import schedules, training
 from diffusion_jax.models import Classifier, UNet, upsampling
@@ -85,6 +87,11 @@ class Pretrained(Description):
         if isinstance(self.model, UNet):
             raise TypeError("these weights are a diffusion model's: use denoise_fn(x_t, time)")
         return self.model.apply({"params": self.params}, x_t, time)
+
+
+def clip_to(clip: bool | float) -> bool | Callable:
+    """A clip of x_0 as samplers take it: True for [-1, 1], False for none, or a number for another range."""
+    return clip if isinstance(clip, bool) else partial(jnp.clip, min=-clip, max=clip)
 
 
 def describe(

@@ -11,18 +11,16 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import flax.traverse_util
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import schedules
 from diffusion_jax.models import UNet
 from diffusion_jax.models.unet import split_heads
 from diffusion_jax.pretrained import layers
-from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
+from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
 from diffusion_jax.pretrained.errors import PretrainedError, some
 from diffusion_jax.pretrained.files import open_tensors, read_json, save_tensors
 
@@ -247,7 +245,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
         raise PretrainedError(f"the scheduler's clip_sample={clip!r} must be true or false")
     bound = float(config.get("clip_sample_range", 1.0))
     if clip and bound != 1:
-        clip = partial(jnp.clip, min=-bound, max=bound)
+        clip = clip_to(bound)
     leaves = {
         "schedule": _SCHEDULES[kind],
         "num_timesteps": len(table) if table is not None else config.get("num_train_timesteps", 1000),

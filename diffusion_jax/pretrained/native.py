@@ -12,9 +12,9 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from diffusion_jax import data, models, training
+from diffusion_jax import data, models, schedules, training
 from diffusion_jax.pretrained import layers
-from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
+from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
 from diffusion_jax.pretrained.errors import PretrainedError
 from diffusion_jax.pretrained.files import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
@@ -82,17 +82,20 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
 
 def write_file(found: Description, params, path: pathlib.Path) -> None:
     """One .safetensors: tensors by their paths here, in Flax's layout, and a JSON description. Raises: PretrainedError."""
-    if found.diffusion is None:
-        raise PretrainedError("a schedule that is given as a table of betas has no place in the file's description")
-    if not isinstance(found.clip, bool):
-        raise PretrainedError("clip: only True and False have a place in the file's description")
+    clip = found.clip if isinstance(found.clip, bool) else getattr(found.clip, "keywords", {}).get("max")
+    if clip is None:
+        raise PretrainedError("clip: only True, False and a range have a place in the file's description")
+    schedule, diffusion = found.schedule, found.diffusion
+    if diffusion is None:  # a table, which no config can say
+        diffusion = {"prediction": found.prediction, "variance": found.variance}
+        diffusion |= {"betas": schedule.betas.tolist(), "timesteps": schedule.timesteps.tolist()}
     description = {
         "kind": type(found.model).__name__,
         "model": fields_of(found.model),
         "image_size": found.image_size,
         "channels": found.channels,
-        "diffusion": dict(found.diffusion),
-        "clip": found.clip,
+        "diffusion": dict(diffusion),
+        "clip": clip,
         "low_resolution": found.low_resolution,
         "conditioning_noise": found.conditioning_noise,
     }
@@ -106,19 +109,23 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
     """What `write_file` wrote. Raises: PretrainedError."""
     try:
         stored: Mapping[str, Any] = json.loads(tensors.metadata[_KEY])
+        diffusion = stored["diffusion"]
         kind = {"UNet": models.UNet, "Classifier": models.Classifier}[stored["kind"]]
         found = dataclasses.replace(
             describe(
                 "diffusion_jax, one file",
                 models.from_config(stored["model"], kind),
                 stored["image_size"],
-                stored["diffusion"],
+                {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
                 channels=stored["channels"],
-                clip=stored["clip"],
+                clip=clip_to(stored["clip"]),
                 low_resolution=stored["low_resolution"],
             ),
             conditioning_noise=stored["conditioning_noise"],
         )
+        if "betas" in diffusion:
+            table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
+            found = dataclasses.replace(found, schedule=table, diffusion=None)
     except (KeyError, ValueError, TypeError) as error:
         raise PretrainedError(
             f"{path}: its description cannot be read ({error}); was it written by another version?"
