@@ -12,6 +12,7 @@ import pytest
 from test_pretrained import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
 from diffusion_jax import pretrained, sampling, schedules
+from diffusion_jax.models import upsampling
 from diffusion_jax.pretrained import PretrainedError, diffusers, layers, openai
 from diffusion_jax.pretrained.files import Tensors
 
@@ -40,7 +41,7 @@ def save(model, path):
 def ours(net, x, times, y=None, low=None):
     def run(params):
         labels = () if y is None else (y,)
-        taken = x if low is None else pretrained.description.upsampling.condition(x, low)
+        taken = x if low is None else upsampling.condition(x, low)
         return net.model.apply({"params": params}, taken, jnp.float32(times), *labels)
 
     with jax.default_matmul_precision("highest"):
@@ -133,17 +134,18 @@ def test_openai_s_networks_at_full_width(name, tmp_path):
     agree(f"OpenAI, {name}, {net_size(net):,} parameters", ours(net, x, times, y, small), theirs)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "openai", "classifier"])
+@pytest.mark.parametrize("name", ["diffusers", "openai", "classifier", "upsampler"])
 def test_gradients(name, tmp_path):
     """Of a weighted sum of the output, by every parameter: theirs, put through the same map as weights, against ours."""
     import torch
 
     config = {"diffusers": peers.IMPROVED}.get(name)
-    function, flags = peers.OPENAI["classifier" if name == "classifier" else "adm 64"]
+    function, flags = peers.OPENAI[{"classifier": name, "upsampler": "adm upsampler"}.get(name, "adm 64")]
     model = peers.diffusers(config) if config else peers.openai(function, flags)
     x, times = inputs(64 if not config else (16, 32))
     y = None if name == "classifier" else np.array([4, 0])
-    out = peers.call(model, x, times, y)
+    low = np.random.default_rng(2).normal(size=(2, 16, 16, 3)).astype(np.float32) if name == "upsampler" else None
+    out = peers.call(model, x, times, y, low)
     weighting = np.random.default_rng(5).normal(size=out.shape).astype(np.float32)
     (out * torch.from_numpy(weighting)).sum().backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
@@ -159,7 +161,8 @@ def test_gradients(name, tmp_path):
         theirs = openai.load_params(pathlib.Path("g"), tensors, found, order)
     weighting = weighting.transpose(0, 2, 3, 1) if weighting.ndim == 4 else weighting
     labels = () if y is None else (y,)
-    loss = lambda p: (net.model.apply({"params": p}, x, jnp.float32(times), *labels) * weighting).sum()  # noqa: E731
+    taken = x if low is None else upsampling.condition(x, low)
+    loss = lambda p: (net.model.apply({"params": p}, taken, jnp.float32(times), *labels) * weighting).sum()  # noqa: E731
     with jax.default_matmul_precision("highest"):
         own = jax.jit(jax.grad(loss))(net.params)
     errors = []
