@@ -74,9 +74,11 @@ def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bo
             f"init_from={path} is another network ({'; '.join(differing)}); --pretrained={path} takes its config"
         )
     schedule, diffusion = schedule_from_config(config["diffusion"]), config["diffusion"]
-    says = {"prediction": (net.prediction, diffusion["prediction"]), "variance": (net.variance, diffusion["variance"])}
-    if isinstance(net.model, models.Classifier):
-        says = {}
+    says = {}
+    if isinstance(net.model, models.UNet):
+        says["prediction"] = (net.prediction, diffusion["prediction"])
+        if any(variance.startswith("learned") for variance in (net.variance, diffusion["variance"])):
+            says["variance"] = (net.variance, diffusion["variance"])  # the fixed ones are no network's, but a choice
     phrases = [f"{name}: {theirs!r} there, {own!r} here" for name, (theirs, own) in says.items() if theirs != own]
     if any(
         not np.array_equal(getattr(net.schedule, name), getattr(schedule, name)) for name in ("timesteps", "alpha_bar")
