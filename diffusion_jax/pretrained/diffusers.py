@@ -202,7 +202,7 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     classes, padding = fields["num_class_embeds"] or 0, fields["downsample_padding"]
     return UNet(
         channels=base,
-        channel_multipliers=tuple(w // base if w % base == 0 else w / base for w in widths),
+        channel_multipliers=layers.multipliers(widths, base),
         num_res_blocks=fields["layers_per_block"],
         attention_levels=tuple(i for i, attends in enumerate(down) if attends),
         head_channels=fields["attention_head_dim"],

@@ -50,7 +50,7 @@ def _structure(path: pathlib.Path, tensors: Tensors, names: Mapping[str, str]) -
         blocks = len({name.split(".")[3] for name in shapes if name.startswith("down.0.block.")})
         return UNet(
             channels=channels,
-            channel_multipliers=tuple(w // channels if w % channels == 0 else w / channels for w in widths),
+            channel_multipliers=layers.multipliers(widths, channels),
             num_res_blocks=blocks,
             attention_levels=tuple(i for i in range(levels) if f"down.{i}.attn.0.q.weight" in shapes),
             out_channels=shapes["conv_out.weight"][0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.traverse_util
 import jax
@@ -136,6 +136,11 @@ def _ho_module(module: str, single: bool, model: UNet | Classifier) -> str:
 
 
 HO = Naming(_ho_module, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"})
+
+
+def multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
+    """`channel_multipliers` of levels that wide: whole numbers where they are."""
+    return tuple(w // channels if w % channels == 0 else w / channels for w in widths)
 
 
 def shapes_of(model: UNet | Classifier, size: tuple[int, int], in_channels: int) -> dict[Path, tuple[int, ...]]:

@@ -201,7 +201,7 @@ def _structure(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], depth:
         return {
             "channels": channels,
             "num_res_blocks": n,
-            "channel_multipliers": tuple(w // channels if w % channels == 0 else w / channels for w in widths),
+            "channel_multipliers": layers.multipliers(widths, channels),
             "attention_levels": tuple(i for i, block in enumerate(first) if f"{block}.1.qkv.weight" in shapes),
             "scale_shift_norm": shapes[f"{first[0]}.0.emb_layers.1.weight"][0] == 2 * widths[0],
             "resample_blocks": levels > 1 and not strided,
