@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_jax.models import Classifier
+from diffusion_jax.models import Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai
 from diffusion_jax.pretrained.description import Description, Pretrained
 from diffusion_jax.pretrained.errors import PretrainedError
@@ -123,7 +123,7 @@ def config_leaves(found: Description) -> dict[str, dict[str, Any]]:
     loss = "classify" if isinstance(found.model, Classifier) else "hybrid" if learned else "simple"
     height, width = found.image_size
     return {
-        "model": native.fields_of(found.model),
+        "model": fields_of(found.model),
         "diffusion": dict(found.diffusion) | {"loss": loss, "conditioning_noise": found.conditioning_noise},
         "data": {
             "image_size": height if height == width else (height, width),

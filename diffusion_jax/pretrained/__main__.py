@@ -10,7 +10,8 @@ import math
 import sys
 
 from diffusion_jax import pretrained
-from diffusion_jax.pretrained import layers, native
+from diffusion_jax.models import fields_of
+from diffusion_jax.pretrained import layers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +56,7 @@ def table(net: pretrained.Description) -> str:
         "schedule": "a table of betas" if net.diffusion is None else net.diffusion["schedule"],
         "timesteps": f"{net.schedule.num_timesteps}, to the network 0 ... {net.schedule.timesteps[-1]:g}",
     }
-    fields = {f"model.{name}": value for name, value in native.fields_of(net.model).items()}
+    fields = {f"model.{name}": value for name, value in fields_of(net.model).items()}
     shown = {name: value for name, value in (rows | fields).items() if value is not None}
     wide = max(map(len, shown))
     return "\n".join(f"{name:{wide}}  {value}" for name, value in shown.items())

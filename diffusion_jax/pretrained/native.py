@@ -23,15 +23,6 @@ from diffusion_jax.training.step import initial_params
 _KEY = "diffusion_jax"
 
 
-def fields_of(model: models.UNet | models.Classifier) -> dict[str, Any]:
-    """The fields of a network, as `config.model` has them."""
-    return {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in ("parent", "name")
-    }
-
-
 def is_workdir(path: pathlib.Path) -> bool:
     """Whether a directory holds a run of ours."""
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
@@ -91,7 +82,7 @@ def write_file(found: Description, params, path: pathlib.Path) -> None:
         diffusion |= {"betas": schedule.betas.tolist(), "timesteps": schedule.timesteps.tolist()}
     description = {
         "kind": type(found.model).__name__,
-        "model": fields_of(found.model),
+        "model": models.fields_of(found.model),
         "image_size": found.image_size,
         "channels": found.channels,
         "diffusion": dict(diffusion),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -16,7 +15,7 @@ from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 
 # Fields of a network that change nothing of what its weights compute.
-_FREE = {"dropout", "dtype", "remat", "initializer", "parent", "name"}
+_FREE = {"dropout", "dtype", "remat", "initializer"}
 
 
 def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
@@ -64,7 +63,7 @@ def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bo
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
     differing = [
         f"model.{name}: {getattr(theirs, name)!r} there, {getattr(model, name)!r} here"
-        for name in sorted({field.name for field in dataclasses.fields(model)} - _FREE)
+        for name in sorted(set(models.fields_of(model)) - _FREE)
         if getattr(theirs, name) != getattr(model, name)
     ]
     if net.in_channels != input_shape(config)[2]:
