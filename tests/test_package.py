@@ -42,9 +42,10 @@ FLOORS = [  # lowest first; a file imports from its own floor's other lines or f
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
-    {"data", "models", "evaluation"},
+    {"data", "models"},
     {"training"},
     {"pretrained"},
+    {"evaluation"},
     {"runs"},
 ]
 
