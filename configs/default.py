@@ -167,6 +167,17 @@ def get_config() -> ConfigDict:
     config.evaluation.ode_dequantisation = "uniform"  # or "variational"
     config.evaluation.ode_trace = "hutchinson"  # or "exact", as many derivatives as an image has numbers
     config.evaluation.ode_tolerance = 1e-5
+    config.evaluation.likelihood = True  # whether --mode=evaluate measures the bound
+    config.evaluation.num_samples = 50_000  # drawn as `sampling` says, and judged by --mode=evaluate; 0 for none
+    config.evaluation.features = "inception"  # what judges them; or digits, or module:function of images -> features
+    config.evaluation.inception = ""  # Inception's weights: a .pth or the TensorFlow graph; "" judges no samples
+    config.evaluation.resize = (
+        "tf1"  # to Inception's 299 pixels: tf1 (FID), pytorch (pytorch-fid's), clean (clean-fid's)
+    )
+    config.evaluation.metrics = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorisation")
+    config.evaluation.reference_split = ""  # what samples are compared with; "" for data.split
+    config.evaluation.every = 0  # steps of training after which FID is logged, of fewer samples; 0 for never
+    config.evaluation.every_samples = 1000
     config.evaluation.progressive_examples = 64  # images of --mode=progressive
     config.evaluation.progressive_columns = 12  # of its pictures
     return config

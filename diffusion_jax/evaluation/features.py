@@ -132,9 +132,9 @@ def named(name: str, inception_path: str = "", resize: str = "tf1") -> Extractor
 
 
 def compiled(extractor: Extractor, mesh) -> Callable[[Any], Extracted]:
-    """images (uint8 [B, H, W, C], the batch spread over the mesh) -> Extracted of arrays."""
+    """images uint8 [B, H, W, C] -> Extracted, the batch spread over the mesh where the extractor compiles."""
     if not extractor.compiles:
-        return lambda images: extractor.function(None, np.asarray(images))
+        return lambda images: extractor.function(None, images)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = jax.device_put(extractor.params, whole)
     options = compiler.options()

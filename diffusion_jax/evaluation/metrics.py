@@ -29,10 +29,14 @@ class Moments(NamedTuple):
 
 def moments(features) -> Moments:
     """Of features [N, D]. Raises: ValueError for fewer than two, or for numbers that are not finite."""
-    features = _checked(features, 2)
+    return _moments(_checked(features, 2))
+
+
+def _moments(features: np.ndarray) -> Moments:
+    features = features.astype(np.float64)
     mean = features.mean(axis=0)
     centred = features - mean
-    return Moments(mean, centred.T @ centred / (len(features) - 1), len(features))
+    return Moments(mean, centred.T @ centred / max(len(features) - 1, 1), len(features))
 
 
 def merge(one: Moments, other: Moments) -> Moments:
@@ -44,8 +48,11 @@ def merge(one: Moments, other: Moments) -> Moments:
 
 
 def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
-    """Of features that come in chunks [n, D] of at least two."""
-    return functools.reduce(merge, map(moments, chunks))
+    """Of features that come in chunks [n, D]. Raises: as `moments`."""
+    found = functools.reduce(merge, (_moments(_checked(chunk, 1)) for chunk in chunks))
+    if found.count < 2:
+        raise ValueError("1 image is too few: a covariance needs 2")
+    return found
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
@@ -94,7 +101,7 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
     for i in range(subsets):
         x = samples[rng.choice(len(samples), subset_size, replace=False)]
         y = reference[rng.choice(len(reference), subset_size, replace=False)]
-        found[i] = _squared_mmd(x, y)
+        found[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
     std = found.std()
     return Estimate(found.mean(), std, std / np.sqrt(min(subsets, fewest // subset_size)))
 
@@ -111,7 +118,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
 
     logits: [N, classes], without the bias, as its and torch-fidelity's. The last split may be smaller.
     """
-    logits = _checked(logits, 1)
+    logits = _checked(logits, 1).astype(np.float64)
     log_p = logits - logits.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     scores = []
@@ -223,12 +230,12 @@ def _for_distances(reference, samples, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Both about the reference's mean, where products lose least, in the precision that the devices have."""
     reference, samples = _checked(reference, k + 1), _checked(samples, k + 1)
     _check_widths(reference, samples)
-    centre, dtype = reference.mean(axis=0), jax.dtypes.canonicalize_dtype(np.float64)
+    centre, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
     return (reference - centre).astype(dtype), (samples - centre).astype(dtype)
 
 
 def _checked(features, least: int) -> np.ndarray:
-    features = np.asarray(features, np.float64)
+    features = np.asarray(features)
     if features.ndim != 2:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")
     if len(features) < least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.evaluation.parts import Parts, digest
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
@@ -127,10 +128,20 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     return images, labels
 
 
-def sample(config: ConfigDict, directory: pathlib.Path) -> None:
+class Drawn(NamedTuple):
+    """path: the .npz. step: of the weights, 0 for untrained ones. num_steps: the sampler's. batch_size: as it was used."""
+
+    path: pathlib.Path
+    step: int
+    num_steps: int
+    batch_size: int
+
+
+def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> Drawn:
     """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any).
 
-    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped.
+    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped. again: also where these
+    samples are there already.
     """
     work.check_identity(config, directory)
     options = config.sampling
@@ -155,8 +166,11 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
 
     origin = weights.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
-    say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
+    drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
+    if not again and drawing.path.exists():
+        return drawing
+    say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith(("preview", "progress"))}
     given = [hashlib.sha256(array.tobytes()).hexdigest() for array in (low, low_labels) if array is not None]
     parts = Parts(samples / f".{name}_{digest(drawn, batch_size, config.init_from, given)}")
@@ -186,6 +200,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
             )
             pictures.save_png(samples / f"{name}_trajectory.png", picture)
             say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
+    return drawing
 
 
 def _collect(config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
+from diffusion_jax.runs.judge import Watch, check_judging
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -30,7 +31,12 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     work.check_identity(config, directory)
     with as_user_error("config"):
         built = training.setup(config)
-        preview = _preview(config, built)
+        preview = _drawing(config, built, config.sampling.preview_samples)
+        watching = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
+    if config.evaluation.every and not watching:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} is for models that draw images from nothing; use 0"
+        )
     options = config.training
     newest = max(committed_steps(directory / "checkpoints"), default=0)
     if newest >= options.num_steps:
@@ -39,6 +45,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     source = data.load(config.data, bar_over("Reading the images"))
     check_source(config, source)
     directory.mkdir(parents=True, exist_ok=True)
+    watch = watching and Watch(config, directory, watching)
     with Checkpoints(directory / "checkpoints", options.checkpoints_kept, options.checkpoint_keep_every) as checkpoints:
         state = checkpoints.restore(built.abstract_state)
         step = 0 if state is None else int(state.step)
@@ -52,7 +59,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
+        _Loop(config, directory, built, checkpoints, preview, watch).run(state, step, source)
     then = "Sample with --mode=sample."
     if training.is_upsampler(config):
         then = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
@@ -82,11 +89,11 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"training.{leaf}={options[leaf]} must be at least 1")
     if options.sample_every < 0 or config.seed < 0:
         raise UserError("training.sample_every and seed must be at least 0")
-    for leaf in ("log_every", "sample_every", "checkpoint_every"):
-        if options[leaf] % options.steps_per_call:
-            raise UserError(
-                f"training.{leaf}={options[leaf]} must be a multiple of training.steps_per_call={options.steps_per_call}"
-            )
+    check_judging(config)
+    intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
+    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
+        if interval % options.steps_per_call:
+            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
 
 
 def check_source(config: ConfigDict, source) -> None:
@@ -101,9 +108,9 @@ def check_source(config: ConfigDict, source) -> None:
         raise UserError(f"model.num_classes={classes}, but the data has no labels; {advice}")
 
 
-def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
-    """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted, or possible."""
-    if config.sampling.preview_samples < 1 or training.is_classifier(config) or training.is_upsampler(config):
+def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
+    """A sampler for the time of training, of about `count` images: DDIM, few steps; None where none is wanted, or possible."""
+    if count < 1 or training.is_classifier(config) or training.is_upsampler(config):
         return None
     config = ConfigDict(work.to_dict(config))
     steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)
@@ -111,18 +118,23 @@ def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
     config.sampling.label = None
     recipe = Recipe(config, built.model, built.schedule, built.mesh)
     devices = built.mesh.size
-    batch_size = max(1, config.sampling.preview_samples // devices) * devices
-    return Generator(config, recipe, built.mesh, batch_size)
+    return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)
 
 
 class _Loop:
     """The training loop and what it does at its intervals."""
 
     def __init__(
-        self, config: ConfigDict, directory: pathlib.Path, built: training.Setup, checkpoints: Checkpoints, preview
+        self,
+        config: ConfigDict,
+        directory: pathlib.Path,
+        built: training.Setup,
+        checkpoints: Checkpoints,
+        preview: Generator | None,
+        watch: Watch | None,
     ):
         self._config, self._directory, self._built = config, directory, built
-        self._checkpoints, self._preview = checkpoints, preview
+        self._checkpoints, self._preview, self._watch = checkpoints, preview, watch
         self._metrics: work.Metrics | None = None
         self._programs: dict = {}
         self._pictured = False
@@ -164,6 +176,9 @@ class _Loop:
                     # The picture first: a run that ends after its checkpoint would not come back for it.
                     if last or (options.sample_every and step % options.sample_every == 0):
                         self._picture(state, step)
+                    every = self._config.evaluation.every
+                    if self._watch and (last or step % every == 0):
+                        self._judge(state, step)
                     if step % options.checkpoint_every == 0 or last:
                         self._save(state, step)
                     began += time.perf_counter() - start  # the speed is that of training alone
@@ -227,6 +242,13 @@ class _Loop:
         if self._metrics:
             self._metrics.flush()  # what is logged up to here must outlive the checkpoint that continues from here
         self._checkpoints.save(step, state)
+
+    def _judge(self, state, step: int) -> None:
+        """Logs the Frechet distance of a few samples, drawn with the EMA weights."""
+        figure = self._watch(state.ema_params)
+        say(f"{self._watch.name} {figure:.4g} at step {step}")
+        if self._metrics:
+            self._metrics.scalars(step, {self._watch.name: figure})
 
     def _picture(self, state, step: int) -> None:
         """A grid drawn with the EMA weights, as PNG and among TensorBoard's images."""
