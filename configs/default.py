@@ -169,7 +169,7 @@ def get_config() -> ConfigDict:
     config.evaluation.ode_tolerance = 1e-5
     config.evaluation.likelihood = True  # whether --mode=evaluate measures the bound
     config.evaluation.num_samples = 50_000  # drawn as `sampling` says, and judged by --mode=evaluate; 0 for none
-    config.evaluation.features = "inception"  # what judges them; or digits, or module:function of images -> features
+    config.evaluation.features = ""  # inception ("" but for the digits), digits, or module:function: images -> features
     config.evaluation.inception = ""  # Inception's weights: a .pth or the TensorFlow graph; "" judges no samples
     config.evaluation.resize = (
         "tf1"  # to Inception's 299 pixels: tf1 (FID), pytorch (pytorch-fid's), clean (clean-fid's)

@@ -21,6 +21,7 @@ def tiny_config(**overrides):
     config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
     config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
     config.optimizer.warmup_steps = 0
+    config.evaluation.num_samples = 0
     config.update_from_flattened_dict(overrides)
     return config
 

@@ -41,7 +41,7 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     options = config.evaluation
     if not options.num_samples:
         return
-    if options.features == "inception" and not options.inception:
+    if _features_of(config) == "inception" and not options.inception:
         how = "evaluation.inception=PATH names the weights of FID's Inception, evaluation.num_samples=0 leaves this out"
         if not options.likelihood:
             raise UserError(f"nothing can judge the samples: {how}")
@@ -75,10 +75,15 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
         _plot(directory, compare.name_of("fid", extractor))
 
 
+def _features_of(config: ConfigDict) -> str:
+    """`evaluation.features`, or what is usual for the data."""
+    return config.evaluation.features or ("digits" if config.data.dataset == "digits" else "inception")
+
+
 def _extractor(config: ConfigDict) -> extractors.Extractor:
     options = config.evaluation
     with as_user_error("config.evaluation"):
-        return extractors.named(options.features, options.inception, options.resize)
+        return extractors.named(_features_of(config), options.inception, options.resize)
 
 
 def _reference(config: ConfigDict) -> images.ImageSet:
@@ -98,8 +103,10 @@ def _plot(directory: pathlib.Path, name: str) -> None:
     curves: dict[str, dict[int, float]] = {}
     for record in read_records(directory / "metrics.json"):
         if name in record and "steps" in record:
-            label = f"{record['sampling']['sampler']}, step {record['step']}, {record['num_samples']:,} samples"
-            curves.setdefault(label, {})[record["steps"]] = record[name]
+            sampling = record["sampling"]
+            label = f"{sampling['sampler']}, {record['weights']} weights of step {record['step']}"
+            label += f", guided {sampling['guidance_scale']:g}" if sampling["guidance_scale"] != 1 else ""
+            curves.setdefault(f"{label}, {record['num_samples']:,} samples", {})[record["steps"]] = record[name]
     if len({steps for curve in curves.values() for steps in curve}) > 1:
         path = directory / f"{name}_against_steps.png"
         pictures.plot_against_steps(path, curves, name.replace("_", " "))
@@ -115,7 +122,7 @@ class Watch:
         options = config.evaluation
         if options.every_samples < 2:
             raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
-        if options.features == "inception" and not options.inception:
+        if _features_of(config) == "inception" and not options.inception:
             raise UserError("evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception")
         extractor, self._seed, self._count = _extractor(config), options.seed, options.every_samples
         self._generator = generator

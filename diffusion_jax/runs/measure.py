@@ -122,7 +122,7 @@ def _neighbours_picture(reference: ImageSet, samples: ImageSet, suspects, neighb
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Appends to a JSON list, in place of an earlier record of the same comparison."""
-    same = ("reference_sha256", "samples_sha256", "features_sha256", "resize")
+    same = ("reference_sha256", "samples", "samples_sha256", "features_sha256", "resize")
     records = [old for old in read_records(path) if any(old.get(key) != record.get(key) for key in same)]
     work.write_text(path, json.dumps([*records, dict(record)], indent=2, allow_nan=False) + "\n")
 

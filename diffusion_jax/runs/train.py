@@ -109,7 +109,7 @@ def check_source(config: ConfigDict, source) -> None:
 
 
 def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
-    """A sampler for the time of training, of about `count` images: DDIM, few steps; None where none is wanted, or possible."""
+    """A sampler for the time of training, of about `count` images: DDIM, few steps. None where none is possible."""
     if count < 1 or training.is_classifier(config) or training.is_upsampler(config):
         return None
     config = ConfigDict(work.to_dict(config))
