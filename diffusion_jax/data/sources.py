@@ -113,8 +113,10 @@ def _builder(name: str, data_dir: str | None):
 
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
     """((H, W), channels) of a TFDS data set's images, (None, channels) where they differ in size. Raises: DataError."""
-    feature = _builder(name, data_dir).info.features.get("image")
-    height, width, channels = getattr(feature, "shape", (None, None, 3))
+    features = _builder(name, data_dir).info.features
+    if "image" not in features:
+        raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+    height, width, channels = features["image"].shape
     return (height, width) if height and width else None, channels or 3
 
 

@@ -52,8 +52,11 @@ class Extraction:
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._run = compiled(extractor, mesh)
 
-    def __call__(self, images: np.ndarray) -> Extracted:
-        """Features of images uint8 [N, H, W, C], all of them on every process. Raises: ValueError for ones not finite."""
+    def __call__(self, images: np.ndarray, progress: Callable[[int], None] = lambda done: None) -> Extracted:
+        """Features of images uint8 [N, H, W, C], all of them on every process; progress is told how many are done.
+
+        Raises: ValueError for features that are not finite, or not [N, D].
+        """
         size, rows = self._batch_size, sharding.batch_sharding(self._mesh)
         compiles = self.extractor.compiles
         held = sharding.process_rows(size, self._mesh) if compiles else np.arange(size)
@@ -64,6 +67,7 @@ class Extraction:
             out = self._run(jax.make_array_from_process_local_data(rows, batch) if compiles else batch)
             out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
             found.append(jax.tree.map(lambda a, start=start: np.asarray(a, np.float32)[: len(images) - start], out))
+            progress(min(start + size, len(images)))
         out = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
         if out.pool.ndim != 2:
             raise ValueError(f"the features {self.extractor.name} gives are of shape {out.pool.shape}, not [N, D]")
@@ -77,11 +81,11 @@ class Extraction:
         parts, chunks = self._parts(content, directory), -(-count // CHUNK)
         with self._bar(f"Features of {what}", count, min(len(parts.done) * CHUNK, count)) as bar:
             for i in range(chunks):
-                if i not in parts.done:
-                    images, _ = source.read(np.arange(i * CHUNK, min((i + 1) * CHUNK, count)))
-                    out = self(images)
-                    parts.save(i, **{name: leaf for name, leaf in out._asdict().items() if leaf is not None})
-                    bar.update(min((i + 1) * CHUNK, count))
+                if i in parts.done:
+                    continue
+                images, _ = source.read(np.arange(i * CHUNK, min((i + 1) * CHUNK, count)))
+                out = self(images, lambda done, before=i * CHUNK: bar.update(before + done))
+                parts.save(i, **{name: leaf for name, leaf in out._asdict().items() if leaf is not None})
         multihost_utils.sync_global_devices("features written")
         kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-KEPT // CHUNK)))]
         moments = moments_of_chunks(parts.load(i)["pool"] for i in range(chunks))
