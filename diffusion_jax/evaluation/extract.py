@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ class Extraction:
     def of(self, what: str, source, directory: pathlib.Path) -> Features:
         """Features of a source of images, whose parts stay below `directory`. what: its name, for the bar."""
         content, count = image_sets.digest(source), len(source)
-        parts, chunks = self._parts(content, directory), -(-count // CHUNK)
+        parts, chunks = Parts(self._directory(content, directory)), -(-count // CHUNK)
         with self._bar(f"Features of {what}", count, min(len(parts.done) * CHUNK, count)) as bar:
             for i in range(chunks):
                 if i in parts.done:
@@ -96,8 +97,8 @@ class Extraction:
         return Features(np.concatenate(kept)[:KEPT], moments, spatial, content)
 
     def forget(self, features: Features, directory: pathlib.Path) -> None:
-        """Removes the parts of a set that will not be asked for again."""
-        self._parts(features.digest, directory).remove()
+        """Removes the parts of a set that will not be asked for again; for one process to call."""
+        shutil.rmtree(self._directory(features.digest, directory))
 
-    def _parts(self, content: str, directory: pathlib.Path) -> Parts:
-        return Parts(directory / digest({"images": content, "features": self.extractor.digest, "chunk": CHUNK}))
+    def _directory(self, content: str, directory: pathlib.Path) -> pathlib.Path:
+        return directory / digest({"images": content, "features": self.extractor.digest, "chunk": CHUNK})

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
@@ -51,6 +52,7 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     config = ConfigDict(work.to_dict(config))
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
+    multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     sampling = {
         key: value
         for key, value in work.to_dict(config.sampling).items()
