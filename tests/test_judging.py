@@ -481,3 +481,27 @@ def test_eight_devices_give_the_figures_of_one(tmp_path):
             # The kernel distance is a difference of larger sums: to a millionth of what it is uncertain by.
             within = 1e-6 * one["kernel_distance_std"] if name == "kernel_distance" else 0
             assert eight[name] == pytest.approx(value, rel=1e-6, abs=within), name
+
+
+@pytest.mark.slow
+def test_inception_s_figures_depend_neither_on_the_batch_size_nor_on_the_devices(port, tmp_path):
+    """Three minutes: three times 300 images through the whole network."""
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    save(tmp_path / "reference.npz", smooth[:150])
+    save(tmp_path / "samples.npz", np.clip(smooth[150:] * 0.8 + 20, 0, 255).astype(np.uint8))
+    root = str(pathlib.Path(__file__).parent.parent)
+    records = []
+    for devices, batch_size in ((1, 64), (1, 22), (4, 64)):
+        variables = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=root)
+        variables["XDG_CACHE_HOME"] = str(tmp_path / f"{devices}_{batch_size}")
+        arguments = ["reference.npz", "samples.npz", f"--inception={port}", f"--batch_size={batch_size}"]
+        arguments += ["--metrics=fid,sfid,kid,precision_recall,density_coverage", f"--output={len(records)}.json"]
+        program = [sys.executable, "-m", "diffusion_jax.evaluation", *arguments]
+        subprocess.run(program, cwd=tmp_path, env=variables, check=True, capture_output=True)
+        records += json.loads((tmp_path / f"{len(records)}.json").read_text())
+    for other in records[1:]:
+        for name in ("frechet_distance", "spatial_frechet_distance", "precision", "recall", "density", "coverage"):
+            assert other[name] == pytest.approx(records[0][name], rel=1e-6), name
+        within = 1e-6 * records[0]["kernel_distance_std"]
+        assert other["kernel_distance"] == pytest.approx(records[0]["kernel_distance"], rel=1e-6, abs=within)
