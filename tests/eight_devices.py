@@ -1,0 +1,109 @@
+"""What tests/test_sharding.py measures on eight virtual devices: `python tests/eight_devices.py` prints JSON."""
+
+import functools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax
+import numpy as np
+from test_training import a_batch, tiny_config
+
+from diffusion_jax import training
+from diffusion_jax.runs.evaluate import evaluate
+from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.train import train
+from diffusion_jax.training import collectives, sharding
+from diffusion_jax.training.checkpoints import Checkpoints
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (1, 8), (2, 4)]  # data, fsdp: as many devices as their product
+# All that draws: flips, timesteps, noise, dropout, dropped labels.
+DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
+
+
+def on(data: int, fsdp: int, **overrides):
+    return tiny_config(
+        **{"mesh.data": data, "mesh.fsdp": fsdp, "model.channel_multipliers": (1,), **DRAWING, **overrides}
+    )
+
+
+@functools.cache
+def setup(data: int, fsdp: int) -> training.Setup:
+    """On the first data * fsdp devices, as if there were no others."""
+    with mock.patch("jax.device_count", lambda: data * fsdp):
+        return training.setup(on(data, fsdp))
+
+
+def trajectories():
+    """{mesh: the losses of four steps}."""
+    out = {}
+    for mesh in MESHES:
+        built, losses = setup(*mesh), []
+        state = built.init()
+        for i in range(4):
+            state, metrics = built.train_step(state, a_batch(on(*mesh), i))
+            losses.append(float(metrics["loss"]))
+        out["x".join(map(str, mesh))] = losses
+    return out
+
+
+def relaunches():
+    """A state of fsdp=8 after a step, restored on other meshes: {mesh: [to the bit and in its place, the next loss]}."""
+    out = {}
+    state, _ = setup(1, 8).train_step(setup(1, 8).init(), a_batch(on(1, 8), 0))
+    with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.finish(1)
+        for mesh in [(1, 8), (1, 4), (8, 1)]:
+            restored = checkpoints.restore(setup(*mesh).abstract_state)
+            same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
+            placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
+            _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
+            out["x".join(map(str, mesh))] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
+    return out
+
+
+def runs():
+    """Training with pictures, sampling and evaluation on a mesh of both axes: the names of the pictures, and the bound."""
+    config = on(2, 4, **{"training.num_steps": 2, "evaluation.num_examples": 8})
+    config.evaluation.update(strata=1, batch_size=8)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        for run in (train, sample, evaluate):
+            run(config, directory)
+        bound = json.loads((directory / "likelihood.json").read_text())
+        return {"pictures": sorted(path.name for path in directory.glob("samples/*.png")), "bound": bound}
+
+
+def program():
+    """The train step of a network of 2.6 million parameters with fsdp=8: bytes, and its collectives."""
+    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 64, "model.num_groups": 8})
+    built = training.setup(config)
+    batch = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in a_batch(config).items()}
+    compiled = built.train_step.lower(built.abstract_state, batch).compile()
+    params = jax.tree.leaves(built.abstract_state.params)
+    found = collectives.read(compiled.as_text())
+    return {
+        "params": sum(leaf.size for leaf in params) * 4,
+        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
+        "largest": max(leaf.size for leaf in params) * 4,
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+        "init_temporary": built.init.lower().compile().memory_analysis().temp_size_in_bytes,
+        "kinds": sorted({c.kind for c in found}),
+        "gathers": [c.bytes for c in found if c.kind == "all-gather"],
+        "ring": sum(c.ring_bytes for c in found),
+    }
+
+
+if __name__ == "__main__":
+    output = sys.stdout
+    sys.stdout = sys.stderr  # what runs say
+    found = {"program": program()}
+    sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
+    found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
+    print(json.dumps(found), file=output)
