@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 128  # of all devices together
     config.training.accumulation_steps = 1  # parts of the batch, worked one after the other: less memory, the same step
     config.training.steps_per_call = 1  # on accelerators, several steps in one program; CPUs make single calls
+    config.training.deterministic = False  # on GPUs, the same numbers to the bit from run to run, at a price in speed
     config.training.log_every = 100
     config.training.sample_every = 10_000  # 0 for never
     config.training.checkpoint_every = 5_000

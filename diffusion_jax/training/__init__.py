@@ -197,7 +197,7 @@ def setup(config: Mapping) -> Setup:
             donate_argnums=0,
             in_shardings=(states, batches),
             out_shardings=(states, whole),
-            compiler_options=compiler.options(),
+            compiler_options=compiler.options(options["deterministic"]),
         )
 
     # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls: there the program of
