@@ -273,6 +273,13 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
     compiler.options.cache_clear()
     monkeypatch.delenv("XLA_FLAGS")
     assert set(compiler.options()) <= {"xla_cpu_experimental_ynn_fusion_type"}
+    assert compiler.options(deterministic=True) == compiler.options()  # CPUs need nothing for it
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
+    compiler.options.cache_clear()
+    assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler.options() == {}
+    compiler.options.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ _CONVOLUTIONS = {
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 # Kernels that add in a fixed order, chosen by rule and not by which was fastest when the program was compiled.
-DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": "true", "xla_gpu_autotune_level": "0"}
+DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 @functools.cache
-def options(deterministic: bool = False) -> dict[str, str]:
+def options(deterministic: bool = False) -> dict:
     """`compiler_options` for `jax.jit`, without those that a user's XLA_FLAGS set or that this jaxlib does not know.
 
     A program that carries options cannot be called inside another jit.
@@ -35,16 +35,16 @@ def options(deterministic: bool = False) -> dict[str, str]:
 
 
 @functools.cache
-def least_memory() -> dict[str, str]:
+def least_memory() -> dict:
     """Options of a program that is compiled to see what memory it needs: CPUs' own order is for speed alone."""
     return _usable(_LEAST_MEMORY)
 
 
-def _not_set(chosen: dict[str, str]) -> dict[str, str]:
+def _not_set(chosen: dict) -> dict:
     return {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
-def _usable(chosen: dict[str, str]) -> dict[str, str]:
+def _usable(chosen: dict) -> dict:
     """Options of the CPU backend, there and where they are known."""
     chosen = _not_set(chosen)
     if jax.default_backend() != "cpu":
