@@ -1,8 +1,9 @@
 """python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
 MODE is train, sample, edit (inpainting and more, of images of yours), evaluate (bits per dimension), progressive (rate and
-distortion) or train_classifier (of noisy images, for guidance). Relaunching the same command continues the run. For a
-directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
+distortion), train_classifier (of noisy images, for guidance) or plan (what training would take on mesh.data times mesh.fsdp
+devices, which need not be there; it writes nothing and needs no --workdir). Relaunching the same command continues the
+run. For a directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
 diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
@@ -16,7 +17,7 @@ from ml_collections import config_flags
 
 from diffusion_jax.runs import devices
 
-MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier")
+MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier", "plan")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -62,10 +63,11 @@ def parse(argv: list[str]) -> list[str]:
         if type(error).__name__ != "PretrainedError":
             raise
         fail(str(error))
-    if flags.FLAGS.workdir is None:
+    if flags.FLAGS.workdir is None and flags.FLAGS.mode != "plan":
         fail("--workdir=DIR is needed: where the run keeps its checkpoints, metrics and samples")
     if config is None:
-        fail(f"--config=configs/NAME.py is needed: {flags.FLAGS.workdir} holds no run whose config could be used")
+        where = flags.FLAGS.workdir or "no --workdir"
+        fail(f"--config=configs/NAME.py is needed: {where} holds no run whose config could be used")
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
@@ -135,6 +137,8 @@ def check_mode(mode: str, config) -> None:
         )
     if classifier and mode == "train":
         fail("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
+    if mode == "plan":
+        return
     if classifier and mode != "train_classifier":
         fail(f"--mode={mode} is for diffusion models, and this config is a classifier's (diffusion.loss=classify)")
     if mode == "train_classifier" and not classifier:
@@ -151,11 +155,15 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
+    from diffusion_jax.runs.plan import plan, virtual_devices
     from diffusion_jax.runs.train import train
     from diffusion_jax.training.checkpoints import CheckpointError
 
     check_mode(flags.FLAGS.mode, _CONFIG.value)
-    devices.start()
+    if flags.FLAGS.mode == "plan":
+        devices.start_virtual(virtual_devices(_CONFIG.value))
+    else:
+        devices.start()
     runs = {
         "train": train,
         "sample": sample,
@@ -163,10 +171,11 @@ def main(argv: list[str]) -> None:
         "evaluate": evaluate,
         "progressive": progressive,
         "train_classifier": train,
+        "plan": lambda config, directory: plan(config),
     }
     run = runs[flags.FLAGS.mode]
     try:
-        run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir).expanduser())
+        run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir or "").expanduser())
     except UserError as error:
         fail(str(error), error.exit_code)
     except (

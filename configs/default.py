@@ -70,7 +70,9 @@ def get_config() -> ConfigDict:
     config.training = ConfigDict()
     config.training.num_steps = 800_000
     config.training.batch_size = 128  # of all devices together
+    config.training.accumulation_steps = 1  # parts of the batch, worked one after the other: less memory, the same step
     config.training.steps_per_call = 1  # on accelerators, several steps in one program; CPUs make single calls
+    config.training.deterministic = False  # on GPUs, the same numbers to the bit from run to run, at a price in speed
     config.training.log_every = 100
     config.training.sample_every = 10_000  # 0 for never
     config.training.checkpoint_every = 5_000
@@ -94,8 +96,8 @@ def get_config() -> ConfigDict:
     config.ema.warmup = False  # min(decay, (1 + step) / (10 + step))
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that split the batch; -1 for all
-    config.mesh.fsdp = 1  # devices that would split the parameters too; only 1 works yet
+    config.mesh.data = -1  # devices that split the batch; -1 for all that fsdp leaves
+    config.mesh.fsdp = 1  # devices that split the batch, and parameters, optimiser state and EMA too
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms

@@ -41,19 +41,27 @@ class Generator:
     ):
         self.recipe, self.batch_size, self._low = recipe, batch_size, low
         shape, rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
+        whole = sharding.replicated(mesh)
 
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, rows)
 
         def generate(params, guide, seed, batch, y, low):
+            # Split parameters, of a run in progress, are gathered once: every step needs them all, and no gradient or
+            # activation of another step takes their room.
+            params = jax.lax.with_sharding_constraint(params, whole)
             y, low = jax.tree.map(constrain, (y, low))
             low = None if low is None else low.astype(jnp.float32) / 127.5 - 1.0
             key = jax.random.fold_in(jax.random.key(seed), batch)
             x = recipe.draw(params, guide, key, shape, y, low, constrain=constrain, progress=on_step)
             return pictures.to_uint8(x)
 
-        whole = sharding.replicated(mesh)
-        self._generate = jax.jit(generate, in_shardings=whole, out_shardings=rows, compiler_options=compiler.options())
+        self._generate = jax.jit(
+            generate,
+            in_shardings=(None, whole, whole, whole, whole, whole),  # None: as the parameters are
+            out_shardings=rows,
+            compiler_options=compiler.options(),
+        )
 
     def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
         """One batch, gathered on every process."""
