@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
             file.unlink()
     train(tiny_config(**{"training.num_steps": 6}), tmp_path)
     out = capsys.readouterr().out
-    assert "Cannot read the checkpoint of step 4" in out and "Continuing from step 2" in out
+    assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
     assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
