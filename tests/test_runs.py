@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,12 @@ from test_training import tiny_config
 
 from diffusion_jax import training
 from diffusion_jax.runs import errors, pictures, workdir
-from diffusion_jax.runs.evaluate import evaluate
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-SPEED = ("images_per_second", "data_wait", "seconds_left")
+SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
 
 
 def lines(directory, without=SPEED):
@@ -265,10 +263,10 @@ def digits_config() -> ConfigDict:
     return digits.get_config()
 
 
-def start(*arguments, **variables):
+def start(*arguments, program="main.py", **variables):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     return subprocess.Popen(
-        [sys.executable, "main.py", *arguments],
+        [sys.executable, program, *arguments],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -369,36 +367,6 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
     assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a grid:" in out
     assert not err.strip()
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
-
-
-def test_two_processes_log_the_losses_of_one(tmp_path):
-    """Each reads its own rows, the first alone writes; then they sample a conditional model, and evaluate it, together."""
-    overrides = {"model.num_classes": 10, "training.log_every": 1, "sampling.num_samples": 4}
-    overrides |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def together(*flags):
-        pair = [
-            start(*flags, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
-            for i in range(2)
-        ]
-        for code, _, err in [finish(process) for process in pair]:
-            assert code == 0, err
-
-    together(*tiny_flags(tmp_path / "two", **overrides))
-    together(f"--workdir={tmp_path / 'two'}", "--mode=sample")
-    together(f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
-    train(tiny_config(**overrides), tmp_path / "one")
-    evaluate(tiny_config(**overrides), tmp_path / "one")
-    reports = [json.loads((tmp_path / name / "likelihood.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [row["step"] for row in two] == [1, 2, 3, 4]
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
-    with np.load(tmp_path / "two" / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
-        assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
 
 
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
