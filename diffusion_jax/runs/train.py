@@ -91,17 +91,33 @@ def _begin_with(config: ConfigDict, built: training.Setup, state: training.Train
     return state.replace(params=copies[0], ema_params=copies[1])
 
 
+# What is smaller is refused before anything is built. (Not every config has every leaf: a classifier's model has others.)
+_LEAST = {
+    "training.num_steps": 1,
+    "training.batch_size": 1,
+    "training.steps_per_call": 1,
+    "training.log_every": 1,
+    "training.checkpoint_every": 1,
+    "training.checkpoints_kept": 1,
+    "training.checkpoint_keep_every": 0,
+    "training.sample_every": 0,
+    "training.stall_timeout": 0,
+    "data.memory_mb": 0,
+    "data.workers": 0,
+    "model.num_res_blocks": 1,
+    "model.num_classes": 0,
+    "seed": 0,
+}
+
+
 def _check(config: ConfigDict) -> None:
     """What can be seen to be wrong before anything is built."""
     options = config.training
-    for leaf in ("num_steps", "batch_size", "log_every", "checkpoint_every", "steps_per_call", "checkpoints_kept"):
-        if options[leaf] < 1:
-            raise UserError(f"training.{leaf}={options[leaf]} must be at least 1")
-    for leaf in ("sample_every", "checkpoint_keep_every", "stall_timeout"):
-        if not options[leaf] >= 0:
-            raise UserError(f"training.{leaf}={options[leaf]} must be at least 0")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must be at least 0")
+    flat = work.flatten(work.to_dict(config))
+    for leaf, least in _LEAST.items():
+        if leaf in flat and not flat[leaf] >= least:
+            raise UserError(f"{leaf}={flat[leaf]} must be at least {least}")
+    work.check_seed("seed", config.seed)
     for leaf in ("log_every", "sample_every", "checkpoint_every"):
         if options[leaf] % options.steps_per_call:
             raise UserError(
