@@ -336,4 +336,4 @@ def test_a_peer_that_never_joins(tmp_path):
     code = process.wait(timeout=PATIENCE)
     text = pathlib.Path(directory.with_suffix(".log")).read_text()
     figure(f"a peer that never joins: exit code {code} after {time.monotonic() - began:.0f} s")
-    assert code == watch.LOST and "could not join the others within 10 s" in text, text
+    assert code == watch.LOST and "the others did not come within 10 s" in text, text

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import pathlib
+import threading
 import warnings
 
 import absl.logging
@@ -45,31 +45,35 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         "process_id": _number("--process_id", process_id, "JAX_PROCESS_ID"),
     }
     limits = {
-        "initialization_timeout": timeout,
+        "initialization_timeout": timeout + 60,  # of jax, which would abort without a word that a person understands
         "heartbeat_timeout_seconds": _HEARTBEAT,
         "shutdown_timeout_seconds": 2 * _HEARTBEAT,
     }
     by_address = any(value is not None for value in told.values())
+    if by_address and (None in told.values() or ":" not in told["coordinator_address"]):
+        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id go together")
+    slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun's, in each of its tasks
+    if not (by_address or slurm or importlib.util.find_spec("libtpu")):
+        return
+    who = told["process_id"] if by_address else os.environ.get("SLURM_PROCID", "")
+    late = threading.Timer(
+        timeout, end, (f"process {who}: the others did not come within {timeout} s (--join_timeout)", LOST)
+    )
+    late.daemon = True
+    late.start()
     try:
         if by_address:
-            if None in told.values():
-                raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id go together")
             jax.distributed.initialize(**told, cluster_detection_method="deactivate", **limits)
-        elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # srun's, in each of its tasks
+        else:
             jax.distributed.initialize(**limits)
-        elif importlib.util.find_spec("libtpu"):
-            with contextlib.suppress(ValueError):  # no pod: a single TPU host, or none
-                jax.distributed.initialize(**limits)
-    except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"cannot join the other processes: {error}") from None
-    except RuntimeError as error:
-        if not by_address and not isinstance(error, jax.errors.JaxRuntimeError):
-            return  # libtpu on a machine that no pod's directory knows
-        reason = str(error).strip().splitlines()[0][:200]
-        end(
-            f"process {told['process_id']} could not join the others within {timeout} s (--join_timeout): {reason}",
-            LOST,
-        )
+    except jax.errors.JaxRuntimeError as error:
+        end(f"process {who} cannot join the others: {error}", LOST)
+    except (ValueError, RuntimeError) as error:
+        if by_address or slurm:
+            raise UserError(f"cannot join the other processes: {error}") from None
+        # libtpu on a single TPU host, or on none: no pod's directory knows this machine
+    finally:
+        late.cancel()
 
 
 def _number(flag: str, given: int | None, variable: str) -> int | None:

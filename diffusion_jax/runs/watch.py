@@ -145,12 +145,13 @@ class Preemption:
 class Watchdog:
     """A thread that ends the process, with a line, where no step has finished for too long.
 
-    Too long: `seconds`, or ten times the longest time that a step has taken, if that is longer; 0 for never. A process whose
-    peer is alive but stuck waits for it inside a collective, where Python has no say.
+    Too long: `seconds`, or five times the longest time that a step has taken since the first, if that is longer; 0 for never.
+    A process whose peer is alive but stuck waits for it inside a collective, where Python has no say.
     """
 
     def __init__(self, seconds: float):
         self._seconds, self._longest = seconds, 0.0
+        self._beats = 0
         self._last: float | None = None  # None while nothing is expected to move
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -169,7 +170,8 @@ class Watchdog:
     def beat(self) -> None:
         """A step has finished, or been handed to the devices."""
         now = time.monotonic()
-        if self._last is not None:
+        self._beats += 1
+        if self._last is not None and self._beats > 2:  # the first step also connects the processes
             self._longest = max(self._longest, now - self._last)
         self._last = now
 
@@ -184,7 +186,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._finished.wait(min(1.0, self._seconds / 4)):
-            last, limit = self._last, max(self._seconds, 10 * self._longest)
+            last, limit = self._last, max(self._seconds, 5 * self._longest)
             if last is not None and time.monotonic() - last > limit:
                 others = " or another process is stuck" if several() else ""
                 end(

@@ -93,6 +93,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+            return  # a process is lost, and closing would wait for it
         try:
             self._manager.close()
         except Exception as error:
