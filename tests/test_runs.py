@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,7 +17,7 @@ from PIL import Image
 from test_training import tiny_config
 
 from diffusion_jax import training
-from diffusion_jax.runs import errors, pictures, workdir
+from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -124,6 +125,75 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
     assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(tmp_path):
+    train(tiny_config(), tmp_path)
+    before = lines(tmp_path)
+    (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
+    train(tiny_config(), tmp_path)
+    assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 1 of there")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
+    """Another process holds the lock; killed, it holds it no longer."""
+    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".lock").write_text("")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(errors.UserError, match="process 1 of there is training in .*second launch"):
+            train(tiny_config(), tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+        holder.kill()
+    train(tiny_config(), tmp_path)
+
+
+def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
+    ended = threading.Event()
+    said = []
+    monkeypatch.setattr(watch, "end", lambda message, code: (said.append((message, code)), ended.set()))
+    with watch.Watchdog(0.2) as watchdog:
+        with watchdog.paused():  # a compilation
+            assert not ended.wait(0.6)
+        watchdog.beat()
+        assert ended.wait(20)
+    assert said[0][1] == watch.LOST and "training.stall_timeout" in said[0][0]
+
+
+def test_a_profile_holds_the_steps(tmp_path):
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    train(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
+    (path,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard's profiler looks
+    space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    names = [metadata.name for plane in space.planes for metadata in plane.event_metadata.values()]
+    assert "train" in names
+
+
+def test_the_time_of_a_step_is_split(trained):
+    for row in lines(trained, without=()):
+        assert row["compute"] + row["data_wait"] + row["logging"] == pytest.approx(1) and row["step_seconds"] > 0
+        assert all(0 <= row[name] <= 1 for name in ("compute", "data_wait", "logging"))
+
+
+def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
+    (tmp_path / "samples").write_text("a file where the directory should be")
+    train(tiny_config(), tmp_path)
+    assert "the picture of step 4 could not be written" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -290,9 +360,16 @@ IMPORTANCE_SAMPLED = {
 }
 
 
-@pytest.mark.parametrize(("loss", "num_steps", "kills"), [({}, 150, (20, 70)), (IMPORTANCE_SAMPLED, 60, (30,))])
-def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, kills):
-    """SIGKILL in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the bit."""
+@pytest.mark.parametrize(
+    ("loss", "num_steps", "ends"),
+    [
+        ({}, 150, {20: signal.SIGKILL, 70: signal.SIGTERM}),
+        (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
+    ],
+)
+def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, ends):
+    """SIGKILL, or SIGTERM, in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the
+    bit."""
     overrides = {
         "training.num_steps": num_steps,
         "training.log_every": 1,
@@ -301,15 +378,18 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, k
         **loss,
     }
     flags = tiny_flags(tmp_path / "killed", **overrides)
-    for after in kills:
+    for after, end in ends.items():
         process = start(*flags)
         path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
         while time.time() < deadline and process.poll() is None:
             if path.exists() and path.read_text().count("\n") > after:
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(end)
+        _, err = process.communicate(timeout=120)
+        if end == signal.SIGTERM:
+            step = int(err.split("stopped by SIGTERM at step ")[1].split(",")[0])
+            assert process.returncode == watch.STOPPED and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
     code, out, err = finish(start(*flags))
     assert code == 0, err
     assert "Continuing from step" in out
