@@ -309,9 +309,23 @@ class _Loop:
         options = self._config.training
         count = options.steps_per_call
         if not self._built.train_steps or step % count or step + count > options.num_steps:
-            return self._place(next(stream), 0), 1
-        several = [next(stream) for _ in range(count)]
+            return self._place(self._read(stream), 0), 1
+        several = [self._read(stream) for _ in range(count)]
         return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1), count
+
+    @staticmethod
+    def _read(stream):
+        """Raises: UserError where a process that decodes was killed."""
+        try:
+            return next(stream)
+        except RuntimeError as error:  # Grain's
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads the data was killed: for want of memory? (data.workers=N decides how many there are); "
+                "the same command goes on from the last checkpoint",
+                watch.LOST,
+            ) from error
 
     def _place(self, batch, leading: int):
         place = sharding.batch_sharding(self._built.mesh, leading)
