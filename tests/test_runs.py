@@ -449,6 +449,19 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
 
 
+def test_sigterm_stops_sampling_at_once_and_its_parts_are_kept(tmp_path):
+    train(tiny_config(), tmp_path)
+    process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
+    deadline = time.time() + 120
+    while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == watch.STOPPED and err.startswith("error: stopped by SIGTERM"), err
+    assert len(err.strip().splitlines()) == 1 and all(path.exists() for path in parts)
+
+
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
     setup = training.setup
