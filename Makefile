@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-slow parity parity-slow lint format pictures clean
+.PHONY: setup demo test test-slow faults parity parity-slow lint format pictures clean
 
 setup: $(STAMP)
 
@@ -28,7 +28,11 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m "slow and not parity"
+	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"
+
+# Fifty SIGKILLs and what else can go wrong: twenty minutes on two cores.
+faults: setup
+	$(BIN)/python -m pytest -q -s -m faults
 
 parity: setup
 	$(BIN)/pip install --quiet --editable '.[parity]'

@@ -8,15 +8,20 @@ diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
 import difflib
+import errno
+import os
 import pathlib
 import runpy
+import signal
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax.runs import devices
+from diffusion_jax.runs import devices, watch
 
+_LOSS = "another process of the run was lost; the same command goes on from what was saved"
 MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier", "plan")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
@@ -25,17 +30,24 @@ flags.DEFINE_string("pretrained", None, "Published weights to begin with: a fold
 flags.DEFINE_string(
     "pretrained_flags", "", "What these do not say of themselves: a preset's name, OpenAI's flags, JSON."
 )
+flags.DEFINE_string("coordinator_address", None, "Of several processes: HOST:PORT of the first, the same for all.")
+flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a file of configs/.", lock_config=True)
 
 
 def fail(message: str, exit_code: int = 2) -> None:
     """One line on standard error, and the end."""
+    if watch.several():
+        watch.leave(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(watch.STOPPED))  # until there is something to save
     # What people write; a config's leaf cannot be named by a word of Python's own. config_flags reads sys.argv itself.
     sys.argv = argv = [arg.replace("--config.sampling.class=", "--config.sampling.label=", 1) for arg in argv]
     path, workdir, weights = (_value(argv, name) for name in ("config", "workdir", "pretrained"))
@@ -149,6 +161,8 @@ def main(argv: list[str]) -> None:
     """Runs the mode; a user's mistake ends in one line and exit code 2."""
     del argv
     devices.quiet()
+    import jax
+
     from diffusion_jax.data import DataError
     from diffusion_jax.pretrained import PretrainedError
     from diffusion_jax.runs.edit import edit
@@ -157,13 +171,9 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.generate import sample
     from diffusion_jax.runs.plan import plan, virtual_devices
     from diffusion_jax.runs.train import train
-    from diffusion_jax.training.checkpoints import CheckpointError
+    from diffusion_jax.training.checkpoints import CheckpointError, SaveError
 
     check_mode(flags.FLAGS.mode, _CONFIG.value)
-    if flags.FLAGS.mode == "plan":
-        devices.start_virtual(virtual_devices(_CONFIG.value))
-    else:
-        devices.start()
     runs = {
         "train": train,
         "sample": sample,
@@ -174,19 +184,34 @@ def main(argv: list[str]) -> None:
         "plan": lambda config, directory: plan(config),
     }
     run = runs[flags.FLAGS.mode]
+    given = flags.FLAGS
     try:
-        run(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir or "").expanduser())
+        if given.mode == "plan":
+            devices.start_virtual(virtual_devices(_CONFIG.value))
+        else:
+            devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
+            devices.start()
+        with watch.stopping_at_once(training=run is train):
+            run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
     except UserError as error:
         fail(str(error), error.exit_code)
+    except (DataError, CheckpointError, PretrainedError) as error:
+        if watch.is_loss(error):  # a checkpoint that waited for another process
+            watch.leave(f"{_LOSS} ({error})", watch.LOST)
+        fail(str(error), 1 if isinstance(error, SaveError) else 2)
     except (
-        DataError,
-        CheckpointError,
-        PretrainedError,
-        OSError,
-    ) as error:  # OSError: a full disk, a read-only directory
-        fail(str(error))
+        OSError
+    ) as error:  # a directory that cannot be written is the user's mistake; a disk that is full, the run's end
+        fail(str(error), 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from what it had saved", 130)
+    except Exception as error:
+        if watch.is_loss(error):
+            watch.leave(f"{_LOSS} ({error})", watch.LOST)
+        if watch.several():  # at its end JAX would wait for the others, and they for this process
+            traceback.print_exc()
+            watch.leave(f"process {jax.process_index()} of the run failed, as above", 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def get_config() -> ConfigDict:
     config.training.checkpoint_every = 5_000
     config.training.checkpoints_kept = 3  # the newest ones
     config.training.checkpoint_keep_every = 100_000  # and every such step for good; 0 for none
+    config.training.stall_timeout = 600.0  # seconds without a finished step that end the program; 0 for never
+    config.training.profile = False  # traces five steps, soon after the start, for TensorBoard's profiler
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # or adamw

@@ -4,9 +4,9 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,14 +17,13 @@ from PIL import Image
 from test_training import tiny_config
 
 from diffusion_jax import training
-from diffusion_jax.runs import errors, pictures, workdir
-from diffusion_jax.runs.evaluate import evaluate
+from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-SPEED = ("images_per_second", "data_wait", "seconds_left")
+SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
 
 
 def lines(directory, without=SPEED):
@@ -123,9 +122,78 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
             file.unlink()
     train(tiny_config(**{"training.num_steps": 6}), tmp_path)
     out = capsys.readouterr().out
-    assert "Cannot read the checkpoint of step 4" in out and "Continuing from step 2" in out
+    assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
     assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(tmp_path):
+    train(tiny_config(), tmp_path)
+    before = lines(tmp_path)
+    (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
+    train(tiny_config(), tmp_path)
+    assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 1 of there")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
+    """Another process holds the lock; killed, it holds it no longer."""
+    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".lock").write_text("")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(errors.UserError, match="process 1 of there is training in .*second launch"):
+            train(tiny_config(), tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+        holder.kill()
+    train(tiny_config(), tmp_path)
+
+
+def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
+    ended = threading.Event()
+    said = []
+    monkeypatch.setattr(watch, "end", lambda message, code: (said.append((message, code)), ended.set()))
+    with watch.Watchdog(0.2) as watchdog:
+        with watchdog.paused():  # a compilation
+            assert not ended.wait(0.6)
+        watchdog.beat()
+        assert ended.wait(20)
+    assert said[0][1] == watch.LOST and "training.stall_timeout" in said[0][0]
+
+
+def test_a_profile_holds_the_steps(tmp_path):
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    train(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
+    (path,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard's profiler looks
+    space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    names = [metadata.name for plane in space.planes for metadata in plane.event_metadata.values()]
+    assert "train" in names
+
+
+def test_the_time_of_a_step_is_split(trained):
+    for row in lines(trained, without=()):
+        assert row["compute"] + row["data_wait"] + row["logging"] == pytest.approx(1) and row["step_seconds"] > 0
+        assert all(0 <= row[name] <= 1 for name in ("compute", "data_wait", "logging"))
+
+
+def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
+    (tmp_path / "samples").write_text("a file where the directory should be")
+    train(tiny_config(), tmp_path)
+    assert "the picture of step 4 could not be written" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -265,10 +333,10 @@ def digits_config() -> ConfigDict:
     return digits.get_config()
 
 
-def start(*arguments, **variables):
+def start(*arguments, program="main.py", **variables):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     return subprocess.Popen(
-        [sys.executable, "main.py", *arguments],
+        [sys.executable, program, *arguments],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -292,9 +360,16 @@ IMPORTANCE_SAMPLED = {
 }
 
 
-@pytest.mark.parametrize(("loss", "num_steps", "kills"), [({}, 150, (20, 70)), (IMPORTANCE_SAMPLED, 60, (30,))])
-def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, kills):
-    """SIGKILL in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the bit."""
+@pytest.mark.parametrize(
+    ("loss", "num_steps", "ends"),
+    [
+        ({}, 150, {20: signal.SIGKILL, 70: signal.SIGTERM}),
+        (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
+    ],
+)
+def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, ends):
+    """SIGKILL, or SIGTERM, in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the
+    bit."""
     overrides = {
         "training.num_steps": num_steps,
         "training.log_every": 1,
@@ -303,15 +378,18 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, k
         **loss,
     }
     flags = tiny_flags(tmp_path / "killed", **overrides)
-    for after in kills:
+    for after, end in ends.items():
         process = start(*flags)
         path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
         while time.time() < deadline and process.poll() is None:
             if path.exists() and path.read_text().count("\n") > after:
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(end)
+        _, err = process.communicate(timeout=120)
+        if end == signal.SIGTERM:
+            step = int(err.split("stopped by SIGTERM at step ")[1].split(",")[0])
+            assert process.returncode == watch.STOPPED and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
     code, out, err = finish(start(*flags))
     assert code == 0, err
     assert "Continuing from step" in out
@@ -371,34 +449,17 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
 
 
-def test_two_processes_log_the_losses_of_one(tmp_path):
-    """Each reads its own rows, the first alone writes; then they sample a conditional model, and evaluate it, together."""
-    overrides = {"model.num_classes": 10, "training.log_every": 1, "sampling.num_samples": 4}
-    overrides |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def together(*flags):
-        pair = [
-            start(*flags, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
-            for i in range(2)
-        ]
-        for code, _, err in [finish(process) for process in pair]:
-            assert code == 0, err
-
-    together(*tiny_flags(tmp_path / "two", **overrides))
-    together(f"--workdir={tmp_path / 'two'}", "--mode=sample")
-    together(f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
-    train(tiny_config(**overrides), tmp_path / "one")
-    evaluate(tiny_config(**overrides), tmp_path / "one")
-    reports = [json.loads((tmp_path / name / "likelihood.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [row["step"] for row in two] == [1, 2, 3, 4]
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
-    with np.load(tmp_path / "two" / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
-        assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
+def test_sigterm_stops_sampling_at_once_and_its_parts_are_kept(tmp_path):
+    train(tiny_config(), tmp_path)
+    process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
+    deadline = time.time() + 120
+    while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == watch.STOPPED and err.startswith("error: stopped by SIGTERM"), err
+    assert len(err.strip().splitlines()) == 1 and all(path.exists() for path in parts)
 
 
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from diffusion_jax.runs.workdir import locked
+from diffusion_jax.training.agreement import first_says
 
 
 def digest(options: Mapping, *more) -> str:
@@ -22,10 +24,13 @@ class Parts:
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-        multihost_utils.sync_global_devices(f"parts {directory.name}")
-        self.done = {int(path.stem) for path in directory.glob("*.npz") if path.stem.isdecimal()}
+        first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
+        self._lock = locked(directory / ".lock", "is doing just this")
+        self._lock.__enter__()  # until the program ends: the parts outlive this object
+        self.done = set(first_says(self._numbers))
+
+    def _numbers(self) -> list[int]:
+        return [int(path.stem) for path in self._directory.glob("*.npz") if path.stem.isdecimal()]
 
     def save(self, i: int, **arrays: np.ndarray) -> None:
         """Part i, whole or not at all; from process 0 only."""

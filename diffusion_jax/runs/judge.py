@@ -115,7 +115,7 @@ def _plot(directory: pathlib.Path, name: str) -> None:
         say(f"Against the number of sampling steps: {path}")
 
 
-class Watch:
+class TrainingDistance:
     """The Frechet distance of a run's samples while it trains: of few samples, by few steps of DDIM, and named so."""
 
     def __init__(self, config: ConfigDict, directory: pathlib.Path, generator: Generator):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.runs import pictures, weights
+from diffusion_jax.runs import pictures, watch, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
-from diffusion_jax.runs.judge import Watch, check_judging
+from diffusion_jax.runs.judge import TrainingDistance, check_judging
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
+from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 
 
@@ -32,21 +35,23 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         built = training.setup(config)
         preview = _drawing(config, built, config.sampling.preview_samples)
-        watching = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
-    if config.evaluation.every and not watching:
+        judging = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
+    if config.evaluation.every and not judging:
         raise UserError(
             f"evaluation.every={config.evaluation.every} is for models that draw images from nothing; use 0"
         )
     options = config.training
-    newest = max(committed_steps(directory / "checkpoints"), default=0)
-    if newest >= options.num_steps:
-        say(f"This run is finished: {directory} holds step {newest} of {options.num_steps}. Nothing to do.")
+    if _is_finished(config, directory):
         return
     source = data.load(config.data, bar_over("Reading the images"))
     check_source(config, source)
-    directory.mkdir(parents=True, exist_ok=True)
-    watch = watching and Watch(config, directory, watching)
-    with Checkpoints(directory / "checkpoints", options.checkpoints_kept, options.checkpoint_keep_every) as checkpoints:
+    first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
+    distance = judging and TrainingDistance(config, directory, judging)
+    keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
+    with (
+        work.locked(directory / ".lock", f"is training in {directory}"),
+        Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
+    ):
         state = checkpoints.restore(built.abstract_state)
         step = 0 if state is None else int(state.step)
         if state is None:
@@ -54,18 +59,30 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
                 state = built.init()
             if config.init_from:
                 state = _begin_with(config, built, state)
-        if jax.process_index() == 0:
-            work.write_config(config, directory)
+        first_says(lambda: work.write_config(config, directory))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _Loop(config, directory, built, checkpoints, preview, watch).run(state, step, source)
+        _Loop(config, directory, built, checkpoints, preview, distance).run(state, step, source)
     then = "Sample with --mode=sample."
     if training.is_upsampler(config):
         then = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
     elif training.is_classifier(config):
         then = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={directory}."
     say(f"Done: {options.num_steps} steps, in {directory}. {then}")
+
+
+def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
+    """Whether the last step is there, and whole; says so."""
+    num_steps = config.training.num_steps
+    if max(committed_steps(directory / "checkpoints"), default=0) < num_steps:
+        return False
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.whole_step() or 0
+    if newest < num_steps:
+        return False
+    say(f"This run is finished: {directory} holds step {newest} of {num_steps}. Nothing to do.")
+    return True
 
 
 def _begin_with(config: ConfigDict, built: training.Setup, state: training.TrainState) -> training.TrainState:
@@ -81,14 +98,33 @@ def _begin_with(config: ConfigDict, built: training.Setup, state: training.Train
     return state.replace(params=copies[0], ema_params=copies[1])
 
 
+# What is smaller is refused before anything is built. (Not every config has every leaf: a classifier's model has others.)
+_LEAST = {
+    "training.num_steps": 1,
+    "training.batch_size": 1,
+    "training.steps_per_call": 1,
+    "training.log_every": 1,
+    "training.checkpoint_every": 1,
+    "training.checkpoints_kept": 1,
+    "training.checkpoint_keep_every": 0,
+    "training.sample_every": 0,
+    "training.stall_timeout": 0,
+    "data.memory_mb": 0,
+    "data.workers": 0,
+    "model.num_res_blocks": 1,
+    "model.num_classes": 0,
+    "seed": 0,
+}
+
+
 def _check(config: ConfigDict) -> None:
     """What can be seen to be wrong before anything is built."""
     options = config.training
-    for leaf in ("num_steps", "batch_size", "log_every", "checkpoint_every", "steps_per_call", "checkpoints_kept"):
-        if options[leaf] < 1:
-            raise UserError(f"training.{leaf}={options[leaf]} must be at least 1")
-    if options.sample_every < 0 or config.seed < 0:
-        raise UserError("training.sample_every and seed must be at least 0")
+    flat = work.flatten(work.to_dict(config))
+    for leaf, least in _LEAST.items():
+        if leaf in flat and not flat[leaf] >= least:
+            raise UserError(f"{leaf}={flat[leaf]} must be at least {least}")
+    work.check_seed("seed", config.seed)
     check_judging(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
@@ -121,6 +157,66 @@ def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator
     return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)
 
 
+class _Times:
+    """Where the time since the last line of the log went."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._spent = time.perf_counter(), {"data_wait": 0.0, "logging": 0.0}
+
+    @contextlib.contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        """Counts what is done inside as time spent on that."""
+        start = time.perf_counter()
+        yield
+        self._spent[on] += time.perf_counter() - start
+
+    def split(self) -> dict[str, float]:
+        """{"seconds": since the last call, and the fractions of them: "data_wait" (the loop waited for data), "logging"
+        (lines, pictures and checkpoints), "compute" (the rest, in which the devices do the steps)}."""
+        seconds = time.perf_counter() - self._began
+        fractions = {name: spent / seconds for name, spent in self._spent.items()}
+        self._restart()
+        return {"seconds": seconds, "compute": 1 - sum(fractions.values()), **fractions}
+
+
+class _Profile:
+    """Traces the sixth to the tenth call of the train step into `directory`, for TensorBoard's profiler; None for never."""
+
+    _CALLS = range(5, 10)  # after those that fill the caches
+
+    def __init__(self, directory: pathlib.Path | None):
+        self._directory, self._call, self._tracing = directory, 0, False
+
+    def __enter__(self) -> _Profile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._tracing:  # the run ended before the tenth call
+            self._stop()
+
+    def step(self, step: int):
+        """The context of one call."""
+        if self._directory and self._call == self._CALLS.start:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, state) -> None:
+        """The call was made."""
+        self._call += 1
+        if self._tracing and self._call == self._CALLS.stop:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        say(f"A trace of the train step: tensorboard --logdir={self._directory} (the profile tab).")
+
+
 class _Loop:
     """The training loop and what it does at its intervals."""
 
@@ -131,10 +227,10 @@ class _Loop:
         built: training.Setup,
         checkpoints: Checkpoints,
         preview: Generator | None,
-        watch: Watch | None,
+        distance: TrainingDistance | None,
     ):
         self._config, self._directory, self._built = config, directory, built
-        self._checkpoints, self._preview, self._watch = checkpoints, preview, watch
+        self._checkpoints, self._preview, self._distance = checkpoints, preview, distance
         self._metrics: work.Metrics | None = None
         self._programs: dict = {}
         self._pictured = False
@@ -148,44 +244,54 @@ class _Loop:
         stream = data.stream(batches, step, workers)
         if options.steps_per_call > 1 and not self._built.train_steps:
             say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")
-        if jax.process_index() == 0:
-            self._metrics = work.Metrics(self._directory, step)
         batch, count = self._next(stream, step)
         with compiling("the train step"):
             self._program(count, state, batch)
 
-        with Bar("Training", options.num_steps, step) as bar:
-            began, waited, logged = time.perf_counter(), 0.0, step
-            try:
-                while step < options.num_steps:
+        preemption, self._watchdog = watch.Preemption(), watch.Watchdog(options.stall_timeout)
+        profile = _Profile(self._directory if options.profile else None)
+        with contextlib.ExitStack() as during:
+            if jax.process_index() == 0:
+                self._metrics = during.enter_context(work.Metrics(self._directory, step))
+            bar = during.enter_context(Bar("Training", options.num_steps, step))
+            for context in (preemption.heeded(), self._watchdog, profile):
+                during.enter_context(context)
+            times, logged = _Times(), step
+            while step < options.num_steps:
+                with profile.step(step):
                     state, _ = self._program(count, state, batch)(state, batch)
-                    step += count
-                    last = step == options.num_steps
-                    if not last:
-                        start = time.perf_counter()
+                self._watchdog.beat()
+                step += count
+                profile.after(state)
+                last, asked = step == options.num_steps, preemption.asked()
+                if not (last or asked):
+                    with times.spent("data_wait"):
                         batch, count = self._next(stream, step)
-                        waited += time.perf_counter() - start
-                    note = ""
-                    if step % options.log_every == 0 or last:
-                        means = training.window_means(self._finite(state))
-                        seconds = time.perf_counter() - began
-                        note = self._log(step, means, (step - logged) / seconds, waited / seconds)
-                        began, waited, logged = time.perf_counter(), 0.0, step
+                note = ""
+                if step % options.log_every == 0 or last:
+                    means = training.window_means(self._finite(state))
+                    self._watchdog.beat()
+                    split = times.split()
+                    with times.spent("logging"):
+                        note = self._log(step, step - logged, means, split)
+                    logged = step
+                with times.spent("logging"):
+                    self._checkpoints.check()
                     bar.update(step, note)
-                    start = time.perf_counter()
                     # The picture first: a run that ends after its checkpoint would not come back for it.
                     if last or (options.sample_every and step % options.sample_every == 0):
                         self._picture(state, step)
                     every = self._config.evaluation.every
-                    if self._watch and (last or step % every == 0):
+                    if self._distance and (last or step % every == 0):
                         self._judge(state, step)
-                    if step % options.checkpoint_every == 0 or last:
+                    if step % options.checkpoint_every == 0 or last or asked:
                         self._save(state, step)
-                    began += time.perf_counter() - start  # the speed is that of training alone
+                if asked and not last:
+                    with self._watchdog.paused():
+                        self._checkpoints.finish(step)
+                    raise watch.Stopped(f"stopped by SIGTERM at step {step}, which is saved; the same command goes on")
+            with self._watchdog.paused():
                 self._checkpoints.finish(step)
-            finally:
-                if self._metrics:
-                    self._metrics.close()
 
     def _program(self, count: int, state, batch):
         """The compiled program of `count` steps."""
@@ -194,13 +300,16 @@ class _Loop:
             self._programs[count] = function.lower(state, batch).compile()
         return self._programs[count]
 
-    def _log(self, step: int, means: dict[str, float], steps_per_second: float, waiting: float) -> str:
+    def _log(self, step: int, steps: int, means: dict[str, float], split: dict[str, float]) -> str:
         """Writes the means of the steps since the last line, and the speed; returns a note for the bar."""
         options = self._config.training
+        seconds = split.pop("seconds")
+        training_seconds = seconds * (1 - split["logging"])  # the speed is that of training alone
         speed = {
-            "images_per_second": steps_per_second * options.batch_size,
-            "data_wait": waiting,  # the fraction of the time that the loop waited for data
-            "seconds_left": (options.num_steps - step) / steps_per_second,
+            "images_per_second": steps * options.batch_size / training_seconds,
+            "seconds_left": (options.num_steps - step) * seconds / steps,
+            "step_seconds": seconds / steps,
+            **split,
         }
         if self._metrics:
             self._metrics.scalars(step, means | speed)
@@ -215,9 +324,23 @@ class _Loop:
         options = self._config.training
         count = options.steps_per_call
         if not self._built.train_steps or step % count or step + count > options.num_steps:
-            return self._place(next(stream), 0), 1
-        several = [next(stream) for _ in range(count)]
+            return self._place(self._read(stream), 0), 1
+        several = [self._read(stream) for _ in range(count)]
         return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1), count
+
+    @staticmethod
+    def _read(stream):
+        """Raises: UserError where a process that decodes was killed."""
+        try:
+            return next(stream)
+        except RuntimeError as error:  # Grain's
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads the data was killed: for want of memory? (data.workers=N decides how many there are); "
+                "the same command goes on from the last checkpoint",
+                watch.LOST,
+            ) from error
 
     def _place(self, batch, leading: int):
         place = sharding.batch_sharding(self._built.mesh, leading)
@@ -241,14 +364,16 @@ class _Loop:
         self._finite(state)
         if self._metrics:
             self._metrics.flush()  # what is logged up to here must outlive the checkpoint that continues from here
-        self._checkpoints.save(step, state)
+        with self._watchdog.paused():
+            self._checkpoints.save(step, state)
 
     def _judge(self, state, step: int) -> None:
         """Logs the Frechet distance of a few samples, drawn with the EMA weights."""
-        figure = self._watch(state.ema_params)
-        say(f"{self._watch.name} {figure:.4g} at step {step}")
+        with self._watchdog.paused():
+            figure = self._distance(state.ema_params)
+        say(f"{self._distance.name} {figure:.4g} at step {step}")
         if self._metrics:
-            self._metrics.scalars(step, {self._watch.name: figure})
+            self._metrics.scalars(step, {self._distance.name: figure})
 
     def _picture(self, state, step: int) -> None:
         """A grid drawn with the EMA weights, as PNG and among TensorBoard's images."""
@@ -258,9 +383,14 @@ class _Loop:
         if not self._pictured:
             say("Compiling the sampler of the pictures ...")
             self._pictured = True
-        images = preview(state.ema_params, self._config.sampling.seed)
-        if self._metrics:
-            picture = pictures.grid(images)
+        with self._watchdog.paused():
+            images = preview(state.ema_params, self._config.sampling.seed)
+        if not self._metrics:
+            return
+        picture = pictures.grid(images)
+        try:
             (self._directory / "samples").mkdir(exist_ok=True)
             pictures.save_png(self._directory / "samples" / f"train_step{step:08d}.png", picture)
-            self._metrics.picture(step, "samples", picture)
+        except OSError as error:  # a picture is not worth the run
+            say(f"Note: the picture of step {step} could not be written: {error}.")
+        self._metrics.picture(step, "samples", picture)

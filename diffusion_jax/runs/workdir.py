@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError
+from diffusion_jax.training.agreement import first_says
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
@@ -88,8 +94,48 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Holds a lock on a file, made where it is missing, that no second launch gets; it ends with the process, however that
+    ends. Process 0 holds it for all. Raises: UserError where another launch holds it, OSError.
+
+    POSIX record locks, because a data worker that outlives its parent does not inherit them.
+    """
+    files = []
+
+    def acquire() -> str | None:
+        file = path.open("a+")
+        files.append(file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a mounted bucket, NFS without its lock daemon
+                say(
+                    f"Note: no locks below {path.parent} ({error.strerror}): a second launch there would not be refused."
+                )
+                return None
+            file.seek(0)
+            return file.read().strip() or "another process"
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        return None
+
+    try:
+        holder = first_says(acquire)
+        if holder:
+            raise UserError(f"{holder} {what}: a second launch must wait for its end, or use another --workdir")
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
 class Metrics:
-    """metrics.jsonl and TensorBoard events, which agree: both are cut back to the step that a launch starts from."""
+    """metrics.jsonl and TensorBoard events, which agree: both are cut back to the step that a launch starts from.
+
+    What cannot be written raises UserError, with exit code 1.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         import tensorflow as tf  # clu's writers need it; imported here because it takes seconds
@@ -97,11 +143,12 @@ class Metrics:
         tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
         from clu import metric_writers
 
-        self._path = workdir / "metrics.jsonl"
-        self._cut_lines(step)
-        self._cut_events(tf, workdir, step)
-        self._events = metric_writers.SummaryWriter(str(workdir))
-        self._lines = self._path.open("a")
+        self._path, self._library_error = workdir / "metrics.jsonl", tf.errors.OpError
+        with self._writing():
+            self._cut_lines(step)
+            self._cut_events(tf, workdir, step)
+            self._events = metric_writers.SummaryWriter(str(workdir))
+            self._lines = self._path.open("a")
 
     def _cut_lines(self, step: int) -> None:
         if not self._path.exists():
@@ -131,24 +178,52 @@ class Metrics:
                     writer.write(record)
             os.replace(temporary, path)
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # else the first error is the one to tell
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, self._library_error) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"the logs below {self._path.parent} cannot be written ({reason}); is the disk full? The checkpoints are "
+                "kept, and the same command goes on from the newest",
+                exit_code=1,
+            ) from error
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line, and one point of each curve."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        self._events.write_scalars(step, dict(values))
+        with self._writing():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+            self._events.write_scalars(step, dict(values))
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A uint8 picture [H, W, C] among TensorBoard's images."""
-        self._events.write_images(step, {name: picture[None]})
+        with self._writing():
+            self._events.write_images(step, {name: picture[None]})
 
     def flush(self) -> None:
         """Makes what was written last, before the checkpoint that a relaunch would start from."""
-        self._events.flush()
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        with self._writing():
+            self._events.flush()
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self.flush()
-        self._events.close()
-        self._lines.close()
+        with self._writing():
+            try:
+                self.flush()
+            finally:
+                self._events.close()
+                self._lines.close()

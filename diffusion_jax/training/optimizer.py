@@ -29,6 +29,12 @@ def from_config(config: Mapping) -> optax.GradientTransformation:
     """Clipping by the global norm (0 for none), then Adam or AdamW. Raises: ValueError for a value that fits neither."""
     if not config["learning_rate"] > 0:
         raise ValueError(f"optimizer.learning_rate={config['learning_rate']} must be above 0")
+    for leaf in ("warmup_steps", "weight_decay", "grad_clip"):
+        if not config[leaf] >= 0:
+            raise ValueError(f"optimizer.{leaf}={config[leaf]} must be at least 0")
+    for leaf in ("b1", "b2"):
+        if not 0 <= config[leaf] < 1:
+            raise ValueError(f"optimizer.{leaf}={config[leaf]} must lie in [0, 1)")
     moments = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
     if config["name"] == "adam":
         if config["weight_decay"]:

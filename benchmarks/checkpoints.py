@@ -1,0 +1,66 @@
+"""How long saving stops the train loop, against a copy of the state; and what digests cost in the background.
+
+    python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5]
+
+The state is made of random numbers: only its size matters, and no network is compiled.
+"""
+
+import argparse
+import pathlib
+import runpy
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+
+from diffusion_jax import training
+from diffusion_jax.runs import devices
+from diffusion_jax.training import digests
+from diffusion_jax.training.checkpoints import Checkpoints
+
+
+def seconds(function) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Prints medians over the rounds."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="configs/cifar10.py")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    devices.quiet()
+    abstract = training.setup(runpy.run_path(options.config)["get_config"]()).abstract_state
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        return jax.device_put(rng.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(fill, abstract)
+    megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+    rows = []
+    with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory), kept=1) as checkpoints:
+        for step in range(1, options.rounds + 2):
+            copy = seconds(lambda: jax.tree.map(lambda leaf: np.array(leaf, copy=True), state))
+            blocked = seconds(lambda: checkpoints.save(step, state))  # noqa: B023 (called at once)
+            background = seconds(lambda: checkpoints.finish(step))  # noqa: B023
+            path = pathlib.Path(directory) / str(step)
+            hashed = seconds(lambda: digests.damage(path, ("params", "ema_params", "rest")))  # noqa: B023
+            rows.append((copy, blocked, background, hashed))
+    copy, blocked, background, hashed = np.median(rows[1:], axis=0)  # the first one makes threads and directories
+    print(f"state of {megabytes:,.0f} MB, medians of {options.rounds}, the first left out")
+    print(f"copying it in memory              {copy:7.3f} s")
+    print(f"save() keeps the loop for         {blocked:7.3f} s")
+    print(f"writing it, in the background     {background:7.3f} s, of which digests take about the next figure")
+    print(f"hashing all its files (a relaunch){hashed:7.3f} s")
+
+
+if __name__ == "__main__":
+    main()
