@@ -1,5 +1,6 @@
 """From sets of images to a record of metrics: reading, resizing, features in parts, the command, the mode."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import subprocess
 import sys
 
 import flax.traverse_util
-import jax
+import inception_peer
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,9 +18,8 @@ from test_training import tiny_config
 from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
-from diffusion_jax.models.inception import Inception
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, judge, train, workdir
+from diffusion_jax.runs import evaluate, judge, train, weights, workdir
 from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
@@ -72,14 +72,7 @@ NAMES = {  # as the port's converter matched them
 @pytest.fixture(scope="module")
 def redrawn():
     """Parameters at random, flat."""
-    shape = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
-    tree = jax.eval_shape(Inception().init, jax.random.key(0), shape)["params"]
-    rng, drawn = np.random.default_rng(0), {}
-    for path, leaf in flax.traverse_util.flatten_dict(tree).items():
-        spread = np.sqrt(2 / np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0.2
-        drawn[path] = rng.normal(path[-1] in ("scale", "var"), spread, leaf.shape).astype(np.float32)
-        drawn[path] = np.abs(drawn[path]) if path[-1] == "var" else drawn[path]
-    return drawn
+    return inception_peer.redrawn()
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +80,12 @@ def port(redrawn, tmp_path_factory):
     """The same as a file with the port's names and layouts."""
     from safetensors.numpy import save_file
 
-    def turned(value):
-        return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
-
     path = tmp_path_factory.mktemp("port") / "inception.safetensors"
-    save_file({inception._torch_name(at): turned(value) for at, value in redrawn.items()}, path)
+    save_file(inception_peer.as_port(redrawn), path)
     return path
 
 
-def test_the_port_and_the_graph_hold_the_same(redrawn, port, tmp_path):
+def test_the_port_and_the_graph_hold_the_same(redrawn, port, tmp_path, monkeypatch):
     import tensorflow as tf
 
     names = {inception._graph_name(path): inception._torch_name(path) for path in redrawn}
@@ -109,7 +99,10 @@ def test_the_port_and_the_graph_hold_the_same(redrawn, port, tmp_path):
     path = tmp_path / "classify_image_graph_def.pb"
     path.write_bytes(graph.SerializeToString())
     ported, frozen = inception.load_inception(port), inception.load_inception(path)
-    assert frozen.published and not ported.published and frozen.digest != ported.digest
+    assert not frozen.published and not ported.published and frozen.digest != ported.digest
+    monkeypatch.setattr(inception, "_PORT_SHA256", ported.digest)
+    monkeypatch.setattr(inception, "_GRAPH_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    assert inception.load_inception(port).published and inception.load_inception(path).published
     for found in (ported, frozen):
         found = flax.traverse_util.flatten_dict(found.params)
         assert found.keys() == redrawn.keys()
@@ -152,19 +145,31 @@ def test_the_resize_is_tensorflow_1_s(shape):
     np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
 
 
+def test_the_clean_resize_is_pillow_s():
+    """Where it shrinks, too, which is where it differs from others."""
+    for shape in ((32, 32), (400, 301), (700, 650)):
+        drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
+        channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
+        theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
+        ours = np.asarray(features.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
+
+
 def test_features_of_inception(port):
-    """A grey image is a colour one with equal channels; the batch's other images change nothing."""
+    """Those that torch-fidelity had for the same weights and images; and a grey image is a colour one with equal channels."""
     extractor = features.inception(port)
-    run = jax.jit(extractor.function)
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
-    out = run(extractor.params, grey.repeat(3, axis=-1))
-    assert (
-        out.pool.shape == (2, 2048) and out.spatial.shape == (2, 7 * 17 * 17) and extractor.head.shape == (2048, 1008)
-    )
-    alone = extract.Extraction(extractor, mesh(), 2, Bar)(grey)
-    np.testing.assert_allclose(alone.pool, out.pool, rtol=1e-4, atol=1e-5 * float(out.pool.max()))
-    assert float(np.std(out.spatial)) > 1e-3
+    stored = np.load(inception_peer.FIXTURE)
+    extraction = extract.Extraction(extractor, mesh(), 2, Bar)
+    found = extraction(stored["images"])
+    for ours, theirs in (
+        (found.pool, stored["pool"]),
+        (found.spatial, stored["spatial"]),
+        (found.pool @ extractor.head, stored["logits"]),
+    ):
+        assert theirs.std() > 1e-3 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    grey = stored["images"][..., :1]
+    np.testing.assert_array_equal(extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool)
 
 
 # ---- reading
@@ -189,9 +194,40 @@ def test_a_folder_is_read_as_it_is(tmp_path):
         Image.fromarray(image).save(folder / f"{i}.png")
     np.testing.assert_array_equal(images.open_set(str(folder)).images.read(np.arange(3))[0], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
-    with pytest.raises(data.DataError, match="z.png is 9x5, and others are 9x6"):
+    with pytest.raises(data.DataError, match="z.png is 9x5, and the first image 9x6"):
         images.open_set(str(folder)).images.read(np.arange(4))
     assert images.open_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
+    turned = Image.fromarray(drawn[0])
+    turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
+    turned.save(folder / "z.png", exif=turned.getexif())
+    with pytest.raises(data.DataError, match="z.png is 6x9"):
+        images.open_set(str(folder)).images.read(np.arange(4))
+
+
+def test_a_grey_folder_never_loses_colours(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(drawn[..., 0]).save(folder / "a.png")
+    assert images.open_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
+    assert images.open_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
+    Image.fromarray(drawn).save(folder / "b.png")
+    with pytest.raises(data.DataError, match="b.png is in colour, and the first image is grey"):
+        images.open_set(str(folder)).images.read(np.arange(2))
+    (folder / "a.png").rename(folder / "c.png")  # grey among colours is what everybody reads as colour
+    assert images.open_set(str(folder)).images.read(np.arange(2))[0].shape == (2, 8, 8, 3)
+
+
+def test_a_run_s_newest_samples(tmp_path):
+    run = tmp_path / "run" / "samples"
+    run.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a run without samples"):
+        images.open_set(str(run.parent))
+    for i, name in enumerate(("b.npz", "a.npz", "edit_inpaint.npz", "c.partial.npz")):
+        save(run / name, all_digits()[:2])
+        os.utime(run / name, (i, i))
+    assert images.open_set(str(run.parent)).name == str(run / "a.npz")
 
 
 def test_statistics_of_others(tmp_path):
@@ -257,7 +293,8 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
 
 def test_features_that_are_none(tmp_path):
     for function, words in (
-        (lambda x: np.zeros((len(x), 2, 2)), r"of shape \(3, 2, 2\), not \[N, D\]"),
+        (lambda x: np.zeros((len(x), 2, 2)), r"4 images features of shape \(4, 2, 2\), not \[4, D\]"),
+        (lambda x: np.zeros((1, 2)), r"4 images features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
         extraction = extract.Extraction(features.of_function(function, "mine", "1"), mesh(), 4, Bar)
@@ -273,11 +310,12 @@ def test_names_of_metrics():
         "inception_score",
     ]
     assert compare.name_of("fid", published._replace(resize="clean")) == "fid_clean"
+    assert compare.name_of("fid", published._replace(resize="clean", published=False)) == "frechet_distance_clean"
     for substitute in (published._replace(published=False), features.digits_network()):
         assert compare.name_of("fid", substitute) == "frechet_distance"
 
 
-def test_published_inception_has_all_metrics_and_statistics_alone_have_two():
+def test_published_inception_has_all_metrics_and_others_have_fewer():
     """On arrays in place of features: which figures there are, and that each is its own function's."""
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
@@ -292,10 +330,17 @@ def test_published_inception_has_all_metrics_and_statistics_alone_have_two():
     assert (found["precision"], found["recall"]) == metrics.precision_recall(*pools)
     assert (found["density"], found["coverage"]) == metrics.density_coverage(*pools)
     assert not said
-    alone = sets[0]._replace(pool=None, spatial=None)
-    found = compare.compare(alone, sets[1], extractor, compare.METRICS, said.append)
-    assert set(found) >= {"fid", "inception_score"} and not {"sfid", "kid", "precision"} & set(found)
-    assert len(said) == 2
+    assert found["inception_score_std"] == 0 and found["inception_score_split_size"] == 5000
+    assert found["kid_standard_error"] == metrics.kid(*pools, 100, 10).standard_error
+    assert not compare.left_out(False, True, extractor, compare.METRICS)
+    assert list(compare.left_out(True, False, extractor, compare.METRICS)) == [
+        "sfid",
+        "kid",
+        "precision_recall",
+        "density_coverage",
+        "memorisation",
+    ]
+    assert list(compare.left_out(False, False, features.digits_network(), compare.METRICS)) == ["sfid", "is"]
 
 
 def test_copies_are_found():
@@ -306,6 +351,8 @@ def test_copies_are_found():
     fresh[:100] = reference[200:300] + 1e-3
     report, near = compare.memorisation(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
+    reference[10:20] = reference[:10]  # duplicates of its own must not hide them
+    assert compare.memorisation(reference, reference[:300])[0]["close_share"] == 1
 
 
 # ---- the command
@@ -326,6 +373,13 @@ def test_the_command_and_its_table(tmp_path, capsys):
     command.main(["table", str(tmp_path)])
     header, _, first, second = capsys.readouterr().out.splitlines()
     assert "frechet_distance" in header and f"{record['frechet_distance']:.4g}" in first and "300" in second
+    assert "half.npz" in first and "more.npz" in second and "reference" not in header  # what differs is shown
+    assert not list(
+        (tmp_path / "cache" / "diffusion_jax" / "features" / "samples").iterdir()
+    )  # and no parts of samples stay
+    command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
+    record = json.loads((tmp_path / "metrics.json").read_text())[-1]
+    assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
 
 
 def a_function(batch):
@@ -343,7 +397,29 @@ def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
     exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
-    assert "precision" not in record and "statistics alone" in capsys.readouterr().out
+    assert "precision" not in record and "no precision_recall: the reference is statistics" in capsys.readouterr().out
+    # Of a file with both, as ADM's reference batches, the statistics make the distance, and the images the rest.
+    both = save(tmp_path / "both.npz", drawn[:100], mu=reference.mean, sigma=reference.covariance)
+    command.main([both, samples, *function, "--output=both.json"])
+    (record,) = json.loads((tmp_path / "both.json").read_text())
+    assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
+    shares = metrics.precision_recall(a_function(drawn[:100]), a_function(drawn[:300]))
+    assert (record["precision"], record["recall"]) == shares and record["reference_sha256"] != record["samples_sha256"]
+
+
+def another_function(batch):
+    return a_function(batch) * 2
+
+
+def test_two_functions_of_one_file_are_two(tmp_path):
+    samples = save(tmp_path / "s.npz", all_digits()[:300])
+    for name in ("a_function", "another_function"):
+        command.main(["digits:train", samples, f"--features=test_judging:{name}", "--metrics=fid"])
+    one, other = json.loads((tmp_path / "metrics.json").read_text())
+    assert other["frechet_distance"] == pytest.approx(4 * one["frechet_distance"], rel=1e-6)
+
+
+mesh_shape = (1, 1)
 
 
 def refused(capsys, *arguments):
@@ -363,6 +439,11 @@ def test_what_the_command_refuses(tmp_path, capsys):
     nans = save(tmp_path / "nans.npz", np.where(digit == 0, np.nan, digit))
     flat = save(tmp_path / "flat.npz", digit[0])
     one = save(tmp_path / "one.npz", digit[:1])
+    five = save(tmp_path / "five.npz", digit[:5])
+    np.save(tmp_path / "bare.npy", digit)
+    wide, negative = str(tmp_path / "wide.npz"), str(tmp_path / "negative.npz")
+    np.savez(wide, mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(negative, mu=np.zeros(64), sigma=-np.eye(64))
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
@@ -371,9 +452,17 @@ def test_what_the_command_refuses(tmp_path, capsys):
         (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", nans), "not finite"),
         (("digits", flat), r"uint8 \[8, 8, 1\], not uint8 \[N, H, W, 1 or 3\]"),
-        (("digits", one), "1 image is too few"),
-        (("digits", tmp_path / "torn.npz"), "torn.npz cannot be read"),
+        (("digits", one), "one.npz: 1 images are too few for fid, which needs 2"),
+        (("digits", five), "five.npz: 5 images are too few for kid, which needs 8"),
+        (("digits", tmp_path / "torn.npz"), "torn.npz is no .npz"),
+        (("digits", tmp_path / "bare.npy"), "bare.npy is no .npz"),
         (("digits", tmp_path / "none.npz"), "none.npz: no such file"),
+        (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
+        ((wide, good, "--features=digits"), "statistics of 3 dimensions, and features of digits have 64"),
+        ((negative, good, "--features=digits"), "a covariance with the eigenvalue -1 is none"),
+        (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
+        (("digits", good, "--features=sys:path"), "cannot be imported|is no function"),
+        (("digits", good, "--features=test_judging:mesh_shape"), "is no function, but a tuple"),
         (("digits", tmp_path / "empty"), "no images below"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
         (("digits", good, "--batch_size=0"), "must be at least 1"),
@@ -384,7 +473,6 @@ def test_what_the_command_refuses(tmp_path, capsys):
         (("digits", good, "--output=no/such/place.json"), "is no folder"),
         ((good, colour.replace("colour", "good"), "--features=digits", "--output=good.npz"), "is no metrics.json"),
         ((colour, colour, "--features=digits"), "grey images of 8x8 pixels, not 8x8x3"),
-        (("table", tmp_path), "nothing has been measured there"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
 
@@ -421,6 +509,7 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     assert (record["weights"], record["step"], record["steps"], record["num_samples"]) == ("ema", 2, 2, 20)
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
+    assert record["sampling"]["use_ema"] is True
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
     monkeypatch.setattr(judge.Generator, "__call__", None)  # nothing is drawn twice
     evaluate.evaluate(tiny_config(**OVERRIDES), run)
@@ -436,7 +525,7 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     [
         ({"evaluation.features": "inception"}, "nothing can judge the samples: evaluation.inception=PATH"),
         ({"evaluation.features": "inception", "evaluation.inception": "none.pth"}, "none.pth: no such file"),
-        ({"evaluation.num_samples": 1}, "too few"),
+        ({"evaluation.num_samples": 7}, "num_samples=7 is too few: the metrics asked for need 8"),
         ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
         ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
         ({"evaluation.every": -1}, "must be at least 0"),
@@ -452,8 +541,15 @@ def test_training_logs_a_distance(tmp_path):
     config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
     train.train(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    logged = {line["step"]: line for line in lines if "frechet_distance_10_ddim2" in line}
+    logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
+    # Of the EMA weights, as the same draws made here say.
+    built = training.setup(config)
+    _, params = weights.load(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
+    generator = train._drawing(config, built, config.sampling.batch_size)
+    drawn = np.concatenate([generator(params, 0, i) for i in range(5)])
+    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert logged[4] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):
         config = tiny_config(**{"evaluation.every": 2, "training.steps_per_call": 4, "training.log_every": 4})
         config.training.checkpoint_every = 4

@@ -77,12 +77,19 @@ def test_kid_by_its_definition():
 
 
 def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
-    """Over 60 repetitions: unbiased, and the standard error is about what the means really scatter by."""
-    found = [metrics.kid(gaussian(2 * i, 400, 6), gaussian(2 * i + 1, 400, 6), 20, 100) for i in range(60)]
-    means = np.array([estimate.mean for estimate in found])
-    scatter, claimed = means.std(ddof=1), np.mean([estimate.standard_error for estimate in found])
-    assert abs(means.mean()) < 4 * scatter / np.sqrt(60)
-    assert 0.6 < scatter / claimed < 1.4
+    """Over 60 repetitions: unbiased, and the standard error is what the means really scatter by, which 60 know to 9%."""
+
+    def repeated(shift, n, subsets, size):
+        sets = [(gaussian(2 * i, n, 6), gaussian(2 * i + 1, n, 6, 1, shift)) for i in range(60)]
+        found = [metrics.kid(*pair, subsets, size) for pair in sets]
+        return np.array([estimate.mean for estimate in found]), np.mean([estimate.standard_error for estimate in found])
+
+    means, claimed = repeated(0, 400, 20, 100)
+    assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(60)
+    assert means.std(ddof=1) < claimed
+    for n, subsets, size in ((400, 20, 100), (1000, 100, 20)):
+        means, claimed = repeated(0.7, n, subsets, size)
+        assert 0.7 < means.std(ddof=1) / claimed < 1.3
 
 
 # ---- Inception Score

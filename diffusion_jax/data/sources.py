@@ -87,9 +87,12 @@ class Folder:
     def _image(self, path: pathlib.Path) -> np.ndarray:
         try:
             with Image.open(path) as image:
-                return fit(ImageOps.exif_transpose(image), self._size, self._channels)
+                return self._fit(path, ImageOps.exif_transpose(image))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some damaged PNGs
             raise DataError(f"cannot read the image {path}: {error}; repair or remove it") from None
+
+    def _fit(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
+        return fit(image, self._size, self._channels)
 
 
 def _prepare_command(name: str, data_dir: str | None) -> str:

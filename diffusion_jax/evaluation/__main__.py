@@ -63,10 +63,10 @@ def compare(given: argparse.Namespace) -> None:
     from diffusion_jax.evaluation.features import named
     from diffusion_jax.evaluation.images import open_set
     from diffusion_jax.runs import devices
-    from diffusion_jax.runs.measure import check_comparable, measure
+    from diffusion_jax.runs.measure import check_comparable, measure, read_records
     from diffusion_jax.training import sharding
 
-    wanted = given.metrics.split(",") if given.metrics else METRICS
+    wanted = [metric.strip() for metric in given.metrics.split(",")] if given.metrics else METRICS
     unknown = sorted(set(wanted) - set(METRICS))
     if unknown:
         raise ValueError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
@@ -75,6 +75,7 @@ def compare(given: argparse.Namespace) -> None:
     output = pathlib.Path(given.output).expanduser()
     if not output.parent.is_dir():
         raise ValueError(f"--output={given.output}: {output.parent} is no folder")
+    read_records(output)
     reference, samples = (open_set(what, given.data_dir, given.image_size) for what in (given.reference, given.samples))
     check_comparable(reference, samples)
     features = given.features or ("digits" if reference.name.startswith("digits:") else "inception")
@@ -93,37 +94,43 @@ def _table_parser() -> argparse.ArgumentParser:
 
 
 def table(given: argparse.Namespace) -> None:
-    """Prints a Markdown table: a row for each record, the columns that any of them has."""
-    from diffusion_jax.runs.measure import read_records
+    """Prints a Markdown table: a row for each record, with its figures and the settings in which any two rows differ."""
+    from diffusion_jax.runs.measure import differing, read_records
 
-    rows = []
+    found = []
     for name in given.directories:
         path = pathlib.Path(name).expanduser()
         path = path / "metrics.json" if path.is_dir() else path
         records = read_records(path)
         if not records:
-            raise ValueError(f"{path}: nothing has been measured there; run --mode=evaluate")
-        rows += [_row(path, record) for record in records]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+            print(f"Note: {path}: nothing has been measured there; run --mode=evaluate", file=sys.stderr)
+        found += [(path.parent, record) for record in records]
+    if not found:
+        raise ValueError("there is nothing to show")
+    settings = [key for key in differing([record for _, record in found]) if not key.endswith("_digest")]
+    settings = list(dict.fromkeys(["step", "weights", "sampler", "steps", "features", "num_samples", *settings]))
+    rows = [_row(directory, record, settings) for directory, record in found]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
+    columns.sort(key=lambda key: ["run", *settings].index(key) if key in ("run", *settings) else len(settings) + 1)
     lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |")
 
 
-_SETTINGS = ("weights", "step", "sampler", "steps", "guidance_scale", "features", "num_samples", "num_reference")
-_NOT_SHOWN = ("_std", "_standard_error")
+def _row(directory: pathlib.Path, record: dict, settings: list[str]) -> dict[str, str]:
+    from diffusion_jax.runs.measure import settings_of
 
-
-def _row(path: pathlib.Path, record: dict) -> dict[str, str]:
-    values = record.get("sampling", {}) | record
-    row = {"run": str(path.parent)} | {key: str(values[key]) for key in _SETTINGS if values.get(key) is not None}
-    figures = {key: value for key, value in record.items() if isinstance(value, float) and not key.endswith(_NOT_SHOWN)}
+    values = settings_of(record)
+    row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
+    if "samples" in row:
+        row["samples"] = pathlib.Path(row["samples"]).name
+    for key, value in record.items():
+        if isinstance(value, float) and not key.endswith(("_std", "_standard_error")):
+            error = record.get(f"{key}_standard_error")
+            row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
     if "memorisation" in record:
-        figures["close_share"] = record["memorisation"]["close_share"]
-    for key, value in figures.items():
-        error = record.get(f"{key}_standard_error")
-        row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+        row["close_share"] = f"{record['memorisation']['close_share']:.4g}"
     return row
 
 

@@ -11,33 +11,58 @@ from diffusion_jax.evaluation import metrics
 from diffusion_jax.evaluation.extract import Features
 from diffusion_jax.evaluation.features import Extractor
 
-METRICS = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorisation")
 _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 _IS_SPLIT_SIZE = 5000
 _MANIFOLD_K, _DENSITY_K = 3, 5
+# The fewest images of each set that a metric can be of.
+LEAST = {
+    "fid": 2,
+    "sfid": 2,
+    "kid": 8,
+    "is": 1,
+    "precision_recall": _MANIFOLD_K + 1,
+    "density_coverage": _DENSITY_K + 1,
+    "memorisation": 2,
+}
+METRICS = tuple(LEAST)
 
 
 def name_of(metric: str, extractor: Extractor) -> str:
     """What a metric of some features is reported as. FID and its kin are of the published Inception alone, and another resize
     than TensorFlow 1's is part of their names.
     """
+    suffix = "" if extractor.resize in (None, "tf1") else f"_{extractor.resize}"
+    substitutes = {"fid": "frechet_distance", "sfid": "spatial_frechet_distance", "kid": "kernel_distance"}
+    names = {"is": "inception_score"} if extractor.published else substitutes
+    return names.get(metric, metric) + suffix
+
+
+def left_out(statistics_alone: bool, has_spatial: bool, extractor: Extractor, wanted: Sequence[str]) -> dict[str, str]:
+    """Which of the wanted metrics there cannot be, and why.
+
+    statistics_alone: whether the reference has no images. has_spatial: whether its statistics are of spatial features, too.
+    """
+    reasons = {}
+    if extractor.name != "inception":
+        reasons["sfid"] = "only Inception has spatial features"
+    elif not has_spatial:
+        reasons["sfid"] = "the reference has no spatial statistics (mu_s, sigma_s)"
     if not extractor.published:
-        return {"fid": "frechet_distance", "sfid": "spatial_frechet_distance", "kid": "kernel_distance"}.get(
-            metric, metric
-        )
-    suffix = "" if extractor.resize == "tf1" else f"_{extractor.resize}"
-    return {"is": "inception_score"}.get(metric, metric) + suffix
+        reasons["is"] = "it is of the published Inception's classes"
+    if statistics_alone:
+        others = ("kid", "precision_recall", "density_coverage", "memorisation")
+        reasons |= dict.fromkeys(others, "the reference is statistics alone")
+    return {metric: reasons[metric] for metric in wanted if metric in reasons}
 
 
 def compare(
     reference: Features, samples: Features, extractor: Extractor, wanted: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The wanted metrics, of METRICS, by name, with what they depend on. say: told what is left out, and why.
+    """The wanted metrics, of METRICS but for those `left_out`, by name, with what they depend on; say: told of doubts.
 
     Raises: ValueError for features that cannot be compared.
     """
     found: dict[str, Any] = {}
-    whole = reference.pool is not None and samples.pool is not None
 
     def named(metric, **values):
         name = name_of(metric, extractor)
@@ -51,18 +76,11 @@ def compare(
                 f"Note: {samples.moments.count:,} samples for {dimensions} dimensions: the distance is larger than that of "
                 "more samples would be; compare it at equal numbers only."
             )
-    if "sfid" in wanted and samples.spatial is not None:
-        if reference.spatial is None:
-            say("Note: no sFID: the reference has no spatial statistics (mu_s, sigma_s).")
-        else:
-            named("sfid", value=metrics.frechet_distance(reference.spatial, samples.spatial))
-    if "is" in wanted and extractor.published and samples.pool is not None:
+    if "sfid" in wanted:
+        named("sfid", value=metrics.frechet_distance(reference.spatial, samples.spatial))
+    if "is" in wanted:
         score = metrics.inception_score(samples.pool @ extractor.head, _IS_SPLIT_SIZE)
         named("is", value=score.mean, std=score.std, split_size=_IS_SPLIT_SIZE)
-    if not whole and {"kid", "precision_recall", "density_coverage"} & set(wanted):
-        say("Note: the reference is statistics alone; only what needs no more is measured.")
-    if not whole:
-        return found
     if "kid" in wanted:
         # A quarter of small sets: subsets that are nearly all of a set would not say how much it could vary.
         size = min(_KID_SUBSET_SIZE, min(len(reference.pool), len(samples.pool)) // 4)
@@ -81,16 +99,16 @@ def compare(
 def memorisation(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], metrics.Neighbours]:
     """Whether samples stand closer to reference images than these do to one another: (the report, the samples' neighbours).
 
-    reference, samples: features [N, D]. close_share is the share of samples whose nearest reference image is nearer than 99%
-    of the reference's own images have their nearest other: about 0.01 of fresh images, near 1 of copies.
+    reference, samples: features [N, D]. close_share is the share of samples whose nearest reference image is no farther than
+    99% of the reference's own images have their nearest other: about 0.01 of fresh images, near 1 of copies.
     """
     near = metrics.nearest_neighbours(reference, samples, min(k, len(reference)))
     own = metrics.nearest_neighbours(reference, reference, others=True).distances[:, 0]
-    limit = np.quantile(own, 0.01)
+    limit = np.quantile(own[own > 0], 0.01) if own.any() else 0.0  # duplicates say nothing of what is near
     report = {
         "nearest_distance_median": float(np.median(near.distances[:, 0])),
         "reference_nearest_distance_median": float(np.median(own)),
         "close_distance": float(limit),
-        "close_share": float(np.mean(near.distances[:, 0] < limit)),
+        "close_share": float(np.mean(near.distances[:, 0] <= limit)),
     }
     return report, near

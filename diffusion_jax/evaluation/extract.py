@@ -4,9 +4,11 @@ a reference is read once for all its comparisons.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,12 +19,13 @@ from jax.experimental import multihost_utils
 from diffusion_jax.evaluation import images as image_sets
 from diffusion_jax.evaluation.features import Extracted, Extractor, compiled
 from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
-from diffusion_jax.evaluation.parts import Parts, digest
 from diffusion_jax.training import sharding
+from diffusion_jax.training.agreement import first_says
 
 # Images to a part. Sums are over parts, so that no figure depends on the batch size.
 CHUNK = 1024
 KEPT = 50_000
+_VERSION = 1  # of the features: to be raised when the same network, asked the same, would give others
 
 
 class Features(NamedTuple):
@@ -36,6 +39,27 @@ class Features(NamedTuple):
     moments: Moments
     spatial: Moments | None
     digest: str
+
+
+class _Parts:
+    """Features of the chunks of a set, one .npz each. Several programs may write the same ones at once."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+        first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
+        self.done = set(first_says(lambda: [int(p.stem) for p in directory.glob("*.npz") if p.stem.isdecimal()]))
+
+    def save(self, i: int, arrays: dict[str, np.ndarray]) -> None:
+        """Part i, whole or not at all; from process 0 only."""
+        if jax.process_index() == 0:
+            with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".partial", delete=False) as file:
+                np.savez(file, **arrays)
+            os.replace(file.name, self._directory / f"{i}.npz")
+
+    def load(self, i: int) -> dict[str, np.ndarray]:
+        """The arrays of part i."""
+        with np.load(self._directory / f"{i}.npz") as arrays:
+            return dict(arrays)
 
 
 def cache_directory() -> pathlib.Path:
@@ -67,26 +91,31 @@ class Extraction:
             batch = images[np.minimum(start + held, len(images) - 1)]
             out = self._run(jax.make_array_from_process_local_data(rows, batch) if compiles else batch)
             out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
-            found.append(jax.tree.map(lambda a, start=start: np.asarray(a, np.float32)[: len(images) - start], out))
+            out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), out)
+            if out.pool.ndim != 2 or len(out.pool) != size:
+                raise ValueError(
+                    f"{self.extractor.name} gives {size} images features of shape {out.pool.shape}, not [{size}, D]"
+                )
+            found.append(jax.tree.map(lambda leaf, start=start: leaf[: len(images) - start], out))
             progress(min(start + size, len(images)))
         out = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-        if out.pool.ndim != 2:
-            raise ValueError(f"the features {self.extractor.name} gives are of shape {out.pool.shape}, not [N, D]")
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ValueError(f"the features {self.extractor.name} gives are not finite")
         return out
 
     def of(self, what: str, source, directory: pathlib.Path) -> Features:
         """Features of a source of images, whose parts stay below `directory`. what: its name, for the bar."""
-        content, count = image_sets.digest(source), len(source)
-        parts, chunks = Parts(self._directory(content, directory)), -(-count // CHUNK)
+        count, chunks = len(source), -(-len(source) // CHUNK)
+        with self._bar(f"Reading {what}", count, 0) as bar:
+            content = first_says(lambda: image_sets.digest(source, CHUNK, bar.update))
+        parts = _Parts(self._directory(content, directory))
         with self._bar(f"Features of {what}", count, min(len(parts.done) * CHUNK, count)) as bar:
             for i in range(chunks):
                 if i in parts.done:
                     continue
                 images, _ = source.read(np.arange(i * CHUNK, min((i + 1) * CHUNK, count)))
                 out = self(images, lambda done, before=i * CHUNK: bar.update(before + done))
-                parts.save(i, **{name: leaf for name, leaf in out._asdict().items() if leaf is not None})
+                parts.save(i, {name: leaf for name, leaf in out._asdict().items() if leaf is not None})
         multihost_utils.sync_global_devices("features written")
         kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-KEPT // CHUNK)))]
         moments = moments_of_chunks(parts.load(i)["pool"] for i in range(chunks))
@@ -101,4 +130,5 @@ class Extraction:
         shutil.rmtree(self._directory(features.digest, directory))
 
     def _directory(self, content: str, directory: pathlib.Path) -> pathlib.Path:
-        return directory / digest({"images": content, "features": self.extractor.digest, "chunk": CHUNK})
+        key = (content, self.extractor.digest, CHUNK, _VERSION, jax.default_backend())
+        return directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]

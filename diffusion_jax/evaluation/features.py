@@ -120,15 +120,29 @@ def named(name: str, inception_path: str = "", resize: str = "tf1") -> Extractor
         return inception(inception_path, resize)
     if name == "digits":
         return digits_network()
-    module, colon, function = name.partition(":")
+    path, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(path)
+        found = getattr(module, function)
+        with open(module.__file__, "rb") as file:  # as near as one comes to what it computes
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"features={name!r} cannot be imported: {error}") from None
-    with open(importlib.import_module(module).__file__, "rb") as file:  # as near as one comes to what it computes
-        return of_function(found, name, hashlib.file_digest(file, "sha256").hexdigest())
+    if not callable(found):
+        raise ValueError(f"features={name!r} is no function, but a {type(found).__name__}")
+    return of_function(found, name, f"{content}_{name}")
+
+
+def check(extractor: Extractor, image_shape: tuple[int, int, int]) -> int | None:
+    """D, the number of its features, where that can be known without computing. Raises: ValueError for images that it does
+    not take.
+    """
+    if not extractor.compiles:
+        return None
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    return jax.eval_shape(extractor.function, extractor.params, image).pool.shape[1]
 
 
 def compiled(extractor: Extractor, mesh) -> Callable[[Any], Extracted]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusion_jax import data
 from diffusion_jax.evaluation.metrics import Moments
@@ -80,24 +80,34 @@ def _check_images(path: pathlib.Path, images: np.ndarray) -> None:
         raise ValueError(f"{where} holds no images")
 
 
-class FolderOfOneSize(data.Folder):
-    """A folder's images as they are. One of another size is refused: a resize would be measured, too."""
+class FolderAsItIs(data.Folder):
+    """A folder's images, grey if the first one is. One that would lose its colours is refused, and one of another size, for a
+    resize would be measured, too, unless `image_size` asks for it.
+    """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, image_size: int | None):
         super().__init__(str(path), (1, 1), 3)
         with Image.open(path / self._files[0]) as image:
-            self._size = image.size[::-1]
-            self._channels = 1 if image.mode in ("1", "L", "I", "I;16") else 3
+            image = ImageOps.exif_transpose(image)
+            self._one_size = image_size is None
+            self._size = image.size[::-1] if image_size is None else (image_size, image_size)
+            self._channels = 1 if _is_grey(image) else 3
 
-    def _image(self, path: pathlib.Path) -> np.ndarray:
-        with Image.open(path) as image:
-            size = image.size
-        if size != self._size[::-1]:
+    def _fit(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
+        if self._one_size and image.size != self._size[::-1]:
             raise data.DataError(
-                f"{path} is {size[0]}x{size[1]}, and others are {self._size[1]}x{self._size[0]}; resize them to one size, or "
-                "let image_size do it"
+                f"{path} is {image.size[0]}x{image.size[1]}, and the first image {self._size[1]}x{self._size[0]}; resize "
+                "them to one size, or let image_size do it"
             )
-        return super()._image(path)
+        if self._channels == 1 and not _is_grey(image):
+            raise data.DataError(
+                f"{path} is in colour, and the first image is grey; make them all grey, or that one coloured"
+            )
+        return super()._fit(path, image)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "I", "I;16")
 
 
 class ImageSet(NamedTuple):
@@ -119,19 +129,25 @@ def open_set(what: str, data_dir: str = "", image_size: int | None = None) -> Im
     """
     path = pathlib.Path(what).expanduser()
     if path.is_dir():
-        samples = sorted((path / "samples").glob("*.npz"), key=lambda p: p.stat().st_mtime)
-        if samples:
-            return ImageSet(str(samples[-1]), Npz(samples[-1]))
+        found = [
+            p for p in (path / "samples").glob("*.npz") if not p.name.startswith("edit_") and ".partial." not in p.name
+        ]
+        if found:
+            newest = max(found, key=lambda p: p.stat().st_mtime)
+            return ImageSet(str(newest), Npz(newest))
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
-        return ImageSet(what, data.Folder(str(path), (image_size,) * 2, 3) if image_size else FolderOfOneSize(path))
+        return ImageSet(what, FolderAsItIs(path, image_size))
     if path.is_file():
         statistics, has_images = _read_statistics(path)
         return ImageSet(what, Npz(path) if has_images or not statistics else None, statistics)
     name, _, split = what.partition(":")
-    if path.suffix or "/" in name:
-        raise ValueError(f"{what}: no such file or folder")
-    size, channels = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
+    if path.suffix:
+        raise ValueError(f"{what}: no such file")
+    try:
+        size, channels = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
+    except data.DataError as error:
+        raise ValueError(f"{what}: no such file or folder, and as a data set: {error}") from None
     if not image_size and not size:
         raise ValueError(f"the images of {name!r} have no one size; give image_size, the pixels to resize them to")
     config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "channels": channels, "memory_mb": 0}
@@ -140,6 +156,8 @@ def open_set(what: str, data_dir: str = "", image_size: int | None = None) -> Im
 
 def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     """(what an .npz has of them, whether it has images)."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             named = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in arrays]
@@ -159,11 +177,12 @@ def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     return Statistics(Moments(found["mu"], found["sigma"], 0), spatial), has_images
 
 
-def digest(source, chunk: int = 1024) -> str:
-    """SHA-256 of every pixel of a source, in order."""
+def digest(source, chunk: int, progress: Callable[[int], None]) -> str:
+    """SHA-256 of every pixel of a source, in order, read `chunk` images at a time; progress is told how many are read."""
     found = hashlib.sha256()
     for start in range(0, len(source), chunk):
         images, _ = source.read(np.arange(start, min(start + chunk, len(source))))
         found.update(repr(images.shape[1:]).encode())
         found.update(np.ascontiguousarray(images))
+        progress(start + len(images))
     return found.hexdigest()

@@ -72,7 +72,10 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 def _root(covariance: np.ndarray) -> np.ndarray:
     """R [D, r] with R R^T = C, without the directions in which C is zero to rounding."""
     values, vectors = np.linalg.eigh(covariance)
-    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    rounding = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    if values[0] < -1e-6 * max(values[-1], 0) or values[-1] < 0:
+        raise ValueError(f"a covariance with the eigenvalue {values[0]:.3g} is none")
+    kept = values > rounding
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
@@ -87,8 +90,8 @@ class Estimate(NamedTuple):
 def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Estimate:
     """Kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Averaged over random subsets of both sets, drawn as torch-fidelity draws them. Those overlap, so that the standard error
-    counts only as many subsets as are disjoint. Raises: ValueError where there are fewer images than a subset has.
+    Averaged over random subsets of both sets, drawn as torch-fidelity draws them. Those overlap, which the standard
+    error allows for; it is NaN where a subset is all there is. Raises: ValueError for fewer images than a subset has.
     """
     reference, samples = _checked(reference, 2), _checked(samples, 2)
     _check_widths(reference, samples)
@@ -102,8 +105,11 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
         x = samples[rng.choice(len(samples), subset_size, replace=False)]
         y = reference[rng.choice(len(reference), subset_size, replace=False)]
         found[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
-    std = found.std()
-    return Estimate(found.mean(), std, std / np.sqrt(min(subsets, fewest // subset_size)))
+    # Two random subsets of n images share m/n of theirs, and correlate by as much (by less where there is nothing to tell
+    # the sets apart, and the error is then too large): their scatter shows only the rest.
+    std, share = found.std(), subset_size / fewest
+    error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
+    return Estimate(found.mean(), std, error)
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -214,7 +220,7 @@ def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, 
 
     def each(row, columns, norms, beside):
         u, *number = row
-        d = jnp.maximum(u @ u - 2 * jnp.dot(columns, u, precision="highest") + norms, 0)
+        d = jnp.maximum((u * u).sum() - 2 * jnp.dot(columns, u, precision="highest") + norms, 0)
         return function(d, beside, *number)
 
     def block(rows, columns, beside):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 SIZE = 299  # pixels in height and width
 _SPATIAL = "Mixed_6d"  # TensorFlow's mixed_6
 _SPATIAL_CHANNELS = 7
+_PRECISION = jax.lax.Precision.HIGHEST  # float32 also where accelerators would take less for products
 
 
 class Activations(NamedTuple):
@@ -45,10 +46,8 @@ class Conv(nn.Module):
         scale, bias = self.param("scale", ones, (c,)), self.param("bias", zeros, (c,))
         mean, var = self.param("mean", zeros, (c,)), self.param("var", ones, (c,))
         factor = scale * jax.lax.rsqrt(var + 1e-3)
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(
-            x, kernel * factor, (self.strides,) * 2, self.padding, dimension_numbers=dimensions
-        )
+        options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": _PRECISION}
+        x = jax.lax.conv_general_dilated(x, kernel * factor, (self.strides,) * 2, self.padding, **options)
         return nn.relu(x + (bias - mean * factor))
 
 
@@ -170,5 +169,5 @@ class Inception(nn.Module):
             if name == _SPATIAL:
                 spatial = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
         pool = x.mean(axis=(1, 2))
-        unbiased = nn.Dense(1008, use_bias=False, name="fc")(pool)
+        unbiased = nn.Dense(1008, use_bias=False, precision=_PRECISION, name="fc")(pool)
         return Activations(pool, spatial, unbiased + self.param("fc_bias", nn.initializers.zeros, (1008,)), unbiased)

@@ -17,8 +17,9 @@ from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.errors import PretrainedError
 from diffusion_jax.pretrained.files import Tensors, import_or_refuse, open_tensors
 
-# The first digits of the SHA-256 of the port's file, which its name ends in.
-_PUBLISHED = "6726825d"
+# Digests of the two files that all figures are made with.
+_PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
 _LEAVES = {
     "kernel": "conv.weight",
     "scale": "bn.weight",
@@ -54,8 +55,8 @@ _BLOCKS = {
 
 
 class InceptionWeights(NamedTuple):
-    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether they are those that everybody
-    compares with: known by the port's digest, or as the graph, which nobody makes anew.
+    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether that is one of the two files
+    that everybody compares with.
     """
 
     params: Any
@@ -64,7 +65,8 @@ class InceptionWeights(NamedTuple):
 
 
 def load_inception(path: str | os.PathLike) -> InceptionWeights:
-    """From `pt_inception-2015-12-05-6726825d.pth` (or its tensors as safetensors), or `classify_image_graph_def.pb`.
+    """From `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), its tensors as
+    safetensors, or `classify_image_graph_def.pb`.
 
     Raises: PretrainedError, one line, for a file that is not there, or of another network.
     """
@@ -76,6 +78,8 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
         file.seek(0)
         is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
     tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (open_tensors(path), _torch_name)
@@ -91,7 +95,7 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
         return tensors[name] if is_graph else layers.from_torch(tensors[name], path, shape)
 
     params = layers.fill(str(path), shapes, names, name_of, read)
-    return InceptionWeights(params, digest, is_graph or digest.startswith(_PUBLISHED))
+    return InceptionWeights(params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5)
 
 
 def _torch_name(path: layers.Path) -> str:

@@ -23,13 +23,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, process
-from diffusion_jax.evaluation.parts import Parts, digest
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import trajectory_picture
 from diffusion_jax.runs.judge import check_judging, judge
+from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.runs.train import check_source
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding

@@ -18,8 +18,8 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator, sample
-from diffusion_jax.runs.measure import measure, read_records
-from diffusion_jax.training import sharding
+from diffusion_jax.runs.measure import differing, measure, read_records, settings_of
+from diffusion_jax.training import is_upsampler, sharding
 
 
 def check_judging(config: ConfigDict) -> None:
@@ -31,8 +31,6 @@ def check_judging(config: ConfigDict) -> None:
     unknown = sorted(set(options.metrics) - set(compare.METRICS))
     if unknown:
         raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
-    if options.num_samples == 1:
-        raise UserError("evaluation.num_samples=1 is too few: a covariance needs 2 (0 for no samples)")
     if options.resize not in extractors.RESIZES:
         raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
 
@@ -48,7 +46,16 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
             raise UserError(f"nothing can judge the samples: {how}")
         say(f"No samples are judged: {how}.")
         return
-    extractor, reference = _extractor(config), _reference(config)
+    if is_upsampler(config):
+        say("No samples are judged: this model enlarges images that it is given.")
+        return
+    extractor = _extractor(config)
+    with as_user_error("config.evaluation"):
+        extractors.check(extractor, data.image_shape(config.data))
+    reference = _reference(config)
+    few = max(compare.LEAST[metric] for metric in options.metrics)
+    if options.num_samples < few:
+        raise UserError(f"evaluation.num_samples={options.num_samples} is too few: the metrics asked for need {few}")
     config = ConfigDict(work.to_dict(config))
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
@@ -60,14 +67,15 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     }
     about = {
         "dataset": config.data.dataset,
+        "init_from": config.init_from or None,
         "weights": "ema" if options.use_ema else "raw",
         "step": drawn.step,
         "steps": drawn.num_steps,
         "sampling": sampling | {"batch_size": drawn.batch_size, "devices": jax.device_count()},
     }
-    samples = images.ImageSet(str(drawn.path), images.Npz(drawn.path))
     mesh, output = sharding.make_mesh(config.mesh), directory / "metrics.json"
     try:
+        samples = images.ImageSet(str(drawn.path), images.Npz(drawn.path))
         measure(
             reference, samples, extractor, options.metrics, mesh, options.batch_size, output, about, _cache(directory)
         )
@@ -101,15 +109,18 @@ def _cache(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _plot(directory: pathlib.Path, name: str) -> None:
-    """The distance against the number of sampling steps, once there are figures of two numbers of steps."""
+    """The distance against the number of sampling steps, once there are figures of two numbers of steps. A line is of records
+    that differ in nothing else; its label says in what it differs from other lines.
+    """
+    records = [record for record in read_records(directory / "metrics.json") if name in record and "steps" in record]
+    besides = [key for key in differing(records) if key not in ("steps", "samples", "timesteps")]
     curves: dict[str, dict[int, float]] = {}
-    for record in read_records(directory / "metrics.json"):
-        if name in record and "steps" in record:
-            sampling = record["sampling"]
-            label = f"{sampling['sampler']}, {record['weights']} weights of step {record['step']}"
-            label += f", guided {sampling['guidance_scale']:g}" if sampling["guidance_scale"] != 1 else ""
-            curves.setdefault(f"{label}, {record['num_samples']:,} samples", {})[record["steps"]] = record[name]
-    if len({steps for curve in curves.values() for steps in curve}) > 1:
+    for record in records:
+        settings = settings_of(record)
+        told = [f"{key} {settings.get(key)}" for key in besides if key not in ("sampler", "features_digest")]
+        label = ", ".join([settings["sampler"], *told, f"{record['num_samples']:,} samples"])
+        curves.setdefault(label, {})[record["steps"]] = record[name]
+    if len({record["steps"] for record in records}) > 1:
         path = directory / f"{name}_against_steps.png"
         pictures.plot_against_steps(path, curves, name.replace("_", " "))
         say(f"Against the number of sampling steps: {path}")

@@ -13,6 +13,7 @@ import numpy as np
 
 import diffusion_jax
 from diffusion_jax.evaluation import compare
+from diffusion_jax.evaluation import features as extractors
 from diffusion_jax.evaluation.extract import Extraction, Features, cache_directory
 from diffusion_jax.evaluation.features import Extractor
 from diffusion_jax.evaluation.images import ImageSet
@@ -34,25 +35,28 @@ def measure(
     output: pathlib.Path,
     about: Mapping[str, Any],
     cache: pathlib.Path | None = None,
-) -> dict[str, Any] | None:
+) -> None:
     """Compares two sets and adds the record to `output`, a JSON list; beside it the picture of memorisation.
 
-    about: what else to say in the record. cache: of the features, the user's cache directory unless given. Returns the
-    record, None but on process 0. Raises: ValueError for sets that cannot be compared.
+    about: what else to say in the record. cache: of the features, the user's cache directory unless given. All processes call
+    this, and the first writes. Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
-    check_comparable(reference, samples)
-    if samples.images is None:
-        raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
-    extraction = Extraction(extractor, mesh, batch_size, Bar)
-    cache = cache or cache_directory()
-    if extractor.name == "inception" and not extractor.published:
-        say("Note: these are not the published weights of FID's Inception; no figure of theirs is called FID.")
-    known = _features(extraction, reference, cache)
-    judged = _features(extraction, samples, cache)
+    wanted = _measurable(reference, samples, extractor, wanted)
+    read_records(output)
+    extraction, cache = Extraction(extractor, mesh, batch_size, Bar), cache or cache_directory()
+    known = _features(extraction, reference, cache / "references")
+    # Samples are rarely asked for again: their parts are kept only until the record is written.
+    judged = _features(extraction, samples, cache / "samples")
     if jax.process_index() != 0:
-        return None
+        return
     say("Comparing ...")
     found = compare.compare(known, judged, extractor, wanted, say)
+    if "memorisation" in wanted:
+        found["memorisation"], near = compare.memorisation(known.pool, judged.pool, _NEIGHBOURS)
+        suspects = np.argsort(near.distances[:, 0])[:_SHOWN]
+        picture = output.with_name("memorisation.png")
+        pictures.save_png(picture, _neighbours_picture(reference, samples, suspects, near.indices[suspects]))
+        say(f"The samples nearest to reference images, each before its {_NEIGHBOURS} nearest: {picture}")
     settings = {
         "reference": reference.name,
         "reference_sha256": known.digest,
@@ -61,20 +65,14 @@ def measure(
         "samples_sha256": judged.digest,
         "num_samples": judged.moments.count,
         "features": extractor.name,
-        "features_sha256": extractor.digest.split("_")[0],
+        "features_digest": extractor.digest,
         "resize": extractor.resize,
         **about,
         "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "backend": jax.default_backend(),
     }
-    if "memorisation" in wanted and known.pool is not None:
-        found["memorisation"], near = compare.memorisation(known.pool, judged.pool, _NEIGHBOURS)
-        suspects = np.argsort(near.distances[:, 0])[:_SHOWN]
-        picture = output.with_name("memorisation.png")
-        pictures.save_png(picture, _neighbours_picture(reference, samples, suspects, near.indices[suspects]))
-        say(f"The samples nearest to reference images, each before its {_NEIGHBOURS} nearest: {picture}")
     add_record(output, found | settings)
-    extraction.forget(judged, cache)
+    extraction.forget(judged, cache / "samples")
     for name, value in found.items():
         if isinstance(value, float) and not name.endswith(("_std", "_standard_error")):
             error = found.get(f"{name}_standard_error")
@@ -82,7 +80,35 @@ def measure(
     if "memorisation" in found:
         say(f"{'closer than the reference':28} {found['memorisation']['close_share']:.4f} (0.01 of fresh images)")
     say(f"Written to {output}")
-    return found | settings
+
+
+def _measurable(reference: ImageSet, samples: ImageSet, extractor: Extractor, wanted: Sequence[str]) -> list[str]:
+    """The wanted metrics that there can be; the others are told of. Raises: ValueError for sets that no metric is of."""
+    if samples.images is None:
+        raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
+    check_comparable(reference, samples)
+    statistics = reference.statistics
+    spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
+    missing = compare.left_out(reference.images is None, spatial, extractor, wanted)
+    for metric, why in missing.items():
+        say(f"Note: no {metric}: {why}.")
+    wanted = [metric for metric in wanted if metric not in missing]
+    if not wanted:
+        raise ValueError("nothing is left to measure; name other metrics")
+    if extractor.name == "inception" and not extractor.published:
+        say("Note: these are not the published weights of FID's Inception; no figure of theirs is called FID.")
+    for images in (reference, samples):
+        for metric in wanted:
+            if images.images is not None and len(images.images) < compare.LEAST[metric]:
+                few = f"{images.name}: {len(images.images)} images are too few"
+                raise ValueError(f"{few} for {metric}, which needs {compare.LEAST[metric]}")
+    dimensions = extractors.check(extractor, samples.images.read(np.arange(1))[0].shape[1:])
+    if statistics and dimensions and len(statistics.moments.mean) != dimensions:
+        raise ValueError(
+            f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
+            f"{extractor.name} have {dimensions}"
+        )
+    return wanted
 
 
 def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
@@ -99,16 +125,17 @@ def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
 
 def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> Features:
     """Statistics that a file has go before those of the images beside them, which may be fewer."""
-    statistics = images.statistics
-    if images.images is None:
-        content = hashlib.sha256(
-            statistics.moments.mean.tobytes() + statistics.moments.covariance.tobytes()
-        ).hexdigest()
-        return Features(None, statistics.moments, statistics.spatial, content)
-    found = extraction.of(pathlib.Path(images.name).name, images.images, cache)
-    if statistics:
-        found = found._replace(moments=statistics.moments, spatial=statistics.spatial)
-    return found
+    found = None
+    if images.images is not None:
+        found = extraction.of(pathlib.Path(images.name).name, images.images, cache)
+    if not images.statistics:
+        return found
+    moments, spatial = images.statistics
+    content = hashlib.sha256()
+    for part in (moments, spatial):
+        if part is not None:
+            content.update(part.mean.tobytes() + part.covariance.tobytes())
+    return Features(found.pool if found else None, moments, spatial, content.hexdigest())
 
 
 def _neighbours_picture(reference: ImageSet, samples: ImageSet, suspects, neighbours) -> np.ndarray:
@@ -120,11 +147,18 @@ def _neighbours_picture(reference: ImageSet, samples: ImageSet, suspects, neighb
     return pictures.grid(images, columns=len(images) // len(suspects))
 
 
+_SAME = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
+
+
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends to a JSON list, in place of an earlier record of the same comparison."""
-    same = ("reference_sha256", "samples", "samples_sha256", "features_sha256", "resize")
-    records = [old for old in read_records(path) if any(old.get(key) != record.get(key) for key in same)]
-    work.write_text(path, json.dumps([*records, dict(record)], indent=2, allow_nan=False) + "\n")
+    """Appends to a JSON list. An earlier record of the same comparison gives way, but for metrics that this one has not."""
+    records, earlier = [], {}
+    for old in read_records(path):
+        if all(old.get(key) == record.get(key) for key in _SAME):
+            earlier |= old
+        else:
+            records.append(old)
+    work.write_text(path, json.dumps([*records, earlier | dict(record)], indent=2, allow_nan=False) + "\n")
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -133,8 +167,23 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     try:
         records = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no metrics.json ({error}); move it away") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no metrics.json ({error}); name another file, or move it away") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is no metrics.json (a list of records); move it away")
+        raise ValueError(f"{path} is no metrics.json (a list of records); name another file, or move it away")
     return records
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record's figures depend on, flat: those of its sampler, too."""
+    sampling = {key: value for key, value in record.get("sampling", {}).items() if key not in record}
+    mine = ("dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
+    mine += ("reference", "samples", "num_reference", "num_samples")
+    return {key: record[key] for key in mine if record.get(key) is not None} | sampling
+
+
+def differing(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings in which records differ."""
+    settings = [settings_of(record) for record in records]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]
