@@ -2,9 +2,9 @@
 
 MODE is train, sample, edit (inpainting and more, of images of yours), evaluate (bits per dimension, FID), progressive (rate
 and distortion), train_classifier (of noisy images, for guidance) or plan (what training would take on mesh.data times
-mesh.fsdp devices, which need not be there; it writes nothing and needs no --workdir). Relaunching the same command continues the
-run. For a directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
-diffusion_jax.pretrained.load takes them), which any mode then begins with.
+mesh.fsdp devices, which need not be there; it writes nothing and needs no --workdir). Relaunching the same command
+continues the run. For a directory that holds a run, --config may be left out; and with --pretrained=PATH (published
+weights, as diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
 import difflib

@@ -7,9 +7,12 @@ import socket
 
 import numpy as np
 import pytest
+from test_judging import by_hand
 from test_runs import ROOT, finish, lines, start, tiny_flags
 from test_training import tiny_config
 
+from diffusion_jax import data
+from diffusion_jax.evaluation import metrics
 from diffusion_jax.runs.evaluate import evaluate
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
@@ -54,6 +57,7 @@ def together(program, *flags):
 
 OVERRIDES = {"model.num_classes": 10, "sampling.preview_samples": 0, "training.log_every": 1, "sampling.num_samples": 4}
 OVERRIDES |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
+OVERRIDES |= {"evaluation.num_samples": 10}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,12 @@ def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
     evaluate(tiny_config(**OVERRIDES), tmp_path)
     reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
     assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
+    for path in (tmp_path, two):  # each judged its own samples
+        (record,) = json.loads((path / "metrics.json").read_text())
+        drawn = np.load(path / "samples" / "step4_ema_ddpm2_seed0_n10.npz")["arr_0"]
+        digits = data.Digits("train", (8, 8), 1)
+        moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))[0], drawn)]
+        assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     sample(tiny_config(**OVERRIDES), tmp_path)
     for path in (tmp_path, two):
         with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
