@@ -39,6 +39,8 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     source = data.load(config.data, bar_over("Reading the images"))
     check_source(config, source)
+    begun = bool(committed_steps(directory / "checkpoints"))
+    beginning = weights.initial(config, built.model) if config.init_from and not begun else None
     first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
@@ -50,8 +52,8 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         if state is None:
             with compiling("the initialisation"):
                 state = built.init()
-            if config.init_from:
-                state = _begin_with(config, built, state)
+            if beginning:
+                state = _begin_with(config, built, state, *beginning)
         first_says(lambda: work.write_config(config, directory))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
@@ -78,9 +80,10 @@ def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
     return True
 
 
-def _begin_with(config: ConfigDict, built: training.Setup, state: training.TrainState) -> training.TrainState:
+def _begin_with(
+    config: ConfigDict, built: training.Setup, state: training.TrainState, params, differing: list[str]
+) -> training.TrainState:
     """A fresh state with the weights that `config.init_from` names, and their average the same."""
-    params, differing = weights.initial(config, built.model)
     say(f"The weights are those of {config.init_from}.")
     if differing:
         say(f"Note: they were trained for another diffusion ({'; '.join(differing)}).")
