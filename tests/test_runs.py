@@ -116,14 +116,17 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     train(tiny_config(**{"training.num_steps": 2}), tmp_path)
     train(tiny_config(), tmp_path)
-    (tmp_path / "checkpoints" / "9").mkdir()  # an empty directory is no checkpoint
+    (
+        tmp_path / "checkpoints" / "6"
+    ).mkdir()  # an empty directory is no checkpoint, and must not keep step 6 from being saved
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
     for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
         if file.is_file() and "ocdbt.process" in str(file):
             file.unlink()
     train(tiny_config(**{"training.num_steps": 6}), tmp_path)
     out = capsys.readouterr().out
     assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
-    assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
 

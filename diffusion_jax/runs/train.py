@@ -39,7 +39,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     source = data.load(config.data, bar_over("Reading the images"))
     check_source(config, source)
-    begun = bool(committed_steps(directory / "checkpoints"))
+    begun = first_says(lambda: committed_steps(directory / "checkpoints"))
     beginning = weights.initial(config, built.model) if config.init_from and not begun else None
     first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
@@ -54,6 +54,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
                 state = built.init()
             if beginning:
                 state = _begin_with(config, built, state, *beginning)
+        del beginning  # as large as the network
         first_says(lambda: work.write_config(config, directory))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
@@ -70,7 +71,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
 def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
     """Whether the last step is there, and whole; says so."""
     num_steps = config.training.num_steps
-    if max(committed_steps(directory / "checkpoints"), default=0) < num_steps:
+    if max(first_says(lambda: committed_steps(directory / "checkpoints")), default=0) < num_steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.whole_step() or 0
