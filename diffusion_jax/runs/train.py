@@ -241,7 +241,7 @@ class _Loop:
             self._program(count, state, batch)
 
         preemption, self._watchdog = watch.Preemption(), watch.Watchdog(options.stall_timeout)
-        profile = _Profile(self._directory if options.profile else None)
+        profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
                 self._metrics = during.enter_context(work.Metrics(self._directory, step))
