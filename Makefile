@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
 demo: setup
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
 	$(BIN)/python main.py --workdir=runs/digits --mode=sample
+	$(BIN)/python -m diffusion_jax.evaluation digits:train runs/digits --output=runs/digits/metrics.json
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -1,8 +1,9 @@
 """python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
 MODE is train, sample, edit (inpainting and more, of images of yours), evaluate (bits per dimension), progressive (rate and
-distortion) or train_classifier (of noisy images, for guidance). Relaunching the same command continues the run. For a
-directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
+distortion), train_classifier (of noisy images, for guidance) or plan (what training would take on mesh.data times mesh.fsdp
+devices, which need not be there; it writes nothing and needs no --workdir). Relaunching the same command continues the
+run. For a directory that holds a run, --config may be left out; and with --pretrained=PATH (published weights, as
 diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 from diffusion_jax.runs import devices, watch
 
 _LOSS = "another process of the run was lost; the same command goes on from what was saved"
-MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier")
+MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier", "plan")
 
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -74,10 +75,11 @@ def parse(argv: list[str]) -> list[str]:
         if type(error).__name__ != "PretrainedError":
             raise
         fail(str(error))
-    if flags.FLAGS.workdir is None:
+    if flags.FLAGS.workdir is None and flags.FLAGS.mode != "plan":
         fail("--workdir=DIR is needed: where the run keeps its checkpoints, metrics and samples")
     if config is None:
-        fail(f"--config=configs/NAME.py is needed: {flags.FLAGS.workdir} holds no run whose config could be used")
+        where = flags.FLAGS.workdir or "no --workdir"
+        fail(f"--config=configs/NAME.py is needed: {where} holds no run whose config could be used")
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
@@ -147,6 +149,8 @@ def check_mode(mode: str, config) -> None:
         )
     if classifier and mode == "train":
         fail("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
+    if mode == "plan":
+        return
     if classifier and mode != "train_classifier":
         fail(f"--mode={mode} is for diffusion models, and this config is a classifier's (diffusion.loss=classify)")
     if mode == "train_classifier" and not classifier:
@@ -165,6 +169,7 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
+    from diffusion_jax.runs.plan import plan, virtual_devices
     from diffusion_jax.runs.train import train
     from diffusion_jax.training.checkpoints import CheckpointError, SaveError
 
@@ -176,14 +181,18 @@ def main(argv: list[str]) -> None:
         "evaluate": evaluate,
         "progressive": progressive,
         "train_classifier": train,
+        "plan": lambda config, directory: plan(config),
     }
     run = runs[flags.FLAGS.mode]
     given = flags.FLAGS
     try:
-        devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
-        devices.start()
+        if given.mode == "plan":
+            devices.start_virtual(virtual_devices(_CONFIG.value))
+        else:
+            devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
+            devices.start()
         with watch.stopping_at_once(training=run is train):
-            run(_CONFIG.value, pathlib.Path(given.workdir).expanduser())
+            run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
     except UserError as error:
         fail(str(error), error.exit_code)
     except (DataError, CheckpointError, PretrainedError) as error:

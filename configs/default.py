@@ -70,7 +70,9 @@ def get_config() -> ConfigDict:
     config.training = ConfigDict()
     config.training.num_steps = 800_000
     config.training.batch_size = 128  # of all devices together
+    config.training.accumulation_steps = 1  # parts of the batch, worked one after the other: less memory, the same step
     config.training.steps_per_call = 1  # on accelerators, several steps in one program; CPUs make single calls
+    config.training.deterministic = False  # on GPUs, the same numbers to the bit from run to run, at a price in speed
     config.training.log_every = 100
     config.training.sample_every = 10_000  # 0 for never
     config.training.checkpoint_every = 5_000
@@ -96,8 +98,8 @@ def get_config() -> ConfigDict:
     config.ema.warmup = False  # min(decay, (1 + step) / (10 + step))
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that split the batch; -1 for all
-    config.mesh.fsdp = 1  # devices that would split the parameters too; only 1 works yet
+    config.mesh.data = -1  # devices that split the batch; -1 for all that fsdp leaves
+    config.mesh.fsdp = 1  # devices that split the batch, and parameters, optimiser state and EMA too
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
@@ -169,6 +171,17 @@ def get_config() -> ConfigDict:
     config.evaluation.ode_dequantisation = "uniform"  # or "variational"
     config.evaluation.ode_trace = "hutchinson"  # or "exact", as many derivatives as an image has numbers
     config.evaluation.ode_tolerance = 1e-5
+    config.evaluation.likelihood = True  # whether --mode=evaluate measures the bound
+    config.evaluation.num_samples = 50_000  # drawn as `sampling` says, and judged by --mode=evaluate; 0 for none
+    config.evaluation.features = ""  # inception ("" but for the digits), digits, or module:function: images -> features
+    config.evaluation.inception = ""  # Inception's weights: a .pth or the TensorFlow graph; "" judges no samples
+    config.evaluation.resize = (
+        "tf1"  # to Inception's 299 pixels: tf1 (FID), pytorch (pytorch-fid's), clean (clean-fid's)
+    )
+    config.evaluation.metrics = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorisation")
+    config.evaluation.reference_split = ""  # what samples are compared with; "" for data.split
+    config.evaluation.every = 0  # steps of training after which FID is logged, of fewer samples; 0 for never
+    config.evaluation.every_samples = 1000
     config.evaluation.progressive_examples = 64  # images of --mode=progressive
     config.evaluation.progressive_columns = 12  # of its pictures
     return config

@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
     config.ema.update(decay=0.998, warmup=True)
     config.sampling.update(steps=250, num_samples=100, batch_size=100, trajectory=12)
+    config.evaluation.num_samples = 1000
     return config

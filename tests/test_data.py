@@ -191,6 +191,7 @@ def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> Non
 
 def test_tfds_in_array_record(tmp_path):
     write_tfds(tmp_path, "array_record")
+    assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)
     config = {**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28}
     source = data.load(config)
     assert len(source) == 5 and source.num_classes == 10 and source.labels.tolist() == [0, 1, 2, 3, 4]

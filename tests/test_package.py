@@ -42,9 +42,10 @@ FLOORS = [  # lowest first; a file imports from its own floor's other lines or f
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
-    {"data", "models", "evaluation"},
+    {"data", "models"},
     {"training"},
     {"pretrained"},
+    {"evaluation"},
     {"runs"},
 ]
 
@@ -53,7 +54,9 @@ def test_nothing_imports_upward():
     level = {name: i for i, names in enumerate(FLOORS) for name in names}
     for path in (ROOT / "diffusion_jax").rglob("*.py"):
         room = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
-        if room == "__init__":
+        if (
+            room == "__init__" or path == ROOT / "diffusion_jax" / "evaluation" / "__main__.py"
+        ):  # an entry point, as main.py
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None

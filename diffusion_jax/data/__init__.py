@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
-from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds, fit
+from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds, fit, natural_shape
 
 __all__ = [
     "Batches",
@@ -21,6 +21,7 @@ __all__ = [
     "fit",
     "image_shape",
     "load",
+    "natural_shape",
     "stream",
 ]
 

@@ -99,21 +99,34 @@ def _prepare_command(name: str, data_dir: str | None) -> str:
     )
 
 
+def _builder(name: str, data_dir: str | None):
+    import tensorflow_datasets as tfds  # half a second, and only this source needs it
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {error}"
+        raise DataError(
+            f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
+        ) from None
+
+
+def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
+    """((H, W), channels) of a TFDS data set's images, (None, channels) where they differ in size. Raises: DataError."""
+    features = _builder(name, data_dir).info.features
+    if "image" not in features:
+        raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+    height, width, channels = features["image"].shape
+    return (height, width) if height and width else None, channels or 3
+
+
 class Tfds:
     """A TFDS data set in array_record format (random access, no TensorFlow at run time)."""
 
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
-        import tensorflow_datasets as tfds  # half a second, and only this source needs it
-
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
-        try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-            reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {error}"
-            raise DataError(
-                f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
-            ) from None
+        builder = _builder(name, data_dir)
         where = f"in {builder.data_path.parent}"
         if not builder.is_prepared():
             how = _prepare_command(name, data_dir)

@@ -308,8 +308,8 @@ class UNet(Encoder):
         embedding = self.embed(time)
         if self.num_classes:
             if self.label_dropout and train:
-                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, jnp.shape(y))
-                y = jnp.where(dropped, self.null_label, y)
+                kept = nn.Dropout(self.label_dropout, deterministic=False, name="label_dropout")(jnp.ones(jnp.shape(y)))
+                y = jnp.where(kept > 0, y, self.null_label)
             rows = self.num_classes + (1 if self.label_dropout else 0)
             embedding += self.layers.embed(rows, 4 * self.channels, "class")(y)
 

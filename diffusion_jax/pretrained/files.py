@@ -77,7 +77,7 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
 
 
 def _open_safetensors(path: pathlib.Path) -> Tensors:
-    safetensors = _import("safetensors", "safetensors")
+    safetensors = import_or_refuse("safetensors", "safetensors")
     try:
         file = safetensors.safe_open(str(path), framework="numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -109,7 +109,7 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
-    torch = _import("torch", "PyTorch")
+    torch = import_or_refuse("torch", "PyTorch")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it then refuses
@@ -139,7 +139,7 @@ _SHADOW = "/ExponentialMovingAverage"
 
 
 def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
-    tf = _import("tensorflow", "TensorFlow")
+    tf = import_or_refuse("tensorflow", "TensorFlow")
     try:
         reader = tf.train.load_checkpoint(str(path))
         shapes = reader.get_variable_to_shape_map()
@@ -178,7 +178,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _import(module: str, name: str):
+def import_or_refuse(module: str, name: str):
+    """A module that only some files need. Raises: PretrainedError where it is not installed."""
     try:
         return __import__(module)
     except ImportError:

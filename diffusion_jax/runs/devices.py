@@ -86,9 +86,7 @@ def _number(flag: str, given: int | None, variable: str) -> int | None:
 
 def start() -> None:
     """Sets up the compilation cache, and says what the run computes on."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffusion_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    _use_cache()
     backend, count = jax.default_backend(), jax.device_count()
     say(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
@@ -96,3 +94,16 @@ def start() -> None:
         if card:
             extra = "tpu" if card == "a TPU" else "cuda"
             say(f"This machine has {card} but jax runs on the CPU; for the accelerator's jax: make setup EXTRA={extra}")
+
+
+def start_virtual(count: int) -> None:
+    """Starts on `count` virtual CPU devices, whatever else there is: to compile for them."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    _use_cache()
+
+
+def _use_cache() -> None:
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffusion_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))

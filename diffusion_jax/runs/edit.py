@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, editing, sampling
+from diffusion_jax.evaluation.parts import digest
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.parts import digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 

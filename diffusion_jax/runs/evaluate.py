@@ -1,4 +1,5 @@
-"""`--mode=evaluate` and `--mode=progressive`: the variational bound of a trained model on images it was not trained on.
+"""`--mode=evaluate` and `--mode=progressive`: the variational bound of a trained model on images it was not trained on; the
+first also judges its samples (judge.py).
 
 evaluate writes likelihood.json (bits per dimension, their parts and standard errors), likelihood.npz (the terms of every
 timestep), likelihood_terms.png and rate_distortion.png. progressive writes progressive.csv (the table of rate and distortion,
@@ -22,12 +23,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, process
+from diffusion_jax.evaluation.parts import Parts, digest
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import trajectory_picture
-from diffusion_jax.runs.parts import Parts, digest
+from diffusion_jax.runs.judge import check_judging, judge
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.runs.train import check_source
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
@@ -233,7 +235,15 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
 
 
 def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
-    """`--mode=evaluate`: bits per dimension of a split, with their parts, and where along the chain they are spent."""
+    """`--mode=evaluate`: bits per dimension of a split, and the metrics of samples."""
+    check_judging(config)
+    if config.evaluation.likelihood:
+        _bound(config, directory)
+    judge(config, directory)
+
+
+def _bound(config: ConfigDict, directory: pathlib.Path) -> None:
+    """Bits per dimension of a split, with their parts, and where along the chain they are spent."""
     trained = _Trained(config, directory)
     options = config.evaluation
     count = min(options.num_examples or len(trained.source), len(trained.source))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.evaluation.parts import Parts, digest
 from diffusion_jax.runs import pictures, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
@@ -40,19 +41,27 @@ class Generator:
     ):
         self.recipe, self.batch_size, self._low = recipe, batch_size, low
         shape, rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
+        whole = sharding.replicated(mesh)
 
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, rows)
 
         def generate(params, guide, seed, batch, y, low):
+            # Split parameters, of a run in progress, are gathered once: every step needs them all, and no gradient or
+            # activation of another step takes their room.
+            params = jax.lax.with_sharding_constraint(params, whole)
             y, low = jax.tree.map(constrain, (y, low))
             low = None if low is None else low.astype(jnp.float32) / 127.5 - 1.0
             key = jax.random.fold_in(jax.random.key(seed), batch)
             x = recipe.draw(params, guide, key, shape, y, low, constrain=constrain, progress=on_step)
             return pictures.to_uint8(x)
 
-        whole = sharding.replicated(mesh)
-        self._generate = jax.jit(generate, in_shardings=whole, out_shardings=rows, compiler_options=compiler.options())
+        self._generate = jax.jit(
+            generate,
+            in_shardings=(None, whole, whole, whole, whole, whole),  # None: as the parameters are
+            out_shardings=rows,
+            compiler_options=compiler.options(),
+        )
 
     def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
         """One batch, gathered on every process."""
@@ -127,10 +136,20 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     return images, labels
 
 
-def sample(config: ConfigDict, directory: pathlib.Path) -> None:
+class Drawn(NamedTuple):
+    """path: the .npz. step: of the weights, 0 for untrained ones. num_steps: the sampler's. batch_size: as it was used."""
+
+    path: pathlib.Path
+    step: int
+    num_steps: int
+    batch_size: int
+
+
+def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> Drawn:
     """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any).
 
-    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped.
+    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped. again: also where these
+    samples are there already.
     """
     work.check_identity(config, directory)
     options = config.sampling
@@ -155,8 +174,11 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
 
     origin = weights.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
-    say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     samples = directory / "samples"
+    drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
+    if not again and drawing.path.exists():
+        return drawing
+    say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith(("preview", "progress"))}
     given = [hashlib.sha256(array.tobytes()).hexdigest() for array in (low, low_labels) if array is not None]
     parts = Parts(samples / f".{name}_{digest(drawn, batch_size, config.init_from, given)}")
@@ -186,6 +208,7 @@ def sample(config: ConfigDict, directory: pathlib.Path) -> None:
             )
             pictures.save_png(samples / f"{name}_trajectory.png", picture)
             say(f"From noise to images: {samples / f'{name}_trajectory.png'}")
+    return drawing
 
 
 def _collect(config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path) -> None:

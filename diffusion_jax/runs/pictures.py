@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -90,5 +91,16 @@ def plot_rate_distortion(
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
     axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
     axes.set(xlabel="rate (bits per dimension)", ylabel="distortion (RMSE, 0-255)", xlim=(0, None), ylim=(0, None))
+    axes.legend()
+    _save_figure(path, figure)
+
+
+def plot_against_steps(path: pathlib.Path, curves: Mapping[str, Mapping[int, float]], what: str) -> None:
+    """A line for each label of {label: {number of sampling steps: figure}}, the steps on a logarithmic axis."""
+    figure, axes = _axes(f"{what} against sampling steps")
+    for label, points in curves.items():
+        steps = sorted(points)
+        axes.plot(steps, [points[n] for n in steps], marker="o", linewidth=1.5, label=label)
+    axes.set(xscale="log", xlabel="sampling steps", ylabel=what, ylim=(0, None))
     axes.legend()
     _save_figure(path, figure)

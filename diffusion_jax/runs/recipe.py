@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import data, guidance, models, pretrained, process, sampling, schedules
+from diffusion_jax.evaluation.parts import digest
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs.errors import UserError
-from diffusion_jax.runs.parts import digest
 from diffusion_jax.training import sharding
 
 # Leaves of `config.sampling` that change what is drawn and that `Recipe.name` does not spell out, and their usual values.

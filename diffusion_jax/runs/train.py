@@ -18,6 +18,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
+from diffusion_jax.runs.judge import TrainingDistance, check_judging
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
 from diffusion_jax.training.agreement import first_says
@@ -33,7 +34,12 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     work.check_identity(config, directory)
     with as_user_error("config"):
         built = training.setup(config)
-        preview = _preview(config, built)
+        preview = _drawing(config, built, config.sampling.preview_samples)
+        judging = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
+    if config.evaluation.every and not judging:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} is for models that draw images from nothing; use 0"
+        )
     options = config.training
     if _is_finished(config, directory):
         return
@@ -42,6 +48,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     begun = first_says(lambda: committed_steps(directory / "checkpoints"))
     beginning = weights.initial(config, built.model) if config.init_from and not begun else None
     first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
+    distance = judging and TrainingDistance(config, directory, judging)
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
         work.locked(directory / ".lock", f"is training in {directory}"),
@@ -59,7 +66,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _Loop(config, directory, built, checkpoints, preview).run(state, step, source)
+        _Loop(config, directory, built, checkpoints, preview, distance).run(state, step, source)
     then = "Sample with --mode=sample."
     if training.is_upsampler(config):
         then = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
@@ -122,11 +129,11 @@ def _check(config: ConfigDict) -> None:
         if leaf in flat and not flat[leaf] >= least:
             raise UserError(f"{leaf}={flat[leaf]} must be at least {least}")
     work.check_seed("seed", config.seed)
-    for leaf in ("log_every", "sample_every", "checkpoint_every"):
-        if options[leaf] % options.steps_per_call:
-            raise UserError(
-                f"training.{leaf}={options[leaf]} must be a multiple of training.steps_per_call={options.steps_per_call}"
-            )
+    check_judging(config)
+    intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
+    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
+        if interval % options.steps_per_call:
+            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
 
 
 def check_source(config: ConfigDict, source) -> None:
@@ -141,9 +148,9 @@ def check_source(config: ConfigDict, source) -> None:
         raise UserError(f"model.num_classes={classes}, but the data has no labels; {advice}")
 
 
-def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
-    """The sampler of the pictures during training: DDIM with few steps; None where no pictures are wanted, or possible."""
-    if config.sampling.preview_samples < 1 or training.is_classifier(config) or training.is_upsampler(config):
+def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
+    """A sampler for the time of training, of about `count` images: DDIM, few steps. None where none is possible."""
+    if count < 1 or training.is_classifier(config) or training.is_upsampler(config):
         return None
     config = ConfigDict(work.to_dict(config))
     steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)
@@ -151,8 +158,7 @@ def _preview(config: ConfigDict, built: training.Setup) -> Generator | None:
     config.sampling.label = None
     recipe = Recipe(config, built.model, built.schedule, built.mesh)
     devices = built.mesh.size
-    batch_size = max(1, config.sampling.preview_samples // devices) * devices
-    return Generator(config, recipe, built.mesh, batch_size)
+    return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)
 
 
 class _Times:
@@ -219,10 +225,16 @@ class _Loop:
     """The training loop and what it does at its intervals."""
 
     def __init__(
-        self, config: ConfigDict, directory: pathlib.Path, built: training.Setup, checkpoints: Checkpoints, preview
+        self,
+        config: ConfigDict,
+        directory: pathlib.Path,
+        built: training.Setup,
+        checkpoints: Checkpoints,
+        preview: Generator | None,
+        distance: TrainingDistance | None,
     ):
         self._config, self._directory, self._built = config, directory, built
-        self._checkpoints, self._preview = checkpoints, preview
+        self._checkpoints, self._preview, self._distance = checkpoints, preview, distance
         self._metrics: work.Metrics | None = None
         self._programs: dict = {}
         self._pictured = False
@@ -273,6 +285,9 @@ class _Loop:
                     # The picture first: a run that ends after its checkpoint would not come back for it.
                     if last or (options.sample_every and step % options.sample_every == 0):
                         self._picture(state, step)
+                    every = self._config.evaluation.every
+                    if self._distance and (last or step % every == 0):
+                        self._judge(state, step)
                     if step % options.checkpoint_every == 0 or last or asked:
                         self._save(state, step)
                 if asked and not last:
@@ -355,6 +370,14 @@ class _Loop:
             self._metrics.flush()  # what is logged up to here must outlive the checkpoint that continues from here
         with self._watchdog.paused():
             self._checkpoints.save(step, state)
+
+    def _judge(self, state, step: int) -> None:
+        """Logs the Frechet distance of a few samples, drawn with the EMA weights."""
+        with self._watchdog.paused():
+            figure = self._distance(state.ema_params)
+        say(f"{self._distance.name} {figure:.4g} at step {step}")
+        if self._metrics:
+            self._metrics.scalars(step, {self._distance.name: figure})
 
     def _picture(self, state, step: int) -> None:
         """A grid drawn with the EMA weights, as PNG and among TensorBoard's images."""

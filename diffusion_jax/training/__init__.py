@@ -164,7 +164,10 @@ def setup(config: Mapping) -> Setup:
     Raises: ValueError (or data.DataError for `config.data`) for a config that cannot be built.
     """
     mesh = sharding.make_mesh(config["mesh"])
-    sharding.check_divides(config["training"]["batch_size"], mesh, "training.batch_size")
+    options = config["training"]
+    if options["accumulation_steps"] < 1:
+        raise ValueError(f"training.accumulation_steps={options['accumulation_steps']} must be at least 1")
+    sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     schedule = schedule_from_config(config["diffusion"])
     _check_loss(config["diffusion"])
     levels = config["data"]["levels"]
@@ -180,9 +183,12 @@ def setup(config: Mapping) -> Setup:
         return initial_state(config, model, optimizer, shape)
 
     shapes = jax.eval_shape(init)
-    whole = sharding.replicated(mesh)
-    states = jax.tree.map(lambda _: whole, shapes)
-    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]))
+    whole, states = sharding.replicated(mesh), sharding.state_sharding(mesh, shapes)
+
+    def gathering(loss_fn):
+        return sharding.gathering(loss_fn, mesh, model.dtype)
+
+    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gathering)
 
     def compiled(function, leading):
         batches = sharding.batch_sharding(mesh, leading)
@@ -191,12 +197,12 @@ def setup(config: Mapping) -> Setup:
             donate_argnums=0,
             in_shardings=(states, batches),
             out_shardings=(states, whole),
-            compiler_options=compiler.options(),
+            compiler_options=compiler.options(options["deterministic"]),
         )
 
     # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls: there the program of
     # several steps is left out and the caller makes single calls.
-    many = config["training"]["steps_per_call"] > 1 and jax.default_backend() != "cpu"
+    many = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
     return Setup(
         mesh=mesh,
         model=model,
@@ -204,7 +210,9 @@ def setup(config: Mapping) -> Setup:
         init=jax.jit(init, out_shardings=states),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if many else None,
-        abstract_state=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes),
+        abstract_state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, states
+        ),
     )
 
 

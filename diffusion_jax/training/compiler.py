@@ -11,17 +11,44 @@ import os
 
 import jax
 
-_OPTION = "xla_cpu_experimental_ynn_fusion_type"
-_VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+_CONVOLUTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+}
+_LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+# Kernels that add in a fixed order, chosen by rule and not by which was fastest when the program was compiled.
+DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 @functools.cache
-def options() -> dict[str, str]:
-    """`compiler_options` for `jax.jit`: empty on accelerators, where a user's XLA_FLAGS set the option, or where this
-    jaxlib does not know it. A program that carries options cannot be called inside another jit."""
-    if jax.default_backend() != "cpu" or _OPTION in os.environ.get("XLA_FLAGS", ""):
+def options(deterministic: bool = False) -> dict:
+    """`compiler_options` for `jax.jit`, without those that a user's XLA_FLAGS set or that this jaxlib does not know.
+
+    A program that carries options cannot be called inside another jit.
+
+    deterministic: the same numbers to the bit from run to run on GPUs. CPUs and TPUs need nothing for that: their programs
+    add in the order in which they were compiled.
+    """
+    if jax.default_backend() == "gpu":
+        return _not_set(DETERMINISTIC) if deterministic else {}
+    return _usable(_CONVOLUTIONS)
+
+
+@functools.cache
+def least_memory() -> dict:
+    """Options of a program that is compiled to see what memory it needs: CPUs' own order is for speed alone."""
+    return _usable(_LEAST_MEMORY)
+
+
+def _not_set(chosen: dict) -> dict:
+    return {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}
+
+
+def _usable(chosen: dict) -> dict:
+    """Options of the CPU backend, there and where they are known."""
+    chosen = _not_set(chosen)
+    if jax.default_backend() != "cpu":
         return {}
-    chosen = {_OPTION: _VALUE}
     try:
         jax.jit(lambda x: x, compiler_options=chosen).lower(0.0).compile()
     except Exception:  # the error's type differs between versions; all that matters is that the option is unknown

@@ -1,14 +1,24 @@
-"""The devices as one mesh, and where arrays live on it."""
+"""The devices as one mesh, and where arrays live on it.
+
+Both axes of the mesh split the batch. `fsdp` splits the large leaves of parameters, optimiser state and EMA too (FSDP, or
+ZeRO-3): a device gathers each layer's parameters where it computes with them, again in the backward pass, and keeps of the
+gradient's sum only its own part. Activations never leave their device. XLA makes the collectives from the constraints in
+`gathering`; without these it would split convolutions by their kernels' parts and send activations around.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXES = ("data", "fsdp")
+
+# Leaves of fewer elements stay whole: biases and norms, under 1% of the published networks, where a gather is all latency.
+SMALL = 2**14
 
 
 def make_mesh(config: Mapping) -> Mesh:
@@ -18,13 +28,16 @@ def make_mesh(config: Mapping) -> Mesh:
     """
     devices = jax.device_count()
     data, fsdp = config["data"], config["fsdp"]
-    if fsdp != 1:
-        raise ValueError(f"mesh.fsdp={fsdp}: parameters are not sharded, only the batch is; use mesh.fsdp=1")
-    data = devices if data == -1 else data
-    if data != devices:
-        raise ValueError(f"mesh.data={data} must be the number of devices, {devices}, or -1")
+    if fsdp < 1 or devices % fsdp:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ValueError(f"mesh.fsdp={fsdp} must divide the number of devices, {devices}; use one of {divisors}")
+    if data not in (-1, devices // fsdp):
+        raise ValueError(
+            f"mesh.data={data} times mesh.fsdp={fsdp} must be the number of devices, {devices}; use "
+            f"mesh.data={devices // fsdp}, or -1 for what is left"
+        )
     # Said explicitly: the default axis type is Explicit, under which Linen layers do not trace.
-    return jax.make_mesh((data, fsdp), DATA_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh((devices // fsdp, fsdp), DATA_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -37,13 +50,72 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, DATA_AXES))
 
 
-def check_divides(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises: ValueError, with the nearest sizes that work, for a batch that does not divide over the mesh."""
-    devices = mesh.size
-    if batch_size < 1 or batch_size % devices:
-        below, above = batch_size // devices * devices, (batch_size // devices + 1) * devices
+def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
+    """The rule: a leaf is split along its longest axis that `parts` divides, the last of equally long ones; None for none."""
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < SMALL or not axes:
+        return None
+    return max(axes, key=lambda axis: (shape[axis], axis))
+
+
+def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter of this shape lives, and whatever is as large as it: its gradient, moments and average."""
+    axis = split_axis(shape, mesh.shape["fsdp"])
+    return replicated(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+
+def state_sharding(mesh: Mesh, state):
+    """A TrainState of shardings for one of shapes: weights and optimiser by `leaf_sharding`, the rest whole."""
+    split = {
+        name: jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), getattr(state, name))
+        for name in ("params", "ema_params", "opt_state")
+    }
+    return jax.tree.map(lambda _: replicated(mesh), state).replace(**split)
+
+
+def gathering(function: Callable, mesh: Mesh, dtype) -> Callable:
+    """function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
+
+    Each leaf is gathered by itself, in `dtype` (what the layers compute in, and would cast it to), and its gradient is
+    scattered. What was gathered is not kept for the backward pass but gathered again; all else is kept, as `function` says.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return function
+    whole = replicated(mesh)
+
+    def to_whole(leaf):
+        return jax.lax.with_sharding_constraint(leaf, whole)
+
+    def scatter(_, gradient):
+        # Whole first: a sum over devices of which each keeps a part, which accelerators make one reduce-scatter. Asked for
+        # the part alone, XLA may split the layer's backward pass by it, and send activations.
+        split = leaf_sharding(mesh, gradient.shape)
+        return (jax.lax.with_sharding_constraint(to_whole(gradient), split),)
+
+    gather = jax.custom_vjp(to_whole)
+    gather.defvjp(lambda leaf: (to_whole(leaf), None), scatter)
+
+    def gathered(params, *rest):
+        is_split = jax.tree.map(lambda leaf: split_axis(leaf.shape, mesh.shape["fsdp"]) is not None, params)
+        whole_params = jax.tree.map(lambda leaf, split: gather(leaf.astype(dtype)) if split else leaf, params, is_split)
+        return function(whole_params, *rest)
+
+    def keep(primitive, *_, **__):
+        return primitive.name != "sharding_constraint"
+
+    return jax.checkpoint(gathered, policy=keep)
+
+
+def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: int = 1) -> None:
+    """Raises: ValueError, with the nearest sizes that work, for a batch that does not divide over the mesh and its steps."""
+    parts = mesh.size * accumulation_steps
+    if batch_size < 1 or batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         near = f"{below} or {above}" if below > 0 else f"{above}"
-        raise ValueError(f"{name}={batch_size} must be a multiple of the {devices} devices; nearest: {near}")
+        over = f"the {mesh.size} devices"
+        if accumulation_steps > 1:
+            over = f"{parts}, {over} times training.accumulation_steps={accumulation_steps}"
+        raise ValueError(f"{name}={batch_size} must be a multiple of {over}; nearest: {near}")
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -80,10 +81,39 @@ def window_means(window) -> dict[str, float]:
     return {name: float(value["total"] / value["count"]) for name, value in sums.items() if value["count"] > 0}
 
 
-def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
-    """(params, history, key, x_0, y) -> (loss [B], parts): the loss that `config.diffusion` names, of a network in training.
+class _Part(NamedTuple):
+    """Every `count`-th row of a batch, from `index` on: what the network sees of it at a time, as many on every device."""
 
-    history: `TrainState.loss_history`. y: int [B], the labels of the batch, whether or not the network takes any.
+    index: Any = 0
+    count: int = 1
+
+    def take(self, x):
+        """[B, ...] to [B / count, ...]."""
+        return x if self.count == 1 else x.reshape(-1, self.count, *x.shape[1:])[:, self.index]
+
+    def put(self, x):
+        """[B / count, ...] to [B, ...], with zeros in the other rows."""
+        if self.count == 1:
+            return x
+        whole = jnp.zeros((len(x), self.count, *x.shape[1:]), x.dtype)
+        return whole.at[:, self.index].set(x).reshape(-1, *x.shape[1:])
+
+    def dropout(self, layer, args, kwargs, context):
+        """An interceptor of Linen's: dropout drops of these rows what it would have dropped in the whole batch."""
+        if self.count == 1 or not isinstance(context.module, nn.Dropout):
+            return layer(*args, **kwargs)
+        (x,) = args
+        return x * self.take(layer(jnp.ones((len(x) * self.count, *x.shape[1:]), x.dtype), **kwargs))
+
+
+_WHOLE = _Part()
+
+
+def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
+    """(params, history, key, x_0, y, part) -> (loss [B], parts): the loss that `config.diffusion` names, in training.
+
+    history: `TrainState.loss_history`. y: int [B], the labels of the batch, whether or not the network takes any. part: the
+    rows that the network sees; the numbers of other rows mean nothing. Whatever it is, the draws are those of the batch.
     """
     diffusion = config["diffusion"]
     prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
@@ -109,7 +139,7 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
             low = upsampling.augment(key_noise, low, noise_std)
         return lambda x_t: upsampling.condition(x_t, low, noise_std)
 
-    def objective(params, history, key, x_0, y):
+    def objective(params, history, key, x_0, y, part=_WHOLE):
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         to_input = conditioning(key_low, x_0)
         if history is None:
@@ -118,9 +148,11 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
             timestep_sampler = timesteps.loss_second_moment(history)
 
         def network(x_t, time):
-            labels = (y,) if takes_labels else ()
-            x = to_input(x_t)
-            return model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key_dropout})
+            labels = (part.take(y),) if takes_labels else ()
+            x, time = part.take(to_input(x_t)), part.take(time)
+            with nn.intercept_methods(part.dropout):
+                output = model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key_dropout})
+            return part.put(output)
 
         targets = (y,) if classifies else ()
         return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)
@@ -134,6 +166,7 @@ def make_train_step(
     schedule: Schedule,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
+    gathering: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
     """train_step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), not yet compiled.
 
@@ -141,14 +174,35 @@ def make_train_step(
     ... loss_q4 (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep
     in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy, grad_norm
     (before clipping), param_norm, learning_rate. Under importance sampling losses are weighted, so that means are unbiased.
+
+    gathering: of the loss as a function of the parameters first, where these are split over devices: `sharding.gathering`.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
+    count = config["training"]["accumulation_steps"]
     flip, extras = config["data"]["random_flip"], _PARTS[diffusion["loss"]]
     objective, names = _objective(config, model, schedule), _metric_names(diffusion)
 
-    def loss_fn(params, history, key, x_0, y):
-        loss, parts = objective(params, history, key, x_0, y)
-        return loss.mean(), (loss, parts)
+    def loss_fn(params, history, key, x_0, y, index):
+        part = _Part(index, count)
+        loss, parts = objective(params, history, key, x_0, y, part)
+        seen = {"loss": loss} | {name: getattr(parts, name) for name in ("t", "importance", *extras)}
+        seen = jax.tree.map(part.take, seen)
+        return seen["loss"].mean(), seen
+
+    def gradient(params, *arguments):
+        """(the gradient of the batch's mean loss, what was seen of its examples: a dictionary of [B])."""
+        of_part = jax.grad(gathering(loss_fn), has_aux=True)
+        if count == 1:
+            return of_part(params, *arguments, 0)
+
+        def add(total, index):
+            grads, seen = of_part(params, *arguments, index)
+            return jax.tree.map(jnp.add, total, grads), seen
+
+        # XLA's CPU backend is many times slower at a convolution's gradient inside a loop than outside of one.
+        unroll = count if jax.default_backend() == "cpu" else 1
+        total, seen = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(count), unroll=unroll)
+        return jax.tree.map(lambda g: g / count, total), jax.tree.map(lambda s: s.swapaxes(0, 1).reshape(-1), seen)
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -156,23 +210,22 @@ def make_train_step(
         if flip:
             flipped = jax.random.bernoulli(key_flip, shape=(x_0.shape[0], 1, 1, 1))
             x_0 = jnp.where(flipped, x_0[:, :, ::-1], x_0)
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        arguments = (state.params, state.loss_history, key_loss, x_0, batch["label"])
-        (loss, (per_example, parts)), grads = gradient(*arguments)
+        grads, example = gradient(state.params, state.loss_history, key_loss, x_0, batch["label"])
+        loss = example["loss"].mean()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
         history = state.loss_history
         if history is not None:
-            history = timesteps.record(history, parts.t, per_example / parts.importance)
+            history = timesteps.record(history, example["t"], example["loss"] / example["importance"])
 
-        in_quarter = (parts.t * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
+        in_quarter = (example["t"] * 4 // schedule.num_timesteps)[:, None] == jnp.arange(4)
         grad_norm = optax.tree.norm(grads)
-        totals, counts = (per_example[:, None] * in_quarter).sum(0), (parts.importance[:, None] * in_quarter).sum(0)
+        totals, counts = ((example[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
         seen = {name: (totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
         seen |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (optax.tree.norm(params), 1)}
         seen |= {"learning_rate": (jnp.asarray(rate(state.step), jnp.float32), 1)}
-        seen |= {name: ((parts.importance * getattr(parts, name)).mean(), 1) for name in extras}
+        seen |= {name: ((example["importance"] * example[name]).mean(), 1) for name in extras}
         metrics = {name: seen[name][0] / seen[name][1] for name in names}
 
         fresh = state.step % log_every == 0

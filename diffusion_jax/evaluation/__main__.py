@@ -1,0 +1,131 @@
+"""python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
+python -m diffusion_jax.evaluation table DIR...
+
+The first compares two sets of images, each an .npz (images in arr_0, or statistics mu and sigma), a folder, the directory of
+a run (its newest samples), or a data set and its split, such as cifar10:train. The second prints what runs have measured.
+"""
+
+# An entry point, as main.py is: it stands above all floors.
+import argparse
+import pathlib
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; what is wrong is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    from diffusion_jax.runs import devices
+
+    if argv[:1] == ["table"]:
+        given = _table_parser().parse_args(argv[1:])
+        run = table
+    else:
+        given = _parser().parse_args(argv)
+        run = compare
+        devices.quiet()
+    from diffusion_jax.data import DataError
+    from diffusion_jax.pretrained import PretrainedError
+
+    try:
+        run(given)
+    except (ValueError, DataError, PretrainedError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the features it has", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_jax.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("reference", help="what samples are compared with")
+    add("samples", help="the images to be measured")
+    add("--inception", default="", help="weights: pt_inception-2015-12-05-6726825d.pth or classify_image_graph_def.pb")
+    add("--features", help="inception, digits, or module:function of images uint8 [N, H, W, C] -> [N, D]")
+    add(
+        "--metrics",
+        help="some of fid, sfid, kid, is, precision_recall, density_coverage, memorisation; all unless given",
+    )
+    add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
+    add("--batch_size", type=int, default=64, help="images at a time; no figure depends on it")
+    add("--data_dir", default="", help="where data sets lie, unless in ~/tensorflow_datasets")
+    add("--image_size", type=int, help="resizes images that have no one size")
+    add("--output", default="metrics.json", help="where the record is added")
+    return parser
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Measures one set of images against another."""
+    from diffusion_jax.evaluation.compare import METRICS
+    from diffusion_jax.evaluation.features import named
+    from diffusion_jax.evaluation.images import open_set
+    from diffusion_jax.runs import devices
+    from diffusion_jax.runs.measure import check_comparable, measure
+    from diffusion_jax.training import sharding
+
+    wanted = given.metrics.split(",") if given.metrics else METRICS
+    unknown = sorted(set(wanted) - set(METRICS))
+    if unknown:
+        raise ValueError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
+    if given.batch_size < 1:
+        raise ValueError(f"--batch_size={given.batch_size} must be at least 1")
+    output = pathlib.Path(given.output).expanduser()
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={given.output}: {output.parent} is no folder")
+    reference, samples = (open_set(what, given.data_dir, given.image_size) for what in (given.reference, given.samples))
+    check_comparable(reference, samples)
+    features = given.features or ("digits" if reference.name.startswith("digits:") else "inception")
+    if features == "inception" and not given.inception:
+        raise ValueError("--inception=PATH is needed: FID's weights; or --features=digits, or module:function")
+    extractor = named(features, given.inception, given.resize)
+    devices.start()
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
+    measure(reference, samples, extractor, wanted, mesh, given.batch_size, output, {})
+
+
+def _table_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m diffusion_jax.evaluation table", description="Figures of runs.")
+    parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
+    return parser
+
+
+def table(given: argparse.Namespace) -> None:
+    """Prints a Markdown table: a row for each record, the columns that any of them has."""
+    from diffusion_jax.runs.measure import read_records
+
+    rows = []
+    for name in given.directories:
+        path = pathlib.Path(name).expanduser()
+        path = path / "metrics.json" if path.is_dir() else path
+        records = read_records(path)
+        if not records:
+            raise ValueError(f"{path}: nothing has been measured there; run --mode=evaluate")
+        rows += [_row(path, record) for record in records]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |")
+
+
+_SETTINGS = ("weights", "step", "sampler", "steps", "guidance_scale", "features", "num_samples", "num_reference")
+_NOT_SHOWN = ("_std", "_standard_error")
+
+
+def _row(path: pathlib.Path, record: dict) -> dict[str, str]:
+    values = record.get("sampling", {}) | record
+    row = {"run": str(path.parent)} | {key: str(values[key]) for key in _SETTINGS if values.get(key) is not None}
+    figures = {key: value for key, value in record.items() if isinstance(value, float) and not key.endswith(_NOT_SHOWN)}
+    if "memorisation" in record:
+        figures["close_share"] = record["memorisation"]["close_share"]
+    for key, value in figures.items():
+        error = record.get(f"{key}_standard_error")
+        row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+    return row
+
+
+if __name__ == "__main__":
+    main()

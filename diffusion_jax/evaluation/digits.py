@@ -1,0 +1,49 @@
+"""A small classifier of scikit-learn's 8x8 digits, whose features judge samples of them without any download.
+
+It is no Inception: its figures compare samples of digits with one another and with nothing else. It was trained by
+`benchmarks/digits_features.py`, on the images that samples are compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax.numpy as jnp
+
+PATH = pathlib.Path(__file__).with_name("digits.safetensors")
+
+
+class Judged(NamedTuple):
+    """features: [B, 64], before the last layer. logits: [B, 10]."""
+
+    features: Any
+    logits: Any
+
+
+class DigitsNetwork(nn.Module):
+    """Images uint8 [B, 8, 8, 1] (or floats in 0 ... 255) to what it sees in them. Raises: ValueError for other shapes."""
+
+    @nn.compact
+    def __call__(self, images) -> Judged:
+        if images.shape[1:] != (8, 8, 1):
+            raise ValueError(
+                f"the digits' network takes grey images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}"
+            )
+        x = images.astype(jnp.float32) / 127.5 - 1
+        x = nn.relu(nn.Conv(32, (3, 3), name="conv_0")(x))
+        x = nn.relu(nn.Conv(64, (3, 3), strides=2, name="conv_1")(x))
+        features = nn.relu(nn.Dense(64, name="dense")(x.reshape(len(x), -1)))
+        return Judged(features, nn.Dense(10, name="logits")(features))
+
+
+def load() -> tuple[Any, str]:
+    """(params, SHA-256 of the file)."""
+    from safetensors.numpy import load as parse
+
+    content = PATH.read_bytes()
+    flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in parse(content).items()}
+    return flax.traverse_util.unflatten_dict(flat), hashlib.sha256(content).hexdigest()

@@ -1,0 +1,104 @@
+"""The features of whole sets of images, over all devices, in parts that are kept: an interrupted run goes on from them, and
+a reference is read once for all its comparisons.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffusion_jax.evaluation import images as image_sets
+from diffusion_jax.evaluation.features import Extracted, Extractor, compiled
+from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
+from diffusion_jax.evaluation.parts import Parts, digest
+from diffusion_jax.training import sharding
+
+# Images to a part. Sums are over parts, so that no figure depends on the batch size.
+CHUNK = 1024
+KEPT = 50_000
+
+
+class Features(NamedTuple):
+    """Of a set of images. pool: [N, D] float32, of its first `KEPT` images, or None where there are statistics alone.
+
+    moments: of the features of all images. spatial: moments of Inception's spatial features, or None. digest: of the
+    pixels, or of the statistics.
+    """
+
+    pool: np.ndarray | None
+    moments: Moments
+    spatial: Moments | None
+    digest: str
+
+
+def cache_directory() -> pathlib.Path:
+    """Where features of references are kept: safe to delete."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax" / "features"
+
+
+class Extraction:
+    """An extractor at work: batches of `batch_size` over a mesh. bar: (what, total, done) -> a context whose `update(done)`
+    shows progress.
+    """
+
+    def __init__(self, extractor: Extractor, mesh, batch_size: int, bar: Callable):
+        self.extractor, self._mesh, self._bar = extractor, mesh, bar
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._run = compiled(extractor, mesh)
+
+    def __call__(self, images: np.ndarray, progress: Callable[[int], None] = lambda done: None) -> Extracted:
+        """Features of images uint8 [N, H, W, C], all of them on every process; progress is told how many are done.
+
+        Raises: ValueError for features that are not finite, or not [N, D].
+        """
+        size, rows = self._batch_size, sharding.batch_sharding(self._mesh)
+        compiles = self.extractor.compiles
+        held = sharding.process_rows(size, self._mesh) if compiles else np.arange(size)
+        found = []
+        for start in range(0, len(images), size):
+            # The last batch is filled up with its last image, whose copies are cut off again.
+            batch = images[np.minimum(start + held, len(images) - 1)]
+            out = self._run(jax.make_array_from_process_local_data(rows, batch) if compiles else batch)
+            out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
+            found.append(jax.tree.map(lambda a, start=start: np.asarray(a, np.float32)[: len(images) - start], out))
+            progress(min(start + size, len(images)))
+        out = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        if out.pool.ndim != 2:
+            raise ValueError(f"the features {self.extractor.name} gives are of shape {out.pool.shape}, not [N, D]")
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
+            raise ValueError(f"the features {self.extractor.name} gives are not finite")
+        return out
+
+    def of(self, what: str, source, directory: pathlib.Path) -> Features:
+        """Features of a source of images, whose parts stay below `directory`. what: its name, for the bar."""
+        content, count = image_sets.digest(source), len(source)
+        parts, chunks = Parts(self._directory(content, directory)), -(-count // CHUNK)
+        with self._bar(f"Features of {what}", count, min(len(parts.done) * CHUNK, count)) as bar:
+            for i in range(chunks):
+                if i in parts.done:
+                    continue
+                images, _ = source.read(np.arange(i * CHUNK, min((i + 1) * CHUNK, count)))
+                out = self(images, lambda done, before=i * CHUNK: bar.update(before + done))
+                parts.save(i, **{name: leaf for name, leaf in out._asdict().items() if leaf is not None})
+        multihost_utils.sync_global_devices("features written")
+        kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-KEPT // CHUNK)))]
+        moments = moments_of_chunks(parts.load(i)["pool"] for i in range(chunks))
+        spatial = None
+        if "spatial" in parts.load(0):
+            spatial = moments_of_chunks(parts.load(i)["spatial"] for i in range(chunks))
+        multihost_utils.sync_global_devices("features read")
+        return Features(np.concatenate(kept)[:KEPT], moments, spatial, content)
+
+    def forget(self, features: Features, directory: pathlib.Path) -> None:
+        """Removes the parts of a set that will not be asked for again; for one process to call."""
+        shutil.rmtree(self._directory(features.digest, directory))
+
+    def _directory(self, content: str, directory: pathlib.Path) -> pathlib.Path:
+        return directory / digest({"images": content, "features": self.extractor.digest, "chunk": CHUNK})

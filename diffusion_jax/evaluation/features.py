@@ -1,0 +1,142 @@
+"""From images to the features that metrics compare: FID's Inception, a small network of the embedded digits, or a function of
+yours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.evaluation import digits
+from diffusion_jax.models.inception import SIZE, Inception
+from diffusion_jax.pretrained.inception import load_inception
+from diffusion_jax.training import compiler, sharding
+
+RESIZES = ("tf1", "pytorch", "clean")
+
+
+class Extracted(NamedTuple):
+    """pool: [B, D], what most metrics are of. spatial: [B, S], of sFID, or None."""
+
+    pool: Any
+    spatial: Any = None
+
+
+class Extractor(NamedTuple):
+    """A way from images to features.
+
+    function: (params, images uint8 [B, H, W, C]) -> Extracted, which is compiled where `compiles`. head: [D, classes], from
+    features to logits, or None. name, digest: what is reported of it; the digest stands for everything that changes features.
+    published: whether its Frechet distance may be called FID, and `resize` how it then enlarged images.
+    """
+
+    name: str
+    digest: str
+    function: Callable
+    params: Any = None
+    head: np.ndarray | None = None
+    resize: str | None = None
+    published: bool = False
+    compiles: bool = True
+
+
+def inception(path: str | os.PathLike, resize: str = "tf1") -> Extractor:
+    """FID's Inception, with the weights of a file as `pretrained.inception` takes it.
+
+    resize: how images come to 299x299: "tf1", bilinear as TensorFlow 1 did it, which FID is defined by; "pytorch",
+    pytorch-fid's, with half-pixel centres; "clean", clean-fid's antialiased bicubic one. Grey ones get three channels.
+    Raises: PretrainedError; ValueError for another resize.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize={resize!r} is unknown; known: {', '.join(RESIZES)}")
+    weights = load_inception(path)
+
+    def function(params, images):
+        images = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
+        found = Inception().apply({"params": params}, to_inception(images, resize))
+        return Extracted(found.pool, found.spatial)
+
+    head = np.asarray(weights.params["fc"]["kernel"])
+    name, digest = "inception", f"{weights.digest}_{resize}"
+    return Extractor(name, digest, function, weights.params, head, resize, weights.published)
+
+
+def to_inception(images, resize: str):
+    """Images float32 [B, H, W, 3] in 0 ... 255 as Inception takes them: [B, 299, 299, 3], in about [-1, 1]."""
+    if resize == "clean":
+        # Keys' cubic with a = -1/2, its support stretched where it shrinks: what Pillow calls BICUBIC.
+        shape = (len(images), SIZE, SIZE, 3)
+        images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
+        return (jnp.clip(images, 0, 255) - 128) / 128
+    centre = 0.5 if resize == "pytorch" else 0.0
+    for axis in (2, 1):
+        images = _linear(images, axis, centre)
+    return images / 127.5 - 1 if resize == "pytorch" else (images - 128) / 128
+
+
+def _linear(x, axis: int, centre: float):
+    """One axis enlarged to 299 by linear interpolation. centre: of a pixel, 0 in TensorFlow 1 (its left edge) or 0.5."""
+    size = x.shape[axis]
+    place = (np.arange(SIZE, dtype=np.float32) + np.float32(centre)) * np.float32(size / SIZE) - np.float32(centre)
+    place = np.maximum(place, 0)
+    low = place.astype(np.int32)
+    weight = jnp.expand_dims(place - low, tuple(i for i in range(x.ndim) if i != axis))
+    first, second = jnp.take(x, low, axis), jnp.take(x, np.minimum(low + 1, size - 1), axis)
+    return first + (second - first) * weight
+
+
+def digits_network() -> Extractor:
+    """The features of a small classifier of scikit-learn's digits, which ships with this package; for 8x8 grey images."""
+    params, digest = digits.load()
+
+    def function(params, images):
+        return Extracted(digits.DigitsNetwork().apply({"params": params}, images).features)
+
+    return Extractor("digits", digest, function, params)
+
+
+def of_function(function: Callable, name: str, digest: str) -> Extractor:
+    """Your own: images uint8 [B, H, W, C] -> features [B, D], a plain call. digest: changes whenever its features would."""
+    return Extractor(name, digest, lambda _, images: Extracted(function(images)), compiles=False)
+
+
+def named(name: str, inception_path: str = "", resize: str = "tf1") -> Extractor:
+    """ "inception" (whose weights `inception_path` names), "digits", or "module:function", imported.
+
+    Raises: ValueError for a name that is none of these; PretrainedError.
+    """
+    if name == "inception":
+        if not inception_path:
+            raise ValueError(
+                "Inception's weights are not named: a file pt_inception-2015-12-05-6726825d.pth, for instance"
+            )
+        return inception(inception_path, resize)
+    if name == "digits":
+        return digits_network()
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"features={name!r} cannot be imported: {error}") from None
+    with open(importlib.import_module(module).__file__, "rb") as file:  # as near as one comes to what it computes
+        return of_function(found, name, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def compiled(extractor: Extractor, mesh) -> Callable[[Any], Extracted]:
+    """images uint8 [B, H, W, C] -> Extracted, the batch spread over the mesh where the extractor compiles."""
+    if not extractor.compiles:
+        return lambda images: extractor.function(None, images)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    params = jax.device_put(extractor.params, whole)
+    options = compiler.options()
+    run = jax.jit(extractor.function, in_shardings=(whole, rows), out_shardings=rows, compiler_options=options)
+    return lambda images: run(params, images)

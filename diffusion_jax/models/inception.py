@@ -1,0 +1,174 @@
+"""The Inception network that FID is defined by: the InceptionV3 of 2015-12-05, in inference.
+
+It is not torchvision's: average pools leave the padding out of their means, the last block pools by maxima, and there are
+1008 classes. Layers are named as in its PyTorch port; `pretrained.inception` loads that and the original TensorFlow graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+SIZE = 299  # pixels in height and width
+_SPATIAL = "Mixed_6d"  # TensorFlow's mixed_6
+_SPATIAL_CHANNELS = 7
+
+
+class Activations(NamedTuple):
+    """What metrics are computed from.
+
+    pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of its mixed_6/conv at 17x17 places.
+    logits: [B, 1008]; logits_unbiased: the same without the last layer's bias, as Inception Scores take them.
+    """
+
+    pool: jax.Array
+    spatial: jax.Array
+    logits: jax.Array
+    logits_unbiased: jax.Array
+
+
+class Conv(nn.Module):
+    """A convolution, batch normalisation by stored statistics, ReLU. The norm is folded into the kernel as it is used."""
+
+    features: int
+    kernel: tuple[int, int]
+    strides: int = 1
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x):
+        ones, zeros, c = nn.initializers.ones, nn.initializers.zeros, self.features
+        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.kernel, x.shape[-1], c))
+        scale, bias = self.param("scale", ones, (c,)), self.param("bias", zeros, (c,))
+        mean, var = self.param("mean", zeros, (c,)), self.param("var", ones, (c,))
+        factor = scale * jax.lax.rsqrt(var + 1e-3)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x, kernel * factor, (self.strides,) * 2, self.padding, dimension_numbers=dimensions
+        )
+        return nn.relu(x + (bias - mean * factor))
+
+
+def _average(x):
+    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+
+
+def _maximum(x, strides: int, padding: str):
+    return nn.max_pool(x, (3, 3), (strides, strides), padding)
+
+
+def _join(*branches):
+    return jnp.concatenate(branches, axis=-1)
+
+
+class BlockA(nn.Module):
+    """35x35: 1x1, 5x5, twice 3x3, and a pool of `pool_features`."""
+
+    pool_features: int
+
+    @nn.compact
+    def __call__(self, x):
+        five = Conv(48, (1, 1), name="branch5x5_1")(x)
+        five = Conv(64, (5, 5), name="branch5x5_2")(five)
+        twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
+        twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
+        twice = Conv(96, (3, 3), name="branch3x3dbl_3")(twice)
+        pool = Conv(self.pool_features, (1, 1), name="branch_pool")(_average(x))
+        return _join(Conv(64, (1, 1), name="branch1x1")(x), five, twice, pool)
+
+
+class BlockB(nn.Module):
+    """35x35 to 17x17."""
+
+    @nn.compact
+    def __call__(self, x):
+        three = Conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
+        twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
+        twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
+        twice = Conv(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(twice)
+        return _join(three, twice, _maximum(x, 2, "VALID"))
+
+
+class BlockC(nn.Module):
+    """17x17: 1x1, 7x7 as 1x7 and 7x1, the same twice, and a pool. `width`: channels within."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        width = self.width
+        seven = Conv(width, (1, 1), name="branch7x7_1")(x)
+        seven = Conv(width, (1, 7), name="branch7x7_2")(seven)
+        seven = Conv(192, (7, 1), name="branch7x7_3")(seven)
+        twice = Conv(width, (1, 1), name="branch7x7dbl_1")(x)
+        twice = Conv(width, (7, 1), name="branch7x7dbl_2")(twice)
+        twice = Conv(width, (1, 7), name="branch7x7dbl_3")(twice)
+        twice = Conv(width, (7, 1), name="branch7x7dbl_4")(twice)
+        twice = Conv(192, (1, 7), name="branch7x7dbl_5")(twice)
+        pool = Conv(192, (1, 1), name="branch_pool")(_average(x))
+        return _join(Conv(192, (1, 1), name="branch1x1")(x), seven, twice, pool)
+
+
+class BlockD(nn.Module):
+    """17x17 to 8x8."""
+
+    @nn.compact
+    def __call__(self, x):
+        three = Conv(192, (1, 1), name="branch3x3_1")(x)
+        three = Conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
+        seven = Conv(192, (1, 1), name="branch7x7x3_1")(x)
+        seven = Conv(192, (1, 7), name="branch7x7x3_2")(seven)
+        seven = Conv(192, (7, 1), name="branch7x7x3_3")(seven)
+        seven = Conv(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
+        return _join(three, seven, _maximum(x, 2, "VALID"))
+
+
+class BlockE(nn.Module):
+    """8x8: branches that fork at their end. maximum: how the last of them pools, in the network's last block alone."""
+
+    maximum: bool
+
+    @nn.compact
+    def __call__(self, x):
+        three = Conv(384, (1, 1), name="branch3x3_1")(x)
+        fork = (Conv(384, (1, 3), name="branch3x3_2a")(three), Conv(384, (3, 1), name="branch3x3_2b")(three))
+        twice = Conv(448, (1, 1), name="branch3x3dbl_1")(x)
+        twice = Conv(384, (3, 3), name="branch3x3dbl_2")(twice)
+        forks = (Conv(384, (1, 3), name="branch3x3dbl_3a")(twice), Conv(384, (3, 1), name="branch3x3dbl_3b")(twice))
+        pool = Conv(192, (1, 1), name="branch_pool")(_maximum(x, 1, "SAME") if self.maximum else _average(x))
+        return _join(Conv(320, (1, 1), name="branch1x1")(x), *fork, *forks, pool)
+
+
+class Inception(nn.Module):
+    """Images [B, 299, 299, 3], scaled to about [-1, 1], to their `Activations`."""
+
+    @nn.compact
+    def __call__(self, x) -> Activations:
+        x = Conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
+        x = Conv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
+        x = _maximum(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x), 2, "VALID")
+        x = Conv(80, (1, 1), name="Conv2d_3b_1x1")(x)
+        x = _maximum(Conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x), 2, "VALID")
+        blocks = {
+            "Mixed_5b": BlockA(32, name="Mixed_5b"),
+            "Mixed_5c": BlockA(64, name="Mixed_5c"),
+            "Mixed_5d": BlockA(64, name="Mixed_5d"),
+            "Mixed_6a": BlockB(name="Mixed_6a"),
+            "Mixed_6b": BlockC(128, name="Mixed_6b"),
+            "Mixed_6c": BlockC(160, name="Mixed_6c"),
+            "Mixed_6d": BlockC(160, name="Mixed_6d"),
+            "Mixed_6e": BlockC(192, name="Mixed_6e"),
+            "Mixed_7a": BlockD(name="Mixed_7a"),
+            "Mixed_7b": BlockE(False, name="Mixed_7b"),
+            "Mixed_7c": BlockE(True, name="Mixed_7c"),
+        }
+        for name, block in blocks.items():
+            x = block(x)
+            if name == _SPATIAL:
+                spatial = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
+        pool = x.mean(axis=(1, 2))
+        unbiased = nn.Dense(1008, use_bias=False, name="fc")(pool)
+        return Activations(pool, spatial, unbiased + self.param("fc_bias", nn.initializers.zeros, (1008,)), unbiased)

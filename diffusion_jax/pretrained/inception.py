@@ -1,0 +1,140 @@
+"""The weights of the Inception network that FID is defined by: its PyTorch port's file, or the original TensorFlow graph."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.models.inception import SIZE, Inception
+from diffusion_jax.pretrained import layers
+from diffusion_jax.pretrained.errors import PretrainedError
+from diffusion_jax.pretrained.files import Tensors, import_or_refuse, open_tensors
+
+# The first digits of the SHA-256 of the port's file, which its name ends in.
+_PUBLISHED = "6726825d"
+_LEAVES = {
+    "kernel": "conv.weight",
+    "scale": "bn.weight",
+    "bias": "bn.bias",
+    "mean": "bn.running_mean",
+    "var": "bn.running_var",
+}
+_GRAPH_LEAVES = {
+    "kernel": "conv2d_params",
+    "scale": "batchnorm/gamma",
+    "bias": "batchnorm/beta",
+    "mean": "batchnorm/moving_mean",
+    "var": "batchnorm/moving_variance",
+}
+_STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+_A = ("branch5x5", "branch3x3dbl", "branch_pool")
+_C = ("branch7x7", "branch7x7dbl", "branch_pool")
+_E = ("branch3x3", "branch3x3dbl", "branch_pool")
+# The towers of each block, in TensorFlow's order.
+_BLOCKS = {
+    "Mixed_5b": _A,
+    "Mixed_5c": _A,
+    "Mixed_5d": _A,
+    "Mixed_6a": ("branch3x3dbl",),
+    "Mixed_6b": _C,
+    "Mixed_6c": _C,
+    "Mixed_6d": _C,
+    "Mixed_6e": _C,
+    "Mixed_7a": ("branch3x3", "branch7x7x3"),
+    "Mixed_7b": _E,
+    "Mixed_7c": _E,
+}
+
+
+class InceptionWeights(NamedTuple):
+    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether they are those that everybody
+    compares with: known by the port's digest, or as the graph, which nobody makes anew.
+    """
+
+    params: Any
+    digest: str
+    published: bool
+
+
+def load_inception(path: str | os.PathLike) -> InceptionWeights:
+    """From `pt_inception-2015-12-05-6726825d.pth` (or its tensors as safetensors), or `classify_image_graph_def.pb`.
+
+    Raises: PretrainedError, one line, for a file that is not there, or of another network.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise PretrainedError(
+            f"{path}: no such file; the weights of FID's Inception are published as pt_inception-2015-12-05-6726825d.pth and "
+            "classify_image_graph_def.pb"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
+    tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (open_tensors(path), _torch_name)
+    names = {name for name in tensors if not name.endswith("num_batches_tracked")}
+    if "fc.weight" in names and tensors.shapes["fc.weight"][0] == 1000:
+        raise PretrainedError(
+            f"{path} holds torchvision's InceptionV3 (1000 classes), which is another network than FID's (1008)"
+        )
+    tree = jax.eval_shape(Inception().init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
+    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree["params"]).items()}
+
+    def read(name, path, shape):
+        return tensors[name] if is_graph else layers.from_torch(tensors[name], path, shape)
+
+    params = layers.fill(str(path), shapes, names, name_of, read)
+    return InceptionWeights(params, digest, is_graph or digest.startswith(_PUBLISHED))
+
+
+def _torch_name(path: layers.Path) -> str:
+    if path[0].startswith("fc"):
+        return "fc.bias" if path == ("fc_bias",) else "fc.weight"
+    *module, leaf = path
+    return ".".join((*module, _LEAVES[leaf]))
+
+
+def _graph_name(path: layers.Path) -> str:
+    """TensorFlow numbers what it makes: conv, conv_1 ... in a scope; towers within a block, mixed, mixed_1 ..."""
+    if path[0].startswith("fc"):
+        return "softmax/biases" if path == ("fc_bias",) else "softmax/weights"
+    module, *branch, leaf = path
+    if not branch:
+        scope = _numbered("conv", _STEM.index(module))
+    else:
+        scope = f"{_numbered('mixed', list(_BLOCKS).index(module))}/{_tower(branch[0], _BLOCKS[module])}"
+    return f"{scope}/{_GRAPH_LEAVES[leaf]}"
+
+
+def _numbered(name: str, i: int) -> str:
+    return f"{name}_{i}" if i else name
+
+
+def _tower(branch: str, towers: tuple[str, ...]) -> str:
+    """A branch's scope within its block: a single convolution stands outside of the towers, which are chains or pools."""
+    name, place, fork = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch).groups()
+    if name not in towers:
+        return "conv"
+    conv = "mixed/" + _numbered("conv", "ab".index(fork)) if fork else _numbered("conv", int(place or 1) - 1)
+    return f"{_numbered('tower', towers.index(name))}/{conv}"
+
+
+def _read_graph(path: pathlib.Path) -> Tensors:
+    """The variables of a frozen TensorFlow graph, which are constants in it. Raises: PretrainedError."""
+    tf = import_or_refuse("tensorflow", "TensorFlow")
+    graph = tf.compat.v1.GraphDef()
+    try:
+        graph.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's errors have no common public class
+        raise PretrainedError(f"{path} cannot be read as a TensorFlow graph ({error}); download it again") from None
+    ends = (*_GRAPH_LEAVES.values(), "softmax/weights", "softmax/biases")
+    nodes = {n.name: n.attr["value"].tensor for n in graph.node if n.op == "Const" and n.name.endswith(ends)}
+    shapes = {name: tuple(dim.size for dim in tensor.tensor_shape.dim) for name, tensor in nodes.items()}
+    return Tensors("TensorFlow", shapes, lambda name: tf.make_ndarray(nodes[name]))

@@ -1,0 +1,146 @@
+"""Samples of a run, judged: FID and its kin by `--mode=evaluate`, and FID of a few samples while it trains."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from diffusion_jax import data
+from diffusion_jax.evaluation import compare, images, metrics
+from diffusion_jax.evaluation import features as extractors
+from diffusion_jax.evaluation.extract import CHUNK, Extraction, cache_directory
+from diffusion_jax.runs import pictures
+from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.console import Bar, bar_over, say
+from diffusion_jax.runs.errors import UserError, as_user_error
+from diffusion_jax.runs.generate import Generator, sample
+from diffusion_jax.runs.measure import measure, read_records
+from diffusion_jax.training import sharding
+
+
+def check_judging(config: ConfigDict) -> None:
+    """Raises: UserError for leaves that nothing could be judged by, before anything is drawn."""
+    options = config.evaluation
+    for leaf in ("num_samples", "every", "every_samples"):
+        if options[leaf] < 0:
+            raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least 0")
+    unknown = sorted(set(options.metrics) - set(compare.METRICS))
+    if unknown:
+        raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
+    if options.num_samples == 1:
+        raise UserError("evaluation.num_samples=1 is too few: a covariance needs 2 (0 for no samples)")
+    if options.resize not in extractors.RESIZES:
+        raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
+
+
+def judge(config: ConfigDict, directory: pathlib.Path) -> None:
+    """Metrics of `evaluation.num_samples` samples against the training images, into metrics.json; drawn if not there yet."""
+    options = config.evaluation
+    if not options.num_samples:
+        return
+    if _features_of(config) == "inception" and not options.inception:
+        how = "evaluation.inception=PATH names the weights of FID's Inception, evaluation.num_samples=0 leaves this out"
+        if not options.likelihood:
+            raise UserError(f"nothing can judge the samples: {how}")
+        say(f"No samples are judged: {how}.")
+        return
+    extractor, reference = _extractor(config), _reference(config)
+    config = ConfigDict(work.to_dict(config))
+    config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
+    drawn = sample(config, directory, again=False)
+    multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
+    sampling = {
+        key: value
+        for key, value in work.to_dict(config.sampling).items()
+        if not key.startswith(("preview", "progress", "trajectory", "steps", "batch_size"))
+    }
+    about = {
+        "dataset": config.data.dataset,
+        "weights": "ema" if options.use_ema else "raw",
+        "step": drawn.step,
+        "steps": drawn.num_steps,
+        "sampling": sampling | {"batch_size": drawn.batch_size, "devices": jax.device_count()},
+    }
+    samples = images.ImageSet(str(drawn.path), images.Npz(drawn.path))
+    mesh, output = sharding.make_mesh(config.mesh), directory / "metrics.json"
+    try:
+        measure(
+            reference, samples, extractor, options.metrics, mesh, options.batch_size, output, about, _cache(directory)
+        )
+    except ValueError as error:
+        raise UserError(f"the samples cannot be judged: {error}") from error
+    if jax.process_index() == 0:
+        _plot(directory, compare.name_of("fid", extractor))
+
+
+def _features_of(config: ConfigDict) -> str:
+    """`evaluation.features`, or what is usual for the data."""
+    return config.evaluation.features or ("digits" if config.data.dataset == "digits" else "inception")
+
+
+def _extractor(config: ConfigDict) -> extractors.Extractor:
+    options = config.evaluation
+    with as_user_error("config.evaluation"):
+        return extractors.named(_features_of(config), options.inception, options.resize)
+
+
+def _reference(config: ConfigDict) -> images.ImageSet:
+    split = config.evaluation.reference_split or config.data.split
+    source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
+    name = config.data.data_dir if config.data.dataset == "folder" else f"{config.data.dataset}:{split}"
+    return images.ImageSet(name, source)
+
+
+def _cache(directory: pathlib.Path) -> pathlib.Path:
+    """Of many processes, each must see it: the work directory, not a home of each machine's own."""
+    return cache_directory() if jax.process_count() == 1 else directory / ".features"
+
+
+def _plot(directory: pathlib.Path, name: str) -> None:
+    """The distance against the number of sampling steps, once there are figures of two numbers of steps."""
+    curves: dict[str, dict[int, float]] = {}
+    for record in read_records(directory / "metrics.json"):
+        if name in record and "steps" in record:
+            sampling = record["sampling"]
+            label = f"{sampling['sampler']}, {record['weights']} weights of step {record['step']}"
+            label += f", guided {sampling['guidance_scale']:g}" if sampling["guidance_scale"] != 1 else ""
+            curves.setdefault(f"{label}, {record['num_samples']:,} samples", {})[record["steps"]] = record[name]
+    if len({steps for curve in curves.values() for steps in curve}) > 1:
+        path = directory / f"{name}_against_steps.png"
+        pictures.plot_against_steps(path, curves, name.replace("_", " "))
+        say(f"Against the number of sampling steps: {path}")
+
+
+class TrainingDistance:
+    """The Frechet distance of a run's samples while it trains: of few samples, by few steps of DDIM, and named so."""
+
+    def __init__(self, config: ConfigDict, directory: pathlib.Path, generator: Generator):
+        """generator: of the pictures during training, with a batch size of its own."""
+        check_judging(config)
+        options = config.evaluation
+        if options.every_samples < 2:
+            raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
+        if _features_of(config) == "inception" and not options.inception:
+            raise UserError("evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception")
+        extractor, self._seed, self._count = _extractor(config), options.seed, options.every_samples
+        self._generator = generator
+        self._extraction = Extraction(extractor, sharding.make_mesh(config.mesh), options.batch_size, Bar)
+        reference = _reference(config)
+        try:
+            self._reference = self._extraction.of(reference.name, reference.images, _cache(directory)).moments
+        except ValueError as error:
+            raise UserError(f"evaluation.every: samples could not be judged: {error}") from error
+        kind, steps = compare.name_of("fid", extractor), generator.recipe.schedule.num_timesteps
+        self.name = f"{kind}_{self._count}_ddim{steps}"
+
+    def __call__(self, params) -> float:
+        """Of these weights. The draws are the same at every call."""
+        batches = -(-self._count // self._generator.batch_size)
+        drawn = [self._generator(params, self._seed, i) for i in range(batches)]
+        drawn = np.concatenate(drawn)[: self._count]
+        chunks = (self._extraction(drawn[i : i + CHUNK]).pool for i in range(0, self._count, CHUNK))
+        return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))

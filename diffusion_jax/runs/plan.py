@@ -1,0 +1,112 @@
+"""`--mode=plan`: what a config would take on a mesh, from its train step compiled for virtual devices. Nothing is trained or
+written.
+
+The program is one for CPUs, split as it would be on accelerators: what the state takes and what is sent hold there too (an
+all-reduce and a slice become one reduce-scatter, which sends half). Temporaries are the CPU compiler's: other compilers fuse
+more, and pad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, training
+from diffusion_jax.runs.console import compiling, say
+from diffusion_jax.runs.errors import as_user_error
+from diffusion_jax.training import collectives, compiler
+
+
+class Plan(NamedTuple):
+    """What a train step takes. All but the first two of one device, bytes; flops are those of the compiled program.
+
+    temporaries: activations, gradients and gathered parameters at their most. ideal: what two gathers and one reduce-scatter
+    of the parameters would send around the ring of `mesh.fsdp`; for data alone, one all-reduce around all.
+    """
+
+    parameters: int
+    flops_per_image: float
+    params: int
+    ema: int
+    optimizer: int
+    arguments: int
+    temporaries: int
+    collectives: list[collectives.Collective]
+    ideal: float
+
+    @property
+    def ring_bytes(self) -> float:
+        """What the device sends in a step."""
+        return sum(c.ring_bytes for c in self.collectives)
+
+
+def virtual_devices(config: Mapping) -> int:
+    """How many devices the mesh of a config is of, where it alone decides: `mesh.data=-1` counts as 1."""
+    return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
+
+
+def measure(config: Mapping) -> Plan:
+    """Compiles the train step of a config on the devices that there are. Raises: as `training.setup`."""
+    built = training.setup(config)
+    batch_size, state = config["training"]["batch_size"], built.abstract_state
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    options = compiler.options() | compiler.least_memory()
+    compiled = built.train_step.lower(state, batch).compile(compiler_options=options)
+    memory, devices = compiled.memory_analysis(), built.mesh.size
+    params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    ring = built.mesh.shape["fsdp"]
+    return Plan(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / devices),
+        params=_held(state.params),
+        ema=_held(state.ema_params),
+        optimizer=_held(state.opt_state),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        collectives=collectives.read(compiled.as_text()),
+        ideal=3 * params * (ring - 1) / ring if ring > 1 else 2 * params * (devices - 1) / devices,
+    )
+
+
+def _held(tree) -> int:
+    """Bytes of a tree of shapes and shardings on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plan(config: ConfigDict) -> None:
+    """Prints the plan of a config on the devices that there are."""
+    with as_user_error("config"), compiling("the train step"):
+        found = measure(config)
+    mesh, batch_size = config.mesh, config.training.batch_size
+    devices = jax.device_count()
+    say(
+        f"On {devices} devices (data {devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} ({batch_size // devices} "
+        f"a device, in {config.training.accumulation_steps} parts), layers in {config.model.dtype}:"
+    )
+    say(f"  parameters        {found.parameters:,}")
+    say(f"  an image          {found.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
+    say(f"  memory a device   {_mb(found.arguments + found.temporaries)}: of it")
+    for name, size in (("parameters", found.params), ("EMA", found.ema), ("optimiser", found.optimizer)):
+        say(f"    {name:<16}{_mb(size)}")
+    say(
+        f"    {'temporaries':<16}{_mb(found.temporaries)} (activations, gradients, gathered parameters; of CPU's program)"
+    )
+    say(f"  a device sends    {_mb(found.ring_bytes)} a step, around a ring")
+    for kind, count, size, ring in collectives.table(found.collectives):
+        say(f"    {kind:<16}{_mb(ring)} in {count} of together {_mb(size)}")
+    if found.ideal:
+        of = "two gathers and a reduce-scatter" if mesh.fsdp > 1 else "one all-reduce"
+        say(f"    {found.ring_bytes / found.ideal:.2f} times {of} of the parameters")
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,110 @@
+"""What tests/test_sharding.py measures on eight virtual devices: `python tests/eight_devices.py` prints JSON."""
+
+import functools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax
+import numpy as np
+from test_training import a_batch, tiny_config
+
+from diffusion_jax import training
+from diffusion_jax.runs import plan
+from diffusion_jax.runs.evaluate import evaluate
+from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.train import train
+from diffusion_jax.training import sharding
+from diffusion_jax.training.checkpoints import Checkpoints
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
+# All that draws: flips, timesteps, noise, dropout, dropped labels.
+DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
+
+
+def on(data: int, fsdp: int, **overrides):
+    return tiny_config(
+        **{"mesh.data": data, "mesh.fsdp": fsdp, "model.channel_multipliers": (1,), **DRAWING, **overrides}
+    )
+
+
+@functools.cache
+def setup(data: int, fsdp: int) -> training.Setup:
+    """On the first data * fsdp devices, as if there were no others."""
+    with mock.patch("jax.device_count", lambda: data * fsdp):
+        return training.setup(on(data, fsdp))
+
+
+def trajectories():
+    """The losses of four steps on each mesh, and whether what (2, 4) begins with is to the bit what one device does."""
+    out, begun = {}, jax.device_get(setup(1, 1).init())
+    split = jax.device_get(setup(2, 4).init())
+    for mesh in MESHES:
+        built, losses = setup(*mesh), []
+        state = jax.device_put(begun, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state))
+        for i in range(4):
+            state, metrics = built.train_step(state, a_batch(on(*mesh), i))
+            losses.append(float(metrics["loss"]))
+        out["x".join(map(str, mesh))] = losses
+    return {"losses": out, "same_init": all(jax.tree.leaves(jax.tree.map(np.array_equal, begun, split)))}
+
+
+def relaunches():
+    """A state of (2, 4) after a step, restored on other meshes: {mesh: [to the bit and in its place, the next loss]}."""
+    out = {}
+    state, _ = setup(2, 4).train_step(setup(2, 4).init(), a_batch(on(2, 4), 0))
+    with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.finish(1)
+        for mesh in [(1, 4), (8, 1), (1, 1)]:
+            restored = checkpoints.restore(setup(*mesh).abstract_state)
+            same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
+            placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
+            _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
+            out["x".join(map(str, mesh))] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
+    return out
+
+
+def runs():
+    """Training with pictures, sampling and evaluation on a mesh of both axes: the names of the pictures, and the bound."""
+    config = on(2, 4, **{"training.num_steps": 2, "evaluation.num_examples": 8})
+    config.evaluation.update(strata=1, batch_size=8)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        for run in (train, sample, evaluate):
+            run(config, directory)
+        bound = json.loads((directory / "likelihood.json").read_text())
+        return {"pictures": sorted(path.name for path in directory.glob("samples/*.png")), "bound": bound}
+
+
+def program():
+    """The plan of a network of 1.6 million parameters with fsdp=8, beside what its leaves say."""
+    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
+    built, found = training.setup(config), plan.measure(config)
+    params = jax.tree.leaves(built.abstract_state.params)
+    return {
+        "params": sum(leaf.size for leaf in params) * 4,
+        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
+        "largest": max(leaf.size for leaf in params) * 4,
+        "held": found.params + found.ema + found.optimizer,
+        "arguments": found.arguments,
+        "init_temporary": built.init.lower().compile().memory_analysis().temp_size_in_bytes,
+        "kinds": sorted({c.kind for c in found.collectives}),
+        "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
+        "ring": found.ring_bytes,
+        "ideal": found.ideal,
+    }
+
+
+if __name__ == "__main__":
+    output = sys.stdout
+    sys.stdout = sys.stderr  # what runs say
+    found = {"program": program()}
+    sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
+    found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
+    print(json.dumps(found), file=output)

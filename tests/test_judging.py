@@ -1,0 +1,507 @@
+"""From sets of images to a record of metrics: reading, resizing, features in parts, the command, the mode."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_training import tiny_config
+
+from diffusion_jax import data, training
+from diffusion_jax.evaluation import __main__ as command
+from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
+from diffusion_jax.models.inception import Inception
+from diffusion_jax.pretrained import PretrainedError, inception
+from diffusion_jax.runs import evaluate, judge, train, workdir
+from diffusion_jax.runs.console import Bar
+from diffusion_jax.runs.errors import UserError
+from diffusion_jax.training import sharding
+from diffusion_jax.training.checkpoints import Checkpoints
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Features of other tests' images stay theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def all_digits(split="train"):
+    source = data.Digits(split, (8, 8), 1)
+    return source.read(np.arange(len(source)))[0]
+
+
+def save(path, array, **more):
+    np.savez(path, array, **more)
+    return str(path)
+
+
+def mesh():
+    return sharding.make_mesh({"data": -1, "fsdp": 1})
+
+
+# ---- Inception's weights and resize
+
+
+NAMES = {  # as the port's converter matched them
+    "conv/conv2d_params": "Conv2d_1a_3x3.conv.weight",
+    "conv_4/batchnorm/gamma": "Conv2d_4a_3x3.bn.weight",
+    "mixed/conv/batchnorm/beta": "Mixed_5b.branch1x1.bn.bias",
+    "mixed_2/tower/conv_1/batchnorm/moving_mean": "Mixed_5d.branch5x5_2.bn.running_mean",
+    "mixed_3/conv/conv2d_params": "Mixed_6a.branch3x3.conv.weight",
+    "mixed_3/tower/conv_2/conv2d_params": "Mixed_6a.branch3x3dbl_3.conv.weight",
+    "mixed_6/tower_1/conv_4/batchnorm/moving_variance": "Mixed_6d.branch7x7dbl_5.bn.running_var",
+    "mixed_7/tower_2/conv/conv2d_params": "Mixed_6e.branch_pool.conv.weight",
+    "mixed_8/tower/conv/conv2d_params": "Mixed_7a.branch3x3_1.conv.weight",
+    "mixed_8/tower_1/conv_3/conv2d_params": "Mixed_7a.branch7x7x3_4.conv.weight",
+    "mixed_9/tower/mixed/conv_1/conv2d_params": "Mixed_7b.branch3x3_2b.conv.weight",
+    "mixed_10/tower_1/mixed/conv/conv2d_params": "Mixed_7c.branch3x3dbl_3a.conv.weight",
+    "mixed_10/tower_1/conv_1/conv2d_params": "Mixed_7c.branch3x3dbl_2.conv.weight",
+    "softmax/weights": "fc.weight",
+    "softmax/biases": "fc.bias",
+}
+
+
+@pytest.fixture(scope="module")
+def redrawn():
+    """Parameters at random, flat."""
+    shape = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
+    tree = jax.eval_shape(Inception().init, jax.random.key(0), shape)["params"]
+    rng, drawn = np.random.default_rng(0), {}
+    for path, leaf in flax.traverse_util.flatten_dict(tree).items():
+        spread = np.sqrt(2 / np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0.2
+        drawn[path] = rng.normal(path[-1] in ("scale", "var"), spread, leaf.shape).astype(np.float32)
+        drawn[path] = np.abs(drawn[path]) if path[-1] == "var" else drawn[path]
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def port(redrawn, tmp_path_factory):
+    """The same as a file with the port's names and layouts."""
+    from safetensors.numpy import save_file
+
+    def turned(value):
+        return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
+
+    path = tmp_path_factory.mktemp("port") / "inception.safetensors"
+    save_file({inception._torch_name(at): turned(value) for at, value in redrawn.items()}, path)
+    return path
+
+
+def test_the_port_and_the_graph_hold_the_same(redrawn, port, tmp_path):
+    import tensorflow as tf
+
+    names = {inception._graph_name(path): inception._torch_name(path) for path in redrawn}
+    assert len(names) == len(redrawn) == 472 and NAMES.items() <= names.items()
+    graph = tf.compat.v1.GraphDef()
+    graph.node.add(name="DecodeJpeg/contents", op="Placeholder")
+    graph.node.add(name="mixed/join/concat_dim", op="Const")
+    for path, value in redrawn.items():
+        node = graph.node.add(name=inception._graph_name(path), op="Const")
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
+    path = tmp_path / "classify_image_graph_def.pb"
+    path.write_bytes(graph.SerializeToString())
+    ported, frozen = inception.load_inception(port), inception.load_inception(path)
+    assert frozen.published and not ported.published and frozen.digest != ported.digest
+    for found in (ported, frozen):
+        found = flax.traverse_util.flatten_dict(found.params)
+        assert found.keys() == redrawn.keys()
+        for at, value in redrawn.items():
+            np.testing.assert_array_equal(found[at], value)
+
+
+def test_wrong_weight_files(port, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(port)
+    for name, change, words in (
+        ("torchvision", {"fc.weight": np.zeros((1000, 2048), np.float32)}, "torchvision's InceptionV3"),
+        ("more", {"AuxLogits.fc.weight": np.zeros(3, np.float32)}, "1 are left over .AuxLogits.fc.weight"),
+        ("shape", {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 9, 1, 1), np.float32)}, "1 shapes differ"),
+        ("nan", {"fc.bias": np.full(1008, np.nan, np.float32)}, "not finite"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors | change, path)
+        with pytest.raises(PretrainedError, match=words):
+            inception.load_inception(path)
+    (tmp_path / "torn.pb").write_bytes(b"\n\x90torn")
+    with pytest.raises(PretrainedError, match="cannot be read as a TensorFlow graph"):
+        inception.load_inception(tmp_path / "torn.pb")
+    with pytest.raises(PretrainedError, match="no such file; .*6726825d"):
+        inception.load_inception(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="resize='bilinear' is unknown; known: tf1, pytorch, clean"):
+        features.inception(port, "bilinear")
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])
+def test_the_resize_is_tensorflow_1_s(shape):
+    """Its own kernel, which TensorFlow still has."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
+    theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
+    ours = np.asarray(features.to_inception(drawn, "tf1")) * 128 + 128
+    np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
+
+
+def test_features_of_inception(port):
+    """A grey image is a colour one with equal channels; the batch's other images change nothing."""
+    extractor = features.inception(port)
+    run = jax.jit(extractor.function)
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
+    out = run(extractor.params, grey.repeat(3, axis=-1))
+    assert (
+        out.pool.shape == (2, 2048) and out.spatial.shape == (2, 7 * 17 * 17) and extractor.head.shape == (2048, 1008)
+    )
+    alone = extract.Extraction(extractor, mesh(), 2, Bar)(grey)
+    np.testing.assert_allclose(alone.pool, out.pool, rtol=1e-4, atol=1e-5 * float(out.pool.max()))
+    assert float(np.std(out.spatial)) > 1e-3
+
+
+# ---- reading
+
+
+def test_npz_files_are_read_as_they_are_asked_for(tmp_path):
+    drawn = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)
+    plain, packed = save(tmp_path / "plain.npz", drawn, arr_1=np.arange(9)), tmp_path / "packed.npz"
+    np.savez_compressed(packed, drawn)
+    for path in (plain, str(packed)):
+        source = images.open_set(path).images
+        assert len(source) == 9
+        np.testing.assert_array_equal(source.read(np.array([7, 2]))[0], drawn[[7, 2]])
+    assert isinstance(images.open_set(plain).images._images, np.memmap)
+
+
+def test_a_folder_is_read_as_it_is(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
+    for i, image in enumerate(drawn):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    np.testing.assert_array_equal(images.open_set(str(folder)).images.read(np.arange(3))[0], drawn)
+    Image.fromarray(drawn[0, :5]).save(folder / "z.png")
+    with pytest.raises(data.DataError, match="z.png is 9x5, and others are 9x6"):
+        images.open_set(str(folder)).images.read(np.arange(4))
+    assert images.open_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
+
+
+def test_statistics_of_others(tmp_path):
+    x = np.random.default_rng(0).normal(size=(50, 64))
+    mu, sigma = x.mean(0), np.cov(x, rowvar=False)
+    np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)
+    alone = images.open_set(str(tmp_path / "alone.npz"))
+    assert alone.images is None and alone.statistics.spatial is None
+    np.testing.assert_array_equal(alone.statistics.moments.covariance, sigma)
+    both = images.open_set(save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma))
+    assert len(both.images) == 9 and both.statistics.spatial is not None
+
+
+# ---- extraction
+
+
+def by_hand(drawn):
+    params, _ = digits.load()
+    return np.asarray(digits.DigitsNetwork().apply({"params": params}, drawn).features)
+
+
+def test_the_digits_network_reads_digits():
+    params, _ = digits.load()
+    source = data.Digits("test", (8, 8), 1)
+    drawn, labels = source.read(np.arange(len(source)))
+    judged = digits.DigitsNetwork().apply({"params": params}, drawn)
+    assert (judged.logits.argmax(-1) == labels).mean() > 0.98
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_no_figure_depends_on_the_batch_size_and_no_image_is_lost(batch_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "CHUNK", 50)
+    extraction = extract.Extraction(features.digits_network(), mesh(), batch_size, Bar)
+    source = images.open_set(save(tmp_path / "x.npz", all_digits()[:151])).images
+    found = extraction.of("x", source, tmp_path / str(batch_size))
+    expected = by_hand(all_digits()[:151])
+    np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
+    assert found.moments.count == 151 and found.spatial is None
+    np.testing.assert_allclose(found.moments.covariance, np.cov(expected, rowvar=False), atol=1e-5)
+
+
+def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "CHUNK", 20)
+    calls = []
+
+    def judge_images(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
+
+    extraction = extract.Extraction(features.of_function(judge_images, "mine", "1"), mesh(), 20, Bar)
+    source = images.open_set(save(tmp_path / "x.npz", all_digits()[:90])).images
+    with pytest.raises(KeyboardInterrupt):
+        extraction.of("x", source, tmp_path / "parts")
+    found = extraction.of("x", source, tmp_path / "parts")
+    assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
+    extraction.of("x", source, tmp_path / "parts")
+    assert len(calls) == 6  # all of them now
+    extraction.forget(found, tmp_path / "parts")
+    assert not any((tmp_path / "parts").iterdir())
+
+
+def test_features_that_are_none(tmp_path):
+    for function, words in (
+        (lambda x: np.zeros((len(x), 2, 2)), r"of shape \(3, 2, 2\), not \[N, D\]"),
+        (lambda x: np.full((len(x), 2), np.nan), "not finite"),
+    ):
+        extraction = extract.Extraction(features.of_function(function, "mine", "1"), mesh(), 4, Bar)
+        with pytest.raises(ValueError, match=words):
+            extraction(all_digits()[:3])
+
+
+def test_names_of_metrics():
+    published = features.Extractor("inception", "0", None, resize="tf1", published=True)
+    assert [compare.name_of(metric, published) for metric in ("fid", "sfid", "is")] == [
+        "fid",
+        "sfid",
+        "inception_score",
+    ]
+    assert compare.name_of("fid", published._replace(resize="clean")) == "fid_clean"
+    for substitute in (published._replace(published=False), features.digits_network()):
+        assert compare.name_of("fid", substitute) == "frechet_distance"
+
+
+def test_published_inception_has_all_metrics_and_statistics_alone_have_two():
+    """On arrays in place of features: which figures there are, and that each is its own function's."""
+    rng = np.random.default_rng(0)
+    pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
+    extractor = features.Extractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
+    sets = [extract.Features(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
+    said = []
+    found = compare.compare(*sets, extractor, compare.METRICS, said.append)
+    assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
+    assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
+    assert found["kid"] == metrics.kid(*pools, 100, 10).mean and found["kid_subset_size"] == 10
+    assert found["inception_score"] == metrics.inception_score(pools[1] @ extractor.head).mean
+    assert (found["precision"], found["recall"]) == metrics.precision_recall(*pools)
+    assert (found["density"], found["coverage"]) == metrics.density_coverage(*pools)
+    assert not said
+    alone = sets[0]._replace(pool=None, spatial=None)
+    found = compare.compare(alone, sets[1], extractor, compare.METRICS, said.append)
+    assert set(found) >= {"fid", "inception_score"} and not {"sfid", "kid", "precision"} & set(found)
+    assert len(said) == 2
+
+
+def test_copies_are_found():
+    reference = np.random.default_rng(0).normal(size=(500, 8))
+    fresh = np.random.default_rng(1).normal(size=(400, 8))
+    report, _ = compare.memorisation(reference, fresh)
+    assert report["close_share"] < 0.05
+    fresh[:100] = reference[200:300] + 1e-3
+    report, near = compare.memorisation(reference, fresh)
+    assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
+
+
+# ---- the command
+
+
+def test_the_command_and_its_table(tmp_path, capsys):
+    samples = save(tmp_path / "half.npz", all_digits("train")[:200])
+    command.main(["digits:train", samples])
+    command.main(["digits:train", samples, "--batch_size=50"])  # takes the place of the first
+    (record,) = json.loads((tmp_path / "metrics.json").read_text())
+    own, all_of_them = (metrics.moments(by_hand(all_digits()[:n])) for n in (200, None))
+    assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(all_of_them, own), rel=1e-4)
+    assert record["memorisation"]["close_share"] > 0.9 and "fid" not in record
+    assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
+    assert Image.open(tmp_path / "memorisation.png").width > 6 * 64
+    command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
+    capsys.readouterr()
+    command.main(["table", str(tmp_path)])
+    header, _, first, second = capsys.readouterr().out.splitlines()
+    assert "frechet_distance" in header and f"{record['frechet_distance']:.4g}" in first and "300" in second
+
+
+def a_function(batch):
+    """Features of one's own, as --features=module:function names them."""
+    return batch.reshape(len(batch), -1)[:, 20:30].astype(np.float32)
+
+
+def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
+    drawn = all_digits()
+    function = ["--features=test_judging:a_function", "--metrics=fid,precision_recall"]
+    reference = metrics.moments(a_function(drawn))
+    np.savez(tmp_path / "stats.npz", mu=reference.mean, sigma=reference.covariance)
+    samples = save(tmp_path / "s.npz", drawn[:300])
+    command.main([str(tmp_path / "stats.npz"), samples, *function])
+    (record,) = json.loads((tmp_path / "metrics.json").read_text())
+    exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
+    assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
+    assert "precision" not in record and "statistics alone" in capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(argument) for argument in arguments])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+def test_what_the_command_refuses(tmp_path, capsys):
+    digit = all_digits()[:20]
+    good = save(tmp_path / "good.npz", digit)
+    colour = save(tmp_path / "colour.npz", digit.repeat(3, axis=3))
+    floats = save(tmp_path / "floats.npz", digit / np.float32(255))
+    signed = save(tmp_path / "signed.npz", digit / np.float32(127.5) - 1)
+    nans = save(tmp_path / "nans.npz", np.where(digit == 0, np.nan, digit))
+    flat = save(tmp_path / "flat.npz", digit[0])
+    one = save(tmp_path / "one.npz", digit[:1])
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ((good, colour), "8x8 grey images and .*colour.npz 8x8 colour ones"),
+        (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
+        (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
+        (("digits", nans), "not finite"),
+        (("digits", flat), r"uint8 \[8, 8, 1\], not uint8 \[N, H, W, 1 or 3\]"),
+        (("digits", one), "1 image is too few"),
+        (("digits", tmp_path / "torn.npz"), "torn.npz cannot be read"),
+        (("digits", tmp_path / "none.npz"), "none.npz: no such file"),
+        (("digits", tmp_path / "empty"), "no images below"),
+        (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
+        (("digits", good, "--batch_size=0"), "must be at least 1"),
+        (("digits", good, "--features=vgg"), "features='vgg' is unknown"),
+        (("digits", good, "--features=nothing:here"), "cannot be imported"),
+        (("digits", good, "--features=inception"), "--inception=PATH is needed"),
+        (("digits", good, "--inception=x.pth", "--features=inception"), "x.pth: no such file"),
+        (("digits", good, "--output=no/such/place.json"), "is no folder"),
+        ((good, colour.replace("colour", "good"), "--features=digits", "--output=good.npz"), "is no metrics.json"),
+        ((colour, colour, "--features=digits"), "grey images of 8x8 pixels, not 8x8x3"),
+        (("table", tmp_path), "nothing has been measured there"),
+    ):
+        assert re.search(words, refused(capsys, *arguments)), arguments
+
+
+# ---- runs
+
+
+OVERRIDES = {
+    "sampling.steps": 2,
+    "sampling.sampler": "ddim",
+    "sampling.batch_size": 8,
+    "evaluation.num_samples": 20,
+    "evaluation.likelihood": False,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An untrained run's work directory."""
+    config, directory = tiny_config(**OVERRIDES), tmp_path / "run"
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(2, training.setup(config).init())
+        checkpoints.finish(2)
+    workdir.write_config(config, directory)
+    return directory
+
+
+def test_evaluate_judges_samples(run, capsys, monkeypatch):
+    evaluate.evaluate(tiny_config(**OVERRIDES), run)
+    (record,) = json.loads((run / "metrics.json").read_text())
+    (path,) = (run / "samples").glob("*.npz")
+    drawn = np.load(path)["arr_0"]
+    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    assert (record["weights"], record["step"], record["steps"], record["num_samples"]) == ("ema", 2, 2, 20)
+    assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
+    assert "64 dimensions: the distance is larger" in capsys.readouterr().out
+    monkeypatch.setattr(judge.Generator, "__call__", None)  # nothing is drawn twice
+    evaluate.evaluate(tiny_config(**OVERRIDES), run)
+    assert not list(run.glob("*steps.png"))
+    monkeypatch.undo()
+    evaluate.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
+    assert len(json.loads((run / "metrics.json").read_text())) == 2
+    assert Image.open(run / "frechet_distance_against_steps.png").width > 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"evaluation.features": "inception"}, "nothing can judge the samples: evaluation.inception=PATH"),
+        ({"evaluation.features": "inception", "evaluation.inception": "none.pth"}, "none.pth: no such file"),
+        ({"evaluation.num_samples": 1}, "too few"),
+        ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
+        ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
+        ({"evaluation.every": -1}, "must be at least 0"),
+    ],
+)
+def test_judging_that_cannot_be(run, overrides, words):
+    with pytest.raises((UserError, PretrainedError), match=words):
+        evaluate.evaluate(tiny_config(**OVERRIDES | overrides), run)
+    assert not (run / "samples").exists()
+
+
+def test_training_logs_a_distance(tmp_path):
+    config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
+    train.train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line for line in lines if "frechet_distance_10_ddim2" in line}
+    assert list(logged) == [2, 4]
+    with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):
+        config = tiny_config(**{"evaluation.every": 2, "training.steps_per_call": 4, "training.log_every": 4})
+        config.training.checkpoint_every = 4
+        train.train(config, tmp_path / "other")
+
+
+DEVICES = """
+import jax, sys
+from diffusion_jax.evaluation import __main__ as command, metrics
+assert jax.device_count() == 8
+command.main(["digits:train", "samples.npz", "--batch_size=20", "--output=eight.json"])
+"""
+
+
+def test_eight_devices_give_the_figures_of_one(tmp_path):
+    save(tmp_path / "samples.npz", all_digits("test")[:250])
+    command.main(["digits:train", "samples.npz", "--output=one.json"])
+    (tmp_path / "cache").rename(tmp_path / "of_one")  # or the others would only be read again
+    root = str(pathlib.Path(__file__).parent.parent)
+    variables = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", PYTHONPATH=root)
+    subprocess.run([sys.executable, "-c", DEVICES], cwd=tmp_path, env=variables, check=True, capture_output=True)
+    one, eight = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("one", "eight"))
+    for name, value in one.items():
+        if isinstance(value, float):
+            # The kernel distance is a difference of larger sums: to a millionth of what it is uncertain by.
+            within = 1e-6 * one["kernel_distance_std"] if name == "kernel_distance" else 0
+            assert eight[name] == pytest.approx(value, rel=1e-6, abs=within), name
+
+
+@pytest.mark.slow
+def test_inception_s_figures_depend_neither_on_the_batch_size_nor_on_the_devices(port, tmp_path):
+    """Three minutes: three times 300 images through the whole network."""
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    save(tmp_path / "reference.npz", smooth[:150])
+    save(tmp_path / "samples.npz", np.clip(smooth[150:] * 0.8 + 20, 0, 255).astype(np.uint8))
+    root = str(pathlib.Path(__file__).parent.parent)
+    records = []
+    for devices, batch_size in ((1, 64), (1, 22), (4, 64)):
+        variables = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=root)
+        variables["XDG_CACHE_HOME"] = str(tmp_path / f"{devices}_{batch_size}")
+        arguments = ["reference.npz", "samples.npz", f"--inception={port}", f"--batch_size={batch_size}"]
+        arguments += ["--metrics=fid,sfid,kid,precision_recall,density_coverage", f"--output={len(records)}.json"]
+        program = [sys.executable, "-m", "diffusion_jax.evaluation", *arguments]
+        subprocess.run(program, cwd=tmp_path, env=variables, check=True, capture_output=True)
+        records += json.loads((tmp_path / f"{len(records)}.json").read_text())
+    for other in records[1:]:
+        for name in ("frechet_distance", "spatial_frechet_distance", "precision", "recall", "density", "coverage"):
+            assert other[name] == pytest.approx(records[0][name], rel=1e-6), name
+        within = 1e-6 * records[0]["kernel_distance_std"]
+        assert other["kernel_distance"] == pytest.approx(records[0]["kernel_distance"], rel=1e-6, abs=within)

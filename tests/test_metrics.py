@@ -1,0 +1,183 @@
+"""The metrics of samples: closed forms, definitions in plain NumPy, and their behaviour at the edges."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.evaluation import metrics
+
+
+def gaussian(seed, n, dimensions, scale=1.0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, scale, (n, dimensions))
+
+
+def rotation(seed, dimensions):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(dimensions, dimensions)))[0]
+
+
+# ---- Frechet distance
+
+
+def test_unit_gaussians_one_apart_in_2048_dimensions():
+    eye = np.eye(2048)
+    one, other = metrics.Moments(np.zeros(2048), eye, 10), metrics.Moments(np.ones(2048), eye, 10)
+    assert metrics.frechet_distance(one, other) == pytest.approx(2048, rel=1e-12)
+
+
+def test_commuting_covariances():
+    """Where both have the same axes, the distance is sum (sqrt a - sqrt b)^2: also over fourteen orders of magnitude."""
+    axes, rng = rotation(0, 60), np.random.default_rng(1)
+    a, b = 10 ** rng.uniform(-12, 2, 60), 10 ** rng.uniform(-12, 2, 60)
+    one, other = (metrics.Moments(np.zeros(60), axes * values @ axes.T, 100) for values in (a, b))
+    exact = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert metrics.frechet_distance(one, other) == pytest.approx(exact, rel=1e-8)
+    assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-12 * a.sum())
+
+
+def test_two_general_gaussians():
+    """In two dimensions tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB))."""
+    a, b = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[0.5, -0.3], [-0.3, 3.0]])
+    exact = 1 + 4 + np.trace(a + b) - 2 * np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+    one, other = metrics.Moments(np.array([1.0, 2.0]), a, 9), metrics.Moments(np.zeros(2), b, 9)
+    assert metrics.frechet_distance(one, other) == pytest.approx(exact, rel=1e-12)
+
+
+def test_fewer_images_than_dimensions():
+    """Then both covariances are singular: the trace is the nuclear norm of the centred arrays' product."""
+    x, y = gaussian(0, 30, 200), gaussian(1, 40, 200, 1.5, 0.2)
+    cx, cy = x - x.mean(0), y - y.mean(0)
+    cross = np.linalg.svd(cx @ cy.T, compute_uv=False).sum() / np.sqrt(29 * 39)
+    exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (cx**2).sum() / 29 + (cy**2).sum() / 39 - 2 * cross
+    assert metrics.frechet_distance(metrics.moments(x), metrics.moments(y)) == pytest.approx(exact, rel=1e-12)
+
+
+def test_moments_in_chunks():
+    x = gaussian(0, 100, 7, 3.0, 50.0)
+    whole, parts = metrics.moments(x), metrics.moments_of_chunks([x[:2], x[2:30], x[30:]])
+    np.testing.assert_allclose(whole.covariance, np.cov(x, rowvar=False), rtol=1e-12)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-11)
+
+
+# ---- KID
+
+
+def test_kid_by_its_definition():
+    """Of whole sets as one subset, the sums over pairs, written out."""
+    x, y = gaussian(0, 12, 5), gaussian(1, 12, 5, 1.2, 0.3)
+
+    def k(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    pairs = [(i, j) for i in range(12) for j in range(12)]
+    within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (12 * 11)
+    exact = within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 144
+    found = metrics.kid(x, y, subsets=3, subset_size=12)
+    assert found.mean == pytest.approx(exact, rel=1e-12) and found.std == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
+    """Over 60 repetitions: unbiased, and the standard error is about what the means really scatter by."""
+    found = [metrics.kid(gaussian(2 * i, 400, 6), gaussian(2 * i + 1, 400, 6), 20, 100) for i in range(60)]
+    means = np.array([estimate.mean for estimate in found])
+    scatter, claimed = means.std(ddof=1), np.mean([estimate.standard_error for estimate in found])
+    assert abs(means.mean()) < 4 * scatter / np.sqrt(60)
+    assert 0.6 < scatter / claimed < 1.4
+
+
+# ---- Inception Score
+
+
+def test_inception_score():
+    sure = 1e3 * np.eye(10)[np.arange(100) % 10]
+    assert metrics.inception_score(sure).mean == pytest.approx(10)  # every class, each certain
+    assert metrics.inception_score(np.zeros((50, 10))).mean == pytest.approx(1)  # no image says anything
+    logits = gaussian(0, 25, 4)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    splits = [p[:10], p[10:20], p[20:]]  # the last one is kept
+    scores = [np.exp(np.mean([sum(q * np.log(q / part.mean(0))) for q in part])) for part in splits]
+    found = metrics.inception_score(logits, split_size=10)
+    assert found.mean == pytest.approx(np.mean(scores), rel=1e-12) and found.std == pytest.approx(np.std(scores))
+
+
+# ---- manifolds
+
+
+def distances(a, b):
+    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+
+
+def plain_manifolds(reference, samples, k):
+    """The papers' definitions, pair by pair."""
+    radius_r = np.sort(distances(reference, reference), axis=1)[:, k]
+    radius_s = np.sort(distances(samples, samples), axis=1)[:, k]
+    d = distances(samples, reference)
+    precision, recall = (d <= radius_r).any(1).mean(), (d <= radius_s[:, None]).any(0).mean()
+    return precision, recall, (d <= radius_r).sum() / (k * len(samples)), (d <= radius_r).any(0).mean()
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_manifolds_by_their_definitions(k, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 32)  # several blocks, and a rest
+    reference, samples = gaussian(0, 150, 6), gaussian(1, 170, 6, 0.8, 0.4)
+    precision, recall, density, coverage = plain_manifolds(reference, samples, k)
+    assert metrics.precision_recall(reference, samples, k) == pytest.approx((precision, recall), abs=1e-12)
+    assert metrics.density_coverage(reference, samples, k) == pytest.approx((density, coverage), rel=1e-6)
+    assert 0.05 < recall < 0.95 and 0.05 < coverage < 0.95
+
+
+def test_a_set_against_itself_and_against_one_far_away():
+    x = gaussian(0, 60, 8)
+    assert metrics.precision_recall(x, x) == (1, 1) and metrics.density_coverage(x, x).coverage == 1
+    assert metrics.precision_recall(x, x + 100) == (0, 0) and metrics.density_coverage(x, x + 100) == (0, 0)
+
+
+def test_samples_at_one_point():
+    """One good sample repeated: precise, and covers next to nothing."""
+    x = gaussian(0, 200, 4)
+    found = metrics.precision_recall(x, x[:1].repeat(50, axis=0))
+    assert found.precision == 1 and found.recall <= 0.01
+
+
+def test_nearest_neighbours():
+    x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
+    q[3] = x[17]
+    d = distances(q, x)
+    found = metrics.nearest_neighbours(x, q, k=4)
+    assert (found.indices == np.argsort(d, axis=1)[:, :4]).all() and found.distances[3, 0] < 1e-6
+    np.testing.assert_allclose(found.distances, np.sort(d, axis=1)[:, :4], atol=1e-6)
+    others = metrics.nearest_neighbours(x, x, others=True)
+    d = distances(x, x) + np.diag(np.full(80, np.inf))
+    assert (others.indices[:, 0] == d.argmin(1)).all()
+
+
+def test_float64_where_jax_has_it(x64):
+    reference, samples = gaussian(0, 50, 6), gaussian(1, 50, 6)
+    assert metrics.precision_recall(reference, samples) == pytest.approx(plain_manifolds(reference, samples, 3)[:2])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: metrics.moments(x[:1]), "1 images are too few: this needs 2"),
+        (lambda x: metrics.moments(x[0]), "not \\[N, D\\]"),
+        (lambda x: metrics.moments(np.where(np.arange(20)[:, None] == 3, np.nan, x)), "of 1 images are not finite"),
+        (lambda x: metrics.frechet_distance(metrics.moments(x), metrics.moments(x[:, :3])), "5 and of 3 dimensions"),
+        (lambda x: metrics.kid(x, x, subset_size=21), "a subset of 21 .* 2 ... 20"),
+        (lambda x: metrics.kid(x, x[:, :3], subset_size=5), "5 and of 3 dimensions"),
+        (lambda x: metrics.precision_recall(x, x[:3]), "3 images are too few: this needs 4"),
+        (lambda x: metrics.density_coverage(x[:5], x), "5 images are too few: this needs 6"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(gaussian(0, 20, 5))
+
+
+def test_the_number_of_devices_changes_nothing():
+    reference, samples = gaussian(0, 61, 6), gaussian(1, 53, 6)
+    whole = metrics.precision_recall(reference, samples)
+    assert whole == metrics.precision_recall(reference, samples, devices=jax.local_devices()[:1])
