@@ -21,6 +21,7 @@ from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.lock import HeldError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
@@ -157,7 +158,7 @@ def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(errors.UserError, match="process 1 of there is training in .*second launch"):
+        with pytest.raises(HeldError, match="process 1 of there is training in .*second launch"):
             train(tiny_config(), tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
         holder.kill()

@@ -23,6 +23,7 @@ from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
 from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.lock import locked
 
 
 def train(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -51,7 +52,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     distance = judging and TrainingDistance(config, directory, judging)
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
-        work.locked(directory / ".lock", f"is training in {directory}"),
+        locked(directory / ".lock", f"is training in {directory}"),
         Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
     ):
         state = checkpoints.restore(built.abstract_state)
