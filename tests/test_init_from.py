@@ -71,7 +71,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     built = training.setup(config)
     from diffusion_jax.runs.train import _begin_with
 
-    state = _begin_with(config, built, built.init())
+    state = _begin_with(config, built, built.init(), *weights.initial(config, built.model))
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))

@@ -21,6 +21,7 @@ from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.lock import HeldError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
@@ -116,14 +117,17 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     train(tiny_config(**{"training.num_steps": 2}), tmp_path)
     train(tiny_config(), tmp_path)
-    (tmp_path / "checkpoints" / "9").mkdir()  # an empty directory is no checkpoint
+    (
+        tmp_path / "checkpoints" / "6"
+    ).mkdir()  # an empty directory is no checkpoint, and must not keep step 6 from being saved
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
     for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
         if file.is_file() and "ocdbt.process" in str(file):
             file.unlink()
     train(tiny_config(**{"training.num_steps": 6}), tmp_path)
     out = capsys.readouterr().out
     assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
-    assert (tmp_path / "checkpoints" / "4.unreadable").is_dir()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
 
@@ -154,7 +158,7 @@ def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(errors.UserError, match="process 1 of there is training in .*second launch"):
+        with pytest.raises(HeldError, match="process 1 of there is training in .*second launch"):
             train(tiny_config(), tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
         holder.kill()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from diffusion_jax.runs.workdir import locked
 from diffusion_jax.training.agreement import first_says
+from diffusion_jax.training.lock import locked
 
 
 def digest(options: Mapping, *more) -> str:

@@ -23,6 +23,7 @@ from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import sharding
 from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.lock import locked
 
 
 def train(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -45,11 +46,13 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     source = data.load(config.data, bar_over("Reading the images"))
     check_source(config, source)
+    begun = first_says(lambda: committed_steps(directory / "checkpoints"))
+    beginning = weights.initial(config, built.model) if config.init_from and not begun else None
     first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
     distance = judging and TrainingDistance(config, directory, judging)
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
-        work.locked(directory / ".lock", f"is training in {directory}"),
+        locked(directory / ".lock", f"is training in {directory}"),
         Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
     ):
         state = checkpoints.restore(built.abstract_state)
@@ -57,8 +60,9 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         if state is None:
             with compiling("the initialisation"):
                 state = built.init()
-            if config.init_from:
-                state = _begin_with(config, built, state)
+            if beginning:
+                state = _begin_with(config, built, state, *beginning)
+        del beginning  # as large as the network
         first_says(lambda: work.write_config(config, directory))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
@@ -75,7 +79,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
 def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
     """Whether the last step is there, and whole; says so."""
     num_steps = config.training.num_steps
-    if max(committed_steps(directory / "checkpoints"), default=0) < num_steps:
+    if max(first_says(lambda: committed_steps(directory / "checkpoints")), default=0) < num_steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.whole_step() or 0
@@ -85,9 +89,10 @@ def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
     return True
 
 
-def _begin_with(config: ConfigDict, built: training.Setup, state: training.TrainState) -> training.TrainState:
+def _begin_with(
+    config: ConfigDict, built: training.Setup, state: training.TrainState, params, differing: list[str]
+) -> training.TrainState:
     """A fresh state with the weights that `config.init_from` names, and their average the same."""
-    params, differing = weights.initial(config, built.model)
     say(f"The weights are those of {config.init_from}.")
     if differing:
         say(f"Note: they were trained for another diffusion ({'; '.join(differing)}).")
@@ -249,7 +254,7 @@ class _Loop:
             self._program(count, state, batch)
 
         preemption, self._watchdog = watch.Preemption(), watch.Watchdog(options.stall_timeout)
-        profile = _Profile(self._directory if options.profile else None)
+        profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
                 self._metrics = during.enter_context(work.Metrics(self._directory, step))

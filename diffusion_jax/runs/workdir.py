@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import pathlib
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training.agreement import first_says
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
@@ -92,43 +87,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Stores the config of this launch."""
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path, what: str) -> Iterator[None]:
-    """Holds a lock on a file, made where it is missing, that no second launch gets; it ends with the process, however that
-    ends. Process 0 holds it for all. Raises: UserError where another launch holds it, OSError.
-
-    POSIX record locks, because a data worker that outlives its parent does not inherit them.
-    """
-    files = []
-
-    def acquire() -> str | None:
-        file = path.open("a+")
-        files.append(file)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a mounted bucket, NFS without its lock daemon
-                say(
-                    f"Note: no locks below {path.parent} ({error.strerror}): a second launch there would not be refused."
-                )
-                return None
-            file.seek(0)
-            return file.read().strip() or "another process"
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        return None
-
-    try:
-        holder = first_says(acquire)
-        if holder:
-            raise UserError(f"{holder} {what}: a second launch must wait for its end, or use another --workdir")
-        yield
-    finally:
-        for file in files:
-            file.close()
 
 
 class Metrics:
