@@ -11,8 +11,10 @@ import functools
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from diffusion_jax.training import digests
@@ -88,6 +90,8 @@ class Checkpoints:
             first_says(self._set_aside_uncommitted)
         options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(**writing)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._writer, self._handed_over = ThreadPoolExecutor(1), Future()
+        self._handed_over.set_result(None)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -96,6 +100,8 @@ class Checkpoints:
         if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
             return  # a process is lost, and closing would wait for it
         try:
+            self._writer.shutdown()
+            self._handed_over.result()
             self._manager.close()
         except Exception as error:
             if kind is None:  # else the first error is the one to tell
@@ -106,18 +112,33 @@ class Checkpoints:
         return committed_steps(self._directory)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background. Raises: SaveError, for an earlier save too."""
-        parts = {name: getattr(state, name) for name in _WEIGHTS}
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in {**parts, "rest": _rest(state)}.items()}
-        mark = {"digests": digests.NAME}  # tells a step whose table is lost from one that never had any
+        """Copies the state to the host and writes it in the background. Raises: SaveError, for an earlier save too.
+
+        Orbax itself copies before it returns, but also keeps its books of every array, which takes several times as long. A
+        process that has the whole state copies it and leaves both to a thread; of several processes each has a part.
+        """
+        trees = {name: getattr(state, name) for name in _WEIGHTS} | {"rest": _rest(state)}
         try:
-            self._manager.save(step, args=ocp.args.Composite(**saves), force=True, custom_metadata=mark)
+            self._handed_over.result()
+            if jax.process_count() > 1:
+                self._hand_over(step, trees)
+            else:
+                copies = jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
+                self._handed_over = self._writer.submit(self._hand_over, step, copies)
         except Exception as error:  # Orbax and tensorstore raise many types where a disk is full
             raise SaveError(self._not_written(error)) from error
 
+    def _hand_over(self, step: int, trees: Mapping) -> None:
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        mark = {"digests": digests.NAME}  # tells a step whose table is lost from one that never had any
+        self._manager.save(step, args=ocp.args.Composite(**saves), force=True, custom_metadata=mark)
+
     def check(self) -> None:
         """Raises: SaveError where a save in the background has failed; does not wait."""
+        if not self._handed_over.done():
+            return
         try:
+            self._handed_over.result()
             self._manager.check_for_errors()
         except Exception as error:
             raise SaveError(self._not_written(error)) from error
@@ -125,6 +146,7 @@ class Checkpoints:
     def finish(self, step: int) -> None:
         """Waits for the background, then makes sure that `step` is really there. Raises: SaveError."""
         try:
+            self._handed_over.result()
             self._manager.wait_until_finished()
         except Exception as error:
             raise SaveError(self._not_written(error)) from error
