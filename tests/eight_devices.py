@@ -98,7 +98,15 @@ def program():
         "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
         "ring": found.ring_bytes,
         "ideal": found.ideal,
+        "convolutions": [_convolutions(remat) for remat in (False, True)],
     }
+
+
+def _convolutions(remat: bool) -> int:
+    """How many convolutions a train step with fsdp=8 has."""
+    config = on(1, 8, **{"model.remat": remat})
+    built = training.setup(config)
+    return str(jax.make_jaxpr(built.train_step)(built.abstract_state, a_batch(config))).count("conv_general_dilated[")
 
 
 if __name__ == "__main__":

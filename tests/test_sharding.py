@@ -67,6 +67,12 @@ def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters
     assert split < sum(program["gathers"]) <= 2 * split
 
 
+def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
+    """model.remat: the first convolution of each of the five blocks once more."""
+    without, with_remat = measured["program"]["convolutions"]
+    assert with_remat >= without + 5
+
+
 def test_the_losses_are_the_same_on_any_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
