@@ -106,7 +106,7 @@ def _convolutions(remat: bool) -> int:
     """How many convolutions a train step with fsdp=8 has."""
     config = on(1, 8, **{"model.remat": remat})
     built = training.setup(config)
-    return str(jax.make_jaxpr(built.train_step)(built.abstract_state, a_batch(config))).count("conv_general_dilated[")
+    return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
 
 
 if __name__ == "__main__":
