@@ -113,6 +113,19 @@ def test_meshes_that_are_not_the_devices(overrides, words, monkeypatch):
         sharding.make_mesh(tiny_config(**overrides).mesh)
 
 
+def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
+    small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+    assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
+    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 a device, in 1 part)" in out.stdout
+    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimiser", "temporaries", "all-reduce")
+    assert all(word in out.stdout for word in words)
+    refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr
+
+
 HLO = """
   %ag = f32[3,128]{1,0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %ar = (f32[128]{0}, /*index=1*/bf16[3,3]{1,0}) all-reduce(%b, %c), replica_groups={{0,1},{2,3}}, to_apply=%add
