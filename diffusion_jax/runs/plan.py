@@ -27,8 +27,8 @@ class Plan(NamedTuple):
     """What a train step takes. All but the first three of one device, bytes; flops are those of the compiled program.
 
     kept_per_image: activations that an image leaves in memory from the forward to the backward pass, whatever the compiler.
-    temporaries: activations, gradients and gathered parameters at their most. ideal: what two gathers and one reduce-scatter
-    of the parameters would send around the ring of `mesh.fsdp`; for data alone, one all-reduce around all.
+    temporaries: activations, gradients and gathered parameters at their most. ideal: what a device must send: two gathers
+    and a reduce-scatter of the parameters over `fsdp`, and an all-reduce of its part of the gradient over `data`.
     """
 
     parameters: int
@@ -65,7 +65,7 @@ def measure(config: Mapping) -> Plan:
     compiled = built.train_step.lower(state, batch).compile(compiler_options=options)
     memory, devices = compiled.memory_analysis(), built.mesh.size
     params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    ring = built.mesh.shape["fsdp"]
+    data_axis, fsdp = built.mesh.shape["data"], built.mesh.shape["fsdp"]
     return Plan(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / devices),
@@ -76,7 +76,7 @@ def measure(config: Mapping) -> Plan:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=collectives.read(compiled.as_text()),
-        ideal=3 * params * (ring - 1) / ring if ring > 1 else 2 * params * (devices - 1) / devices,
+        ideal=params * (3 * (fsdp - 1) / fsdp + 2 * (data_axis - 1) / data_axis / fsdp),
     )
 
 
@@ -130,8 +130,10 @@ def plan(config: ConfigDict) -> None:
     for kind, count, size, ring in collectives.table(found.collectives):
         say(f"    {kind:<16}{_mb(ring)} in {count} of together {_mb(size)}")
     if found.ideal:
-        of = "two gathers and a reduce-scatter" if mesh.fsdp > 1 else "one all-reduce"
-        say(f"    {found.ring_bytes / found.ideal:.2f} times {of} of the parameters")
+        say(
+            f"    {found.ring_bytes / found.ideal:.2f} times the least: two gathers and a reduce-scatter over fsdp, an "
+            "all-reduce of the parts over data"
+        )
 
 
 def _mb(size: float) -> str:
