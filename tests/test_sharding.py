@@ -81,6 +81,7 @@ def test_the_losses_are_the_same_on_any_mesh(measured):
     """
     expected = measured["trajectories"]["losses"]["1x1"]
     assert len(set(expected)) == 4 and measured["trajectories"]["same_init"]
+    assert all(rows == list(range(8)) for rows in measured["trajectories"]["rows"])  # the order that data is read in
     for mesh, losses in measured["trajectories"]["losses"].items():
         np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6, err_msg=mesh)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)

@@ -89,7 +89,7 @@ def gathering(function: Callable, mesh: Mesh, dtype, kept: str | None = None) ->
 
     def scatter(_, gradient):
         # Whole first: a sum over devices of which each keeps a part, which accelerators make one reduce-scatter. Asked for
-        # the part alone, XLA may split the layer's backward pass by it, and send activations.
+        # the part alone, XLA may split the layer's backward pass by it, and send activations: an embedding's, on two axes.
         split = leaf_sharding(mesh, gradient.shape)
         return (jax.lax.with_sharding_constraint(to_whole(gradient), split),)
 
