@@ -51,7 +51,8 @@ def trajectories():
             state, metrics = built.train_step(state, a_batch(on(*mesh), i))
             losses.append(float(metrics["loss"]))
         out["x".join(map(str, mesh))] = losses
-    return {"losses": out, "same_init": all(jax.tree.leaves(jax.tree.map(np.array_equal, begun, split)))}
+    rows = [sharding.process_rows(8, setup(*mesh).mesh).tolist() for mesh in MESHES]
+    return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(np.array_equal, begun, split)))}
 
 
 def relaunches():
@@ -98,7 +99,15 @@ def program():
         "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
         "ring": found.ring_bytes,
         "ideal": found.ideal,
+        "convolutions": [_convolutions(remat) for remat in (False, True)],
     }
+
+
+def _convolutions(remat: bool) -> int:
+    """How many convolutions a train step with fsdp=8 has."""
+    config = on(1, 8, **{"model.remat": remat})
+    built = training.setup(config)
+    return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,12 @@ def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters
     assert split < sum(program["gathers"]) <= 2 * split
 
 
+def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
+    """model.remat: the first convolution of each of the five blocks once more."""
+    without, with_remat = measured["program"]["convolutions"]
+    assert with_remat >= without + 5
+
+
 def test_the_losses_are_the_same_on_any_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
@@ -75,6 +81,7 @@ def test_the_losses_are_the_same_on_any_mesh(measured):
     """
     expected = measured["trajectories"]["losses"]["1x1"]
     assert len(set(expected)) == 4 and measured["trajectories"]["same_init"]
+    assert all(rows == list(range(8)) for rows in measured["trajectories"]["rows"])  # the order that data is read in
     for mesh, losses in measured["trajectories"]["losses"].items():
         np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6, err_msg=mesh)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
@@ -105,6 +112,19 @@ def test_meshes_that_are_not_the_devices(overrides, words, monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: 8)
     with pytest.raises(ValueError, match=words):
         sharding.make_mesh(tiny_config(**overrides).mesh)
+
+
+def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
+    small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+    assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
+    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 a device, in 1 part)" in out.stdout
+    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimiser", "temporaries", "all-reduce")
+    assert all(word in out.stdout for word in words)
+    refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr
 
 
 HLO = """

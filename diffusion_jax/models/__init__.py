@@ -8,9 +8,19 @@ from typing import Any
 
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.presets import PRESETS, preset, preset_fields
-from diffusion_jax.models.unet import UNet, timestep_embedding
+from diffusion_jax.models.unet import KEPT, UNet, timestep_embedding
 
-__all__ = ["PRESETS", "Classifier", "UNet", "fields_of", "from_config", "preset", "preset_fields", "timestep_embedding"]
+__all__ = [
+    "KEPT",
+    "PRESETS",
+    "Classifier",
+    "UNet",
+    "fields_of",
+    "from_config",
+    "preset",
+    "preset_fields",
+    "timestep_embedding",
+]
 
 
 def _names(network) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def timestep_embedding(
@@ -157,6 +158,8 @@ class Attention(nn.Module):
         return x + self.layers.dense(c, "proj", last=True)(h)
 
 
+# The name, for a policy of jax.checkpoint, of what stands between blocks, which `remat` keeps for the backward pass.
+KEPT = "between blocks"
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
 
@@ -215,12 +218,14 @@ class Encoder(nn.Module):
         """A residual block as wide as its level."""
         made = _REMAT_BLOCK if self.remat else ResBlock
         width = self.width(level)
-        return made(width, self.dropout, self.scale_shift_norm, self.layers, resample, name=name)(h, embedding, train)
+        made = made(width, self.dropout, self.scale_shift_norm, self.layers, resample, name=name)
+        return checkpoint_name(made(h, embedding, train), KEPT)
 
     def attention(self, h, name: str, num_heads: int | None = None):
         """A self-attention layer, of `num_heads` heads where not said otherwise."""
         made = _REMAT_ATTENTION if self.remat else Attention
-        return made(num_heads or self.num_heads, self.head_channels, self.layers, name=name)(h)
+        made = made(num_heads or self.num_heads, self.head_channels, self.layers, name=name)
+        return checkpoint_name(made(h), KEPT)
 
     def embed(self, time):
         """The network time [B] as [B, 4 channels]."""

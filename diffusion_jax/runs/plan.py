@@ -20,17 +20,20 @@ from diffusion_jax import data, training
 from diffusion_jax.runs.console import compiling, say
 from diffusion_jax.runs.errors import as_user_error
 from diffusion_jax.training import collectives, compiler
+from diffusion_jax.training.step import initial_params
 
 
 class Plan(NamedTuple):
-    """What a train step takes. All but the first two of one device, bytes; flops are those of the compiled program.
+    """What a train step takes. All but the first three of one device, bytes; flops are those of the compiled program.
 
-    temporaries: activations, gradients and gathered parameters at their most. ideal: what two gathers and one reduce-scatter
-    of the parameters would send around the ring of `mesh.fsdp`; for data alone, one all-reduce around all.
+    kept_per_image: activations that an image leaves in memory from the forward to the backward pass, whatever the compiler.
+    temporaries: activations, gradients and gathered parameters at their most. ideal: what a device must send: two gathers
+    and a reduce-scatter of the parameters over `fsdp`, and an all-reduce of its part of the gradient over `data`.
     """
 
     parameters: int
     flops_per_image: float
+    kept_per_image: int
     params: int
     ema: int
     optimizer: int
@@ -62,18 +65,40 @@ def measure(config: Mapping) -> Plan:
     compiled = built.train_step.lower(state, batch).compile(compiler_options=options)
     memory, devices = compiled.memory_analysis(), built.mesh.size
     params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    ring = built.mesh.shape["fsdp"]
+    data_axis, fsdp = built.mesh.shape["data"], built.mesh.shape["fsdp"]
     return Plan(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / devices),
+        kept_per_image=kept_per_image(config),
         params=_held(state.params),
         ema=_held(state.ema_params),
         optimizer=_held(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=collectives.read(compiled.as_text()),
-        ideal=3 * params * (ring - 1) / ring if ring > 1 else 2 * params * (devices - 1) / devices,
+        ideal=params * (3 * (fsdp - 1) / fsdp + 2 * (data_axis - 1) / data_axis / fsdp),
     )
+
+
+def kept_per_image(config: Mapping) -> int:
+    """Bytes that a network keeps of an image for its backward pass: what two images leave over what one does."""
+    model, shape = training.model_from_config(config), training.input_shape(config)
+    labelled = model.num_classes and not training.is_classifier(config)
+
+    def kept(params, x, y, key):
+        def network(params):
+            labels = (y,) if labelled else ()
+            return model.apply({"params": params}, x, x[:, 0, 0, 0], *labels, train=True, rngs={"dropout": key})
+
+        return jax.vjp(network, params)[1]
+
+    def size(images: int) -> int:
+        params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
+        x, y = jax.ShapeDtypeStruct((images, *shape), jnp.float32), jax.ShapeDtypeStruct((images,), jnp.int32)
+        residuals = jax.eval_shape(kept, params, x, y, jax.random.key(0))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    return size(2) - size(1)
 
 
 def _held(tree) -> int:
@@ -87,13 +112,14 @@ def plan(config: ConfigDict) -> None:
     with as_user_error("config"), compiling("the train step"):
         found = measure(config)
     mesh, batch_size = config.mesh, config.training.batch_size
-    devices = jax.device_count()
+    devices, parts = jax.device_count(), config.training.accumulation_steps
     say(
         f"On {devices} devices (data {devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} ({batch_size // devices} "
-        f"a device, in {config.training.accumulation_steps} parts), layers in {config.model.dtype}:"
+        f"a device, in {parts} part{'s' * (parts > 1)}), layers in {config.model.dtype}:"
     )
     say(f"  parameters        {found.parameters:,}")
     say(f"  an image          {found.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
+    say(f"                    {_mb(found.kept_per_image)} of activations kept for the backward pass")
     say(f"  memory a device   {_mb(found.arguments + found.temporaries)}: of it")
     for name, size in (("parameters", found.params), ("EMA", found.ema), ("optimiser", found.optimizer)):
         say(f"    {name:<16}{_mb(size)}")
@@ -104,8 +130,10 @@ def plan(config: ConfigDict) -> None:
     for kind, count, size, ring in collectives.table(found.collectives):
         say(f"    {kind:<16}{_mb(ring)} in {count} of together {_mb(size)}")
     if found.ideal:
-        of = "two gathers and a reduce-scatter" if mesh.fsdp > 1 else "one all-reduce"
-        say(f"    {found.ring_bytes / found.ideal:.2f} times {of} of the parameters")
+        say(
+            f"    {found.ring_bytes / found.ideal:.2f} times the least: two gathers and a reduce-scatter over fsdp, an "
+            "all-reduce of the parts over data"
+        )
 
 
 def _mb(size: float) -> str:

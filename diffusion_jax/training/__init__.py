@@ -186,7 +186,7 @@ def setup(config: Mapping) -> Setup:
     whole, states = sharding.replicated(mesh), sharding.state_sharding(mesh, shapes)
 
     def gathering(loss_fn):
-        return sharding.gathering(loss_fn, mesh, model.dtype)
+        return sharding.gathering(loss_fn, mesh, model.dtype, models.KEPT if model.remat else None)
 
     train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gathering)
 

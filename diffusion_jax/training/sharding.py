@@ -73,11 +73,12 @@ def state_sharding(mesh: Mesh, state):
     return jax.tree.map(lambda _: replicated(mesh), state).replace(**split)
 
 
-def gathering(function: Callable, mesh: Mesh, dtype) -> Callable:
+def gathering(function: Callable, mesh: Mesh, dtype, kept: str | None = None) -> Callable:
     """function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
     Each leaf is gathered by itself, in `dtype` (what the layers compute in, and would cast it to), and its gradient is
-    scattered. What was gathered is not kept for the backward pass but gathered again; all else is kept, as `function` says.
+    scattered. What was gathered is not kept for the backward pass but gathered again; all else is kept. Where `function`
+    has a jax.checkpoint in it, `kept` must name what these keep: this one decides for all within it.
     """
     if mesh.shape["fsdp"] == 1:
         return function
@@ -88,7 +89,7 @@ def gathering(function: Callable, mesh: Mesh, dtype) -> Callable:
 
     def scatter(_, gradient):
         # Whole first: a sum over devices of which each keeps a part, which accelerators make one reduce-scatter. Asked for
-        # the part alone, XLA may split the layer's backward pass by it, and send activations.
+        # the part alone, XLA may split the layer's backward pass by it, and send activations: an embedding's, on two axes.
         split = leaf_sharding(mesh, gradient.shape)
         return (jax.lax.with_sharding_constraint(to_whole(gradient), split),)
 
@@ -103,7 +104,8 @@ def gathering(function: Callable, mesh: Mesh, dtype) -> Callable:
     def keep(primitive, *_, **__):
         return primitive.name != "sharding_constraint"
 
-    return jax.checkpoint(gathered, policy=keep)
+    policy = jax.checkpoint_policies.save_only_these_names(kept) if kept else keep
+    return jax.checkpoint(gathered, policy=policy)
 
 
 def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: int = 1) -> None:
