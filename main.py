@@ -193,12 +193,17 @@ def main(argv: list[str]) -> None:
             devices.start()
         with watch.stopping_at_once(training=run is train):
             run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
+        watch.meet()
+    except watch.Stopped as error:
+        fail(str(error), watch.STOPPED)
     except UserError as error:
         fail(str(error), error.exit_code)
+    except SaveError as error:  # of one process alone, perhaps: the others are in the midst of a step
+        (watch.leave if watch.several() else fail)(str(error), 1)
     except (DataError, CheckpointError, PretrainedError) as error:
         if watch.is_loss(error):  # a checkpoint that waited for another process
             watch.leave(f"{_LOSS} ({error})", watch.LOST)
-        fail(str(error), 1 if isinstance(error, SaveError) else 2)
+        fail(str(error))
     except (
         OSError
     ) as error:  # a directory that cannot be written is the user's mistake; a disk that is full, the run's end

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.runs import pictures, weights
+from diffusion_jax.runs import pictures, watch, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
@@ -193,7 +193,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the sampler, and the first batch ...")
-        for i in left:
+        for i in watch.over_batches(left, config.training.stall_timeout):
             with as_user_error("config"):  # what shows only when the sampler is traced
                 images = generator(params, options.seed, i)
             parts.save(i, images=images)

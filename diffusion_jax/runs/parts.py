@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -12,6 +13,8 @@ import numpy as np
 
 from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.lock import locked
+
+_LOCKS = contextlib.ExitStack()  # until the program ends: parts outlive the object that made them
 
 
 def digest(options: Mapping, *more) -> str:
@@ -25,8 +28,7 @@ class Parts:
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
         first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
-        self._lock = locked(directory / ".lock", "is doing just this")
-        self._lock.__enter__()  # until the program ends: the parts outlive this object
+        _LOCKS.enter_context(locked(directory / ".lock", "is doing just this"))
         self.done = set(first_says(self._numbers))
 
     def _numbers(self) -> list[int]:

@@ -55,6 +55,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         locked(directory / ".lock", f"is training in {directory}"),
         Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
     ):
+        first_says(lambda: work.check_data(source, directory))
         state = checkpoints.restore(built.abstract_state)
         step = 0 if state is None else int(state.step)
         if state is None:

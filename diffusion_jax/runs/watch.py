@@ -13,22 +13,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
-
-from diffusion_jax.runs.errors import UserError
 
 STOPPED, LOST = 75, 69  # EX_TEMPFAIL and EX_UNAVAILABLE of sysexits.h
 _GRACE = 5.0  # seconds that Python's own way to end gets, before the process ends in the midst of a compiler
 
 
-class Stopped(UserError):
-    """SIGTERM came, and what was worth saving is saved."""
+class Stopped(BaseException):
+    """SIGTERM came, and what was worth saving is saved.
 
-    def __init__(self, message: str):
-        super().__init__(message, STOPPED)
+    No Exception: whoever catches those, as of files that may be damaged, must not take it for one of them.
+    """
 
 
 def end(message: str, exit_code: int) -> None:
@@ -50,6 +48,13 @@ def leave(message: str, exit_code: int) -> None:
         time.sleep(_GRACE)
         os._exit(exit_code)
     end(message, exit_code)
+
+
+def meet() -> None:
+    """Waits for all processes, where there are several: what process 0 alone has still to write may take longer than JAX's
+    own meeting at the exit allows."""
+    if several():
+        multihost_utils.sync_global_devices("the end")
 
 
 def is_loss(error: BaseException) -> bool:
@@ -167,6 +172,10 @@ class Watchdog:
         if self._seconds:
             self._thread.join()
 
+    def expect(self, seconds: float) -> None:
+        """A step may well take this long."""
+        self._longest = max(self._longest, seconds)
+
     def beat(self) -> None:
         """A step has finished, or been handed to the devices."""
         now = time.monotonic()
@@ -194,3 +203,16 @@ class Watchdog:
                     "training.stall_timeout is too short; the same command goes on from the last checkpoint",
                     LOST,
                 )
+
+
+def over_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
+    """Passes the numbers of batches through, and watches over what is done with each, where a peer could be stuck in it. The
+    first may take any time: it is compiled.
+    """
+    with Watchdog(seconds if several() else 0) as watchdog:
+        for i, batch in enumerate(batches):
+            began = time.monotonic()
+            with contextlib.nullcontext() if i else watchdog.paused():
+                yield batch
+            watchdog.expect(time.monotonic() - began)
+            watchdog.beat()

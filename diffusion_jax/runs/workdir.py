@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -75,6 +76,26 @@ def check_seed(name: str, seed: int) -> None:
     """Raises: UserError for a seed that 32 bits do not hold."""
     if not 0 <= seed < 2**32:
         raise UserError(f"{name}={seed} must lie in 0 ... {2**32 - 1}")
+
+
+def check_data(source, workdir: pathlib.Path) -> None:
+    """Notes what the images of a run are, at its first launch: their number, and a digest of 64 of them and of their labels.
+
+    Raises: UserError, at a later launch, where they are others.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, 64).astype(int))
+    images, labels = source.read(chosen)
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + np.asarray(labels, np.int32).tobytes()).hexdigest()
+    now, path = {"images": len(source), "sha256_of_some": digest}, workdir / "data.json"
+    if not path.exists():
+        write_text(path, json.dumps(now) + "\n")
+        return
+    before = json.loads(path.read_text())
+    if before != now:
+        raise UserError(
+            f"the images are not those that {workdir} was begun with ({before['images']:,} then, {len(source):,} now, or "
+            f"others): bring them back, begin in another --workdir, or, to go on with these, remove {path}"
+        )
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

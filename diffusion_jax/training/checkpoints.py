@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -37,9 +39,20 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
     0, when all processes have written their files: the train steps go on meanwhile (hashing releases the interpreter)."""
 
     async def finalize(self) -> None:
-        if self.get_final().name.isdecimal():  # a step, not one of its parts
-            await asyncio.to_thread(digests.write, pathlib.Path(self.get()))
-        await super().finalize()
+        try:
+            if self.get_final().name.isdecimal():  # a step, not one of its parts
+                await asyncio.to_thread(digests.write, pathlib.Path(self.get()))
+            await super().finalize()
+        except Exception as error:
+            if jax.process_count() > 1:
+                # The others wait for this process in the same place, and Orbax's threads would for ever.
+                print(
+                    f"error: a checkpoint could not be written ({_first_line(error)}); is the disk full?",
+                    file=sys.stderr,
+                )
+                sys.stderr.flush()
+                os._exit(1)
+            raise
 
 
 def _say(text: str) -> None:
@@ -101,8 +114,10 @@ class Checkpoints:
             return  # a process is lost, and closing would wait for it
         try:
             self._writer.shutdown()
-            self._handed_over.result()
-            self._manager.close()
+            try:
+                self._handed_over.result()
+            finally:
+                self._manager.close()
         except Exception as error:
             if kind is None:  # else the first error is the one to tell
                 raise SaveError(self._not_written(error)) from error
@@ -115,7 +130,8 @@ class Checkpoints:
         """Copies the state to the host and writes it in the background. Raises: SaveError, for an earlier save too.
 
         Orbax itself copies before it returns, but also keeps its books of every array, which takes several times as long. A
-        process that has the whole state copies it and leaves both to a thread; of several processes each has a part.
+        process that has the whole state copies it and leaves all else to a thread, where Orbax copies once more: the host
+        holds the state twice meanwhile. Of several processes each has a part, and Orbax's thread must meet theirs.
         """
         trees = {name: getattr(state, name) for name in _WEIGHTS} | {"rest": _rest(state)}
         try:
@@ -123,6 +139,7 @@ class Checkpoints:
             if jax.process_count() > 1:
                 self._hand_over(step, trees)
             else:
+                jax.tree.map(lambda leaf: leaf.copy_to_host_async(), trees)  # all at once, then one after the other
                 copies = jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
                 self._handed_over = self._writer.submit(self._hand_over, step, copies)
         except Exception as error:  # Orbax and tensorstore raise many types where a disk is full
@@ -192,6 +209,8 @@ class Checkpoints:
     def _newest(self, trees: Mapping) -> tuple[int, Mapping] | None:
         """(step, parts) of the newest checkpoint whose `trees` are whole."""
         damaged: list[int] = []
+        for name in first_says(self._uncommitted) if self._read_only else ():
+            _say(f"Note: {self._directory / name} is no finished checkpoint; it is passed over.")
         for step in reversed(first_says(self.steps)):
             problem = first_says(lambda: self._damage(step, trees))  # noqa: B023 (called at once)
             if problem is None:
@@ -256,14 +275,18 @@ class Checkpoints:
         path.rename(aside)
         return str(aside)
 
+    def _uncommitted(self) -> list[str]:
+        """Directories named like a step that hold something else than one."""
+        committed = set(self.steps())
+        paths = [path for path in self._directory.glob("*") if path.name.isdecimal() and path.is_dir()]
+        return [path.name for path in paths if int(path.name) not in committed and any(path.iterdir())]
+
     def _set_aside_uncommitted(self) -> None:
         """Clears the way for steps to come: a directory named like a step that is none, empty or without the file that
         commits it, would be one to Orbax, which then refuses to save that step."""
-        committed = set(self.steps())
+        for name in self._uncommitted():
+            _say(f"The checkpoint of step {name} is damaged: {digests.COMMITTED} is missing.")
+            _say(f"Set it aside as {self._rename(self._directory / name)}.")
         for path in self._directory.glob("*"):
-            if path.name.isdecimal() and path.is_dir() and int(path.name) not in committed:
-                if any(path.iterdir()):
-                    _say(f"The checkpoint of step {path.name} is damaged: {digests.COMMITTED} is missing.")
-                    _say(f"Set it aside as {self._rename(path)}.")
-                else:
-                    path.rmdir()
+            if path.name.isdecimal() and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
