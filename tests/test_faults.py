@@ -131,6 +131,7 @@ def test_sigkill(tmp_path, whole):
 
     began = time.monotonic()
     runs = disturbed(tmp_path, whole, 50, kill)
+    assert sum(during_save) >= 5, "the saves were missed"
     figure(
         f"50 SIGKILLs over {runs} runs of {STEPS} steps in {time.monotonic() - began:.0f} s, {sum(during_save)} of the "
         f"{len(during_save)} aimed at a save left it unfinished: logs and last states equal to the bit"
@@ -311,6 +312,43 @@ def stuck(self, step):
 
 
 pipeline.Batches.__getitem__ = stuck
+app.run(main.main, flags_parser=main.parse)
+"""
+
+
+def test_a_commit_of_two_that_fails(tmp_path):
+    """Process 0 alone commits: where it cannot, the other must not wait for it."""
+    directory = tmp_path / "two"
+    program = tmp_path / "full.py"
+    program.write_text(FULL)
+    pair = joined(directory, program=str(program))
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    began = time.monotonic()
+    codes = [process.wait(timeout=PATIENCE) for process in pair]
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    assert codes[0] == 1 and "is the disk full?" in texts[0] and codes[1] in (1, watch.LOST, -signal.SIGABRT), texts
+    kept = checkpoints.committed_steps(directory / "checkpoints")
+    assert kept and kept[-1] < 30
+    figure(f"two processes, no room at the third commit: exit codes {codes} after {time.monotonic() - began:.0f} s")
+
+
+FULL = f"""
+import errno, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from absl import app
+import main
+from diffusion_jax.training import digests
+
+write = digests.write
+
+
+def full(directory):
+    if directory.name.startswith("30"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(directory)
+
+
+digests.write = full
 app.run(main.main, flags_parser=main.parse)
 """
 
