@@ -1,4 +1,4 @@
-"""What tests/test_sharding.py measures on eight virtual devices: `python tests/eight_devices.py` prints JSON."""
+"""What tests/test_sharding.py measures on eight virtual devices: `python tests/eight_devices.py [slow]` prints JSON."""
 
 import functools
 import json
@@ -56,19 +56,59 @@ def trajectories():
 
 
 def relaunches():
-    """A state of (2, 4) after a step, restored on other meshes: {mesh: [to the bit and in its place, the next loss]}."""
+    """A state after a step, restored on another mesh: {"mesh to mesh": [to the bit and in its place, the next loss]}."""
     out = {}
-    state, _ = setup(2, 4).train_step(setup(2, 4).init(), a_batch(on(2, 4), 0))
-    with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
-        checkpoints.save(1, state)
-        checkpoints.finish(1)
-        for mesh in [(1, 4), (8, 1), (1, 1)]:
-            restored = checkpoints.restore(setup(*mesh).abstract_state)
-            same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
-            placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
-            _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
-            out["x".join(map(str, mesh))] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
+    for begun, others in (((2, 4), [(1, 4), (8, 1), (1, 1)]), ((8, 1), [(2, 4)])):
+        state, _ = setup(*begun).train_step(setup(*begun).init(), a_batch(on(*begun), 0))
+        with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
+            checkpoints.save(1, state)
+            checkpoints.finish(1)
+            for mesh in others:
+                restored = checkpoints.restore(setup(*mesh).abstract_state)
+                same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
+                placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
+                _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
+                out[f"{begun} to {mesh}"] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
     return out
+
+
+VARIANTS = {
+    "everything": {
+        "diffusion.loss": "hybrid",
+        "diffusion.variance": "learned_range",
+        "diffusion.timestep_sampler": "loss_second_moment",
+        "training.accumulation_steps": 2,
+        "training.batch_size": 16,
+        "model.remat": True,
+    },
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "upsampler": {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.2},
+}
+
+
+def variants():
+    """{variant: the losses and gradient norms of three steps on (1, 1) and on (2, 4)}."""
+    out = {}
+    for name, overrides in VARIANTS.items():
+        out[name] = []
+        for mesh in ((1, 1), (2, 4)):
+            config = on(*mesh, **overrides)
+            with mock.patch("jax.device_count", lambda mesh=mesh: mesh[0] * mesh[1]):
+                built = training.setup(config)
+            state, seen = built.init(), []
+            for i in range(3):
+                state, metrics = built.train_step(state, a_batch(config, i))
+                seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            out[name].append(seen)
+    return out
+
+
+def labelled_program():
+    """What the program of a network with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
+    config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
+    config.model.num_classes = 40  # an embedding large enough to be split
+    found = plan.measure(config)
+    return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.ideal]
 
 
 def runs():
@@ -113,7 +153,11 @@ def _convolutions(remat: bool) -> int:
 if __name__ == "__main__":
     output = sys.stdout
     sys.stdout = sys.stderr  # what runs say
-    found = {"program": program()}
+    slow = sys.argv[1:] == ["slow"]
+    found = {"labelled": labelled_program()} if slow else {"program": program()}
     sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
-    found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
+    if slow:
+        found |= {"variants": variants()}
+    else:
+        found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
     print(json.dumps(found), file=output)

@@ -11,6 +11,7 @@ import pytest
 from test_training import tiny_config
 
 from diffusion_jax import training
+from diffusion_jax.runs import watch
 from diffusion_jax.training import checkpoints, digests
 
 
@@ -30,6 +31,20 @@ def two_steps(tmp_path_factory):
             states[step] = jax.device_get(state)
         saved.finish(2)
     return directory, built.abstract_state, states
+
+
+def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
+    """What stops a program while it reads a checkpoint must not have the checkpoint set aside."""
+    directory, abstract, _ = two_steps
+    shutil.copytree(directory, tmp_path / "run")
+
+    def stopped(*_):
+        raise watch.Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
+    with pytest.raises(watch.Stopped):
+        restore(tmp_path / "run", abstract)
+    assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
 
 
 def restore(directory, abstract):

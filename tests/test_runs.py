@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_training import tiny_config
 
-from diffusion_jax import training
+from diffusion_jax import data, training
 from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
@@ -297,6 +297,26 @@ def test_training_that_cannot_start(overrides, words, tmp_path):
     with pytest.raises(errors.UserError, match=words):
         train(tiny_config(**overrides), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_images_are_refused(tmp_path):
+    """Of a folder that was changed, say, whose name and size are the same."""
+
+    def source(count, seed=0):
+        path = tmp_path / f"{count}_{seed}"
+        path.mkdir(exist_ok=True)
+        for i in range(count):
+            pixels = np.random.default_rng([seed, i]).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / f"{i:03}.png")
+        return data.Folder(str(path), (8, 8), 1)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    for same in (source(5), source(5)):
+        workdir.check_data(same, run)
+    for other in (source(6), source(5, seed=1)):
+        with pytest.raises(errors.UserError, match="images are not those that .* remove .*data.json"):
+            workdir.check_data(other, run)
 
 
 def test_sampling_without_a_run(tmp_path):
