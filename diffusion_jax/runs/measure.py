@@ -91,7 +91,7 @@ def _measurable(reference: ImageSet, samples: ImageSet, extractor: Extractor, wa
     spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
     missing = compare.left_out(reference.images is None, spatial, extractor, wanted)
     for metric, why in missing.items():
-        say(f"Note: no {metric}: {why}.")
+        say(f"Note: {metric!r} is left out: {why}.")
     wanted = [metric for metric in wanted if metric not in missing]
     if not wanted:
         raise ValueError("nothing is left to measure; name other metrics")
