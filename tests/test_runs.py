@@ -177,6 +177,17 @@ def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
     assert said[0][1] == watch.LOST and "training.stall_timeout" in said[0][0]
 
 
+def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(watch, "end", lambda *_: ended.set())
+    assert list(watch.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()  # alone: there is none to wait for
+    monkeypatch.setattr(watch, "several", lambda: True)
+    seen = []
+    for batch in watch.over_batches(range(2), 0.2):
+        seen.append(ended.wait(0.5 if batch == 0 else 20))
+    assert seen == [False, True]  # five times what the first took: 2.5 s
+
+
 def test_a_profile_holds_the_steps(tmp_path):
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
