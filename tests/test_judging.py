@@ -287,7 +287,7 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
     extraction.of("x", source, tmp_path / "parts")
     assert len(calls) == 6  # all of them now
-    extraction.forget(found, tmp_path / "parts")
+    found.forget()
     assert not any((tmp_path / "parts").iterdir())
 
 
@@ -397,7 +397,9 @@ def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
     exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
-    assert "precision" not in record and "'precision_recall' is left out: the reference is stat" in capsys.readouterr().out
+    assert (
+        "precision" not in record and "'precision_recall' is left out: the reference is stat" in capsys.readouterr().out
+    )
     # Of a file with both, as ADM's reference batches, the statistics make the distance, and the images the rest.
     both = save(tmp_path / "both.npz", drawn[:100], mu=reference.mean, sigma=reference.covariance)
     command.main([both, samples, *function, "--output=both.json"])
@@ -405,6 +407,9 @@ def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     shares = metrics.precision_recall(a_function(drawn[:100]), a_function(drawn[:300]))
     assert (record["precision"], record["recall"]) == shares and record["reference_sha256"] != record["samples_sha256"]
+    command.main([str(tmp_path / "stats.npz"), both, *function, "--output=swapped.json"])  # as samples, too
+    (record,) = json.loads((tmp_path / "swapped.json").read_text())
+    assert record["frechet_distance"] == pytest.approx(0, abs=1e-9 * np.trace(reference.covariance))
 
 
 def another_function(batch):

@@ -180,7 +180,9 @@ def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
 def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(watch, "end", lambda *_: ended.set())
-    assert list(watch.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()  # alone: there is none to wait for
+    assert (
+        list(watch.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
+    )  # alone: there is none to wait for
     monkeypatch.setattr(watch, "several", lambda: True)
     seen = []
     for batch in watch.over_batches(range(2), 0.2):

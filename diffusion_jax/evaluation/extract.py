@@ -32,13 +32,19 @@ class Features(NamedTuple):
     """Of a set of images. pool: [N, D] float32, of its first `KEPT` images, or None where there are statistics alone.
 
     moments: of the features of all images. spatial: moments of Inception's spatial features, or None. digest: of the
-    pixels, or of the statistics.
+    pixels, or of the statistics. parts: where the features lie.
     """
 
     pool: np.ndarray | None
     moments: Moments
     spatial: Moments | None
     digest: str
+    parts: pathlib.Path | None = None
+
+    def forget(self) -> None:
+        """Removes the parts of a set that will not be asked for again; for one process to call."""
+        if self.parts:
+            shutil.rmtree(self.parts)
 
 
 class _Parts:
@@ -108,7 +114,9 @@ class Extraction:
         count, chunks = len(source), -(-len(source) // CHUNK)
         with self._bar(f"Reading {what}", count, 0) as bar:
             content = first_says(lambda: image_sets.digest(source, CHUNK, bar.update))
-        parts = _Parts(self._directory(content, directory))
+        key = (content, self.extractor.digest, CHUNK, _VERSION, jax.default_backend())
+        directory = directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        parts = _Parts(directory)
         with self._bar(f"Features of {what}", count, min(len(parts.done) * CHUNK, count)) as bar:
             for i in range(chunks):
                 if i in parts.done:
@@ -123,12 +131,4 @@ class Extraction:
         if "spatial" in parts.load(0):
             spatial = moments_of_chunks(parts.load(i)["spatial"] for i in range(chunks))
         multihost_utils.sync_global_devices("features read")
-        return Features(np.concatenate(kept)[:KEPT], moments, spatial, content)
-
-    def forget(self, features: Features, directory: pathlib.Path) -> None:
-        """Removes the parts of a set that will not be asked for again; for one process to call."""
-        shutil.rmtree(self._directory(features.digest, directory))
-
-    def _directory(self, content: str, directory: pathlib.Path) -> pathlib.Path:
-        key = (content, self.extractor.digest, CHUNK, _VERSION, jax.default_backend())
-        return directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return Features(np.concatenate(kept)[:KEPT], moments, spatial, content, directory)

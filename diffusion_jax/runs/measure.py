@@ -72,7 +72,7 @@ def measure(
         "backend": jax.default_backend(),
     }
     add_record(output, found | settings)
-    extraction.forget(judged, cache / "samples")
+    judged.forget()
     for name, value in found.items():
         if isinstance(value, float) and not name.endswith(("_std", "_standard_error")):
             error = found.get(f"{name}_standard_error")
@@ -135,7 +135,7 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
     for part in (moments, spatial):
         if part is not None:
             content.update(part.mean.tobytes() + part.covariance.tobytes())
-    return Features(found.pool if found else None, moments, spatial, content.hexdigest())
+    return Features(found and found.pool, moments, spatial, content.hexdigest(), found and found.parts)
 
 
 def _neighbours_picture(reference: ImageSet, samples: ImageSet, suspects, neighbours) -> np.ndarray:
