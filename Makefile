@@ -30,7 +30,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"
 
-# Fifty SIGKILLs and what else can go wrong: 45 minutes on two busy cores.
+# Fifty SIGKILLs and what else can go wrong: 15 minutes on two cores.
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
 
