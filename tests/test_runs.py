@@ -292,7 +292,7 @@ def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
         ({"model.num_classes": 3}, "the data has 10 classes"),
         ({"seed": -1}, "at least 0"),
         ({"model.dtype": "bf16"}, "bf16"),
-        ({"model.num_groups": 0}, "config: "),
+        ({"model.num_groups": 0}, "model.num_groups=0 must be at least 1"),
         ({"model.channel_multipliers": ()}, "config: "),
         ({"model.dropout": 1.5}, "dropout must lie in"),
         ({"optimizer.learning_rate": -1.0}, "must be above 0"),
