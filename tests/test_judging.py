@@ -398,7 +398,7 @@ def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
     exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     assert (
-        "precision" not in record and "'precision_recall' is left out: the reference is stat" in capsys.readouterr().out
+        "precision" not in record and "precision_recall (the reference is statistics alone)" in capsys.readouterr().out
     )
     # Of a file with both, as ADM's reference batches, the statistics make the distance, and the images the rest.
     both = save(tmp_path / "both.npz", drawn[:100], mu=reference.mean, sigma=reference.covariance)

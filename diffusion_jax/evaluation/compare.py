@@ -48,7 +48,7 @@ def left_out(statistics_alone: bool, has_spatial: bool, extractor: Extractor, wa
     elif not has_spatial:
         reasons["sfid"] = "the reference has no spatial statistics (mu_s, sigma_s)"
     if not extractor.published:
-        reasons["is"] = "it is of the published Inception's classes"
+        reasons["is"] = "of the published Inception's classes"
     if statistics_alone:
         others = ("kid", "precision_recall", "density_coverage", "memorisation")
         reasons |= dict.fromkeys(others, "the reference is statistics alone")

@@ -90,8 +90,8 @@ def _measurable(reference: ImageSet, samples: ImageSet, extractor: Extractor, wa
     statistics = reference.statistics
     spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
     missing = compare.left_out(reference.images is None, spatial, extractor, wanted)
-    for metric, why in missing.items():
-        say(f"Note: {metric!r} is left out: {why}.")
+    if missing:
+        say(f"Left out: {'; '.join(f'{metric} ({why})' for metric, why in missing.items())}.")
     wanted = [metric for metric in wanted if metric not in missing]
     if not wanted:
         raise ValueError("nothing is left to measure; name other metrics")
