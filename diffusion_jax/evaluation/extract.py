@@ -83,18 +83,24 @@ class Extraction:
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._run = compiled(extractor, mesh)
 
-    def __call__(self, images: np.ndarray, progress: Callable[[int], None] = lambda done: None) -> Extracted:
-        """Features of images uint8 [N, H, W, C], all of them on every process; progress is told how many are done.
+    def __call__(self, images: np.ndarray) -> Extracted:
+        """Features of images uint8 [N, H, W, C], which every process has.
 
         Raises: ValueError for features that are not finite, or not [N, D].
         """
+        return self._extract(images.__getitem__, len(images), lambda done: None)
+
+    def _extract(
+        self, read: Callable[[np.ndarray], np.ndarray], count: int, progress: Callable[[int], None]
+    ) -> Extracted:
+        """Of `count` images, of which each process reads the rows that its devices hold. progress: told how many are done."""
         size, rows = self._batch_size, sharding.batch_sharding(self._mesh)
         compiles = self.extractor.compiles
         held = sharding.process_rows(size, self._mesh) if compiles else np.arange(size)
         found = []
-        for start in range(0, len(images), size):
+        for start in range(0, count, size):
             # The last batch is filled up with its last image, whose copies are cut off again.
-            batch = images[np.minimum(start + held, len(images) - 1)]
+            batch = read(np.minimum(start + held, count - 1))
             out = self._run(jax.make_array_from_process_local_data(rows, batch) if compiles else batch)
             out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
             out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), out)
@@ -102,8 +108,8 @@ class Extraction:
                 raise ValueError(
                     f"{self.extractor.name} gives {size} images features of shape {out.pool.shape}, not [{size}, D]"
                 )
-            found.append(jax.tree.map(lambda leaf, start=start: leaf[: len(images) - start], out))
-            progress(min(start + size, len(images)))
+            found.append(jax.tree.map(lambda leaf, start=start: leaf[: count - start], out))
+            progress(min(start + size, count))
         out = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ValueError(f"the features {self.extractor.name} gives are not finite")
@@ -121,8 +127,9 @@ class Extraction:
             for i in range(chunks):
                 if i in parts.done:
                     continue
-                images, _ = source.read(np.arange(i * CHUNK, min((i + 1) * CHUNK, count)))
-                out = self(images, lambda done, before=i * CHUNK: bar.update(before + done))
+                first, size = i * CHUNK, min(CHUNK, count - i * CHUNK)
+                read = lambda rows, first=first: source.read(first + rows)[0]  # noqa: E731
+                out = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 parts.save(i, {name: leaf for name, leaf in out._asdict().items() if leaf is not None})
         multihost_utils.sync_global_devices("features written")
         kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-KEPT // CHUNK)))]
