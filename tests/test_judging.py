@@ -525,6 +525,20 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     assert Image.open(run / "frechet_distance_against_steps.png").width > 100
 
 
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
+    asked = []
+
+    def sample(config, *_, **__):
+        asked.append((config.sampling.use_ema, config.sampling.num_samples))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge, "sample", sample)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(tiny_config(**OVERRIDES | {"evaluation.use_ema": use_ema}), run)
+    assert asked == [(use_ema, 20)]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
