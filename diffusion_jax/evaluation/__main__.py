@@ -63,7 +63,7 @@ def compare(given: argparse.Namespace) -> None:
     from diffusion_jax.evaluation.features import named
     from diffusion_jax.evaluation.images import open_set
     from diffusion_jax.runs import devices
-    from diffusion_jax.runs.measure import check_comparable, measure, read_records
+    from diffusion_jax.runs.measure import check_comparable, measure
     from diffusion_jax.training import sharding
 
     wanted = [metric.strip() for metric in given.metrics.split(",")] if given.metrics else METRICS
@@ -75,7 +75,6 @@ def compare(given: argparse.Namespace) -> None:
     output = pathlib.Path(given.output).expanduser()
     if not output.parent.is_dir():
         raise ValueError(f"--output={given.output}: {output.parent} is no folder")
-    read_records(output)
     reference, samples = (open_set(what, given.data_dir, given.image_size) for what in (given.reference, given.samples))
     check_comparable(reference, samples)
     features = given.features or ("digits" if reference.name.startswith("digits:") else "inception")

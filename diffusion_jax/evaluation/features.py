@@ -108,7 +108,7 @@ def of_function(function: Callable, name: str, digest: str) -> Extractor:
 
 
 def named(name: str, inception_path: str = "", resize: str = "tf1") -> Extractor:
-    """ "inception" (whose weights `inception_path` names), "digits", or "module:function", imported.
+    """The extractor called "inception" (whose weights `inception_path` names), "digits", or "module:function", imported.
 
     Raises: ValueError for a name that is none of these; PretrainedError.
     """
