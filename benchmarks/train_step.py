@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from diffusers_unet import PUBLISHED
+from peers import PUBLISHED
 
 from configs import cifar10
 from diffusion_jax import training
