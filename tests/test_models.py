@@ -1,12 +1,13 @@
 """The U-Net: counts, embedding and initialisation as published, and what it accepts and refuses."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models import unet
+from diffusion_jax.models import convolution, unet
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
 
@@ -231,6 +232,89 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
     np.testing.assert_allclose(apply(by_channels, params, x, time), apply(by_number, params, x, time), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5, 3), (1, 1, 1, 2, 2)], ids=["6x4", "one pixel"])
+def test_convolutions_as_products(shape):
+    *image, features = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = jax.random.normal(keys[0], image), jax.random.normal(keys[1], (*image[:3], features))
+    kernel = jax.random.normal(keys[2], (3, 3, image[-1], features))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def both(convolve, *inputs):
+        y, pullback = jax.vjp(convolve, *inputs)
+        return y, *pullback(g.astype(y.dtype))
+
+    for mine, true in zip(both(convolution.conv3x3, x, kernel), both(plain, x, kernel), strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-5, atol=1e-5)
+    # In bfloat16 operands are rounded and sums are not: the same as of rounded numbers, gradients rounded once more.
+    g = g.astype(jnp.bfloat16).astype(jnp.float32)
+    low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
+    computed, true = both(convolution.conv3x3, *low), both(plain, *(a.astype(jnp.float32) for a in low))
+    assert [y.dtype for y in computed] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    for mine, exact, rtol in zip(computed, true, (1e-5, 2**-8, 2**-8), strict=True):
+        np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=rtol, atol=1e-5)
+
+
+def test_a_network_of_products_is_the_same_network():
+    fields = {**TINY, "scale_shift_norm": True, "num_heads": 2}
+    x, time = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
+    params = redraw(init(models.UNet(**fields)))
+
+    def run(**more):
+        model = models.UNet(**fields, **more)
+        return jax.jit(jax.value_and_grad(lambda p: (model.apply({"params": p}, x, time) ** 2).mean()))(params)
+
+    (loss, grads), (true, true_grads) = run(convolution="products"), run(convolution="xla")
+    np.testing.assert_allclose(loss, true, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, true_grads)
+    # On this backend a bfloat16 network computes so on its own, at least as precisely as XLA's bfloat16 convolutions do.
+    (auto, _), (chosen, _), (xla, _) = (run(dtype="bfloat16", convolution=how) for how in ("auto", "products", "xla"))
+    assert auto == (chosen if jax.default_backend() == "cpu" else xla)
+    np.testing.assert_allclose(auto, true, rtol=0.02)
+
+
+def test_group_norm_in_float64_and_its_derivatives():
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
+    norm = unet.GroupNorm(2, 1e-6, jnp.dtype("float32"))
+    params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))
+    scale, bias = (np.float64(params["params"]["norm"][name]) for name in ("scale", "bias"))
+    groups = x.reshape(2, 16, 2, 3)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    true = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    # x itself is rounded to 100 x 2^-24, next to a standard deviation of about one.
+    np.testing.assert_allclose(norm.apply(params, jnp.float32(x)), true, atol=2e-5)
+
+    linen = nn.GroupNorm(2, epsilon=1e-6, use_fast_variance=False)
+    x, v = jnp.float32(x) - 100, jax.random.normal(jax.random.key(1), x.shape)
+
+    def derivatives(apply):
+        first = jax.grad(lambda x: (apply(x) ** 3).sum())
+        return first(x), jax.jvp(first, (x,), (v,))[1]
+
+    mine = derivatives(lambda x: norm.apply(params, x))
+    for a, b in zip(mine, derivatives(lambda x: linen.apply({"params": params["params"]["norm"]}, x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean():
+    x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
+
+    def drop(key, rate=0.1):
+        return unet.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
+
+    y = drop(jax.random.key(0))
+    error = np.sqrt(0.09 / x.size)
+    assert abs((y == 0).mean() - 0.1) < 4 * error
+    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - round(0.1 * 2**16) / 2**16)], rtol=1e-6)
+    dropped = np.asarray(y == 0)
+    together = (dropped[..., 0] & dropped[..., 1]).mean()  # the two halves of one draw
+    assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
+    assert (drop(jax.random.key(1)) != y).any()
+    np.testing.assert_array_equal(unet.Dropout(0.1).apply({}, x, deterministic=True), x)
+
+
 def test_remat_changes_nothing_and_bfloat16_little():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)
@@ -254,6 +338,7 @@ def test_remat_changes_nothing_and_bfloat16_little():
         ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
         ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
         ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),
+        ({"convolution": "fft"}, (1, 8, 8, 3), None, "'auto', 'products' or 'xla'"),
         ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3 does not divide an attention layer of 16"),
         ({"head_channels": 3}, (1, 8, 8, 3), None, "head_channels=3 does not divide an attention layer of 16"),
         ({"head_channels": 0}, (1, 8, 8, 3), None, "head_channels=0"),

@@ -15,6 +15,7 @@ import jax
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.watch import LOST, end
+from diffusion_jax.training import compiler
 
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 
@@ -85,10 +86,14 @@ def _number(flag: str, given: int | None, variable: str) -> int | None:
 
 
 def start() -> None:
-    """Sets up the compilation cache, and says what the run computes on."""
+    """Sets up the compilation cache and the allocator, and says what the run computes on."""
     _use_cache()
+    compiler.keep_memory()
     backend, count = jax.default_backend(), jax.device_count()
     say(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
+    if backend == "cpu":
+        chosen = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
+        say(f"For XLA, unless XLA_FLAGS says otherwise: {chosen or 'no options that this jaxlib knows'}")
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         card = "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
         if card:

@@ -83,9 +83,9 @@ class _Trained:
         data.check_levels(images, self.config.data.levels)
         return images, labels
 
-    def denoise_fn(self, params, y):
-        """The network as the core takes it."""
-        return lambda x_t, time: self.model.apply({"params": params}, x_t, time, y)
+    def denoise_fn(self, params, y, **fields):
+        """The network as the core takes it. fields: of the model, to be different here."""
+        return lambda x_t, time: self.model.clone(**fields).apply({"params": params}, x_t, time, y)
 
     def labels(self, labels):
         """What the network takes as y."""
@@ -115,7 +115,8 @@ class _Trained:
                 out["ode"], _ = _ode_likelihood().bits_per_dim(
                     key_ode,
                     self.schedule,
-                    denoise_fn,
+                    # The trace takes forward-mode derivatives, which products do not have.
+                    self.denoise_fn(params, self.labels(labels), convolution="xla"),
                     x_0,
                     dequantisation=options.ode_dequantisation,
                     trace=options.ode_trace,
