@@ -24,6 +24,8 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+PIXELS = {"ddpm_cifar10": 32, "adm_imagenet64": 64, "adm_imagenet256": 256}
+
 _IMPORT = "import time, jax; s = time.perf_counter(); {}; print(time.perf_counter() - s)"
 
 _FIRST_STEP = """
@@ -134,7 +136,7 @@ def programs(presets: list[str], compiled: bool) -> None:
     for name in presets:
         config = default.get_config()
         config.model.update(models.preset_fields(name))
-        config.data.image_size = {"64": 64, "56": 256}.get(name[-2:], 32)
+        config.data.image_size = PIXELS[name]
         config.training.batch_size = 2
         if models.preset(name).out_channels == 6:
             config.diffusion.update(variance="learned_range", loss="hybrid")
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="import,step,command,programs")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--presets", default="ddpm_cifar10,adm_imagenet64,adm_imagenet256")
+    parser.add_argument("--presets", default=",".join(PIXELS))
     parser.add_argument("--compile", action="store_true", help="the programs, too: minutes for the large ones")
     options = parser.parse_args()
     parts = options.parts.split(",")
