@@ -68,6 +68,17 @@ def test_a_stream_starts_anywhere(workers):
         np.testing.assert_array_equal(batch["image"], batches[step]["image"])
 
 
+def test_the_digits_are_scikit_learn_s():
+    """Read from its file, without its import."""
+    from sklearn.datasets import load_digits
+
+    digits, held_out = load_digits(), np.arange(1797) % 6 == 5
+    for split, chosen in (("train", ~held_out), ("test", held_out)):
+        images, labels = data.Digits(split, (8, 8), 1).read(np.arange(chosen.sum()))
+        np.testing.assert_array_equal(images[..., 0], np.round(digits.images[chosen] * 255 / 16))
+        np.testing.assert_array_equal(labels, digits.target[chosen])
+
+
 def test_digits():
     train, test = data.load(CONFIG), data.load({**CONFIG, "split": "test"})
     assert len(train) + len(test) == 1797 and train.num_classes == 10

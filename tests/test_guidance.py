@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian_mixtures import FULL, as_prediction
+from programs import calls
 
 from diffusion_jax import guidance, process, sampling, schedules
 
@@ -71,6 +72,15 @@ def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(predict
     s = np.array([[0.0], [1.0], [3.0], [-1.0], [2.0]])
     expected = unconditional[:, :2] + s * (conditional - unconditional)[:, :2]
     np.testing.assert_allclose(guided[:, :2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_guided_step_is_one_call_of_twice_the_batch():
+    asked = jax.jit(network())
+    guided = guidance.classifier_free(asked, Y, NULL, 2.0, interval=(10, 500), rescale=0.5)
+    schedule = schedules.respace(FULL, 10)
+    draw = lambda x: sampling.sample(KEY, schedule, guided, x, sampling.ddim())  # noqa: E731
+    (call,) = calls(jax.make_jaxpr(draw)(jnp.zeros((5, 2))).jaxpr, "denoise_fn")
+    assert {(10, 2), (10,)} <= {variable.aval.shape for variable in call.invars}
 
 
 def test_guided_eps_is_the_score_of_the_sharpened_classes(x64):

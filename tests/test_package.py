@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -36,6 +37,32 @@ def test_import_loads_jax_and_numpy_alone():
         for name in out
         if name.startswith(("diffusion_jax.models", "diffusion_jax.training", "diffusion_jax.data"))
     ]
+
+
+def test_the_compilation_cache_is_on_and_safe_to_damage_and_to_delete(tmp_path):
+    code = """
+import pathlib, shutil, sys
+import jax
+from diffusion_jax.runs import devices
+devices.start()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+compiled = lambda factor: float(jax.jit(lambda x: x * factor + 1)(1.0))
+assert compiled(2.0) == 3.0
+cache = pathlib.Path(sys.argv[1]) / "diffusion_jax"
+entries = [path for path in cache.iterdir() if path.is_file()]
+assert entries
+for path in entries:
+    path.write_bytes(b"damaged")
+jax.clear_caches()
+assert compiled(2.0) == 3.0
+shutil.rmtree(cache)
+assert compiled(3.0) == 4.0
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    variables["XDG_CACHE_HOME"] = str(tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=variables, capture_output=True, check=True
+    )
 
 
 FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward

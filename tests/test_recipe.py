@@ -114,6 +114,23 @@ def test_guided_samples_are_the_core_s(root):
     assert (unguided != images).any()
 
 
+@pytest.mark.parametrize(
+    ("options", "sampler"),
+    [
+        ({"sampler": "pndm"}, sampling.pndm()),
+        ({"sampler": "heun", "churn": 2.0}, sampling.heun(churn=2.0)),
+    ],
+)
+def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
+    """These ask at times that no table of the steps' times holds."""
+    base = {"diffusion.num_timesteps": T, **DRAWN}
+    sample(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
+    images, _ = drawn(root / "plain")
+    walked, _, model, params = parts_of(tiny_config(**base), root / "plain")
+    network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
+    agree(images, by_hand(network, walked, lambda batch: sampler)[:6])
+
+
 @pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
 def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
     directory = root / name

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import calls, equations, loops
 
 from diffusion_jax import process, sampling, schedules
 
@@ -191,6 +192,35 @@ def test_memory_is_flat_in_the_number_of_steps():
 
     assert temporary_bytes(1000) < 1.05 * temporary_bytes(10)
     assert temporary_bytes(1000, trajectory=True) > 50 * temporary_bytes(1000)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        sampling.ddpm(),
+        sampling.ddim(0.5),
+        sampling.dpm_solver_pp(2),
+        sampling.dpm_solver_pp(3, sde=True, singlestep=True),
+        sampling.deis(3),
+    ],
+)
+def test_one_loop_calls_the_network_once_a_step_and_never_the_host(sampler):
+    schedule, x_T = schedules.respace(thousand("linear"), 20), jnp.zeros((2, 3))
+
+    @jax.jit
+    def network(x_t, time):
+        return 0.1 * x_t
+
+    def program(progress=None):
+        draw = lambda x: sampling.sample(KEY, schedule, network, x, sampler, progress=progress)  # noqa: E731
+        return jax.make_jaxpr(draw)(x_T).jaxpr
+
+    (loop,) = [loop for loop in loops(program()) if calls(loop.params["jaxpr"], "network")]
+    assert loop.params["length"] == 20
+    assert len(calls(program(), "network")) == len(calls(loop.params["jaxpr"], "network")) == 1
+    # What asks the host has an effect, and progress is the only such thing; GPUs also wait for the host where they branch.
+    assert not program().effects and program(progress=print).effects
+    assert not [e for e in equations(program()) if "callback" in e.primitive.name or e.primitive.name == "cond"]
 
 
 def test_works_under_jit_vmap_and_grad_with_a_schedule_as_argument():

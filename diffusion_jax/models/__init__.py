@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.presets import PRESETS, preset, preset_fields
+from diffusion_jax.models.tabulated import tabulate
 from diffusion_jax.models.unet import KEPT, UNet, timestep_embedding
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "from_config",
     "preset",
     "preset_fields",
+    "tabulate",
     "timestep_embedding",
 ]
 

@@ -251,6 +251,12 @@ class Recipe:
         )
 
     @property
+    def _between_steps(self) -> bool:
+        """Whether the sampler also calls the network at times between those of the steps."""
+        options = self._options
+        return options["sampler"] == "pndm" or (options["sampler"] == "heun" and options["churn"] > 0)
+
+    @property
     def says(self) -> dict[str, str]:
         """What the network's output stands for, as samplers take it."""
         return {key: self._config["diffusion"][key] for key in ("prediction", "variance")}
@@ -261,6 +267,10 @@ class Recipe:
     def network(self, params, guide, y, low=None) -> Callable:
         """The guided denoise_fn(x_t, time), pure. y: int32 [B] or None; low: [B, h, w, C], for an upsampler."""
         options, diffusion = self._options, self._config["diffusion"]
+        if self._between_steps:
+            apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
+        else:
+            apply = models.tabulate(self._model, params, self.schedule.timesteps)
 
         def conditional(x_t, time, y):
             if low is not None:
@@ -269,7 +279,7 @@ class Recipe:
                 if diffusion["conditioning_noise"]:
                     noise = jnp.full(x_t.shape[:1], options["low_resolution_noise"])
                 x_t = upsampling.condition(x_t, jnp.tile(low, (times, 1, 1, 1)), noise)
-            return self._model.apply({"params": params}, x_t, time, y)
+            return apply(x_t, time, y)
 
         if self.guided:
             denoise_fn = guidance.classifier_free(

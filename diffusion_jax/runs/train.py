@@ -254,6 +254,8 @@ class _Loop:
         if options.steps_per_call > 1 and not self._built.train_steps:
             say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")
         batch, count = self._next(stream, step)
+        if jax.process_index() == 0:
+            work.import_writers()
         with compiling("the train step"):
             self._program(count, state, batch)
 

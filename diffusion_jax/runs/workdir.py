@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -108,6 +110,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Stores the config of this launch."""
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def import_writers() -> None:
+    """Begins in a thread the import of what `Metrics` writes with, which takes seconds: for when a program is compiled."""
+    threading.Thread(target=importlib.import_module, args=("clu.metric_writers",), daemon=True).start()
 
 
 class Metrics:

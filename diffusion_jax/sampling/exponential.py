@@ -70,7 +70,14 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    return [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
+    """Between neighbours; 1 between equal ones, which stand for steps that were never taken: their values are left out."""
+    gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
+    return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
+
+
+def _choose(index, candidates: list):
+    """candidates[index], all of them computed: an accelerator's program waits for the host where it branches."""
+    return jax.lax.select_n(index, *candidates)
 
 
 def dpm_solver_pp(
@@ -119,13 +126,9 @@ def dpm_solver_pp(
             noise = there.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
 
         if not singlestep:
-
-            def from_last(n):
-                return lambda: integral(here, there, values[:n], [level(schedule, t + i) for i in range(n)])
-
-            drift = jax.lax.switch(
-                _order(order, history, t, lower_order_final) - 1, [from_last(n) for n in range(1, order + 1)]
-            )
+            nodes = [level(schedule, t + i) for i in range(order)]
+            drifts = [integral(here, there, values[:n], nodes[:n]) for n in range(1, order + 1)]
+            drift = _choose(_order(order, history, t, lower_order_final) - 1, drifts)
             return Step(kept * x_t + drift + noise, x_0, push(history, x_0))
 
         x_first, path = history.more
@@ -134,15 +137,12 @@ def dpm_solver_pp(
         x_first, path = jnp.where(place == 0, x_t, x_first), kept * jnp.where(place == 0, 0.0, path) + noise
 
         def from_first(n):
-            def drift():
-                nodes = [level(schedule, t + n - 1 - i) for i in range(n)]  # as the group saw them
-                h = there.lam - nodes[0].lam
-                kept = there.sigma / nodes[0].sigma * jnp.exp(-(rate - 1) * h)
-                return kept * x_first + integral(nodes[0], there, values[:n][::-1], nodes)
+            nodes = [level(schedule, t + n - 1 - i) for i in range(n)]  # as the group saw them
+            h = there.lam - nodes[0].lam
+            kept = there.sigma / nodes[0].sigma * jnp.exp(-(rate - 1) * h)
+            return kept * x_first + integral(nodes[0], there, values[:n][::-1], nodes)
 
-            return drift
-
-        x_prev = jax.lax.switch(place, [from_first(n) for n in range(1, order + 1)]) + path
+        x_prev = _choose(place, [from_first(n) for n in range(1, order + 1)]) + path
         return Step(x_prev, x_0, push(history, x_0, (x_first, path)))
 
     def start(schedule, x_T, num_steps):
@@ -173,17 +173,11 @@ def deis(
         first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; the next with u^2 / 2
 
         def beyond_ddim(n):
-            def change():
-                if n == 1:
-                    return jnp.zeros_like(x_t)
-                slope, curve = _slopes(values[:n], _gaps([level(schedule, t + i) for i in range(n)]))
-                return there.sigma * (first * slope + (first - h**2 / 2) * curve)
+            slope, curve = _slopes(values[:n], _gaps([level(schedule, t + i) for i in range(n)]))
+            return there.sigma * (first * slope + (first - h**2 / 2) * curve)
 
-            return change
-
-        change = jax.lax.switch(
-            _order(order, history, t, lower_order_final) - 1, [beyond_ddim(n) for n in range(1, order + 1)]
-        )
+        changes = [jnp.zeros_like(x_t), *(beyond_ddim(n) for n in range(2, order + 1))]
+        change = _choose(_order(order, history, t, lower_order_final) - 1, changes)
         x_prev = there.alpha * denoised.x_0 + there.sigma * denoised.eps - change
         return Step(x_prev, denoised.x_0, push(history, denoised.eps))
 

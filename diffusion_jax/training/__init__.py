@@ -207,7 +207,7 @@ def setup(config: Mapping) -> Setup:
         mesh=mesh,
         model=model,
         schedule=schedule,
-        init=jax.jit(init, out_shardings=states),
+        init=jax.jit(init, out_shardings=states, compiler_options=compiler.quick()),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if many else None,
         abstract_state=jax.tree.map(

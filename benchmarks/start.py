@@ -1,0 +1,182 @@
+"""How long it takes to begin: the import, the first train step without and with a compilation cache, the programs' size.
+
+    python benchmarks/start.py [--parts=import,step,command,programs] [--pairs=7] [--presets=ddpm_cifar10,...]
+
+import: pairs of processes, `import jax` and with `import diffusion_jax` after it; the median of the differences.
+step: the first train step of configs/digits.py in a process of its own, from its start; its parts, one after the other. The
+cache is a temporary folder, which the first process finds empty.
+command: the same as people launch it, `main.py --config=configs/digits.py`, until the first step is in metrics.jsonl.
+programs: equations of the traced programs, those inside others counted too, and the seconds to trace and to compile them; of
+one call of a network for 1 image, and of the train step for 2.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+PIXELS = {"ddpm_cifar10": 32, "adm_imagenet64": 64, "adm_imagenet256": 256}
+
+_IMPORT = "import time, jax; s = time.perf_counter(); {}; print(time.perf_counter() - s)"
+
+_FIRST_STEP = """
+import json, sys, time
+marks = [("python", time.time())]
+def mark(part):
+    marks.append((part, time.time()))
+import main
+from diffusion_jax import data, training
+from diffusion_jax.runs import devices, train
+mark("import")
+devices.quiet()
+devices.start()
+mark("devices")
+from configs import digits
+config = digits.get_config()
+built = training.setup(config)
+mark("set-up")
+source = data.load(config.data)
+batch = next(data.stream(data.Batches(source, config.seed, config.training.batch_size, 1)))
+mark("data")
+import jax
+state = jax.block_until_ready(built.init())
+mark("initialisation")
+lowered = built.train_step.lower(state, batch)
+mark("tracing")
+compiled = lowered.compile()
+mark("compiling or loading")
+jax.block_until_ready(compiled(state, batch))
+mark("the step")
+print(json.dumps(marks))
+"""
+
+
+def run(arguments: list[str], **environment: str) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def imports(pairs: int) -> None:
+    """Prints what the import adds."""
+    alone = float(run(["-c", "import time; s = time.perf_counter(); import jax; print(time.perf_counter() - s)"]))
+    added = [float(run(["-c", _IMPORT.format("import diffusion_jax")])) for _ in range(pairs)]
+    print(
+        f"import diffusion_jax after import jax: {statistics.median(added):.3f} s ({alone:.3f} s for jax)", flush=True
+    )
+
+
+def first_step() -> None:
+    """Prints a table of the parts, with an empty cache and a full one."""
+    columns = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("empty cache", "full cache"):
+            began = time.time()
+            marks = json.loads(run(["-c", _FIRST_STEP], XDG_CACHE_HOME=cache).splitlines()[-1])
+            ends = [began, *(when for _, when in marks)]
+            columns[name] = [after - before for before, after in itertools.pairwise(ends)]
+            columns[name].append(ends[-1] - began)
+    print(f"| | {' | '.join(columns)} |\n|---|---|---|")
+    for part, *seconds in zip([*(part for part, _ in marks), "all"], *columns.values(), strict=True):
+        print(f"| {part} | " + " | ".join(f"{s:.2f} s" for s in seconds) + " |", flush=True)
+
+
+def command() -> None:
+    """Prints the seconds until the first step's line is in the log."""
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("empty cache", "full cache"):
+            with tempfile.TemporaryDirectory() as workdir:
+                log = pathlib.Path(workdir) / "metrics.jsonl"
+                options = ["--config.training.num_steps=1", "--config.sampling.preview_samples=0"]
+                arguments = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}", *options]
+                began = time.time()
+                process = subprocess.Popen(
+                    arguments, cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": cache}, stdout=subprocess.DEVNULL
+                )
+                while process.poll() is None and not (log.exists() and log.stat().st_size):
+                    time.sleep(0.01)
+                print(f"main.py to the first step's line, {name}: {time.time() - began:.1f} s", flush=True)
+                process.wait()
+
+
+def programs(presets: list[str], compiled: bool) -> None:
+    """Prints a line for each network: its call and its train step."""
+    import jax
+    import jax.numpy as jnp
+    from programs import equations
+
+    from configs import default
+    from diffusion_jax import data, models, training
+    from diffusion_jax.training import compiler
+
+    def report(name: str, function, *arguments) -> None:
+        """function: jitted."""
+        start = time.perf_counter()
+        traced = function.trace(*arguments)
+        seconds = [time.perf_counter() - start]
+        count = sum(1 for _ in equations(traced.jaxpr.jaxpr))
+        if compiled:
+            start = time.perf_counter()
+            traced.lower().compile()
+            seconds.append(time.perf_counter() - start)
+        print(f"| {name} | {count:,} | " + " | ".join(f"{s:.1f} s" for s in seconds) + " |", flush=True)
+
+    print("| | equations | tracing |" + " compiling |" * compiled + "\n|---|---|---|" + "---|" * compiled)
+    for name in presets:
+        config = default.get_config()
+        config.model.update(models.preset_fields(name))
+        config.data.image_size = PIXELS[name]
+        config.training.batch_size = 2
+        if models.preset(name).out_channels == 6:
+            config.diffusion.update(variance="learned_range", loss="hybrid")
+        built = training.setup(config)
+        shape = data.image_shape(config.data)
+
+        def arguments(images, dtype, shape=shape):
+            labels = jax.ShapeDtypeStruct((images,), jnp.int32)
+            return jax.ShapeDtypeStruct((images, *shape), dtype), labels
+
+        x, y = arguments(1, jnp.float32)
+        y = y if built.model.num_classes else None
+        call = jax.jit(
+            lambda p, x, t, y, model=built.model: model.apply({"params": p}, x, t, y),
+            compiler_options=compiler.options(),
+        )
+        state = built.abstract_state
+        report(f"{name}, call", call, state.params, x, jax.ShapeDtypeStruct((1,), jnp.float32), y)
+        image, label = arguments(2, jnp.uint8)
+        report(f"{name}, train step", built.train_step, state, {"image": image, "label": label})
+
+
+def main() -> None:
+    """Prints the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="import,step,command,programs")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--presets", default=",".join(PIXELS))
+    parser.add_argument("--compile", action="store_true", help="the programs, too: minutes for the large ones")
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    if "import" in parts:
+        imports(options.pairs)
+    if "step" in parts:
+        first_step()
+    if "command" in parts:
+        command()
+    if "programs" in parts:
+        programs(options.presets.split(","), options.compile)
+
+
+if __name__ == "__main__":
+    main()
