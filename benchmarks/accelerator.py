@@ -122,6 +122,16 @@ def launch(case: Case, flags: str = "", timeout: float = 1800) -> dict:
     return {"error": f"the process ended with {done.returncode}: {said[-1][:150]}"}
 
 
+def row(*values) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def header(*names: str) -> tuple[str, str]:
+    """The first two lines of one."""
+    return row(*names), "|---" * len(names) + "|"
+
+
 def memory(result: dict) -> str:
     """Gigabytes at most, of the device; on a CPU of the process."""
     return f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "?"
@@ -137,28 +147,21 @@ def share(result: dict, case: Case, tflops: float | None) -> str:
 
 def side_by_side(cases: Iterable[Case], measure: Callable[..., dict], peak: Callable, libraries) -> Iterator[str]:
     """Lines of the table of throughput. cases: of either side; peak: precision -> TFLOP/s, or None."""
-    yield "| network | work | precision | batch | library | images/s | MFU | peak GB | first call, s | parameters | GMAC | ratio |"
-    yield "|---" * 12 + "|"
+    found = "images/s", "MFU", "peak GB", "first call, s", "parameters", "GMAC", "ratio"
+    yield from header("network", "work", "precision", "batch", "library", *found)
     for case in cases:
         rates = []
         for library in libraries:
             one = dataclasses.replace(case, library=library)
             found = measure(one)
-            row = [one.network, one.work, one.precision, one.batch, library]
+            cells = [one.network, one.work, one.precision, one.batch, library + found.get("note", "")]
             if "error" in found:
-                yield "| " + " | ".join(map(str, [*row, found["error"], *[""] * 6])) + " |"
+                yield row(*cells, found["error"], *[""] * 6)
                 continue
             rates.append(found["rate"])
-            row[-1] += found.get("note", "")
-            row += [
-                f"{found['rate']:,.1f}",
-                share(found, one, peak(one.precision)),
-                memory(found),
-                f"{found['first']:.1f}",
-            ]
             ratio = f"{rates[0] / rates[1]:.2f}" if len(rates) == 2 else ""
-            row += [f"{found['parameters']:,}", f"{found['gmac']:.2f}", ratio]
-            yield "| " + " | ".join(map(str, row)) + " |"
+            cells += [f"{found['rate']:,.1f}", share(found, one, peak(one.precision)), memory(found)]
+            yield row(*cells, f"{found['first']:.1f}", f"{found['parameters']:,}", f"{found['gmac']:.2f}", ratio)
 
 
 def verdict(option: Option, ratios: list[float]) -> str:
@@ -174,8 +177,8 @@ def options_table(bases: Iterable[Case], measure: Callable[..., dict], rounds: i
 
     A CPU runs the options of GPUs, too, to see that they are known; that says nothing of them.
     """
-    yield "| network | work | precision | option | base, images/s | option, images/s | ratio | peak GB | verdict | expected |"
-    yield "|---" * 10 + "|"
+    found = "base, images/s", "option, images/s", "ratio", "peak GB", "verdict", "expected"
+    yield from header("network", "work", "precision", "option", *found)
     for base in bases:
         tried = [option for option in OPTIONS if base.work in option.works]
         measured: dict[str, list[dict]] = {option.name: [] for option in tried} | {"base": []}
@@ -186,75 +189,61 @@ def options_table(bases: Iterable[Case], measure: Callable[..., dict], rounds: i
                 if platform != "tpu" or not option.gpu_only:
                     measured[option.name].append(measure(dataclasses.replace(base, **changed), option.flags))
         for option in tried:
-            row = [base.network, base.work, base.precision, option.name]
+            cells = [base.network, base.work, base.precision, option.name]
             pairs = list(zip(measured["base"], measured[option.name], strict=False))
             bad = next((one["error"] for pair in pairs for one in pair if "error" in one), None)
             if not pairs or bad:
-                row += ["", bad or "left out: an option of GPUs", "", "", "", option.expected]
-            else:
-                rates = [statistics.median(one["rate"] for one in side) for side in zip(*pairs, strict=True)]
-                ratios = [other["rate"] / one["rate"] for one, other in pairs]
-                judged = verdict(option, ratios) if platform != "cpu" or not option.gpu_only else "not judged on a CPU"
-                row += [
-                    *(f"{rate:,.1f}" for rate in rates),
-                    f"{statistics.median(ratios):.3f}",
-                    memory(pairs[0][1]),
-                    judged,
-                ]
-                row += [option.expected]
-            yield "| " + " | ".join(row) + " |"
+                yield row(*cells, "", bad or "left out: an option of GPUs", "", "", "", option.expected)
+                continue
+            rates = [f"{statistics.median(one['rate'] for one in side):,.1f}" for side in zip(*pairs, strict=True)]
+            ratios = [other["rate"] / one["rate"] for one, other in pairs]
+            judged = verdict(option, ratios) if platform != "cpu" or not option.gpu_only else "not judged on a CPU"
+            yield row(*cells, *rates, f"{statistics.median(ratios):.3f}", memory(pairs[0][1]), judged, option.expected)
 
 
 def parts_table(network: str, batch: int, measure: Callable[..., dict], small: bool, seconds: float) -> Iterator[str]:
     """Lines of the table of single layers, forward and backward, in bfloat16 and as float32 runs by default."""
-    yield "| layer | precision | microseconds | TFLOP/s | GB/s | error against float32 |"
-    yield "|---" * 6 + "|"
+    yield from header("layer", "precision", "microseconds", "TFLOP/s", "GB/s", "error against float32")
     for part in sides.PARTS:
         for precision in ("tf32", "bfloat16"):
             found = measure(Case(network, part, precision, batch, small=small, seconds=seconds))
-            row = [part, precision]
             if "error" in found:
-                row += [found["error"], "", "", ""]
-            else:
-                per_s = [found[name] / found["call"] for name in ("flops", "bytes")]
-                row += [f"{found['call'] * 1e6:,.0f}", f"{per_s[0] / 1e12:.3g}", f"{per_s[1] / 1e9:,.0f}"]
-                row += [f"{found['deviation']:.1e}"]
-            yield "| " + " | ".join(row) + " |"
+                yield row(part, precision, found["error"], "", "", "")
+                continue
+            flops, moved = (found[name] / found["call"] for name in ("flops", "bytes"))
+            rates = f"{found['call'] * 1e6:,.0f}", f"{flops / 1e12:.3g}", f"{moved / 1e9:,.0f}"
+            yield row(part, precision, *rates, f"{found['deviation']:.1e}")
 
 
 def hlo_table(cases: Iterable[Case], targets: Iterable[str], measure: Callable[..., dict]) -> Iterator[str]:
     """Lines of the table of compiled programs, with a roofline's prediction where the target's peaks are known."""
-    kinds = " | ".join(compiled.KINDS)
-    yield (
-        f"| target | network | work | precision | batch | kernels | {kinds} | GB | convolutions | least, ms | expected, ms "
-        "| predicted images/s |"
+    found = "kernels", *compiled.KINDS, *compiled.PHASES, "norm, SiLU", "GB", "norm, SiLU", "convolutions"
+    yield from header(
+        "target", "network", "work", "precision", "batch", *found, "least, ms", "expected, ms", "predicted images/s"
     )
-    yield "|---" * (12 + len(compiled.KINDS)) + "|"
     for target in targets:
         for case in cases:
             found = measure(dataclasses.replace(case, library="hlo", changes={"target": target}))
-            row = [target, case.network, case.work, case.precision, case.batch]
+            cells = [target, case.network, case.work, case.precision, case.batch]
             if "error" in found:
-                yield "| " + " | ".join(map(str, [*row, found["error"], *[""] * (6 + len(compiled.KINDS))])) + " |"
+                yield row(*cells, found["error"], *[""] * (8 + len(compiled.KINDS) + len(compiled.PHASES)))
                 continue
             read = compiled.Summary(**found["summary"])
-            row += [read.kernels, *(read.count.get(kind, 0) for kind in compiled.KINDS)]
-            row += [f"{sum(read.bytes.values()) / 1e9:.2f}", ", ".join(f"{name} {n}" for name, n in read.layouts)]
+            cells += [read.kernels, *(read.count.get(kind, 0) for kind in compiled.KINDS)]
+            cells += [*(read.phases.get(phase, 0) for phase in compiled.PHASES), read.norms]
+            cells += [f"{sum(read.bytes.values()) / 1e9:.2f}", f"{read.norm_bytes / 1e9:.2f}"]
+            cells.append(", ".join(f"{name} {n}" for name, n in read.layouts))
             card = roofline.card(found["kind"])
             tflops = card and getattr(card, case.precision)
-            if tflops:
-                flops = (3 if case.work == "train" else 1) * 2e9 * found["gmac"] * case.batch
-                gap = 0 if card.name.startswith("TPU") else compiled.GAP
-                least, expected = compiled.seconds(read, flops, tflops, card.bandwidth, gap)
-                images = case.batch / (case.steps if case.work == "sample" else 1)
-                row += [
-                    f"{least * 1e3:.2f}",
-                    f"{expected * 1e3:.2f}",
-                    f"{images / expected:,.0f} (at most {images / least:,.0f})",
-                ]
-            else:
-                row += ["", "", ""]
-            yield "| " + " | ".join(map(str, row)) + " |"
+            if not tflops:
+                yield row(*cells, "", "", "")
+                continue
+            flops = (3 if case.work == "train" else 1) * 2e9 * found["gmac"] * case.batch
+            gap = 0 if card.name.startswith("TPU") else compiled.GAP
+            least, expected = compiled.seconds(read, flops, tflops, card.bandwidth, gap)
+            images = case.batch / (case.steps if case.work == "sample" else 1)
+            predicted = f"{images / expected:,.0f} (at most {images / least:,.0f})"
+            yield row(*cells, f"{least * 1e3:.2f}", f"{expected * 1e3:.2f}", predicted)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

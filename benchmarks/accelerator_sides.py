@@ -343,7 +343,7 @@ def _attention(implementation: str) -> Callable:
     return make
 
 
-# Layers by themselves: the common one, those whose bfloat16 autotuning has failed (3 -> 128, 128 -> 3), and what has two ways.
+# Layers alone: the common one, those whose bfloat16 autotuning has failed (3 -> 128, 128 -> 3), and what has two ways.
 PARTS: dict[str, Callable] = {
     "convolution 128 -> 128": _conv(128, 128),
     "convolution 3 -> 128": _conv(3, 128),

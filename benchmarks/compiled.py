@@ -44,6 +44,7 @@ _TPUS = {"v5e": "v5e:2x2"}
 TARGETS = (*_GPUS, *_TPUS, "here")
 
 KINDS = ("convolution", "dot", "reduction", "transposition", "element-wise", "other")
+PHASES = ("forward", "backward", "rest")
 
 
 @contextlib.contextmanager
@@ -75,7 +76,8 @@ def target(name: str) -> Iterator[str]:
 
 
 class Kernel(NamedTuple):
-    """What runs as one kernel. kind: of `KINDS`, the heaviest within it. phase: forward, backward or update (all else).
+    """What runs as one kernel. kind: of `KINDS`, the heaviest within it. phase: of `PHASES`; the rest is the update,
+    and what carries no name of jax's, such as the weights' change of layout.
 
     bytes: of its operands and results in the chip's main memory, each whole. runs: how often, in loops. name: jax's, of the
     operation it stems from. layout: of a convolution.
@@ -183,7 +185,7 @@ def kernels(text: str) -> list[Kernel]:
                 continue
             jax_name = re.search(r'op_name="([^"]*)"', line.rest)
             jax_name = jax_name.group(1) if jax_name else ""
-            phase = "backward" if "transpose(" in jax_name else "forward" if "jvp(" in jax_name else "update"
+            phase = "backward" if "transpose(" in jax_name else "forward" if "UNet" in jax_name else "rest"
             read = sum(_size(lines[operand].type) for operand in set(line.operands) if operand in lines)
             kind = _kind(computations, line)
             where = layout(line) if kind == "convolution" else ""
@@ -193,11 +195,16 @@ def kernels(text: str) -> list[Kernel]:
 
 
 class Summary(NamedTuple):
-    """Kernels of a program. count, bytes: by kind; phases: count by phase; layouts: of its convolutions, most first."""
+    """Kernels of a program. count, bytes: by kind; phases: count by phase; layouts: of its convolutions, most first.
+
+    norms, norm_bytes: of the kernels that stem from a GroupNorm, SiLU or dropout and are no product.
+    """
 
     count: dict[str, int]
     bytes: dict[str, int]
     phases: dict[str, int]
+    norms: int
+    norm_bytes: int
     layouts: list[tuple[str, int]]
 
     @property
@@ -208,19 +215,22 @@ class Summary(NamedTuple):
 
 def summary(found: list[Kernel], steps: int = 1) -> Summary:
     """Of one of `steps` equal steps, where the program is a loop of as many."""
-    count, moved, phases = collections.Counter(), collections.Counter(), collections.Counter()
-    layouts = collections.Counter()
+    sums = collections.defaultdict(collections.Counter)
     for kernel in found:
-        count[kernel.kind] += kernel.runs
-        moved[kernel.kind] += kernel.runs * kernel.bytes
-        phases[kernel.phase] += kernel.runs
+        sums["count"][kernel.kind] += kernel.runs
+        sums["bytes"][kernel.kind] += kernel.runs * kernel.bytes
+        sums["phases"][kernel.phase] += kernel.runs
         if kernel.layout:
-            layouts[kernel.layout] += kernel.runs
-
-    def each(counter):
-        return {key: round(value / steps) for key, value in counter.items()}
-
-    return Summary(each(count), each(moved), each(phases), list(each(layouts).items()))
+            sums["layouts"][kernel.layout] += kernel.runs
+        elif re.search(r"/norm(\d|_out)?/|jit\(silu\)|Dropout", kernel.name) and kernel.kind not in (
+            "convolution",
+            "dot",
+        ):
+            sums["norms"].update(count=kernel.runs, bytes=kernel.runs * kernel.bytes)
+    each = {name: {key: round(n / steps) for key, n in counter.most_common()} for name, counter in sums.items()}
+    norms, layouts = each.get("norms", {}), each.get("layouts", {})
+    totals = norms.get("count", 0), norms.get("bytes", 0)
+    return Summary(each["count"], each["bytes"], each["phases"], *totals, list(layouts.items()))
 
 
 # Of a roofline that is to be met, not only approached. 0.6 and 0.8 are what good kernels reach of the peaks; 1.5 us what a
