@@ -132,6 +132,11 @@ def header(*names: str) -> tuple[str, str]:
     return row(*names), "|---" * len(names) + "|"
 
 
+def rate(images_per_s: float) -> str:
+    """Three digits at least."""
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
+
+
 def memory(result: dict) -> str:
     """Gigabytes at most, of the device; on a CPU of the process."""
     return f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "?"
@@ -160,7 +165,7 @@ def side_by_side(cases: Iterable[Case], measure: Callable[..., dict], peak: Call
                 continue
             rates.append(found["rate"])
             ratio = f"{rates[0] / rates[1]:.2f}" if len(rates) == 2 else ""
-            cells += [f"{found['rate']:,.1f}", share(found, one, peak(one.precision)), memory(found)]
+            cells += [rate(found["rate"]), share(found, one, peak(one.precision)), memory(found)]
             yield row(*cells, f"{found['first']:.1f}", f"{found['parameters']:,}", f"{found['gmac']:.2f}", ratio)
 
 
@@ -195,7 +200,7 @@ def options_table(bases: Iterable[Case], measure: Callable[..., dict], rounds: i
             if not pairs or bad:
                 yield row(*cells, "", bad or "left out: an option of GPUs", "", "", "", option.expected)
                 continue
-            rates = [f"{statistics.median(one['rate'] for one in side):,.1f}" for side in zip(*pairs, strict=True)]
+            rates = [rate(statistics.median(one["rate"] for one in side)) for side in zip(*pairs, strict=True)]
             ratios = [other["rate"] / one["rate"] for one, other in pairs]
             judged = verdict(option, ratios) if platform != "cpu" or not option.gpu_only else "not judged on a CPU"
             yield row(*cells, *rates, f"{statistics.median(ratios):.3f}", memory(pairs[0][1]), judged, option.expected)
@@ -242,7 +247,7 @@ def hlo_table(cases: Iterable[Case], targets: Iterable[str], measure: Callable[.
             gap = 0 if card.name.startswith("TPU") else compiled.GAP
             least, expected = compiled.seconds(read, flops, tflops, card.bandwidth, gap)
             images = case.batch / (case.steps if case.work == "sample" else 1)
-            predicted = f"{images / expected:,.0f} (at most {images / least:,.0f})"
+            predicted = f"{rate(images / expected)} (at most {rate(images / least)})"
             yield row(*cells, f"{least * 1e3:.2f}", f"{expected * 1e3:.2f}", predicted)
 
 

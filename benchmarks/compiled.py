@@ -92,7 +92,7 @@ class Kernel(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """An instruction of the compiled text."""
+    """An instruction of the compiled text; operands: their names, or of a constant its value."""
 
     type: str
     opcode: str
@@ -142,7 +142,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
             end = _closing(body, 0) + 1 if body[0] == "(" else body.index(" ")
             opened = body.index("(", end)
             closed = _closing(body, opened)
-            operands = tuple(re.findall(r"%([\w.\-]+)", body[opened:closed]))
+            operands = tuple(re.findall(r"%([\w.\-]+)", body[opened:closed])) or (body[opened + 1 : closed],)
             lines[name] = _Line(body[:end], body[end:opened].strip(), operands, body[closed:])
     return computations, entry
 
@@ -151,11 +151,26 @@ def _called(line: _Line) -> list[str]:
     return re.findall(r"(?:calls|to_apply|body|branch_computations=\{)=?%([\w.\-]+)", line.rest)
 
 
+def _trips(computations, line: _Line) -> int:
+    """How often a loop runs: what the compiler says, else what its condition compares with; 1 where neither is told."""
+    if told := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
+        return int(told.group(1))
+    condition = computations[re.search(r"condition=%([\w.\-]+)", line.rest).group(1)].values()
+    if not any(each.opcode == "compare" and "direction=LT" in each.rest for each in condition):
+        return 1
+    limits = [int(each.operands[0]) for each in condition if each.opcode == "constant" and each.operands[0].isdigit()]
+    return limits[0] if len(limits) == 1 else 1
+
+
 def _kind(computations, line: _Line) -> str:
     if line.opcode == "custom-call":
         called = re.search(r'custom_call_target="([^"]*)"', line.rest).group(1)
         kinds = {"conv": "convolution", "matmul": "dot", "gemm": "dot", "fmha": "dot"}
         return next((kind for part, kind in kinds.items() if part in called), "other")
+    if line.opcode.endswith(
+        "-start"
+    ):  # a copy beside the program, to a TPU's own memory; its type names the source again
+        return "other"
     inside, waiting = set(), [line]
     while waiting:
         one = waiting.pop()
@@ -179,17 +194,18 @@ def kernels(text: str) -> list[Kernel]:
             if line.opcode in _FREE or line.opcode.endswith("-done"):
                 continue
             if line.opcode in ("call", "while", "conditional") or line.opcode == "async-start":
-                times = re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest) if line.opcode == "while" else None
+                times = _trips(computations, line) if line.opcode == "while" else 1
                 for called in _called(line):
-                    yield from walk(called, runs * (int(times.group(1)) if times else 1))
+                    yield from walk(called, runs * times)
                 continue
             jax_name = re.search(r'op_name="([^"]*)"', line.rest)
             jax_name = jax_name.group(1) if jax_name else ""
             phase = "backward" if "transpose(" in jax_name else "forward" if "UNet" in jax_name else "rest"
             read = sum(_size(lines[operand].type) for operand in set(line.operands) if operand in lines)
             kind = _kind(computations, line)
+            written = 0 if kind == "other" and line.opcode.endswith("-start") else _size(line.type)
             where = layout(line) if kind == "convolution" else ""
-            yield Kernel(kind, phase, read + _size(line.type), runs, jax_name, where)
+            yield Kernel(kind, phase, read + written, runs, jax_name, where)
 
     return list(walk(entry, 1))
 
