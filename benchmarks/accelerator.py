@@ -58,7 +58,7 @@ OPTIONS = (
     Option(
         "NHWC for every convolution",
         ("train", "sample"),
-        "nothing on Hopper and in bfloat16, which are NHWC already; before Hopper, float32 loses its transposes",
+        "nothing on Hopper and in bfloat16, which are NHWC already; before Hopper float32 is NCHW, and either may be faster",
         flags="--xla_gpu_force_conv_nhwc=true",
     ),
     Option(
