@@ -3,7 +3,8 @@
     make setup EXTRA=cuda && .venv/bin/pip install torch diffusers
     .venv/bin/python benchmarks/accelerator.py --output=TABLE.md
     .venv/bin/python benchmarks/accelerator.py --small    # where there is no accelerator: tiny networks, to see that it runs
-    .venv/bin/python benchmarks/accelerator.py --hlo      # what XLA makes of the programs for chips that are not there
+    .venv/bin/python benchmarks/accelerator.py --hlo      # what XLA makes of the programs for chips that are not there; with
+                                                          # KEEP_HLO=DIR in the environment it leaves them there
 
 Every measurement has a process of its own, one after the other, so that neither library holds memory that the other needs;
 jax takes memory as it goes (XLA_PYTHON_CLIENT_PREALLOCATE=false). A process makes one call (the time to it is "first call":
@@ -346,9 +347,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.case:
         print(json.dumps(sides.measure(Case(**json.loads(options.case)))))
         return
-    # Later rounds of the same program read it from here; the first call of a program is its compilation all the same.
+    # Later rounds of a program read it from here; its first call is its compilation all the same.
     cache = tempfile.mkdtemp()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     output = open(options.output, "w") if options.output else None
     started = time.perf_counter()
     try:
