@@ -59,7 +59,8 @@ OPTIONS = (
     Option(
         "NHWC for every convolution",
         ("train", "sample"),
-        "nothing on Hopper and in bfloat16, which are NHWC already; before Hopper float32 is NCHW, and either may be faster",
+        "nothing on Hopper and in bfloat16, which are NHWC already; before Hopper float32 is NCHW, of as many bytes: "
+        "the convolutions alone decide",
         flags="--xla_gpu_force_conv_nhwc=true",
     ),
     Option(
