@@ -1,0 +1,104 @@
+"""What a chip can do at most, and what a program asks of it: published peaks, and products counted in a jaxpr."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax.extend import core
+
+
+class Card(NamedTuple):
+    """Published figures of one chip. Dense TFLOP/s by the precision of the operands (None: it has no such units), and GB/s.
+
+    tf32: what a float32 product runs in where jax is not told otherwise: TF32 since Ampere, bfloat16 operands on TPUs.
+    """
+
+    name: str
+    float32: float | None
+    tf32: float | None
+    bfloat16: float | None
+    bandwidth: float
+
+
+# By a part of jax's `device_kind`, or of `torch.cuda.get_device_name()`; the first that fits.
+CARDS = {
+    "H100 PCIe": Card("H100 PCIe", 51, 378, 756, 2039),
+    "H100 NVL": Card("H100 NVL", 60, 418, 835, 3900),
+    "H100": Card("H100 SXM", 67, 494.7, 989.4, 3352),
+    "H200 NVL": Card("H200 NVL", 60, 418, 836, 4800),
+    "H200": Card("H200", 67, 494.7, 989.4, 4800),
+    "A100-SXM4-40GB": Card("A100 40 GB", 19.5, 156, 312, 1555),
+    "A100-PCIE-40GB": Card("A100 40 GB", 19.5, 156, 312, 1555),
+    "A100": Card("A100 80 GB", 19.5, 156, 312, 2039),
+    "RTX 4090": Card("RTX 4090", 82.6, 82.6, 165.2, 1008),  # with float32 accumulation
+    "NVIDIA L40": Card("L40", 90.5, 90.5, 181, 864),
+    "NVIDIA L4": Card("L4", 30.3, 60, 121, 300),
+    "V100": Card("V100 SXM2", 15.7, 15.7, None, 900),
+    "TPU v4": Card("TPU v4", None, 275, 275, 1228),
+    "TPU v5 lite": Card("TPU v5e", None, 197, 197, 819),
+    "TPU v5e": Card("TPU v5e", None, 197, 197, 819),
+    "TPU v5": Card("TPU v5p", None, 459, 459, 2765),
+    "TPU v6": Card("TPU v6e", None, 918, 918, 1640),
+}
+
+
+def card(kind: str) -> Card | None:
+    """The card that calls itself `kind`; None for one that the table does not have."""
+    return next((found for part, found in CARDS.items() if part in kind), None)
+
+
+def macs(function, *arguments) -> int:
+    """Multiplications of `function`'s convolutions and products, from its jaxpr: nothing is computed or compiled.
+
+    arguments: arrays or ShapeDtypeStructs. What runs over padding counts; a loop counts as often as it runs. Raises:
+    NotImplementedError for a `while_loop`, whose length no jaxpr tells.
+    """
+    return _macs(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _macs(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "while":
+            raise NotImplementedError("a while_loop says not how often it runs; count its body")
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            output_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // output_features
+        inner = [_macs(found) for found in _inner(eqn)]
+        total += max(inner) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
+    return total
+
+
+def _inner(eqn) -> list[core.Jaxpr]:
+    """The jaxprs among an equation's parameters; of a custom derivative only the function itself is one."""
+    found = []
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if isinstance(part, core.Jaxpr):
+                found.append(part)
+    return found
+
+
+def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
+    """Multiplications of one call of a network of ours for one image [H, W, C]."""
+    labels = (jax.ShapeDtypeStruct((1,), "int32"),) if model.num_classes else ()
+    x, time = jax.ShapeDtypeStruct((1, *image_shape), "float32"), jax.ShapeDtypeStruct((1,), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), x, time, *labels)
+    return macs(model.apply, variables, x, time, *labels)
+
+
+def utilisation(macs_per_image: float, images_per_s: float, train: bool, tflops: float) -> float:
+    """Model FLOP utilisation: 2 FLOP a multiplication, three times that for a train step, over the peak.
+
+    A step's gradients with respect to inputs and to kernels cost what the call does each; nothing that is computed twice, and
+    nothing element-wise, counts.
+    """
+    return (3 if train else 1) * 2 * macs_per_image * images_per_s / (tflops * 1e12)
