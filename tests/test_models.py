@@ -227,7 +227,12 @@ def test_resampling_blocks_stand_where_the_convolutions_did():
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_classes": 3}, {"remat": True}, {"scale_shift_norm": True, "resample_blocks": True, "dtype": "bfloat16"}],
+    [
+        {},
+        {"num_classes": 3},
+        {"remat": True},
+        {"scale_shift_norm": True, "resample_blocks": True, "dtype": "bfloat16", "convolution": "xla"},
+    ],
 )
 def test_a_tabulated_network_is_the_network_without_the_products_of_the_time(fields):
     model, times = models.UNet(**TINY, **fields), np.array([3.0, 250.5, 700.0])
@@ -259,29 +264,41 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
     np.testing.assert_allclose(apply(by_channels, params, x, time), apply(by_number, params, x, time), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 4, 5, 3), (1, 1, 1, 2, 2)], ids=["6x4", "one pixel"])
-def test_convolutions_as_products(shape):
-    *image, features = shape
+@pytest.mark.parametrize(
+    ("size", "padding"),
+    [((3, 3), ((1, 1), (1, 1))), ((3, 3), ((0, 2), (1, 0))), ((2, 2), ((1, 0), (0, 1))), ((3, 1), ((0, 1), (0, 0)))],
+)
+def test_convolutions_as_products(size, padding):
     keys = jax.random.split(jax.random.key(0), 3)
-    x, g = jax.random.normal(keys[0], image), jax.random.normal(keys[1], (*image[:3], features))
-    kernel = jax.random.normal(keys[2], (3, 3, image[-1], features))
-
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x, kernel = jax.random.normal(keys[0], (2, 6, 4, 5)), jax.random.normal(keys[1], (*size, 5, 3))
+    y = convolution.xla(x, kernel, padding)
+    g = jax.random.normal(keys[2], y.shape).astype(jnp.bfloat16).astype(jnp.float32)
 
     def both(convolve, *inputs):
-        y, pullback = jax.vjp(convolve, *inputs)
-        return y, *pullback(g.astype(y.dtype))
+        y, pullback = jax.vjp(lambda x, kernel: convolve(x, kernel, padding), *inputs)
+        return y, *pullback(g)
 
-    for mine, true in zip(both(convolution.conv3x3, x, kernel), both(plain, x, kernel), strict=True):
+    for mine, true in zip(both(convolution.products, x, kernel), both(convolution.xla, x, kernel), strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-5, atol=1e-5)
     # In bfloat16 operands are rounded and sums are not: the same as of rounded numbers, gradients rounded once more.
-    g = g.astype(jnp.bfloat16).astype(jnp.float32)
     low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
-    computed, true = both(convolution.conv3x3, *low), both(plain, *(a.astype(jnp.float32) for a in low))
-    assert [y.dtype for y in computed] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    computed = both(convolution.products, *low)
+    assert [a.dtype for a in computed] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    true = both(convolution.xla, *(a.astype(jnp.float32) for a in low))
     for mine, exact, rtol in zip(computed, true, (1e-5, 2**-8, 2**-8), strict=True):
         np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("convolve", [convolution.xla, convolution.products])
+@pytest.mark.parametrize("size", [(4, 6), (1, 1)])
+def test_a_convolution_of_a_doubled_image(convolve, size):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, *size, 5)), jax.random.normal(keys[1], (3, 3, 5, 3))
+    g = jax.random.normal(keys[2], (2, 2 * size[0], 2 * size[1], 3))
+    y, pullback = jax.vjp(lambda x, kernel: convolution.doubled(convolve, x, kernel), x, kernel)
+    true, true_pullback = jax.vjp(lambda x, kernel: convolution.xla(unet.double(x), kernel), x, kernel)
+    for mine, exact in zip((y, *pullback(g)), (true, *true_pullback(g)), strict=True):
+        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
 
 
 def test_a_network_of_products_is_the_same_network():

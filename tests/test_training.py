@@ -1,9 +1,6 @@
 """The train step: its parts against optax and NumPy written here, one program, sharding, and steps in one call."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -266,33 +263,6 @@ def test_ema_warmup():
     warm = {"decay": 0.999, "warmup": True}
     np.testing.assert_allclose([step.ema_decay(s, warm) for s in (0, 90, 10**6)], [0.1, 0.91, 0.999], rtol=1e-6)
     assert step.ema_decay(0, {"decay": 0.999, "warmup": False}) == 0.999
-
-
-def test_memory_is_kept_from_one_call_to_the_next():
-    """Counted in page faults: a program with 256 MB of intermediate results meets none of its pages anew."""
-    program = """
-import resource
-from diffusion_jax.training import compiler
-if not compiler.keep_memory():
-    print("not glibc")
-    raise SystemExit
-import jax, jax.numpy as jnp
-def f(x):
-    y = jax.lax.optimization_barrier(jnp.broadcast_to(x, (64, *x.shape)) + 1.0)
-    return jax.lax.optimization_barrier(y * 2.0).sum(0)
-f, x = jax.jit(f), jnp.zeros((1024, 1024))
-for _ in range(3):
-    f(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    f(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
-"""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    if "not glibc" in out.stdout:
-        pytest.skip("the allocator is another one")
-    assert float(out.stdout) < 1_000  # 65,536 pages otherwise
 
 
 def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):

@@ -11,6 +11,7 @@ Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,20 @@ class Dropout(nn.Dropout):
         return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 
 
+class Conv(nn.Conv):
+    """Rounded to its dtype after the bias is added: products are float32."""
+
+    def __call__(self, x):
+        return super().__call__(x).astype(self.dtype)
+
+
+class Dense(nn.Dense):
+    """Rounded as `Conv` is."""
+
+    def __call__(self, x):
+        return super().__call__(x).astype(self.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layers:
     """Makes the layers of a network: what they all share."""
@@ -117,22 +132,22 @@ class _Layers:
             return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")
 
-    def conv(self, features: int, name: str, *, last: bool = False, stride: int = 1, padding=(1, 1)) -> Callable:
-        """3x3. padding: before and after, in height and width."""
+    def conv(
+        self, features: int, name: str, *, last: bool = False, stride: int = 1, padding=(1, 1), doubled: bool = False
+    ) -> Conv:
+        """3x3. padding: before and after, in height and width. doubled: of `double(x)`, with fewer products."""
         options = {"dtype": self.dtype, "kernel_init": self._init(last), "name": name}
-        if self.products and stride == 1:
-            options["conv_general_dilated"] = lambda x, kernel, *args, **kwargs: convolution.conv3x3(x, kernel)
-        return self._rounded(nn.Conv(features, (3, 3), stride, padding=(tuple(padding),) * 2, **options))
+        if stride == 1 and (doubled or self.products):
+            convolve = convolution.products if self.products else convolution.xla
+            convolve = functools.partial(convolution.doubled, convolve) if doubled else convolve
+            options["conv_general_dilated"] = lambda x, kernel, *args, **kwargs: convolve(x, kernel)
+        return Conv(features, (3, 3), stride, padding=(tuple(padding),) * 2, **options)
 
-    def dense(self, features: int, name: str, *, last: bool = False) -> Callable:
+    def dense(self, features: int, name: str, *, last: bool = False) -> Dense:
         options = {"dtype": self.dtype, "kernel_init": self._init(last), "name": name}
         if self.products:
             options["dot_general"] = convolution.dense
-        return self._rounded(nn.Dense(features, **options))
-
-    def _rounded(self, layer: nn.Module) -> Callable:
-        """The layer, rounded after its bias is added: products are float32."""
-        return lambda x: layer(x).astype(self.dtype)
+        return Dense(features, **options)
 
     def norm(self, name: str) -> GroupNorm:
         return GroupNorm(self.num_groups, self.norm_epsilon, self.dtype, name=name)
@@ -169,8 +184,8 @@ class ResBlock(nn.Module):
     def __call__(self, x, embedding, train: bool):
         h = nn.silu(self.layers.norm("norm1")(x))
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.layers.conv(self.features, "conv1")(h)
+            h, x = h if self.resample is double else self.resample(h), self.resample(x)
+        h = self.layers.conv(self.features, "conv1", doubled=self.resample is double)(h)
         width = self.features * (2 if self.scale_shift_norm else 1)
         time = self.layers.dense(width, "time_proj")(nn.silu(embedding))[:, None, None, :]
         if self.scale_shift_norm:
@@ -238,8 +253,8 @@ class Encoder(nn.Module):
     dropout: rate before the second convolution of each block, in training only.
     dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalisation statistics, the softmax and the
       output stay float32.
-    convolution: "products" computes 3x3 convolutions, and 1x1 ones, as `models.convolution` does; "xla" leaves them to XLA;
-      "auto" is the first where a network computes in bfloat16 on a CPU. The numbers differ by rounding.
+    convolution: "products" computes convolutions of stride 1 and dense layers as `models.convolution` does; "xla" leaves them
+      to XLA; "auto" is the first where a network computes in bfloat16 on a CPU. The numbers differ by rounding.
     remat: recompute each block's activations in the backward pass: less memory, about a third more time.
     """
 
@@ -393,7 +408,7 @@ class UNet(Encoder):
                 if self.resample_blocks:
                     h = self.block(h, embedding, level, name, train, double)
                 else:
-                    h = self.layers.conv(h.shape[-1], name)(double(h))
+                    h = self.layers.conv(h.shape[-1], name, doubled=True)(h)
 
         h = nn.silu(self.layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]

@@ -86,9 +86,8 @@ def _number(flag: str, given: int | None, variable: str) -> int | None:
 
 
 def start() -> None:
-    """Sets up the compilation cache and the allocator, and says what the run computes on."""
+    """Sets up the compilation cache, and says what the run computes on."""
     _use_cache()
-    compiler.keep_memory()
     backend, count = jax.default_backend(), jax.device_count()
     say(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
     if backend == "cpu":

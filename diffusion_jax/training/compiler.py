@@ -6,9 +6,7 @@ network took 1.5 times as long); leaving that one fusion out gives Eigen's convo
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.util
 import os
 
 import jax
@@ -63,20 +61,3 @@ def _usable(chosen: dict) -> dict:
     except Exception:  # the error's type differs between versions; all that matters is that the option is unknown
         return {}
     return chosen
-
-
-def keep_memory() -> bool:
-    """Has this process keep the memory that a program is done with for the next one; call it before any array exists.
-
-    XLA allocates what a train step needs besides its state anew at every call. glibc gives blocks of this size back to the
-    system, and the next step waits for each of their pages (170,000 of them for DDPM's CIFAR-10 network with batches of 8).
-    Accelerators keep memory of their own, and are left alone. Returns whether it did.
-    """
-    only_cpus = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(
-        importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")
-    )
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" and only_cpus else None
-    if mallopt is None:
-        return False
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # of malloc.h
-    return all([mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
