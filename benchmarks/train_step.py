@@ -1,10 +1,11 @@
-"""DDPM's CIFAR-10 network, float32: one call and one train step, beside diffusers' `UNet2DModel` on PyTorch.
+"""DDPM's CIFAR-10 network: one call and one train step, beside diffusers' `UNet2DModel` on PyTorch.
 
-    make parity && .venv/bin/python benchmarks/train_step.py [--batch_size=8] [--rounds=10]
+    make parity && .venv/bin/python benchmarks/train_step.py [--dtype=bfloat16] [--batch_size=8] [--rounds=10]
 
 Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory. The
 two are timed in turn, call by call, so that a machine whose speed drifts does not favour one; medians, and the median of
-the ratios. PyTorch runs in its faster memory layout (channels_last).
+the ratios. PyTorch runs in its faster memory layout (channels_last). bfloat16 is `model.dtype=bfloat16` here and autocast
+there.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from diffusion_jax import training
 from diffusion_jax.training import compiler
 
 
-def ours(batch_size: int):
+def ours(batch_size: int, dtype: str):
     """(call, step, parameters) of this project."""
     config = cifar10.get_config()
+    config.model.dtype = dtype
     config.training.batch_size = batch_size
     built = training.setup(config)
     state = built.init()
@@ -45,8 +47,9 @@ def ours(batch_size: int):
     return lambda: jax.block_until_ready(apply(state.params, x, time_)), step, state
 
 
-def theirs(batch_size: int):
+def theirs(batch_size: int, dtype: str):
     """(call, step, parameters) of diffusers on PyTorch."""
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     model = UNet2DModel(**PUBLISHED, dropout=0.1).to(memory_format=torch.channels_last)
     ema = [p.detach().clone() for p in model.parameters()]
     adam = torch.optim.Adam(model.parameters(), lr=2e-4)
@@ -54,14 +57,16 @@ def theirs(batch_size: int):
     x = torch.zeros(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
 
     def call():
-        with torch.no_grad():
+        with torch.no_grad(), cast:
             model.eval()(x, torch.full((batch_size,), 500))
 
     def step():
         model.train()
         t, eps = torch.randint(0, 1000, (batch_size,)), torch.randn_like(x)
         a = alpha_bar[t].reshape(-1, 1, 1, 1)
-        loss = ((model(a.sqrt() * x + (1 - a).sqrt() * eps, t).sample - eps) ** 2).mean()
+        with cast:
+            output = model(a.sqrt() * x + (1 - a).sqrt() * eps, t).sample
+        loss = ((output.float() - eps) ** 2).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,15 +94,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
-    call, step, state = ours(options.batch_size)
-    torch_call, torch_step, model = theirs(options.batch_size)
+    call, step, state = ours(options.batch_size, options.dtype)
+    torch_call, torch_step, model = theirs(options.batch_size, options.dtype)
     parameters = sum(p.size for p in jax.tree.leaves(state.params)), sum(p.numel() for p in model.parameters())
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}"
     )
     print(
-        f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}; batch {options.batch_size}, float32"
+        f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}; "
+        f"batch {options.batch_size}, {options.dtype}"
     )
     print(f"compiler options: {compiler.options() or 'none'}")
     print(f"parameters:   ours {parameters[0]:,}, diffusers {parameters[1]:,}")
