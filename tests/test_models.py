@@ -246,14 +246,17 @@ def test_a_tabulated_network_is_the_network_without_the_products_of_the_time(fie
     assert np.linalg.norm(tabulated(params, x, time) - reference) < tolerance * np.linalg.norm(reference)
     assert np.isnan(tabulated(params, x, jnp.array([700.0, 251.0]))[1]).all()  # a time that is not in the table
 
-    def products(network):
-        made = jax.make_jaxpr(lambda x, time: network(x, time, y))(x, time)
-        return sum(e.primitive.name == "dot_general" and e.invars[0].aval.ndim == 2 for e in equations(made.jaxpr))
+    def count(network):
+        """Products of matrices, and casts of convolutions' kernels."""
+        made = list(equations(jax.make_jaxpr(lambda x, time: network(x, time, y))(x, time).jaxpr))
+        products = sum(e.primitive.name == "dot_general" and e.invars[0].aval.ndim == 2 for e in made)
+        casts = (e.invars[0].aval for e in made if e.primitive.name == "convert_element_type")
+        return products, sum(cast.shape[:2] == (3, 3) and cast.dtype == jnp.float32 for cast in casts)
 
-    plain = products(lambda x, time, y: model.apply({"params": params}, x, time, y))
+    products, casts = count(lambda x, time, y: model.apply({"params": params}, x, time, y))
     blocks = sum("time_proj" in own for own in params.values())
-    assert plain == 2 + blocks
-    assert products(models.tabulate(model, params, times)) == (blocks if model.num_classes else 0)
+    assert products == 2 + blocks and (casts > 0) == (model.dtype == "bfloat16")
+    assert count(models.tabulate(model, params, times)) == (blocks if model.num_classes else 0, 0)
 
 
 def test_heads_by_their_channels_equal_heads_by_their_number():

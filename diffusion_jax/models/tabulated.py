@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax.models.unet import Encoder, UNet
@@ -28,8 +29,13 @@ def tabulate(model: UNet, params, times) -> Callable:
 
     Without classes each block's projection is tabulated: T rows of as many numbers as the blocks have channels (20 kB a step
     of DDPM's CIFAR-10 network, 143 kB of ADM's at 64 pixels); with classes the embedding alone, for labels are added to it.
-    The output is NaN where a time is none of `times`, to the bit.
+    The output is NaN where a time is none of `times`, to the bit. Kernels are cast to what the layers compute in, once.
     """
+
+    def cast(path, leaf):
+        return leaf.astype(model.dtype) if path[-1].key == "kernel" else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
     times = jnp.asarray(times, jnp.float32)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(Encoder)}
     embedding = _Embedding(**fields | {"parent": None, "name": None}).apply({"params": params}, times)
