@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from benchmarks import compiled, roofline
 from configs import cifar10, default, imagenet64_adm, imagenet_adm
-from diffusion_jax import data, sampling, schedules, training
+from diffusion_jax import data, models, sampling, schedules, training
+from diffusion_jax.models import unet
 from diffusion_jax.training import compiler
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
@@ -142,8 +143,10 @@ def _sample(case: Case) -> tuple[training.Setup, Callable, tuple]:
     short = schedules.respace(built.schedule, case.steps)
 
     def generate(params, x_T, y):
+        network = models.tabulate(built.model, params, short.timesteps)
+
         def denoise_fn(x_t, time):
-            return built.model.apply({"params": params}, x_t, time, *((y,) if built.model.num_classes else ()))
+            return network(x_t, time, y if built.model.num_classes else None)
 
         return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
 
@@ -323,11 +326,8 @@ def _norm(batch: int, side: int):
     """GroupNorm and SiLU as they stand before a convolution: what bounds them is memory."""
 
     def layer(x, scale):
-        wide = x.astype(jnp.float32).reshape(*x.shape[:3], 32, -1)
-        mean = wide.mean((1, 2, 4), keepdims=True)
-        variance = jnp.square(wide - mean).mean((1, 2, 4), keepdims=True)
-        normal = ((wide - mean) * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
-        return jax.nn.silu(normal * scale).astype(x.dtype)
+        params = {"norm": {"scale": scale, "bias": jnp.zeros_like(scale)}}
+        return jax.nn.silu(unet.GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
 
     return layer, ((batch, side, side, 128), (128,))
 

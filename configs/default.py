@@ -48,7 +48,9 @@ def get_config() -> ConfigDict:
         int
     )  # what data.channels and diffusion.variance need, unless given
     config.model.dtype = "float32"  # or "bfloat16": what the layers compute in
-    config.model.convolution = "auto"  # "xla", or "products": as bfloat16 matrix products, what "auto" does on CPUs
+    config.model.convolution = (
+        "auto"  # "xla", or "products": as matrix products, what "auto" does for bfloat16 on a CPU
+    )
     config.model.remat = False  # less memory, about a third more time
 
     config.diffusion = ConfigDict()

@@ -26,7 +26,8 @@ def doubled(convolve: Callable, x, kernel) -> jax.Array:
     """convolve(double(x), kernel), where `double` repeats each pixel in height and width; [B, 2 H, 2 W, K].
 
     convolve: `xla` or `products`. kernel: [3, 3, C, K]. The nine pixels that a copy of a pixel sees are copies of four, two
-    in each direction: with the kernel's rows and columns added accordingly, 4 products stand for 9.
+    in each direction: with the kernel's rows and columns added accordingly, 4 products stand for 9. Sums are of the
+    kernel as it comes, float32 parameters, and rounded to x's dtype afterwards.
     """
 
     def halves(kernel, axis):
@@ -35,7 +36,7 @@ def doubled(convolve: Callable, x, kernel) -> jax.Array:
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
     copies = [
-        [convolve(x, part, ((1 - i, i), (1 - j, j))) for j, part in enumerate(halves(rows, 1))]
+        [convolve(x, part.astype(x.dtype), ((1 - i, i), (1 - j, j))) for j, part in enumerate(halves(rows, 1))]
         for i, rows in enumerate(halves(kernel, 0))
     ]
     batch, height, width, _ = x.shape
@@ -61,7 +62,7 @@ def _backward(padding, residuals, g):
     x, kernel = residuals
     g, flipped = g.astype(x.dtype), kernel[::-1, ::-1].astype(x.dtype).swapaxes(2, 3)
     around = tuple(
-        (size - 1 - before, size - 1 - after) for size, (before, after) in zip(kernel.shape, padding, strict=False)
+        (size - 1 - before, size - 1 - after) for size, (before, after) in zip(kernel.shape[:2], padding, strict=True)
     )
     return _products(g, flipped, around).astype(x.dtype), _kernel_gradient(x, g, padding).astype(kernel.dtype)
 

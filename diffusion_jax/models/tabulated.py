@@ -29,11 +29,14 @@ def tabulate(model: UNet, params, times) -> Callable:
 
     Without classes each block's projection is tabulated: T rows of as many numbers as the blocks have channels (20 kB a step
     of DDPM's CIFAR-10 network, 143 kB of ADM's at 64 pixels); with classes the embedding alone, for labels are added to it.
-    The output is NaN where a time is none of `times`, to the bit. Kernels are cast to what the layers compute in, once.
+    The output is NaN where a time is none of `times`, to the bit. Kernels are cast to what the layers compute in, once (but
+    those of upsampling layers, which are added up before they are rounded).
     """
 
     def cast(path, leaf):
-        return leaf.astype(model.dtype) if path[-1].key == "kernel" else leaf
+        # Of models.convolution.doubled: the layer itself, or the first of a resampling block.
+        summed_first = path[0].key.endswith("_upsample") and path[-2].key in (path[0].key, "conv1")
+        return leaf.astype(model.dtype) if path[-1].key == "kernel" and not summed_first else leaf
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     times = jnp.asarray(times, jnp.float32)
@@ -47,6 +50,7 @@ def tabulate(model: UNet, params, times) -> Callable:
                 tables[(block, "time_proj"), "__call__"] = dense.apply({"params": own["time_proj"]}, nn.silu(embedding))
 
     def network(x_t, time, y=None):
+        time = jnp.asarray(time, jnp.float32)
         found = time[:, None] == times
         row = jnp.where(found.any(axis=1), found.argmax(axis=1), len(times))  # beyond the table `take` gives NaN
 

@@ -11,7 +11,6 @@ Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `m
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -99,18 +98,24 @@ class Dropout(nn.Dropout):
         pairs = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
         bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
         dropped = max(1, min(round(self.rate * 2**16), 2**16 - 1))  # of the 2^16 values
-        return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
+        kept = x.astype(jnp.float32) * (2**16 / (2**16 - dropped))
+        return jnp.where(bits >= dropped, kept, 0).astype(x.dtype)
+
+
+def _all_but_the_kernel(x, kernel, bias, dtype):
+    """For `convolution.doubled`, which adds parts of a kernel before they are rounded."""
+    return x.astype(dtype), kernel, bias.astype(dtype)
 
 
 class Conv(nn.Conv):
-    """Rounded to its dtype after the bias is added: products are float32."""
+    """A convolution whose result is of its dtype, also where `convolution.products` made float32 of it."""
 
     def __call__(self, x):
         return super().__call__(x).astype(self.dtype)
 
 
 class Dense(nn.Dense):
-    """Rounded as `Conv` is."""
+    """As `Conv`, where `convolution.dense` made float32 of it."""
 
     def __call__(self, x):
         return super().__call__(x).astype(self.dtype)
@@ -137,11 +142,14 @@ class _Layers:
     ) -> Conv:
         """3x3. padding: before and after, in height and width. doubled: of `double(x)`, with fewer products."""
         options = {"dtype": self.dtype, "kernel_init": self._init(last), "name": name}
-        if stride == 1 and (doubled or self.products):
-            convolve = convolution.products if self.products else convolution.xla
-            convolve = functools.partial(convolution.doubled, convolve) if doubled else convolve
-            options["conv_general_dilated"] = lambda x, kernel, *args, **kwargs: convolve(x, kernel)
-        return Conv(features, (3, 3), stride, padding=(tuple(padding),) * 2, **options)
+        padding = (tuple(padding),) * 2
+        convolve = convolution.products if self.products else convolution.xla
+        if doubled:
+            options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolution.doubled(convolve, x, kernel)
+            options["promote_dtype"] = _all_but_the_kernel
+        elif self.products and stride == 1:
+            options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolve(x, kernel, padding)
+        return Conv(features, (3, 3), stride, padding=padding, **options)
 
     def dense(self, features: int, name: str, *, last: bool = False) -> Dense:
         options = {"dtype": self.dtype, "kernel_init": self._init(last), "name": name}
@@ -254,7 +262,8 @@ class Encoder(nn.Module):
     dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalisation statistics, the softmax and the
       output stay float32.
     convolution: "products" computes convolutions of stride 1 and dense layers as `models.convolution` does; "xla" leaves them
-      to XLA; "auto" is the first where a network computes in bfloat16 on a CPU. The numbers differ by rounding.
+      to XLA; "auto" is the first where a network computes in bfloat16 on one CPU device. The numbers differ by rounding.
+      Give "xla" where a network is traced on a CPU for another machine, or where forward-mode derivatives are taken.
     remat: recompute each block's activations in the backward pass: less memory, about a third more time.
     """
 
@@ -283,7 +292,7 @@ class Encoder(nn.Module):
         dtype = jnp.dtype(self.dtype)
         products = self.convolution == "products"
         if self.convolution == "auto":
-            products = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+            products = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and jax.device_count() == 1
         return _Layers(self.num_groups, self.norm_epsilon, self.initializer, dtype, products)
 
     def width(self, level: int) -> int:

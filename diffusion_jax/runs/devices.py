@@ -92,7 +92,7 @@ def start() -> None:
     say(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
     if backend == "cpu":
         chosen = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
-        say(f"For XLA, unless XLA_FLAGS says otherwise: {chosen or 'no options that this jaxlib knows'}")
+        say(f"For XLA: {chosen or 'no options of this program'} (XLA_FLAGS win)")
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         card = "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
         if card:

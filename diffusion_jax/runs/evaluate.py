@@ -83,9 +83,10 @@ class _Trained:
         data.check_levels(images, self.config.data.levels)
         return images, labels
 
-    def denoise_fn(self, params, y, **fields):
-        """The network as the core takes it. fields: of the model, to be different here."""
-        return lambda x_t, time: self.model.clone(**fields).apply({"params": params}, x_t, time, y)
+    def denoise_fn(self, params, y, convolution=None):
+        """The network as the core takes it. convolution: instead of the model's own."""
+        model = self.model.clone(convolution=convolution or self.model.convolution)
+        return lambda x_t, time: model.apply({"params": params}, x_t, time, y)
 
     def labels(self, labels):
         """What the network takes as y."""

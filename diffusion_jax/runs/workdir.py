@@ -19,7 +19,7 @@ from diffusion_jax.runs.errors import UserError
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
-_NOT_IDENTITY = {"data.data_dir", "data.workers", "data.memory_mb"}
+_NOT_IDENTITY = {"data.data_dir", "data.workers", "data.memory_mb", "model.convolution"}
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -114,7 +114,12 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def import_writers() -> None:
     """Begins in a thread the import of what `Metrics` writes with, which takes seconds: for when a program is compiled."""
-    threading.Thread(target=importlib.import_module, args=("clu.metric_writers",), daemon=True).start()
+
+    def begin():
+        with contextlib.suppress(ImportError):  # said where the writers are needed
+            importlib.import_module("clu.metric_writers")
+
+    threading.Thread(target=begin, daemon=True).start()
 
 
 class Metrics:
