@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from benchmarks import compiled, roofline
 from configs import cifar10, default, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, models, sampling, schedules, training
-from diffusion_jax.models import unet
+from diffusion_jax.models import convolution, unet
 from diffusion_jax.training import compiler
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
@@ -314,10 +314,7 @@ def read(case: Case) -> dict:
 
 def _conv(inputs: int, outputs: int) -> Callable:
     def make(batch: int, side: int):
-        def layer(x, kernel):
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-        return layer, ((batch, side, side, inputs), (3, 3, inputs, outputs))
+        return convolution.xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
 
     return make
 

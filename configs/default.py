@@ -48,9 +48,8 @@ def get_config() -> ConfigDict:
         int
     )  # what data.channels and diffusion.variance need, unless given
     config.model.dtype = "float32"  # or "bfloat16": what the layers compute in
-    config.model.convolution = (
-        "auto"  # "xla", or "products": as matrix products, what "auto" does for bfloat16 on a CPU
-    )
+    # "xla", "products" (as matrix products), or "auto": products for bfloat16 on a CPU, else xla
+    config.model.convolution = "auto"
     config.model.remat = False  # less memory, about a third more time
 
     config.diffusion = ConfigDict()

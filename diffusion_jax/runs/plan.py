@@ -56,9 +56,8 @@ def virtual_devices(config: Mapping) -> int:
 def measure(config: Mapping) -> Plan:
     """Compiles the train step of a config on the devices that there are. Raises: as `training.setup`."""
     config = ConfigDict(config)
-    config.model.convolution = (
-        "xla"  # the program stands for an accelerator's, whatever is best on the CPU that compiles it
-    )
+    # The program stands for an accelerator's, whatever is best on the CPU that compiles it.
+    config.model.convolution = "xla"
     built = training.setup(config)
     batch_size, state = config["training"]["batch_size"], built.abstract_state
     batch = {
