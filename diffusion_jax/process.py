@@ -46,14 +46,34 @@ class Reverse(NamedTuple):
     x_0: jax.Array
 
 
+def as_float(name: str, x) -> jax.Array:
+    """x as a jax array of float32, or of float64 where it is float64 and x64 is on: lower precisions are promoted.
+
+    name: what the error message calls x. Raises: ValueError for a dtype that is not float, such as uint8 images.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be float, images in [-1, 1]; got {x.dtype}; convert with x / 127.5 - 1")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def at(table, t, like) -> jax.Array:
     """A schedule's table at index t, shaped to multiply `like`: [B, 1, ..., 1] for t [B] and like [B, ...].
 
-    float32, or float64 under x64. NaN where t lies outside the table.
+    The dtype is that of a float `like`, float32 at least; with an int `like` it is float32, or float64 under x64. NaN where t
+    lies outside the table. Raises: ValueError for a t that is not int, or whose shape is not [] or how that of `like` begins.
     """
     t = jnp.asarray(t)
-    values = jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    return values.reshape(t.shape + (1,) * (jnp.ndim(like) - t.ndim))
+    shape, dtype = jnp.shape(like), jnp.result_type(like)
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
+    if t.shape != shape[: t.ndim]:
+        raise ValueError(
+            f"t has shape {t.shape} but x has {shape}; t must be one index, or one for each row of x: {shape[:1]}"
+        )
+    dtype = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else None
+    values = jnp.asarray(table, dtype).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return values.reshape(t.shape + (1,) * (len(shape) - t.ndim))
 
 
 def q_mean_variance(schedule: Schedule, x_0, t) -> tuple[jax.Array, jax.Array]:
