@@ -250,8 +250,8 @@ def interpolate(
     t an index: both are noised to x_t, mixed linearly, and denoised from there (DDPM section 4.3), with the same noise for
     every weight. Small t keep details of both, large t give new images.
 
-    x, y: float [B, ...], of one shape; weights: float [W]. encoding: options of `sampling.encode` (prediction, variance, order),
-    for t None only.
+    x, y: float [B, ...], of one shape; weights: float [W]. encoding: options of `sampling.encode` (prediction, variance,
+    order), for t None only.
     Returns: [W, B, ...].
     Raises: ValueError for options of the encoding with an index t, for images of two shapes, and as `sampling.sample`.
     """

@@ -55,22 +55,22 @@ class ClassifyParts(NamedTuple):
 
 def snr_weight(snr):
     """Weight 1 on the eps error, which is SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
-    return jnp.ones_like(snr)
+    return jnp.ones_like(process.as_float("snr", snr))
 
 
 def min_snr_weight(snr, gamma: float = 5.0):
     """Weight min(1, gamma / SNR) on the eps error, which is min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
-    return jnp.minimum(1.0, gamma / snr)
+    return jnp.minimum(1.0, gamma / process.as_float("snr", snr))
 
 
 def truncated_snr_weight(snr):
     """Weight max(1, 1 / SNR) on the eps error, which is max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
-    return jnp.maximum(1.0, 1.0 / snr)
+    return jnp.maximum(1.0, 1.0 / process.as_float("snr", snr))
 
 
 def p2_weight(snr, k: float = 1.0, gamma: float = 1.0):
     """Weight 1 / (k + SNR)^gamma on the eps error (Choi et al. 2022, P2)."""
-    return (k + snr) ** -gamma
+    return (k + process.as_float("snr", snr)) ** -gamma
 
 
 WEIGHTINGS = {"snr": snr_weight, "min_snr": min_snr_weight, "truncated_snr": truncated_snr_weight, "p2": p2_weight}

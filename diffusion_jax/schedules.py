@@ -98,8 +98,9 @@ def betas(name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: 
 class Schedule:
     """Every table of a noise schedule; build one with `from_betas` or `respace`.
 
-    A pytree whose leaves are float64 NumPy arrays [T], cast to the images' dtype where they meet traced code; float32 where a
-    schedule itself is the result of a jitted function, which `respace` takes too. Index t runs from 0 (the papers' t = 1) to T - 1. With alpha_t = 1 - beta_t:
+    A pytree whose leaves are float64 NumPy arrays [T], cast to the images' dtype where they meet traced code (float32 in
+    a schedule that a jitted function returned; `respace` takes it too). Index t runs from 0 (the papers' t = 1) to T - 1.
+    With alpha_t = 1 - beta_t:
 
     timesteps: the network's time at each index.
     betas: beta_t, the variance of q(x_t | x_{t-1}).
@@ -338,7 +339,7 @@ def _kept_betas(schedule: Schedule, indices, alpha_bar) -> np.ndarray:
 
 
 def _between(schedule: Schedule, steps, spacing: str | None):
-    """(timesteps, log alpha_bar), float64 [S], of what lies between the schedule's steps; None where `steps` asks for indices."""
+    """(timesteps, log alpha_bar), float64 [S], of levels between the schedule's steps; None if `steps` asks for indices."""
     grid_times, grid_logs = (
         np.asarray(table, np.float64) for table in (schedule.grid_timesteps, schedule.grid_log_alpha_bar)
     )
