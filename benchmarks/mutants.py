@@ -36,8 +36,9 @@ PACKAGE = "diffusion_jax"
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 MEMORY = 8 * 2**30  # bytes for each process: a mutant can ask for any amount
 
-# Each file's own tests, in the order in which they run: those that fail soonest first.
-_SOLVERS = ("test_sampling.py", "test_solvers.py")
+# Each file's own tests, in the order in which they run: those most likely to fail first.
+_SAMPLERS = ("test_sampling.py", "test_solvers.py")
+_SOLVERS = ("test_solvers.py", "test_sampling.py")
 TESTS = {
     "process": ("test_process.py", "test_sampling.py"),
     "schedules": ("test_schedules.py",),
@@ -46,8 +47,8 @@ TESTS = {
     "guidance": ("test_guidance.py",),
     "timesteps": ("test_losses.py",),
     "editing": ("test_editing.py",),
-    "sampling/ancestral": _SOLVERS,
-    "sampling/driver": _SOLVERS,
+    "sampling/ancestral": _SAMPLERS,
+    "sampling/driver": _SAMPLERS,
     "sampling/exponential": _SOLVERS,
     "sampling/inversion": _SOLVERS,
     "sampling/levels": _SOLVERS,
