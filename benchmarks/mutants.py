@@ -183,8 +183,13 @@ class Results:
                 row = json.loads(line)
                 self.rows[row["file"], row["diff"], row["tests"]] = row
 
-    def of(self, mutant: Mutant, tests: str) -> dict | None:
-        return self.rows.get((mutant.file, mutant.diff, tests))
+    def of(self, mutant: Mutant, tests: str, keep_killed: bool = False) -> dict | None:
+        """What is kept of a mutant under these tests; with `keep_killed` also that other tests killed it."""
+        found = self.rows.get((mutant.file, mutant.diff, tests))
+        if found is None and keep_killed:
+            earlier = (row for row in self.rows.values() if (row["file"], row["diff"]) == (mutant.file, mutant.diff))
+            found = next((row for row in earlier if row["outcome"] != "passed"), None)
+        return found
 
     def add(self, mutant: Mutant, tests: str, outcome: str, output: str, seconds: float) -> None:
         row = {"file": mutant.file, "name": mutant.name, "diff": mutant.diff, "tests": tests, "outcome": outcome}
@@ -344,6 +349,9 @@ def main() -> None:
     parser.add_argument(
         "--report", type=pathlib.Path, default=ROOT / "docs" / "reliability.md", help="page to write to"
     )
+    parser.add_argument(
+        "--keep_killed", action="store_true", help="tests were only added: what they killed before is not run again"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants' diffs and run nothing")
     options = parser.parse_args()
     files = options.files.split(",")
@@ -356,11 +364,15 @@ def main() -> None:
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results, digests = Results(options.output), {file: digest_of_tests(file) for file in files}
-    pending = [mutant for mutant in mutants if results.of(mutant, digests[mutant.file]) is None]
+
+    def kept(mutant: Mutant) -> dict | None:
+        return results.of(mutant, digests[mutant.file], options.keep_killed)
+
+    pending = [mutant for mutant in mutants if kept(mutant) is None]
     if pending:
         with tempfile.TemporaryDirectory(prefix="mutants") as work:
             run_all(pending, results, options.jobs, pathlib.Path(work))
-    rows = [results.of(mutant, digests[mutant.file]) for mutant in mutants]
+    rows = [kept(mutant) for mutant in mutants]
     sites = {file: len(places((ROOT / PACKAGE / f"{file}.py").read_text())) for file in files}
     text = report(rows, sites, options.seed, reasons())
     write_report(text, options.report)

@@ -74,6 +74,9 @@ def test_results_are_kept_until_the_file_or_its_tests_change(tmp_path):
     again = mutants.Results(path)
     assert again.of(mutant, "tests")["outcome"] == "passed"
     assert again.of(mutant._replace(diff="other"), "tests") is None and again.of(mutant, "others") is None
+    assert again.of(mutant, "others", keep_killed=True) is None  # it survived
+    again.add(mutant, "tests", "failed", "output", 1.0)
+    assert mutants.Results(path).of(mutant, "others", keep_killed=True)["outcome"] == "failed"
 
 
 @pytest.mark.parametrize(
