@@ -334,7 +334,7 @@ def test_tables_change_nothing_and_jit_nothing():
     one_by_one = likelihood.bits_per_dim(
         jax.random.key(1), SCHEDULE, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
     )
-    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-6)
+    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-5)
     # The schedule may be traced too.
     traced = jax.jit(
         lambda s: (
