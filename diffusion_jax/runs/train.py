@@ -104,35 +104,13 @@ def _begin_with(
     return state.replace(params=copies[0], ema_params=copies[1])
 
 
-# What is smaller is refused before anything is built. (Not every config has every leaf: a classifier's model has others.)
-_LEAST = {
-    "training.num_steps": 1,
-    "training.batch_size": 1,
-    "training.steps_per_call": 1,
-    "training.log_every": 1,
-    "training.checkpoint_every": 1,
-    "training.checkpoints_kept": 1,
-    "training.checkpoint_keep_every": 0,
-    "training.sample_every": 0,
-    "training.stall_timeout": 0,
-    "data.memory_mb": 0,
-    "data.workers": 0,
-    "model.channels": 4,
-    "model.num_groups": 1,
-    "model.num_heads": 1,
-    "model.num_res_blocks": 1,
-    "model.num_classes": 0,
-    "seed": 0,
-}
-
-
 def _check(config: ConfigDict) -> None:
     """What can be seen to be wrong before anything is built."""
     options = config.training
-    flat = work.flatten(work.to_dict(config))
-    for leaf, least in _LEAST.items():
-        if leaf in flat and not flat[leaf] >= least:
-            raise UserError(f"{leaf}={flat[leaf]} must be at least {least}")
+    with as_user_error("config"):
+        training.check_whole_numbers(config)
+    if not options.stall_timeout >= 0:
+        raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
     work.check_seed("seed", config.seed)
     check_judging(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
@@ -290,7 +268,7 @@ class _Loop:
                     self._checkpoints.check()
                     bar.update(step, note)
                     # The picture first: a run that ends after its checkpoint would not come back for it.
-                    if last or (options.sample_every and step % options.sample_every == 0):
+                    if options.sample_every and (last or step % options.sample_every == 0):
                         self._picture(state, step)
                     every = self._config.evaluation.every
                     if self._distance and (last or step % every == 0):
