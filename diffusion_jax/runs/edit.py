@@ -218,7 +218,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh)
+        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
         task = _Edit(config, recipe)
     step, params = weights.load(config, directory, model, mesh, config.sampling.use_ema)
     params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device

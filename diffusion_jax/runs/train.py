@@ -19,7 +19,7 @@ from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
 from diffusion_jax.runs.judge import TrainingDistance, check_judging
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.recipe import Recipe, class_captions
 from diffusion_jax.training import sharding
 from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -44,7 +44,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     options = config.training
     if _is_finished(config, directory):
         return
-    source = data.load(config.data, bar_over("Reading the images"))
+    source = data.load(config.data, bar_over("Reading the images"), say)
     check_source(config, source)
     begun = first_says(lambda: committed_steps(directory / "checkpoints"))
     beginning = weights.initial(config, built.model) if config.init_from and not begun else None
@@ -128,7 +128,10 @@ def check_source(config: ConfigDict, source) -> None:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
     if classes and not source.num_classes:
         advice = "a classifier needs labelled images" if training.is_classifier(config) else "use model.num_classes=0"
-        raise UserError(f"model.num_classes={classes}, but the data has no labels; {advice}")
+        reason = getattr(source, "no_labels", "")
+        raise UserError(
+            f"model.num_classes={classes}, but the data has no labels{f' ({reason})' if reason else ''}; {advice}"
+        )
 
 
 def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
@@ -221,9 +224,11 @@ class _Loop:
         self._metrics: work.Metrics | None = None
         self._programs: dict = {}
         self._pictured = False
+        self._class_names: tuple[str, ...] = ()
 
     def run(self, state: training.TrainState, step: int, source) -> None:
         """From `step` to the end."""
+        self._class_names = getattr(source, "class_names", ())
         options = self._config.training
         rows = sharding.process_rows(options.batch_size, self._built.mesh)
         batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
@@ -376,7 +381,9 @@ class _Loop:
             images = preview(state.ema_params, self._config.sampling.seed)
         if not self._metrics:
             return
-        picture = pictures.grid(images)
+        labels = preview.recipe.labels(np.arange(len(images)))
+        captions = None if labels is None else class_captions(labels, self._class_names)
+        picture = pictures.grid(images, captions=captions)
         try:
             (self._directory / "samples").mkdir(exist_ok=True)
             pictures.save_png(self._directory / "samples" / f"train_step{step:08d}.png", picture)
