@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import NamedTuple
 
@@ -294,24 +295,29 @@ def run_all(pending: list[Mutant], results: Results, jobs: int, work: pathlib.Pa
     trees = [work / f"tree{i}" for i in range(jobs)]
     for tree in trees:
         prepare(tree, cache)
-    limits, began = {}, time.monotonic()
-    for tests in dict.fromkeys(TESTS[mutant.file] for mutant in pending):
-        outcome, output, seconds = run_tests(trees[0], tests, 3600, cache)  # also fills the compilation cache
-        if outcome != "passed":
-            raise SystemExit(f"error: {', '.join(tests)}: {outcome} without any mutant\n{output}")
-        limits[tests] = 60 + 4 * seconds
-        print(f"{', '.join(tests)}: {seconds:.0f} s without a mutant", flush=True)
     print(f"{len(pending)} mutants to run", flush=True)
+    limits, lock, free = {}, threading.Lock(), list(trees)
     began, done = time.monotonic(), 0
-    free = list(trees)
+
+    def limit_of(tests, tree) -> float:
+        """Seconds, from a run without a mutant, which also fills the compilation cache."""
+        with lock:
+            if tests not in limits:
+                outcome, output, seconds = run_tests(tree, tests, 3600, cache)
+                if outcome != "passed":
+                    raise SystemExit(f"error: {', '.join(tests)}: {outcome} without any mutant\n{output}")
+                limits[tests] = 60 + 4 * seconds
+                print(f"{', '.join(tests)}: {seconds:.0f} s without a mutant", flush=True)
+            return limits[tests]
 
     def one(mutant: Mutant):
         tree, tests = free.pop(), TESTS[mutant.file]
         path = tree / PACKAGE / f"{mutant.file}.py"
         original = path.read_text()
         try:
+            limit = limit_of(tests, tree)
             path.write_text(mutant.source)
-            return mutant, run_tests(tree, tests, limits[tests], cache)
+            return mutant, run_tests(tree, tests, limit, cache)
         finally:
             path.write_text(original)
             free.append(tree)
