@@ -58,7 +58,7 @@ def read_config(workdir: pathlib.Path) -> dict | None:
         if isinstance(config, dict):
             return config
         error = "not a dictionary"
-    except ValueError as caught:
+    except (ValueError, OSError) as caught:
         error = str(caught)
     raise UserError(f"{path} is no config ({error}); was it edited?")
 

@@ -161,6 +161,7 @@ def model_from_config(config: Mapping) -> models.UNet | models.Classifier:
     it cannot be trained in.
     """
     _check_dtype(config["model"])
+    _check_tuples(config["model"])
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier)
     model = models.from_config(config["model"])
@@ -185,6 +186,19 @@ def _check_dtype(config: Mapping) -> None:
         raise ValueError(
             f"model.dtype={name!r} is not supported{reason if name == 'float16' else ''}; use {' or '.join(DTYPES)}"
         )
+
+
+def _check_tuples(config: Mapping) -> None:
+    """Raises: ValueError for tuples of the network's leaves that hold other things than numbers of the right kind."""
+    for leaf, kind, least, example in (
+        ("channel_multipliers", (int, float), 0, "positive numbers, one a level, such as (1, 2, 2)"),
+        ("attention_levels", int, -1, "numbers of levels, such as (1,), or () for none"),
+        ("downsample_padding", int, -1, "two whole numbers, such as (0, 1)"),
+    ):
+        value = config.get(leaf, (1, 1))
+        good = isinstance(value, tuple | list) and all(type(v) is not bool and isinstance(v, kind) for v in value)
+        if not good or any(v <= least for v in value) or (leaf != "attention_levels" and not value):
+            raise ValueError(f"model.{leaf}={value!r} must be {example}")
 
 
 def _check_loss(config: Mapping) -> None:
