@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules import Schedule, cast_table
 
 PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -82,8 +82,10 @@ def at(table, t, like) -> jax.Array:
         raise ValueError(
             f"t has shape {t.shape} but x has {shape}; t must be one index, or one for each row of x: {shape[:1]}"
         )
-    dtype = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else None
-    values = jnp.asarray(table, dtype).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    dtype = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    values = (
+        jnp.asarray(cast_table(table, dtype)).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
     return values.reshape(t.shape + (1,) * (len(shape) - t.ndim))
 
 

@@ -162,8 +162,16 @@ def _as_float(x) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
 
 
+def cast_table(table, dtype):
+    """A schedule's table in another dtype, as a copy.
+
+    NumPy casts its own arrays: JAX keeps what it made of one and reuses it where x64 has been switched since.
+    """
+    return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
+
+
 def _interpolate(x, xs, ys) -> jax.Array:
-    return jnp.interp(x, jnp.asarray(xs, x.dtype), jnp.asarray(ys, x.dtype))
+    return jnp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
 
 
 def _tables(alpha_bar, one_minus_alpha_bar, betas, timesteps, grid) -> Schedule:

@@ -171,6 +171,7 @@ NO_ARRAYS = {
     "schedules.betas",
     "schedules.from_betas",
     "schedules.respace",
+    "schedules.cast_table",
     "timesteps.uniform",
     "timesteps.antithetic",
     "timesteps.stratified",
