@@ -38,12 +38,16 @@ def _update(config: ConfigDict, name: str, value, path: str, group: str = "") ->
         return
     near = difflib.get_close_matches(name, config, n=1, cutoff=0.85)
     if name not in config and near and group != "model.":  # a classifier's model has no defaults to be like
-        raise ValueError(f"{path}: unknown leaf {leaf}; did you mean {group}{near[0]}? Correct the name or remove the line")
+        raise ValueError(
+            f"{path}: unknown leaf {leaf}; did you mean {group}{near[0]}? Correct the name or remove the line"
+        )
     try:
         config.update({name: value})
     except (TypeError, ValueError):
         usual = config[name]
-        raise ValueError(f"{path}: {leaf}={value!r} must be of type {type(usual).__name__}, such as {usual!r}") from None
+        raise ValueError(
+            f"{path}: {leaf}={value!r} must be of type {type(usual).__name__}, such as {usual!r}"
+        ) from None
 
 
 def _tuples(value):

@@ -11,14 +11,19 @@ import tempfile
 import traceback
 
 ROOT = pathlib.Path(__file__).parent.parent
-_PRELOAD = ("ml_collections.config_flags", "diffusion_jax.runs.train", "diffusion_jax.runs.edit", "diffusion_jax.runs.evaluate")
+_PRELOAD = (
+    "ml_collections.config_flags",
+    "diffusion_jax.runs.train",
+    "diffusion_jax.runs.edit",
+    "diffusion_jax.runs.evaluate",
+)
 
 
 @functools.cache
 def _server():
     """The context of a fork server, which lives as long as the tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOAD, __name__])
+    context.set_forkserver_preload(["__main__", *_PRELOAD, __name__])
     return context
 
 

@@ -166,7 +166,7 @@ def make_builder(name: str, data_dir: str | None):
     try:
         return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {error}"
+        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {str(error).partition(chr(10))[0]}"
         raise DataError(
             f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
         ) from None

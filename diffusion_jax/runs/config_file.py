@@ -17,8 +17,9 @@ from ml_collections import ConfigDict, config_flags
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.workdir import flatten, to_dict
 
-_OWN = pathlib.Path(__file__).parents[2] / "configs"
-_WRAPPERS = (_OWN / "workdir.py", _OWN / "pretrained.py")  # the program names these itself; their messages stand alone
+# The program names these itself, so that their messages must stand alone.
+PRETRAINED = pathlib.Path(__file__).parents[2] / "configs" / "pretrained.py"
+_WRAPPERS = (PRETRAINED.with_name("workdir.py"), PRETRAINED)
 
 
 class _Parser(flags.ArgumentParser):
@@ -64,7 +65,9 @@ def load(path: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(file).get("get_config")
         if not callable(get_config):
-            raise UserError(f"--config={path}: {file} defines no function get_config(), which must return the ConfigDict")
+            raise UserError(
+                f"--config={path}: {file} defines no function get_config(), which must return the ConfigDict"
+            )
         _check_argument(path, get_config, arguments)
         config = get_config(*arguments)
     except UserError:
@@ -96,7 +99,11 @@ def _explain(path: str, file: str, error: Exception) -> str:
     """What was raised while a config file was read, and at which of its lines."""
     if any(pathlib.Path(file).resolve() == wrapper for wrapper in _WRAPPERS):
         return str(error) or type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename and pathlib.Path(error.filename).name == pathlib.Path(file).name:
+    if (
+        isinstance(error, SyntaxError)
+        and error.filename
+        and pathlib.Path(error.filename).name == pathlib.Path(file).name
+    ):
         text = (error.text or "").strip()
         return f"--config={path}: line {error.lineno} of {file} is no valid Python ({error.msg}): {text}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]

@@ -82,8 +82,9 @@ class _Edit:
         self.count = self.options.num_samples
         if self.options.task not in TASKS:
             raise UserError(f"editing.task={self.options.task!r} is unknown; known: {', '.join(TASKS)}")
-        if self.count < 1 or (self.options.task == "interpolate" and self.count < 2):
-            raise UserError(f"editing.num_samples={self.count} is too few")
+        least = 2 if self.options.task == "interpolate" else 1
+        if self.count < least:
+            raise UserError(f"editing.num_samples={self.count} is too few: it must be at least {least}")
         self.given, self.run = getattr(self, f"_{self.options.task}")()
 
     def _read(self, leaf: str, size=None) -> np.ndarray:
@@ -180,7 +181,9 @@ class _Edit:
 
     def _interpolate(self):
         ends = [self._read(leaf) for leaf in ("image", "other")]
-        level = self.options.level
+        level, steps = self.options.level, self.recipe.schedule.num_timesteps
+        if level is not None and not 0 <= level < steps:
+            raise UserError(f"editing.level={level} must be an index of the steps, 0 ... {steps - 1}, or None")
         if level is None and self.recipe.stochastic:
             raise UserError(
                 "editing.task='interpolate' mixes the images' encodings, which only a deterministic sampler decodes: use "

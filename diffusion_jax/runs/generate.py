@@ -119,6 +119,8 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     if source.is_dir():
         folder = data.Folder(str(source), small, channels)
         return folder.read(np.arange(len(folder)))[0], None
+    if source.is_file() and not zipfile.is_zipfile(source):
+        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
     try:
         with np.load(source, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays.get("arr_1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -22,6 +24,18 @@ from diffusion_jax.runs.measure import differing, measure, read_records, setting
 from diffusion_jax.training import is_upsampler, sharding
 
 
+@contextlib.contextmanager
+def naming_leaves(leaves: Mapping[str, str]):
+    """Replaces the names of leaves in the message of a DataError: {"data.split": "evaluation.split"} for a split given there."""
+    try:
+        yield
+    except data.DataError as error:
+        message = str(error)
+        for there, here in leaves.items():
+            message = message.replace(f"{there}=", f"{here}=")
+        raise data.DataError(message) from error
+
+
 def check_judging(config: ConfigDict) -> None:
     """Raises: UserError for leaves that nothing could be judged by, before anything is drawn."""
     options = config.evaluation
@@ -31,6 +45,11 @@ def check_judging(config: ConfigDict) -> None:
     unknown = sorted(set(options.metrics) - set(compare.METRICS))
     if unknown:
         raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
+    if not options.metrics:
+        raise UserError(
+            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(compare.METRICS)}, or use "
+            "evaluation.num_samples=0"
+        )
     if options.resize not in extractors.RESIZES:
         raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
 
@@ -100,7 +119,8 @@ def _extractor(config: ConfigDict) -> extractors.Extractor:
 
 def _reference(config: ConfigDict) -> images.ImageSet:
     split = config.evaluation.reference_split or config.data.split
-    source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
+    with naming_leaves({"data.split": "evaluation.reference_split"} if config.evaluation.reference_split else {}):
+        source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
     name = config.data.data_dir if config.data.dataset == "folder" else f"{config.data.dataset}:{split}"
     return images.ImageSet(name, source)
 

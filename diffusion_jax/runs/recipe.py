@@ -91,6 +91,8 @@ def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedu
     steps = options["steps"]
     if steps is None:
         return schedule
+    if isinstance(steps, bool):
+        raise ValueError(f"sampling.steps={steps} must be None or a number of steps")
     if options["spacing"] == "given":
         if not isinstance(steps, tuple | list):
             raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
@@ -169,8 +171,11 @@ class Recipe:
         return None
 
     def _load_classifier(self, path: str, mesh) -> None:
-        flags = pretrained.read_flags(self._options["classifier_flags"])
-        net = pretrained.load(path, flags, self._options["use_ema"])
+        try:
+            flags = pretrained.read_flags(self._options["classifier_flags"])
+            net = pretrained.load(path, flags, self._options["use_ema"])
+        except pretrained.PretrainedError as error:
+            raise UserError(f"sampling.classifier={path}: {error}") from error
         if not isinstance(net.model, models.Classifier):
             raise UserError(f"sampling.classifier={path} holds no classifier; --mode=train_classifier makes one")
         differing = []

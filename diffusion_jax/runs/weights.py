@@ -64,7 +64,10 @@ def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bo
     `config.diffusion`, a phrase each. Raises: UserError where they are another network's; PretrainedError.
     """
     path = config["init_from"]
-    net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+    try:
+        net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+    except pretrained.PretrainedError as error:
+        raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
     if type(net.model) is not type(model):
         raise UserError(f"init_from={path} is a {type(net.model).__name__}, and the config's a {type(model).__name__}")
     # An output as wide as the image is written as None or as a number.

@@ -32,7 +32,8 @@ class heun(Sampler):
       1 + min(churn / T, sqrt(2) - 1), never above the training grid's largest, with fresh noise of S_noise = `churn_noise`,
       where sigma lies in `churn_range` (S_tmin, S_tmax).
     prediction, variance, clip: as `ddim`.
-    Raises: ValueError for a negative churn; with churn, for prediction "x_prev", which is no function of a noise level.
+    Raises: ValueError for a negative churn or churn_noise; with churn, for prediction "x_prev", which is no function of a
+      noise level.
     """
 
     churn: float = 0.0
@@ -46,6 +47,8 @@ class heun(Sampler):
         super().__post_init__()
         if not 0 <= self.churn < float("inf"):
             raise ValueError(f"churn must be a number of at least 0, got {self.churn}")
+        if not 0 <= self.churn_noise < float("inf"):
+            raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
         self._floats("churn", "churn_noise")
         object.__setattr__(self, "churn_range", tuple(map(float, self.churn_range)))
 
