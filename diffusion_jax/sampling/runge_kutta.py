@@ -39,7 +39,8 @@ def heun(
       1 + min(churn / T, sqrt(2) - 1), never above the training grid's largest, with fresh noise of S_noise = `churn_noise`,
       where sigma lies in `churn_range` (S_tmin, S_tmax).
     prediction, variance, clip: as `ddim`.
-    Raises: ValueError for a negative churn or churn_noise; with churn, for prediction "x_prev", which is no function of a noise level.
+    Raises: ValueError for a negative churn or churn_noise; with churn, for prediction "x_prev", which is no function of a
+    noise level.
     """
     if not 0 <= churn < float("inf"):
         raise ValueError(f"churn must be a number of at least 0, got {churn}")
