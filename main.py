@@ -149,8 +149,9 @@ def _explain(argv: list[str], error: Exception) -> str:
     try:
         unknown = config_file.unknown_key(config_file.load(path), argv) if path else None
     except UserError as in_file:
-        weights = _value(argv, "pretrained")
-        return f"--pretrained={weights}: {in_file}" if weights and str(config_file.PRETRAINED) in path else str(in_file)
+        if pathlib.Path(path.partition(":")[0]).resolve() == config_file.PRETRAINED:
+            return f"--pretrained={path.partition(':')[2]}: {in_file}"
+        return str(in_file)
     return unknown or str(error)
 
 
@@ -221,12 +222,9 @@ def main(argv: list[str]) -> None:
     except OSError as error:  # a directory that cannot be written is the user's mistake; a full disk, the run's end
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             fail(str(error), 1)
-        inside = given.workdir and str(error.filename or "").startswith(str(pathlib.Path(given.workdir).expanduser()))
-        fail(
-            f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written"
-            if inside
-            else str(error)
-        )
+        if given.workdir and str(error.filename).startswith(str(pathlib.Path(given.workdir).expanduser())):
+            fail(f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written")
+        fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from what it had saved", 130)
     except Exception as error:

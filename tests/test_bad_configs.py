@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from launcher import launch
 from PIL import Image
-from test_recipe import untrained
 from test_runs import finish, start, tiny_flags
 from test_training import tiny_config
 from test_upsampling import upsampler_config
 
 from diffusion_jax.data import DataError
 from diffusion_jax.pretrained import PretrainedError
-from diffusion_jax.runs import config_file, console, devices
+from diffusion_jax.runs import config_file, console, devices, workdir
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import CheckpointError
@@ -150,7 +149,10 @@ SECOND_LAUNCHES = [
         ["--mode=evaluate", RUN, "--config.evaluation.likelihood=False", "--config.evaluation.num_samples=0"],
         ["evaluation.likelihood=False and evaluation.num_samples=0", "set either"],
     ),
-    (["--mode=evaluate", RUN, "--config.evaluation.split=dev"], ["evaluation.split='dev'", "'train' and 'test'"]),
+    (
+        ["--mode=evaluate", RUN, "--config.evaluation.likelihood=False", "--config.evaluation.reference_split=dev"],
+        ["evaluation.reference_split='dev'", "'train' and 'test'"],
+    ),
     # images to edit, and masks
     ([EDIT, RUN, IMAGE, "--config.editing.mask={}/black.png"], ["black.png", "0 to 0 of 255", "to keep white"]),
     ([EDIT, RUN, "--config.editing.image={}/junk.npz"], ["editing.image=", "junk.npz", "cannot be read as an image"]),
@@ -160,7 +162,11 @@ SECOND_LAUNCHES = [
     ),
     # weights
     (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
-    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz", "arr_0"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is no .npz", "numpy.savez"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz"], ["samples", "--help"]),
+    (["-m", "diffusion_jax.evaluation", "table", "{}/run"], ["nothing has been measured there", "--mode=evaluate"]),
+    (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "'inspect', 'convert'", "--help"]),
+    (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert needs PATH and TO", "--help"]),
 ]
 
 
@@ -187,8 +193,9 @@ def wrong(tmp_path_factory):
     (folder / "junk.npz").write_bytes(b"junk")
     for name, value in {"image": 90, "black": 0}.items():
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(folder / f"{name}.png")
-    untrained(folder / "run", tiny_config())
-    untrained(folder / "upsampler", upsampler_config())
+    for name, config in {"run": tiny_config(**{"evaluation.num_samples": 10}), "upsampler": upsampler_config()}.items():
+        (folder / name).mkdir()
+        workdir.write_config(config, folder / name)
     return folder
 
 

@@ -36,10 +36,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _fail(message: str) -> None:
+    """Ends the program with one line about its arguments."""
+    print(f"error: {message}; see python -m diffusion_jax.evaluation --help", file=sys.stderr)
+    sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m diffusion_jax.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.error = _fail  # without the usage, which would hide the line that says what is wrong
     add = parser.add_argument
     add("reference", help="what samples are compared with")
     add("samples", help="the images to be measured")
@@ -88,6 +95,7 @@ def compare(given: argparse.Namespace) -> None:
 
 def _table_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m diffusion_jax.evaluation table", description="Figures of runs.")
+    parser.error = _fail
     parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
     return parser
 
@@ -96,16 +104,18 @@ def table(given: argparse.Namespace) -> None:
     """Prints a Markdown table: a row for each record, with its figures and the settings in which any two rows differ."""
     from diffusion_jax.runs.measure import differing, read_records
 
-    found = []
+    found, empty = [], []
     for name in given.directories:
         path = pathlib.Path(name).expanduser()
         path = path / "metrics.json" if path.is_dir() else path
         records = read_records(path)
         if not records:
-            print(f"Note: {path}: nothing has been measured there; run --mode=evaluate", file=sys.stderr)
+            empty.append(f"{path}: nothing has been measured there; run --mode=evaluate")
         found += [(path.parent, record) for record in records]
     if not found:
-        raise ValueError("there is nothing to show")
+        raise ValueError(" ".join(empty))
+    for line in empty:
+        print(f"Note: {line}", file=sys.stderr)
     settings = [key for key in differing([record for _, record in found]) if not key.endswith("_digest")]
     settings = list(dict.fromkeys(["step", "weights", "sampler", "steps", "features", "num_samples", *settings]))
     rows = [_row(directory, record, settings) for directory, record in found]

@@ -157,7 +157,7 @@ def open_set(what: str, data_dir: str = "", image_size: int | None = None) -> Im
 def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     """(what an .npz has of them, whether it has images)."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no .npz")
+        raise ValueError(f"{path} is no .npz, an archive of arrays as numpy.savez writes it")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             named = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in arrays]

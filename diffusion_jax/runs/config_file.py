@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import pathlib
 import runpy
 import traceback
@@ -51,11 +50,9 @@ def _whole_number(argument: str | int) -> int:
 
 def register_parsers() -> None:
     """Lets overrides of whole numbers be written as 1e4, and gives wrong ones messages that show what is allowed."""
-    boolean = flags.BooleanParser()
-    boolean_leaf = _Parser(boolean.parse, "True or False")
     config_flags.register_flag_parser_for_type(int, _Parser(_whole_number, "a whole number, such as 10000 or 1e4"))
     config_flags.register_flag_parser_for_type(float, _Parser(float, "a number, such as 0.5 or 2e-4"))
-    config_flags.register_flag_parser_for_type(bool, boolean_leaf)
+    config_flags.register_flag_parser_for_type(bool, _Parser(flags.BooleanParser().parse, "True or False"))
 
 
 def load(path: str) -> ConfigDict:

@@ -26,7 +26,7 @@ from diffusion_jax.training import is_upsampler, sharding
 
 @contextlib.contextmanager
 def naming_leaves(leaves: Mapping[str, str]):
-    """Replaces the names of leaves in the message of a DataError: {"data.split": "evaluation.split"} for a split given there."""
+    """Replaces names of leaves in the message of a DataError, such as {"data.split": "evaluation.split"}."""
     try:
         yield
     except data.DataError as error:
@@ -47,8 +47,8 @@ def check_judging(config: ConfigDict) -> None:
         raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
     if not options.metrics:
         raise UserError(
-            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(compare.METRICS)}, or use "
-            "evaluation.num_samples=0"
+            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(compare.METRICS)}, or "
+            "use evaluation.num_samples=0"
         )
     if options.resize not in extractors.RESIZES:
         raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
