@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, judge, train, weights, workdir
+from diffusion_jax.runs import evaluate, generate, judge, train, weights, workdir
 from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
@@ -169,7 +170,8 @@ def test_features_of_inception(port):
         assert theirs.std() > 1e-3 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     grey = stored["images"][..., :1]
-    np.testing.assert_array_equal(extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool)
+    one, three = extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool
+    np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above
 
 
 # ---- reading
@@ -494,15 +496,20 @@ OVERRIDES = {
 }
 
 
-@pytest.fixture
-def run(tmp_path):
-    """An untrained run's work directory."""
-    config, directory = tiny_config(**OVERRIDES), tmp_path / "run"
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    config, directory = tiny_config(**OVERRIDES), tmp_path_factory.mktemp("untrained") / "run"
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(2, training.setup(config).init())
         checkpoints.finish(2)
     workdir.write_config(config, directory)
     return directory
+
+
+@pytest.fixture
+def run(untrained, tmp_path):
+    """An untrained run's work directory."""
+    return pathlib.Path(shutil.copytree(untrained, tmp_path / "run"))
 
 
 def test_evaluate_judges_samples(run, capsys, monkeypatch):
@@ -523,6 +530,138 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     evaluate.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     assert Image.open(run / "frechet_distance_against_steps.png").width > 100
+
+
+DRAWN = OVERRIDES | {"sampling.num_samples": 20}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
+    calls = []
+
+    def draw(self, params, seed, batch=0):
+        calls.append((seed, batch))
+        return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
+
+    monkeypatch.setattr(generate.Generator, "__call__", draw)
+    return calls
+
+
+def store_settings(path, change):
+    """Rewrites the settings beside the samples of a file; change(dict)."""
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    change(stored["settings"])
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+
+
+def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    assert len(drawn) == 3
+    for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
+        generate.sample(tiny_config(**DRAWN | free), run, again=False)
+    assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
+    generate.sample(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
+        ({"sampling.classifier_flags": "{}"}, "sampling.classifier_flags=, now {}"),
+        ({"sampling.clip_quantile": 0.9}, "sampling.clip_quantile=0.995, now 0.9"),
+        ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
+    ],
+)
+def test_samples_of_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
+    """Though their files have one name."""
+    config = {"sampling.batch_size": 3}
+    one = generate.sample(tiny_config(**config), run, again=False)
+    before = len(drawn)
+    other = generate.sample(tiny_config(**config | overrides), run, again=False)
+    assert other.path == one.path and len(drawn) > before
+    assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
+    assert generate.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+
+
+def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(config, run, again=False).path
+    store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
+    generate.sample(config, run, again=False)
+    assert len(drawn) == 6
+    out = capsys.readouterr().out
+    assert re.search(
+        r"Drawing anew: .* other settings \(classifier_digest=00000000..., now None; devices=64, now \d+\)", out
+    )
+    # The same step of a run that was begun again with another seed.
+    store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
+    generate.sample(config, run, again=False)
+    assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
+
+
+def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(config, run, again=False).path
+    for write in (
+        lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
+        lambda: path.write_bytes(b"PK\x03\x04 torn"),
+    ):
+        write()
+        generate.sample(config, run, again=False)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
+        assert "does not say with which settings" in line and str(path) in line
+        with np.load(path) as arrays:
+            assert arrays["arr_0"].max() == 2
+    assert len(drawn) == 9
+
+
+def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, monkeypatch):
+    draw, config = generate.Generator.__call__, tiny_config(**DRAWN)
+
+    def second_breaks(self, params, seed, batch=0):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return draw(self, params, seed, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate.Generator, "__call__", second_breaks)
+        with pytest.raises(KeyboardInterrupt):
+            generate.sample(config, run)
+    assert [batch for _, batch in drawn] == [0, 1]
+    generate.sample(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
+    generate.sample(tiny_config(**DRAWN), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
+
+
+def test_weights_are_told_apart_by_what_they_hold():
+    tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
+    same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
+    assert weights.digest(tree) == weights.digest(same)
+    for other in (
+        {**tree, "b": np.float32(4)},
+        {**tree, "b": np.float64(3)},
+        {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
+        {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
+    ):
+        assert weights.digest(other) != weights.digest(tree)
+
+
+def test_a_record_is_of_the_settings_that_the_samples_were_drawn_with(run, drawn):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(tiny_config(**DRAWN), run, again=False).path
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    stored["drawn_with"] = {"jax": "0.0.1"}
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+    evaluate.evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    (record,) = json.loads((run / "metrics.json").read_text())
+    assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
+    assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
+    assert record["sampling"]["sampler"] == config.sampling.sampler and "steps" not in record["sampling"]
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

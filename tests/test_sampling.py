@@ -1,5 +1,7 @@
 """Samplers against the closed forms of Gaussian data, where the network, every step's variance and the map are known."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,15 +168,17 @@ def test_trajectory_holds_every_step():
     schedule, x_T = schedules.respace(full, "ddim25"), jnp.ones((2, 3))
     plain = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"))
     x_0, kept = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=True)
-    np.testing.assert_array_equal(plain, x_0)
+    # Programs that keep different things may round differently, by a few 2^-24 in each of 25 steps.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(plain, x_0)
     np.testing.assert_array_equal(kept.t, np.arange(24, -1, -1))
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
-    np.testing.assert_array_equal(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
+    close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
     x_0, some = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[0, 24, 7])
     np.testing.assert_array_equal(some.t, [24, 7, 0])
-    np.testing.assert_array_equal(some.x_t, kept.x_t[np.array([0, 17, 24])])
-    np.testing.assert_array_equal(some.x_0, kept.x_0[np.array([0, 17, 24])])
+    close(some.x_t, kept.x_t[np.array([0, 17, 24])])
+    close(some.x_0, kept.x_0[np.array([0, 17, 24])])
     with pytest.raises(ValueError, match="keeps indices in 0"):
         sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[25])
 

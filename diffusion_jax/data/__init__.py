@@ -49,10 +49,10 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
-def load(config: Mapping, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
+def load(config: Mapping, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
     """The source that `config.data` names, in memory where it fits into `data.memory_mb`.
 
-    progress: wraps the iteration over the examples while they are decoded. Raises: DataError with one line of advice.
+    progress: as `Memory`, while the images are decoded. Raises: DataError with one line of advice.
     """
     *size, channels = image_shape(config)
     size = tuple(size)

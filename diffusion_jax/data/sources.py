@@ -181,8 +181,8 @@ class Tfds:
 class Memory:
     """Any source, decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
 
-    def __init__(self, source, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
-        """progress: wraps the iteration over the examples, to show it."""
+    def __init__(self, source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
+        """progress: (sizes of the decoded chunks, number of images) -> sizes, to show how many images are decoded."""
         self.num_classes = source.num_classes
         n = len(source)
         first, _ = source.read([0])
@@ -190,10 +190,11 @@ class Memory:
 
         def decode(chunk):
             self.images[chunk], self.labels[chunk] = source.read(chunk)
+            return len(chunk)
 
         chunks = np.array_split(np.arange(n), -(-n // 256))
         with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
-            for _ in progress(pool.map(decode, chunks), len(chunks)):
+            for _ in progress(pool.map(decode, chunks), n):
                 pass
 
     def __len__(self) -> int:

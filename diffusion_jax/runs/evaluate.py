@@ -164,7 +164,9 @@ def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
         run, in_shardings=(whole, whole, whole, rows, rows), out_shardings=rows, compiler_options=compiler.options()
     )
     chosen = {key: value for key, value in work.to_dict(options).items() if not key.startswith("progressive")}
-    name = digest(chosen, work.to_dict(trained.config.data), ode, trained.step, count, batch_size)
+    name = digest(
+        chosen, work.to_dict(trained.config.data), ode, trained.step, weights.digest(trained.params), count, batch_size
+    )
     parts = Parts(trained.directory / f".likelihood_{name}")
     batches = -(-count // batch_size)
     done = min(len(parts.done) * batch_size, count)

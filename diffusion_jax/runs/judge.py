@@ -17,7 +17,7 @@ from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import Generator, sample
+from diffusion_jax.runs.generate import Generator, read_settings, sample
 from diffusion_jax.runs.measure import differing, measure, read_records, settings_of
 from diffusion_jax.training import is_upsampler, sharding
 
@@ -60,18 +60,20 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    sampling = {
-        key: value
-        for key, value in work.to_dict(config.sampling).items()
-        if not key.startswith(("preview", "progress", "trajectory", "steps", "batch_size"))
-    }
+    stored = read_settings(drawn.path)  # the same on every process, by now
+    settings, drawn_with = stored["settings"], stored["drawn_with"]
+    files = {"classifier": config.sampling.classifier, "use_ema": options.use_ema}
+    sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"} | files
     about = {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
         "weights": "ema" if options.use_ema else "raw",
         "step": drawn.step,
         "steps": drawn.num_steps,
-        "sampling": sampling | {"batch_size": drawn.batch_size, "devices": jax.device_count()},
+        "sampling": sampling | {"batch_size": settings["batch_size"], "devices": settings["devices"]},
+        "weights_digest": settings["weights_digest"],
+        "classifier_digest": settings["classifier_digest"],
+        "drawn_with": drawn_with,
     }
     mesh, output = sharding.make_mesh(config.mesh), directory / "metrics.json"
     try:

@@ -96,7 +96,7 @@ def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedu
         return schedules.respace(schedule, [float(t) for t in steps])
     if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
         steps = ",".join(map(str, steps))
-    return schedules.respace(schedule, steps, options["spacing"])
+    return schedules.respace(schedule, steps, None if isinstance(steps, str) else options["spacing"])
 
 
 class Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Mapping
 
@@ -41,6 +42,16 @@ def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
     if restored is None:
         raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
     return restored
+
+
+def digest(params) -> str:
+    """SHA-256 of every name, shape, type and number of a tree of arrays: which weights these are, wherever they lie."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        found.update(array.view(np.uint8).data if array.size else b"")
+    return found.hexdigest()
 
 
 def origin(config: Mapping, step: int) -> str:
