@@ -14,7 +14,9 @@ import signal
 def _end_before_the_run(number: int, _) -> None:
     """For the seconds of imports and flags, in which there is nothing to save."""
     interrupted = number == signal.SIGINT
-    os.write(2, f"error: {'interrupted by Ctrl-C' if interrupted else 'stopped by SIGTERM'}; nothing had begun\n".encode())
+    os.write(
+        2, f"error: {'interrupted by Ctrl-C' if interrupted else 'stopped by SIGTERM'}; nothing had begun\n".encode()
+    )
     os._exit(130 if interrupted else 75)
 
 

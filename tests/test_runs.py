@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_training import tiny_config
 
+from configs import pretrained as pretrained_config
 from diffusion_jax import data, training
 from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
@@ -64,7 +65,15 @@ def test_a_run_leaves_what_the_contract_says(trained):
     assert [row["step"] for row in rows] == [2, 4]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["param_norm"] > 0 for row in rows)
     assert {"loss_q1", "loss_q2", "loss_q3", "loss_q4", "learning_rate"} <= set(rows[0])
-    with Image.open(trained / "samples" / "train_step00000004.png") as picture:
+    assert not (trained / "samples").exists()  # training.sample_every is 0: never
+
+
+def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
+    train(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        f"train_step0000000{step}.png" for step in (3, 4)
+    ]
+    with Image.open(tmp_path / "samples" / "train_step00000004.png") as picture:
         assert picture.size == (2 * 68 + 4, 68 + 4) and picture.mode == "L"
 
 
@@ -112,6 +121,36 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
     workdir.check_identity(tiny_config(**free), trained)
     with pytest.raises(errors.UserError, match="training.batch_size"):
         workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
+
+
+def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(trained, tmp_path):
+    """The command's config is that of the run, but for the rate; it begins with the run's weights."""
+    with pytest.raises(errors.UserError, match="holds another run") as caught:
+        workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
+    command = str(caught.value).split("to begin a new run with its weights: ")[1].split()
+    changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
+    assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
+    config = pretrained_config.get_config(str(trained))
+    expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
+    assert workdir.flatten(workdir.to_dict(config)) == expected
+    config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
+    train(config, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
+
+
+def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tmp_path, monkeypatch):
+    """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
+    with monkeypatch.context() as broken:
+        broken.setattr("diffusion_jax.runs.train._Loop.run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
+    assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
+    other = tiny_config(**{"data.split": "test", "training.num_steps": 2})
+    train(other, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == workdir.to_dict(other)
+    assert [row["step"] for row in lines(tmp_path)] == [2]
+    with pytest.raises(errors.UserError, match="holds another run"):
+        workdir.check_identity(tiny_config(), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
@@ -208,7 +247,7 @@ def test_the_time_of_a_step_is_split(trained):
 
 def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the directory should be")
-    train(tiny_config(), tmp_path)
+    train(tiny_config(**{"training.sample_every": 4}), tmp_path)
     assert "the picture of step 4 could not be written" in capsys.readouterr().out
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
@@ -295,7 +334,12 @@ def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
         ({"training.steps_per_call": 3}, "multiple of training.steps_per_call=3"),
         ({"model.num_classes": 3}, "the data has 10 classes"),
         ({"seed": -1}, "at least 0"),
-        ({"model.dtype": "bf16"}, "bf16"),
+        ({"model.dtype": "bf16"}, "model.dtype='bf16' is not supported; use float32 or bfloat16"),
+        (
+            {"model.dtype": "float16"},
+            "model.dtype='float16' is not supported: .* loss scaling.*; use float32 or bfloat16",
+        ),
+        ({"model.dtype": "float64"}, "model.dtype='float64' is not supported"),
         ({"model.num_groups": 0}, "model.num_groups=0 must be at least 1"),
         ({"model.channel_multipliers": ()}, "config: "),
         ({"model.dropout": 1.5}, "dropout must lie in"),
@@ -329,6 +373,10 @@ def test_other_images_are_refused(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
+    workdir.check_data(source(7), run)  # of a launch that saved nothing
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    workdir.check_data(source(5), run)
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
     for same in (source(5), source(5)):
         workdir.check_data(same, run)
     for other in (source(6), source(5, seed=1)):
@@ -555,7 +603,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
-    assert err.startswith("error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume")
+    assert err.startswith(
+        "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
+    )
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
 
 
@@ -564,7 +614,9 @@ def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
     streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
     flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
     process = start(*flags, start_new_session=True)
-    until(lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n"), process)
+    until(
+        lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n"), process
+    )
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
     assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
@@ -584,7 +636,9 @@ with watch.stopping_at_once(pathlib.Path(sys.argv[2])):
 """
 
 
-@pytest.mark.parametrize(("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)])
+@pytest.mark.parametrize(
+    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
+)
 def test_what_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
     """As a compilation before the first step."""
     process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")

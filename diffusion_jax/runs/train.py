@@ -243,6 +243,8 @@ class _Loop:
             if jax.process_index() == 0:
                 self._metrics = during.enter_context(work.Metrics(self._directory, step))
             bar = during.enter_context(Bar("Training", options.num_steps, step))
+            if workers:  # or the memory that they share is reported as leaked
+                during.enter_context(contextlib.closing(stream))
             for context in (preemption.handled(), self._watchdog, profile):
                 during.enter_context(context)
             times, logged = _Times(), step

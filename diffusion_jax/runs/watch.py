@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.training.digests import committed_steps
+
 STOPPED, LOST = 75, 69  # EX_TEMPFAIL and EX_UNAVAILABLE of sysexits.h
 INTERRUPTED = 130  # what shells report for SIGINT
 _NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
@@ -77,8 +79,6 @@ def _how_to_resume(directory: pathlib.Path | None) -> str:
     """directory: that of a training run; None for what has no checkpoints of its own."""
     if directory is None:
         return "rerun the same command to continue from what is saved"
-    from diffusion_jax.training.checkpoints import committed_steps  # imported by now, or slow
-
     steps = committed_steps(directory / "checkpoints")
     if not steps:
         return "nothing was saved yet"
