@@ -7,11 +7,29 @@ continues the run. For a directory that holds a run, --config may be left out; a
 weights, as diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
+import os
+import signal
+
+
+def _end_before_the_run(number: int, _) -> None:
+    """For the seconds of imports and flags, in which there is nothing to save."""
+    interrupted = number == signal.SIGINT
+    os.write(
+        2, f"error: {'interrupted by Ctrl-C' if interrupted else 'stopped by SIGTERM'}; nothing had begun\n".encode()
+    )
+    os._exit(130 if interrupted else 75)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _end_before_the_run)
+elif __name__ == "__mp_main__":  # a process that reads data: the one that started it decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# ruff: noqa: E402
 import difflib
 import errno
-import os
 import pathlib
-import signal
 import sys
 import traceback
 
@@ -50,7 +68,6 @@ def fail(message: str, exit_code: int = 2) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(watch.STOPPED))  # until there is something to save
     devices.quiet()
     # What people write; a config's leaf cannot be named by a word of Python's own. config_flags reads sys.argv itself.
     sys.argv = argv = [arg.replace("--config.sampling.class=", "--config.sampling.label=", 1) for arg in argv]
@@ -200,17 +217,20 @@ def main(argv: list[str]) -> None:
     }
     run = runs[flags.FLAGS.mode]
     given = flags.FLAGS
+    directory = pathlib.Path(given.workdir or "").expanduser()
+    checkpointed = directory if run is train else None
     try:
         if given.mode == "plan":
             devices.start_virtual(virtual_devices(_CONFIG.value))
         else:
-            devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
+            with watch.stopping_at_once(checkpointed, only_interrupts=True):
+                devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
             devices.start(given.verbose)
-        with watch.stopping_at_once(training=run is train):
-            run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
+        with watch.stopping_at_once(checkpointed, only_interrupts=run is train and watch.several()):
+            run(_CONFIG.value, directory)
         watch.meet()
     except watch.Stopped as error:
-        fail(str(error), watch.STOPPED)
+        fail(str(error), error.exit_code)
     except UserError as error:
         fail(str(error), error.exit_code)
     except SaveError as error:  # of one process alone, perhaps: the others are in the midst of a step
@@ -225,8 +245,6 @@ def main(argv: list[str]) -> None:
         if given.workdir and str(error.filename).startswith(str(pathlib.Path(given.workdir).expanduser())):
             fail(f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written")
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from what it had saved", 130)
     except Exception as error:
         if watch.is_loss(error):
             watch.leave(f"{_LOSS} ({error})", watch.LOST)

@@ -47,8 +47,8 @@ class _ScaleAndBias(nn.Module):
     @nn.compact
     def __call__(self, channels: int):
         return (
-            self.param("scale", nn.initializers.ones, (channels,)),
-            self.param("bias", nn.initializers.zeros, (channels,)),
+            self.param("scale", nn.initializers.ones, (channels,), jnp.float32),
+            self.param("bias", nn.initializers.zeros, (channels,), jnp.float32),
         )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "PretrainedError",
     "config_leaves",
     "describe",
+    "is_workdir",
     "load",
     "read_flags",
     "save_diffusers",
@@ -101,6 +102,11 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tup
     raise PretrainedError(
         f"{path} holds {len(tensors)} tensors of no network known here ({', '.join(list(tensors)[:3])})"
     )
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is a work directory of this program, with its config and checkpoints."""
+    return native.is_workdir(pathlib.Path(path).expanduser())
 
 
 def read_flags(text: str | None) -> Flags:

@@ -242,13 +242,15 @@ class _Loop:
         with compiling("the train step"):
             self._program(count, state, batch)
 
-        preemption, self._watchdog = watch.Preemption(), watch.Watchdog(options.stall_timeout)
+        preemption, self._watchdog = watch.Preemption(self._directory), watch.Watchdog(options.stall_timeout)
         profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
                 self._metrics = during.enter_context(work.Metrics(self._directory, step))
             bar = during.enter_context(Bar("Training", options.num_steps, step))
-            for context in (preemption.heeded(), self._watchdog, profile):
+            if workers:  # or the memory that they share is reported as leaked
+                during.enter_context(contextlib.closing(stream))
+            for context in (preemption.handled(), self._watchdog, profile):
                 during.enter_context(context)
             times, logged = _Times(), step
             while step < options.num_steps:
@@ -283,7 +285,8 @@ class _Loop:
                 if asked and not last:
                     with self._watchdog.paused():
                         self._checkpoints.finish(step)
-                    raise watch.Stopped(f"stopped by SIGTERM at step {step}, which is saved; the same command goes on")
+                        stopped = preemption.stopped(step)
+                    raise stopped
             with self._watchdog.paused():
                 self._checkpoints.finish(step)
 

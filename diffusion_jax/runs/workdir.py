@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.runs.errors import UserError
+from diffusion_jax.training.digests import committed_steps
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
@@ -64,14 +65,24 @@ def read_config(workdir: pathlib.Path) -> dict | None:
 
 
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises: UserError, with every key that differs, where the directory holds another run."""
+    """Raises: UserError, with every key that differs, where the directory holds another run.
+
+    Without a checkpoint it holds none: a launch that failed, or was stopped, before its first may be launched anew with
+    another config.
+    """
     stored = read_config(workdir)
-    if stored is None:
+    if stored is None or not committed_steps(workdir / "checkpoints"):
         return
     old, new = identity(stored), identity(to_dict(config))
-    differing = [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in new if key in old and old[key] != new[key]]
-    if differing:
-        raise UserError(f"{workdir} holds another run ({'; '.join(differing)}); use another --workdir, or its config")
+    differing = [key for key in new if key in old and old[key] != new[key]]
+    if not differing:
+        return
+    listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)
+    advice = "use another --workdir, or its config"
+    if not any(key.startswith(("model.", "diffusion.")) for key in differing):
+        changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
+        advice += f"; to begin a new run with its weights: --pretrained={workdir} --workdir=NEW {changed}"
+    raise UserError(f"{workdir} holds another run ({listed}); {advice}")
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -81,17 +92,18 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_data(source, workdir: pathlib.Path) -> None:
-    """Notes what the images of a run are, at its first launch: their number, a digest of 64 of them and of their labels, and
-    the names of the classes.
+    """Stores what the images of a run are: their number, a digest of 64 of them and of their labels, and the names of the
+    classes.
 
-    Raises: UserError, at a later launch, where they are others.
+    Raises: UserError where they are others and the run has a checkpoint.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, 64).astype(int))
     images, labels = source.read(chosen)
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + np.asarray(labels, np.int32).tobytes()).hexdigest()
     names, path = list(getattr(source, "class_names", ())), workdir / "data.json"
     now = {"images": len(source), "sha256_of_some": digest, "classes": names}
-    before = json.loads(path.read_text()) if path.exists() else None
+    begun = path.exists() and committed_steps(workdir / "checkpoints")
+    before = json.loads(path.read_text()) if begun else None
     if before is not None and {"classes": names, **before} != now:  # runs of version 0.1 have no names
         renamed = f"classes {', '.join(before['classes'])} then, {', '.join(names)} now" if "classes" in before else ""
         other = renamed if renamed and before["classes"] != names else "or others"
