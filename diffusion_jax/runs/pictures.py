@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +70,27 @@ def _save_figure(path: pathlib.Path, figure) -> None:
 
 def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
     """The terms of the bound [T] in bits per dimension against t, both on logarithmic axes (Improved DDPM figure 2)."""
-    figure, axes = _axes(title)
+    figure, axes = _axes(f"Terms of the variational bound: {title}")
     t = np.arange(1, len(vlb) + 1)
     seen = np.isfinite(vlb) & (vlb > 0)
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
-    axes.plot(t[:1], vlb[:1], "o", label=f"decoder $L_0$ = {vlb[0]:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
-    if seen.any():  # a decoder that is sure of its cell would stretch the axis to nothing
-        axes.set_ylim(bottom=vlb[seen].min() / 3)
-    axes.legend()
+    # A decoder that is sure of its cell would stretch the axis to nothing: then an arrow on its edge stands for it.
+    bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
+    above = bool(vlb[0] >= bottom)
+    axes.plot(
+        t[:1],
+        [vlb[0] if above else bottom],
+        "o" if above else "v",
+        color="tab:red",
+        markersize=8,
+        clip_on=False,
+        zorder=3,
+        label=f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if above else ", below the axis"),
+    )
+    axes.set_ylim(bottom=bottom)
+    axes.legend(loc="upper right")
     _save_figure(path, figure)
 
 
@@ -87,7 +98,7 @@ def plot_rate_distortion(
     path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
 ) -> None:
     """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and where the code is lossless."""
-    figure, axes = _axes(title)
+    figure, axes = _axes(f"Rate and distortion: {title}")
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
     axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
     axes.set(xlabel="rate (bits per dimension)", ylabel="distortion (RMSE, 0-255)", xlim=(0, None), ylim=(0, None))
@@ -95,12 +106,44 @@ def plot_rate_distortion(
     _save_figure(path, figure)
 
 
+# As many as no two lines of a plot have both their color and their marker in common, up to 110 of them.
+_MARKERS = "os^vD<>pPX*"
+
+
+def plot_neighbours(path: pathlib.Path, rows: Sequence, distances: np.ndarray, title: str) -> None:
+    """Images beside the k images that are nearest to them, and how far these are.
+
+    rows: (name, uint8 [H, W, C], uint8 [k, H, W, C]) each. distances: [rows, k].
+    """
+    from matplotlib.figure import Figure
+
+    columns, top = distances.shape[1] + 1, 1.0  # inches for the title
+    width, height = 1.1 * columns + 0.2, 1.35 * len(rows) + top
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    figure.subplots_adjust(
+        left=0.1 / width, right=1 - 0.1 / width, bottom=0.3 / height, top=1 - top / height, hspace=0.3
+    )
+    for axes, (name, image, near), far in zip(grid, rows, distances, strict=True):
+        captions = [name, *(f"{distance:.3g}" for distance in far)]
+        for place, picture, caption in zip(axes, [image, *near], captions, strict=True):
+            place.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+            place.set(xticks=[], yticks=[])
+            place.set_xlabel(caption, fontsize=7, labelpad=2)
+    heads = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, columns))]
+    for place, head in zip(grid[0], heads, strict=True):
+        place.set_title(head, fontsize=8)
+    _save_figure(path, figure)
+
+
 def plot_against_steps(path: pathlib.Path, curves: Mapping[str, Mapping[int, float]], what: str) -> None:
     """A line for each label of {label: {number of sampling steps: figure}}, the steps on a logarithmic axis."""
     figure, axes = _axes(f"{what} against sampling steps")
-    for label, points in curves.items():
+    for i, (label, points) in enumerate(curves.items()):
         steps = sorted(points)
-        axes.plot(steps, [points[n] for n in steps], marker="o", linewidth=1.5, label=label)
+        look = {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5}
+        axes.plot(steps, [points[n] for n in steps], **look, label=label)
     axes.set(xscale="log", xlabel="sampling steps", ylabel=what, ylim=(0, None))
     axes.legend()
     _save_figure(path, figure)
