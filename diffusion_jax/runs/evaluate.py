@@ -244,6 +244,7 @@ def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     if config.evaluation.likelihood:
         _bound(config, directory)
     judge(config, directory)
+    work.keep_config(config, directory)
 
 
 def _bound(config: ConfigDict, directory: pathlib.Path) -> None:

@@ -175,7 +175,8 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     if recipe.warning:
         say(f"Note: {recipe.warning}.")
     step, params = weights.load(config, directory, model, mesh, options.use_ema)
-
+    if again:
+        work.keep_config(config, directory)
     origin = weights.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
     samples = directory / "samples"

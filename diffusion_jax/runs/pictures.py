@@ -117,23 +117,26 @@ def plot_neighbours(path: pathlib.Path, rows: Sequence, distances: np.ndarray, t
     """
     from matplotlib.figure import Figure
 
-    columns, top = distances.shape[1] + 1, 1.0  # inches for the title
-    width, height = 1.1 * columns + 0.2, 1.35 * len(rows) + top
-    figure = Figure(figsize=(width, height), dpi=120)
-    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    figure.subplots_adjust(
-        left=0.1 / width, right=1 - 0.1 / width, bottom=0.3 / height, top=1 - top / height, hspace=0.3
-    )
-    for axes, (name, image, near), far in zip(grid, rows, distances, strict=True):
-        captions = [name, *(f"{distance:.3g}" for distance in far)]
-        for place, picture, caption in zip(axes, [image, *near], captions, strict=True):
-            place.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-            place.set(xticks=[], yticks=[])
-            place.set_xlabel(caption, fontsize=7, labelpad=2)
+    tall, wide = rows[0][1].shape[:2]
+    columns, height = distances.shape[1] + 1, tall / wide  # of an image that is 1 wide
+    size = 1.1 * columns, (height + 0.3) * len(rows) + 1.0
+    figure = Figure(figsize=size, dpi=120)
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / size[1])
+    axes = figure.add_axes((0, 0, 1, 1 - 0.7 / size[1]))
+    axes.set_axis_off()
     heads = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, columns))]
-    for place, head in zip(grid[0], heads, strict=True):
-        place.set_title(head, fontsize=8)
+    text = {"fontsize": 7, "ha": "center", "va": "center"}
+    for column, head in enumerate(heads):
+        axes.text(1.1 * column + 0.5, 0.15, head, **text)
+    for row, ((name, image, near), far) in enumerate(zip(rows, distances, strict=True)):
+        top = -row * (height + 0.3)
+        captions = [name, *(f"{distance:.3g}" for distance in far)]
+        for column, (picture, caption) in enumerate(zip([image, *near], captions, strict=True)):
+            extent = (1.1 * column, 1.1 * column + 1, top - height, top)
+            shown = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+            axes.imshow(shown, extent=extent, cmap="gray", vmin=0, vmax=255)
+            axes.text(1.1 * column + 0.5, top - height - 0.12, caption, **text)
+    axes.set(xlim=(-0.05, 1.1 * columns - 0.05), ylim=(-len(rows) * (height + 0.3), 0.3), aspect="equal")
     _save_figure(path, figure)
 
 
