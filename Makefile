@@ -2,12 +2,13 @@
 PYTHON ?= python3
 # make setup EXTRA=cuda (or tpu) installs the accelerator's jax as well.
 EXTRA ?=
-VENV := .venv
+# A second Python beside the first: make test PYTHON=python3.13 VENV=.venv-3.13
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-slow faults parity parity-slow lint format pictures clean
+.PHONY: setup demo test test-slow faults parity parity-slow mutants lint format pictures clean
 
 setup: $(STAMP)
 
@@ -18,6 +19,11 @@ $(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[train,ode,test$(if $(EXTRA),$(comma)$(EXTRA))]'
 	@touch $(STAMP)
+
+# PyTorch and diffusers, or cosmic-ray, into the same environment.
+$(VENV)/installed-parity $(VENV)/installed-mutants: $(VENV)/installed-%: $(STAMP)
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
 
 demo: setup
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
@@ -34,14 +40,18 @@ test-slow: setup
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
 
-parity: setup
-	$(BIN)/pip install --quiet --editable '.[parity]'
+parity: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -m "parity and not slow"
 
 # The published networks at full width: gigabytes of memory.
-parity-slow: setup
-	$(BIN)/pip install --quiet --editable '.[parity]'
+parity-slow: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -m "parity and slow"
+
+# How many single-line mutants of the core the tests notice, into docs/reliability.md: hours; a relaunch goes on.
+# make mutants MUTANTS="--count=5 --files=losses,sampling/scan" draws fewer.
+MUTANTS ?=
+mutants: setup $(VENV)/installed-mutants
+	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
 lint: setup
 	$(BIN)/ruff check .

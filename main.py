@@ -34,6 +34,7 @@ flags.DEFINE_string("coordinator_address", None, "Of several processes: HOST:POR
 flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
+flags.DEFINE_bool("verbose", False, "Also print the options given to the compiler.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a file of configs/.", lock_config=True)
 
 
@@ -190,7 +191,7 @@ def main(argv: list[str]) -> None:
             devices.start_virtual(virtual_devices(_CONFIG.value))
         else:
             devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
-            devices.start()
+            devices.start(given.verbose)
         with watch.stopping_at_once(training=run is train):
             run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
         watch.meet()

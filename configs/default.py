@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "cifar10"  # a TFDS name, "folder" (images below data_dir) or "digits" (scikit-learn's)
     config.data.data_dir = ""  # TFDS's directory ("" for ~/tensorflow_datasets), or the folder of images
+    # Whether a TFDS data set that is missing is downloaded and prepared. False on clusters whose nodes have no network.
+    config.data.download = True
     config.data.split = "train"
     config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
     config.data.channels = 3  # 3 for colour, 1 for grey

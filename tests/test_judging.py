@@ -170,7 +170,8 @@ def test_features_of_inception(port):
         assert theirs.std() > 1e-3 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     grey = stored["images"][..., :1]
-    np.testing.assert_array_equal(extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool)
+    one, three = extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool
+    np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above
 
 
 # ---- reading

@@ -199,7 +199,7 @@ def test_every_term_has_its_closed_form(variance):
     prior = 0.5 * (a[-1] * (S2 + M**2) - a[-1] - np.log1p(-a[-1])) / np.log(2)
     assert abs(mean - prior) < 4.5 * error
     np.testing.assert_allclose(bits.total, bits.prior + bits.vlb.sum(1), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(bits.decoder, bits.vlb[:, 0])
+    np.testing.assert_allclose(bits.decoder, bits.vlb[:, 0], rtol=1e-6)
     assert bits.standard_error is None
 
 
@@ -328,12 +328,13 @@ def test_tables_change_nothing_and_jit_nothing():
     for strata in (None, 3):
         run = functools.partial(evaluate, optimal("fixed_small"), "fixed_small", x_0, strata=strata)
         with_tables, without = run(), run(tables=False)
-        np.testing.assert_array_equal(with_tables.total, without.total)
+        # Two programs: sums of up to 52 terms, each addition rounded to 2^-24.
+        np.testing.assert_allclose(with_tables.total, without.total, rtol=1e-5)
         assert without.vlb is without.mse is without.t is None
     one_by_one = likelihood.bits_per_dim(
         jax.random.key(1), SCHEDULE, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
     )
-    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-6)
+    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-5)
     # The schedule may be traced too.
     traced = jax.jit(
         lambda s: (

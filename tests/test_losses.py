@@ -134,7 +134,7 @@ def test_learned_variance_channels_do_not_enter():
     x_0 = gaussian_data(8)
     plain, _ = losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: 0.3 * x, x_0)
     doubled, _ = losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: jnp.concatenate([0.3 * x, x + 7], -1), x_0)
-    np.testing.assert_array_equal(plain, doubled)
+    np.testing.assert_allclose(plain, doubled, rtol=1e-5)  # two programs: a mean of 2 squares, each rounded a few times
 
 
 def test_bad_arguments():
@@ -189,12 +189,12 @@ def test_the_vlb_loss_estimates_the_bound(variance):
     mean, error = mean_and_error(loss)
     whole, whole_error = mean_and_error(bits.total - bits.prior)
     assert abs(mean - whole) < 4 * np.hypot(error, whole_error) and error < 0.02 * whole
-    np.testing.assert_array_equal(loss, parts.vlb)
+    np.testing.assert_allclose(loss, parts.vlb, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
-    """With respect to the output: the mean's gradient is L_simple's to the bit, the variance's that of the weighted vlb."""
+    """With respect to the output: the mean's gradient is that of L_simple, the variance's that of the weighted vlb."""
     x_0 = gaussian_data(16)
 
     def gradient(loss, **options):
@@ -207,8 +207,11 @@ def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
         return np.asarray(by_mean), np.asarray(by_variance)
 
     hybrid, simple, bound = gradient(losses.hybrid), gradient(losses.simple), gradient(losses.vlb)
-    np.testing.assert_array_equal(hybrid[0], simple[0])
-    assert abs(bound[0]).max() > 0 and (simple[1] == 0).all()
+    # Two programs: each gradient is a difference of float32 numbers, rounded to 2^-24 of the larger, a few times.
+    rounding = 1e-6 * abs(simple[0]).max()
+    np.testing.assert_allclose(hybrid[0], simple[0], rtol=1e-6, atol=rounding)
+    assert 0.001 * abs(bound[0]).max() > 10 * rounding  # the gradient of the bound would be seen
+    assert (simple[1] == 0).all()
     np.testing.assert_allclose(hybrid[1], 0.001 * bound[1], rtol=1e-5, atol=1e-9)
     loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0, prediction=prediction, vlb_weight=0.5)
     np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-6)

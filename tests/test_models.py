@@ -264,7 +264,8 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
     params = redraw(init(by_number))
     by_channels = models.UNet(**TINY, head_channels=4)
-    np.testing.assert_allclose(apply(by_channels, params, x, time), apply(by_number, params, x, time), rtol=1e-6)
+    split, counted = (apply(model, params, x, time) for model in (by_channels, by_number))
+    np.testing.assert_allclose(split, counted, rtol=1e-5, atol=1e-5)  # two programs of some twenty layers
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import importlib
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 
 import jax
 import pytest
@@ -66,7 +68,7 @@ assert compiled(3.0) == 4.0
 
 
 FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward
-    {"schedules"},
+    {"schedules", "labels"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"data", "models"},
@@ -197,3 +199,23 @@ def test_the_readme_is_short_and_its_files_exist():
             assert (document.parent / link).exists(), link
         for config in re.findall(r"configs/(\w+)\.py", text):
             assert config == "NAME" or (ROOT / "configs" / f"{config}.py").exists(), config
+
+
+def test_the_gate_tests_every_python_that_the_package_claims_and_the_parity():
+    """.ci/run, its targets asked of make itself; 3.12 lies between the two that are tested."""
+    gate = (ROOT / ".ci" / "run").read_text()
+    newest = re.search(r"sys.version_info\[:2\] != \((\d+), (\d+)\)", gate)
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        claimed = [c for c in tomllib.load(file)["project"]["classifiers"] if "Python :: 3" in c]
+    assert claimed[0].endswith("3.11") and claimed[-1].endswith(".".join(newest.groups()))
+    commands = re.findall(r"^make .*", gate, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["setup", "lint", "test", "test", "parity"]
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for command in commands:
+        shown = ["make", "--dry-run", *command.replace('"$newest"', "python9").split()[1:]]
+        variables = {
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV")
+        }
+        out = subprocess.run(shown, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
+        assert ("VENV=" in command) == (".venv-3.13/bin/python" in out) and not ("VENV=" in command and ".venv/" in out)

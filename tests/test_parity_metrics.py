@@ -5,6 +5,7 @@ with the same weights. Run by `make parity`.
 import inception_peer
 import numpy as np
 import pytest
+import scipy.linalg
 
 from diffusion_jax.evaluation import features as extraction
 from diffusion_jax.evaluation import metrics
@@ -31,15 +32,17 @@ def tensors(*arrays):
 
 
 def test_frechet_distance(pair):
-    from pytorch_fid.fid_score import calculate_frechet_distance
+    """torch-fidelity's, and the formula with SciPy's root of the product, which is that of pytorch-fid and ADM."""
     from torch_fidelity import metric_fid
 
     ours = metrics.frechet_distance(*map(metrics.moments, pair))
     theirs = [metric_fid.fid_features_to_statistics(t) for t in tensors(*pair)]
     expected = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
     assert ours == pytest.approx(expected, rel=1e-6)
-    statistics = [value for moments in theirs for value in (moments["mu"], moments["sigma"])]
-    assert ours == pytest.approx(calculate_frechet_distance(*statistics), rel=1e-6)
+    (mu, sigma), (other_mu, other_sigma) = ((moments["mu"], moments["sigma"]) for moments in theirs)
+    root = scipy.linalg.sqrtm(sigma @ other_sigma).real
+    expected = ((mu - other_mu) ** 2).sum() + np.trace(sigma + other_sigma - 2 * root)
+    assert ours == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_fewer_images_than_dimensions():

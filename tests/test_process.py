@@ -154,7 +154,8 @@ def test_clipping_acts_on_x_0_and_is_switchable():
     big = jnp.array([[3.0, -0.2]])
     clipped = process.p_mean_variance(schedule, big, x_t, t, "x_0")
     np.testing.assert_allclose(clipped.x_0, [[1.0, -0.2]])
-    np.testing.assert_allclose(clipped.mean, process.q_posterior(schedule, jnp.array([[1.0, -0.2]]), x_t, t).mean)
+    exact = process.q_posterior(schedule, jnp.array([[1.0, -0.2]]), x_t, t).mean
+    np.testing.assert_allclose(clipped.mean, exact, rtol=1e-6)
     free = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=False)
     np.testing.assert_allclose(free.x_0, big)
     half = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=lambda x_0: x_0 / 2)

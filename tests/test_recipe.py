@@ -1,5 +1,7 @@
 """--mode=sample and --mode=edit: classes, guidance, classifiers, upsamplers and edits of tiny networks, against the core."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -369,6 +371,9 @@ def files(tmp_path_factory):
         "other": images[1, ..., 0],
         "mask": mask,
         "white": mask | 255,
+        "black": mask & 0,
+        "dim": mask // 3,
+        "zero_one": mask // 255,
         "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
@@ -456,6 +461,8 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
+        ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
@@ -468,6 +475,23 @@ def test_edits_that_cannot_be(root, files):
     ):
         with pytest.raises(errors.UserError, match=words):
             edit(editing_config(files, **overrides), root / "conditional")
+
+
+def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
+    """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
+    with Image.open(files / "zero_one.png") as mask:
+        values = np.asarray(mask)
+    kinds = {"gray": values, "color": np.stack([values] * 3, -1), "deep": values.astype(np.uint16), "bits": values > 0}
+    for name, array in kinds.items():
+        path = files / f"zero_one_{name}.png"
+        Image.fromarray(array).save(path)
+        edit(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
+        out = capsys.readouterr().out
+        assert "The mask keeps its white pixels, 32 of 64 (50%), and the model paints the black ones, 32 (50%)." in out
+        written = pathlib.Path(out.split("the results alone: ")[1].strip())
+        with np.load(written) as arrays, Image.open(files / "image.png") as image:
+            kept = arrays["arr_0"][:, 4:, :, 0]
+            np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
 def test_colours_come_back_to_what_was_grey(tmp_path, files):

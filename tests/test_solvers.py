@@ -564,9 +564,9 @@ def test_start_final_step_and_progress():
     sampler = sampling.ddim(clip=False)
     whole, way = sampling.sample(KEY, schedule, mixture(), x_T, sampler, trajectory=True)
     part = sampling.sample(KEY, schedule, mixture(), way.x_t[8], sampler, start=11)
-    np.testing.assert_allclose(part, whole, rtol=1e-6)
+    np.testing.assert_allclose(part, whole, rtol=1e-5, atol=1e-6)
     stopped, short = sampling.sample(KEY, schedule, mixture(), x_T, sampler, final_step=False, trajectory=True)
-    np.testing.assert_allclose(stopped, way.x_t[-1], rtol=1e-6)
+    np.testing.assert_allclose(stopped, way.x_t[-1], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(short.t, np.arange(19, 0, -1))
     for start in (-1, 20):
         with pytest.raises(ValueError, match=f"start={start}"):

@@ -25,21 +25,43 @@ from diffusion_jax.training import compiler, model_from_config, schedule_from_co
 TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
 
 
-def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.ndarray:
-    """A file as uint8 [H, W, C] of the model's size. Raises: UserError."""
+def _open(path: str, leaf: str) -> Image.Image:
+    """The decoded image of a file. Raises: UserError."""
     if not path:
-        raise UserError(f"editing.{leaf}=FILE is needed")
+        raise UserError(f"editing.{leaf}=FILE is needed: the path of an image file")
     try:
         with Image.open(pathlib.Path(path).expanduser()) as image:
-            return data.fit(image, size, channels)
+            image.load()
+            return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
 
 
-def _size(path: str) -> tuple[int, int]:
-    """(width, height) of a file that `_image` could read."""
-    with Image.open(pathlib.Path(path).expanduser()) as image:
-        return image.size
+def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.ndarray:
+    """A file as uint8 [H, W, C] of the model's size. Raises: UserError."""
+    return data.fit(_open(path, leaf), size, channels)
+
+
+def _mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """A file as bool [H, W, 1] of the model's size, True where pixels are known. Raises: UserError.
+
+    White is known: values above 127 of 255. A file that holds only 0 and 1, as boolean arrays are often saved, is scaled.
+    """
+    image = _open(path, "mask")
+    if not image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip
+        image = image.convert("L")
+    values = np.asarray(image)
+    if values.max() == 1:
+        image = Image.fromarray(values.astype(np.uint8) * 255)
+    grays = data.fit(image, size, 1)
+    known = grays > 127
+    if known.all() or not known.any():
+        color, task = ("white", "nothing is left to paint") if known.all() else ("black", "no pixel is kept")
+        raise UserError(
+            f"editing.mask={path!r} is {color} everywhere (values {grays.min()} to {grays.max()} of 255): {task}. Make the "
+            "pixels to keep white (above 127; or 1 in a mask of 0 and 1) and those to paint black (0)"
+        )
+    return known
 
 
 def _signed(images: np.ndarray, count: int) -> jax.Array:
@@ -84,15 +106,18 @@ class _Edit:
 
     def _masked(self):
         image = self._read("image")
-        mask = _image(self.options.mask, "mask", tuple(self.size), 1) > 127
-        shapes = [_size(self.options[leaf]) for leaf in ("image", "mask")]
+        shapes = [_open(self.options[leaf], leaf).size for leaf in ("image", "mask")]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"editing.mask={self.options.mask!r} is {shapes[1][0]}x{shapes[1][1]} pixels and the image "
                 f"{shapes[0][0]}x{shapes[0][1]}: they must be as large, to be cropped alike"
             )
-        if mask.all():
-            raise UserError(f"editing.mask={self.options.mask!r} is white everywhere: nothing is left to paint")
+        mask = _mask(self.options.mask, tuple(self.size))
+        kept, count = int(mask.sum()), mask.size
+        say(
+            f"The mask keeps its white pixels, {kept:,} of {count:,} ({100 * kept / count:.0f}%), and the model paints the "
+            f"black ones, {count - kept:,} ({100 * (count - kept) / count:.0f}%)."
+        )
         return image, mask, np.stack([image, np.where(mask, image, 127).astype(np.uint8)])
 
     def _inpaint(self):
@@ -193,7 +218,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh)
+        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
         task = _Edit(config, recipe)
     step, params = weights.load(config, directory, model, mesh, config.sampling.use_ema)
     params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device

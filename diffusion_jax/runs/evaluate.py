@@ -311,7 +311,7 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     if options.progressive_columns < 2:
         raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
     with as_user_error("config.sampling"):
-        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh)
+        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh, work.class_names(config, directory))
     count = min(options.progressive_examples, len(trained.source))
     say(f"Rate and distortion of {count} images, with the {trained.kind} weights of step {trained.step}.")
     terms, parts = _measure(trained, count, ode=False)

@@ -168,7 +168,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh)
+        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
         (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
         if low_labels is not None:
             recipe.take_labels(low_labels)
@@ -299,7 +299,9 @@ def _collect(
     stored = {"settings": settings, "drawn_with": versions | files}
     np.savez(temporary, *arrays, settings=np.array(json.dumps(stored)))
     temporary.replace(path.with_name(path.name + ".npz"))
-    pictures.save_png(path.with_name(path.name + ".png"), pictures.grid(images[:256]))
+    pictures.save_png(
+        path.with_name(path.name + ".png"), pictures.grid(images[:256], captions=recipe.captions(np.arange(n)[:256]))
+    )
     parts.remove()
     if images.shape[2] <= 12:
         say(pictures.as_text(images[: 72 // images.shape[2]]))

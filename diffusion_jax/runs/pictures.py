@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _SHADES = " .:-=+*#%@"
 
@@ -23,18 +23,41 @@ GAP = 4  # grey pixels around every image of a grid
 _GREY = 64
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged."""
+_CAPTION = 14  # rows below an image that has a caption
+
+
+def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged.
+
+    captions: a line of text below each image, cut off where it is too wide.
+    """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, 64 // max(height, width))
-    height, width = height * scale + GAP, width * scale + GAP
+    below = _CAPTION if captions else 0
+    height, width = height * scale + GAP + below, width * scale + GAP
     tiles = np.full((rows * columns, height, width, channels), _GREY, np.uint8)
-    tiles[:n, GAP:, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for tile, caption in zip(tiles, captions or (), strict=False):
+        tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+
+
+def _text(text: str, width: int) -> np.ndarray:
+    """A line of text as uint8 [_CAPTION, width]."""
+    font = ImageFont.load_default(_CAPTION - 3)
+    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType knows Latin letters only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    shown = text
+    while len(shown) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "..."
+    image = Image.new("L", (width, _CAPTION), _GREY)
+    ImageDraw.Draw(image).text((0, 0), shown, fill=230, font=font)
+    return np.asarray(image)
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray) -> None:

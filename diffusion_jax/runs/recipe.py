@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +97,13 @@ def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedu
         return schedules.respace(schedule, [float(t) for t in steps])
     if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
         steps = ",".join(map(str, steps))
-    return schedules.respace(schedule, steps, options["spacing"])
+    return schedules.respace(schedule, steps, None if isinstance(steps, str) else options["spacing"])
+
+
+def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Each label with its name, as "1 cats"; the number alone where there is no other name."""
+    named = [names[y] if y < len(names) else "" for y in labels.tolist()]
+    return [str(y) if name in ("", str(y)) else f"{y} {name}" for y, name in zip(labels.tolist(), named, strict=True)]
 
 
 class Recipe:
@@ -106,8 +113,9 @@ class Recipe:
     guide: parameters of the guiding classifier, None without one; an argument of `draw`, for compiled code.
     """
 
-    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh):
-        """Raises: UserError or ValueError for what does not fit together."""
+    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, class_names: Sequence[str] = ()):
+        """class_names: by which `sampling.label` may name classes. Raises: UserError or ValueError for what does not fit."""
+        self._class_names = tuple(class_names)
         self._config, self._model, self._full = config, model, schedule
         options = self._options = config["sampling"]
         self.schedule = respaced(schedule, options)
@@ -183,11 +191,41 @@ class Recipe:
             return tuple(range(num_classes)) or None
         if not num_classes:
             raise UserError(f"sampling.label={chosen}, but the model has no classes (model.num_classes=0)")
+        if isinstance(chosen, str) and chosen not in self._class_names:
+            chosen = [part.strip(" '\"") for part in chosen.strip("()[] ,").split(",")]
         chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
-        bad = [y for y in chosen if type(y) is not int or not 0 <= y < num_classes]
-        if bad or not chosen:
+        if not chosen:
             raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
-        return chosen
+        return tuple(self._class_index(y, num_classes) for y in chosen)
+
+    def _class_index(self, y, num_classes: int) -> int:
+        """The class of an index or a name. Raises: UserError."""
+        names = self._class_names
+        if y in names:
+            return names.index(y)
+        if isinstance(y, str) and y.isdecimal():  # of "3,cats"
+            y = int(y)
+        if type(y) is int and 0 <= y < num_classes:
+            if str(y) in names and names.index(str(y)) != y:
+                raise UserError(
+                    f"sampling.class={y} is ambiguous: {names[y]!r} is class {y}, and {str(y)!r} is the name of class "
+                    f"{names.index(str(y))}; give the name, as in --config.sampling.class=\"'{names[y]}'\""
+                )
+            return y
+        if isinstance(y, str) and names:
+            near = difflib.get_close_matches(y, names, n=3)
+            known = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+            raise UserError(
+                f"sampling.class={y!r} is no class of this run; "
+                + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {known}")
+            )
+        unnamed = "" if names or not isinstance(y, str) else ", as no class names are stored with these weights"
+        raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}{unnamed}")
+
+    def captions(self, indices: np.ndarray) -> list[str] | None:
+        """Class and name, as "1 cats", of the samples of these numbers; None where they have no class."""
+        labels = self.labels(indices)
+        return None if labels is None else class_captions(labels, self._class_names)
 
     def take_labels(self, labels: np.ndarray) -> None:
         """Labels of small images, which what is enlarged from them shares where no class is asked for. Raises: UserError."""

@@ -21,7 +21,7 @@ from diffusion_jax.training.checkpoints import committed_steps
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
-_NOT_IDENTITY = {"data.data_dir", "data.workers", "data.memory_mb", "model.convolution"}
+_NOT_IDENTITY = {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "model.convolution"}
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -83,23 +83,43 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_data(source, workdir: pathlib.Path) -> None:
-    """Notes what the images of a run are, at its first launch: their number, and a digest of 64 of them and of their labels.
+    """Notes what the images of a run are, at its first launch: their number, a digest of 64 of them and of their labels, and
+    the names of the classes.
 
     Raises: UserError, at a later launch, where they are others.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, 64).astype(int))
     images, labels = source.read(chosen)
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + np.asarray(labels, np.int32).tobytes()).hexdigest()
-    now, path = {"images": len(source), "sha256_of_some": digest}, workdir / "data.json"
-    if not path.exists():
-        write_text(path, json.dumps(now) + "\n")
-        return
-    before = json.loads(path.read_text())
-    if before != now:
+    names, path = list(getattr(source, "class_names", ())), workdir / "data.json"
+    now = {"images": len(source), "sha256_of_some": digest, "classes": names}
+    before = json.loads(path.read_text()) if path.exists() else None
+    if before is not None and {"classes": names, **before} != now:  # runs of version 0.1 have no names
+        renamed = f"classes {', '.join(before['classes'])} then, {', '.join(names)} now" if "classes" in before else ""
+        other = renamed if renamed and before["classes"] != names else "or others"
         raise UserError(
-            f"the images are not those that {workdir} was begun with ({before['images']:,} then, {len(source):,} now, or "
-            f"others): bring them back, begin in another --workdir, or, to go on with these, remove {path}"
+            f"the images are not those that {workdir} was begun with ({before['images']:,} then, {len(source):,} now, "
+            f"{_shortened(other)}): bring them back, begin in another --workdir, or, to go on with these, remove {path}"
         )
+    if before != now:
+        write_text(path, json.dumps(now) + "\n")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
+    """The names of the classes that samples can have, () if they are not known: those of the data that the run was trained
+    on, of the run that `init_from` names, or, for a model without classes, of the guiding classifier's run."""
+    places = [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
+    for place in filter(None, places):
+        try:
+            stored = json.loads((pathlib.Path(place).expanduser() / "data.json").read_text())
+            return tuple(map(str, stored["classes"]))
+        except (OSError, ValueError, KeyError, TypeError):  # weights of others, or a run of version 0.1
+            continue
+    return ()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
