@@ -11,7 +11,12 @@ import tempfile
 import traceback
 
 ROOT = pathlib.Path(__file__).parent.parent
-_PRELOAD = ("ml_collections.config_flags", "diffusion_jax.runs.train", "diffusion_jax.runs.edit", "diffusion_jax.runs.evaluate")
+_PRELOAD = (
+    "ml_collections.config_flags",
+    "diffusion_jax.runs.train",
+    "diffusion_jax.runs.edit",
+    "diffusion_jax.runs.evaluate",
+)
 
 
 @functools.cache

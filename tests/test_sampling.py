@@ -175,7 +175,9 @@ def test_trajectory_holds_every_step():
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
     close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
-    x_0, some = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[0, 24, 7])
+    x_0, some = sampling.sample(
+        KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[0, 24, 7]
+    )
     np.testing.assert_array_equal(some.t, [24, 7, 0])
     close(some.x_t, kept.x_t[np.array([0, 17, 24])])
     close(some.x_0, kept.x_0[np.array([0, 17, 24])])

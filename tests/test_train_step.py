@@ -198,7 +198,11 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
     channels = 1 if name == "simple" else 2
     output = lambda w, x_t, time: w * jnp.concatenate([jnp.tanh(x_t + time[:, None, None, None] / 5)] * channels, -1)  # noqa: E731
     network, _, _ = recorded(config, output)
-    objective, schedule, key = step._objective(config, network, schedule_of(config)), schedule_of(config), jax.random.key(3)
+    objective, schedule, key = (
+        step._objective(config, network, schedule_of(config)),
+        schedule_of(config),
+        jax.random.key(3),
+    )
     x_0 = jnp.clip(floats(), -1, 1)
     found, _ = objective({"w": jnp.float32(0.7)}, None, key, x_0, None)
     by_hand, _ = getattr(losses, name)(
