@@ -20,7 +20,7 @@ from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, generate, judge, train, weights, workdir
+from diffusion_jax.runs import evaluate, generate, judge, recipe, train, weights, workdir
 from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
@@ -677,6 +677,16 @@ def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
     generate.sample(config, run, again=False)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
+
+
+def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch):
+    """The same config may stand for other times in another version."""
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    respaced = recipe.respaced
+    other = {"steps": 2, "spacing": "leading"}
+    monkeypatch.setattr(recipe, "respaced", lambda schedule, options: respaced(schedule, {**options, **other}))
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
 def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):
