@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.training.checkpoints_kept = 3  # the newest ones
     config.training.checkpoint_keep_every = 100_000  # and every such step for good; 0 for none
     config.training.stall_timeout = 600.0  # seconds without a finished step that end the program; 0 for never
-    config.training.profile = False  # traces five steps, soon after the start, for TensorBoard's profiler
+    config.training.profile = False  # traces five steps, soon after the start, for XProf
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # or adamw

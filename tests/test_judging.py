@@ -20,7 +20,7 @@ from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, generate, judge, train, weights, workdir
+from diffusion_jax.runs import evaluate, generate, judge, recipe, train, weights, workdir
 from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
@@ -214,10 +214,34 @@ def test_a_grey_folder_never_loses_colours(tmp_path):
     assert images.open_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
     assert images.open_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
     Image.fromarray(drawn).save(folder / "b.png")
-    with pytest.raises(data.DataError, match="b.png is in colour, and the first image is grey"):
-        images.open_set(str(folder)).images.read(np.arange(2))
-    (folder / "a.png").rename(folder / "c.png")  # grey among colours is what everybody reads as colour
-    assert images.open_set(str(folder)).images.read(np.arange(2))[0].shape == (2, 8, 8, 3)
+    expected = drawn[..., :1].repeat(3, axis=2), drawn
+    for first in ("a.png", "b.png"):  # whichever comes first
+        found = images.open_set(str(folder)).images.read(np.arange(2))[0]
+        assert found.shape == (2, 8, 8, 3)
+        np.testing.assert_array_equal(
+            sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
+        )
+        (folder / first).rename(folder / f"z{first}")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_channels_that_are_asked_for(tmp_path, channels):
+    """Of a folder, an .npz and a data set; a color image becomes gray as Pillow has it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(drawn):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    color, gray = save(tmp_path / "color.npz", drawn), save(tmp_path / "gray.npz", drawn[..., :1])
+    as_gray = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in drawn])[..., None]
+    for what, expected in (
+        (str(folder), drawn if channels == 3 else as_gray),
+        (color, drawn if channels == 3 else as_gray),
+        (gray, drawn[..., :1].repeat(channels, axis=3)),
+        ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
+    ):
+        found = images.open_set(what, channels=channels).images.read(np.arange(2))[0]
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_run_s_newest_samples(tmp_path):
@@ -369,7 +393,7 @@ def test_the_command_and_its_table(tmp_path, capsys):
     assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(all_of_them, own), rel=1e-4)
     assert record["memorisation"]["close_share"] > 0.9 and "fid" not in record
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
-    assert Image.open(tmp_path / "memorisation.png").width > 6 * 64
+    assert Image.open(tmp_path / record["memorisation"]["picture"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
     capsys.readouterr()
     command.main(["table", str(tmp_path)])
@@ -382,6 +406,59 @@ def test_the_command_and_its_table(tmp_path, capsys):
     command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
+
+
+def test_the_table_has_bits_per_dimension(tmp_path, capsys):
+    """In the row of the weights they are of, or in a row of their own."""
+    bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
+    bound |= {"dataset": "cifar10", "prior": 1e-5, "prior_standard_error": None}
+    record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
+    for name, metrics_json, likelihood_json in (
+        ("both", [record, record | {"weights": "raw"}], bound),
+        ("other", [record], bound | {"step": 400}),
+        ("alone", None, bound | {"weights": "raw"}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "likelihood.json").write_text(json.dumps(likelihood_json))
+        if metrics_json:
+            (tmp_path / name / "metrics.json").write_text(json.dumps(metrics_json))
+    command.main(["table", *(str(tmp_path / name) for name in ("both", "other", "alone"))])
+    found = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.out.splitlines()]
+    columns = {name: [row[i] for row in rows[2:]] for i, name in enumerate(rows[0])}
+    value = "3.704 ± 0.01"
+    assert columns["bits_per_dim"] == [value, "", "", value, value] and not found.err
+    assert columns["frechet_distance"] == ["12.5", "12.5", "12.5", "", ""]
+    assert columns["step"] == ["500", "500", "500", "400", "500"]
+    assert columns["weights"] == ["ema", "raw", "ema", "ema", "raw"] and "prior" not in columns
+    (tmp_path / "both" / "likelihood.json").write_text("[]")
+    assert "both/likelihood.json is no likelihood.json" in refused(capsys, "table", tmp_path / "both")
+
+
+def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
+    """Each measurement has one of its own, which the same measurement replaces; --output may be a folder, too."""
+    one, other = (save(tmp_path / f"{name}.npz", all_digits()[i : i + 40]) for i, name in ((0, "one"), (40, "other")))
+    (tmp_path / "out").mkdir()
+    asked = ["--metrics=memorisation", "--features=test_judging:a_function"]
+    for samples in (one, other, one):
+        command.main([one, samples, *asked, "--output=out"])
+    command.main([other, one, *asked, "--output=out/metrics.json"])
+    records = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert len(records) == 3 and {record["memorisation"]["picture"] for record in records} == pictures
+    assert sorted(name.split("_")[1] for name in pictures) == ["one", "one", "other"]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
+    good, url = (
+        save(tmp_path / "good.npz", all_digits()[:20]),
+        "https://github.com/mseitzer/pytorch-fid/releases/download/",
+    )
+    assert url in refused(capsys, "digits", good, "--features=inception")
+    assert url in refused(capsys, "digits", good, "--inception=x.pth", "--features=inception")
+    with pytest.raises(UserError, match=url):
+        judge.judge(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
 
 
 def a_function(batch):
@@ -600,6 +677,16 @@ def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
     generate.sample(config, run, again=False)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
+
+
+def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch):
+    """The same config may stand for other times in another version."""
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    respaced = recipe.respaced
+    other = {"steps": 2, "spacing": "leading"}
+    monkeypatch.setattr(recipe, "respaced", lambda schedule, options: respaced(schedule, {**options, **other}))
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
 def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):

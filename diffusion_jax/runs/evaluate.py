@@ -254,6 +254,7 @@ def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     if config.evaluation.likelihood:
         _bound(config, directory)
     judge(config, directory)
+    work.keep_config(config, directory)
 
 
 def _bound(config: ConfigDict, directory: pathlib.Path) -> None:

@@ -177,7 +177,8 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     if recipe.warning:
         say(f"Note: {recipe.warning}.")
     step, params = weights.load(config, directory, model, mesh, options.use_ema)
-
+    if again:
+        work.keep_config(config, directory)
     origin = weights.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
     samples = directory / "samples"
@@ -236,6 +237,10 @@ def _settings(
         for key, value in options["sampling"].items()
         if not key.startswith(_NO_SETTINGS) and key not in _FILES
     }
+    if config.sampling.label is not None:  # a name and a number may be of one class
+        sampling["label"] = list(recipe.classes)
+    # What a number of steps and a spacing stand for may change with the version; to a rounding of other machines.
+    times = np.round(np.asarray(recipe.schedule.timesteps, np.float64), 4) + 0.0
     return {
         "weights_digest": weights.digest(params),
         "classifier_digest": None if recipe.guide is None else weights.digest(recipe.guide),
@@ -246,6 +251,7 @@ def _settings(
         "model": options["model"],
         "diffusion": options["diffusion"],
         "sampling": sampling,
+        "times_digest": hashlib.sha256(times.tobytes()).hexdigest(),
         "batch_size": batch_size,
         "devices": devices,
         "random": {

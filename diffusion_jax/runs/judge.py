@@ -15,6 +15,7 @@ from diffusion_jax import data
 from diffusion_jax.evaluation import compare, images, metrics
 from diffusion_jax.evaluation import features as extractors
 from diffusion_jax.evaluation.extract import CHUNK, Extraction, cache_directory
+from diffusion_jax.pretrained.inception import WHERE
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
@@ -60,7 +61,10 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     if not options.num_samples:
         return
     if _features_of(config) == "inception" and not options.inception:
-        how = "evaluation.inception=PATH names the weights of FID's Inception, evaluation.num_samples=0 leaves this out"
+        how = (
+            f"evaluation.inception=PATH names the weights of FID's Inception ({WHERE}), evaluation.num_samples=0 leaves "
+            "this out"
+        )
         if not options.likelihood:
             raise UserError(f"nothing can judge the samples: {how}")
         say(f"No samples are judged: {how}.")
@@ -158,7 +162,9 @@ class TrainingDistance:
         if options.every_samples < 2:
             raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
         if _features_of(config) == "inception" and not options.inception:
-            raise UserError("evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception")
+            raise UserError(
+                f"evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception ({WHERE})"
+            )
         extractor, self._seed, self._count = _extractor(config), options.seed, options.every_samples
         self._generator = generator
         self._extraction = Extraction(extractor, sharding.make_mesh(config.mesh), options.batch_size, Bar)

@@ -173,7 +173,7 @@ class _Times:
 
 
 class _Profile:
-    """Traces the sixth to the tenth call of the train step into `directory`, for TensorBoard's profiler; None for never."""
+    """Traces the sixth to the tenth call of the train step into `directory`, for XProf; None for never."""
 
     _CALLS = range(5, 10)  # after those that fill the caches
 
@@ -204,7 +204,7 @@ class _Profile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._tracing = False
-        say(f"A trace of the train step: tensorboard --logdir={self._directory} (the profile tab).")
+        say(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")
 
 
 class _Loop:

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.runs.errors import UserError
+from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.digests import committed_steps
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
@@ -142,6 +143,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Stores the config of this launch."""
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Stores the config of a launch that draws from or measures weights of others, before anything is trained: then the
+    directory alone names them at the next launch. The config of a run that has a checkpoint stays.
+    """
+    if config.init_from and not committed_steps(workdir / "checkpoints"):
+        first_says(lambda: workdir.mkdir(parents=True, exist_ok=True) or write_config(config, workdir))
 
 
 def import_writers() -> None:
