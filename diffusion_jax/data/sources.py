@@ -97,14 +97,13 @@ class Folder:
         return len(self._files)
 
     def _skipped_files(self) -> str:
-        reasons = {".gif": " (may be animated: convert them to PNG)", "": " without a suffix"}
-        return ", ".join(
-            f"{n:,} {suffix}{reasons.get(suffix, '')}".replace("  ", " ") for suffix, n in self._skipped.most_common()
-        )
+        reasons = {".gif": ".gif (may be animated: convert them to PNG)", "": "without a suffix"}
+        counts = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
 
     def notes(self) -> list[str]:
         """What was skipped and, of the images that were read, what was dropped."""
-        notes = [f"Skipped files that are no images: {self._skipped_files()}."] if self._skipped else []
+        notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
         if self.stray:
             notes.append(f"No classes: {self.no_labels}.")
         if self._transparent:
