@@ -13,6 +13,7 @@ ValueError.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,20 +69,33 @@ def _with_known(key, schedule, x_prev, x_0, mask, t):
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
 
 
-def replacement(sampler: Sampler, x_0, mask) -> Sampler:
+@dataclasses.dataclass(frozen=True, eq=False)
+class replacement(Sampler):
     """Inpainting by replacement (Song et al. 2021, appendix I.2): each step ends with known pixels of q(x_{t-1} | x_0).
 
     A sampler around any other. Known pixels come back exactly; the unknown ones see them only through the network, so that
     borders may not fit: `repaint` mends that.
     """
-    x_0, mask = process.as_float("x_0", x_0), as_mask(mask)
 
-    def step(key, schedule, denoise_fn, x_t, t, memory):
-        new = sampler.step(key, schedule, denoise_fn, x_t, t, memory)
-        x_prev = _with_known(jax.random.fold_in(key, 1), schedule, new.x_prev, x_0, mask, t)
+    sampler: Sampler
+    x_0: jax.Array
+    mask: jax.Array
+
+    def __post_init__(self):
+        object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
+        object.__setattr__(self, "mask", as_mask(self.mask))
+
+    @property
+    def prediction(self) -> str:
+        return self.sampler.prediction
+
+    def start(self, schedule, x_T, num_steps: int):
+        return self.sampler.start(schedule, x_T, num_steps)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
+        new = self.sampler.step(key, schedule, denoise_fn, x_t, t, memory)
+        x_prev = _with_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.memory)
-
-    return Sampler(step, sampler.start, sampler.prediction)
 
 
 def _walk(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:

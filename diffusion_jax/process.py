@@ -19,6 +19,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -254,21 +255,24 @@ def clip_x_0(x_0, clip: bool | Callable):
     return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
 
 
-def dynamic_threshold(quantile: float = 0.995) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class dynamic_threshold:
     """Imagen's dynamic threshold (Saharia et al. 2022, section 2.3) as a `clip`: x_0 [B, ...] -> clip(x_0, -s, s) / s.
 
     s, of each example, is the quantile of |x_0|, at least 1. Raises: ValueError for a quantile outside (0, 1].
     """
-    if not 0 < quantile <= 1:
-        raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
 
-    def threshold(x_0):
+    quantile: float = 0.995
+
+    def __post_init__(self):
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+
+    def __call__(self, x_0) -> jax.Array:
         x_0 = as_float("x_0", x_0)
-        s = jnp.quantile(jnp.abs(x_0), quantile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
+        s = jnp.quantile(jnp.abs(x_0), float(self.quantile), axis=tuple(range(1, x_0.ndim)), keepdims=True)
         s = jnp.maximum(s, 1.0)
         return jnp.clip(x_0, -s, s) / s
-
-    return threshold
 
 
 def p_mean_variance(
