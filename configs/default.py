@@ -107,11 +107,13 @@ def get_config() -> ConfigDict:
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
-    config.sampling.sampler = "ddpm"  # heun, pndm and plms of a cosine schedule need the spacing karras or log_snr
-    # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), OpenAI's "ddim50" or "10,15,20", or,
-    # with the spacing "given", the network times themselves, rising.
+    config.sampling.sampler = "ddpm"
+    # All of diffusion.num_timesteps unless given: a number, spread as `spacing` says. With the spacing "openai" also several,
+    # (10, 15, 20), one for each section of the chain; with "given" the network times themselves, rising.
     config.sampling.steps = FieldReference(None, field_type=object)
-    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian, given
+    # leading, trailing, linspace, quadratic, karras, log_snr, gaussian, openai, openai_ddim (its "ddim50"), given. Unless
+    # given, what suits the sampler: log_snr for heun, pndm and plms, else trailing.
+    config.sampling.spacing = config_dict.placeholder(str)
     config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
     config.sampling.order = 2  # of dpm_solver_pp, unipc, deis: 1, 2, 3
     config.sampling.lower_order_final = True  # of those

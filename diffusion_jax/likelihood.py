@@ -218,7 +218,7 @@ def bits_per_dim(
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)
         x_t = process.q_sample(schedule, x_0, t, eps)
-        time = process.at(schedule.timesteps, t, t).astype(x_t.dtype)
+        time = process.network_time(schedule, t, x_t)
         output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
         term, reverse = bound_term(
             schedule,

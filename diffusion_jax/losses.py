@@ -230,7 +230,7 @@ def _noise(key, schedule, x_0, timestep_sampler):
     key_t, key_eps = jax.random.split(key)
     t, importance = _timestep_sampler(timestep_sampler)(key_t, x_0.shape[0], schedule.num_timesteps)
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
-    time = process.at(schedule.timesteps, t, t).astype(x_0.dtype)
+    time = process.network_time(schedule, t, x_0)
     return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
 
 

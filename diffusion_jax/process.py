@@ -89,6 +89,11 @@ def at(table, t, like) -> jax.Array:
     return values.reshape(t.shape + (1,) * (len(shape) - t.ndim))
 
 
+def network_time(schedule: Schedule, t, x_t) -> jax.Array:
+    """The network time of index t, in the shape of t and the dtype of x_t, float32 at least: what a `denoise_fn` takes."""
+    return at(schedule.timesteps, t, as_float("x_t", x_t)).reshape(jnp.shape(t))
+
+
 def q_mean_variance(schedule: Schedule, x_0, t) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4; shapes of x_0."""
     x_0 = as_float("x_0", x_0)

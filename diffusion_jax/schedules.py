@@ -287,6 +287,9 @@ def _even_angle(position, sigma_min, sigma_max):
 _LEVEL_SPACINGS: dict[str, Callable] = {"karras": _karras, "log_snr": _even_log_snr, "gaussian": _even_angle}
 
 
+SPACINGS = (*_SPACINGS, *_LEVEL_SPACINGS)  # the names that `respace` takes
+
+
 def _check_count(steps, total):
     if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
         raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")

@@ -58,6 +58,7 @@ CASES = {
     "process.as_float": lambda x: process.as_float("x", x),
     "process.promote": lambda x: process.promote(x=x, y=x),
     "process.at": lambda x: process.at(FULL.betas, T, x),
+    "process.network_time": lambda x: process.network_time(FULL, T, x),
     "process.q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
     "process.q_sample": lambda x: process.q_sample(FULL, x, T, x),
     "process.q_step_mean_variance": lambda x: process.q_step_mean_variance(FULL, x, T),

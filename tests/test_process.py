@@ -243,7 +243,7 @@ def test_low_precision_is_promoted_before_any_arithmetic():
         "q_step": lambda x, y: process.q_step(schedule, x, t, y),
         "q_posterior": lambda x, y: process.q_posterior(schedule, x, y, t),
         "eps_at": lambda x, y: process.eps_at(0.6, 0.8, x, y, "v"),
-        "threshold": lambda x, y: process.dynamic_threshold(0.7)(3 * x.astype(jnp.float32).astype(x.dtype)),
+        "threshold": lambda x, y: process.dynamic_threshold(0.7)(x),
     }
     for p in process.PREDICTIONS:
         for name, convert in CONVERSIONS.items():

@@ -65,6 +65,7 @@ def test_images_that_are_not_float(name, dtype):
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x, t: process.network_time(FULL, t, x),
         lambda x, t: process.q_mean_variance(FULL, x, t),
         lambda x, t: process.q_sample(FULL, x, t, x),
         lambda x, t: process.q_step(FULL, x, t, x),

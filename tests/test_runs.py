@@ -277,7 +277,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with Image.open(f"{path}.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture)[4:68:8, 4:68:8], images[0, :, :, 0])
     raw = tiny_config(
-        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": "2"}
+        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
     sample(raw, trained)
     (path,) = (trained / "samples").glob("step4_raw_ddim2_*_seed0_n3.npz")

@@ -157,7 +157,7 @@ def test_samplers_keep_float32_and_float64(name):
             for dtype in ("float16", "bfloat16", "float32", "float64"):
                 if dtype == "float64" and not x64:
                     continue
-                expected = jnp.float64 if dtype == "float64" else jnp.float32
+                expected = np.dtype("float64" if dtype == "float64" else "float32")
                 for prediction in ("eps", "x_0", "v", "score"):
                     for its in ("bfloat16", "float32", "float64" if x64 else "float32"):
                         seen = []

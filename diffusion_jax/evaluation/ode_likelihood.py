@@ -166,7 +166,8 @@ def bits_per_dim(
     elif dequantisation == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x = process.q_sample(schedule, x_0, first, eps)
-        output = denoise_fn(x, process.at(schedule.timesteps, first, first).astype(x.dtype))
+        output = denoise_fn(x, process.network_time(schedule, first, x))
+        output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
             schedule, output, x_0, x, first, prediction=prediction, variance=variance, levels=levels
         )

@@ -17,20 +17,8 @@ from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.parts import digest
 from diffusion_jax.training import sharding
 
-# Leaves of `config.sampling` that change what is drawn and that `Recipe.name` does not spell out, and their usual values.
-_UNTOLD: dict[str, Any] = {
-    "guidance_interval": (),
-    "guidance_rescale": 0.0,
-    "clip": True,
-    "classifier": "",
-    "classifier_form": "eps",
-    "low_resolution": "",
-    "low_resolution_noise": 0.0,
-    "lower_order_final": True,
-    "variant": "bh2",
-    "churn_range": (),
-    "churn_noise": 1.0,
-}
+# Leaves of `config.sampling` whose values are paths, which no name spells out: their digest stands there.
+_PATHS = ("classifier", "low_resolution")
 
 
 def _interval(leaf: str, value) -> tuple[float, float] | None:
@@ -86,20 +74,63 @@ def sampler_from_config(options: Mapping, diffusion: Mapping, clip: Callable | N
     return SAMPLERS[options["sampler"]](options, clip=own if clip is None else clip(own), **says, **more)
 
 
-def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedule:
+def spacing_of(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
+    """The spacing of `config.sampling`, or the one that suits what is asked for where it names none."""
+    if options["spacing"] is not None:
+        return options["spacing"]
+    return "openai" if isinstance(options["steps"], tuple | list) else sampling.default_spacing(sampler, schedule)
+
+
+def respaced(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
     """The schedule that `config.sampling` walks: all of it, or `steps` of it. Raises: ValueError."""
     steps = options["steps"]
     if steps is None:
         return schedule
     if isinstance(steps, bool):
         raise ValueError(f"sampling.steps={steps} must be None or a number of steps")
-    if options["spacing"] == "given":
-        if not isinstance(steps, tuple | list):
+    if isinstance(steps, str):
+        raise ValueError(_string_steps(steps))
+    spacing, row = spacing_of(options, sampler, schedule), isinstance(steps, tuple | list)
+    if spacing == "given":
+        if not row:
             raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
         return schedules.respace(schedule, [float(t) for t in steps])
-    if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
-        steps = ",".join(map(str, steps))
-    return schedules.respace(schedule, steps, None if isinstance(steps, str) else options["spacing"])
+    if spacing == "openai":
+        if not all(type(count) is int for count in (steps if row else (steps,))):
+            raise ValueError(
+                f"sampling.steps={steps!r} with spacing=openai must be a whole number, or several: (10, 15, 20)"
+            )
+        return schedules.respace(schedule, ",".join(map(str, steps)) if row else str(steps))
+    if row:
+        raise ValueError(
+            f"sampling.steps={steps!r} are several numbers, which spacing={spacing} does not take; use "
+            "sampling.spacing=openai (steps in equal sections of the chain) or given (network times)"
+        )
+    if spacing == "openai_ddim":
+        if type(steps) is not int:
+            raise ValueError(f"sampling.steps={steps!r} with spacing=openai_ddim must be a whole number")
+        return schedules.respace(schedule, f"ddim{steps}")
+    if spacing not in schedules.SPACINGS:
+        known = ", ".join([*schedules.SPACINGS, "openai", "openai_ddim", "given"])
+        raise ValueError(f"sampling.spacing={spacing!r} is unknown; known: {known}")
+    return schedules.respace(schedule, steps, spacing)
+
+
+def _string_steps(steps: str) -> str:
+    """What to type instead of OpenAI's strings."""
+    counts = steps.removeprefix("ddim")
+    spacing = "openai_ddim" if counts != steps else "openai"
+    if not all(count.strip().isdecimal() for count in counts.split(",")):
+        counts, spacing = "50", "NAME"
+    return (
+        f"sampling.steps={steps!r} is a string; steps are a number, and how they are spread is sampling.spacing: type "
+        f"--config.sampling.steps={counts.replace(' ', '')} --config.sampling.spacing={spacing}"
+    )
+
+
+def _number(value: float) -> str:
+    """A number as a file's name has it, short and exact."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
@@ -120,7 +151,9 @@ class Recipe:
         self._class_names = tuple(class_names)
         self._config, self._model, self._full = config, model, schedule
         options = self._options = config["sampling"]
-        self.schedule = respaced(schedule, options)
+        sampler = sampler_from_config(options, config["diffusion"])
+        self._spacing = spacing_of(options, sampler, schedule)
+        self.schedule = respaced(schedule, options, sampler)
         self.guide, self._classifier = None, None
         num_classes = model.num_classes
         if options["classifier"]:
@@ -156,19 +189,26 @@ class Recipe:
         self._shifts_mean = self._classifier is not None and options["classifier_form"] == "mean"
         if self._shifts_mean and options["sampler"] != "ddpm":
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
-        self.sampler()  # for its errors
-        self.warning = self._warn()
+        self._check_steps(sampler)
+        blur = sampling.find_blur(self.schedule)
+        self.warning = blur and f"{blur}; use {self._other_steps()}"
 
-    def _warn(self) -> str | None:
-        """What is allowed and will look wrong, in a line."""
-        snr = self.schedule.snr[self.schedule.snr > 0]  # from noise alone these samplers step as DDIM does
-        octaves = np.abs(np.diff(np.log2(snr))).max(initial=0.0) / 2
-        if self._options["sampler"] in ("heun", "pndm", "plms") and octaves > 5:
-            return (
-                f"sampling.sampler={self._options['sampler']} is not for steps over {octaves:.0f} octaves of noise, and "
-                "these have one: use sampling.spacing=karras or log_snr"
-            )
-        return None
+    def _other_steps(self) -> str:
+        """What to type where these steps do not do."""
+        if self._spacing == "log_snr" or self._full.zero_terminal_snr:
+            return "more steps (sampling.steps)"
+        return "sampling.spacing=log_snr or more steps (sampling.steps)"
+
+    def _check_steps(self, sampler: sampling.Sampler) -> None:
+        """Raises: UserError for steps on which the sampler is known to fail."""
+        problem = sampling.find_problem(sampler, self.schedule)
+        if problem is None:
+            return
+        options = self._options
+        asked = f"sampling.sampler={options['sampler']}"
+        if options["steps"] is not None:
+            asked += f" with sampling.steps={options['steps']} and spacing {self._spacing}"
+        raise UserError(f"{asked}: {problem}; use {self._other_steps()}, or sampling.sampler=ddim")
 
     def _load_classifier(self, path: str, mesh) -> None:
         try:
@@ -248,33 +288,61 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The part of a file's name that tells samples of other recipes apart."""
+        """The part of a file's name that tells samples of other recipes apart; a digest stands for what it cannot spell."""
         options = self._options
-        name = f"{options['sampler']}{self.schedule.num_timesteps}"
-        if options["steps"] is not None and options["spacing"] != "trailing":
-            name += f"_{options['spacing']}"
-        untold = {leaf: options[leaf] for leaf, usual in _UNTOLD.items() if options[leaf] not in (usual, [])}
-        if not isinstance(options["steps"], int | None):
-            untold["steps"] = options["steps"]
-        if options["clip"] == "dynamic":
-            untold["clip_quantile"] = options["clip_quantile"]
+        parts = [f"{options['sampler']}{self.schedule.num_timesteps}", *self._steps_in_name(), *self._options_in_name()]
+        unspelled = {leaf: options[leaf] for leaf in _PATHS if options[leaf]}
         if self._given is not None:
-            untold["labels"] = self._given.tolist()
-        if options["sampler"] in ("dpm_solver_pp", "unipc", "deis") and options["order"] != 2:
-            name += f"_order{options['order']}"
-        if options["sampler"] == "dpm_solver_pp":
-            name += "_singlestep" * options["singlestep"] + "_sde" * options["sde"]
-        if options["sampler"] == "ddim" and options["eta"]:
-            name += f"_eta{options['eta']:g}"
-        if options["sampler"] == "heun" and options["churn"]:
-            name += f"_churn{options['churn']:g}"
+            unspelled["labels"] = self._given.tolist()
+        if self._spacing == "given":
+            unspelled["steps"] = options["steps"]
         if options["label"] is not None:
-            name += "_class" + "-".join(map(str, self.classes))[:40]
+            told = "class" + "-".join(map(str, self.classes))
+            if len(told) > 40:
+                unspelled["classes"], told = self.classes, f"{len(self.classes)}classes"
+            parts.append(told)
         if self.guided:
-            name += f"_guided{options['guidance_scale']:g}"
+            parts.append(f"guided{_number(options['guidance_scale'])}")
+            if self._interval:
+                parts.append("interval" + "-".join(map(_number, self._interval)))
+            if options["guidance_rescale"]:
+                parts.append(f"rescale{_number(options['guidance_rescale'])}")
         if self._classifier is not None:
-            name += f"_classifier{options['classifier_scale']:g}"
-        return f"{name}_{digest(untold)[:6]}" if untold else name
+            form = "-mean" * self._shifts_mean
+            parts.append(f"classifier{_number(options['classifier_scale'])}{form}")
+        if options["low_resolution_noise"]:
+            parts.append(f"noise{_number(options['low_resolution_noise'])}")
+        return "_".join(parts + ([digest(unspelled)[:6]] if unspelled else []))
+
+    def _steps_in_name(self) -> list[str]:
+        steps = self._options["steps"]
+        if steps is None or self._spacing == "trailing":
+            return []
+        sections = "-".join(map(str, steps)) if self._spacing == "openai" and not isinstance(steps, int) else ""
+        return [self._spacing + sections]
+
+    def _options_in_name(self) -> list[str]:
+        """Of the sampler, where they are not the usual ones."""
+        options, sampler, parts = self._options, self._options["sampler"], []
+        if sampler in ("dpm_solver_pp", "unipc", "deis"):
+            parts += [f"order{options['order']}"] * (options["order"] != 2)
+            parts += ["fullorder"] * (not options["lower_order_final"])
+        if sampler == "unipc" and options["variant"] != "bh2":
+            parts.append(options["variant"])
+        if sampler == "dpm_solver_pp":
+            parts += ["singlestep"] * options["singlestep"] + ["sde"] * options["sde"]
+        if sampler == "ddim" and options["eta"]:
+            parts.append(f"eta{_number(options['eta'])}")
+        if sampler == "heun" and options["churn"]:
+            within = _interval("churn_range", options["churn_range"])
+            parts.append(f"churn{_number(options['churn'])}")
+            parts += ["range" + "-".join(map(_number, within))] if within else []
+            parts += [f"noise{_number(options['churn_noise'])}"] * (options["churn_noise"] != 1)
+        if options["clip"] == "dynamic":
+            parts.append(f"clip-dynamic{_number(options['clip_quantile'])}")
+        elif not options["clip"]:
+            parts.append("clip-none")
+        return parts
 
     def sampler(self, guide=None, y=None, clip: Callable | None = None) -> sampling.Sampler:
         """The sampler; guide, y: as `network`, where the classifier shifts its mean. clip: as `sampler_from_config`."""
