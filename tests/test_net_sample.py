@@ -20,7 +20,7 @@ def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields)
     found = description.describe("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
     y = jnp.zeros(1, jnp.int32) if model.num_classes else None
     x = jnp.zeros((1, 4, 4, found.in_channels))
-    params = model.init(jax.random.key(1), x, jnp.zeros(1), y)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x, jnp.zeros(1), y)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     params = jax.tree.unflatten(
