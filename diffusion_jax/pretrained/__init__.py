@@ -3,7 +3,7 @@
     from diffusion_jax import pretrained, sampling
 
     net = pretrained.load("64x64_diffusion.pt")
-    x = sampling.sample(key, net.schedule, lambda x, t: net.denoise_fn(x, t, y), x_T, sampling.ddpm(variance=net.variance))
+    images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
 `python -m diffusion_jax.pretrained inspect PATH` says what a file is.
 """
