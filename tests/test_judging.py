@@ -774,6 +774,7 @@ def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
         ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
         ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
         ({"evaluation.every": -1}, "must be at least 0"),
+        ({"evaluation.batch_size": 0}, "evaluation.batch_size=0 must be at least 1"),
     ],
 )
 def test_judging_that_cannot_be(run, overrides, words):

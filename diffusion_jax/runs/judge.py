@@ -43,6 +43,8 @@ def check_judging(config: ConfigDict) -> None:
     for leaf in ("num_samples", "every", "every_samples"):
         if options[leaf] < 0:
             raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least 0")
+    if options.batch_size < 1:
+        raise UserError(f"evaluation.batch_size={options.batch_size} must be at least 1")
     unknown = sorted(set(options.metrics) - set(compare.METRICS))
     if unknown:
         raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
