@@ -461,8 +461,8 @@ STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interru
     ],
 )
 def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, ends):
-    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the
-    bit."""
+    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
+    to the bit."""
     overrides = {
         "training.num_steps": num_steps,
         "training.log_every": 1,

@@ -146,7 +146,7 @@ def stopping_at_once(directory: pathlib.Path | None = None, only_interrupts: boo
 
 
 class Preemption:
-    """Whether the run was asked to stop, by SIGTERM or Ctrl-C: `asked()` after every call of the train step, by every process.
+    """Whether SIGTERM or Ctrl-C asked the run to stop: `asked()` after every call of the train step, by every process.
 
     Processes that work together agree on the step by JAX's own service, which took SIGTERM for itself when it was
     initialized; a process that gets Ctrl-C sends itself SIGTERM. A process alone has a handler for both.
