@@ -1,6 +1,7 @@
 """What cannot be run: one clear line and exit code 2, in seconds."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -106,7 +107,7 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
     (["--config=configs/digits.py", "--mode=evaluate"], "train first"),
     (["--config=configs/digits.py", "--process_id=1"], "go together"),
-    (["--config=configs/digits.py", "--process_id=x"], "process_id"),
+    (["--config=configs/digits.py", "--process_id=x"], "process_id=x: must be a whole number"),
 ]
 
 
@@ -218,6 +219,18 @@ def test_a_first_afternoon_s_mistake_is_one_line(flags, words, wrong, tmp_path):
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
     assert all(word in err for word in words) and len(err) < 600, err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere, so the system's answer is replaced."""
+    import main
+
+    main._check_workdir(str(tmp_path / "new" / "run"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as end:
+        main._check_workdir(str(tmp_path / "new" / "run"))
+    expected = f"error: --workdir={tmp_path}/new/run: {tmp_path} cannot be written (permission denied)"
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(expected)
 
 
 def test_there_are_sixty():
