@@ -30,6 +30,7 @@ elif __name__ == "__mp_main__":  # a process that reads data: the one that start
 import difflib
 import errno
 import pathlib
+import re
 import sys
 import traceback
 
@@ -169,7 +170,7 @@ def _explain(argv: list[str], error: Exception) -> str:
         if pathlib.Path(path.partition(":")[0]).resolve() == config_file.PRETRAINED:
             return f"--pretrained={path.partition(':')[2]}: {in_file}"
         return str(in_file)
-    return unknown or str(error)
+    return unknown or re.sub(r"invalid literal for int\(\).*", "must be a whole number", str(error))  # absl's own flags
 
 
 def check_mode(mode: str, config) -> None:

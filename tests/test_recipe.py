@@ -433,6 +433,26 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
     assert "\n" not in str(caught.value)
 
 
+def test_leaves_that_change_nothing_are_named():
+    """Each alone, beside what reads it and beside what does not."""
+    assert recipe.ignored(tiny_config().sampling) == []
+    for leaf, value, reader, other in (
+        ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
+        ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
+        ("variant", "bh1", {"sampler": "unipc"}, {"sampler": "dpm_solver_pp"}),
+        ("singlestep", True, {"sampler": "dpm_solver_pp"}, {"sampler": "unipc"}),
+        ("sde", True, {"sampler": "dpm_solver_pp"}, {"sampler": "heun"}),
+        ("churn", 2.0, {"sampler": "heun"}, {"sampler": "pndm"}),
+        ("classifier_scale", 4.0, {"classifier": "runs/classifier"}, {}),
+        ("guidance_rescale", 0.7, {"guidance_scale": 2.0}, {}),
+        ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
+    ):
+        options = dict(tiny_config().sampling) | {leaf: value}
+        assert recipe.ignored(options | reader) == []
+        (line,) = recipe.ignored(options | other)
+        assert line.startswith(f"sampling.{leaf}={value!r} (only ")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")

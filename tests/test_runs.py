@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from launcher import launch
 from ml_collections import ConfigDict
 from PIL import Image
 from test_training import tiny_config
@@ -510,7 +511,7 @@ def last_state(config, directory):
     [
         (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
+        (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
         (["--config=configs/digit.py"], "no such file"),
         (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
@@ -522,7 +523,7 @@ def last_state(config, directory):
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
-    code, _, err = finish(start(f"--workdir={tmp_path}", *arguments))
+    code, _, err = launch(f"--workdir={tmp_path}", *arguments)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
@@ -530,7 +531,7 @@ def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
 def test_a_damaged_config_json_is_one_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     for named in ([], ["--config=configs/digits.py"]):
-        code, _, err = finish(start(f"--workdir={tmp_path}", *named))
+        code, _, err = launch(f"--workdir={tmp_path}", *named)
         assert code == 2 and "config.json is no config" in err and len(err.strip().splitlines()) == 1, err
 
 

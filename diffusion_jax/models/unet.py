@@ -68,7 +68,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         batch, channels = x.shape[0], x.shape[-1]
         if channels % self.num_groups:
-            raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels")
+            raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels; change one")
         scale, bias = _ScaleAndBias(name="norm")(channels)
 
         def mean_of_group(v):  # [B, C] to [B, C]

@@ -58,6 +58,32 @@ SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
 }
 
 
+# Leaves that only some samplers read, and the values at which they change nothing.
+_READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "eta": (0.0, ("ddim",)),
+    "order": (2, ("dpm_solver_pp", "unipc", "deis")),
+    "variant": ("bh2", ("unipc",)),
+    "singlestep": (False, ("dpm_solver_pp",)),
+    "sde": (False, ("dpm_solver_pp",)),
+    "churn": (0.0, ("heun",)),
+}
+
+
+def ignored(options: Mapping) -> list[str]:
+    """Leaves of `config.sampling` that change nothing beside the others, each with what would read it."""
+    found = [
+        f"sampling.{leaf}={options[leaf]!r} (only of sampling.sampler={', '.join(samplers)})"
+        for leaf, (usual, samplers) in _READ_BY.items()
+        if options[leaf] != usual and options["sampler"] not in samplers
+    ]
+    if options["classifier_scale"] != 1 and not options["classifier"]:
+        found.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
+    for leaf in ("guidance_interval", "guidance_rescale"):
+        if options[leaf] and options["guidance_scale"] == 1:
+            found.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
+    return found
+
+
 def sampler_from_config(options: Mapping, diffusion: Mapping, clip: Callable | None = None, **more) -> sampling.Sampler:
     """The sampler of `config.sampling`, for what `config.diffusion` says the network predicts.
 

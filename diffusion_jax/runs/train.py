@@ -125,7 +125,7 @@ def check_source(config: ConfigDict, source) -> None:
         data.check_levels(source.read(np.arange(min(64, len(source))))[0], config.data.levels)
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
-        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
+        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes; use that, or 0")
     if classes and not source.num_classes:
         advice = "a classifier needs labelled images" if training.is_classifier(config) else "use model.num_classes=0"
         reason = getattr(source, "no_labels", "")
