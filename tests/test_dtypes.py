@@ -180,6 +180,9 @@ NO_ARRAYS = {
     "timesteps.loss_second_moment",
     "editing.as_mask",
     "sampling.sample",
+    "sampling.default_spacing",
+    "sampling.find_blur",
+    "sampling.find_problem",
 }
 
 
