@@ -82,6 +82,16 @@ def test_without_weighting_the_error_of_what_is_predicted():
         assert abs(mean - least.mean()) < 4 * error, prediction
 
 
+def test_the_constants_of_weightings():
+    snr = np.array([1e-3, 0.5, 2.0, 30.0], np.float32)
+    np.testing.assert_allclose(losses.min_snr_weight(snr, 2.0), np.minimum(snr, 2) / snr, rtol=1e-6)
+    np.testing.assert_allclose(losses.p2_weight(snr, 0.3, 0.5), 1 / np.sqrt(0.3 + snr), rtol=1e-6)
+    loss, parts = losses.simple(
+        jax.random.key(0), SCHEDULE, lambda x, time: x, gaussian_data(4), weighting=lambda s: losses.p2_weight(s, 2, 3)
+    )
+    np.testing.assert_allclose(loss, parts.mse / (2 + SCHEDULE.snr[parts.t]) ** 3, rtol=1e-5)
+
+
 def test_weights_stay_finite_where_alpha_bar_is_0():
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     last = lambda key, batch, total: (jnp.full(batch, total - 1), jnp.ones(batch))  # noqa: E731
@@ -368,6 +378,16 @@ def test_importance_sampling_is_unbiased_and_steadier():
     # Also where a step is almost never drawn: the frequencies are the probabilities.
     counts = np.bincount(np.asarray(parts.t), minlength=20)
     assert (abs(counts - 60_000 * p) < 5 * np.sqrt(60_000 * p) + 1).all()
+
+
+def test_the_uniform_part_of_importance_sampling():
+    """Half of it uniform: a step whose losses are 0 keeps the probability 1 / (2 T), and its weight is 2."""
+    t = jnp.repeat(jnp.arange(4), 2)
+    history = timesteps.record(timesteps.loss_history(4, length=2), t, jnp.where(t == 0, 0.0, 1.0))
+    np.testing.assert_allclose(timesteps.step_probabilities(history, 0.5), [1 / 8, *[7 / 24] * 3], rtol=1e-6)
+    drawn, weight = timesteps.loss_second_moment(history, 0.5)(jax.random.key(0), 200, 4)
+    assert (drawn == 0).any()
+    np.testing.assert_allclose(weight, np.where(drawn == 0, 2.0, 6 / 7), rtol=1e-6)
 
 
 def test_a_history_of_another_length_is_refused():
