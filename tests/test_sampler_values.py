@@ -164,11 +164,10 @@ def test_samplers_keep_float32_and_float64(name):
             seen.add((x.dtype, time.dtype))
             return network(prediction, its)(x, time)
 
-        def run(x, f=denoise_fn, sampler=MAKERS[name](prediction=prediction)):
-            return sampling.sample(KEY, schedule, f, x, sampler, trajectory=True)
-
+        run = functools.partial(sampling.sample, KEY, schedule, denoise_fn, trajectory=True)
+        sampler = MAKERS[name](prediction=prediction)
         with jax.enable_x64(x64):
-            out, kept = jax.eval_shape(run, jax.ShapeDtypeStruct((2, 3), dtype))
+            out, kept = jax.eval_shape(functools.partial(run, sampler=sampler), jax.ShapeDtypeStruct((2, 3), dtype))
         assert out.dtype == kept.x_t.dtype == kept.x_0.dtype == expected, (x64, dtype, prediction)
         assert seen == {(expected, expected)}
 
