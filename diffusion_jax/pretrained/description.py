@@ -162,8 +162,8 @@ class Pretrained(Description):
             return None
         if y is None:
             raise ValueError(f"this network has {self.num_classes} classes: give y, a label or {num_images} of them")
-        if jnp.shape(y) not in ((), (num_images,)):
-            raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {jnp.shape(y)}")
+        if np.shape(y) not in ((), (num_images,)):
+            raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {np.shape(y)}")
         null = self.model.null_label
         y = labels.in_range(y, self.num_classes + (null is not None))
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
