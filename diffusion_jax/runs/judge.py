@@ -23,6 +23,7 @@ from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator, read_settings, sample
 from diffusion_jax.runs.measure import differing, measure, read_records, settings_of
 from diffusion_jax.training import is_upsampler, sharding
+from diffusion_jax.training.agreement import first_says
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    stored = read_settings(drawn.path)  # the same on every process, by now
+    stored = first_says(lambda: read_settings(drawn.path))
     settings, drawn_with = stored["settings"], stored["drawn_with"]
     files = {"classifier": config.sampling.classifier, "use_ema": options.use_ema}
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"} | files
