@@ -66,8 +66,9 @@ def initial_state(
     """A fresh state; the EMA starts as a copy of the parameters."""
     diffusion = config["diffusion"]
     params = initial_params(jax.random.key(config["seed"]), model, image_shape)
-    zero = jnp.zeros((), jnp.float32)
-    window = {name: {"total": zero, "count": zero} for name in _metric_names(diffusion)}
+    window = {
+        name: {part: jnp.zeros((), jnp.float32) for part in ("total", "count")} for name in _metric_names(diffusion)
+    }
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
     history = None
     if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:
