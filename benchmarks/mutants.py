@@ -289,8 +289,8 @@ def prepare(tree: pathlib.Path, cache: pathlib.Path) -> None:
         raise SystemExit(f"error: the tests would not import the mutated package: {found.stdout}{found.stderr}")
 
 
-def run_all(pending: list[Mutant], results: Results, jobs: int, work: pathlib.Path) -> None:
-    """Runs the mutants and records each. Raises: SystemExit if a file's tests fail without any mutant."""
+def run_all(pending: list[Mutant], results: Results, digests: dict, jobs: int, work: pathlib.Path) -> None:
+    """Runs the mutants and records each, with the digest of its file's tests. Raises: SystemExit if those fail without any mutant."""
     cache = work / "cache"
     trees = [work / f"tree{i}" for i in range(jobs)]
     for tree in trees:
@@ -327,7 +327,7 @@ def run_all(pending: list[Mutant], results: Results, jobs: int, work: pathlib.Pa
         try:
             for future in concurrent.futures.as_completed(futures):
                 mutant, (outcome, output, seconds) = future.result()
-                results.add(mutant, digest_of_tests(mutant.file), outcome, output, seconds)
+                results.add(mutant, digests[mutant.file], outcome, output, seconds)
                 done += 1
                 left = (time.monotonic() - began) / done * (len(pending) - done)
                 said = {"passed": "SURVIVED", "failed": "killed", "timeout": "killed by the time limit"}[outcome]
@@ -377,7 +377,7 @@ def main() -> None:
     pending = [mutant for mutant in mutants if kept(mutant) is None]
     if pending:
         with tempfile.TemporaryDirectory(prefix="mutants") as work:
-            run_all(pending, results, options.jobs, pathlib.Path(work))
+            run_all(pending, results, digests, options.jobs, pathlib.Path(work))
     rows = [kept(mutant) for mutant in mutants]
     sites = {file: len(places((ROOT / PACKAGE / f"{file}.py").read_text())) for file in files}
     text = report(rows, sites, options.seed, reasons())
