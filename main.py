@@ -7,23 +7,44 @@ continues the run. For a directory that holds a run, --config may be left out; a
 weights, as diffusion_jax.pretrained.load takes them), which any mode then begins with.
 """
 
+import os
+import signal
+
+
+def _end_before_the_run(number: int, _) -> None:
+    """For the seconds of imports and flags, in which there is nothing to save."""
+    interrupted = number == signal.SIGINT
+    os.write(
+        2, f"error: {'interrupted by Ctrl-C' if interrupted else 'stopped by SIGTERM'}; nothing had begun\n".encode()
+    )
+    os._exit(130 if interrupted else 75)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _end_before_the_run)
+elif __name__ == "__mp_main__":  # a process that reads data: the one that started it decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# ruff: noqa: E402
 import difflib
 import errno
-import os
 import pathlib
-import runpy
-import signal
+import re
 import sys
 import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax.runs import devices, watch
+from configs import default
+from diffusion_jax.runs import config_file, devices, watch
+from diffusion_jax.runs.errors import UserError
 
 _LOSS = "another process of the run was lost; the same command goes on from what was saved"
 MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier", "plan")
 
+config_file.register_parsers()
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 flags.DEFINE_string("pretrained", None, "Published weights to begin with: a folder or file as pretrained.load takes.")
@@ -34,6 +55,7 @@ flags.DEFINE_string("coordinator_address", None, "Of several processes: HOST:POR
 flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
+flags.DEFINE_bool("verbose", False, "Also print the options given to the compiler.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a file of configs/.", lock_config=True)
 
 
@@ -47,14 +69,14 @@ def fail(message: str, exit_code: int = 2) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags, so that what is wrong with them is one line."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(watch.STOPPED))  # until there is something to save
+    devices.quiet()
     # What people write; a config's leaf cannot be named by a word of Python's own. config_flags reads sys.argv itself.
     sys.argv = argv = [arg.replace("--config.sampling.class=", "--config.sampling.label=", 1) for arg in argv]
     path, workdir, weights = (_value(argv, name) for name in ("config", "workdir", "pretrained"))
     if path and not pathlib.Path(path.partition(":")[0]).is_file():
-        fail(f"--config={path}: no such file")
-    if workdir and "://" in workdir:
-        fail(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
+        fail(f"--config={path}: no such file; it must be a Python file, such as {_nearest_config(path)}")
+    if workdir:
+        _check_workdir(workdir)
     if weights:
         argv = sys.argv = _with_weights(argv, path, workdir, weights)
     elif not path and workdir and _read_config(workdir) is not None:
@@ -66,16 +88,14 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         config = _CONFIG.value
         if config is not None:
-            config.to_dict()  # a file that could not be loaded raises only when it is read
-    except (KeyError, AttributeError) as error:
-        fail(_unknown_key(argv) or f"cannot read the config: {error}")
-    except (flags.Error, OSError, ValueError, ImportError, SyntaxError, TypeError) as error:
+            config_file.check_none(config, default.get_config().to_dict())
+        elif path := _value(argv, "config"):
+            config_file.load(path)  # raises what is wrong with it
+    except UserError as error:
         fail(str(error))
-    except Exception as error:  # PretrainedError, whose import would take seconds from every launch
-        if type(error).__name__ != "PretrainedError":
-            raise
-        fail(str(error))
-    if flags.FLAGS.workdir is None and flags.FLAGS.mode != "plan":
+    except Exception as error:  # whatever a config file of the user's own raises, too
+        fail(_explain(argv, error))
+    if not flags.FLAGS.workdir and flags.FLAGS.mode != "plan":
         fail("--workdir=DIR is needed: where the run keeps its checkpoints, metrics and samples")
     if config is None:
         where = flags.FLAGS.workdir or "no --workdir"
@@ -83,6 +103,25 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
+
+
+def _nearest_config(path: str) -> str:
+    """The config of this project whose name is most like that of `path`."""
+    names = [config.name for config in pathlib.Path(default.__file__).parent.glob("*.py") if config.name[0] != "_"]
+    name = pathlib.PurePath(path.partition(":")[0]).name
+    return f"configs/{next(iter(difflib.get_close_matches(name, sorted(names), n=1)), 'digits.py')}"
+
+
+def _check_workdir(workdir: str) -> None:
+    """Ends the program where no run can be kept: a bucket, a file, or what cannot be written."""
+    if "://" in workdir:
+        fail(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
+    path = pathlib.Path(workdir).expanduser()
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        fail(f"--workdir={workdir}: {existing} is a file; give a directory, which need not exist yet")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fail(f"--workdir={workdir}: {existing} cannot be written (permission denied); give another directory")
 
 
 def _with_weights(argv: list[str], path: str | None, workdir: str | None, weights: str) -> list[str]:
@@ -114,7 +153,6 @@ def _value(argv: list[str], name: str) -> str | None:
 
 def _read_config(workdir: str) -> dict | None:
     """The config stored in a work directory, None where there is none; one that cannot be read ends the program."""
-    from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.workdir import read_config
 
     try:
@@ -123,19 +161,16 @@ def _read_config(workdir: str) -> dict | None:
         fail(str(error))
 
 
-def _unknown_key(argv: list[str]) -> str | None:
-    """What is wrong with the first override whose key the config does not have."""
-    from diffusion_jax.runs.workdir import flatten, to_dict
-
-    path, _, argument = (_value(argv, "config") or "").partition(":")
-    get_config = runpy.run_path(path)["get_config"]
-    known = flatten(to_dict(get_config(argument) if argument else get_config()))
-    for arg in argv:
-        key = arg.lstrip("-").split("=")[0].removeprefix("config.")
-        if arg.startswith(("--config.", "-config.")) and key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            return f"unknown config key config.{key}; did you mean config.{near[0]}?"
-    return None
+def _explain(argv: list[str], error: Exception) -> str:
+    """Why the flags could not be read: the config file, a key that it does not have, or a value."""
+    path = _value(argv, "config")
+    try:
+        unknown = config_file.unknown_key(config_file.load(path), argv) if path else None
+    except UserError as in_file:
+        if pathlib.Path(path.partition(":")[0]).resolve() == config_file.PRETRAINED:
+            return f"--pretrained={path.partition(':')[2]}: {in_file}"
+        return str(in_file)
+    return unknown or re.sub(r"invalid literal for int\(\).*", "must be a whole number", str(error))  # absl's own flags
 
 
 def check_mode(mode: str, config) -> None:
@@ -160,13 +195,11 @@ def check_mode(mode: str, config) -> None:
 def main(argv: list[str]) -> None:
     """Runs the mode; a user's mistake ends in one line and exit code 2."""
     del argv
-    devices.quiet()
     import jax
 
     from diffusion_jax.data import DataError
     from diffusion_jax.pretrained import PretrainedError
     from diffusion_jax.runs.edit import edit
-    from diffusion_jax.runs.errors import UserError
     from diffusion_jax.runs.evaluate import evaluate, progressive
     from diffusion_jax.runs.generate import sample
     from diffusion_jax.runs.plan import plan, virtual_devices
@@ -185,17 +218,20 @@ def main(argv: list[str]) -> None:
     }
     run = runs[flags.FLAGS.mode]
     given = flags.FLAGS
+    directory = pathlib.Path(given.workdir or "").expanduser()
+    checkpointed = directory if run is train else None
     try:
         if given.mode == "plan":
             devices.start_virtual(virtual_devices(_CONFIG.value))
         else:
-            devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
-            devices.start()
-        with watch.stopping_at_once(training=run is train):
-            run(_CONFIG.value, pathlib.Path(given.workdir or "").expanduser())
+            with watch.stopping_at_once(checkpointed, only_interrupts=True):
+                devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
+            devices.start(given.verbose)
+        with watch.stopping_at_once(checkpointed, only_interrupts=run is train and watch.several()):
+            run(_CONFIG.value, directory)
         watch.meet()
     except watch.Stopped as error:
-        fail(str(error), watch.STOPPED)
+        fail(str(error), error.exit_code)
     except UserError as error:
         fail(str(error), error.exit_code)
     except SaveError as error:  # of one process alone, perhaps: the others are in the midst of a step
@@ -204,12 +240,12 @@ def main(argv: list[str]) -> None:
         if watch.is_loss(error):  # a checkpoint that waited for another process
             watch.leave(f"{_LOSS} ({error})", watch.LOST)
         fail(str(error))
-    except (
-        OSError
-    ) as error:  # a directory that cannot be written is the user's mistake; a disk that is full, the run's end
-        fail(str(error), 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from what it had saved", 130)
+    except OSError as error:  # a directory that cannot be written is the user's mistake; a full disk, the run's end
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            fail(str(error), 1)
+        if given.workdir and str(error.filename).startswith(str(pathlib.Path(given.workdir).expanduser())):
+            fail(f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written")
+        fail(str(error))
     except Exception as error:
         if watch.is_loss(error):
             watch.leave(f"{_LOSS} ({error})", watch.LOST)

@@ -76,6 +76,33 @@ def error(name, calls, x_T, truth, spacing="karras"):
     return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
 
 
+# One color and one marker for each solver, so that every line can be told from every other in gray, too.
+COLORS = [f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()] + [
+    "black",
+    "gold",
+]
+MARKERS = "os^vD<>pPX*h"
+
+
+def plot(errors, all_calls, spacing):
+    """A figure of the errors, {solver: [error at each number of calls]}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, values), color, marker in zip(errors.items(), COLORS, MARKERS, strict=True):
+        axes.plot(all_calls, values, color=color, marker=marker, markersize=5, linewidth=1.3, label=name)
+    axes.set(
+        xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact map (data has radius 0.8)"
+    )
+    axes.set_xticks(all_calls, map(str, all_calls))
+    axes.set_title(f"Error of each solver: five modes of standard deviation 0.05, spacing {spacing!r}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.minorticks_off()
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
 def main():
     """Prints the table and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,21 +120,7 @@ def main():
         errors[name] = [error(name, calls, x_T, truth, options.spacing) for calls in all_calls]
         print(f"| {name} | " + " | ".join("" if np.isnan(e) else f"{e:.3g}" for e in errors[name]) + " |", flush=True)
     if options.plot:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        for i, (name, values) in enumerate(errors.items()):
-            look = {"color": colormaps["tab20"](i), "marker": "os^vD"[i % 5], "markersize": 4, "linewidth": 1.3}
-            axes.plot(all_calls, values, **look, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact map")
-        axes.set_xticks(all_calls, map(str, all_calls))
-        axes.set_title(f"Five modes of standard deviation 0.05, spacing {options.spacing!r}", fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.minorticks_off()
-        axes.legend(fontsize=8, ncols=2)
-        figure.savefig(options.plot)
+        plot(errors, all_calls, options.spacing).savefig(options.plot)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "cifar10"  # a TFDS name, "folder" (images below data_dir) or "digits" (scikit-learn's)
     config.data.data_dir = ""  # TFDS's directory ("" for ~/tensorflow_datasets), or the folder of images
+    # Whether a TFDS data set that is missing is downloaded and prepared. False on clusters whose nodes have no network.
+    config.data.download = True
     config.data.split = "train"
     config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
     config.data.channels = 3  # 3 for colour, 1 for grey
@@ -81,7 +83,7 @@ def get_config() -> ConfigDict:
     config.training.checkpoints_kept = 3  # the newest ones
     config.training.checkpoint_keep_every = 100_000  # and every such step for good; 0 for none
     config.training.stall_timeout = 600.0  # seconds without a finished step that end the program; 0 for never
-    config.training.profile = False  # traces five steps, soon after the start, for TensorBoard's profiler
+    config.training.profile = False  # traces five steps, soon after the start, for XProf
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # or adamw
@@ -105,11 +107,13 @@ def get_config() -> ConfigDict:
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
-    config.sampling.sampler = "ddpm"  # heun, pndm and plms of a cosine schedule need the spacing karras or log_snr
-    # All of diffusion.num_timesteps unless given: a number (spread as `spacing` says), OpenAI's "ddim50" or "10,15,20", or,
-    # with the spacing "given", the network times themselves, rising.
+    config.sampling.sampler = "ddpm"
+    # All of diffusion.num_timesteps unless given: a number, spread as `spacing` says. With the spacing "openai" also several,
+    # (10, 15, 20), one for each section of the chain; with "given" the network times themselves, rising.
     config.sampling.steps = FieldReference(None, field_type=object)
-    config.sampling.spacing = "trailing"  # leading, trailing, linspace, quadratic, karras, log_snr, gaussian, given
+    # leading, trailing, linspace, quadratic, karras, log_snr, gaussian, openai, openai_ddim (its "ddim50"), given. Unless
+    # given, what suits the sampler: log_snr for heun, pndm and plms, else trailing.
+    config.sampling.spacing = config_dict.placeholder(str)
     config.sampling.eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
     config.sampling.order = 2  # of dpm_solver_pp, unipc, deis: 1, 2, 3
     config.sampling.lower_order_final = True  # of those

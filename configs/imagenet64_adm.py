@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.diffusion.update(schedule="cosine", loss="hybrid", variance="learned_range")
     config.training.update(num_steps=540_000, batch_size=2048)
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, grad_clip=0.0)
-    config.sampling.steps = "250"
+    config.sampling.update(steps=250, spacing="openai")
     config.evaluation.split = "validation"
     return config

@@ -7,15 +7,23 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import default, workdir
 from diffusion_jax import pretrained
 
 
 def get_config(where: str) -> ConfigDict:
-    """The defaults, with the network, the schedule and the images of the weights, which training begins with."""
+    """The config of a run of this program, data and all; for other weights the defaults, with their network, schedule and
+    images. Training begins with the weights."""
     path, flags = (where, "") if pathlib.Path(where).expanduser().exists() else (where.partition("|")[::2])
-    config = default.get_config()
-    config.update(pretrained.config_leaves(pretrained.describe(path, pretrained.read_flags(flags))))
+    found = pretrained.describe(path, pretrained.read_flags(flags))
+    if pretrained.is_workdir(path):
+        config = workdir.get_config(path)
+    else:
+        config = default.get_config()
+        leaves = pretrained.config_leaves(found)
+        if leaves["diffusion"]["loss"] == "classify":
+            config.model = ConfigDict()  # a classifier lacks some of the default's fields
+        config.update(leaves)
+        config.data.update(dataset="folder", random_flip=False)
     config.init_from, config.init_flags = path, flags
-    config.data.update(dataset="folder", random_flip=False)
     return config

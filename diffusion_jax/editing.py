@@ -6,10 +6,14 @@
     between two images  `interpolate`
 
 A mask is 1 (or True) where pixels are known, of x_0's shape or broadcast to it.
+
+Results are float32, or float64 for float64 images under x64; lower precisions are promoted. Images that are not float raise
+ValueError.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +24,18 @@ import numpy as np
 from diffusion_jax import process, sampling
 from diffusion_jax.sampling import Sampler, Step
 from diffusion_jax.schedules import Schedule
+
+
+def as_mask(mask) -> jax.Array:
+    """The mask as bool. Raises: ValueError for values other than 0 and 1, where they can be seen (not traced)."""
+    if not isinstance(mask, jax.core.Tracer):
+        values = np.asarray(mask)
+        other = values[(values != 0) & (values != 1)]
+        if other.size:
+            raise ValueError(
+                f"a mask holds 1 where pixels are known and 0 elsewhere, got {other.flat[0]}; use image > 127"
+            )
+    return jnp.asarray(mask, bool)
 
 
 def sdedit(
@@ -39,8 +55,7 @@ def sdedit(
 
 
 def _noised(key, schedule, x_0, t: int):
-    x_0 = jnp.asarray(x_0)
-    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
+    x_0 = process.as_float("x_0", x_0)
     index = jnp.full(x_0.shape[:1], t, jnp.int32)
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
 
@@ -49,24 +64,39 @@ def _with_known(key, schedule, x_prev, x_0, mask, t):
     """x_{t-1} with its known pixels drawn from q(x_{t-1} | x_0); at t = 0 those of x_0 itself."""
     alpha = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, x_prev))
     sigma = process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, x_prev)
+    x_0 = x_0.astype(x_prev.dtype)
     noised = alpha * x_0 + sigma * jax.random.normal(key, x_prev.shape, x_prev.dtype)
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
 
 
-def replacement(sampler: Sampler, x_0, mask) -> Sampler:
+@dataclasses.dataclass(frozen=True, eq=False)
+class replacement(Sampler):
     """Inpainting by replacement (Song et al. 2021, appendix I.2): each step ends with known pixels of q(x_{t-1} | x_0).
 
     A sampler around any other. Known pixels come back exactly; the unknown ones see them only through the network, so that
     borders may not fit: `repaint` mends that.
     """
-    mask = jnp.asarray(mask, bool)
 
-    def step(key, schedule, denoise_fn, x_t, t, memory):
-        new = sampler.step(key, schedule, denoise_fn, x_t, t, memory)
-        x_prev = _with_known(jax.random.fold_in(key, 1), schedule, new.x_prev, x_0, mask, t)
+    sampler: Sampler
+    x_0: jax.Array
+    mask: jax.Array
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
+        object.__setattr__(self, "mask", as_mask(self.mask))
+
+    @property
+    def prediction(self) -> str:
+        return self.sampler.prediction
+
+    def start(self, schedule, x_T, num_steps: int):
+        return self.sampler.start(schedule, x_T, num_steps)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
+        new = self.sampler.step(key, schedule, denoise_fn, x_t, t, memory)
+        x_prev = _with_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.memory)
-
-    return Sampler(step, sampler.start, sampler.prediction)
 
 
 def _walk(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,9 +147,8 @@ def repaint(
         raise ValueError(f"jump={jump} leaves nothing to walk again in a schedule of {schedule.num_timesteps} steps")
     sampler = sampler or sampling.ddpm()
     process.check_terminal_snr(schedule, sampler.prediction)
-    x_0 = jnp.asarray(x_0)
-    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
-    mask = jnp.asarray(mask, bool)
+    x_0 = process.as_float("x_0", x_0)
+    mask = as_mask(mask)
     if jax.tree.leaves(sampler.start(schedule, x_0, schedule.num_timesteps)):
         raise ValueError("repaint goes back, which a sampler with a memory cannot; use ddpm, ddim or heun")
     downs, climbs = _walk(schedule.num_timesteps, resamplings, jump)
@@ -152,7 +181,8 @@ class Linear(NamedTuple):
 def grey(channels: int = 3) -> Linear:
     """The mean over the channels: colourisation. y: [B, H, W, 1]."""
     return Linear(
-        lambda x: jnp.mean(x, axis=-1, keepdims=True), lambda y: jnp.broadcast_to(y, (*y.shape[:-1], channels))
+        lambda x: jnp.mean(process.as_float("x", x), axis=-1, keepdims=True),
+        lambda y: jnp.broadcast_to(process.as_float("y", y), (*y.shape[:-1], channels)),
     )
 
 
@@ -160,17 +190,25 @@ def average_pool(factor: int) -> Linear:
     """The mean over squares of `factor` pixels: super-resolution. y: [B, H / factor, W / factor, C]."""
 
     def measure(x):
+        x = process.as_float("x", x)
         b, h, w, c = x.shape
         if h % factor or w % factor:
             raise ValueError(f"images of {h}x{w} do not divide into squares of {factor} pixels")
         return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
 
-    return Linear(measure, lambda y: jnp.repeat(jnp.repeat(y, factor, axis=1), factor, axis=2))
+    def invert(y):
+        return jnp.repeat(jnp.repeat(process.as_float("y", y), factor, axis=1), factor, axis=2)
+
+    return Linear(measure, invert)
 
 
 def masked(mask) -> Linear:
     """The known pixels: inpainting. y: as the image, 0 where nothing is known."""
-    return Linear(lambda x: jnp.where(mask, x, 0.0), lambda y: jnp.where(mask, y, 0.0))
+    mask = as_mask(mask)
+    return Linear(
+        lambda x: jnp.where(mask, process.as_float("x", x), 0.0),
+        lambda y: jnp.where(mask, process.as_float("y", y), 0.0),
+    )
 
 
 def project(linear: Linear, y, clip: bool | Callable = True) -> Callable:
@@ -181,15 +219,19 @@ def project(linear: Linear, y, clip: bool | Callable = True) -> Callable:
     there but for rounding; not with `sampling.ddpm(prediction="x_prev")`, whose mean is the output itself.
     """
 
+    y = process.as_float("y", y)
+
     def projected(x_0):
         x_0 = process.clip_x_0(x_0, clip)
-        return x_0 + linear.invert(y - linear.measure(x_0))
+        return x_0 + linear.invert(y.astype(x_0.dtype) - linear.measure(x_0))
 
     return projected
 
 
 def slerp(x, y, weight) -> jax.Array:
     """The great circle from x (weight 0) to y (1), each example [B, ...] as one vector: noise stays as long as noise is."""
+    x, y = process.promote(x=x, y=y)
+    weight = jnp.asarray(weight, x.dtype)
     axes = tuple(range(1, x.ndim))
 
     def dot(a, b):
@@ -223,9 +265,19 @@ def interpolate(
     t an index: both are noised to x_t, mixed linearly, and denoised from there (DDPM section 4.3), with the same noise for
     every weight. Small t keep details of both, large t give new images.
 
-    x, y: float [B, ...]; weights: float [W]. encoding: as `sampling.encode` (prediction, variance, order), for t None.
+    x, y: float [B, ...], of one shape; weights: float [W]. encoding: options of `sampling.encode` (prediction, variance,
+    order), for t None only.
     Returns: [W, B, ...].
+    Raises: ValueError for options of the encoding with an index t, for images of two shapes, and as `sampling.sample`.
     """
+    if t is not None and encoding:
+        raise ValueError(
+            f"interpolate does not take {', '.join(encoding)} with t={t}; options of sampling.encode are for t=None, where "
+            "images are encoded"
+        )
+    if jnp.shape(x) != jnp.shape(y):
+        raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must agree")
+    x, y = process.promote(x=x, y=y)
     key_x, key_y, key_sample = jax.random.split(key, 3)
     if t is None:
         ends = [sampling.encode(schedule, denoise_fn, image, **encoding) for image in (x, y)]

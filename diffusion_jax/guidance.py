@@ -3,6 +3,8 @@
 Classifier-free guidance mixes a conditional and an unconditional output of one network (Ho & Salimans 2022); classifier
 guidance adds the gradient of a noise-aware classifier (Dhariwal & Nichol 2021, ADM). Both guide the mean alone: of an output
 with a learned variance, the second half of the channels is left as it is.
+
+Outputs are mixed and shifted in float32, or in float64 where x_t is float64 under x64, whatever the network computes in.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import process
+from diffusion_jax import labels, process
 from diffusion_jax.schedules import Schedule
 
 
 def _rows(values, like):
-    """[B] or [] as [B, 1, ..., 1] or []."""
-    values = jnp.asarray(values)
+    """[B] or [] as [B, 1, ..., 1] or [], in the dtype of `like`."""
+    values = jnp.asarray(values, like.dtype)
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
 
 
@@ -52,11 +54,13 @@ def classifier_free(
     def guided(x_t, time):
         if x_t.shape[0] != y.shape[0]:
             raise ValueError(f"y has {y.shape[0]} rows but x_t has {x_t.shape[0]}; each image needs its own condition")
+        x_t = process.as_float("x_t", x_t)
         output = denoise_fn(jnp.concatenate([x_t, x_t]), jnp.concatenate([time, time]), both)
+        output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
         conditional, unconditional = jnp.split(output, 2)
         channels = x_t.shape[-1]
         c, u = conditional[..., :channels], unconditional[..., :channels]
-        s = jnp.asarray(scale, c.dtype)
+        s = jnp.asarray(scale, x_t.dtype)
         if interval is not None:
             s = jnp.where((interval[0] <= time) & (time <= interval[1]), s, 1.0)
         s = _rows(s, x_t)
@@ -65,19 +69,29 @@ def classifier_free(
             axes = tuple(range(1, x_t.ndim))
             own, its = jnp.std(mixed, axes, keepdims=True), jnp.std(c, axes, keepdims=True)
             ratio = jnp.where(own > 0, its / jnp.where(own > 0, own, 1.0), 1.0)
-            mixed = mixed * (1 - rescale + rescale * ratio)
+            phi = jnp.asarray(rescale, x_t.dtype)
+            mixed = mixed * (1 - phi + phi * ratio)
         return jnp.concatenate([mixed, conditional[..., channels:]], axis=-1)
 
     return guided
 
 
 def class_log_prob(logits_fn: Callable, y) -> Callable:
-    """log p(y | x_t), (x_t [B, ...], network time [B]) -> [B], from a classifier's logits [B, classes]; y int [B]."""
-    y = jnp.asarray(y)
+    """log p(y | x_t), (x_t [B, ...], network time [B]) -> [B], from a classifier's logits [B, classes].
+
+    y: int [B] in 0 ... classes - 1; the result of a traced label outside is NaN. Raises: ValueError, when called, for labels
+    that are not int or not in the range, or of other rows than the logits.
+    """
 
     def log_prob(x_t, time):
-        log_probs = jax.nn.log_softmax(logits_fn(x_t, time))
-        return jnp.take_along_axis(log_probs, y[:, None], axis=1)[:, 0]
+        x_t = process.as_float("x_t", x_t)
+        logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
+        index = labels.in_range(y, logits.shape[-1])
+        if index.shape != logits.shape[:1]:
+            raise ValueError(
+                f"y has shape {index.shape} but there are {logits.shape[0]} rows of logits; give each a label"
+            )
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), index[:, None], axis=1, mode="fill")[:, 0]
 
     return log_prob
 
@@ -88,7 +102,12 @@ def log_prob_gradient(log_prob: Callable, scale=1.0) -> Callable:
     log_prob: (x_t, time) -> [B], differentiable. scale: s, a number or [B].
     """
     gradient = jax.grad(lambda x_t, time: jnp.sum(log_prob(x_t, time)))
-    return lambda x_t, time: _rows(scale, x_t) * gradient(x_t, time)
+
+    def scaled(x_t, time):
+        x_t = process.as_float("x_t", x_t)
+        return _rows(scale, x_t) * gradient(x_t, time)
+
+    return scaled
 
 
 def classifier(
@@ -115,7 +134,9 @@ def classifier(
     gradient = log_prob_gradient(log_prob, scale)
 
     def guided(x_t, time):
+        x_t = process.as_float("x_t", x_t)
         output, g = denoise_fn(x_t, time), gradient(x_t, time)
+        output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
         log_snr = schedule.log_snr(time)
         alpha, sigma = (_rows(jnp.sqrt(jax.nn.sigmoid(sign * log_snr)), x_t) for sign in (1, -1))
         some = alpha > 1e-15  # a schedule that ends at alpha_bar = 0 has less there, under x64

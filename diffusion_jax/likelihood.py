@@ -6,6 +6,8 @@
 (DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Everything public is in bits per dimension, nats / (D ln 2)
 for D numbers in an example, but `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
 L_t for the 0-based t: L_0 is the decoder, index t >= 1 the transition from x_{t+1} to x_t of the papers.
+
+Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ class BitsPerDim(NamedTuple):
 
 def gaussian_kl(mean_1, log_variance_1, mean_2, log_variance_2) -> jax.Array:
     """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of every element, in nats; shapes broadcast."""
+    arrays = (mean_1, log_variance_1, mean_2, log_variance_2)
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    mean_1, log_variance_1, mean_2, log_variance_2 = (jnp.asarray(array, dtype) for array in arrays)
     d = log_variance_1 - log_variance_2
     return 0.5 * (jnp.expm1(d) - d + jnp.square(mean_1 - mean_2) * jnp.exp(-log_variance_2))
 
@@ -87,8 +92,9 @@ def decoder_log_prob(x_0, mean, log_variance, levels: int | None = 256, cdf: str
       levels: how many values the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest. None for
         continuous data: the log density of N(mean, variance) at x_0.
       cdf: "exact", or "tanh" for OpenAI's approximation with its floor of log 1e-12, to reproduce their figures.
-    Raises: ValueError for fewer than 2 levels or an unknown cdf.
+    Raises: ValueError for fewer than 2 levels, an unknown cdf, or arrays that are not float.
     """
+    x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
     if levels is None:
         return -0.5 * jnp.square(x_0 - mean) * jnp.exp(-log_variance) - 0.5 * log_variance - _LOG_SQRT_2_PI
     if levels < 2:
@@ -132,7 +138,8 @@ def _bits(nats):
 
 def prior_term(schedule: Schedule, x_0) -> jax.Array:
     """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension; x_0 [B, ...] -> [B]. Nothing in it is learned."""
-    alpha_bar = jnp.asarray(schedule.alpha_bar[-1])
+    x_0 = process.as_float("x_0", x_0)
+    alpha_bar = jnp.asarray(schedule.alpha_bar[-1], x_0.dtype)
     return _bits(0.5 * (alpha_bar * jnp.square(x_0) - alpha_bar - jnp.log1p(-alpha_bar)))
 
 
@@ -155,6 +162,7 @@ def bound_term(
     clip: as `process.p_mean_variance`; levels, cdf: as `decoder_log_prob`.
     Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) it was made with).
     """
+    output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
     # A network's own log variance may fall to where float32 has no exponential, here or in the branch not taken.
@@ -193,11 +201,10 @@ def bits_per_dim(
       tables: False leaves the tables out, for memory that does not grow with T.
     Returns: BitsPerDim.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; where eps or the score is predicted and alpha_bar
-      ends at 0; for strata outside 1 ... T - 1.
+      ends at 0; for strata outside 1 ... T - 1; for an x_0 that is not float.
     """
     process.check_terminal_snr(schedule, prediction)
-    x_0 = jnp.asarray(x_0)
-    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
+    x_0 = process.as_float("x_0", x_0)
     batch, total_steps = x_0.shape[0], schedule.num_timesteps
     key_t, key_eps = jax.random.split(key)
     if strata is None:
@@ -211,7 +218,8 @@ def bits_per_dim(
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)
         x_t = process.q_sample(schedule, x_0, t, eps)
-        output = denoise_fn(x_t, process.at(schedule.timesteps, t, t))
+        time = process.network_time(schedule, t, x_t)
+        output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
         term, reverse = bound_term(
             schedule,
             output,
@@ -254,9 +262,9 @@ def rate_distortion(prior, vlb, x_0_mse) -> tuple[jax.Array, jax.Array]:
     Args: prior [...]; vlb, x_0_mse [..., T], every step's, of examples or averaged over them.
     Returns: (rate, distortion) [..., T].
     """
-    vlb = jnp.asarray(vlb)
+    prior, vlb, x_0_mse = process.promote(prior=prior, vlb=vlb, x_0_mse=x_0_mse)
     after = jnp.flip(jnp.cumsum(jnp.flip(vlb, -1), -1), -1) - vlb
-    return jnp.asarray(prior)[..., None] + after, 127.5 * jnp.sqrt(jnp.asarray(x_0_mse))
+    return prior[..., None] + after, 127.5 * jnp.sqrt(x_0_mse)
 
 
 def _drawn_steps(key, total_steps: int, strata: int, batch: int):

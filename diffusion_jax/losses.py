@@ -3,6 +3,9 @@
 Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, and the parts
 that went into it: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's sum of both, which
 trains a learned variance). `classify` trains a classifier of noisy images instead, from labels.
+
+Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, also the
+network's output.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import likelihood, process, timesteps
+from diffusion_jax import labels, likelihood, process, timesteps
 from diffusion_jax.schedules import Schedule
 
 LOSSES = ("simple", "vlb", "hybrid", "classify")
@@ -52,22 +55,22 @@ class ClassifyParts(NamedTuple):
 
 def snr_weight(snr):
     """Weight 1 on the eps error, which is SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
-    return jnp.ones_like(snr)
+    return jnp.ones_like(process.as_float("snr", snr))
 
 
 def min_snr_weight(snr, gamma: float = 5.0):
     """Weight min(1, gamma / SNR) on the eps error, which is min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
-    return jnp.minimum(1.0, gamma / snr)
+    return jnp.minimum(1.0, gamma / process.as_float("snr", snr))
 
 
 def truncated_snr_weight(snr):
     """Weight max(1, 1 / SNR) on the eps error, which is max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
-    return jnp.maximum(1.0, 1.0 / snr)
+    return jnp.maximum(1.0, 1.0 / process.as_float("snr", snr))
 
 
 def p2_weight(snr, k: float = 1.0, gamma: float = 1.0):
     """Weight 1 / (k + SNR)^gamma on the eps error (Choi et al. 2022, P2)."""
-    return (k + snr) ** -gamma
+    return (k + process.as_float("snr", snr)) ** -gamma
 
 
 WEIGHTINGS = {"snr": snr_weight, "min_snr": min_snr_weight, "truncated_snr": truncated_snr_weight, "p2": p2_weight}
@@ -81,7 +84,7 @@ def simple(
     *,
     prediction: str = "eps",
     weighting: str | Callable | None = None,
-    timestep_sampler: Callable = timesteps.uniform,
+    timestep_sampler: str | Callable = timesteps.uniform,
 ) -> tuple[jax.Array, Parts]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
@@ -97,12 +100,15 @@ def simple(
         L_simple. Otherwise a weight of the **eps error**, whatever is predicted (the eps error is SNR times the x_0 error
         and SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their
         published constants) or a function SNR [B] -> weight [B].
-      timestep_sampler: one of `timesteps`, or any function of that form.
+      timestep_sampler: a name in `timesteps.SAMPLERS`, or any function of that form.
     Returns: (loss float [B], Parts).
-    Raises: ValueError for an unknown prediction or weighting, an output of another shape, or an x_0 that is not float.
+    Raises: ValueError for an unknown prediction, weighting or timestep sampler, an output of another shape, an x_0 that is
+      not float, or a "truncated_snr" weight, which is infinite, for eps or score where alpha_bar ends at 0.
     """
+    if weighting == "truncated_snr":
+        process.check_terminal_snr(schedule, prediction)
     parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    return parts.importance * _weight_of_target(schedule, parts.t, prediction, weighting) * parts.mse, parts
+    return parts.importance * _weight_of_target(schedule, parts, prediction, weighting) * parts.mse, parts
 
 
 def vlb(
@@ -115,7 +121,7 @@ def vlb(
     variance: str = "learned_range",
     clip: bool | Callable = False,
     levels: int | None = 256,
-    timestep_sampler: Callable = timesteps.uniform,
+    timestep_sampler: str | Callable = timesteps.uniform,
 ) -> tuple[jax.Array, Parts]:
     """The variational bound (DDPM eq. 5) but its constant L_T, in bits per dimension: T times the term of one drawn step.
 
@@ -127,8 +133,10 @@ def vlb(
       variance, clip: as `process.p_mean_variance`; training does not clip, as in OpenAI's code (Ho's does).
       levels: as `likelihood.decoder_log_prob`.
     Returns: (loss float [B], Parts).
-    Raises: ValueError as `simple`, and for an output whose channels do not fit `variance`.
+    Raises: ValueError as `simple`, for an output whose channels do not fit `variance`, and for eps or score where alpha_bar
+      ends at 0.
     """
+    process.check_terminal_snr(schedule, prediction)
     parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
     bound = _bound(schedule, parts, parts.output, x_0, prediction, variance, clip, levels)
     return parts.importance * bound, parts._replace(vlb=bound)
@@ -146,7 +154,7 @@ def hybrid(
     levels: int | None = 256,
     weighting: str | Callable | None = None,
     vlb_weight: float = 0.001,
-    timestep_sampler: Callable = timesteps.uniform,
+    timestep_sampler: str | Callable = timesteps.uniform,
 ) -> tuple[jax.Array, Parts]:
     """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains the variance alone.
 
@@ -162,16 +170,19 @@ def hybrid(
         raise ValueError(
             f"variance={variance!r}: the hybrid loss trains a learned variance; use simple, or learned_range"
         )
+    process.check_terminal_snr(schedule, prediction)
     parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
     mean, values = process.split_variance(parts.output, parts.x_t, variance)
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
     bound = _bound(schedule, parts, detached, x_0, prediction, variance, clip, levels)
-    weight = _weight_of_target(schedule, parts.t, prediction, weighting)
-    return parts.importance * (weight * parts.mse + vlb_weight * bound), parts._replace(vlb=bound)
+    weight = _weight_of_target(schedule, parts, prediction, weighting)
+    return parts.importance * (weight * parts.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), parts._replace(
+        vlb=bound
+    )
 
 
 def classify(
-    key, schedule: Schedule, logits_fn: Callable, x_0, y, *, timestep_sampler: Callable = timesteps.uniform
+    key, schedule: Schedule, logits_fn: Callable, x_0, y, *, timestep_sampler: str | Callable = timesteps.uniform
 ) -> tuple[jax.Array, ClassifyParts]:
     """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
 
@@ -179,39 +190,55 @@ def classify(
       key: draws t and eps.
       logits_fn: (x_t [B, ...], network time float [B]) -> logits [B, K].
       x_0: float [B, ...], images in [-1, 1].
-      y: int [B] in 0 ... K - 1; the loss is NaN outside.
-      timestep_sampler: one of `timesteps`, or any function of that form.
+      y: int [B] in 0 ... K - 1. The loss of a traced label outside is NaN.
+      timestep_sampler: as `simple`.
     Returns: (loss float [B], ClassifyParts).
-    Raises: ValueError for logits of another shape, or an x_0 that is not float.
+    Raises: ValueError for logits of another shape, an x_0 that is not float, or labels that are not int or not in the range.
     """
-    t, importance, _, x_t = _noise(key, schedule, x_0, timestep_sampler)
-    logits = logits_fn(x_t, process.at(schedule.timesteps, t, t))
+    x_0, t, importance, _, x_t, time = _noise(key, schedule, x_0, timestep_sampler)
+    logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_0.shape[0]:
         raise ValueError(
             f"logits_fn gave {logits.shape} for x_t {x_t.shape}; it must give [B, K], a logit for each class"
         )
     log_p = jax.nn.log_softmax(logits)
-    index = jnp.where(y < 0, logits.shape[-1], y)[:, None]  # below 0 is out of range, not counted from the end
-    loss = -jnp.take_along_axis(log_p, index, axis=1, mode="fill")[:, 0]
+    y = labels.in_range(y, logits.shape[-1])
+    loss = -jnp.take_along_axis(log_p, y[:, None], axis=1, mode="fill")[:, 0]
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
     return importance * loss, ClassifyParts(t, importance, accuracy, x_t, logits)
 
 
+def _timestep_sampler(sampler: str | Callable) -> Callable:
+    if callable(sampler):
+        return sampler
+    if sampler == "loss_second_moment":
+        raise ValueError(
+            "timestep_sampler='loss_second_moment' needs the losses seen so far; give "
+            "timesteps.loss_second_moment(history), with a history from timesteps.loss_history"
+        )
+    if sampler not in timesteps.SAMPLERS:
+        raise ValueError(
+            f"unknown timestep_sampler {sampler!r}; known: {', '.join(timesteps.SAMPLERS)}, or a function "
+            "(key, batch_size, num_timesteps) -> (t, weight)"
+        )
+    return timesteps.SAMPLERS[sampler]
+
+
 def _noise(key, schedule, x_0, timestep_sampler):
-    """Draws t and eps: (t, importance, eps, x_t)."""
-    if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
-        raise ValueError(f"x_0 must be float, images in [-1, 1]; got {jnp.result_type(x_0)}")
+    """Draws t and eps: (x_0 promoted, t, importance, eps, x_t, network time)."""
+    x_0 = process.as_float("x_0", x_0)
     key_t, key_eps = jax.random.split(key)
-    t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
-    eps = jax.random.normal(key_eps, x_0.shape, jnp.result_type(x_0, float))
-    return t, importance, eps, process.q_sample(schedule, x_0, t, eps)
+    t, importance = _timestep_sampler(timestep_sampler)(key_t, x_0.shape[0], schedule.num_timesteps)
+    eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
+    time = process.network_time(schedule, t, x_0)
+    return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
 
 
 def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts:
-    """Draws t and eps, calls the network and compares what it predicted."""
-    t, importance, eps, x_t = _noise(key, schedule, x_0, timestep_sampler)
+    """Draws t and eps, calls the network and compares its prediction with the target."""
+    x_0, t, importance, eps, x_t, time = _noise(key, schedule, x_0, timestep_sampler)
     target = _target(schedule, x_0, x_t, t, eps, prediction)
-    output = denoise_fn(x_t, process.at(schedule.timesteps, t, t))
+    output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
         raise ValueError(
@@ -245,20 +272,24 @@ def _target(schedule, x_0, x_t, t, eps, prediction):
     raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
 
 
-def _weight_of_target(schedule, t, prediction, weighting):
+def _weight_of_target(schedule, parts, prediction, weighting):
     """A weight of the eps error, [B], turned into the weight of the predicted quantity's error."""
     if weighting is None or weighting == "none":
         return 1.0
     if not callable(weighting) and weighting not in WEIGHTINGS:
         raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
     weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]
+
+    def table(values):
+        return process.at(values, parts.t, parts.mse)
+
     # A floor keeps 1 / SNR finite where alpha_bar is 0, so that its product with a v error stays what it tends to.
-    snr = jnp.maximum(process.at(schedule.snr, t, t), 1e-20)
+    snr = jnp.maximum(table(schedule.snr), 1e-20)
     eps_error_per_error = {
         "eps": 1.0,
         "x_0": snr,
         "v": snr / (1 + snr),
-        "x_prev": snr / process.at(schedule.posterior_mean_coef_x_0, t, t) ** 2,
-        "score": process.at(schedule.sqrt_one_minus_alpha_bar, t, t) ** 2,
+        "x_prev": snr / table(schedule.posterior_mean_coef_x_0) ** 2,
+        "score": table(schedule.sqrt_one_minus_alpha_bar) ** 2,
     }
-    return weighting(snr) * eps_error_per_error[prediction]
+    return jnp.asarray(weighting(snr), snr.dtype) * eps_error_per_error[prediction]

@@ -4,6 +4,9 @@ Everything here is a pure function of arrays and a `Schedule`. Shapes: x_0, x_t,
 [B, ...] (images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index of the papers' t = 1 ... T. A scalar t
 with an unbatched x works too, so `vmap` does. An index outside 0 ... T - 1 gives NaN, never a neighbour's value.
 
+Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
+functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
+
 A network's output stands for one of five things, all the same information about x_0 given x_t, where
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
@@ -16,6 +19,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules import Schedule, cast_table
 
 PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -46,18 +50,53 @@ class Reverse(NamedTuple):
     x_0: jax.Array
 
 
+def as_float(name: str, x) -> jax.Array:
+    """x as a jax array of float32, or of float64 where it is float64 and x64 is on: lower precisions are promoted.
+
+    name: what the error message calls x. Raises: ValueError for a dtype that is not float, such as uint8 images.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be float, images in [-1, 1]; got {x.dtype}; convert with x / 127.5 - 1")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def promote(**arrays) -> tuple[jax.Array, ...]:
+    """The arrays in their common dtype, float32 at least. Raises: ValueError as `as_float`."""
+    arrays = [as_float(name, x) for name, x in arrays.items()]
+    dtype = jnp.result_type(*arrays)
+    return tuple(x.astype(dtype) for x in arrays)
+
+
 def at(table, t, like) -> jax.Array:
     """A schedule's table at index t, shaped to multiply `like`: [B, 1, ..., 1] for t [B] and like [B, ...].
 
-    float32, or float64 under x64. NaN where t lies outside the table.
+    The dtype is that of a float `like`, float32 at least; with an int `like` it is float32, or float64 under x64. NaN where t
+    lies outside the table. Raises: ValueError for a t that is not int, or whose shape is not [] or how that of `like` begins.
     """
     t = jnp.asarray(t)
-    values = jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    return values.reshape(t.shape + (1,) * (jnp.ndim(like) - t.ndim))
+    shape, dtype = jnp.shape(like), jnp.result_type(like)
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
+    if t.shape != shape[: t.ndim]:
+        raise ValueError(
+            f"t has shape {t.shape} but x has {shape}; t must be one index, or one for each row of x: {shape[:1]}"
+        )
+    dtype = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    values = (
+        jnp.asarray(cast_table(table, dtype)).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
+    return values.reshape(t.shape + (1,) * (len(shape) - t.ndim))
+
+
+def network_time(schedule: Schedule, t, x_t) -> jax.Array:
+    """The network time of index t, in the shape of t and the dtype of x_t, float32 at least: what a `denoise_fn` takes."""
+    return at(schedule.timesteps, t, as_float("x_t", x_t)).reshape(jnp.shape(t))
 
 
 def q_mean_variance(schedule: Schedule, x_0, t) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4; shapes of x_0."""
+    x_0 = as_float("x_0", x_0)
     mean = at(schedule.sqrt_alpha_bar, t, x_0) * x_0
     return mean, jnp.broadcast_to(at(schedule.sqrt_one_minus_alpha_bar, t, x_0) ** 2, mean.shape)
 
@@ -68,6 +107,7 @@ def q_sample(schedule: Schedule, x_0, t, eps) -> jax.Array:
     x_0, eps: [B, ...]; t: [B]. Raises: ValueError where x_0 and eps differ in shape.
     """
     _same_shape("eps", eps, "x_0", x_0)
+    x_0, eps = promote(x_0=x_0, eps=eps)
     return at(schedule.sqrt_alpha_bar, t, x_0) * x_0 + at(schedule.sqrt_one_minus_alpha_bar, t, x_0) * eps
 
 
@@ -76,6 +116,7 @@ def q_step_mean_variance(schedule: Schedule, x_prev, t) -> tuple[jax.Array, jax.
 
     x_prev: [B, ...], x_{t-1}, which is x_0 at index 0; t: [B]. Both results have the shape of x_prev.
     """
+    x_prev = as_float("x_prev", x_prev)
     beta = at(schedule.betas, t, x_prev)
     mean = jnp.sqrt(1 - beta) * x_prev
     return mean, jnp.broadcast_to(beta, mean.shape)
@@ -84,6 +125,7 @@ def q_step_mean_variance(schedule: Schedule, x_prev, t) -> tuple[jax.Array, jax.
 def q_step(schedule: Schedule, x_prev, t, eps) -> jax.Array:
     """One forward step, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM eq. 2). Shapes: q_step_mean_variance."""
     _same_shape("eps", eps, "x_prev", x_prev)
+    x_prev, eps = promote(x_prev=x_prev, eps=eps)
     mean, variance = q_step_mean_variance(schedule, x_prev, t)
     return mean + jnp.sqrt(variance) * eps
 
@@ -95,6 +137,7 @@ def q_posterior(schedule: Schedule, x_0, x_t, t) -> Gaussian:
     of `Schedule.posterior_log_variance`. Raises: ValueError where x_0 and x_t differ in shape.
     """
     _same_shape("x_0", x_0, "x_t", x_t)
+    x_0, x_t = promote(x_0=x_0, x_t=x_t)
     mean = at(schedule.posterior_mean_coef_x_0, t, x_t) * x_0 + at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
     return Gaussian(
         mean,
@@ -117,10 +160,11 @@ def to_x_0(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
       they say nothing about x_0. A traced t cannot be looked at: there the result at that step is NaN.
     """
     _check(schedule, output, x_t, t, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
     a = at(schedule.sqrt_alpha_bar, t, x_t)
     s = at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
     if prediction == "x_0":
-        return output * jnp.ones_like(a)  # so that every prediction has the same dtype
+        return output
     if prediction == "v":
         return a * x_t - s * output
     if prediction == "x_prev":
@@ -136,8 +180,10 @@ def eps_at(alpha, sigma, output, x_t, prediction: str) -> jax.Array:
     x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t. Raises:
     ValueError for x_prev, which belongs to a step, or an unknown prediction.
     """
+    output, x_t = promote(output=output, x_t=x_t)
+    alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
     if prediction == "eps":
-        return output * jnp.ones_like(alpha)  # so that every prediction has the same dtype
+        return output
     if prediction == "x_0":
         return (x_t - alpha * output) / sigma
     if prediction == "v":
@@ -151,6 +197,7 @@ def to_eps(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
     """The noise that a network's output stands for, as `eps_at`; arguments and errors as `to_x_0`."""
     # Only the way to x_0 is closed where alpha_bar is 0, so nothing else is refused here.
     _check(schedule, output, x_t, None, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
     if prediction == "x_prev":
         output, prediction = to_x_0(schedule, output, x_t, t, prediction), "x_0"
     a = at(schedule.sqrt_alpha_bar, t, x_t)
@@ -159,17 +206,20 @@ def to_eps(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
 
 def to_v(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
+    _check(schedule, output, x_t, None, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
+    a = at(schedule.sqrt_alpha_bar, t, x_t)
     if prediction == "v":
-        _check(schedule, output, x_t, None, prediction)
-        return output * jnp.ones_like(at(schedule.sqrt_alpha_bar, t, x_t))
+        return output
     x_0 = to_x_0(schedule, output, x_t, t, prediction)
     eps = to_eps(schedule, output, x_t, t, prediction)
-    return at(schedule.sqrt_alpha_bar, t, x_t) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x_t) * x_0
+    return a * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x_t) * x_0
 
 
 def to_score(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
     """grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021); arguments and errors as `to_x_0`."""
-    return -to_eps(schedule, output, x_t, t, prediction) / at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    eps = to_eps(schedule, output, x_t, t, prediction)
+    return -eps / at(schedule.sqrt_one_minus_alpha_bar, t, eps)
 
 
 def split_variance(output, x_t, variance: str):
@@ -178,6 +228,7 @@ def split_variance(output, x_t, variance: str):
     output: [B, ..., C] for a fixed variance, whose second part is None; [B, ..., 2 C] for a learned one (Improved DDPM
     section 3.1). Raises: ValueError for another shape or an unknown variance.
     """
+    output = as_float("output", output)
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
     learned = variance.startswith("learned")
@@ -192,24 +243,36 @@ def split_variance(output, x_t, variance: str):
 
 
 def clip_x_0(x_0, clip: bool | Callable):
-    """x_0 clipped to [-1, 1] (True), left alone (False), or as a function of the caller's changes it."""
-    return clip(x_0) if callable(clip) else jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+    """x_0 clipped to [-1, 1] (True), unchanged (False), or changed by a function of the caller's.
+
+    Raises: ValueError for any other `clip`.
+    """
+    x_0 = as_float("x_0", x_0)
+    if callable(clip):
+        return as_float("the result of clip", clip(x_0)).astype(x_0.dtype)
+    if not isinstance(clip, bool | np.bool_):
+        raise ValueError(f"clip must be True, False or a function of x_0, got {clip!r}")
+    return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
 
 
-def dynamic_threshold(quantile: float = 0.995) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class dynamic_threshold:
     """Imagen's dynamic threshold (Saharia et al. 2022, section 2.3) as a `clip`: x_0 [B, ...] -> clip(x_0, -s, s) / s.
 
     s, of each example, is the quantile of |x_0|, at least 1. Raises: ValueError for a quantile outside (0, 1].
     """
-    if not 0 < quantile <= 1:
-        raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
 
-    def threshold(x_0):
-        s = jnp.quantile(jnp.abs(x_0), quantile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
+    quantile: float = 0.995
+
+    def __post_init__(self):
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+
+    def __call__(self, x_0) -> jax.Array:
+        x_0 = as_float("x_0", x_0)
+        s = jnp.quantile(jnp.abs(x_0), float(self.quantile), axis=tuple(range(1, x_0.ndim)), keepdims=True)
         s = jnp.maximum(s, 1.0)
         return jnp.clip(x_0, -s, s) / s
-
-    return threshold
 
 
 def p_mean_variance(
@@ -239,8 +302,9 @@ def p_mean_variance(
       clip: True clips x_0 to [-1, 1]; False leaves it; a function x_0 -> x_0 does as it likes (a dynamic threshold).
     Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the posterior variance of
       index 1, as in OpenAI's code; samplers add no noise there.
-    Raises: ValueError as `to_x_0`, and for a number of channels that does not fit `variance`.
+    Raises: ValueError as `to_x_0`, for a number of channels that does not fit `variance`, and for another `clip`.
     """
+    output, x_t = promote(output=output, x_t=x_t)
     output, values = split_variance(output, x_t, variance)
     x_0 = clip_x_0(to_x_0(schedule, output, x_t, t, prediction), clip)
     mean = output if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
@@ -265,9 +329,13 @@ def _same_shape(name, value, other_name, other):
         )
 
 
-def check_terminal_snr(schedule: Schedule, prediction: str) -> None:
-    """Raises: ValueError where alpha_bar ends at 0 and what is predicted says nothing about x_0 there."""
-    if schedule.zero_terminal_snr and prediction in ("eps", "score"):
+def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
+    """Raises: ValueError where alpha_bar ends at 0, that step is visited, and the prediction says nothing about x_0 there.
+
+    first: the highest index that is visited, a Python int; T - 1 unless given.
+    """
+    visited = first is None or first == schedule.num_timesteps - 1
+    if visited and schedule.zero_terminal_snr and prediction in ("eps", "score"):
         raise ValueError(
             f"alpha_bar is 0 at index {schedule.num_timesteps - 1}: {prediction} says nothing about x_0 there; "
             "predict v or x_0, or leave that step out with schedules.respace"

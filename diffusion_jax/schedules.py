@@ -1,8 +1,8 @@
 """Noise schedules: how fast the forward process forgets x_0.
 
-The lowest room of the house. A schedule starts as `betas` (float64 [T], the variances of q(x_t | x_{t-1})) and becomes
-a `Schedule`: one value that holds every table the posterior, the losses and the samplers read. `respace` picks some of
-its steps and gives a shorter `Schedule` with the same `alpha_bar` at the kept ones.
+Imports nothing else from this package. A schedule starts as `betas` (float64 [T], the variances of q(x_t | x_{t-1})) and
+becomes a `Schedule`: one value that holds every table the posterior, the losses and the samplers read. `respace` picks some
+of its steps and gives a shorter `Schedule` with the same `alpha_bar` at the kept ones.
 
 Two times are never mixed. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables. The network
 time (float, the unit the network was trained on) is `schedule.timesteps[t]` and is all that a `denoise_fn` ever sees.
@@ -98,8 +98,9 @@ def betas(name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: 
 class Schedule:
     """Every table of a noise schedule; build one with `from_betas` or `respace`.
 
-    A pytree whose leaves are float64 NumPy arrays [T], cast (to float32, or float64 under x64) where they meet traced
-    code. Index t runs from 0 (the papers' t = 1) to T - 1. With alpha_t = 1 - beta_t:
+    A pytree whose leaves are float64 NumPy arrays [T], cast to the images' dtype where they meet traced code (float32 in
+    a schedule that a jitted function returned; `respace` takes it too). Index t runs from 0 (the papers' t = 1) to T - 1.
+    With alpha_t = 1 - beta_t:
 
     timesteps: the network's time at each index.
     betas: beta_t, the variance of q(x_t | x_{t-1}).
@@ -143,23 +144,41 @@ class Schedule:
         """log(alpha_bar / (1 - alpha_bar)) at any network time: log alpha_bar is interpolated linearly on the training
         grid, held beyond its ends.
 
-        time: float [...]; returns float [...]. Equals log(snr) at `timesteps`.
+        time: float [...]; returns float [...], float32 at least. Equals log(snr) at `timesteps`.
         """
-        log_alpha_bar = jnp.interp(time, jnp.asarray(self.grid_timesteps), jnp.asarray(self.grid_log_alpha_bar))
+        time = _as_float(time)
+        log_alpha_bar = _interpolate(time, self.grid_timesteps, self.grid_log_alpha_bar)
         return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
     def time_at_log_snr(self, log_snr):
         """The network time at which `log_snr(time)` has a given value; the inverse of `log_snr`. Shapes as there."""
-        log_alpha_bar = -jax.nn.softplus(-jnp.asarray(log_snr))
-        return jnp.interp(
-            log_alpha_bar, jnp.asarray(self.grid_log_alpha_bar[::-1]), jnp.asarray(self.grid_timesteps[::-1])
-        )
+        log_alpha_bar = -jax.nn.softplus(-_as_float(log_snr))
+        return _interpolate(log_alpha_bar, self.grid_log_alpha_bar[::-1], self.grid_timesteps[::-1])
 
 
-def _tables(alpha_bar, betas, timesteps, grid) -> Schedule:
-    """Every table from alpha_bar, all in float64."""
+def _as_float(x) -> jax.Array:
+    """float32, float64 where x is float64 and x64 is on; numbers that are not float take JAX's default."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
+
+
+def cast_table(table, dtype):
+    """A schedule's table in another dtype, as a copy.
+
+    NumPy casts its own arrays: JAX keeps what it made of one and reuses it where x64 has been switched since.
+    """
+    return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
+
+
+def _interpolate(x, xs, ys) -> jax.Array:
+    return jnp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
+
+
+def _tables(alpha_bar, one_minus_alpha_bar, betas, timesteps, grid) -> Schedule:
+    """Every table from alpha_bar, all in float64. one_minus_alpha_bar: given, for alpha_bar near 1 has few digits of it."""
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-    posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
+    posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
     # q(x_{t-1} | x_t, x_0) is a point at index 0; a network that is asked for the log variance there gets that of its
     # neighbour.
     at_0 = posterior_variance[1] if len(betas) > 1 else betas[0]
@@ -169,13 +188,13 @@ def _tables(alpha_bar, betas, timesteps, grid) -> Schedule:
         alpha_bar=alpha_bar,
         alpha_bar_prev=alpha_bar_prev,
         sqrt_alpha_bar=np.sqrt(alpha_bar),
-        sqrt_one_minus_alpha_bar=np.sqrt(1 - alpha_bar),
-        sqrt_one_minus_alpha_bar_prev=np.sqrt(1 - alpha_bar_prev),
-        snr=alpha_bar / (1 - alpha_bar),
+        sqrt_one_minus_alpha_bar=np.sqrt(one_minus_alpha_bar),
+        sqrt_one_minus_alpha_bar_prev=np.sqrt(one_minus_alpha_bar_prev),
+        snr=alpha_bar / one_minus_alpha_bar,
         posterior_variance=posterior_variance,
         posterior_log_variance=np.log(np.append(at_0, posterior_variance[1:])),
-        posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
-        posterior_mean_coef_x_t=np.sqrt(1 - betas) * (1 - alpha_bar_prev) / (1 - alpha_bar),
+        posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / one_minus_alpha_bar,
+        posterior_mean_coef_x_t=np.sqrt(1 - betas) * one_minus_alpha_bar_prev / one_minus_alpha_bar,
         fixed_large_variance=np.append(at_0, betas[1:]),
         grid_timesteps=grid[0],
         grid_log_alpha_bar=grid[1],
@@ -206,7 +225,7 @@ def from_betas(betas: Sequence[float] | np.ndarray, timesteps: Sequence[float] |
     alpha_bar = np.cumprod(1 - betas)
     # A chain that ends in pure noise has log alpha_bar = -inf there; a finite floor keeps the interpolation finite.
     log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
-    return _tables(alpha_bar, betas, timesteps, grid=(timesteps, log_alpha_bar))
+    return _tables(alpha_bar, 1 - alpha_bar, betas, timesteps, grid=(timesteps, log_alpha_bar))
 
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
@@ -244,6 +263,7 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
     "trailing": lambda count, total: np.round(total - np.arange(count) * (total / count)).astype(int)[::-1] - 1,
     "linspace": lambda count, total: np.round(np.linspace(0, total - 1, count)).astype(int),
     "quadratic": lambda count, total: (np.linspace(0, (0.8 * total) ** 0.5, count) ** 2).astype(int),
+    "openai": lambda count, total: _section_indices([count], total),
 }
 
 
@@ -267,6 +287,9 @@ def _even_angle(position, sigma_min, sigma_max):
 _LEVEL_SPACINGS: dict[str, Callable] = {"karras": _karras, "log_snr": _even_log_snr, "gaussian": _even_angle}
 
 
+SPACINGS = (*_SPACINGS, *_LEVEL_SPACINGS)  # the names that `respace` takes
+
+
 def _check_count(steps, total):
     if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
         raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
@@ -282,9 +305,6 @@ def _indices(steps, spacing, total) -> np.ndarray:
             return _ddim_indices(int(text), total)
         return _section_indices([int(part) for part in counts], total)
     if np.ndim(steps) == 0:
-        if spacing not in _SPACINGS:
-            known = ", ".join([*_SPACINGS, *_LEVEL_SPACINGS])
-            raise ValueError(f"unknown spacing {spacing!r}; known: {known}")
         _check_count(steps, total)
         return _SPACINGS[spacing](int(steps), total)
     indices = np.asarray(steps)
@@ -304,30 +324,51 @@ def _levels(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
             f"spacing {spacing!r} needs a finite noise level at the end, but alpha_bar ends at 0; use 'trailing', or leave "
             "the last step out"
         )
-    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[[0, -1]]
-    sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
+    alpha_bar, one_minus_alpha_bar = (values[[0, -1]] for values in _precise_alpha_bar(schedule))
+    sigma_min, sigma_max = np.sqrt(one_minus_alpha_bar / alpha_bar)
     sigma = _LEVEL_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1]
     return -np.log1p(sigma**2)
 
 
-def _between(schedule: Schedule, steps, spacing: str):
-    """(timesteps, alpha_bar), float64 [S], of what lies between the schedule's steps; None where `steps` asks for indices."""
-    grid_times, grid_logs = np.asarray(schedule.grid_timesteps), np.asarray(schedule.grid_log_alpha_bar)
+def _precise_alpha_bar(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """(alpha_bar, 1 - alpha_bar), float64 [T]. Of a schedule whose tables became float32, which a call of jit does, they come
+    from the SNR, where both have kept their digits."""
+    alpha_bar = np.asarray(schedule.alpha_bar)
+    if alpha_bar.dtype == np.float64:
+        return alpha_bar, 1 - alpha_bar
+    snr = np.asarray(schedule.snr, np.float64)
+    return snr / (1 + snr), 1 / (1 + snr)
+
+
+def _kept_betas(schedule: Schedule, indices, alpha_bar) -> np.ndarray:
+    """1 - alpha_bar_i / alpha_bar_{i-1} of the kept steps; from the skipped betas, where the quotient has lost its digits."""
+    if np.asarray(schedule.alpha_bar).dtype == np.float64:
+        return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    betas = np.asarray(schedule.betas, np.float64)
+    starts = np.append(0, indices[:-1] + 1)
+    return np.array([1 - np.prod(1 - betas[a : b + 1]) for a, b in zip(starts, indices, strict=True)])
+
+
+def _between(schedule: Schedule, steps, spacing: str | None):
+    """(timesteps, log alpha_bar), float64 [S], of levels between the schedule's steps; None if `steps` asks for indices."""
+    grid_times, grid_logs = (
+        np.asarray(table, np.float64) for table in (schedule.grid_timesteps, schedule.grid_log_alpha_bar)
+    )
     if spacing in _LEVEL_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
         logs = _levels(schedule, steps, spacing)
-        return np.interp(logs, grid_logs[::-1], grid_times[::-1]), np.exp(logs)
+        return np.interp(logs, grid_logs[::-1], grid_times[::-1]), logs
     if np.ndim(steps) == 1 and np.size(steps) and np.issubdtype(np.asarray(steps).dtype, np.floating):
         times = np.sort(np.asarray(steps, np.float64))
         if not (grid_times[0] <= times[0] and times[-1] <= grid_times[-1]):
             raise ValueError(
                 f"network times must lie in {grid_times[0]:g} ... {grid_times[-1]:g}, got {times[0]:g} ... {times[-1]:g}"
             )
-        return times, np.exp(np.interp(times, grid_times, grid_logs))
+        return times, np.interp(times, grid_times, grid_logs)
     return None
 
 
 def respace(
-    schedule: Schedule, steps: str | int | Sequence[int] | Sequence[float] | np.ndarray, spacing: str = "leading"
+    schedule: Schedule, steps: str | int | Sequence[int] | Sequence[float] | np.ndarray, spacing: str | None = None
 ) -> Schedule:
     """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).
 
@@ -337,10 +378,11 @@ def respace(
         "ddimN": N steps with a whole stride from index 0 (at T = 1000 "ddim25" is 0, 40, ..., 960);
         "N" or "a,b,c": OpenAI's sections, N (a, b, c) steps spread over the whole chain (over each third), its ends
         included; an int S, spread as `spacing` says:
-            leading    0, T//S, 2 (T//S), ...
+            leading    0, T//S, 2 (T//S), ..., the default
             trailing   ..., T - 1 - T/S, T - 1, rounded
             linspace   S rounded numbers from 0 to T - 1
             quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
+            openai     as the string "S"
           or even in some function of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the schedule's largest to its smallest,
           at levels between its steps, whose network times are fractions:
             karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
@@ -348,26 +390,40 @@ def respace(
             gaussian   arctan(sigma / 0.5), where DDIM makes the least error on Gaussian data of standard deviation 0.5
               (Sabour et al. 2024, section 3.1, find it for its own bound);
         or a list of your own, in any order: indices (int), or network times (float).
-      spacing: for an int only.
+      spacing: for an int only, which strings and lists do not take.
 
     Returns: a Schedule of the kept steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1} (alpha_bar itself is copied to
       the bit, or interpolated as in `Schedule.log_snr`), and `timesteps` those of the kept steps.
     Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
-      repeated step, or one of the last three spacings where alpha_bar ends at 0.
+      repeated step, an unknown spacing, a spacing for steps that are not an int, or one of the last three spacings where
+      alpha_bar ends at 0.
     """
+    known = (*_SPACINGS, *_LEVEL_SPACINGS)
+    if spacing is not None and spacing not in known:
+        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(known)}")
+    if spacing is not None and (isinstance(steps, str) or np.ndim(steps) > 0):
+        raise ValueError(
+            f"spacing {spacing!r} is for a number of steps, but {steps!r} has a spacing of its own; leave it out"
+        )
+    spacing = spacing or "leading"
     between = _between(schedule, steps, spacing)
     if between is not None:
-        timesteps, alpha_bar = between
+        timesteps, logs = between
+        # The grid holds the logarithm of the smallest float64 where alpha_bar is 0.
+        alpha_bar, one_minus_alpha_bar = np.where(logs < -700, 0.0, np.exp(logs)), -np.expm1(logs)
+        betas = -np.expm1(np.diff(logs, prepend=0.0))
     else:
         total = schedule.num_timesteps
         indices = _indices(steps, spacing, total)
         if indices[0] < 0 or indices[-1] >= total:
             raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-        timesteps, alpha_bar = schedule.timesteps[indices], np.asarray(schedule.alpha_bar, np.float64)[indices]
+        timesteps = np.asarray(schedule.timesteps, np.float64)[indices]
+        alpha_bar, one_minus_alpha_bar = (values[indices] for values in _precise_alpha_bar(schedule))
+        betas = _kept_betas(schedule, indices, alpha_bar)
     repeated = timesteps[1:][np.diff(timesteps) <= 0]
     if repeated.size:
         raise ValueError(
             f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; ask for fewer steps or another spacing"
         )
-    betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return _tables(alpha_bar, betas, timesteps, grid=(schedule.grid_timesteps, schedule.grid_log_alpha_bar))
+    grid = tuple(np.asarray(table, np.float64) for table in (schedule.grid_timesteps, schedule.grid_log_alpha_bar))
+    return _tables(alpha_bar, one_minus_alpha_bar, betas, timesteps, grid)

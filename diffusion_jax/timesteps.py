@@ -4,6 +4,8 @@ A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight
 float [B], which multiplies the losses so that their mean estimates the mean over all T steps. Those of `SAMPLERS` draw
 each t uniformly, so their weights are 1; they differ in how much the batch's mean varies. `loss_second_moment` prefers the
 steps whose losses are large, and learns which those are from a `LossHistory` that the caller carries along.
+
+t is int32 and the weights are float32, with x64 on or off.
 """
 
 from __future__ import annotations
@@ -15,15 +17,23 @@ import jax
 import jax.numpy as jnp
 
 
+def _uniform(key, count, num_timesteps):
+    return jax.random.randint(key, (count,), 0, num_timesteps, jnp.int32)
+
+
+def _ones(batch_size):
+    return jnp.ones(batch_size, jnp.float32)
+
+
 def uniform(key, batch_size: int, num_timesteps: int) -> tuple[jax.Array, jax.Array]:
     """Independent and uniform (DDPM Algorithm 1). Returns (t int32 [B], ones [B])."""
-    return jax.random.randint(key, (batch_size,), 0, num_timesteps), jnp.ones(batch_size)
+    return _uniform(key, batch_size, num_timesteps), _ones(batch_size)
 
 
 def antithetic(key, batch_size: int, num_timesteps: int) -> tuple[jax.Array, jax.Array]:
     """Half of the batch uniform, the other half its mirror T - 1 - t (DDIM's code). Returns as `uniform`."""
-    half = jax.random.randint(key, ((batch_size + 1) // 2,), 0, num_timesteps)
-    return jnp.concatenate([half, num_timesteps - 1 - half])[:batch_size], jnp.ones(batch_size)
+    half = _uniform(key, (batch_size + 1) // 2, num_timesteps)
+    return jnp.concatenate([half, num_timesteps - 1 - half])[:batch_size], _ones(batch_size)
 
 
 def stratified(key, batch_size: int, num_timesteps: int) -> tuple[jax.Array, jax.Array]:
@@ -31,9 +41,10 @@ def stratified(key, batch_size: int, num_timesteps: int) -> tuple[jax.Array, jax
 
     Each t alone is uniform; together they cover the chain evenly. Returns as `uniform`.
     """
-    position = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
+    position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
     t = jnp.floor(position * num_timesteps).astype(jnp.int32)
-    return jnp.minimum(t, num_timesteps - 1), jnp.ones(batch_size)
+    return jnp.minimum(t, num_timesteps - 1), _ones(batch_size)
 
 
 SAMPLERS = {"uniform": uniform, "antithetic": antithetic, "stratified": stratified}

@@ -115,7 +115,7 @@ def labelled_program():
 
 def runs():
     """Training with pictures, sampling and evaluation on a mesh of both axes: the names of the pictures, and the bound."""
-    config = on(2, 4, **{"training.num_steps": 2, "evaluation.num_examples": 8})
+    config = on(2, 4, **{"training.num_steps": 2, "training.sample_every": 2, "evaluation.num_examples": 8})
     config.evaluation.update(strata=1, batch_size=8)
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)

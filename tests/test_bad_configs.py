@@ -1,13 +1,20 @@
 """What cannot be run: one clear line and exit code 2, in seconds."""
 
+import json
+import os
 import time
 
+import numpy as np
 import pytest
+from launcher import launch
+from PIL import Image
 from test_runs import finish, start, tiny_flags
 from test_training import tiny_config
+from test_upsampling import upsampler_config
 
 from diffusion_jax.data import DataError
 from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.runs import config_file, console, devices, workdir
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import CheckpointError
@@ -70,7 +77,10 @@ BAD = [
 LAUNCHES = [
     (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
     (["--config=configs/digits.py", "--config.trainng.num_steps=3"], "did you mean config.training.num_steps?"),
-    (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
+    (
+        ["--config=configs/digits.py", "--config.training.num_steps=many"],
+        "must be a whole number, such as 10000 or 1e4",
+    ),
     (["--config=configs/digits.py", "--config.training.batch_size=0"], "training.batch_size=0"),
     (["--config=configs/digits.py", "--config.mesh.data=3"], "mesh.data=3"),
     (["--config=configs/digits.py", "--config.model.channels=30"], "does not divide a layer of 30 channels"),
@@ -97,8 +107,168 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
     (["--config=configs/digits.py", "--mode=evaluate"], "train first"),
     (["--config=configs/digits.py", "--process_id=1"], "go together"),
-    (["--config=configs/digits.py", "--process_id=x"], "process_id"),
+    (["--config=configs/digits.py", "--process_id=x"], "process_id=x: must be a whole number"),
 ]
+
+
+# What a first afternoon brings, with what the one line must hold: what is wrong, its value, what is allowed. {} is a folder
+# with the files and runs that `wrong` makes; the program is main.py, or with "-m" a module.
+TRAIN, SAMPLE, EDIT = "--config=configs/digits.py", "--mode=sample", "--mode=edit"
+RUN, UPSAMPLER, IMAGE = "--workdir={}/run", "--workdir={}/upsampler", "--config.editing.image={}/image.png"
+SECOND_LAUNCHES = [
+    # config files
+    (["--config={}/no_function.py"], ["no_function.py defines no function get_config()", "ConfigDict"]),
+    (["--config={}/no_python.py"], ["line 1 of ", "no_python.py is no valid Python", "def get_config(:"]),
+    (["--config={}/no_module.py"], ["line 2 of ", "no_module.py", "No module named 'torchvisionn'", "install it"]),
+    (["--config={}/raising.py"], ["line 6 of ", "raising.py raises TypeError", "'channels'", "many"]),
+    (["--config={}/returning_none.py"], ["returns None", "its return statement missing", "ConfigDict"]),
+    (["--config=configs/digitz.py"], ["configs/digitz.py: no such file", "such as configs/digits.py"]),
+    (["--config=configs/digits.py:8"], ["configs/digits.py takes no argument; use --config=configs/digits.py"]),
+    (["--config=configs/imagenet_adm.py:64"], ["imagenet_adm.py:64", "known are 128, 256, 256_unconditional, 512"]),
+    # overrides
+    ([TRAIN, "--config.training.num_steps=1.5"], ["training.num_steps=1.5", "whole number, such as 10000 or 1e4"]),
+    ([TRAIN, "--config.training.num_steps=None"], ["training.num_steps=None", "type int"]),
+    ([TRAIN, "--config.optimizer.learning_rate=fast"], ["learning_rate=fast", "a number, such as 0.5 or 2e-4"]),
+    ([TRAIN, "--config.model.remat=maybe"], ["model.remat=maybe", "True or False"]),
+    ([TRAIN, "--config.training=5"], ["config.training is a group", "--config.training.num_steps=VALUE"]),
+    ([TRAIN, "--config.model.channel_multipliers=(1,two)"], ["model.channel_multipliers=", "two", "positive numbers"]),
+    # work directories
+    ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),
+    ([TRAIN, "--workdir="], ["--workdir=DIR is needed"]),
+    ([SAMPLE, "--workdir={}/typo"], ["config.json", "training.num_step;", "did you mean training.num_steps?"]),
+    ([SAMPLE, "--workdir={}/wrong_type"], ["config.json", "training.num_steps='many'", "type int"]),
+    ([SAMPLE, "--workdir={}/no_group"], ["config.json", "training=5 must be a group of leaves"]),
+    # sampling and evaluation
+    ([SAMPLE, RUN, "--config.sampling.steps=True"], ["sampling.steps=True", "a number of steps"]),
+    ([SAMPLE, RUN, "--config.sampling.sampler=heun", "--config.sampling.churn_noise=-1"], ["churn_noise", "-1", "0"]),
+    (
+        [SAMPLE, RUN, "--config.sampling.classifier=/nowhere"],
+        ["sampling.classifier=/nowhere: ", "no such file or folder"],
+    ),
+    ([SAMPLE, UPSAMPLER, "--config.sampling.low_resolution={}/junk.npz"], ["junk.npz", "neither a folder nor an .npz"]),
+    (
+        ["--mode=evaluate", RUN, "--config.evaluation.likelihood=False", "--config.evaluation.num_samples=0"],
+        ["evaluation.likelihood=False and evaluation.num_samples=0", "set either"],
+    ),
+    (
+        ["--mode=evaluate", RUN, "--config.evaluation.likelihood=False", "--config.evaluation.reference_split=dev"],
+        ["evaluation.reference_split='dev'", "'train' and 'test'"],
+    ),
+    # images to edit, and masks
+    ([EDIT, RUN, IMAGE, "--config.editing.mask={}/black.png"], ["black.png", "0 to 0 of 255", "to keep white"]),
+    ([EDIT, RUN, "--config.editing.image={}/junk.npz"], ["editing.image=", "junk.npz", "cannot be read as an image"]),
+    (
+        [EDIT, RUN, IMAGE, "--config.editing.num_samples=0", "--config.editing.task=sdedit"],
+        ["=0 is too few", "at least 1"],
+    ),
+    # weights
+    (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is no .npz", "numpy.savez"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz"], ["samples", "--help"]),
+    (["-m", "diffusion_jax.evaluation", "table", "{}/run"], ["nothing has been measured there", "--mode=evaluate"]),
+    (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "'inspect', 'convert'", "--help"]),
+    (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert needs PATH and TO", "--help"]),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """The folder of SECOND_LAUNCHES."""
+    folder = tmp_path_factory.mktemp("wrong")
+    digits = "from configs import digits\n\n\ndef get_config():\n    config = digits.get_config()\n"
+    for name, text in {
+        "no_function": "config = 1\n",
+        "no_python": "def get_config(:\n    pass\n",
+        "no_module": "import math\nimport torchvisionn\n",
+        "raising": f"{digits}    config.model.channels = 'many'\n    return config\n",
+        "returning_none": digits,
+    }.items():
+        (folder / f"{name}.py").write_text(text)
+    for name, stored in {
+        "typo": {"training": {"num_step": 3}},
+        "wrong_type": {"training": {"num_steps": "many"}},
+        "no_group": {"training": 5},
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(stored))
+    (folder / "junk.npz").write_bytes(b"junk")
+    for name, value in {"image": 90, "black": 0}.items():
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(folder / f"{name}.png")
+    for name, config in {"run": tiny_config(**{"evaluation.num_samples": 10}), "upsampler": upsampler_config()}.items():
+        (folder / name).mkdir()
+        workdir.write_config(config, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("flags", "words"), LAUNCHES, ids=[" ".join(flags) for flags, _ in LAUNCHES])
+def test_a_launch_is_refused(flags, words, tmp_path):
+    code, _, err = launch(f"--workdir={tmp_path / 'run'}", *flags)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and len(err) < 500, err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "words"), SECOND_LAUNCHES, ids=[" ".join(flags) for flags, _ in SECOND_LAUNCHES])
+def test_a_first_afternoon_s_mistake_is_one_line(flags, words, wrong, tmp_path):
+    arguments = [flag.replace("{}", str(wrong)) for flag in flags]
+    program = "main.py"
+    if arguments[0] == "-m":
+        _, program, *arguments = arguments
+    elif not any(flag.startswith("--workdir") for flag in arguments):
+        arguments.append(f"--workdir={tmp_path / 'run'}")
+    code, _, err = launch(*arguments, program=program)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+    assert all(word in err for word in words) and len(err) < 600, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere, so the system's answer is replaced."""
+    import main
+
+    main._check_workdir(str(tmp_path / "new" / "run"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as end:
+        main._check_workdir(str(tmp_path / "new" / "run"))
+    expected = f"error: --workdir={tmp_path}/new/run: {tmp_path} cannot be written (permission denied)"
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(expected)
+
+
+def test_there_are_sixty():
+    assert len(LAUNCHES) >= 30 and len(SECOND_LAUNCHES) >= 30
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(tmp_path):
+    """They reach the config: the message shows the number that was read."""
+    overrides = ("--config.training.log_every=1e2", "--config.training.steps_per_call=3.0")
+    _, _, err = launch(TRAIN, f"--workdir={tmp_path}", *overrides)
+    assert "training.log_every=100 must be a multiple of training.steps_per_call=3" in err, err
+    parser = config_file._Parser(config_file._whole_number, "a whole number")
+    assert [parser.parse(text) for text in ("1e4", "3.0", "12", "None")] == [10_000, 3, 12, None]
+    for text in ("1e400", "1e30", "nan", "0.5", "", "ten"):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            parser.parse(text)
+
+
+def test_a_leaf_of_another_version_is_no_typo(tmp_path):
+    """Of a config of the user's own, or of a version to come: it is kept."""
+    from configs import workdir as stored
+
+    (tmp_path / "config.json").write_text(json.dumps({"notes": {"by": "me"}, "sampling": {"temperature": 2.0}}))
+    config = stored.get_config(str(tmp_path))
+    assert config.notes.by == "me" and config.sampling.temperature == 2.0 and config.seed == 0
+
+
+def test_the_compiler_s_options_are_shown_on_request_alone(capsys):
+    devices.start()
+    assert "For XLA" not in capsys.readouterr().out
+    devices.start(verbose=True)
+    assert capsys.readouterr().out.count("For XLA") == 1
+
+
+def test_bars_count_images(capsys):
+    """Of 300 images in two chunks: not "2/2"."""
+    assert list(console.bar_over("Reading the images")([256, 44], 300)) == [256, 44]
+    assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")
 
 
 @pytest.mark.parametrize(("leaf", "value", "words"), BAD, ids=[f"{leaf}={value}" for leaf, value, _ in BAD])

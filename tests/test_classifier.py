@@ -180,9 +180,14 @@ def test_the_loss_is_the_cross_entropy_at_x_t(x64):
 def test_the_loss_under_importance_sampling_and_out_of_range():
     x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
     logits_fn = lambda x_t, time: x_t @ jnp.ones((2, 3))  # noqa: E731
-    loss, _ = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y)
+    loss, _ = jax.jit(lambda y: losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y))(y)
     np.testing.assert_allclose(loss[:2], np.log(3), rtol=1e-5)
     assert np.isnan(loss[2:]).all()  # never a neighbour's
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\.\. 2, got 3"):
+        losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y)
+    with pytest.raises(ValueError, match="labels must be int"):
+        losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y.astype(float))
+    y = jnp.array([0, 1, 2, 2])
     twice = lambda key, n, total: (timesteps.uniform(key, n, total)[0], 2 * jnp.ones(n))  # noqa: E731
     loss, _ = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y, timestep_sampler=twice)
     np.testing.assert_allclose(loss[:2], 2 * np.log(3), rtol=1e-5)

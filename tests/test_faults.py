@@ -353,17 +353,19 @@ app.run(main.main, flags_parser=main.parse)
 """
 
 
-def test_sigterm_to_one_of_two_then_one_goes_on(tmp_path, whole):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, watch.STOPPED), (signal.SIGINT, watch.INTERRUPTED)])
+def test_a_signal_to_one_of_two_then_one_goes_on(tmp_path, whole, number, code):
     directory = tmp_path / "two"
     pair = joined(directory)
     until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
-    pair[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(number)
     codes = [process.wait(timeout=PATIENCE) for process in pair]
-    assert codes == [watch.STOPPED] * 2
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
     step = checkpoints.committed_steps(directory / "checkpoints")[-1]
+    assert codes == [code] * 2 and all(f"at step {step}, which is saved" in text for text in texts), texts
     to_the_end(directory)
     close_to(directory, whole)
-    figure(f"SIGTERM to one of two: both saved step {step} and ended with {codes}; one process went on")
+    figure(f"{number.name} to one of two: both saved step {step} and ended with {codes}; one process went on")
 
 
 def test_a_peer_that_never_joins(tmp_path):

@@ -182,3 +182,34 @@ def test_guidance_refusals():
     for prediction in ("x_prev", "noise"):
         with pytest.raises(ValueError, match="known: eps, x_0, v, score"):
             guidance.classifier(network(), log_prob, FULL, prediction=prediction)
+
+
+def test_a_scale_keeps_its_digits_beside_a_network_in_bfloat16():
+    """1.01 is 1.0078 in bfloat16. Conditional 1 and unconditional 0 make the mixture the scale itself."""
+
+    def halves(x, time, y):
+        return jnp.broadcast_to((y != NULL)[:, None], x.shape).astype(jnp.bfloat16)
+
+    for scale in (1.01, jnp.full(5, 1.01)):
+        guided = guidance.classifier_free(halves, Y, NULL, scale)(jnp.float32(X_T), jnp.float32(TIME))
+        assert guided.dtype == jnp.float32
+        np.testing.assert_allclose(guided, 1.01, rtol=1e-6)
+
+
+@pytest.mark.parametrize("x64_on", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_classifier_guidance_where_nothing_is_left_of_x_0(prediction, x64_on):
+    """At alpha_bar = 0, x_t tells nothing of y and shifts neither x_0 nor v, however large the gradient is."""
+    with jax.enable_x64(x64_on):
+        jsd = schedules.from_betas(schedules.betas("jsd", 10))
+        x = jnp.asarray(X_T, float)
+        time = jnp.full(5, 9.0)
+        guided = guidance.classifier(
+            lambda x, time: 0.5 * x, lambda x, time: 100 * x.sum(1), jsd, 2.0, prediction=prediction
+        )(x, time)
+        shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0}[prediction]
+        np.testing.assert_allclose(guided, 0.5 * x + shift, rtol=1e-6)
+        before = guidance.classifier(
+            lambda x, time: 0.5 * x, lambda x, time: 100 * x.sum(1), jsd, 2.0, prediction=prediction
+        )(x, time - 1)
+        assert np.isfinite(before).all() and (abs(before - 0.5 * x) > 10).all()

@@ -14,7 +14,7 @@ from test_training import tiny_config
 from configs import pretrained as pretrained_config
 from diffusion_jax import models, pretrained, sampling, schedules, training
 from diffusion_jax.pretrained import layers
-from diffusion_jax.runs import errors, pictures, weights
+from diffusion_jax.runs import errors, pictures, weights, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 
@@ -42,7 +42,7 @@ def small(config, **leaves):
 
 
 def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
-    """--pretrained: the same images as by pretrained.load and the core."""
+    """--pretrained: the same images as by pretrained.load and the core. The directory then names them by itself."""
     flags = [f"--{name}" for name in ("mode=sample", f"pretrained={folder}", f"workdir={tmp_path / 'out'}")]
     flags += [f"--config.sampling.{leaf}" for leaf in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")]
     code, out, err = finish(start(*flags))
@@ -58,6 +58,24 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     network = lambda x, time: net.denoise_fn(x, time, jnp.array([0, 1]))  # noqa: E731
     x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
     assert abs(images.astype(int) - np.asarray(pictures.to_uint8(x)).astype(int)).max() <= 1
+    path.unlink()
+    code, out, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}"))
+    assert code == 0 and "Sampling 2 images from narrow" in out, err
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], images)
+
+
+def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
+    """The config that is kept is the newest launch's, until there is a checkpoint."""
+    for steps in (3, 2):
+        config = small(pretrained_config.get_config(str(folder)), **{"sampling.steps": steps})
+        sample(config, tmp_path / "out")
+        assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
+    (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    config.sampling.steps = 7
+    workdir.keep_config(config, tmp_path / "out")
+    assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
 
 
 def test_training_begins_with_published_weights(folder, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, judge, train, weights, workdir
+from diffusion_jax.runs import evaluate, generate, judge, recipe, train, weights, workdir
 from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
@@ -213,10 +214,34 @@ def test_a_grey_folder_never_loses_colours(tmp_path):
     assert images.open_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
     assert images.open_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
     Image.fromarray(drawn).save(folder / "b.png")
-    with pytest.raises(data.DataError, match="b.png is in colour, and the first image is grey"):
-        images.open_set(str(folder)).images.read(np.arange(2))
-    (folder / "a.png").rename(folder / "c.png")  # grey among colours is what everybody reads as colour
-    assert images.open_set(str(folder)).images.read(np.arange(2))[0].shape == (2, 8, 8, 3)
+    expected = drawn[..., :1].repeat(3, axis=2), drawn
+    for first in ("a.png", "b.png"):  # whichever comes first
+        found = images.open_set(str(folder)).images.read(np.arange(2))[0]
+        assert found.shape == (2, 8, 8, 3)
+        np.testing.assert_array_equal(
+            sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
+        )
+        (folder / first).rename(folder / f"z{first}")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_channels_that_are_asked_for(tmp_path, channels):
+    """Of a folder, an .npz and a data set; a color image becomes gray as Pillow has it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(drawn):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    color, gray = save(tmp_path / "color.npz", drawn), save(tmp_path / "gray.npz", drawn[..., :1])
+    as_gray = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in drawn])[..., None]
+    for what, expected in (
+        (str(folder), drawn if channels == 3 else as_gray),
+        (color, drawn if channels == 3 else as_gray),
+        (gray, drawn[..., :1].repeat(channels, axis=3)),
+        ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
+    ):
+        found = images.open_set(what, channels=channels).images.read(np.arange(2))[0]
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_run_s_newest_samples(tmp_path):
@@ -368,7 +393,7 @@ def test_the_command_and_its_table(tmp_path, capsys):
     assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(all_of_them, own), rel=1e-4)
     assert record["memorisation"]["close_share"] > 0.9 and "fid" not in record
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
-    assert Image.open(tmp_path / "memorisation.png").width > 6 * 64
+    assert Image.open(tmp_path / record["memorisation"]["picture"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
     capsys.readouterr()
     command.main(["table", str(tmp_path)])
@@ -381,6 +406,59 @@ def test_the_command_and_its_table(tmp_path, capsys):
     command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
+
+
+def test_the_table_has_bits_per_dimension(tmp_path, capsys):
+    """In the row of the weights they are of, or in a row of their own."""
+    bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
+    bound |= {"dataset": "cifar10", "prior": 1e-5, "prior_standard_error": None}
+    record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
+    for name, metrics_json, likelihood_json in (
+        ("both", [record, record | {"weights": "raw"}], bound),
+        ("other", [record], bound | {"step": 400}),
+        ("alone", None, bound | {"weights": "raw"}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "likelihood.json").write_text(json.dumps(likelihood_json))
+        if metrics_json:
+            (tmp_path / name / "metrics.json").write_text(json.dumps(metrics_json))
+    command.main(["table", *(str(tmp_path / name) for name in ("both", "other", "alone"))])
+    found = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.out.splitlines()]
+    columns = {name: [row[i] for row in rows[2:]] for i, name in enumerate(rows[0])}
+    value = "3.704 ± 0.01"
+    assert columns["bits_per_dim"] == [value, "", "", value, value] and not found.err
+    assert columns["frechet_distance"] == ["12.5", "12.5", "12.5", "", ""]
+    assert columns["step"] == ["500", "500", "500", "400", "500"]
+    assert columns["weights"] == ["ema", "raw", "ema", "ema", "raw"] and "prior" not in columns
+    (tmp_path / "both" / "likelihood.json").write_text("[]")
+    assert "both/likelihood.json is no likelihood.json" in refused(capsys, "table", tmp_path / "both")
+
+
+def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
+    """Each measurement has one of its own, which the same measurement replaces; --output may be a folder, too."""
+    one, other = (save(tmp_path / f"{name}.npz", all_digits()[i : i + 40]) for i, name in ((0, "one"), (40, "other")))
+    (tmp_path / "out").mkdir()
+    asked = ["--metrics=memorisation", "--features=test_judging:a_function"]
+    for samples in (one, other, one):
+        command.main([one, samples, *asked, "--output=out"])
+    command.main([other, one, *asked, "--output=out/metrics.json"])
+    records = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert len(records) == 3 and {record["memorisation"]["picture"] for record in records} == pictures
+    assert sorted(name.split("_")[1] for name in pictures) == ["one", "one", "other"]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
+    good, url = (
+        save(tmp_path / "good.npz", all_digits()[:20]),
+        "https://github.com/mseitzer/pytorch-fid/releases/download/",
+    )
+    assert url in refused(capsys, "digits", good, "--features=inception")
+    assert url in refused(capsys, "digits", good, "--inception=x.pth", "--features=inception")
+    with pytest.raises(UserError, match=url):
+        judge.judge(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
 
 
 def a_function(batch):
@@ -495,15 +573,20 @@ OVERRIDES = {
 }
 
 
-@pytest.fixture
-def run(tmp_path):
-    """An untrained run's work directory."""
-    config, directory = tiny_config(**OVERRIDES), tmp_path / "run"
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    config, directory = tiny_config(**OVERRIDES), tmp_path_factory.mktemp("untrained") / "run"
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(2, training.setup(config).init())
         checkpoints.finish(2)
     workdir.write_config(config, directory)
     return directory
+
+
+@pytest.fixture
+def run(untrained, tmp_path):
+    """An untrained run's work directory."""
+    return pathlib.Path(shutil.copytree(untrained, tmp_path / "run"))
 
 
 def test_evaluate_judges_samples(run, capsys, monkeypatch):
@@ -524,6 +607,148 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     evaluate.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     assert Image.open(run / "frechet_distance_against_steps.png").width > 100
+
+
+DRAWN = OVERRIDES | {"sampling.num_samples": 20}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
+    calls = []
+
+    def draw(self, params, seed, batch=0):
+        calls.append((seed, batch))
+        return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
+
+    monkeypatch.setattr(generate.Generator, "__call__", draw)
+    return calls
+
+
+def store_settings(path, change):
+    """Rewrites the settings beside the samples of a file; change(dict)."""
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    change(stored["settings"])
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+
+
+def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    assert len(drawn) == 3
+    for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
+        generate.sample(tiny_config(**DRAWN | free), run, again=False)
+    assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
+    generate.sample(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
+        ({"sampling.classifier_flags": "{}"}, "sampling.classifier_flags=, now {}"),
+        ({"sampling.clip_quantile": 0.9}, "sampling.clip_quantile=0.995, now 0.9"),
+        ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
+    ],
+)
+def test_samples_of_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
+    """Though their files have one name."""
+    config = {"sampling.batch_size": 3}
+    one = generate.sample(tiny_config(**config), run, again=False)
+    before = len(drawn)
+    other = generate.sample(tiny_config(**config | overrides), run, again=False)
+    assert other.path == one.path and len(drawn) > before
+    assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
+    assert generate.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+
+
+def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(config, run, again=False).path
+    store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
+    generate.sample(config, run, again=False)
+    assert len(drawn) == 6
+    out = capsys.readouterr().out
+    assert re.search(
+        r"Drawing anew: .* other settings \(classifier_digest=00000000..., now None; devices=64, now \d+\)", out
+    )
+    # The same step of a run that was begun again with another seed.
+    store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
+    generate.sample(config, run, again=False)
+    assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
+
+
+def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch):
+    """The same config may stand for other times in another version."""
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    respaced = recipe.respaced
+    other = {"steps": 2, "spacing": "leading"}
+    monkeypatch.setattr(recipe, "respaced", lambda schedule, options: respaced(schedule, {**options, **other}))
+    generate.sample(tiny_config(**DRAWN), run, again=False)
+    assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
+
+
+def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(config, run, again=False).path
+    for write in (
+        lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
+        lambda: path.write_bytes(b"PK\x03\x04 torn"),
+    ):
+        write()
+        generate.sample(config, run, again=False)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
+        assert "does not say with which settings" in line and str(path) in line
+        with np.load(path) as arrays:
+            assert arrays["arr_0"].max() == 2
+    assert len(drawn) == 9
+
+
+def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, monkeypatch):
+    draw, config = generate.Generator.__call__, tiny_config(**DRAWN)
+
+    def second_breaks(self, params, seed, batch=0):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return draw(self, params, seed, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate.Generator, "__call__", second_breaks)
+        with pytest.raises(KeyboardInterrupt):
+            generate.sample(config, run)
+    assert [batch for _, batch in drawn] == [0, 1]
+    generate.sample(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
+    generate.sample(tiny_config(**DRAWN), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
+
+
+def test_weights_are_told_apart_by_what_they_hold():
+    tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
+    same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
+    assert weights.digest(tree) == weights.digest(same)
+    for other in (
+        {**tree, "b": np.float32(4)},
+        {**tree, "b": np.float64(3)},
+        {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
+        {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
+    ):
+        assert weights.digest(other) != weights.digest(tree)
+
+
+def test_a_record_is_of_the_settings_that_the_samples_were_drawn_with(run, drawn):
+    config = tiny_config(**DRAWN)
+    path = generate.sample(tiny_config(**DRAWN), run, again=False).path
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    stored["drawn_with"] = {"jax": "0.0.1"}
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+    evaluate.evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    (record,) = json.loads((run / "metrics.json").read_text())
+    assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
+    assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
+    assert record["sampling"]["sampler"] == config.sampling.sampler and "steps" not in record["sampling"]
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -549,6 +774,7 @@ def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
         ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
         ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
         ({"evaluation.every": -1}, "must be at least 0"),
+        ({"evaluation.batch_size": 0}, "evaluation.batch_size=0 must be at least 1"),
     ],
 )
 def test_judging_that_cannot_be(run, overrides, words):

@@ -391,3 +391,50 @@ def test_bad_arguments():
             likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, strata=strata)
     with pytest.raises(ValueError, match="twice the channels"):
         likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, variance="learned")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_every_level_is_found_from_its_rounded_value(dtype, levels):
+    """A mean at level k makes that bin the likeliest of all; x_0 is level k in the dtype's own rounding."""
+    k = np.arange(levels)
+    exact = 2 * k / (levels - 1) - 1
+    x_0 = jnp.asarray(exact, dtype)
+    log_variance = jnp.full(levels, 2 * np.log(0.1 / (levels - 1)), jnp.float32)
+    log_p = likelihood.decoder_log_prob(x_0, jnp.float32(exact), log_variance, levels)
+    # The bin is 10 standard deviations wide to each side.
+    np.testing.assert_allclose(log_p, 0.0, atol=1e-6)
+
+
+def test_the_decoder_s_arguments_are_promoted_together():
+    """A mean and a log variance in bfloat16, as a network gives them, against the same values in float32."""
+    rng = np.random.default_rng(0)
+    x_0, mean = rng.uniform(-1, 1, (2, 200)).astype(np.float32)
+    low = [jnp.asarray(v, jnp.bfloat16) for v in (x_0, mean, rng.uniform(-9, 0, 200))]
+    expected = likelihood.decoder_log_prob(*(v.astype(jnp.float32) for v in low))
+    np.testing.assert_allclose(likelihood.decoder_log_prob(*low), expected, rtol=1e-6)
+
+
+def test_the_bound_of_bfloat16_images_is_that_of_their_values():
+    schedule = schedules.from_betas(schedules.betas("linear", 12))
+    x_0 = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1, maxval=1).astype(jnp.bfloat16)
+    network = lambda x, time: 0.3 * x  # noqa: E731
+    low, exact = (
+        likelihood.bits_per_dim(jax.random.key(1), schedule, network, x) for x in (x_0, x_0.astype(jnp.float32))
+    )
+    for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_bits_per_dim_of_float32_images_under_x64():
+    """The same numbers as without, to float32 rounding."""
+    schedule = schedules.from_betas(schedules.betas("linear", 12))
+    x_0 = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
+    found = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            for strata in (None, 3):
+                bits = likelihood.bits_per_dim(jax.random.key(1), schedule, lambda x, time: 0.3 * x, x_0, strata=strata)
+                assert bits.total.dtype == np.float32
+                found.append(np.asarray(bits.total))
+    np.testing.assert_allclose(found[2:3], found[:1], rtol=1e-5)

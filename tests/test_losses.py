@@ -217,6 +217,21 @@ def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
     np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-6)
 
 
+def test_importance_weights_are_on_the_whole_of_the_hybrid():
+    thrice = lambda key, batch, total: (jnp.arange(batch), 3.0 + jnp.arange(batch))  # noqa: E731
+    loss, parts = losses.hybrid(
+        jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, timestep_sampler=thrice
+    )
+    np.testing.assert_allclose(loss, (3 + np.arange(16)) * (parts.mse + 0.5 * parts.vlb), rtol=1e-6)
+
+
+def test_a_weighting_is_on_the_hybrid_s_error_alone():
+    loss, parts = losses.hybrid(
+        jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, weighting=lambda snr: 7.0 + 0 * snr
+    )
+    np.testing.assert_allclose(loss, 7 * parts.mse + 0.5 * parts.vlb, rtol=1e-6)
+
+
 def test_the_published_weight_is_on_the_whole_bound():
     """Improved DDPM's code: MSE + one term in bits times T / 1000."""
     x_0 = gaussian_data(16)
@@ -364,3 +379,57 @@ def test_a_history_of_another_length_is_refused():
             gaussian_data(2),
             timestep_sampler=timesteps.loss_second_moment(timesteps.loss_history(19)),
         )
+
+
+# bfloat16 and float16 data.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_data_has_the_losses_of_its_values_in_float32(dtype):
+    """Rounding the data to its dtype is the only rounding."""
+    x_0 = jnp.asarray(gaussian_data(64), dtype)
+    for loss, network, options in (
+        (losses.simple, lambda x, time: 0.4 * x, {"weighting": "min_snr"}),
+        (losses.vlb, doubled, {}),
+        (losses.hybrid, doubled, {}),
+    ):
+        for sampler in (first_step, timesteps.uniform):
+            low, exact = (
+                loss(jax.random.key(0), SCHEDULE, network, x, timestep_sampler=sampler, **options)
+                for x in (x_0, x_0.astype(jnp.float32))
+            )
+            for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(exact), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_noise_of_bfloat16_data_is_normal():
+    """jax.random.normal draws 128 values in bfloat16, whose mean is off by 14 standard errors here."""
+    n = 100_000
+    _, parts = losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: x, jnp.zeros((n, 1), jnp.bfloat16))
+    eps = np.asarray(parts.eps, np.float64)[:, 0]
+    assert len(np.unique(eps)) > 0.9 * n
+    assert abs(eps.mean()) < 4 / np.sqrt(n) and abs(eps.var() - 1) < 4 * np.sqrt(2 / n)
+
+
+def test_a_network_in_bfloat16_is_compared_in_float32():
+    """The output is promoted before it is subtracted: the error is that of its values, to float32 rounding."""
+    network = lambda x, time: (0.4 * x + 0.1).astype(jnp.bfloat16)  # noqa: E731
+    _, parts = losses.simple(jax.random.key(0), SCHEDULE, network, gaussian_data(32))
+    output = np.asarray(network(parts.x_t, None), np.float64)
+    np.testing.assert_allclose(parts.mse, np.square(np.asarray(parts.eps, np.float64) - output).mean(-1), rtol=1e-5)
+
+
+def test_losses_under_x64_compute_in_float32(x64):
+    """No operation of the traced program has a float64 array where the images are float32."""
+    seen = []
+
+    def network(x, time):
+        seen.append(time.dtype)
+        return 0.4 * x
+
+    program = jax.make_jaxpr(lambda x: losses.simple(jax.random.key(0), SHORT, network, x, weighting="min_snr"))
+    jaxpr = program(jax.ShapeDtypeStruct((4, 3), "float32"))
+    arrays = [v.aval for equation in jaxpr.eqns for v in equation.outvars]
+    assert not [a for a in arrays if a.dtype == jnp.float64 and a.shape]
+    assert seen == [jnp.float32]

@@ -107,6 +107,15 @@ def test_inception_score():
     assert found.mean == pytest.approx(np.mean(scores), rel=1e-12) and found.std == pytest.approx(np.std(scores))
 
 
+def test_inception_score_of_sure_logits_of_one_class():
+    """Then p(y) = p(y|x) and the score is 1, although p of the other classes is no float64."""
+    assert metrics.inception_score(1e3 * np.eye(10)[np.zeros(20, int)]).mean == pytest.approx(1, abs=1e-12)
+    some = 1e3 * np.eye(10)[np.arange(60) % 3]  # three of ten classes, in equal parts
+    assert metrics.inception_score(some).mean == pytest.approx(3, rel=1e-12)
+    assert metrics.inception_score(some.astype(np.float16)).mean == pytest.approx(3, rel=1e-12)
+    assert metrics.inception_score(1e300 * some).mean == pytest.approx(3, rel=1e-12)
+
+
 # ---- manifolds
 
 
@@ -146,6 +155,60 @@ def test_samples_at_one_point():
     assert found.precision == 1 and found.recall <= 0.01
 
 
+@pytest.mark.parametrize(("dimensions", "shift"), [(2, 0.0), (64, 100.0), (1024, 0.0)])
+def test_repeated_points_lie_in_their_balls(dimensions, shift):
+    """Every point five times: its third other is at no distance, and so is the sample that is its copy."""
+    x = gaussian(0, 40, dimensions, shift=shift).astype(np.float32).repeat(5, axis=0)
+    assert metrics.precision_recall(x, x[::-1]) == (1, 1)
+    assert metrics.precision_recall(x, x[:100]).precision == 1
+    # Of k others at no distance and the point itself, all five samples lie in the ball.
+    assert metrics.density_coverage(x, x[::-1], k=4) == (5 / 4, 1)
+
+
+@pytest.mark.parametrize("dimensions", [2, 1024])
+def test_neighbors_lie_in_the_balls_that_reach_to_them(dimensions):
+    """Of a set against itself, a ball holds its center and the k nearest others, the last of them on its boundary."""
+    x = gaussian(0, 150, dimensions).astype(np.float32)
+    assert metrics.density_coverage(x, x[::-1], k=5) == (6 / 5, 1)
+
+
+def test_equal_distances_count_as_equal():
+    """One-hot features: all others are at the squared distance 2, but for rounding."""
+    x = np.eye(30, dtype=np.float32)
+    assert metrics.density_coverage(x[:20], x[10:], k=3) == (20 * 20 / (3 * 20), 1)
+    assert metrics.precision_recall(x[:20], x[20:].repeat(5, axis=0)) == (1, 0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_shares_have_no_unit(scale):
+    """Where squares of the features are no float32."""
+    x, y = gaussian(0, 60, 6), gaussian(1, 50, 6, 0.7, 0.3)
+    assert metrics.precision_recall(x * scale, y * scale) == metrics.precision_recall(x, y)
+    assert metrics.density_coverage(x * scale, y * scale) == metrics.density_coverage(x, y)
+    one, other = metrics.nearest_neighbours(x * scale, y * scale, 2), metrics.nearest_neighbours(x, y, 2)
+    assert (one.indices == other.indices).all()
+    np.testing.assert_array_equal(one.distances, scale * other.distances)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])
+def test_features_of_few_bits(dtype):
+    """What is computed of them is what float64 features of the same values give."""
+    x, y = (np.asarray(jax.numpy.asarray(4 * gaussian(i, 40, 3)).astype(dtype)) for i in range(2))
+    exact = x.astype(np.float64), y.astype(np.float64)
+    if dtype == "bfloat16":
+        assert metrics.precision_recall(x, y) == pytest.approx(plain_manifolds(*exact, 3)[:2], abs=1e-12)
+    assert metrics.kid(x, y, 5, 20).mean == metrics.kid(*exact, 5, 20).mean
+    distance = metrics.frechet_distance(*map(metrics.moments, exact))
+    assert metrics.frechet_distance(metrics.moments(x), metrics.moments(y)) == distance > 0
+    assert metrics.frechet_distance(metrics.moments(x), metrics.moments(x)) == pytest.approx(0, abs=1e-10)
+
+
+def test_few_queries_have_neighbors_too():
+    x = gaussian(0, 20, 5)
+    found = metrics.nearest_neighbours(x, x[7:8] + 1e-3, k=5)
+    assert found.indices[0, 0] == 7 and (np.diff(found.distances) >= 0).all()
+
+
 def test_nearest_neighbours():
     x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
     q[3] = x[17]
@@ -177,6 +240,34 @@ def test_float64_where_jax_has_it(x64):
         (lambda x: metrics.kid(x, x[:, :3], subset_size=5), "5 and of 3 dimensions"),
         (lambda x: metrics.precision_recall(x, x[:3]), "3 images are too few: this needs 4"),
         (lambda x: metrics.density_coverage(x[:5], x), "5 images are too few: this needs 6"),
+        (lambda x: metrics.precision_recall(x, x, k=0), "k=0 must be a whole number of neighbors, at least 1"),
+        (lambda x: metrics.precision_recall(x, x, k=-1), "k=-1 must be"),
+        (lambda x: metrics.precision_recall(x, x, k=2.5), "k=2.5 must be"),
+        (lambda x: metrics.precision_recall(x, x, k=True), "k=True must be"),
+        (lambda x: metrics.precision_recall(x, x, k=20), "20 images are too few: this needs 21, for k=20"),
+        (lambda x: metrics.density_coverage(x, x, k=0), "k=0 must be"),
+        (lambda x: metrics.density_coverage(x, x, k=20), "20 images are too few: this needs 21"),
+        (lambda x: metrics.nearest_neighbours(x, x, k=0), "k=0 must be"),
+        (lambda x: metrics.nearest_neighbours(x, x, k=21), "20 images are too few: this needs 21"),
+        (lambda x: metrics.nearest_neighbours(x, x, k=20, others=True), "20 images are too few: this needs 21"),
+        (lambda x: metrics.precision_recall(x, np.where(x > 2, np.nan, x)), "images are not finite"),
+        (lambda x: metrics.precision_recall(x, x.astype(np.complex64)), "features are complex64"),
+        (lambda x: metrics.precision_recall(x, x > 0), "features are bool"),
+        (lambda x: metrics.precision_recall(x - 1.7e308 * np.sign(x), x), "too far apart"),
+        (lambda x: metrics.moments(x[:, :0]), "not \\[N, D\\]"),
+        (lambda x: metrics.moments_of_chunks([]), "0 images are too few"),
+        (lambda x: metrics.moments_of_chunks([x[:1]]), "1 images are too few"),
+        (lambda x: metrics.moments_of_chunks([x, x[:, :3]]), "5 and of 3 dimensions"),
+        (lambda x: metrics.merge(metrics.Moments(x[0], np.eye(5), 0), metrics.moments(x)), "0 and 20 images"),
+        (
+            lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], np.eye(4), 9)] * 2),
+            "are not \\[D\\] and \\[D, D\\]",
+        ),
+        (lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], np.nan * np.eye(5), 9)] * 2), "not finite"),
+        (lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], x[:5], 9)] * 2), "not symmetric"),
+        (lambda x: metrics.kid(x, x, subsets=0, subset_size=5), "subsets=0 .* at least 1"),
+        (lambda x: metrics.inception_score(x, split_size=0), "split_size=0 .* at least 1"),
+        (lambda x: metrics.inception_score(x, split_size=-5), "split_size=-5 .* at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_said(call, message):

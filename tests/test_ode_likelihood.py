@@ -234,3 +234,22 @@ def test_bad_arguments():
             ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)
     with pytest.raises(ValueError, match="x_prev"):
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, prediction="x_prev")
+
+
+def test_float32_data_under_x64():
+    """Crashed in the solver; the same numbers as without x64."""
+    x, found = np.asarray(data(8), np.float32), []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, jnp.asarray(x))
+            assert density.log_density.dtype == density.x_T.dtype == jnp.float32
+            found.append(np.asarray(density.log_density))
+            for dequantisation in ode_likelihood.DEQUANTISATIONS:
+                bits = jax.eval_shape(
+                    lambda x, d=dequantisation: ode_likelihood.bits_per_dim(
+                        jax.random.key(1), SCHEDULE, exact, x, dequantisation=d
+                    )[0],
+                    jax.ShapeDtypeStruct((2, 4), jnp.bfloat16),
+                )
+                assert bits.dtype == jnp.float32
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

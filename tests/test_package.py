@@ -68,7 +68,7 @@ assert compiled(3.0) == 4.0
 
 
 FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward
-    {"schedules"},
+    {"schedules", "labels"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"data", "models"},

@@ -232,3 +232,47 @@ def test_gradients_are_finite():
 
     for t in (0, 1, 999):
         assert np.isfinite(jax.grad(total)(jnp.full((1, 4), 0.3), jnp.array([t]))).all()
+
+
+def test_low_precision_is_promoted_before_any_arithmetic():
+    """Every function of bfloat16 arrays gives what it gives of the same values in float32."""
+    schedule, t = SCHEDULES["linear"], jnp.array([0, 300, 999])
+    x, other = (jnp.asarray(draw((3, 50), seed), jnp.bfloat16) for seed in (6, 7))
+    functions = {
+        "q_sample": lambda x, y: process.q_sample(schedule, x, t, y),
+        "q_step": lambda x, y: process.q_step(schedule, x, t, y),
+        "q_posterior": lambda x, y: process.q_posterior(schedule, x, y, t),
+        "eps_at": lambda x, y: process.eps_at(0.6, 0.8, x, y, "v"),
+        "threshold": lambda x, y: process.dynamic_threshold(0.7)(x),
+    }
+    for p in process.PREDICTIONS:
+        for name, convert in CONVERSIONS.items():
+            functions[f"{name} of {p}"] = lambda x, y, p=p, convert=convert: convert(schedule, x, y, t, p)
+        functions[f"p of {p}"] = lambda x, y, p=p: process.p_mean_variance(schedule, x, y, t, p)
+    wide = jnp.float32
+    for name, function in functions.items():
+        expected = jax.tree.leaves(function(x.astype(wide), other.astype(wide)))
+        for low, mixed, exact in zip(
+            jax.tree.leaves(function(x, other)), jax.tree.leaves(function(x, other.astype(wide))), expected, strict=True
+        ):
+            np.testing.assert_allclose(low, exact, rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(mixed, exact, rtol=1e-6, err_msg=name)
+
+
+def test_a_dynamic_threshold_is_of_each_whole_example():
+    """Images: s is the quantile over height, width and channels, 1 at least, and not over some of these axes."""
+    x_0 = draw((3, 5, 4, 2), 8) * np.array([0.1, 1.0, 4.0])[:, None, None, None]
+    s = np.maximum([np.quantile(abs(one).ravel(), 0.9) for one in x_0], 1.0)[:, None, None, None]
+    assert (s[0] == 1) and (s[1:] > 1).all()
+    np.testing.assert_allclose(
+        process.dynamic_threshold(0.9)(jnp.float32(x_0)), np.clip(x_0, -s, s) / s, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_step_before_the_last_is_no_last_one():
+    """A schedule that ends at alpha_bar = 0 serves eps at every other step, and none where the last is among them."""
+    schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
+    assert np.isfinite(process.to_x_0(schedule, x, x, jnp.array([0, 998]))).all()
+    for t in (jnp.array([999, 0]), jnp.array([0, 999]), 999):
+        with pytest.raises(ValueError, match="alpha_bar is 0 at index 999: eps says nothing about x_0"):
+            process.to_x_0(schedule, x, x, t)

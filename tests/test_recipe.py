@@ -1,5 +1,7 @@
 """--mode=sample and --mode=edit: classes, guidance, classifiers, upsamplers and edits of tiny networks, against the core."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +56,11 @@ def root(tmp_path_factory):
     return root
 
 
-def parts_of(config, directory):
+def parts_of(config, directory, steps=5, spacing="trailing"):
     """(schedule to walk, whole schedule, apply(x, time, *y)) of a work directory."""
     built = training.setup(config)
     _, params = weights.load(config, directory, built.model, built.mesh, True)
-    return schedules.respace(built.schedule, 5, "trailing"), built.schedule, built.model, params
+    return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 
 def by_hand(network, walked, sampler, batches=2, size=4):
@@ -123,10 +125,10 @@ def test_guided_samples_are_the_core_s(root):
 )
 def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
     """These ask at times that no table of the steps' times holds."""
-    base = {"diffusion.num_timesteps": T, **DRAWN}
+    base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
     sample(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
     images, _ = drawn(root / "plain")
-    walked, _, model, params = parts_of(tiny_config(**base), root / "plain")
+    walked, _, model, params = parts_of(tiny_config(**base), root / "plain", 8, "log_snr")  # what suits these samplers
     network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
     agree(images, by_hand(network, walked, lambda batch: sampler)[:6])
 
@@ -270,44 +272,117 @@ def test_every_clip_of_a_config():
 def test_given_steps_are_network_times():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(recipe.respaced(schedule, options).timesteps, [10, 300.5, 900])
+    np.testing.assert_allclose(recipe.respaced(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
     with pytest.raises(ValueError, match="needs sampling.steps="):
-        recipe.respaced(schedule, {"steps": 5, "spacing": "given"})
+        recipe.respaced(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"steps": 250, "spacing": "openai"}, "250"),
+        ({"steps": (10, 15, 20), "spacing": "openai"}, "10,15,20"),
+        ({"steps": (10, 15, 20), "spacing": None}, "10,15,20"),  # as the command line reads 10,15,20
+        ({"steps": 50, "spacing": "openai_ddim"}, "ddim50"),
+    ],
+)
+def test_openai_s_spacings_have_names(options, same):
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    found = recipe.respaced(schedule, options, sampling.ddpm())
+    np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "words"),
+    [
+        ("250", None, "'250' is a string; .* --config.sampling.steps=250 --config.sampling.spacing=openai$"),
+        ("10,15, 20", "trailing", "--config.sampling.steps=10,15,20 --config.sampling.spacing=openai$"),
+        ("ddim5", None, "'ddim5' is a string; .* --config.sampling.steps=5 --config.sampling.spacing=openai_ddim$"),
+        ("many", None, "'many' is a string; .* --config.sampling.steps=50 --config.sampling.spacing=NAME$"),
+        ((1, 2), "trailing", r"\(1, 2\) are several numbers, .* use sampling.spacing=openai"),
+        ((1, 2.5), "openai", "must be a whole number, or several"),
+        (2.5, "openai", "must be a whole number, or several"),
+        ((5, 5), "openai_ddim", "several numbers"),
+        (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai, openai_ddim, given"),
+    ],
+)
+def test_steps_that_name_no_spacing_are_refused(steps, spacing, words):
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    with pytest.raises(ValueError, match=words) as caught:
+        recipe.respaced(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+    assert "\n" not in str(caught.value)
+
+
+def of(leaves, **diffusion):
+    config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
+    config.diffusion.update(diffusion)
+    built = training.setup(config)
+    return recipe.Recipe(config, built.model, built.schedule, built.mesh)
 
 
 def test_file_names_tell_requests_apart(root):
-    """What a name does not spell out is in its digest."""
-    names = set()
-    for leaves in (
-        {},
-        {"guidance_scale": 2.0},
-        {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
-        {"guidance_scale": 2.0, "guidance_interval": (2, 5)},
-        {"guidance_scale": 2.0, "guidance_rescale": 0.5},
-        {"clip": False},
-        {"clip": "dynamic"},
-        {"clip": "dynamic", "clip_quantile": 0.9},
-        {"steps": (1, 5, 8, 15, 19), "spacing": "given"},
-        {"steps": (2, 5, 8, 15, 19), "spacing": "given"},
-        {"classifier": str(root / "classifier")},
-        {"classifier": str(root / "classifier"), "classifier_form": "mean"},
-    ):
-        config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
-        built = training.setup(config)
-        names.add(recipe.Recipe(config, built.model, built.schedule, built.mesh).name)
-    assert len(names) == 12
+    """Options are spelled; a digest stands for paths and for what is long."""
+    names = {
+        "ddpm5": {},
+        "ddpm5_guided2": {"guidance_scale": 2.0},
+        "ddpm5_guided2_interval1-5": {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
+        "ddpm5_guided2_interval2-5": {"guidance_scale": 2.0, "guidance_interval": (2, 5)},
+        "ddpm5_guided2_rescale0.5": {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
+        "ddpm5_clip-none": {"clip": False},
+        "ddpm5_clip-dynamic0.995": {"clip": "dynamic"},
+        "ddim5_openai_clip-dynamic0.9_class3-5": {
+            "sampler": "ddim",
+            "spacing": "openai",
+            "clip": "dynamic",
+            "clip_quantile": 0.9,
+            "label": (3, 5),
+        },
+        "ddpm5_openai2-3": {"steps": (2, 3)},
+        "ddpm5_openai3-2": {"steps": (3, 2)},
+        "ddpm5_openai_ddim": {"spacing": "openai_ddim"},
+        "dpm_solver_pp5_order3_fullorder": {"sampler": "dpm_solver_pp", "order": 3, "lower_order_final": False},
+        "unipc5_bh1": {"sampler": "unipc", "variant": "bh1"},
+        "heun8_log_snr": {"sampler": "heun", "steps": 8},
+        "heun8_log_snr_churn2_range0.1-20_noise1.1": {
+            "sampler": "heun",
+            "steps": 8,
+            "churn": 2.0,
+            "churn_range": (0.1, 20),
+            "churn_noise": 1.1,
+        },
+    }
+    for name, leaves in names.items():
+        assert of(leaves).name == name
+    digested = {
+        of(leaves).name
+        for leaves in (
+            {"steps": (1, 5, 8, 15, 19), "spacing": "given"},
+            {"steps": (2, 5, 8, 15, 19), "spacing": "given"},
+            {"label": tuple(range(10)) * 3},
+            {"label": tuple(range(10)) * 3 + (1,)},
+            {"classifier": str(root / "classifier")},
+            {"classifier": str(root / "classifier"), "classifier_form": "mean"},
+        )
+    }
+    assert len(digested) == 6 and all(len(name.split("_")[-1]) == 6 for name in digested)
 
 
-def test_a_step_over_many_octaves_is_warned_of():
-    def warning(**leaves):
-        config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
-        config.diffusion.update(schedule="cosine", num_timesteps=1000)
-        built = training.setup(config)
-        return recipe.Recipe(config, built.model, built.schedule, built.mesh).warning
-
-    assert "use sampling.spacing=karras or log_snr" in warning(sampler="heun", steps=10)
-    assert warning(sampler="heun", steps=20, spacing="karras") is None
-    assert warning(sampler="ddim", steps=10) is None
+def test_steps_that_draw_noise_are_refused():
+    """With no spacing given heun, pndm and plms take one that works; the others that are known to fail are one line."""
+    cosine = {"schedule": "cosine", "num_timesteps": 1000}
+    for sampler in ("heun", "pndm", "plms"):
+        chosen = of({"sampler": sampler, "steps": 20}, **cosine)
+        assert chosen.name == f"{sampler}20_log_snr" and chosen.warning is None
+        with pytest.raises(
+            errors.UserError, match="would be noise; use sampling.spacing=log_snr or more steps"
+        ) as caught:
+            of({"sampler": sampler, "steps": 20, "spacing": "trailing"}, **cosine)
+        assert f"sampling.sampler={sampler} with sampling.steps=20 and spacing trailing" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert of({"sampler": "ddim", "steps": 20}, **cosine).name == "ddim20"
+    blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
+    assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning
 
 
 @pytest.mark.parametrize(
@@ -332,7 +407,7 @@ def test_a_step_over_many_octaves_is_warned_of():
         ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
         ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
         ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),
-        ("plain", {"sampling.classifier": "nothing"}, "nothing: no such file or folder"),
+        ("plain", {"sampling.classifier": "nothing"}, "sampling.classifier=.*nothing: no such file or folder"),
         ("plain", {"sampling.classifier": "other_classifier"}, "another noise schedule"),
         ("plain", {"sampling.classifier": "classifier", "sampling.classifier_form": "x"}, "must be 'eps' or 'mean'"),
         (
@@ -358,6 +433,26 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
     assert "\n" not in str(caught.value)
 
 
+def test_leaves_that_change_nothing_are_named():
+    """Each alone, beside what reads it and beside what does not."""
+    assert recipe.ignored(tiny_config().sampling) == []
+    for leaf, value, reader, other in (
+        ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
+        ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
+        ("variant", "bh1", {"sampler": "unipc"}, {"sampler": "dpm_solver_pp"}),
+        ("singlestep", True, {"sampler": "dpm_solver_pp"}, {"sampler": "unipc"}),
+        ("sde", True, {"sampler": "dpm_solver_pp"}, {"sampler": "heun"}),
+        ("churn", 2.0, {"sampler": "heun"}, {"sampler": "pndm"}),
+        ("classifier_scale", 4.0, {"classifier": "runs/classifier"}, {}),
+        ("guidance_rescale", 0.7, {"guidance_scale": 2.0}, {}),
+        ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
+    ):
+        options = dict(tiny_config().sampling) | {leaf: value}
+        assert recipe.ignored(options | reader) == []
+        (line,) = recipe.ignored(options | other)
+        assert line.startswith(f"sampling.{leaf}={value!r} (only ")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
@@ -369,6 +464,9 @@ def files(tmp_path_factory):
         "other": images[1, ..., 0],
         "mask": mask,
         "white": mask | 255,
+        "black": mask & 0,
+        "dim": mask // 3,
+        "zero_one": mask // 255,
         "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
@@ -456,6 +554,8 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
+        ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
@@ -464,10 +564,30 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
-        ({"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3}, "start=7"),
+        (
+            {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},
+            "editing.level=7 must be an index of the steps, 0 ... 4",
+        ),
     ):
         with pytest.raises(errors.UserError, match=words):
             edit(editing_config(files, **overrides), root / "conditional")
+
+
+def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
+    """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
+    with Image.open(files / "zero_one.png") as mask:
+        values = np.asarray(mask)
+    kinds = {"gray": values, "color": np.stack([values] * 3, -1), "deep": values.astype(np.uint16), "bits": values > 0}
+    for name, array in kinds.items():
+        path = files / f"zero_one_{name}.png"
+        Image.fromarray(array).save(path)
+        edit(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
+        out = capsys.readouterr().out
+        assert "The mask keeps its white pixels, 32 of 64 (50%), and the model paints the black ones, 32 (50%)." in out
+        written = pathlib.Path(out.split("the results alone: ")[1].strip())
+        with np.load(written) as arrays, Image.open(files / "image.png") as image:
+            kept = arrays["arr_0"][:, 4:, :, 0]
+            np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
 def test_colours_come_back_to_what_was_grey(tmp_path, files):

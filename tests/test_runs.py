@@ -12,10 +12,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from launcher import launch
 from ml_collections import ConfigDict
 from PIL import Image
 from test_training import tiny_config
 
+from configs import pretrained as pretrained_config
 from diffusion_jax import data, training
 from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
@@ -64,7 +66,15 @@ def test_a_run_leaves_what_the_contract_says(trained):
     assert [row["step"] for row in rows] == [2, 4]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["param_norm"] > 0 for row in rows)
     assert {"loss_q1", "loss_q2", "loss_q3", "loss_q4", "learning_rate"} <= set(rows[0])
-    with Image.open(trained / "samples" / "train_step00000004.png") as picture:
+    assert not (trained / "samples").exists()  # training.sample_every is 0: never
+
+
+def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
+    train(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        f"train_step0000000{step}.png" for step in (3, 4)
+    ]
+    with Image.open(tmp_path / "samples" / "train_step00000004.png") as picture:
         assert picture.size == (2 * 68 + 4, 68 + 4) and picture.mode == "L"
 
 
@@ -112,6 +122,36 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
     workdir.check_identity(tiny_config(**free), trained)
     with pytest.raises(errors.UserError, match="training.batch_size"):
         workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
+
+
+def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(trained, tmp_path):
+    """The command's config is that of the run, but for the rate; it begins with the run's weights."""
+    with pytest.raises(errors.UserError, match="holds another run") as caught:
+        workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
+    command = str(caught.value).split("to begin a new run with its weights: ")[1].split()
+    changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
+    assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
+    config = pretrained_config.get_config(str(trained))
+    expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
+    assert workdir.flatten(workdir.to_dict(config)) == expected
+    config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
+    train(config, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
+
+
+def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tmp_path, monkeypatch):
+    """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
+    with monkeypatch.context() as broken:
+        broken.setattr("diffusion_jax.runs.train._Loop.run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
+    assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
+    other = tiny_config(**{"data.split": "test", "training.num_steps": 2})
+    train(other, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == workdir.to_dict(other)
+    assert [row["step"] for row in lines(tmp_path)] == [2]
+    with pytest.raises(errors.UserError, match="holds another run"):
+        workdir.check_identity(tiny_config(), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
@@ -208,7 +248,7 @@ def test_the_time_of_a_step_is_split(trained):
 
 def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the directory should be")
-    train(tiny_config(), tmp_path)
+    train(tiny_config(**{"training.sample_every": 4}), tmp_path)
     assert "the picture of step 4 could not be written" in capsys.readouterr().out
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
@@ -229,12 +269,16 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     sample(tiny_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
     with np.load(f"{path}.npz") as arrays:
-        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (3, 8, 8, 1)
+        assert (
+            arrays.files == ["arr_0", "settings"]
+            and arrays["arr_0"].dtype == np.uint8
+            and arrays["arr_0"].shape == (3, 8, 8, 1)
+        )
         images = arrays["arr_0"]
     with Image.open(f"{path}.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture)[4:68:8, 4:68:8], images[0, :, :, 0])
     raw = tiny_config(
-        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": "2"}
+        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
     sample(raw, trained)
     (path,) = (trained / "samples").glob("step4_raw_ddim2_*_seed0_n3.npz")
@@ -291,7 +335,12 @@ def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
         ({"training.steps_per_call": 3}, "multiple of training.steps_per_call=3"),
         ({"model.num_classes": 3}, "the data has 10 classes"),
         ({"seed": -1}, "at least 0"),
-        ({"model.dtype": "bf16"}, "bf16"),
+        ({"model.dtype": "bf16"}, "model.dtype='bf16' is not supported; use float32 or bfloat16"),
+        (
+            {"model.dtype": "float16"},
+            "model.dtype='float16' is not supported: .* loss scaling.*; use float32 or bfloat16",
+        ),
+        ({"model.dtype": "float64"}, "model.dtype='float64' is not supported"),
         ({"model.num_groups": 0}, "model.num_groups=0 must be at least 1"),
         ({"model.channel_multipliers": ()}, "config: "),
         ({"model.dropout": 1.5}, "dropout must lie in"),
@@ -325,6 +374,10 @@ def test_other_images_are_refused(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
+    workdir.check_data(source(7), run)  # of a launch that saved nothing
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    workdir.check_data(source(5), run)
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
     for same in (source(5), source(5)):
         workdir.check_data(same, run)
     for other in (source(6), source(5, seed=1)):
@@ -370,7 +423,7 @@ def digits_config() -> ConfigDict:
     return digits.get_config()
 
 
-def start(*arguments, program="main.py", **variables):
+def start(*arguments, program="main.py", start_new_session=False, **variables):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     return subprocess.Popen(
         [sys.executable, program, *arguments],
@@ -379,6 +432,7 @@ def start(*arguments, program="main.py", **variables):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
     )
 
 
@@ -397,16 +451,19 @@ IMPORTANCE_SAMPLED = {
 }
 
 
+STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interrupted by Ctrl-C", 130)}
+
+
 @pytest.mark.parametrize(
     ("loss", "num_steps", "ends"),
     [
-        ({}, 150, {20: signal.SIGKILL, 70: signal.SIGTERM}),
+        ({}, 150, {20: signal.SIGKILL, 60: signal.SIGTERM, 100: signal.SIGINT}),
         (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
     ],
 )
 def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, ends):
-    """SIGKILL, or SIGTERM, in mid-run; then to the end. Every logged number but the speed equals an unbroken run's, to the
-    bit."""
+    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
+    to the bit."""
     overrides = {
         "training.num_steps": num_steps,
         "training.log_every": 1,
@@ -424,9 +481,11 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, e
             time.sleep(0.05)
         process.send_signal(end)
         _, err = process.communicate(timeout=120)
-        if end == signal.SIGTERM:
-            step = int(err.split("stopped by SIGTERM at step ")[1].split(",")[0])
-            assert process.returncode == watch.STOPPED and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
+        if end != signal.SIGKILL:
+            why, exit_code = STOPPING[end]
+            step = int(err.split(f"error: {why} at step ")[1].split(", which is saved; rerun")[0])
+            assert process.returncode == exit_code and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
+            assert len(err.strip().splitlines()) == 1
     code, out, err = finish(start(*flags))
     assert code == 0, err
     assert "Continuing from step" in out
@@ -452,7 +511,7 @@ def last_state(config, directory):
     [
         (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
         (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--config.training.num_steps=many"], "invalid literal"),
+        (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
         (["--config=configs/digit.py"], "no such file"),
         (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
@@ -464,7 +523,7 @@ def last_state(config, directory):
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
-    code, _, err = finish(start(f"--workdir={tmp_path}", *arguments))
+    code, _, err = launch(f"--workdir={tmp_path}", *arguments)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
@@ -472,7 +531,7 @@ def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
 def test_a_damaged_config_json_is_one_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     for named in ([], ["--config=configs/digits.py"]):
-        code, _, err = finish(start(f"--workdir={tmp_path}", *named))
+        code, _, err = launch(f"--workdir={tmp_path}", *named)
         assert code == 2 and "config.json is no config" in err and len(err.strip().splitlines()) == 1, err
 
 
@@ -486,17 +545,112 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
 
 
-def test_sigterm_stops_sampling_at_once_and_its_parts_are_kept(tmp_path):
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_stops_sampling_at_once_and_its_parts_are_kept(tmp_path, number):
     train(tiny_config(), tmp_path)
     process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
     deadline = time.time() + 120
     while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == watch.STOPPED and err.startswith("error: stopped by SIGTERM"), err
+    why, exit_code = STOPPING[number]
+    assert process.returncode == exit_code and err.startswith(f"error: {why}; rerun the same command to continue"), err
     assert len(err.strip().splitlines()) == 1 and all(path.exists() for path in parts)
+
+
+def until(condition, process):
+    deadline = time.time() + 120
+    while not condition():
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+STUCK = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from absl import app
+import main
+from diffusion_jax.data import pipeline
+
+read = pipeline.Batches.__getitem__
+
+
+def stuck(self, step):
+    while step >= 5:
+        time.sleep(1)
+    return read(self, step)
+
+
+pipeline.Batches.__getitem__ = stuck
+app.run(main.main, flags_parser=main.parse)
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """The data of step 6 never come: the first Ctrl-C waits for the step, the second does not."""
+    program, run = tmp_path / "stuck.py", tmp_path / "run"
+    program.write_text(STUCK)
+    flags = tiny_flags(run, **{"training.num_steps": 9, "training.log_every": 1})
+    process = start(*flags, program=str(program))
+    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") == 4, process)
+    until((run / "checkpoints" / "4").is_dir, process)
+    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if "Press it again to stop at once" in line:
+            break
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert err.startswith(
+        "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
+    """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
+    streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
+    flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
+    process = start(*flags, start_new_session=True)
+    until(
+        lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n"), process
+    )
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
+
+
+COMPILING = f"""
+import hashlib, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax.runs import watch
+
+watch._GRACE = float(sys.argv[1])
+with watch.stopping_at_once(pathlib.Path(sys.argv[2])):
+    print("compiling", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
+)
+def test_what_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
+    """As a compilation before the first step."""
+    process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
+    assert process.stdout.readline() == "compiling\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.3)  # signals that come together are one
+    code, _, err = finish(process)
+    why, exit_code = STOPPING[numbers[0]]
+    why = why if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
+    assert code == exit_code and err == f"error: {why}; nothing was saved yet\n"
 
 
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):

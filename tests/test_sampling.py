@@ -75,7 +75,7 @@ def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
 
     n = 100_000
     x_T = jax.random.normal(jax.random.key(1), (n, 1))
-    sampler = sampling.ddpm("x_0", "learned_range", clip=False)
+    sampler = sampling.ddpm("learned_range", prediction="x_0", clip=False)
     x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
     f = np.interp(schedule.timesteps, full.timesteps, fraction)
     alpha_bar, before = schedule.alpha_bar, np.append(1.0, schedule.alpha_bar[:-1])
@@ -133,8 +133,8 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim50"), 3 * jax.random.normal(KEY, (5, 1))
     wide = lambda x_t, time: 4 * denoiser(full)(x_t, time)  # noqa: E731  # so that the clip acts
-    _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("x_0", "fixed_small"), trajectory=True)
-    _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0, "x_0"), trajectory=True)
+    _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("fixed_small", prediction="x_0"), trajectory=True)
+    _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0, prediction="x_0"), trajectory=True)
     np.testing.assert_allclose(a.x_t, b.x_t, rtol=1e-7, atol=1e-9)
     assert abs(a.x_0).max() == 1.0
 
@@ -147,7 +147,7 @@ def test_two_point_data_ends_at_the_points():
         return jnp.tanh(jnp.sqrt(alpha_bar) * x_t / (1 - alpha_bar))
 
     x_T = jax.random.normal(jax.random.key(1), (2000, 1))
-    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoise_fn, x, sampling.ddpm("x_0")))(x_T)
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoise_fn, x, sampling.ddpm(prediction="x_0")))(x_T)
     np.testing.assert_allclose(abs(x_0), 1.0, atol=1e-3)
     assert abs((x_0 > 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
 
@@ -158,16 +158,16 @@ def test_mean_shift_moves_by_variance_times_gradient(x64):
     schedule = schedules.respace(full, [499])
     keep = lambda x_t, time: 0 * x_t  # noqa: E731
     x_T, g = jnp.ones((1, 2)), jnp.array([[0.5, -2.0]])
-    plain = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm("x_0"))
-    moved = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm("x_0", mean_shift=lambda x_t, time: g))
+    plain = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0"))
+    moved = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0", mean_shift=lambda x_t, time: g))
     np.testing.assert_allclose(moved - plain, schedule.fixed_large_variance[0] * g, rtol=1e-9)
 
 
 def test_trajectory_holds_every_step():
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim25"), jnp.ones((2, 3))
-    plain = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"))
-    x_0, kept = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=True)
+    plain = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"))
+    x_0, kept = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=True)
     # Programs that keep different things may round differently, by a few 2^-24 in each of 25 steps.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     close(plain, x_0)
@@ -175,12 +175,14 @@ def test_trajectory_holds_every_step():
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
     close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
-    x_0, some = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[0, 24, 7])
+    x_0, some = sampling.sample(
+        KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[0, 24, 7]
+    )
     np.testing.assert_array_equal(some.t, [24, 7, 0])
     close(some.x_t, kept.x_t[np.array([0, 17, 24])])
     close(some.x_0, kept.x_0[np.array([0, 17, 24])])
     with pytest.raises(ValueError, match="keeps indices in 0"):
-        sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm("x_0"), trajectory=[25])
+        sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[25])
 
 
 def test_memory_is_flat_in_the_number_of_steps():

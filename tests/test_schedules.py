@@ -267,3 +267,37 @@ def test_a_schedule_is_a_pytree_that_crosses_jit(thousand):
 
     np.testing.assert_allclose(snr_of(thousand, 3), thousand.snr[3], rtol=1e-6)
     assert thousand.alpha_bar.dtype == np.float64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_respacing_a_schedule_that_crossed_jit(name):
+    """Its tables are float32, yet every table of the shorter schedule keeps float32's digits, as those of the original."""
+    schedule = schedules.from_betas(schedules.betas(name, 1000))
+    crossed = jax.jit(lambda schedule: schedule)(schedule)
+    assert crossed.betas.dtype == np.float32
+    requests = [("1000",), ("ddim50",), (37, "trailing"), ([0, 1, 2, 500, 501, 998],), ([0.0, 0.5, 300.25, 900.0],)]
+    for request in requests if name == "jsd" else [*requests, (20, "karras"), (20, "log_snr")]:
+        expected, found = (schedules.respace(s, *request) for s in (schedule, crossed))
+        assert found.zero_terminal_snr == expected.zero_terminal_snr
+        for field in ("timesteps", "betas", "alpha_bar", "sqrt_one_minus_alpha_bar", "snr", "posterior_mean_coef_x_0"):
+            a, b = getattr(found, field), getattr(expected, field)
+            assert a.dtype == np.float64
+            atol = 1e-6 if field == "timesteps" else 0.0  # the first network time is 0
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol, err_msg=f"{field} {request}")
+
+
+def test_a_network_time_at_the_end_has_the_end_s_alpha_bar():
+    jsd = schedules.from_betas(schedules.betas("jsd", 100))
+    given = schedules.respace(jsd, [10.0, 50.5, 99.0])
+    assert given.zero_terminal_snr and given.alpha_bar[-1] == 0 and given.betas[-1] == 1
+    assert not schedules.respace(jsd, [10.0, 98.0]).zero_terminal_snr
+
+
+def test_the_log_snr_has_the_dtype_of_its_time(thousand):
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            for dtype in ("float32", "bfloat16"):
+                time = jnp.asarray([0.0, 500.0], dtype)
+                assert thousand.log_snr(time).dtype == jnp.float32
+                assert thousand.time_at_log_snr(time).dtype == jnp.float32
+                np.testing.assert_allclose(thousand.log_snr(time), np.log(thousand.snr[[0, 500]]), rtol=1e-5)

@@ -1,6 +1,7 @@
 """The train step: its parts against optax and NumPy written here, one program, sharding, and steps in one call."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +291,8 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
         ({"mesh.fsdp": 2}, "mesh.fsdp=2 must divide"),
         ({"training.accumulation_steps": 0}, "at least 1"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
-        ({"training.batch_size": 0}, "multiple"),
+        ({"training.batch_size": 0}, "training.batch_size=0 must be at least 1"),
+        ({"model.dtype": "float16"}, "model.dtype='float16'"),
         ({"diffusion.schedule": "line"}, "known: linear"),
         ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
         ({"diffusion.prediction": "noise"}, "known: eps"),
@@ -313,6 +315,27 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
 def test_configs_that_cannot_be_built(overrides, words):
     with pytest.raises(ValueError, match=words):
         training.create(tiny_config(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "words"),
+    [
+        ("training.num_steps", 1e4, "training.num_steps=10000.0 must be a whole number; write 10000"),
+        ("training.batch_size", 8.5, "training.batch_size=8.5 must be a whole number$"),
+        ("training.log_every", "100", "training.log_every='100' must be a whole number"),
+        ("training.steps_per_call", True, "training.steps_per_call=True must be a whole number"),
+        ("model.num_res_blocks", 2.0, "model.num_res_blocks=2.0 .* write 2"),
+        ("diffusion.num_timesteps", 1e3, "diffusion.num_timesteps=1000.0 .* write 1000"),
+        ("seed", 0.5, "seed=0.5"),
+    ],
+)
+def test_counts_are_whole_numbers(leaf, value, words):
+    """In a dictionary, which unlike a ConfigDict takes a value of any type."""
+    config = json.loads(tiny_config().to_json())
+    group, _, name = leaf.rpartition(".")
+    (config[group] if group else config)[name] = value
+    with pytest.raises(ValueError, match=words):
+        training.create(config)
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest():

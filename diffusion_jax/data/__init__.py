@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from diffusion_jax.data.errors import DataError, UnreadableError
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
-from diffusion_jax.data.sources import DataError, Digits, Folder, Memory, Tfds, fit, natural_shape
+from diffusion_jax.data.preparation import prepare
+from diffusion_jax.data.sources import Digits, Folder, Memory, Tfds, fit, make_builder, natural_shape
 
 __all__ = [
     "Batches",
@@ -16,7 +18,9 @@ __all__ = [
     "Folder",
     "Memory",
     "Tfds",
+    "UnreadableError",
     "check_levels",
+    "describe",
     "example_indices",
     "fit",
     "image_shape",
@@ -49,10 +53,29 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
-def load(config: Mapping, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
+def describe(source) -> str:
+    """How many images of how many classes a source has, with the classes' names; of many classes only some."""
+    images, names = f"{len(source):,} image{'s' * (len(source) != 1)}", source.class_names
+    if not names:
+        return f"{images} without classes"
+    named = [f"{i} {name}" for i, name in enumerate(names)]
+    if len(named) > 12:
+        named = [*named[:6], "...", named[-1]]
+    numbered = all(name == str(i) for i, name in enumerate(names))  # their names say nothing more
+    classes = f"{images} of {len(names):,} class{'es' * (len(names) != 1)}"
+    return classes if numbered else f"{classes}: {', '.join(named)}"
+
+
+def load(
+    config: Mapping,
+    progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
+    say: Callable[[str], None] = lambda line: None,
+):
     """The source that `config.data` names, in memory where it fits into `data.memory_mb`.
 
-    progress: wraps the iteration over the examples while they are decoded. Raises: DataError with one line of advice.
+    A TFDS data set that is missing is downloaded and prepared first, if `data.download` is there and true.
+    progress: as `Memory`, while the images are decoded. say: called with lines about the images.
+    Raises: DataError with one line of advice.
     """
     *size, channels = image_shape(config)
     size = tuple(size)
@@ -61,6 +84,14 @@ def load(config: Mapping, progress: Callable[[Iterable, int], Iterable] = lambda
     elif config["dataset"] == "folder":
         source = Folder(config["data_dir"] or "", size, channels)
     else:
-        source = Tfds(config["dataset"], config["split"], config["data_dir"] or None, size, channels)
+        name, data_dir = config["dataset"], config["data_dir"] or None
+        if config.get("download", False):
+            prepare(name, lambda: make_builder(name, data_dir), data_dir)
+        source = Tfds(name, config["split"], data_dir, size, channels)
+    say(f"{describe(source)}.")
     megabytes = len(source) * size[0] * size[1] * channels / 2**20
-    return Memory(source, progress) if megabytes <= config["memory_mb"] else source
+    try:
+        return Memory(source, progress) if megabytes <= config["memory_mb"] else source
+    finally:  # also before a refusal of damaged images
+        for note in source.notes():
+            say(note)

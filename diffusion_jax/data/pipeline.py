@@ -7,6 +7,7 @@ and step s reads places s B ... (s + 1) B - 1 of the row. A batch may span two e
 from __future__ import annotations
 
 import functools
+import signal
 
 import grain
 import numpy as np
@@ -49,6 +50,11 @@ class Batches:
         return {"image": images, "label": labels}
 
 
+def _ignore_ctrl_c(index: int, count: int) -> None:
+    """A terminal sends Ctrl-C to these processes too, but the one that reads from them may still have a step to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def stream(batches: Batches, start: int = 0, workers: int = 0, ahead: int = 4):
     """Iterates over the batches from `start` on, read ahead by Grain.
 
@@ -62,5 +68,6 @@ def stream(batches: Batches, start: int = 0, workers: int = 0, ahead: int = 4):
             not flags.FLAGS.is_parsed()
         ):  # Grain reads absl flags before it starts workers; outside app.run they have defaults
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
     return iter(iterable)

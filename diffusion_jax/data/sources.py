@@ -1,26 +1,28 @@
 """Where images come from: TFDS by name, a folder of the user's own, or the digits that ship with scikit-learn.
 
-A source has a length, `num_classes` (0 where there are no labels) and `read(indices) -> (images uint8 [n, H, W, C], labels
-int32 [n])`, random access from any process. It is picklable; files are opened where they are read.
+A source has a length, `num_classes` (0 if there are no labels), `class_names` (() if they are not known) and
+`read(indices) -> (images uint8 [n, H, W, C], labels int32 [n])`, random access from any process. It is picklable; files are
+opened where they are read. Those of this module also have `notes()`, lines about the images for a person.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import io
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffusion_jax.data.errors import DataError, UnreadableError
+from diffusion_jax.data.preparation import command
+from diffusion_jax.data.tfrecords import TfRecords
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-class DataError(Exception):
-    """Data that is missing, unreadable or of the wrong kind: one line that says what, where, and what to do."""
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
@@ -37,7 +39,7 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels of grey. Every sixth is held out as "test"."""
 
-    num_classes = 10
+    num_classes, class_names = 10, tuple("0123456789")
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
@@ -57,11 +59,15 @@ class Digits:
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return self._images[indices], self._labels[indices]
 
+    def notes(self) -> list[str]:
+        return []
+
 
 class Folder:
-    """Every image file below a folder, in order of its path; where all stand in subfolders, each subfolder is a class.
+    """Every image file below a folder, in order of its path; if all are in subfolders, each subfolder is a class.
 
-    Hidden files and folders are left out; transparency is dropped.
+    Hidden files and folders are left out; transparency is dropped, and of an animation the first frame is read.
+    `stray`: the images outside the subfolders, because of which there are no classes.
     """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
@@ -69,48 +75,97 @@ class Folder:
         if not directory or not root.is_dir():
             raise DataError(f"data.data_dir={directory!r} is no folder; give the one that holds your images")
         self._root, self._size, self._channels = root, image_size, channels
-        found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()]
-        files = sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+        found = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
+        found = [p for p in found if not any(part.startswith(".") for part in p.parts)]
+        files = sorted(p for p in found if p.suffix.lower() in _SUFFIXES)
+        self._skipped: collections.Counter = collections.Counter(
+            p.suffix.lower() for p in found if p.suffix.lower() not in _SUFFIXES
+        )
         if not files:
-            raise DataError(f"no images below {directory!r}; looked for {', '.join(sorted(_SUFFIXES))}")
-        classes = sorted({p.parts[0] for p in files}) if all(len(p.parts) > 1 for p in files) else []
+            skipped = f"; found only {self._skipped_files()}" if self._skipped else ""
+            raise DataError(f"no images below {directory!r}; looked for {', '.join(sorted(_SUFFIXES))}{skipped}")
+        outside = [str(p) for p in files if len(p.parts) == 1]
+        self.class_names = () if outside else tuple(sorted({p.parts[0] for p in files}))
+        self.stray = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
-        self._class_index = {name: i for i, name in enumerate(classes)}
-        self.num_classes = len(classes)
+        self._class_index = {name: i for i, name in enumerate(self.class_names)}
+        self.num_classes = len(self.class_names)
+        self._transparent: set[str] = set()
+        self._animated: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._files)
 
+    def _skipped_files(self) -> str:
+        reasons = {".gif": ".gif (may be animated: convert them to PNG)", "": "without a suffix"}
+        counts = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
+
+    def notes(self) -> list[str]:
+        """What was skipped and, of the images that were read, what was dropped."""
+        notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
+        if self.stray:
+            notes.append(f"No classes: {self.no_labels}.")
+        if self._transparent:
+            notes.append(f"Dropped the transparency of {_shortened(self._transparent)}.")
+        if self._animated:
+            notes.append(f"Read only the first frame of {_shortened(self._animated)}.")
+        return notes
+
+    @property
+    def no_labels(self) -> str:
+        """Why there are no classes, and what to do; "" if there are."""
+        if self.class_names:
+            return ""
+        if not self.stray:
+            return f"{self._root} has no subfolders; put the images of each class into a subfolder"
+        verb = "is" if len(self.stray) == 1 else "are"
+        return (
+            f"{_shortened(self.stray)} {verb} outside the subfolders; move every image into one, the name of its class"
+        )
+
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Raises: UnreadableError with all of these images that cannot be read."""
         files = [self._files[i] for i in indices]
         labels = [self._class_index.get(pathlib.PurePath(file).parts[0], 0) for file in files]
-        return np.stack([self._image(self._root / file) for file in files]), np.array(labels, np.int32)
+        images, failures = [], []
+        for file in files:
+            try:
+                images.append(self._image(file))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: some PNGs
+                known = isinstance(error, UnidentifiedImageError)
+                failures.append((str(self._root / file), "not an image, or damaged" if known else str(error)))
+        if failures:
+            raise UnreadableError(failures)
+        return np.stack(images), np.array(labels, np.int32)
 
-    def _image(self, path: pathlib.Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return self._fit(path, ImageOps.exif_transpose(image))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: some damaged PNGs
-            raise DataError(f"cannot read the image {path}: {error}; repair or remove it") from None
+    def _image(self, file: str) -> np.ndarray:
+        with Image.open(self._root / file) as image:
+            if image.has_transparency_data:
+                self._transparent.add(file)
+            if getattr(image, "is_animated", False):
+                self._animated.add(file)
+            return self._fit(self._root / file, ImageOps.exif_transpose(image))
 
     def _fit(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
         return fit(image, self._size, self._channels)
 
 
-def _prepare_command(name: str, data_dir: str | None) -> str:
-    return (
-        'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
-    )
+def _shortened(names: Collection[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    shown = sorted(names)[:3]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
-def _builder(name: str, data_dir: str | None):
+def make_builder(name: str, data_dir: str | None):
+    """TFDS's builder of a data set. Raises: DataError for a name that TFDS does not know."""
     import tensorflow_datasets as tfds  # half a second, and only this source needs it
 
     try:
         return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {error}"
+        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {str(error).partition(chr(10))[0]}"
         raise DataError(
             f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
         ) from None
@@ -118,7 +173,7 @@ def _builder(name: str, data_dir: str | None):
 
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
     """((H, W), channels) of a TFDS data set's images, (None, channels) where they differ in size. Raises: DataError."""
-    features = _builder(name, data_dir).info.features
+    features = make_builder(name, data_dir).info.features
     if "image" not in features:
         raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
     height, width, channels = features["image"].shape
@@ -126,25 +181,26 @@ def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | No
 
 
 class Tfds:
-    """A TFDS data set in array_record format (random access, no TensorFlow at run time)."""
+    """A TFDS data set in array_record or tfrecord format (random access, no TensorFlow at run time)."""
 
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
-        builder = _builder(name, data_dir)
+        builder = make_builder(name, data_dir)
         where = f"in {builder.data_path.parent}"
         if not builder.is_prepared():
-            how = _prepare_command(name, data_dir)
+            how = command(name, data_dir)
             raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or prepare it with: {how}")
-        if builder.info.file_format.value != "array_record":
-            found = builder.info.file_format.value
+        found = builder.info.file_format.value
+        if found not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
             raise DataError(
-                f"the data set {name!r} {where} is in {found} format, not array_record; prepare it with: "
-                f"{_prepare_command(name, other)} and set data.data_dir={other}"
+                f"the data set {name!r} {where} is in {found} format, not array_record or tfrecord; prepare it with: "
+                f"{command(name, other)} and set data.data_dir={other}"
             )
         try:
-            self._length = builder.info.splits[split].num_examples
+            chosen = builder.info.splits[split]
+            self._length, instructions = chosen.num_examples, chosen.file_instructions
         except (KeyError, ValueError):
             raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}") from None
         features = builder.info.features
@@ -152,12 +208,17 @@ class Tfds:
             raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
         self._has_label = "label" in features
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if self._has_label else 0
+        self.class_names = tuple(features["label"].names) if self.num_classes else ()
+        self._tfrecords = TfRecords(instructions) if found == "tfrecord" else None
 
     def __len__(self) -> int:
         return self._length
 
+    def notes(self) -> list[str]:
+        return []
+
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_records"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_records", "_features")}
 
     @functools.cached_property
     def _records(self):
@@ -167,9 +228,21 @@ class Tfds:
             self._name, split=self._split, data_dir=self._data_dir, decoders={"image": tfds.decode.SkipDecoding()}
         )
 
+    @functools.cached_property
+    def _features(self):
+        return make_builder(self._name, self._data_dir).info.features
+
+    def _examples(self, indices: list[int]) -> Sequence[dict]:
+        if self._tfrecords is None:
+            return self._records.__getitems__(indices)
+        import tensorflow_datasets as tfds
+
+        raw = {"image": tfds.decode.SkipDecoding()}
+        return [self._features.deserialize_example_np(self._tfrecords[i], decoders=raw) for i in indices]
+
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            records = self._records.__getitems__([int(i) for i in indices])
+            records = self._examples([int(i) for i in indices])
             images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
         except (OSError, SyntaxError, ValueError) as error:
             where = f"examples {indices[0]} ... {indices[-1]}"
@@ -181,20 +254,36 @@ class Tfds:
 class Memory:
     """Any source, decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
 
-    def __init__(self, source, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items):
-        """progress: wraps the iteration over the examples, to show it."""
-        self.num_classes = source.num_classes
-        n = len(source)
-        first, _ = source.read([0])
-        self.images, self.labels = np.empty((n, *first.shape[1:]), np.uint8), np.empty(n, np.int32)
+    def __init__(self, source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
+        """progress: (sizes of the decoded chunks, number of images) -> sizes, to show how many images are decoded.
+
+        Raises: UnreadableError with all damaged images.
+        """
+        self.num_classes, self.class_names = source.num_classes, getattr(source, "class_names", ())
+        self.no_labels = getattr(source, "no_labels", "")
+        n, failures = len(source), {}
+        try:
+            shape = source.read([0])[0].shape[1:]
+        except UnreadableError as error:
+            shape, failures = (), dict(error.failures)
+        self.images, self.labels = np.empty((n, *shape), np.uint8), np.empty(n, np.int32)
 
         def decode(chunk):
-            self.images[chunk], self.labels[chunk] = source.read(chunk)
+            try:
+                images, labels = source.read(chunk)
+            except UnreadableError as error:
+                failures.update(error.failures)
+            else:
+                if not failures:
+                    self.images[chunk], self.labels[chunk] = images, labels
+            return len(chunk)
 
         chunks = np.array_split(np.arange(n), -(-n // 256))
         with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
-            for _ in progress(pool.map(decode, chunks), len(chunks)):
+            for _ in progress(pool.map(decode, chunks), n):
                 pass
+        if failures:
+            raise UnreadableError(failures.items())
 
     def __len__(self) -> int:
         return len(self.labels)

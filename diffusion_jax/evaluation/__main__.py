@@ -36,14 +36,26 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _fail(message: str) -> None:
+    """Ends the program with one line about its arguments."""
+    print(f"error: {message}; see python -m diffusion_jax.evaluation --help", file=sys.stderr)
+    sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m diffusion_jax.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.error = _fail  # without the usage, which would hide the line that says what is wrong
     add = parser.add_argument
     add("reference", help="what samples are compared with")
     add("samples", help="the images to be measured")
-    add("--inception", default="", help="weights: pt_inception-2015-12-05-6726825d.pth or classify_image_graph_def.pb")
+    add(
+        "--inception",
+        default="",
+        help="weights of FID's network: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub)\n"
+        "or classify_image_graph_def.pb",
+    )
     add("--features", help="inception, digits, or module:function of images uint8 [N, H, W, C] -> [N, D]")
     add(
         "--metrics",
@@ -53,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=64, help="images at a time; no figure depends on it")
     add("--data_dir", default="", help="where data sets lie, unless in ~/tensorflow_datasets")
     add("--image_size", type=int, help="resizes images that have no one size")
-    add("--output", default="metrics.json", help="where the record is added")
+    add("--channels", type=int, choices=(1, 3), help="makes all images gray (1) or of three channels (3)")
+    add(
+        "--output",
+        default="metrics.json",
+        help="the JSON file, or its folder: the record is added to it, pictures go beside",
+    )
     return parser
 
 
@@ -62,6 +79,7 @@ def compare(given: argparse.Namespace) -> None:
     from diffusion_jax.evaluation.compare import METRICS
     from diffusion_jax.evaluation.features import named
     from diffusion_jax.evaluation.images import open_set
+    from diffusion_jax.pretrained.inception import WHERE
     from diffusion_jax.runs import devices
     from diffusion_jax.runs.measure import check_comparable, measure
     from diffusion_jax.training import sharding
@@ -73,13 +91,18 @@ def compare(given: argparse.Namespace) -> None:
     if given.batch_size < 1:
         raise ValueError(f"--batch_size={given.batch_size} must be at least 1")
     output = pathlib.Path(given.output).expanduser()
+    if output.is_dir():
+        output = output / "metrics.json"
     if not output.parent.is_dir():
         raise ValueError(f"--output={given.output}: {output.parent} is no folder")
-    reference, samples = (open_set(what, given.data_dir, given.image_size) for what in (given.reference, given.samples))
+    named_sets = given.reference, given.samples
+    reference, samples = (open_set(what, given.data_dir, given.image_size, given.channels) for what in named_sets)
     check_comparable(reference, samples)
     features = given.features or ("digits" if reference.name.startswith("digits:") else "inception")
     if features == "inception" and not given.inception:
-        raise ValueError("--inception=PATH is needed: FID's weights; or --features=digits, or module:function")
+        raise ValueError(
+            f"--inception=PATH is needed: the weights of FID's network ({WHERE}); or --features=digits, or module:function"
+        )
     extractor = named(features, given.inception, given.resize)
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
@@ -88,24 +111,37 @@ def compare(given: argparse.Namespace) -> None:
 
 def _table_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m diffusion_jax.evaluation table", description="Figures of runs.")
+    parser.error = _fail
     parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
     return parser
 
 
 def table(given: argparse.Namespace) -> None:
-    """Prints a Markdown table: a row for each record, with its figures and the settings in which any two rows differ."""
-    from diffusion_jax.runs.measure import differing, read_records
+    """Prints a Markdown table: a row for each record, with its figures and the settings in which any two rows differ.
 
-    found = []
+    Bits per dimension are of the likelihood.json beside a record, in the rows of the same weights, or in a row of their own.
+    """
+    from diffusion_jax.runs.measure import differing, read_likelihood, read_records
+
+    found, empty = [], []
     for name in given.directories:
         path = pathlib.Path(name).expanduser()
         path = path / "metrics.json" if path.is_dir() else path
-        records = read_records(path)
+        records, bound = read_records(path), read_likelihood(path.with_name("likelihood.json"))
+        if bound:
+            same = [
+                record for record in records if all(record.get(key) == bound.get(key) for key in ("step", "weights"))
+            ]
+            for record in same:
+                record |= {key: value for key, value in bound.items() if "bits_per_dim" in key}
+            records += [] if same else [bound]
         if not records:
-            print(f"Note: {path}: nothing has been measured there; run --mode=evaluate", file=sys.stderr)
+            empty.append(f"{path}: nothing has been measured there; run --mode=evaluate")
         found += [(path.parent, record) for record in records]
     if not found:
-        raise ValueError("there is nothing to show")
+        raise ValueError(" ".join(empty))
+    for line in empty:
+        print(f"Note: {line}", file=sys.stderr)
     settings = [key for key in differing([record for _, record in found]) if not key.endswith("_digest")]
     settings = list(dict.fromkeys(["step", "weights", "sampler", "steps", "features", "num_samples", *settings]))
     rows = [_row(directory, record, settings) for directory, record in found]

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_jax.evaluation import digits
 from diffusion_jax.models.inception import SIZE, Inception
-from diffusion_jax.pretrained.inception import load_inception
+from diffusion_jax.pretrained.inception import WHERE, load_inception
 from diffusion_jax.training import compiler, sharding
 
 RESIZES = ("tf1", "pytorch", "clean")
@@ -114,9 +114,7 @@ def named(name: str, inception_path: str = "", resize: str = "tf1") -> Extractor
     """
     if name == "inception":
         if not inception_path:
-            raise ValueError(
-                "Inception's weights are not named: a file pt_inception-2015-12-05-6726825d.pth, for instance"
-            )
+            raise ValueError(f"the weights of FID's Inception are not named: {WHERE}")
         return inception(inception_path, resize)
     if name == "digits":
         return digits_network()

@@ -28,11 +28,15 @@ class Statistics(NamedTuple):
 
 
 class Npz:
-    """`arr_0` of an .npz, uint8 [N, H, W, C], as --mode=sample and ADM's scripts write it; read from the disk when needed."""
+    """`arr_0` of an .npz, uint8 [N, H, W, C], as --mode=sample and ADM's scripts write it; read from the disk when needed.
+
+    channels: 1 or 3 makes them gray or gives them three channels; None leaves them as they are.
+    """
 
     num_classes = 0
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, channels: int | None = None):
+        self._channels = channels
         try:
             self._images = _mapped(path, "arr_0")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -43,7 +47,12 @@ class Npz:
         return len(self._images)
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return self._images[indices], np.zeros(len(indices), np.int32)
+        images = np.asarray(self._images[indices])
+        if self._channels == 3:
+            images = np.broadcast_to(images, (*images.shape[:3], 3))
+        elif self._channels == 1 and images.shape[3] == 3:  # as folders are made gray
+            images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+        return images, np.zeros(len(indices), np.int32)
 
 
 def _mapped(path: pathlib.Path, name: str) -> np.ndarray:
@@ -81,17 +90,19 @@ def _check_images(path: pathlib.Path, images: np.ndarray) -> None:
 
 
 class FolderAsItIs(data.Folder):
-    """A folder's images, grey if the first one is. One that would lose its colours is refused, and one of another size, for a
-    resize would be measured, too, unless `image_size` asks for it.
+    """A folder's images, in color if any of them is, unless `channels` (1 or 3) decides.
+
+    One of another size is refused, for a resize would be measured, too, unless `image_size` asks for it.
     """
 
-    def __init__(self, path: pathlib.Path, image_size: int | None):
+    def __init__(self, path: pathlib.Path, image_size: int | None, channels: int | None = None):
         super().__init__(str(path), (1, 1), 3)
         with Image.open(path / self._files[0]) as image:
-            image = ImageOps.exif_transpose(image)
-            self._one_size = image_size is None
-            self._size = image.size[::-1] if image_size is None else (image_size, image_size)
-            self._channels = 1 if _is_grey(image) else 3
+            self._size = ImageOps.exif_transpose(image).size[::-1]
+        self._one_size = image_size is None
+        if image_size is not None:
+            self._size = (image_size, image_size)
+        self._channels = channels or (3 if any(_has_color(path / file) for file in self._files) else 1)
 
     def _fit(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
         if self._one_size and image.size != self._size[::-1]:
@@ -99,15 +110,16 @@ class FolderAsItIs(data.Folder):
                 f"{path} is {image.size[0]}x{image.size[1]}, and the first image {self._size[1]}x{self._size[0]}; resize "
                 "them to one size, or let image_size do it"
             )
-        if self._channels == 1 and not _is_grey(image):
-            raise data.DataError(
-                f"{path} is in colour, and the first image is grey; make them all grey, or that one coloured"
-            )
         return super()._fit(path, image)
 
 
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "I", "I;16")
+def _has_color(path: pathlib.Path) -> bool:
+    """Whether a file's header says so; a damaged file is left to what reads it."""
+    try:
+        with Image.open(path) as image:
+            return image.mode not in ("1", "L", "LA", "I", "I;16")
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 class ImageSet(NamedTuple):
@@ -120,11 +132,12 @@ class ImageSet(NamedTuple):
     statistics: Statistics | None = None
 
 
-def open_set(what: str, data_dir: str = "", image_size: int | None = None) -> ImageSet:
+def open_set(what: str, data_dir: str = "", image_size: int | None = None, channels: int | None = None) -> ImageSet:
     """A set of images by its name: an .npz, a folder, a run's directory (its newest samples), or a data set and its split
     ("cifar10:train", "digits:test").
 
     image_size: resizes a folder's or data set's images to cover it, as training does; needed where they have no one size.
+    channels: 1 or 3 makes all images gray or gives them three channels; unless given, they stay as they are.
     Raises: ValueError, data.DataError, OSError: one line.
     """
     path = pathlib.Path(what).expanduser()
@@ -134,30 +147,31 @@ def open_set(what: str, data_dir: str = "", image_size: int | None = None) -> Im
         ]
         if found:
             newest = max(found, key=lambda p: p.stat().st_mtime)
-            return ImageSet(str(newest), Npz(newest))
+            return ImageSet(str(newest), Npz(newest, channels))
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
-        return ImageSet(what, FolderAsItIs(path, image_size))
+        return ImageSet(what, FolderAsItIs(path, image_size, channels))
     if path.is_file():
         statistics, has_images = _read_statistics(path)
-        return ImageSet(what, Npz(path) if has_images or not statistics else None, statistics)
+        return ImageSet(what, Npz(path, channels) if has_images or not statistics else None, statistics)
     name, _, split = what.partition(":")
     if path.suffix:
         raise ValueError(f"{what}: no such file")
     try:
-        size, channels = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
+        size, natural = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
     except data.DataError as error:
         raise ValueError(f"{what}: no such file or folder, and as a data set: {error}") from None
     if not image_size and not size:
         raise ValueError(f"the images of {name!r} have no one size; give image_size, the pixels to resize them to")
-    config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "channels": channels, "memory_mb": 0}
+    config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "memory_mb": 0}
+    config["channels"] = channels or natural
     return ImageSet(f"{name}:{config['split']}", data.load(config | {"image_size": image_size or size}))
 
 
 def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     """(what an .npz has of them, whether it has images)."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no .npz")
+        raise ValueError(f"{path} is no .npz, an archive of arrays as numpy.savez writes it")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             named = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in arrays]

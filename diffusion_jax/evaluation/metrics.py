@@ -40,7 +40,15 @@ def _moments(features: np.ndarray) -> Moments:
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of both sets together, so that a large set needs no array of all its features (Chan et al. 1979)."""
+    """The moments of both sets together, so that a large set needs no array of all its features (Chan et al. 1979).
+
+    Raises: ValueError for other dimensions, or for moments that do not give the number of their images (as files of others).
+    """
+    _check_moments(one, other)
+    if min(one.count, other.count) < 1:
+        raise ValueError(
+            f"moments of {one.count} and {other.count} images cannot be merged: both counts must be at least 1"
+        )
     count, shift = one.count + other.count, other.mean - one.mean
     scatter = one.covariance * (one.count - 1) + other.covariance * (other.count - 1)
     scatter += np.outer(shift, shift) * (one.count * other.count / count)
@@ -49,9 +57,10 @@ def merge(one: Moments, other: Moments) -> Moments:
 
 def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
     """Of features that come in chunks [n, D]. Raises: as `moments`."""
-    found = functools.reduce(merge, (_moments(_checked(chunk, 1)) for chunk in chunks))
-    if found.count < 2:
-        raise ValueError("1 image is too few: a covariance needs 2")
+    parts = (_moments(_checked(chunk, 1)) for chunk in chunks)
+    found = functools.reduce(lambda one, other: merge(one, other) if one else other, parts, None)
+    if found is None or found.count < 2:
+        raise ValueError(f"{found.count if found else 0} images are too few: a covariance needs 2")
     return found
 
 
@@ -60,13 +69,27 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
     tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact to rounding also where the
     covariances are singular (fewer images than dimensions); eigenvalues of C_1 C_2, their squares, lose half the digits.
-    Raises: ValueError for moments of different dimensions.
+    Raises: ValueError for moments of different dimensions, that are not finite, or that are no covariances.
     """
-    if one.mean.shape != other.mean.shape:
-        raise ValueError(f"moments of {len(one.mean)} and of {len(other.mean)} dimensions are of different features")
+    _check_moments(one, other)
     shift = one.mean - other.mean
     cross = np.linalg.svd(_root(one.covariance).T @ _root(other.covariance), compute_uv=False).sum()
-    return float(shift @ shift + np.trace(one.covariance) + np.trace(other.covariance) - 2 * cross)
+    distance = shift @ shift + np.trace(one.covariance) + np.trace(other.covariance) - 2 * cross
+    return max(float(distance), 0.0)  # of equal moments, rounding may give a small number below 0
+
+
+def _check_moments(one: Moments, other: Moments) -> None:
+    if one.mean.shape != other.mean.shape:
+        raise ValueError(f"moments of {len(one.mean)} and of {len(other.mean)} dimensions are of different features")
+    for mean, covariance, _ in (one, other):
+        if covariance.shape != mean.shape * 2:
+            raise ValueError(
+                f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} are not [D] and [D, D]"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("moments are not finite; were the features?")
+        if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
+            raise ValueError("a covariance that is not symmetric is none")
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -91,13 +114,16 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
     """Kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
     Averaged over random subsets of both sets, drawn as torch-fidelity draws them. Those overlap, which the standard
-    error allows for; it is NaN where a subset is all there is. Raises: ValueError for fewer images than a subset has.
+    error allows for; it is NaN where a subset is all there is. Raises: ValueError for fewer images than a subset has, or
+    for no subsets.
     """
     reference, samples = _checked(reference, 2), _checked(samples, 2)
     _check_widths(reference, samples)
     fewest = min(len(reference), len(samples))
     if not 2 <= subset_size <= fewest:
         raise ValueError(f"a subset of {subset_size} for the KID must lie in 2 ... {fewest}, the number of images")
+    if subsets < 1:
+        raise ValueError(f"subsets={subsets} for the KID must be at least 1")
     # NumPy's legacy generator, whose streams are frozen, and torch-fidelity's order of draws: sample set first.
     rng = np.random.RandomState(seed)
     found = np.empty(subsets)
@@ -123,14 +149,19 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
     """exp of the mean KL(p(y|x) | p(y)) (Salimans et al. 2016), over splits of the images in their order, as ADM's evaluator.
 
     logits: [N, classes], without the bias, as its and torch-fidelity's. The last split may be smaller.
+    Raises: ValueError for a split of no images.
     """
+    if split_size < 1:
+        raise ValueError(f"split_size={split_size} of the Inception Score must be at least 1")
     logits = _checked(logits, 1).astype(np.float64)
     log_p = logits - logits.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     scores = []
     for start in range(0, len(logits), split_size):
         part = log_p[start : start + split_size]
-        divergence = (np.exp(part) * (part - np.log(np.exp(part).mean(axis=0)))).sum(axis=1)
+        # The logarithm of the mean probability, where that itself is too small for a float64.
+        log_mean = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
+        divergence = (np.exp(part) * (part - log_mean)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return Estimate(float(np.mean(scores)), float(np.std(scores)), float(np.std(scores) / np.sqrt(len(scores))))
 
@@ -145,11 +176,12 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(reference, samples, k: int = 3, devices: Sequence[jax.Device] | None = None) -> PrecisionRecall:
     """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
 
-    A set's manifold is the union of the balls about its members that reach to their k-th nearest other member. devices: that
-    share the work; all of this process's unless given. Raises: ValueError where a set has no k others.
+    A set's manifold is the union of the balls about its members that reach to their k-th nearest other member. Distances that
+    are equal to rounding count as equal, so that repeated points and members of both sets lie inside. devices: that share the
+    work; all of this process's unless given. Raises: ValueError where a set has no k others.
     """
-    reference, samples = _for_distances(reference, samples, k)
-    inside = functools.partial(_compare, lambda d, radii: (d <= radii).any(), devices=devices)
+    reference, samples, _ = _for_distances(reference, samples, k)
+    inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
     return PrecisionRecall(
         float(np.mean(inside(samples, reference, _radii(reference, k, devices)))),
         float(np.mean(inside(reference, samples, _radii(samples, k, devices)))),
@@ -167,11 +199,15 @@ def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Devic
     """How many of the reference's balls a sample lies in, over k, and the share of balls that hold a sample
     (Naeem et al. 2020, eq. 4 and 6). Arguments and what raises: as `precision_recall`.
     """
-    reference, samples = _for_distances(reference, samples, k)
+    reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k, devices)
-    balls = _compare(lambda d, radii: (d <= radii).sum(), samples, reference, radii, devices=devices)
-    nearest = _compare(lambda d, _: d.min(), reference, samples, np.zeros(len(samples)), devices=devices)
-    return DensityCoverage(float(np.mean(balls) / k), float(np.mean(nearest <= radii)))
+    balls = _compare(lambda d, slack, radii: (d <= radii + slack).sum(), samples, reference, radii, devices=devices)
+
+    def covered(d, slack, _, radius):
+        return (d <= radius + slack).any()
+
+    held = _compare(covered, reference, samples, np.zeros(1), radii, devices=devices)
+    return DensityCoverage(float(np.mean(balls) / k), float(np.mean(held)))
 
 
 class Neighbours(NamedTuple):
@@ -184,30 +220,44 @@ class Neighbours(NamedTuple):
 def nearest_neighbours(
     reference, queries, k: int = 1, others: bool = False, devices: Sequence[jax.Device] | None = None
 ) -> Neighbours:
-    """The k nearest reference features of each query. others: the queries are the reference; none is its own neighbour."""
-    reference, queries = _for_distances(reference, queries, k if others else k - 1)
+    """The k nearest reference features of each query. others: the queries are the reference; none is its own neighbour.
+
+    Raises: ValueError where the reference has no k features, or no k others.
+    """
+    reference, queries, scale = _for_distances(reference, queries, k, least=(k + 1 if others else k, 1))
     own = np.arange(len(queries)) if others else np.full(len(queries), -1)
-
-    def nearest(d, number):
-        d = jnp.where(jnp.arange(len(d)) == number, jnp.inf, d)
-        return jax.lax.top_k(-d, k)[1]
-
-    indices = _compare(lambda d, _, number: nearest(d, number), queries, reference, np.zeros(1), own, devices=devices)
+    indices = _compare(
+        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), own, devices=devices
+    )
     # From the differences themselves: the products that found them cancel where a query is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
-    return Neighbours(indices, distances)
+    order = distances.argsort(axis=1, kind="stable")
+    return Neighbours(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
 
 
 def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
-    """Squared distance to the k-th nearest other: the (k + 1)-th smallest, each being nearest to itself."""
-    return _compare(lambda d, _: -jax.lax.top_k(-d, k + 1)[0][-1], features, features, np.zeros(1), devices=devices)
+    """Squared distance to the k-th nearest other."""
+
+    def radius(d, slack, _, number):
+        return _smallest(d, k, number)[0][-1]
+
+    return _compare(radius, features, features, np.zeros(1), np.arange(len(features)), devices=devices)
+
+
+def _smallest(d, k: int, own):
+    """The k smallest of d [N], without its element `own`, in order: (values, indices)."""
+    values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == own, jnp.inf, d), k)
+    return -values, indices
 
 
 def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, *numbers, devices=None) -> np.ndarray:
-    """function(squared distances of a row to all columns, beside, *number of the row) of every row, a block at a time.
+    """function(squared distances of a row to all columns, slack, beside, *number of the row) of every row, a block at a time.
 
-    The rows are spread over the devices, each of which holds all columns.
+    slack: by how much two such distances may differ by rounding. The rows are spread over the devices, each of which holds
+    all columns.
     """
+    # What the products and sums of D terms lose, of two distances; measured, it is below a half of this.
+    slack = float(np.finfo(rows.dtype).eps) * (8 + rows.shape[1] ** 0.5)
     mesh = jax.make_mesh(
         (len(devices or jax.local_devices()),),
         ("rows",),
@@ -220,8 +270,9 @@ def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, 
 
     def each(row, columns, norms, beside):
         u, *number = row
-        d = jnp.maximum((u * u).sum() - 2 * jnp.dot(columns, u, precision="highest") + norms, 0)
-        return function(d, beside, *number)
+        both = (u * u).sum() + norms
+        d = jnp.maximum(both - 2 * jnp.dot(columns, u, precision="highest"), 0)
+        return function(d, slack * both, beside, *number)
 
     def block(rows, columns, beside):
         norms = (columns**2).sum(axis=1)
@@ -232,20 +283,40 @@ def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, 
     return np.asarray(jax.jit(spread)(*placed))[:count]
 
 
-def _for_distances(reference, samples, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both about the reference's mean, where products lose least, in the precision that the devices have."""
-    reference, samples = _checked(reference, k + 1), _checked(samples, k + 1)
+def _for_distances(
+    reference, samples, k: int, least: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(reference, samples, unit): both minus the reference's mean and divided by the largest entry, on the devices' floats.
+
+    Products lose least there, and no square leaves the range of float32. least: how many images each must have; k + 1 unless
+    given. Raises: ValueError.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k={k!r} must be a whole number of neighbors, at least 1")
+    reference, samples = _checked(reference, 1), _checked(samples, 1)
     _check_widths(reference, samples)
+    for features, count in zip((reference, samples), least or (k + 1, k + 1), strict=True):
+        if len(features) < count:
+            raise ValueError(f"{len(features)} images are too few: this needs {count}, for k={k}")
     centre, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
-    return (reference - centre).astype(dtype), (samples - centre).astype(dtype)
+    reference, samples = reference - centre, samples - centre
+    scale = max(float(np.abs(reference).max()), float(np.abs(samples).max())) or 1.0
+    if not np.isfinite(scale):
+        raise ValueError("features are too far apart for float64: scale them down")
+    return (reference / scale).astype(dtype), (samples / scale).astype(dtype), scale
 
 
 def _checked(features, least: int) -> np.ndarray:
+    """[N, D] real numbers of at least `least` images, in float32 or better."""
     features = np.asarray(features)
-    if features.ndim != 2:
+    if features.ndim != 2 or not features.shape[1]:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")
+    if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
+        raise ValueError(f"features are {features.dtype}; they must be real numbers, float32 for instance")
     if len(features) < least:
         raise ValueError(f"{len(features)} images are too few: this needs {least}")
+    if features.dtype.itemsize < 4:
+        features = features.astype(np.float32)
     if not np.isfinite(features).all():
         raise ValueError(f"features of {(~np.isfinite(features)).any(axis=1).sum()} images are not finite")
     return features

@@ -68,8 +68,7 @@ def log_density(
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0")
-    x = jnp.asarray(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = process.as_float("x", x)
     dimensions, channels = math.prod(x.shape[1:]), x.shape[-1]
     if trace == "exact":
         vectors = jnp.eye(dimensions, dtype=x.dtype).reshape(dimensions, 1, *x.shape[1:])
@@ -84,7 +83,8 @@ def log_density(
         time = jnp.full(x.shape[:1], schedule.time_at_log_snr(log_snr), x.dtype)
 
         def eps_fn(x):
-            return process.eps_at(alpha, sigma, denoise_fn(x, time)[..., :channels], x, prediction)
+            output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
+            return process.eps_at(alpha, sigma, output[..., :channels], x, prediction)
 
         eps, jacobian = jax.linearize(eps_fn, x)
 
@@ -150,7 +150,7 @@ def bits_per_dim(
     """
     if dequantisation not in DEQUANTISATIONS:
         raise ValueError(f"unknown dequantisation {dequantisation!r}; known: {', '.join(DEQUANTISATIONS)}")
-    x_0 = jnp.asarray(x_0)
+    x_0 = process.as_float("x_0", x_0)
     if dequantisation != "none":
         if levels is None or levels < 2:
             raise ValueError(f"levels={levels}: dequantisation={dequantisation!r} is for data of at least 2 levels")
@@ -158,15 +158,16 @@ def bits_per_dim(
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
-    x, nats = x_0, jnp.zeros(x_0.shape[0])  # where the density is read, and what the dequantisation costs
+    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # where the density is read, and what the dequantisation costs
     if dequantisation == "uniform":
         width = 2 / (levels - 1)
-        x = x_0 + width * jax.random.uniform(key_x, x_0.shape, minval=-0.5, maxval=0.5)
+        x = x_0 + width * jax.random.uniform(key_x, x_0.shape, x_0.dtype, minval=-0.5, maxval=0.5)
         nats = nats - dimensions * math.log(width)
     elif dequantisation == "variational":
-        eps = jax.random.normal(key_x, x_0.shape)
+        eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x = process.q_sample(schedule, x_0, first, eps)
-        output = denoise_fn(x, process.at(schedule.timesteps, first, first))
+        output = denoise_fn(x, process.network_time(schedule, first, x))
+        output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
             schedule, output, x_0, x, first, prediction=prediction, variance=variance, levels=levels
         )

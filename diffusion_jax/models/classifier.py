@@ -36,7 +36,7 @@ class AttentionPool(nn.Module):
                 f"this classifier was made for images that end in {known} positions, not {height}x{width}: its embedding "
                 "of places fixes the image size"
             )
-        position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c))
+        position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)
         x = x.reshape(b, height * width, c)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + position
         q, k, v = (

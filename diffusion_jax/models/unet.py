@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from diffusion_jax import labels
 from diffusion_jax.models import convolution
 
 
@@ -46,8 +47,8 @@ class _ScaleAndBias(nn.Module):
     @nn.compact
     def __call__(self, channels: int):
         return (
-            self.param("scale", nn.initializers.ones, (channels,)),
-            self.param("bias", nn.initializers.zeros, (channels,)),
+            self.param("scale", nn.initializers.ones, (channels,), jnp.float32),
+            self.param("bias", nn.initializers.zeros, (channels,), jnp.float32),
         )
 
 
@@ -67,7 +68,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         batch, channels = x.shape[0], x.shape[-1]
         if channels % self.num_groups:
-            raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels")
+            raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels; change one")
         scale, bias = _ScaleAndBias(name="norm")(channels)
 
         def mean_of_group(v):  # [B, C] to [B, C]
@@ -346,6 +347,8 @@ class Encoder(nn.Module):
         """Raises: ValueError for fields that fit no network, or an image that does not fit this one."""
         levels = len(self.channel_multipliers)
         kind = type(self).__name__
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"the {kind} needs float images, in [-1, 1]; got {x.dtype}; convert with x / 127.5 - 1")
         if x.ndim != 4:
             raise ValueError(f"the {kind} needs images [B, H, W, C], got shape {x.shape}")
         divisor = 2 ** (levels - 1)
@@ -371,7 +374,7 @@ class UNet(Encoder):
     `UNet(...).apply({"params": params}, x_t, time, y, train)` -> [B, H, W, out_channels] float32. Fields: `Encoder`'s, and
 
     num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
-      time embedding.
+      time embedding. A label outside is refused, or makes its example NaN where y is traced.
     label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own that
       stands for no class: what classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
     num_heads_up: heads of the attention layers on the way up, where not as many as elsewhere.
@@ -392,13 +395,14 @@ class UNet(Encoder):
     def __call__(self, x_t, time, y=None, train: bool = False) -> jax.Array:
         """x_t: [B, H, W, C]; time: float [B]; y: int [B] for a conditional network; train: whether dropout acts.
 
-        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or labels where none are known (and
-        the reverse).
+        Raises: ValueError for images that are not float, a height or width that 2^(levels - 1) does not divide, labels where
+        none are known (and the reverse), or labels that are not int or not in the range.
         """
         self.check(x_t)
         self._check_labels(y)
         embedding = self.embed(time)
         if self.num_classes:
+            y = labels.in_range(y, self.num_classes + (1 if self.label_dropout else 0))
             if self.label_dropout and train:
                 kept = nn.Dropout(self.label_dropout, deterministic=False, name="label_dropout")(jnp.ones(jnp.shape(y)))
                 y = jnp.where(kept > 0, y, self.null_label)

@@ -3,7 +3,7 @@
     from diffusion_jax import pretrained, sampling
 
     net = pretrained.load("64x64_diffusion.pt")
-    x = sampling.sample(key, net.schedule, lambda x, t: net.denoise_fn(x, t, y), x_T, sampling.ddpm(variance=net.variance))
+    images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
 `python -m diffusion_jax.pretrained inspect PATH` says what a file is.
 """
@@ -29,6 +29,7 @@ __all__ = [
     "PretrainedError",
     "config_leaves",
     "describe",
+    "is_workdir",
     "load",
     "read_flags",
     "save_diffusers",
@@ -101,6 +102,11 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tup
     raise PretrainedError(
         f"{path} holds {len(tensors)} tensors of no network known here ({', '.join(list(tensors)[:3])})"
     )
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is a work directory of this program, with its config and checkpoints."""
+    return native.is_workdir(pathlib.Path(path).expanduser())
 
 
 def read_flags(text: str | None) -> Flags:

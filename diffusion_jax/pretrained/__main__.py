@@ -9,6 +9,8 @@ import argparse
 import math
 import sys
 
+import absl.logging
+
 from diffusion_jax import pretrained
 from diffusion_jax.models import fields_of
 from diffusion_jax.pretrained import layers
@@ -19,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m diffusion_jax.pretrained", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.error = _fail  # without the usage, which would hide the line that says what is wrong
     parser.add_argument("command", choices=("inspect", "convert"))
     parser.add_argument("path", help="what to read, as pretrained.load")
     parser.add_argument("to", nargs="?", help="what convert writes")
@@ -26,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
     given = parser.parse_args(argv)
     if (given.command == "convert") != (given.to is not None):
-        parser.error("convert needs a TO, and inspect has none")
+        _fail("convert needs PATH and TO, and inspect PATH alone")
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks on how it reads
     try:
         net = pretrained.load(given.path, pretrained.read_flags(given.flags), not given.raw)
         print(table(net))
@@ -37,6 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     except (pretrained.PretrainedError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _fail(message: str) -> None:
+    """Ends the program with one line about its arguments."""
+    print(f"error: {message}; see python -m diffusion_jax.pretrained --help", file=sys.stderr)
+    sys.exit(2)
 
 
 def table(net: pretrained.Description) -> str:

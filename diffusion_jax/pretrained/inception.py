@@ -20,6 +20,12 @@ from diffusion_jax.pretrained.files import Tensors, import_or_refuse, open_tenso
 # Digests of the two files that all figures are made with.
 _PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
+# Where the two files can be had, for messages.
+WHERE = (
+    "pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, "
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth, or "
+    "classify_image_graph_def.pb, out of TensorFlow's inception-2015-12-05.tgz"
+)
 _LEAVES = {
     "kernel": "conv.weight",
     "scale": "bn.weight",
@@ -72,10 +78,7 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
-        raise PretrainedError(
-            f"{path}: no such file; the weights of FID's Inception are published as pt_inception-2015-12-05-6726825d.pth and "
-            "classify_image_graph_def.pb"
-        )
+        raise PretrainedError(f"{path}: no such file; the weights of FID's Inception are {WHERE}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)

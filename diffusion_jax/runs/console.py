@@ -69,14 +69,16 @@ class Bar:
             f"{self._what} {done}/{self._total} ({100 * done // self._total}%)  {clock(left)} left  {self._note}".rstrip()
         )
 
-    def over(self, items: Iterable, total: int) -> Iterator:
-        """Passes the items through and counts them."""
+    def over(self, sizes: Iterable[int]) -> Iterator[int]:
+        """Passes the sizes of finished chunks through and shows their sum."""
         with self:
-            for i, item in enumerate(items, 1):
-                yield item
-                self.update(i)
+            done = self._start
+            for size in sizes:
+                yield size
+                done += size
+                self.update(done)
 
 
 def bar_over(what: str):
-    """A function (items, total) -> items that shows the progress over them."""
-    return lambda items, total: Bar(what, total).over(items, total)
+    """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of those sizes hold so far."""
+    return lambda sizes, total: Bar(what, total).over(sizes)

@@ -85,14 +85,14 @@ def _number(flag: str, given: int | None, variable: str) -> int | None:
         raise UserError(f"{variable}={text!r} is no number (nor is {flag} given)") from None
 
 
-def start() -> None:
-    """Sets up the compilation cache, and says what the run computes on."""
+def start(verbose: bool = False) -> None:
+    """Sets up the compilation cache and prints what the run computes on; verbose: also the options given to XLA."""
     _use_cache()
     backend, count = jax.default_backend(), jax.device_count()
     say(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
-    if backend == "cpu":
+    if verbose and backend == "cpu":
         chosen = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
-        say(f"For XLA: {chosen or 'no options of this program'} (XLA_FLAGS win)")
+        say(f"For XLA: {chosen or 'no options of this program'} (XLA_FLAGS override them)")
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         card = "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
         if card:

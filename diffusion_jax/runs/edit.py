@@ -19,27 +19,49 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import digest
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.recipe import Recipe, ignored
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
 TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
 
 
-def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.ndarray:
-    """A file as uint8 [H, W, C] of the model's size. Raises: UserError."""
+def _open(path: str, leaf: str) -> Image.Image:
+    """The decoded image of a file. Raises: UserError."""
     if not path:
-        raise UserError(f"editing.{leaf}=FILE is needed")
+        raise UserError(f"editing.{leaf}=FILE is needed: the path of an image file")
     try:
         with Image.open(pathlib.Path(path).expanduser()) as image:
-            return data.fit(image, size, channels)
+            image.load()
+            return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
 
 
-def _size(path: str) -> tuple[int, int]:
-    """(width, height) of a file that `_image` could read."""
-    with Image.open(pathlib.Path(path).expanduser()) as image:
-        return image.size
+def _image(path: str, leaf: str, size: tuple[int, int], channels: int) -> np.ndarray:
+    """A file as uint8 [H, W, C] of the model's size. Raises: UserError."""
+    return data.fit(_open(path, leaf), size, channels)
+
+
+def _mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """A file as bool [H, W, 1] of the model's size, True where pixels are known. Raises: UserError.
+
+    White is known: values above 127 of 255. A file that holds only 0 and 1, as boolean arrays are often saved, is scaled.
+    """
+    image = _open(path, "mask")
+    if not image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip
+        image = image.convert("L")
+    values = np.asarray(image)
+    if values.max() == 1:
+        image = Image.fromarray(values.astype(np.uint8) * 255)
+    grays = data.fit(image, size, 1)
+    known = grays > 127
+    if known.all() or not known.any():
+        color, task = ("white", "nothing is left to paint") if known.all() else ("black", "no pixel is kept")
+        raise UserError(
+            f"editing.mask={path!r} is {color} everywhere (values {grays.min()} to {grays.max()} of 255): {task}. Make the "
+            "pixels to keep white (above 127; or 1 in a mask of 0 and 1) and those to paint black (0)"
+        )
+    return known
 
 
 def _signed(images: np.ndarray, count: int) -> jax.Array:
@@ -60,8 +82,9 @@ class _Edit:
         self.count = self.options.num_samples
         if self.options.task not in TASKS:
             raise UserError(f"editing.task={self.options.task!r} is unknown; known: {', '.join(TASKS)}")
-        if self.count < 1 or (self.options.task == "interpolate" and self.count < 2):
-            raise UserError(f"editing.num_samples={self.count} is too few")
+        least = 2 if self.options.task == "interpolate" else 1
+        if self.count < least:
+            raise UserError(f"editing.num_samples={self.count} is too few: it must be at least {least}")
         self.given, self.run = getattr(self, f"_{self.options.task}")()
 
     def _read(self, leaf: str, size=None) -> np.ndarray:
@@ -84,15 +107,18 @@ class _Edit:
 
     def _masked(self):
         image = self._read("image")
-        mask = _image(self.options.mask, "mask", tuple(self.size), 1) > 127
-        shapes = [_size(self.options[leaf]) for leaf in ("image", "mask")]
+        shapes = [_open(self.options[leaf], leaf).size for leaf in ("image", "mask")]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"editing.mask={self.options.mask!r} is {shapes[1][0]}x{shapes[1][1]} pixels and the image "
                 f"{shapes[0][0]}x{shapes[0][1]}: they must be as large, to be cropped alike"
             )
-        if mask.all():
-            raise UserError(f"editing.mask={self.options.mask!r} is white everywhere: nothing is left to paint")
+        mask = _mask(self.options.mask, tuple(self.size))
+        kept, count = int(mask.sum()), mask.size
+        say(
+            f"The mask keeps its white pixels, {kept:,} of {count:,} ({100 * kept / count:.0f}%), and the model paints the "
+            f"black ones, {count - kept:,} ({100 * (count - kept) / count:.0f}%)."
+        )
         return image, mask, np.stack([image, np.where(mask, image, 127).astype(np.uint8)])
 
     def _inpaint(self):
@@ -155,7 +181,9 @@ class _Edit:
 
     def _interpolate(self):
         ends = [self._read(leaf) for leaf in ("image", "other")]
-        level = self.options.level
+        level, steps = self.options.level, self.recipe.schedule.num_timesteps
+        if level is not None and not 0 <= level < steps:
+            raise UserError(f"editing.level={level} must be an index of the steps, 0 ... {steps - 1}, or None")
         if level is None and self.recipe.stochastic:
             raise UserError(
                 "editing.task='interpolate' mixes the images' encodings, which only a deterministic sampler decodes: use "
@@ -193,7 +221,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh)
+        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
         task = _Edit(config, recipe)
     step, params = weights.load(config, directory, model, mesh, config.sampling.use_ema)
     params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device
@@ -205,8 +233,8 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
 
     if jax.process_index() != 0:
         return
-    if recipe.warning:
-        say(f"Note: {recipe.warning}.")
+    for note in filter(None, [recipe.warning, *(f"{leaf} changes nothing here" for leaf in ignored(config.sampling))]):
+        say(f"Note: {note}.")
     say(f"Compiling {config.editing.task} ...")
     with as_user_error("config"):
         run = jax.jit(run, compiler_options=compiler.options())

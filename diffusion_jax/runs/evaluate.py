@@ -28,7 +28,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import trajectory_picture
-from diffusion_jax.runs.judge import check_judging, judge
+from diffusion_jax.runs.judge import check_judging, judge, naming_leaves
 from diffusion_jax.runs.parts import Parts, digest
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.runs.train import check_source
@@ -60,6 +60,8 @@ class _Trained:
             if options[leaf] < least:
                 raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least {least}")
         work.check_seed("evaluation.seed", options.seed)
+        if type(options.strata) not in (int, type(None)):
+            raise UserError(f"evaluation.strata={options.strata!r} must be a whole number, or None for all steps")
         self.config, self.directory = config, directory
         self.image_shape = data.image_shape(config.data)
         with as_user_error("config"):
@@ -74,7 +76,11 @@ class _Trained:
             say(
                 "A folder has no splits: these are the images the model was trained on; evaluation.data_dir names others."
             )
-        self.source = data.load(where, bar_over("Reading the images"))
+        given = {"data.split": "evaluation.split"} | (
+            {"data.data_dir": "evaluation.data_dir"} if options.data_dir else {}
+        )
+        with naming_leaves(given):
+            self.source = data.load(where, bar_over("Reading the images"))
         check_source(config, self.source)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +170,9 @@ def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
         run, in_shardings=(whole, whole, whole, rows, rows), out_shardings=rows, compiler_options=compiler.options()
     )
     chosen = {key: value for key, value in work.to_dict(options).items() if not key.startswith("progressive")}
-    name = digest(chosen, work.to_dict(trained.config.data), ode, trained.step, count, batch_size)
+    name = digest(
+        chosen, work.to_dict(trained.config.data), ode, trained.step, weights.digest(trained.params), count, batch_size
+    )
     parts = Parts(trained.directory / f".likelihood_{name}")
     batches = -(-count // batch_size)
     done = min(len(parts.done) * batch_size, count)
@@ -239,9 +247,14 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
 def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     """`--mode=evaluate`: bits per dimension of a split, and the metrics of samples."""
     check_judging(config)
+    if not (config.evaluation.likelihood or config.evaluation.num_samples):
+        raise UserError(
+            "evaluation.likelihood=False and evaluation.num_samples=0 leave nothing to measure; set either of them"
+        )
     if config.evaluation.likelihood:
         _bound(config, directory)
     judge(config, directory)
+    work.keep_config(config, directory)
 
 
 def _bound(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -308,7 +321,7 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     if options.progressive_columns < 2:
         raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
     with as_user_error("config.sampling"):
-        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh)
+        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh, work.class_names(config, directory))
     count = min(options.progressive_examples, len(trained.source))
     say(f"Rate and distortion of {count} images, with the {trained.kind} weights of step {trained.step}.")
     terms, parts = _measure(trained, count, ode=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+import diffusion_jax
 from diffusion_jax import data
 from diffusion_jax.runs import pictures, watch, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import Parts, digest
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.recipe import Recipe, ignored
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
+from diffusion_jax.training.agreement import first_says
 
 
 class Generator:
@@ -115,6 +119,8 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     if source.is_dir():
         folder = data.Folder(str(source), small, channels)
         return folder.read(np.arange(len(folder)))[0], None
+    if source.is_file() and not zipfile.is_zipfile(source):
+        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
     try:
         with np.load(source, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays.get("arr_1")
@@ -146,10 +152,10 @@ class Drawn(NamedTuple):
 
 
 def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> Drawn:
-    """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any).
+    """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any; settings).
 
-    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped. again: also where these
-    samples are there already.
+    Every batch is kept as it is made, so a relaunch of the same command goes on where it stopped. again: also where the file
+    holds samples of the same settings already.
     """
     work.check_identity(config, directory)
     options = config.sampling
@@ -164,24 +170,29 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh)
+        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
         (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
         if low_labels is not None:
             recipe.take_labels(low_labels)
-    if recipe.warning:
-        say(f"Note: {recipe.warning}.")
+    for note in filter(None, [recipe.warning, *(f"{leaf} changes nothing here" for leaf in ignored(config.sampling))]):
+        say(f"Note: {note}.")
     step, params = weights.load(config, directory, model, mesh, options.use_ema)
-
+    if again:
+        work.keep_config(config, directory)
     origin = weights.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
     samples = directory / "samples"
     drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
-    if not again and drawing.path.exists():
-        return drawing
+    given = {"images": low, "labels": low_labels}
+    settings = _settings(config, recipe, params, batch_size, mesh.size, given)
+    if not again:
+        reason = first_says(lambda: _why_not_reused(drawing.path, settings))
+        if reason is None:
+            return drawing
+        if reason:
+            say(f"Drawing anew: {drawing.path} {reason}.")
     say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
-    drawn = {key: value for key, value in work.to_dict(options).items() if not key.startswith(("preview", "progress"))}
-    given = [hashlib.sha256(array.tobytes()).hexdigest() for array in (low, low_labels) if array is not None]
-    parts = Parts(samples / f".{name}_{digest(drawn, batch_size, config.init_from, given)}")
+    parts = Parts(samples / f".{name}_{digest(settings)}")
     batches = -(-options.num_samples // batch_size)
     done = len(parts.done) * batch_size
     with Bar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
@@ -200,7 +211,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
             done = (i + 1) * batch_size
             bar.update(min(done, options.num_samples))
     if jax.process_index() == 0:
-        _collect(config, recipe, parts, batches, samples / name)
+        _collect(config, recipe, parts, batches, samples / name, settings)
         if options.trajectory:
             say("Compiling the sampler of the way from noise to images ...")
             picture = trajectory_picture(
@@ -211,16 +222,93 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     return drawing
 
 
-def _collect(config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path) -> None:
-    """Joins the parts into PATH.npz and PATH.png, and removes them."""
+# Leaves of `config.sampling` that no image depends on, and those whose files are told apart by what they hold.
+_NO_SETTINGS = ("preview", "progress", "trajectory", "batch_size", "use_ema")
+_FILES = ("classifier", "low_resolution")
+
+
+def _settings(
+    config: ConfigDict, recipe: Recipe, params, batch_size: int, devices: int, given: Mapping[str, np.ndarray | None]
+) -> dict[str, Any]:
+    """All that decides the pixels of samples, but for rounding: plain JSON values. given: what an upsampler enlarges."""
+    options = work.to_dict(config)
+    sampling = {
+        key: value
+        for key, value in options["sampling"].items()
+        if not key.startswith(_NO_SETTINGS) and key not in _FILES
+    }
+    if config.sampling.label is not None:  # a name and a number may be of one class
+        sampling["label"] = list(recipe.classes)
+    # What a number of steps and a spacing stand for may change with the version; to a rounding of other machines.
+    times = np.round(np.asarray(recipe.schedule.timesteps, np.float64), 4) + 0.0
+    return {
+        "weights_digest": weights.digest(params),
+        "classifier_digest": None if recipe.guide is None else weights.digest(recipe.guide),
+        "low_resolution_digest": {
+            name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in given.items() if array is not None
+        },
+        "image_shape": list(data.image_shape(config.data)),
+        "model": options["model"],
+        "diffusion": options["diffusion"],
+        "sampling": sampling,
+        "times_digest": hashlib.sha256(times.tobytes()).hexdigest(),
+        "batch_size": batch_size,
+        "devices": devices,
+        "random": {
+            name: getattr(jax.config, name)
+            for name in ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64")
+        },
+    }
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
+    """What the samples in an .npz were drawn with: "settings", which decide them, and "drawn_with", versions. None where the
+    file does not say, as those of version 0.1.0.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = json.loads(str(arrays["settings"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return stored if isinstance(stored, dict) and isinstance(stored.get("settings"), dict) else None
+
+
+def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
+    """Why a file does not hold the samples of these settings; "" where there is none, None where it holds them."""
+    if not path.exists():
+        return ""
+    stored = read_settings(path)
+    if stored is None:
+        return "does not say with which settings it was drawn (files of version 0.1.0 do not)"
+    then, now = work.flatten(stored["settings"]), work.flatten(json.loads(json.dumps(settings)))
+    differing = [key for key in now | then if key not in then or key not in now or then[key] != now[key]]
+    told = [f"{key}={_short(then.get(key))}, now {_short(now.get(key))}" for key in differing]
+    more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+    return f"was drawn with other settings ({'; '.join(told[:3])}{more})" if differing else None
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:8] + "..."
+
+
+def _collect(
+    config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path, settings: Mapping[str, Any]
+) -> None:
+    """Joins the parts into PATH.npz, beside the settings, and PATH.png, and removes them."""
     n = config.sampling.num_samples
     images = np.concatenate([parts.load(i)["images"] for i in range(batches)])[:n]
     labels = recipe.labels(np.arange(n))
     arrays = [images] if labels is None else [images, labels]
     temporary = path.with_name(path.name + ".partial.npz")
-    np.savez(temporary, *arrays)
+    versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "backend": jax.default_backend()}
+    files = {key: config.sampling[key] for key in _FILES if config.sampling[key]}
+    stored = {"settings": settings, "drawn_with": versions | files}
+    np.savez(temporary, *arrays, settings=np.array(json.dumps(stored)))
     temporary.replace(path.with_name(path.name + ".npz"))
-    pictures.save_png(path.with_name(path.name + ".png"), pictures.grid(images[:256]))
+    pictures.save_png(
+        path.with_name(path.name + ".png"), pictures.grid(images[:256], captions=recipe.captions(np.arange(n)[:256]))
+    )
     parts.remove()
     if images.shape[2] <= 12:
         say(pictures.as_text(images[: 72 // images.shape[2]]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -13,13 +15,26 @@ from diffusion_jax import data
 from diffusion_jax.evaluation import compare, images, metrics
 from diffusion_jax.evaluation import features as extractors
 from diffusion_jax.evaluation.extract import CHUNK, Extraction, cache_directory
+from diffusion_jax.pretrained.inception import WHERE
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import Generator, sample
+from diffusion_jax.runs.generate import Generator, read_settings, sample
 from diffusion_jax.runs.measure import differing, measure, read_records, settings_of
 from diffusion_jax.training import is_upsampler, sharding
+
+
+@contextlib.contextmanager
+def naming_leaves(leaves: Mapping[str, str]):
+    """Replaces names of leaves in the message of a DataError, such as {"data.split": "evaluation.split"}."""
+    try:
+        yield
+    except data.DataError as error:
+        message = str(error)
+        for there, here in leaves.items():
+            message = message.replace(f"{there}=", f"{here}=")
+        raise data.DataError(message) from error
 
 
 def check_judging(config: ConfigDict) -> None:
@@ -28,9 +43,16 @@ def check_judging(config: ConfigDict) -> None:
     for leaf in ("num_samples", "every", "every_samples"):
         if options[leaf] < 0:
             raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least 0")
+    if options.batch_size < 1:
+        raise UserError(f"evaluation.batch_size={options.batch_size} must be at least 1")
     unknown = sorted(set(options.metrics) - set(compare.METRICS))
     if unknown:
         raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
+    if not options.metrics:
+        raise UserError(
+            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(compare.METRICS)}, or "
+            "use evaluation.num_samples=0"
+        )
     if options.resize not in extractors.RESIZES:
         raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
 
@@ -41,7 +63,10 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     if not options.num_samples:
         return
     if _features_of(config) == "inception" and not options.inception:
-        how = "evaluation.inception=PATH names the weights of FID's Inception, evaluation.num_samples=0 leaves this out"
+        how = (
+            f"evaluation.inception=PATH names the weights of FID's Inception ({WHERE}), evaluation.num_samples=0 leaves "
+            "this out"
+        )
         if not options.likelihood:
             raise UserError(f"nothing can judge the samples: {how}")
         say(f"No samples are judged: {how}.")
@@ -60,18 +85,20 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    sampling = {
-        key: value
-        for key, value in work.to_dict(config.sampling).items()
-        if not key.startswith(("preview", "progress", "trajectory", "steps", "batch_size"))
-    }
+    stored = read_settings(drawn.path)  # the same on every process, by now
+    settings, drawn_with = stored["settings"], stored["drawn_with"]
+    files = {"classifier": config.sampling.classifier, "use_ema": options.use_ema}
+    sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"} | files
     about = {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
         "weights": "ema" if options.use_ema else "raw",
         "step": drawn.step,
         "steps": drawn.num_steps,
-        "sampling": sampling | {"batch_size": drawn.batch_size, "devices": jax.device_count()},
+        "sampling": sampling | {"batch_size": settings["batch_size"], "devices": settings["devices"]},
+        "weights_digest": settings["weights_digest"],
+        "classifier_digest": settings["classifier_digest"],
+        "drawn_with": drawn_with,
     }
     mesh, output = sharding.make_mesh(config.mesh), directory / "metrics.json"
     try:
@@ -98,7 +125,8 @@ def _extractor(config: ConfigDict) -> extractors.Extractor:
 
 def _reference(config: ConfigDict) -> images.ImageSet:
     split = config.evaluation.reference_split or config.data.split
-    source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
+    with naming_leaves({"data.split": "evaluation.reference_split"} if config.evaluation.reference_split else {}):
+        source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
     name = config.data.data_dir if config.data.dataset == "folder" else f"{config.data.dataset}:{split}"
     return images.ImageSet(name, source)
 
@@ -136,7 +164,9 @@ class TrainingDistance:
         if options.every_samples < 2:
             raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
         if _features_of(config) == "inception" and not options.inception:
-            raise UserError("evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception")
+            raise UserError(
+                f"evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception ({WHERE})"
+            )
         extractor, self._seed, self._count = _extractor(config), options.seed, options.every_samples
         self._generator = generator
         self._extraction = Extraction(extractor, sharding.make_mesh(config.mesh), options.batch_size, Bar)

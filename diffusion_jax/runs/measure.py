@@ -53,10 +53,12 @@ def measure(
     found = compare.compare(known, judged, extractor, wanted, say)
     if "memorisation" in wanted:
         found["memorisation"], near = compare.memorisation(known.pool, judged.pool, _NEIGHBOURS)
-        suspects = np.argsort(near.distances[:, 0])[:_SHOWN]
-        picture = output.with_name("memorisation.png")
-        pictures.save_png(picture, _neighbours_picture(reference, samples, suspects, near.indices[suspects]))
-        say(f"The samples nearest to reference images, each before its {_NEIGHBOURS} nearest: {picture}")
+        kind = (known.digest, judged.digest, extractor.digest, extractor.resize)
+        tag = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:6]  # of another measurement, another picture
+        picture = output.with_name(f"memorisation_{pathlib.Path(samples.name).stem}_{tag}.png")
+        found["memorisation"]["picture"] = picture.name
+        _draw_neighbours(picture, reference, samples, near, f"distances of {extractor.name} features")
+        say(f"The samples nearest to reference images, each before its {near.indices.shape[1]} nearest: {picture}")
     settings = {
         "reference": reference.name,
         "reference_sha256": known.digest,
@@ -138,16 +140,36 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
     return Features(found and found.pool, moments, spatial, content.hexdigest(), found and found.parts)
 
 
-def _neighbours_picture(reference: ImageSet, samples: ImageSet, suspects, neighbours) -> np.ndarray:
-    """Rows: a sample, and the reference images nearest to it."""
-    rows = []
-    for sample, nearest in zip(suspects, neighbours, strict=True):
-        rows += [samples.images.read(np.array([sample]))[0], reference.images.read(nearest)[0]]
-    images = np.concatenate(rows)
-    return pictures.grid(images, columns=len(images) // len(suspects))
+def _draw_neighbours(path: pathlib.Path, reference: ImageSet, samples: ImageSet, near, unit: str) -> None:
+    """Rows: the samples that stand nearest to reference images, and these, with their distances. near: `Neighbours`."""
+    suspects = np.argsort(near.distances[:, 0], kind="stable")[:_SHOWN]
+    rows = [
+        (f"sample {i}", samples.images.read(np.array([i]))[0][0], reference.images.read(near.indices[i])[0])
+        for i in suspects
+    ]
+    names = (pathlib.Path(images.name).name for images in (samples, reference))
+    title = "Samples of {}\nand their nearest images in {}\n".format(*names) + unit
+    pictures.plot_neighbours(path, rows, near.distances[suspects], title)
 
 
 _SAME = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
+
+
+def read_likelihood(path: pathlib.Path) -> dict[str, Any] | None:
+    """Of a likelihood.json, its bits per dimension and the weights they are of; None where there is no such file.
+
+    Raises: ValueError for one that is none.
+    """
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        kept = {key: report[key] for key in ("dataset", "weights", "step", "bits_per_dim")}
+    except (ValueError, OSError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no likelihood.json ({error!r}); run --mode=evaluate again, or move it away"
+        ) from None
+    return kept | {key: value for key, value in report.items() if "bits_per_dim" in key and value is not None}
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _SHADES = " .:-=+*#%@"
 
@@ -23,18 +23,41 @@ GAP = 4  # grey pixels around every image of a grid
 _GREY = 64
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged."""
+_CAPTION = 14  # rows below an image that has a caption
+
+
+def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged.
+
+    captions: a line of text below each image, cut off where it is too wide.
+    """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, 64 // max(height, width))
-    height, width = height * scale + GAP, width * scale + GAP
+    below = _CAPTION if captions else 0
+    height, width = height * scale + GAP + below, width * scale + GAP
     tiles = np.full((rows * columns, height, width, channels), _GREY, np.uint8)
-    tiles[:n, GAP:, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for tile, caption in zip(tiles, captions or (), strict=False):
+        tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+
+
+def _text(text: str, width: int) -> np.ndarray:
+    """A line of text as uint8 [_CAPTION, width]."""
+    font = ImageFont.load_default(_CAPTION - 3)
+    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType knows Latin letters only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    shown = text
+    while len(shown) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "..."
+    image = Image.new("L", (width, _CAPTION), _GREY)
+    ImageDraw.Draw(image).text((0, 0), shown, fill=230, font=font)
+    return np.asarray(image)
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
@@ -70,16 +93,27 @@ def _save_figure(path: pathlib.Path, figure) -> None:
 
 def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
     """The terms of the bound [T] in bits per dimension against t, both on logarithmic axes (Improved DDPM figure 2)."""
-    figure, axes = _axes(title)
+    figure, axes = _axes(f"Terms of the variational bound: {title}")
     t = np.arange(1, len(vlb) + 1)
     seen = np.isfinite(vlb) & (vlb > 0)
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
-    axes.plot(t[:1], vlb[:1], "o", label=f"decoder $L_0$ = {vlb[0]:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
-    if seen.any():  # a decoder that is sure of its cell would stretch the axis to nothing
-        axes.set_ylim(bottom=vlb[seen].min() / 3)
-    axes.legend()
+    # A decoder that is sure of its cell would stretch the axis to nothing: then an arrow on its edge stands for it.
+    bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
+    above = bool(vlb[0] >= bottom)
+    axes.plot(
+        t[:1],
+        [vlb[0] if above else bottom],
+        "o" if above else "v",
+        color="tab:red",
+        markersize=8,
+        clip_on=False,
+        zorder=3,
+        label=f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if above else ", below the axis"),
+    )
+    axes.set_ylim(bottom=bottom)
+    axes.legend(loc="upper right")
     _save_figure(path, figure)
 
 
@@ -87,7 +121,7 @@ def plot_rate_distortion(
     path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
 ) -> None:
     """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and where the code is lossless."""
-    figure, axes = _axes(title)
+    figure, axes = _axes(f"Rate and distortion: {title}")
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
     axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
     axes.set(xlabel="rate (bits per dimension)", ylabel="distortion (RMSE, 0-255)", xlim=(0, None), ylim=(0, None))
@@ -95,12 +129,47 @@ def plot_rate_distortion(
     _save_figure(path, figure)
 
 
+# As many as no two lines of a plot have both their color and their marker in common, up to 110 of them.
+_MARKERS = "os^vD<>pPX*"
+
+
+def plot_neighbours(path: pathlib.Path, rows: Sequence, distances: np.ndarray, title: str) -> None:
+    """Images beside the k images that are nearest to them, and how far these are.
+
+    rows: (name, uint8 [H, W, C], uint8 [k, H, W, C]) each. distances: [rows, k].
+    """
+    from matplotlib.figure import Figure
+
+    tall, wide = rows[0][1].shape[:2]
+    columns, height = distances.shape[1] + 1, tall / wide  # of an image that is 1 wide
+    size = 1.1 * columns, (height + 0.3) * len(rows) + 1.0
+    figure = Figure(figsize=size, dpi=120)
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / size[1])
+    axes = figure.add_axes((0, 0, 1, 1 - 0.7 / size[1]))
+    axes.set_axis_off()
+    heads = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, columns))]
+    text = {"fontsize": 7, "ha": "center", "va": "center"}
+    for column, head in enumerate(heads):
+        axes.text(1.1 * column + 0.5, 0.15, head, **text)
+    for row, ((name, image, near), far) in enumerate(zip(rows, distances, strict=True)):
+        top = -row * (height + 0.3)
+        captions = [name, *(f"{distance:.3g}" for distance in far)]
+        for column, (picture, caption) in enumerate(zip([image, *near], captions, strict=True)):
+            extent = (1.1 * column, 1.1 * column + 1, top - height, top)
+            shown = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+            axes.imshow(shown, extent=extent, cmap="gray", vmin=0, vmax=255)
+            axes.text(1.1 * column + 0.5, top - height - 0.12, caption, **text)
+    axes.set(xlim=(-0.05, 1.1 * columns - 0.05), ylim=(-len(rows) * (height + 0.3), 0.3), aspect="equal")
+    _save_figure(path, figure)
+
+
 def plot_against_steps(path: pathlib.Path, curves: Mapping[str, Mapping[int, float]], what: str) -> None:
     """A line for each label of {label: {number of sampling steps: figure}}, the steps on a logarithmic axis."""
     figure, axes = _axes(f"{what} against sampling steps")
-    for label, points in curves.items():
+    for i, (label, points) in enumerate(curves.items()):
         steps = sorted(points)
-        axes.plot(steps, [points[n] for n in steps], marker="o", linewidth=1.5, label=label)
+        look = {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5}
+        axes.plot(steps, [points[n] for n in steps], **look, label=label)
     axes.set(xscale="log", xlabel="sampling steps", ylabel=what, ylim=(0, None))
     axes.legend()
     _save_figure(path, figure)

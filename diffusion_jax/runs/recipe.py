@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,20 +17,8 @@ from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.parts import digest
 from diffusion_jax.training import sharding
 
-# Leaves of `config.sampling` that change what is drawn and that `Recipe.name` does not spell out, and their usual values.
-_UNTOLD: dict[str, Any] = {
-    "guidance_interval": (),
-    "guidance_rescale": 0.0,
-    "clip": True,
-    "classifier": "",
-    "classifier_form": "eps",
-    "low_resolution": "",
-    "low_resolution_noise": 0.0,
-    "lower_order_final": True,
-    "variant": "bh2",
-    "churn_range": (),
-    "churn_noise": 1.0,
-}
+# Leaves of `config.sampling` whose values are paths, which no name spells out: their digest stands there.
+_PATHS = ("classifier", "low_resolution")
 
 
 def _interval(leaf: str, value) -> tuple[float, float] | None:
@@ -69,6 +58,32 @@ SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
 }
 
 
+# Leaves that only some samplers read, and the values at which they change nothing.
+_READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "eta": (0.0, ("ddim",)),
+    "order": (2, ("dpm_solver_pp", "unipc", "deis")),
+    "variant": ("bh2", ("unipc",)),
+    "singlestep": (False, ("dpm_solver_pp",)),
+    "sde": (False, ("dpm_solver_pp",)),
+    "churn": (0.0, ("heun",)),
+}
+
+
+def ignored(options: Mapping) -> list[str]:
+    """Leaves of `config.sampling` that change nothing beside the others, each with what would read it."""
+    found = [
+        f"sampling.{leaf}={options[leaf]!r} (only of sampling.sampler={', '.join(samplers)})"
+        for leaf, (usual, samplers) in _READ_BY.items()
+        if options[leaf] != usual and options["sampler"] not in samplers
+    ]
+    if options["classifier_scale"] != 1 and not options["classifier"]:
+        found.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
+    for leaf in ("guidance_interval", "guidance_rescale"):
+        if options[leaf] and options["guidance_scale"] == 1:
+            found.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
+    return found
+
+
 def sampler_from_config(options: Mapping, diffusion: Mapping, clip: Callable | None = None, **more) -> sampling.Sampler:
     """The sampler of `config.sampling`, for what `config.diffusion` says the network predicts.
 
@@ -85,18 +100,69 @@ def sampler_from_config(options: Mapping, diffusion: Mapping, clip: Callable | N
     return SAMPLERS[options["sampler"]](options, clip=own if clip is None else clip(own), **says, **more)
 
 
-def respaced(schedule: schedules.Schedule, options: Mapping) -> schedules.Schedule:
+def spacing_of(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
+    """The spacing of `config.sampling`, or the one that suits what is asked for where it names none."""
+    if options["spacing"] is not None:
+        return options["spacing"]
+    return "openai" if isinstance(options["steps"], tuple | list) else sampling.default_spacing(sampler, schedule)
+
+
+def respaced(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
     """The schedule that `config.sampling` walks: all of it, or `steps` of it. Raises: ValueError."""
     steps = options["steps"]
     if steps is None:
         return schedule
-    if options["spacing"] == "given":
-        if not isinstance(steps, tuple | list):
+    if isinstance(steps, bool):
+        raise ValueError(f"sampling.steps={steps} must be None or a number of steps")
+    if isinstance(steps, str):
+        raise ValueError(_string_steps(steps))
+    spacing, row = spacing_of(options, sampler, schedule), isinstance(steps, tuple | list)
+    if spacing == "given":
+        if not row:
             raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
         return schedules.respace(schedule, [float(t) for t in steps])
-    if isinstance(steps, tuple | list):  # the command line reads 10,15,20 as a tuple; sections are what is meant
-        steps = ",".join(map(str, steps))
-    return schedules.respace(schedule, steps, options["spacing"])
+    if spacing == "openai":
+        if not all(type(count) is int for count in (steps if row else (steps,))):
+            raise ValueError(
+                f"sampling.steps={steps!r} with spacing=openai must be a whole number, or several: (10, 15, 20)"
+            )
+        return schedules.respace(schedule, ",".join(map(str, steps)) if row else str(steps))
+    if row:
+        raise ValueError(
+            f"sampling.steps={steps!r} are several numbers, which spacing={spacing} does not take; use "
+            "sampling.spacing=openai (steps in equal sections of the chain) or given (network times)"
+        )
+    if spacing == "openai_ddim":
+        if type(steps) is not int:
+            raise ValueError(f"sampling.steps={steps!r} with spacing=openai_ddim must be a whole number")
+        return schedules.respace(schedule, f"ddim{steps}")
+    if spacing not in schedules.SPACINGS:
+        known = ", ".join([*schedules.SPACINGS, "openai", "openai_ddim", "given"])
+        raise ValueError(f"sampling.spacing={spacing!r} is unknown; known: {known}")
+    return schedules.respace(schedule, steps, spacing)
+
+
+def _string_steps(steps: str) -> str:
+    """What to type instead of OpenAI's strings."""
+    counts = steps.removeprefix("ddim")
+    spacing = "openai_ddim" if counts != steps else "openai"
+    if not all(count.strip().isdecimal() for count in counts.split(",")):
+        counts, spacing = "50", "NAME"
+    return (
+        f"sampling.steps={steps!r} is a string; steps are a number, and how they are spread is sampling.spacing: type "
+        f"--config.sampling.steps={counts.replace(' ', '')} --config.sampling.spacing={spacing}"
+    )
+
+
+def _number(value: float) -> str:
+    """A number as a file's name has it, short and exact."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
+
+
+def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Each label with its name, as "1 cats"; the number alone where there is no other name."""
+    named = [names[y] if y < len(names) else "" for y in labels.tolist()]
+    return [str(y) if name in ("", str(y)) else f"{y} {name}" for y, name in zip(labels.tolist(), named, strict=True)]
 
 
 class Recipe:
@@ -106,11 +172,14 @@ class Recipe:
     guide: parameters of the guiding classifier, None without one; an argument of `draw`, for compiled code.
     """
 
-    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh):
-        """Raises: UserError or ValueError for what does not fit together."""
+    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, class_names: Sequence[str] = ()):
+        """class_names: by which `sampling.label` may name classes. Raises: UserError or ValueError for what does not fit."""
+        self._class_names = tuple(class_names)
         self._config, self._model, self._full = config, model, schedule
         options = self._options = config["sampling"]
-        self.schedule = respaced(schedule, options)
+        sampler = sampler_from_config(options, config["diffusion"])
+        self._spacing = spacing_of(options, sampler, schedule)
+        self.schedule = respaced(schedule, options, sampler)
         self.guide, self._classifier = None, None
         num_classes = model.num_classes
         if options["classifier"]:
@@ -146,23 +215,33 @@ class Recipe:
         self._shifts_mean = self._classifier is not None and options["classifier_form"] == "mean"
         if self._shifts_mean and options["sampler"] != "ddpm":
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
-        self.sampler()  # for its errors
-        self.warning = self._warn()
+        self._check_steps(sampler)
+        blur = sampling.find_blur(self.schedule)
+        self.warning = blur and f"{blur}; use {self._other_steps()}"
 
-    def _warn(self) -> str | None:
-        """What is allowed and will look wrong, in a line."""
-        snr = self.schedule.snr[self.schedule.snr > 0]  # from noise alone these samplers step as DDIM does
-        octaves = np.abs(np.diff(np.log2(snr))).max(initial=0.0) / 2
-        if self._options["sampler"] in ("heun", "pndm", "plms") and octaves > 5:
-            return (
-                f"sampling.sampler={self._options['sampler']} is not for steps over {octaves:.0f} octaves of noise, and "
-                "these have one: use sampling.spacing=karras or log_snr"
-            )
-        return None
+    def _other_steps(self) -> str:
+        """What to type where these steps do not do."""
+        if self._spacing == "log_snr" or self._full.zero_terminal_snr:
+            return "more steps (sampling.steps)"
+        return "sampling.spacing=log_snr or more steps (sampling.steps)"
+
+    def _check_steps(self, sampler: sampling.Sampler) -> None:
+        """Raises: UserError for steps on which the sampler is known to fail."""
+        problem = sampling.find_problem(sampler, self.schedule)
+        if problem is None:
+            return
+        options = self._options
+        asked = f"sampling.sampler={options['sampler']}"
+        if options["steps"] is not None:
+            asked += f" with sampling.steps={options['steps']} and spacing {self._spacing}"
+        raise UserError(f"{asked}: {problem}; use {self._other_steps()}, or sampling.sampler=ddim")
 
     def _load_classifier(self, path: str, mesh) -> None:
-        flags = pretrained.read_flags(self._options["classifier_flags"])
-        net = pretrained.load(path, flags, self._options["use_ema"])
+        try:
+            flags = pretrained.read_flags(self._options["classifier_flags"])
+            net = pretrained.load(path, flags, self._options["use_ema"])
+        except pretrained.PretrainedError as error:
+            raise UserError(f"sampling.classifier={path}: {error}") from error
         if not isinstance(net.model, models.Classifier):
             raise UserError(f"sampling.classifier={path} holds no classifier; --mode=train_classifier makes one")
         differing = []
@@ -183,11 +262,41 @@ class Recipe:
             return tuple(range(num_classes)) or None
         if not num_classes:
             raise UserError(f"sampling.label={chosen}, but the model has no classes (model.num_classes=0)")
+        if isinstance(chosen, str) and chosen not in self._class_names:
+            chosen = [part.strip(" '\"") for part in chosen.strip("()[] ,").split(",")]
         chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
-        bad = [y for y in chosen if type(y) is not int or not 0 <= y < num_classes]
-        if bad or not chosen:
+        if not chosen:
             raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
-        return chosen
+        return tuple(self._class_index(y, num_classes) for y in chosen)
+
+    def _class_index(self, y, num_classes: int) -> int:
+        """The class of an index or a name. Raises: UserError."""
+        names = self._class_names
+        if y in names:
+            return names.index(y)
+        if isinstance(y, str) and y.isdecimal():  # of "3,cats"
+            y = int(y)
+        if type(y) is int and 0 <= y < num_classes:
+            if str(y) in names and names.index(str(y)) != y:
+                raise UserError(
+                    f"sampling.class={y} is ambiguous: {names[y]!r} is class {y}, and {str(y)!r} is the name of class "
+                    f"{names.index(str(y))}; give the name, as in --config.sampling.class=\"'{names[y]}'\""
+                )
+            return y
+        if isinstance(y, str) and names:
+            near = difflib.get_close_matches(y, names, n=3)
+            known = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+            raise UserError(
+                f"sampling.class={y!r} is no class of this run; "
+                + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {known}")
+            )
+        unnamed = "" if names or not isinstance(y, str) else ", as no class names are stored with these weights"
+        raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}{unnamed}")
+
+    def captions(self, indices: np.ndarray) -> list[str] | None:
+        """Class and name, as "1 cats", of the samples of these numbers; None where they have no class."""
+        labels = self.labels(indices)
+        return None if labels is None else class_captions(labels, self._class_names)
 
     def take_labels(self, labels: np.ndarray) -> None:
         """Labels of small images, which what is enlarged from them shares where no class is asked for. Raises: UserError."""
@@ -205,33 +314,61 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The part of a file's name that tells samples of other recipes apart."""
+        """The part of a file's name that tells samples of other recipes apart; a digest stands for what it cannot spell."""
         options = self._options
-        name = f"{options['sampler']}{self.schedule.num_timesteps}"
-        if options["steps"] is not None and options["spacing"] != "trailing":
-            name += f"_{options['spacing']}"
-        untold = {leaf: options[leaf] for leaf, usual in _UNTOLD.items() if options[leaf] not in (usual, [])}
-        if not isinstance(options["steps"], int | None):
-            untold["steps"] = options["steps"]
-        if options["clip"] == "dynamic":
-            untold["clip_quantile"] = options["clip_quantile"]
+        parts = [f"{options['sampler']}{self.schedule.num_timesteps}", *self._steps_in_name(), *self._options_in_name()]
+        unspelled = {leaf: options[leaf] for leaf in _PATHS if options[leaf]}
         if self._given is not None:
-            untold["labels"] = self._given.tolist()
-        if options["sampler"] in ("dpm_solver_pp", "unipc", "deis") and options["order"] != 2:
-            name += f"_order{options['order']}"
-        if options["sampler"] == "dpm_solver_pp":
-            name += "_singlestep" * options["singlestep"] + "_sde" * options["sde"]
-        if options["sampler"] == "ddim" and options["eta"]:
-            name += f"_eta{options['eta']:g}"
-        if options["sampler"] == "heun" and options["churn"]:
-            name += f"_churn{options['churn']:g}"
+            unspelled["labels"] = self._given.tolist()
+        if self._spacing == "given":
+            unspelled["steps"] = options["steps"]
         if options["label"] is not None:
-            name += "_class" + "-".join(map(str, self.classes))[:40]
+            told = "class" + "-".join(map(str, self.classes))
+            if len(told) > 40:
+                unspelled["classes"], told = self.classes, f"{len(self.classes)}classes"
+            parts.append(told)
         if self.guided:
-            name += f"_guided{options['guidance_scale']:g}"
+            parts.append(f"guided{_number(options['guidance_scale'])}")
+            if self._interval:
+                parts.append("interval" + "-".join(map(_number, self._interval)))
+            if options["guidance_rescale"]:
+                parts.append(f"rescale{_number(options['guidance_rescale'])}")
         if self._classifier is not None:
-            name += f"_classifier{options['classifier_scale']:g}"
-        return f"{name}_{digest(untold)[:6]}" if untold else name
+            form = "-mean" * self._shifts_mean
+            parts.append(f"classifier{_number(options['classifier_scale'])}{form}")
+        if options["low_resolution_noise"]:
+            parts.append(f"noise{_number(options['low_resolution_noise'])}")
+        return "_".join(parts + ([digest(unspelled)[:6]] if unspelled else []))
+
+    def _steps_in_name(self) -> list[str]:
+        steps = self._options["steps"]
+        if steps is None or self._spacing == "trailing":
+            return []
+        sections = "-".join(map(str, steps)) if self._spacing == "openai" and not isinstance(steps, int) else ""
+        return [self._spacing + sections]
+
+    def _options_in_name(self) -> list[str]:
+        """Of the sampler, where they are not the usual ones."""
+        options, sampler, parts = self._options, self._options["sampler"], []
+        if sampler in ("dpm_solver_pp", "unipc", "deis"):
+            parts += [f"order{options['order']}"] * (options["order"] != 2)
+            parts += ["fullorder"] * (not options["lower_order_final"])
+        if sampler == "unipc" and options["variant"] != "bh2":
+            parts.append(options["variant"])
+        if sampler == "dpm_solver_pp":
+            parts += ["singlestep"] * options["singlestep"] + ["sde"] * options["sde"]
+        if sampler == "ddim" and options["eta"]:
+            parts.append(f"eta{_number(options['eta'])}")
+        if sampler == "heun" and options["churn"]:
+            within = _interval("churn_range", options["churn_range"])
+            parts.append(f"churn{_number(options['churn'])}")
+            parts += ["range" + "-".join(map(_number, within))] if within else []
+            parts += [f"noise{_number(options['churn_noise'])}"] * (options["churn_noise"] != 1)
+        if options["clip"] == "dynamic":
+            parts.append(f"clip-dynamic{_number(options['clip_quantile'])}")
+        elif not options["clip"]:
+            parts.append("clip-none")
+        return parts
 
     def sampler(self, guide=None, y=None, clip: Callable | None = None) -> sampling.Sampler:
         """The sampler; guide, y: as `network`, where the classifier shifts its mean. clip: as `sampler_from_config`."""

@@ -19,7 +19,7 @@ from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.generate import Generator
 from diffusion_jax.runs.judge import TrainingDistance, check_judging
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.recipe import Recipe, class_captions
 from diffusion_jax.training import sharding
 from diffusion_jax.training.agreement import first_says
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -44,7 +44,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     options = config.training
     if _is_finished(config, directory):
         return
-    source = data.load(config.data, bar_over("Reading the images"))
+    source = data.load(config.data, bar_over("Reading the images"), say)
     check_source(config, source)
     begun = first_says(lambda: committed_steps(directory / "checkpoints"))
     beginning = weights.initial(config, built.model) if config.init_from and not begun else None
@@ -104,35 +104,13 @@ def _begin_with(
     return state.replace(params=copies[0], ema_params=copies[1])
 
 
-# What is smaller is refused before anything is built. (Not every config has every leaf: a classifier's model has others.)
-_LEAST = {
-    "training.num_steps": 1,
-    "training.batch_size": 1,
-    "training.steps_per_call": 1,
-    "training.log_every": 1,
-    "training.checkpoint_every": 1,
-    "training.checkpoints_kept": 1,
-    "training.checkpoint_keep_every": 0,
-    "training.sample_every": 0,
-    "training.stall_timeout": 0,
-    "data.memory_mb": 0,
-    "data.workers": 0,
-    "model.channels": 4,
-    "model.num_groups": 1,
-    "model.num_heads": 1,
-    "model.num_res_blocks": 1,
-    "model.num_classes": 0,
-    "seed": 0,
-}
-
-
 def _check(config: ConfigDict) -> None:
     """What can be seen to be wrong before anything is built."""
     options = config.training
-    flat = work.flatten(work.to_dict(config))
-    for leaf, least in _LEAST.items():
-        if leaf in flat and not flat[leaf] >= least:
-            raise UserError(f"{leaf}={flat[leaf]} must be at least {least}")
+    with as_user_error("config"):
+        training.check_whole_numbers(config)
+    if not options.stall_timeout >= 0:
+        raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
     work.check_seed("seed", config.seed)
     check_judging(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
@@ -147,10 +125,13 @@ def check_source(config: ConfigDict, source) -> None:
         data.check_levels(source.read(np.arange(min(64, len(source))))[0], config.data.levels)
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
-        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes")
+        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes; use that, or 0")
     if classes and not source.num_classes:
         advice = "a classifier needs labelled images" if training.is_classifier(config) else "use model.num_classes=0"
-        raise UserError(f"model.num_classes={classes}, but the data has no labels; {advice}")
+        reason = getattr(source, "no_labels", "")
+        raise UserError(
+            f"model.num_classes={classes}, but the data has no labels{f' ({reason})' if reason else ''}; {advice}"
+        )
 
 
 def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
@@ -192,7 +173,7 @@ class _Times:
 
 
 class _Profile:
-    """Traces the sixth to the tenth call of the train step into `directory`, for TensorBoard's profiler; None for never."""
+    """Traces the sixth to the tenth call of the train step into `directory`, for XProf; None for never."""
 
     _CALLS = range(5, 10)  # after those that fill the caches
 
@@ -223,7 +204,7 @@ class _Profile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._tracing = False
-        say(f"A trace of the train step: tensorboard --logdir={self._directory} (the profile tab).")
+        say(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")
 
 
 class _Loop:
@@ -243,9 +224,11 @@ class _Loop:
         self._metrics: work.Metrics | None = None
         self._programs: dict = {}
         self._pictured = False
+        self._class_names: tuple[str, ...] = ()
 
     def run(self, state: training.TrainState, step: int, source) -> None:
         """From `step` to the end."""
+        self._class_names = getattr(source, "class_names", ())
         options = self._config.training
         rows = sharding.process_rows(options.batch_size, self._built.mesh)
         batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
@@ -259,13 +242,15 @@ class _Loop:
         with compiling("the train step"):
             self._program(count, state, batch)
 
-        preemption, self._watchdog = watch.Preemption(), watch.Watchdog(options.stall_timeout)
+        preemption, self._watchdog = watch.Preemption(self._directory), watch.Watchdog(options.stall_timeout)
         profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
                 self._metrics = during.enter_context(work.Metrics(self._directory, step))
             bar = during.enter_context(Bar("Training", options.num_steps, step))
-            for context in (preemption.heeded(), self._watchdog, profile):
+            if workers:  # or the memory that they share is reported as leaked
+                during.enter_context(contextlib.closing(stream))
+            for context in (preemption.handled(), self._watchdog, profile):
                 during.enter_context(context)
             times, logged = _Times(), step
             while step < options.num_steps:
@@ -290,7 +275,7 @@ class _Loop:
                     self._checkpoints.check()
                     bar.update(step, note)
                     # The picture first: a run that ends after its checkpoint would not come back for it.
-                    if last or (options.sample_every and step % options.sample_every == 0):
+                    if options.sample_every and (last or step % options.sample_every == 0):
                         self._picture(state, step)
                     every = self._config.evaluation.every
                     if self._distance and (last or step % every == 0):
@@ -300,7 +285,8 @@ class _Loop:
                 if asked and not last:
                     with self._watchdog.paused():
                         self._checkpoints.finish(step)
-                    raise watch.Stopped(f"stopped by SIGTERM at step {step}, which is saved; the same command goes on")
+                        stopped = preemption.stopped(step)
+                    raise stopped
             with self._watchdog.paused():
                 self._checkpoints.finish(step)
 
@@ -398,7 +384,9 @@ class _Loop:
             images = preview(state.ema_params, self._config.sampling.seed)
         if not self._metrics:
             return
-        picture = pictures.grid(images)
+        labels = preview.recipe.labels(np.arange(len(images)))
+        captions = None if labels is None else class_captions(labels, self._class_names)
+        picture = pictures.grid(images, captions=captions)
         try:
             (self._directory / "samples").mkdir(exist_ok=True)
             pictures.save_png(self._directory / "samples" / f"train_step{step:08d}.png", picture)

@@ -1,13 +1,14 @@
-"""What the main thread cannot do while it computes: heed SIGTERM, and notice that nothing moves any more.
+"""What the main thread cannot do while it computes: react to SIGTERM and Ctrl-C, and notice that nothing moves any more.
 
-Exit codes, beside 0 (done), 1 (the run failed) and 2 (bad input): 75 where SIGTERM stopped the run, and 69 where another
-process of it was lost or nothing moved. After both, the same command goes on.
+Exit codes, beside 0 (done), 1 (the run failed) and 2 (bad input): 75 where SIGTERM stopped the run, 130 where Ctrl-C did, and
+69 where another process of it was lost or nothing moved. After all three, the same command resumes the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import select
 import signal
 import sys
@@ -16,17 +17,26 @@ import time
 from collections.abc import Iterable, Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.training.digests import committed_steps
+
 STOPPED, LOST = 75, 69  # EX_TEMPFAIL and EX_UNAVAILABLE of sysexits.h
+INTERRUPTED = 130  # what shells report for SIGINT
+_NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
 _GRACE = 5.0  # seconds that Python's own way to end gets, before the process ends in the midst of a compiler
 
 
 class Stopped(BaseException):
-    """SIGTERM came, and what was worth saving is saved.
+    """SIGTERM or Ctrl-C came, and everything worth saving is saved.
 
-    No Exception: whoever catches those, as of files that may be damaged, must not take it for one of them.
+    Not an Exception, so that code which catches those, as for files that may be damaged, does not catch this one.
     """
+
+    def __init__(self, number: int, detail: str):
+        super().__init__(f"{_NAMES[number]}{detail}")
+        self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
 
 
 def end(message: str, exit_code: int) -> None:
@@ -65,78 +75,100 @@ def is_loss(error: BaseException) -> bool:
     return any(word in text for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Connection"))
 
 
+def _how_to_resume(directory: pathlib.Path | None) -> str:
+    """directory: that of a training run; None for what has no checkpoints of its own."""
+    if directory is None:
+        return "rerun the same command to continue from what is saved"
+    steps = committed_steps(directory / "checkpoints")
+    if not steps:
+        return "nothing was saved yet"
+    return f"step {steps[-1]} is saved; rerun the same command to resume from it"
+
+
 @contextlib.contextmanager
-def _on_sigterm(handler, wakeup: int = -1) -> Iterator[None]:
-    """Calls `handler` on SIGTERM, and writes the signal's number to the descriptor `wakeup`; changes nothing outside the main
-    thread, to which signals belong."""
+def _on_signals(numbers, handler, directory: pathlib.Path | None, grace: float | None) -> Iterator[None]:
+    """Calls `handler` in the main thread at each of the signals. A thread ends the process at a second Ctrl-C, and where
+    `grace` is given that many seconds after the first signal: Python calls handlers between two instructions of its own, and
+    the main thread may compile, or wait for a device, for minutes. Changes nothing outside the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    descriptor = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGTERM, handler)
+
+    def insist():
+        first, deadline, interrupts = None, None, 0
+        while select.select([reader], [], [], deadline and max(0.0, deadline - time.monotonic()))[0]:
+            read = os.read(reader, 1)
+            if not read:  # closed: the main thread went on
+                return
+            if read[0] not in numbers:
+                continue
+            interrupts += read[0] == signal.SIGINT
+            if interrupts == 2:
+                end(f"stopped at once by a second Ctrl-C; {_how_to_resume(directory)}", INTERRUPTED)
+            if grace is not None and first is None:
+                first, deadline = read[0], time.monotonic() + grace
+        stopped = Stopped(first, f"; {_how_to_resume(directory)}")
+        end(str(stopped), stopped.exit_code)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=insist, daemon=True, name="signals")
+    thread.start()
+    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: it was not Python's
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)  # None: it was not Python's
         signal.set_wakeup_fd(descriptor)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 @contextlib.contextmanager
-def stopping_at_once(training: bool = False) -> Iterator[None]:
-    """For what has nothing to save, or keeps its parts as it makes them: SIGTERM raises Stopped in the main thread.
+def stopping_at_once(directory: pathlib.Path | None = None, only_interrupts: bool = False) -> Iterator[None]:
+    """For what has nothing to save, or keeps its parts as it makes them: SIGTERM and Ctrl-C raise Stopped in the main thread,
+    and end the process five seconds later where that had no effect.
 
-    Python heeds a signal between two lines of its own, and a program may compile for minutes: a thread ends the process where
-    the exception has not. Processes that train together leave SIGTERM to `Preemption` from the first.
+    directory: of a training run, whose last checkpoint the message names. only_interrupts: leaves SIGTERM alone, as processes
+    that train together must: JAX's own service takes it, for `Preemption`.
     """
-    if training and several():
+
+    def stop(number, _):
+        raise Stopped(number, f"; {_how_to_resume(directory)}")
+
+    numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
+    with _on_signals(numbers, stop, directory, _GRACE):
         yield
-        return
-    message = "stopped by SIGTERM; the same command goes on from what it had saved"
-
-    def stop(*_):
-        raise Stopped(message)
-
-    def insist():
-        deadline = None
-        while select.select([ended], [], [], deadline and max(0.0, deadline - time.monotonic()))[0]:
-            read = os.read(ended, 1)
-            if not read:  # closed: the main thread went on
-                return
-            if read[0] == signal.SIGTERM and deadline is None:
-                deadline = time.monotonic() + _GRACE
-        end(message, STOPPED)
-
-    ended, told = os.pipe()
-    os.set_blocking(told, False)
-    thread = threading.Thread(target=insist, daemon=True, name="sigterm")
-    thread.start()
-    try:
-        with _on_sigterm(stop, told):
-            yield
-    finally:
-        os.close(told)
-        thread.join()
-        os.close(ended)
 
 
 class Preemption:
-    """Whether the run was asked to stop: `asked()` after every call of the train step, by every process.
+    """Whether SIGTERM or Ctrl-C asked the run to stop: `asked()` after every call of the train step, by every process.
 
-    Processes that work together agree on the step by JAX's own service, which has taken SIGTERM for itself when it was
-    initialised; a process alone has a handler.
+    Processes that work together agree on the step by JAX's own service, which took SIGTERM for itself when it was
+    initialized; a process that gets Ctrl-C sends itself SIGTERM. A process alone has a handler for both.
     """
 
-    def __init__(self):
-        self._asked, self._calls = False, 0
+    def __init__(self, directory: pathlib.Path):
+        self._directory, self._number, self._calls = directory, None, 0
 
     @contextlib.contextmanager
-    def heeded(self) -> Iterator[None]:
-        """While the train loop runs."""
+    def handled(self) -> Iterator[None]:
+        """While the train loop runs. A second Ctrl-C ends the process at once."""
 
-        def note(*_):
-            self._asked = True
+        def note(number, _):
+            if number == signal.SIGINT:
+                # Not print, which may be what this interrupts.
+                os.write(1, b"\nCtrl-C: saving after this step. Press it again to stop at once.\n")
+                if several():
+                    os.kill(os.getpid(), signal.SIGTERM)
+            self._number = self._number or number
 
-        with contextlib.nullcontext() if several() else _on_sigterm(note):
+        numbers = (signal.SIGINT,) if several() else (signal.SIGINT, signal.SIGTERM)
+        with _on_signals(numbers, note, self._directory, None):
             yield
 
     def asked(self) -> bool:
@@ -144,7 +176,14 @@ class Preemption:
         self._calls += 1  # not the step: the service waits for the next whole number
         if several():
             return multihost_utils.reached_preemption_sync_point(self._calls)
-        return self._asked
+        return self._number is not None
+
+    def stopped(self, step: int) -> Stopped:
+        """What to raise once `step` is saved; every process calls this, and each gets the same."""
+        number = self._number or signal.SIGTERM
+        if several() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
+            number = signal.SIGINT
+        return Stopped(number, f" at step {step}, which is saved; rerun the same command to resume from it")
 
 
 class Watchdog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Mapping
 
@@ -43,6 +44,16 @@ def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
     return restored
 
 
+def digest(params) -> str:
+    """SHA-256 of every name, shape, type and number of a tree of arrays: which weights these are, wherever they lie."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        found.update(array.view(np.uint8).data if array.size else b"")
+    return found.hexdigest()
+
+
 def origin(config: Mapping, step: int) -> str:
     """The part of a file's name that says whose weights made it: step500, or what `config.init_from` is called."""
     return pathlib.Path(config["init_from"]).stem if config["init_from"] and not step else f"step{step}"
@@ -53,7 +64,10 @@ def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bo
     `config.diffusion`, a phrase each. Raises: UserError where they are another network's; PretrainedError.
     """
     path = config["init_from"]
-    net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+    try:
+        net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+    except pretrained.PretrainedError as error:
+        raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
     if type(net.model) is not type(model):
         raise UserError(f"init_from={path} is a {type(net.model).__name__}, and the config's a {type(model).__name__}")
     # An output as wide as the image is written as None or as a number.

@@ -16,10 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.runs.errors import UserError
+from diffusion_jax.training.agreement import first_says
+from diffusion_jax.training.digests import committed_steps
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
 _IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
-_NOT_IDENTITY = {"data.data_dir", "data.workers", "data.memory_mb", "model.convolution"}
+_NOT_IDENTITY = {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "model.convolution"}
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -58,20 +60,30 @@ def read_config(workdir: pathlib.Path) -> dict | None:
         if isinstance(config, dict):
             return config
         error = "not a dictionary"
-    except ValueError as caught:
+    except (ValueError, OSError) as caught:
         error = str(caught)
     raise UserError(f"{path} is no config ({error}); was it edited?")
 
 
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises: UserError, with every key that differs, where the directory holds another run."""
+    """Raises: UserError, with every key that differs, where the directory holds another run.
+
+    Without a checkpoint it holds none: a launch that failed, or was stopped, before its first may be launched anew with
+    another config.
+    """
     stored = read_config(workdir)
-    if stored is None:
+    if stored is None or not committed_steps(workdir / "checkpoints"):
         return
     old, new = identity(stored), identity(to_dict(config))
-    differing = [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in new if key in old and old[key] != new[key]]
-    if differing:
-        raise UserError(f"{workdir} holds another run ({'; '.join(differing)}); use another --workdir, or its config")
+    differing = [key for key in new if key in old and old[key] != new[key]]
+    if not differing:
+        return
+    listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)
+    advice = "use another --workdir, or its config"
+    if not any(key.startswith(("model.", "diffusion.")) for key in differing):
+        changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
+        advice += f"; to begin a new run with its weights: --pretrained={workdir} --workdir=NEW {changed}"
+    raise UserError(f"{workdir} holds another run ({listed}); {advice}")
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -81,23 +93,44 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_data(source, workdir: pathlib.Path) -> None:
-    """Notes what the images of a run are, at its first launch: their number, and a digest of 64 of them and of their labels.
+    """Stores what the images of a run are: their number, a digest of 64 of them and of their labels, and the names of the
+    classes.
 
-    Raises: UserError, at a later launch, where they are others.
+    Raises: UserError where they are others and the run has a checkpoint.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, 64).astype(int))
     images, labels = source.read(chosen)
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + np.asarray(labels, np.int32).tobytes()).hexdigest()
-    now, path = {"images": len(source), "sha256_of_some": digest}, workdir / "data.json"
-    if not path.exists():
-        write_text(path, json.dumps(now) + "\n")
-        return
-    before = json.loads(path.read_text())
-    if before != now:
+    names, path = list(getattr(source, "class_names", ())), workdir / "data.json"
+    now = {"images": len(source), "sha256_of_some": digest, "classes": names}
+    begun = path.exists() and committed_steps(workdir / "checkpoints")
+    before = json.loads(path.read_text()) if begun else None
+    if before is not None and {"classes": names, **before} != now:  # runs of version 0.1 have no names
+        renamed = f"classes {', '.join(before['classes'])} then, {', '.join(names)} now" if "classes" in before else ""
+        other = renamed if renamed and before["classes"] != names else "or others"
         raise UserError(
-            f"the images are not those that {workdir} was begun with ({before['images']:,} then, {len(source):,} now, or "
-            f"others): bring them back, begin in another --workdir, or, to go on with these, remove {path}"
+            f"the images are not those that {workdir} was begun with ({before['images']:,} then, {len(source):,} now, "
+            f"{_shortened(other)}): bring them back, begin in another --workdir, or, to go on with these, remove {path}"
         )
+    if before != now:
+        write_text(path, json.dumps(now) + "\n")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
+    """The names of the classes that samples can have, () if they are not known: those of the data that the run was trained
+    on, of the run that `init_from` names, or, for a model without classes, of the guiding classifier's run."""
+    places = [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
+    for place in filter(None, places):
+        try:
+            stored = json.loads((pathlib.Path(place).expanduser() / "data.json").read_text())
+            return tuple(map(str, stored["classes"]))
+        except (OSError, ValueError, KeyError, TypeError):  # weights of others, or a run of version 0.1
+            continue
+    return ()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -110,6 +143,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Stores the config of this launch."""
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Stores the config of a launch that draws from or measures weights of others, before anything is trained: then the
+    directory alone names them at the next launch. The config of a run that has a checkpoint stays.
+    """
+    if config.init_from and not committed_steps(workdir / "checkpoints"):
+        first_says(lambda: workdir.mkdir(parents=True, exist_ok=True) or write_config(config, workdir))
 
 
 def import_writers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,38 +13,34 @@ from diffusion_jax.sampling import levels
 from diffusion_jax.sampling.driver import Sampler, Step
 
 
-def ddpm(
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool | Callable = True,
-    mean_shift: Callable | None = None,
-) -> Sampler:
+@dataclasses.dataclass(frozen=True)
+class ddpm(Sampler):
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with its code's clip).
 
     prediction, variance, clip: as `process.p_mean_variance`.
     mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) such as
       `guidance.log_prob_gradient` gives; the mean moves by the variance times g, after the clip (ADM Algorithm 1).
+    Raises: ValueError for an unknown prediction or variance.
     """
 
-    def step(key, schedule, denoise_fn, x_t, t, memory):
+    variance: str = "fixed_large"
+    _: dataclasses.KW_ONLY
+    prediction: str = "eps"
+    clip: bool | Callable = True
+    mean_shift: Callable | None = None
+
+    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
         output = levels.call(schedule, denoise_fn, x_t, t)
-        reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
+        reverse = process.p_mean_variance(schedule, output, x_t, t, self.prediction, self.variance, self.clip)
         mean = reverse.mean
-        if mean_shift is not None:
-            mean = mean + reverse.variance * levels.call(schedule, mean_shift, x_t, t)
+        if self.mean_shift is not None:
+            mean = mean + reverse.variance * levels.call(schedule, self.mean_shift, x_t, t)
         noise = jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean + jnp.where(t > 0, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
 
-    return Sampler(step, levels.no_memory, prediction)
 
-
-def ddim(
-    eta: float = 0.0,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool | Callable = True,
-    clipped_eps: bool = True,
-) -> Sampler:
+@dataclasses.dataclass(frozen=True)
+class ddim(Sampler):
     """DDIM eq. 12: x_{t-1} = sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with sigma from eq. 16.
 
     sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
@@ -52,35 +49,44 @@ def ddim(
     prediction, clip: as `process.p_mean_variance`. variance only says whether the output has a second half to leave out.
     clipped_eps: True derives eps again from the clipped x_0, as OpenAI's code does; False keeps the network's own, as
       diffusers does unless told (DDIM's own code never clips: clip=False).
-    Raises: ValueError for an eta outside [0, 1].
+    Raises: ValueError for an eta outside [0, 1], or an unknown prediction or variance.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {eta}")
 
-    def step(key, schedule, denoise_fn, x_t, t, memory):
-        output, _ = process.split_variance(levels.call(schedule, denoise_fn, x_t, t), x_t, variance)
-        x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, prediction), clip)
-        eps = process.to_eps(schedule, *((x_0, x_t, t, "x_0") if clipped_eps else (output, x_t, t, prediction)))
+    eta: float = 0.0
+    _: dataclasses.KW_ONLY
+    prediction: str = "eps"
+    variance: str = "fixed_large"
+    clip: bool | Callable = True
+    clipped_eps: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {self.eta}")
+        self._floats("eta")
+
+    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
+        output, _ = process.split_variance(levels.call(schedule, denoise_fn, x_t, t), x_t, self.variance)
+        x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
+        eps_of = (x_0, x_t, t, "x_0") if self.clipped_eps else (output, x_t, t, self.prediction)
+        eps = process.to_eps(schedule, *eps_of)
         # eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
         # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
-        sigma = eta * jnp.sqrt(process.at(schedule.posterior_variance, t, x_t))
-        kept = (
-            1 - eta**2 * process.at(schedule.betas, t, x_t) / process.at(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
-        )
-        direction = process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * jnp.sqrt(jnp.maximum(kept, 0.0))
+        sigma = self.eta * jnp.sqrt(process.at(schedule.posterior_variance, t, x_t))
+        noise_share = process.at(schedule.betas, t, x_t) / process.at(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
+        kept = jnp.sqrt(jnp.maximum(1 - self.eta**2 * noise_share, 0.0))
+        direction = process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * kept
         mean = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, x_t)) * x_0 + direction * eps
-        if eta > 0:
+        if self.eta > 0:
             mean = mean + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean, x_0)
 
-    return Sampler(step, levels.no_memory, prediction)
 
-
-def euler(prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+def euler(*, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
     """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022): it is DDIM with eta = 0."""
-    return ddim(0.0, prediction, variance, clip)
+    return ddim(0.0, prediction=prediction, variance=variance, clip=clip)
 
 
-def euler_ancestral(prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+def euler_ancestral(*, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
     """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"): it is DDIM with eta = 1."""
-    return ddim(1.0, prediction, variance, clip)
+    return ddim(1.0, prediction=prediction, variance=variance, clip=clip)

@@ -33,7 +33,8 @@ def encode(
       start: the index to stop at, where `sample(..., start=start)` starts; T - 1 unless given.
       prediction, variance: as `ddim`, without x_prev. clip: of order 1, x_0 on the way (eps is kept, as diffusers does).
     Returns: x float32 [B, ...] (float64 for a float64 x_0), at the level of index `start`.
-    Raises: ValueError for another order, prediction x_prev, a start outside 0 ... T - 1, or clip with order 2.
+    Raises: ValueError for an x_0 that is not float, another order, prediction x_prev, a start outside 0 ... T - 1, or clip
+      with order 2.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
@@ -44,8 +45,7 @@ def encode(
     top = schedule.num_timesteps - 1 if start is None else start
     if not 0 <= top < schedule.num_timesteps:
         raise ValueError(f"start={start} must be an index of the schedule, 0 ... {schedule.num_timesteps - 1}")
-    x_0 = jnp.asarray(x_0)
-    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
+    x_0 = process.as_float("x_0", x_0)
 
     def eps_of(x, t, read):
         """The network's eps at x and index t, its output read at the level `read`."""
@@ -54,25 +54,25 @@ def encode(
 
     def up(x, eps, below, here):
         x_0 = process.clip_x_0((x - below.sigma * eps) / below.alpha, clip)
-        return here.alpha * x_0 + here.sigma * eps
+        return (here.alpha * x_0 + here.sigma * eps).astype(x.dtype)
 
     def first_order(x, t):
-        below, here = level_before(schedule, t), level(schedule, t)
+        below, here = level_before(schedule, t, x), level(schedule, t, x)
         # x has the level below, where v is read; x_0 and the score say nothing of eps at level 0.
         return up(x, eps_of(x, t, below if prediction == "v" else here), below, here), None
 
     def second_order(x, t):
-        below, here = level_before(schedule, t), level(schedule, t)
+        below, here = level_before(schedule, t, x), level(schedule, t, x)
         eps = eps_of(x, t - 1, below)
         ahead = eps_of(up(x, eps, below, here), t, here)
         return up(x, (eps + ahead) / 2, below, here), None
 
     if order == 1:
         x, _ = jax.lax.scan(first_order, x_0, jnp.arange(top + 1, dtype=jnp.int32))
-        return x.astype(x_0.dtype)
+        return x
     # x_0 itself has no eps: the first step takes the one that its own end has.
     guess, _ = first_order(x_0, jnp.int32(0))
-    below, here = level_before(schedule, 0), level(schedule, 0)
+    below, here = level_before(schedule, 0, x_0), level(schedule, 0, x_0)
     x = up(x_0, eps_of(guess, jnp.int32(0), here), below, here)
-    x, _ = jax.lax.scan(second_order, x.astype(x_0.dtype), jnp.arange(1, top + 1, dtype=jnp.int32))
+    x, _ = jax.lax.scan(second_order, x, jnp.arange(1, top + 1, dtype=jnp.int32))
     return x

@@ -30,26 +30,24 @@ class Denoised(NamedTuple):
     eps: jax.Array
 
 
-def no_memory(schedule: Schedule, x_T, num_steps: int) -> tuple:
-    """The memory of a sampler that remembers nothing."""
-    return ()
-
-
 def _level(alpha, sigma) -> Level:
     # exp(-50) is nothing beside 1, even in float64: far enough for "no noise" and for "noise alone".
     return Level(alpha, sigma, jnp.log(jnp.maximum(alpha, 1e-22)) - jnp.log(jnp.maximum(sigma, 1e-22)))
 
 
-def level(schedule: Schedule, t) -> Level:
-    """The level of index t, int []. An index above T - 1 reads T - 1: what a multistep method masks before it has history."""
-    t = jnp.minimum(t, schedule.num_timesteps - 1)
-    return _level(process.at(schedule.sqrt_alpha_bar, t, t), process.at(schedule.sqrt_one_minus_alpha_bar, t, t))
+def level(schedule: Schedule, t, x) -> Level:
+    """The level of index t, int [], in the dtype of x. An index above T - 1 reads T - 1: a multistep method masks what it
+    reads before it has history.
+    """
+    t, like = jnp.minimum(t, schedule.num_timesteps - 1), jnp.zeros((), x.dtype)
+    return _level(process.at(schedule.sqrt_alpha_bar, t, like), process.at(schedule.sqrt_one_minus_alpha_bar, t, like))
 
 
-def level_before(schedule: Schedule, t) -> Level:
-    """The level one step earlier than index t, where t leads to: x_0 itself for t = 0."""
-    alpha = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, t))
-    return _level(alpha, process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, t))
+def level_before(schedule: Schedule, t, x) -> Level:
+    """The level one step earlier than index t, where t leads to: x_0 itself for t = 0. In the dtype of x."""
+    like = jnp.zeros((), x.dtype)
+    alpha = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, like))
+    return _level(alpha, process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, like))
 
 
 def level_at(log_snr) -> Level:
@@ -58,8 +56,9 @@ def level_at(log_snr) -> Level:
 
 
 def call(schedule: Schedule, denoise_fn: Callable, x_t, t):
-    """The network's output at index t, int []."""
-    return denoise_fn(x_t, jnp.full(x_t.shape[:1], process.at(schedule.timesteps, t, t)))
+    """The network's output at index t, int [], in the dtype of x_t, whatever it computes in."""
+    time = process.at(schedule.timesteps, t, jnp.zeros((), x_t.dtype))
+    return denoise_fn(x_t, jnp.full(x_t.shape[:1], time)).astype(x_t.dtype)
 
 
 def denoise(
@@ -75,8 +74,8 @@ def denoise_at(
     schedule: Schedule, denoise_fn: Callable, x, where: Level, prediction: str, variance: str, clip: bool | Callable
 ) -> Denoised:
     """As `denoise`, at a level of the training grid between the schedule's steps. Raises: ValueError for x_prev."""
-    time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * where.lam))
-    output, _ = process.split_variance(denoise_fn(x, time), x, variance)
+    time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * where.lam).astype(x.dtype))
+    output, _ = process.split_variance(denoise_fn(x, time).astype(x.dtype), x, variance)
     if prediction == "x_0":
         x_0 = output
     elif prediction == "v":  # neither divides by an alpha that may be 0

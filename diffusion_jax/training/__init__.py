@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +26,7 @@ from diffusion_jax.training.step import (
 __all__ = [
     "Setup",
     "TrainState",
+    "check_whole_numbers",
     "create",
     "input_shape",
     "is_classifier",
@@ -50,6 +53,46 @@ class Setup(NamedTuple):
     train_step: Callable
     train_steps: Callable | None
     abstract_state: Any
+
+
+# The least value of each leaf that must be a whole number. A classifier's model lacks some of the leaves.
+MINIMUMS = {
+    "seed": 0,
+    "data.low_resolution": 0,
+    "data.memory_mb": 0,
+    "data.workers": 0,
+    "model.channels": 4,
+    "model.num_groups": 1,
+    "model.num_heads": 1,
+    "model.num_res_blocks": 1,
+    "model.num_classes": 0,
+    "diffusion.num_timesteps": 1,
+    "training.num_steps": 1,
+    "training.batch_size": 1,
+    "training.accumulation_steps": 1,
+    "training.steps_per_call": 1,
+    "training.log_every": 1,
+    "training.sample_every": 0,
+    "training.checkpoint_every": 1,
+    "training.checkpoints_kept": 1,
+    "training.checkpoint_keep_every": 0,
+}
+DTYPES = ("float32", "bfloat16")
+
+
+def check_whole_numbers(config: Mapping) -> None:
+    """Raises: ValueError for a leaf of `MINIMUMS` that is too small or no whole number, 1e4 included."""
+    for name, least in MINIMUMS.items():
+        group, _, leaf = name.rpartition(".")
+        leaves = config[group] if group else config
+        if leaf not in leaves:
+            continue
+        value = leaves[leaf]
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            integral = isinstance(value, float) and value.is_integer()
+            raise ValueError(f"{name}={value!r} must be a whole number" + (f"; write {int(value)}" if integral else ""))
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def is_classifier(config: Mapping) -> bool:
@@ -114,8 +157,11 @@ def model_from_config(config: Mapping) -> models.UNet | models.Classifier:
     """The network of `config.model`: a U-Net with the output channels that `config.diffusion.variance` asks for, or, with
     the loss "classify", a classifier.
 
-    Raises: ValueError where `model.out_channels` says otherwise, or for a leaf that the network does not have.
+    Raises: ValueError where `model.out_channels` says otherwise, for a leaf that the network does not have, or a dtype that
+    it cannot be trained in.
     """
+    _check_dtype(config["model"])
+    _check_tuples(config["model"])
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier)
     model = models.from_config(config["model"])
@@ -127,6 +173,32 @@ def model_from_config(config: Mapping) -> models.UNet | models.Classifier:
             f"need {needed}; leave it out"
         )
     return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
+
+
+def _check_dtype(config: Mapping) -> None:
+    value = config.get("dtype", "float32")
+    try:
+        name = jnp.dtype(value).name
+    except TypeError:
+        name = value
+    if name not in DTYPES:
+        reason = ": its gradients underflow without loss scaling, which this program does not have"
+        raise ValueError(
+            f"model.dtype={name!r} is not supported{reason if name == 'float16' else ''}; use {' or '.join(DTYPES)}"
+        )
+
+
+def _check_tuples(config: Mapping) -> None:
+    """Raises: ValueError for tuples of the network's leaves that hold other things than numbers of the right kind."""
+    for leaf, kind, least, example in (
+        ("channel_multipliers", (int, float), 0, "positive numbers, one a level, such as (1, 2, 2)"),
+        ("attention_levels", int, -1, "numbers of levels, such as (1,), or () for none"),
+        ("downsample_padding", int, -1, "two whole numbers, such as (0, 1)"),
+    ):
+        value = config.get(leaf, (1, 1))
+        good = isinstance(value, tuple | list) and all(type(v) is not bool and isinstance(v, kind) for v in value)
+        if not good or any(v <= least for v in value) or (leaf != "attention_levels" and not value):
+            raise ValueError(f"model.{leaf}={value!r} must be {example}")
 
 
 def _check_loss(config: Mapping) -> None:
@@ -163,10 +235,9 @@ def setup(config: Mapping) -> Setup:
 
     Raises: ValueError (or data.DataError for `config.data`) for a config that cannot be built.
     """
+    check_whole_numbers(config)
     mesh = sharding.make_mesh(config["mesh"])
     options = config["training"]
-    if options["accumulation_steps"] < 1:
-        raise ValueError(f"training.accumulation_steps={options['accumulation_steps']} must be at least 1")
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     schedule = schedule_from_config(config["diffusion"])
     _check_loss(config["diffusion"])
@@ -230,8 +301,10 @@ def create(config: Mapping) -> tuple[TrainState, Callable]:
     """(state, train_step) of a config, for use in other programs.
 
     state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
-    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. A config
-    is any nested mapping with the leaves of configs/default.py. Raises: as `setup`.
+    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. Float data,
+    already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only where `model.num_classes` or the
+    loss "classify" asks for labels. A config is any nested mapping with the leaves of configs/default.py.
+    Raises: as `setup`; train_step raises ValueError for a batch of other names, types or shapes.
     """
     built = setup(config)
     return built.init(), built.train_step

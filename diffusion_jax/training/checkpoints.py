@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from diffusion_jax.training import digests
 from diffusion_jax.training.agreement import all_say, first_says
+from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.step import TrainState
 
 _WEIGHTS = ("params", "ema_params")
@@ -75,12 +76,6 @@ def _leaves(tree) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {key(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def committed_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a committed checkpoint below `directory`, oldest first; Orbax itself would count an empty `7/` as one."""
-    found = directory.glob(f"*/{digests.COMMITTED}")
-    return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
 
 
 class Checkpoints:

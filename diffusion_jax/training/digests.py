@@ -19,6 +19,12 @@ COMMITTED = "_CHECKPOINT_METADATA"
 _NOT_LISTED = {NAME, COMMITTED, "commit_success.txt"}
 
 
+def committed_steps(directory: pathlib.Path) -> list[int]:
+    """Steps with a committed checkpoint below `directory`, oldest first; Orbax itself would count an empty `7/` as one."""
+    found = directory.glob(f"*/{COMMITTED}")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+
+
 def _digest(path: pathlib.Path) -> list:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]

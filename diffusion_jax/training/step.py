@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion_jax import losses, models, timesteps
+from diffusion_jax import data, losses, models, timesteps
 from diffusion_jax.models import upsampling
 from diffusion_jax.schedules import Schedule
 
@@ -66,7 +66,8 @@ def initial_state(
     """A fresh state; the EMA starts as a copy of the parameters."""
     diffusion = config["diffusion"]
     params = initial_params(jax.random.key(config["seed"]), model, image_shape)
-    window = {name: {"total": jnp.zeros(()), "count": jnp.zeros(())} for name in _metric_names(diffusion)}
+    zero = jnp.zeros((), jnp.float32)
+    window = {name: {"total": zero, "count": zero} for name in _metric_names(diffusion)}
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
     history = None
     if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:
@@ -109,10 +110,68 @@ class _Part(NamedTuple):
 _WHOLE = _Part()
 
 
+def _takes_labels(config: Mapping, model) -> bool:
+    """Whether the network, or the loss, needs the labels of a batch."""
+    return bool(model.num_classes) or config["diffusion"]["loss"] == "classify"
+
+
+def read_batch(batch: Mapping, shape: tuple[int, int, int], takes_labels: bool, parts: int = 1):
+    """(x_0 float32 [B, H, W, C], y int [B] or None) of a batch; only shapes and types are looked at, so it works under jit.
+
+    batch: "image", uint8 [B, H, W, C], which is scaled to [-1, 1]; or "x", float, taken as it is. "label", int [B], where
+    `takes_labels`; it is not looked at otherwise. shape: (H, W, C). parts: what B must be a multiple of.
+    Raises: ValueError for anything else.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f'a batch must be a dictionary with "image" or "x"; got {type(batch).__name__}')
+    given = [name for name in ("image", "x") if name in batch]
+    if len(given) != 1:
+        found = ", ".join(map(repr, batch)) or "nothing"
+        raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {found}')
+    (name,) = given
+    values = batch[name]
+    dtype = jnp.result_type(values)
+    if name == "image" and dtype != jnp.uint8:
+        advice = 'give float data, standardized to about [-1, 1], as "x"' if _is_float(dtype) else "convert it to uint8"
+        raise ValueError(f'batch["image"] must be uint8, gray levels 0 to 255; got {dtype}; {advice}')
+    if name == "x" and not _is_float(dtype):
+        advice = 'give it as "image"' if dtype == jnp.uint8 else "convert and standardize it"
+        raise ValueError(f'batch["x"] must be float, standardized data; got {dtype}; {advice}')
+    if jnp.ndim(values) != 4 or jnp.shape(values)[1:] != tuple(shape):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f'batch["{name}"] must have shape [B, {wanted}], as data.image_size and data.channels say; '
+            f"got {list(jnp.shape(values))}"
+        )
+    count = len(values)
+    if count < 1 or count % parts:
+        raise ValueError(f"a batch of {count} must be a multiple of training.accumulation_steps={parts}")
+    x_0 = values.astype(jnp.float32)
+    return x_0 / 127.5 - 1.0 if name == "image" else x_0, _read_labels(batch, count) if takes_labels else None
+
+
+def _is_float(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _read_labels(batch: Mapping, count: int):
+    if "label" not in batch:
+        raise ValueError(
+            f'a batch must have "label", int [{count}], for model.num_classes or diffusion.loss=classify; '
+            f"got {', '.join(map(repr, batch))}"
+        )
+    y = batch["label"]
+    if not jnp.issubdtype(jnp.result_type(y), jnp.integer) or jnp.shape(y) != (count,):
+        raise ValueError(
+            f'batch["label"] must be int of shape [{count}]; got {jnp.result_type(y)} {list(jnp.shape(y))}'
+        )
+    return y
+
+
 def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
     """(params, history, key, x_0, y, part) -> (loss [B], parts): the loss that `config.diffusion` names, in training.
 
-    history: `TrainState.loss_history`. y: int [B], the labels of the batch, whether or not the network takes any. part: the
+    history: `TrainState.loss_history`. y: int [B], the labels of the batch, None where nothing takes any. part: the
     rows that the network sees; the numbers of other rows mean nothing. Whatever it is, the draws are those of the batch.
     """
     diffusion = config["diffusion"]
@@ -135,7 +194,7 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
         low, noise_std = upsampling.downsample(x_0, low_resolution), None
         if most_noise:
             key_std, key_noise = jax.random.split(key)
-            noise_std = jax.random.uniform(key_std, x_0.shape[:1], maxval=most_noise)
+            noise_std = jax.random.uniform(key_std, x_0.shape[:1], x_0.dtype, maxval=most_noise)
             low = upsampling.augment(key_noise, low, noise_std)
         return lambda x_t: upsampling.condition(x_t, low, noise_std)
 
@@ -168,7 +227,7 @@ def make_train_step(
     rate: optax.Schedule,
     gathering: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
-    """train_step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), not yet compiled.
+    """train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
 
     Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
     ... loss_q4 (the same over each quarter of the noise levels, q1 the cleanest; NaN for a quarter the batch has no timestep
@@ -181,11 +240,13 @@ def make_train_step(
     count = config["training"]["accumulation_steps"]
     flip, extras = config["data"]["random_flip"], _PARTS[diffusion["loss"]]
     objective, names = _objective(config, model, schedule), _metric_names(diffusion)
+    shape, takes_labels = data.image_shape(config["data"]), _takes_labels(config, model)
 
     def loss_fn(params, history, key, x_0, y, index):
         part = _Part(index, count)
         loss, parts = objective(params, history, key, x_0, y, part)
-        seen = {"loss": loss} | {name: getattr(parts, name) for name in ("t", "importance", *extras)}
+        seen = {"loss": loss} | {name: getattr(parts, name) for name in ("importance", *extras)}
+        seen = {name: value.astype(jnp.float32) for name, value in seen.items()} | {"t": parts.t}  # with x64, too
         seen = jax.tree.map(part.take, seen)
         return seen["loss"].mean(), seen
 
@@ -206,11 +267,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        x_0 = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        x_0, y = read_batch(batch, shape, takes_labels, count)
         if flip:
             flipped = jax.random.bernoulli(key_flip, shape=(x_0.shape[0], 1, 1, 1))
             x_0 = jnp.where(flipped, x_0[:, :, ::-1], x_0)
-        grads, example = gradient(state.params, state.loss_history, key_loss, x_0, batch["label"])
+        grads, example = gradient(state.params, state.loss_history, key_loss, x_0, y)
         loss = example["loss"].mean()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,125 @@
+"""Whether two versions of this project compute the same numbers: 20 training steps and 8 samples of four small runs.
+
+    python benchmarks/same_numbers.py OLD NEW [--python=PATH]
+
+OLD and NEW are checkouts (`git worktree add OLD v0.1.1`). Each trains and samples by its own main.py, on the CPU, with
+one interpreter. The logs but for their times, every array of the last checkpoint and the samples must be equal to the bit.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from PIL import Image
+
+STEPS = 20
+ALL = {
+    "training.num_steps": STEPS,
+    "training.log_every": 5,
+    "training.checkpoint_every": STEPS,
+    "training.sample_every": 0,
+    "sampling.num_samples": 8,
+    "sampling.batch_size": 8,
+    "sampling.trajectory": 0,
+    "sampling.preview_samples": 0,
+}
+NARROW = {
+    "data.dataset": "folder",
+    "training.batch_size": 8,
+    "optimizer.warmup_steps": 0,
+    "sampling.steps": 10,
+    "sampling.spacing": "trailing",
+}
+RUNS = {
+    "digits": {"sampling.steps": 25, "sampling.spacing": "trailing"},
+    "digits_conditional": {"sampling.steps": 25, "sampling.spacing": "trailing"},
+    "cifar10": {"model.channels": 32, **NARROW},
+    "imagenet64_adm": {
+        "model.channels": 32,
+        "model.num_res_blocks": 1,
+        "model.num_classes": 3,
+        "model.head_channels": 16,
+        **NARROW,
+    },
+}
+TIMES = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
+
+
+def write_images(directory: pathlib.Path, size: int) -> None:
+    """24 random images of `size` pixels in three classes."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = directory / f"class{i % 3}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(path)
+
+
+def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+    """Trains and samples; returns the log's lines, the checkpoint's arrays and the samples by name."""
+    leaves = ALL | RUNS[name]
+    if leaves.get("data.dataset") == "folder":
+        leaves["data.data_dir"] = str(data_dir)
+    flags = [f"--config.{leaf}={value}" for leaf, value in leaves.items()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
+    for mode in ("train", "sample"):
+        command = [python, "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}", f"--mode={mode}", *flags]
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+    arrays = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        arrays |= {f"log {record['step']} {key}": value for key, value in record.items() if key not in TIMES}
+    for item in sorted((workdir / "checkpoints" / str(STEPS)).iterdir()):
+        if (item / "_METADATA").is_file():
+            tree = ocp.PyTreeCheckpointer().restore(item)
+            flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+            arrays |= {f"{item.name} {jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in flat}
+    (samples,) = (workdir / "samples").glob("*.npz")
+    with np.load(samples) as stored:
+        arrays |= {f"samples {key}": stored[key] for key in ("arr_0", "arr_1") if key in stored}
+    return arrays
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """The names of what is missing on one side or differs in a bit, a type or a shape."""
+    differing = sorted(old.keys() ^ new.keys())
+    for key in sorted(old.keys() & new.keys()):
+        a, b = np.asarray(old[key]), np.asarray(new[key])
+        if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
+            differing.append(key)
+    return differing
+
+
+def main() -> int:
+    """Prints a line for each run; the exit code is 1 where anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=pathlib.Path)
+    parser.add_argument("new", type=pathlib.Path)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--runs", default=",".join(RUNS), help="comma-separated; all unless given")
+    options = parser.parse_args()
+    failed = False
+    for name in options.runs.split(","):
+        with tempfile.TemporaryDirectory() as temporary:
+            root = pathlib.Path(temporary)
+            write_images(root / "images", 64 if "64" in name else 32)
+            sides = [
+                run(options.python, checkout.resolve(), name, root / side, root / "images")
+                for side, checkout in (("old", options.old), ("new", options.new))
+            ]
+        differing = differences(*sides)
+        failed |= bool(differing)
+        shown = f"{len(differing)} differ: {', '.join(differing[:5])}" if differing else "equal to the bit"
+        print(f"{name}: {len(sides[0])} arrays and numbers, {shown}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Class labels, checked before a gather would take another class for a wrong one.
+
+Imports nothing else from this package: the losses, the guidance and the networks read labels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def in_range(y, num_classes: int) -> jax.Array:
+    """y as an int array, where labels outside 0 ... num_classes - 1 are `num_classes`: beyond the end, so gathers give NaN.
+
+    Raises: ValueError for a y that is not int, and for labels outside the range unless y is traced, so that its values are
+      unknown.
+    """
+    if not isinstance(y, jax.core.Tracer):
+        y = np.asarray(y)
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"labels must be int, 0 ... {num_classes - 1}; got {y.dtype}")
+    outside = (y < 0) | (y >= num_classes)
+    if isinstance(y, np.ndarray) and outside.any():
+        raise ValueError(f"labels must lie in 0 ... {num_classes - 1}, got {y[outside].flat[0]}")
+    return jnp.where(outside, num_classes, y)

@@ -1,0 +1,260 @@
+"""Results are float32 for float32, bfloat16 and float16, with x64 on or off, and float64 for float64 under x64.
+
+Every public function of the core has a row here; shapes alone are computed (`jax.eval_shape`) but where said otherwise.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
+
+KEY = jax.random.key(0)
+FULL = schedules.from_betas(schedules.betas("linear", 20))
+T, Y, NULL = jnp.array([0, 7], jnp.int32), jnp.array([0, 2]), 3
+MASK = np.array([True, False, True])
+
+
+def network(x, time, *y):
+    """A network in bfloat16, as some are, whose time has the dtype that the rule asks for."""
+    assert time.dtype == x.dtype, f"x_t is {x.dtype}, the network time {time.dtype}"
+    return (0.3 * x + 0.01 * time[:, None, None, None]).astype(jnp.bfloat16)
+
+
+def exact(x, time, *y):
+    """A network whose own constants are float64, which under x64 must not spread."""
+    return jnp.asarray(np.float64(0.3) * x, jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+
+def doubled(x, time):
+    """A network with a learned variance."""
+    return jnp.concatenate([network(x, time), x.astype(jnp.bfloat16)], axis=-1)
+
+
+def logits(x, time):
+    """A classifier of three classes in bfloat16."""
+    return (x.mean(axis=(1, 2)) + time[:, None]).astype(jnp.bfloat16)
+
+
+def times(x):
+    """Network times, as a caller makes them."""
+    return jnp.asarray(FULL.timesteps)[T].astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def low(x):
+    """As a network's output: bfloat16, unless images are float64."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.bfloat16)
+
+
+def alone(x):
+    """Numbers [4] of the images."""
+    return x[0, 0, :, 0]
+
+
+CASES = {
+    "process.as_float": lambda x: process.as_float("x", x),
+    "process.promote": lambda x: process.promote(x=x, y=x),
+    "process.at": lambda x: process.at(FULL.betas, T, x),
+    "process.network_time": lambda x: process.network_time(FULL, T, x),
+    "process.q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
+    "process.q_sample": lambda x: process.q_sample(FULL, x, T, x),
+    "process.q_step_mean_variance": lambda x: process.q_step_mean_variance(FULL, x, T),
+    "process.q_step": lambda x: process.q_step(FULL, x, T, x),
+    "process.q_posterior": lambda x: process.q_posterior(FULL, x, x, T),
+    "process.to_x_0": lambda x: [process.to_x_0(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
+    "process.to_eps": lambda x: [process.to_eps(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
+    "process.to_v": lambda x: [process.to_v(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
+    "process.to_score": lambda x: [process.to_score(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
+    "process.eps_at": lambda x: [
+        process.eps_at(np.float64(0.6), np.float64(0.8), low(x), x, p) for p in ("eps", "x_0", "v", "score")
+    ],
+    "process.split_variance": lambda x: process.split_variance(jnp.concatenate([x, x], -1), x, "learned"),
+    "process.clip_x_0": lambda x: [process.clip_x_0(x, clip) for clip in (True, False, lambda x: low(x))],
+    "process.dynamic_threshold": lambda x: process.dynamic_threshold()(x),
+    "process.p_mean_variance": lambda x: [
+        process.p_mean_variance(FULL, jnp.concatenate([low(x), low(x)], -1) if "learned" in v else low(x), x, T, p, v)
+        for p in process.PREDICTIONS
+        for v in process.VARIANCES
+    ],
+    "schedules.Schedule.log_snr": lambda x: FULL.log_snr(alone(x)),
+    "schedules.Schedule.time_at_log_snr": lambda x: FULL.time_at_log_snr(alone(x)),
+    "losses.snr_weight": lambda x: losses.snr_weight(alone(x)),
+    "losses.min_snr_weight": lambda x: losses.min_snr_weight(alone(x)),
+    "losses.truncated_snr_weight": lambda x: losses.truncated_snr_weight(alone(x)),
+    "losses.p2_weight": lambda x: losses.p2_weight(alone(x)),
+    "losses.simple": lambda x: [
+        losses.simple(KEY, FULL, f, x, prediction=prediction, weighting=weighting, timestep_sampler=timestep_sampler)
+        for f, timestep_sampler in [(network, "uniform"), (exact, lambda key, b, n: (jnp.zeros(b, int), np.ones(b)))]
+        for prediction, weighting in [
+            *((prediction, None) for prediction in process.PREDICTIONS),
+            *(("x_prev", weighting) for weighting in losses.WEIGHTINGS),
+            ("score", lambda snr: snr * np.float64(2)),
+        ]
+    ],
+    "losses.vlb": lambda x: losses.vlb(KEY, FULL, doubled, x),
+    "losses.hybrid": lambda x: losses.hybrid(KEY, FULL, doubled, x, weighting="p2", vlb_weight=np.float64(0.1)),
+    "losses.classify": lambda x: losses.classify(KEY, FULL, logits, x, Y),
+    "likelihood.gaussian_kl": lambda x: likelihood.gaussian_kl(x, 0.0, low(x), 1),
+    "likelihood.decoder_log_prob": lambda x: [
+        likelihood.decoder_log_prob(x, low(x), low(x), levels, cdf) for levels in (None, 256) for cdf in likelihood.CDFS
+    ],
+    "likelihood.prior_term": lambda x: likelihood.prior_term(FULL, x),
+    "likelihood.bound_term": lambda x: likelihood.bound_term(FULL, low(x), x, x, T),
+    "likelihood.bits_per_dim": lambda x: [
+        likelihood.bits_per_dim(KEY, FULL, f, x, strata=strata, tables=tables)
+        for f, strata, tables in [(network, None, True), (exact, 2, True), (network, None, False)]
+    ],
+    "likelihood.rate_distortion": lambda x: likelihood.rate_distortion(alone(x)[0], alone(x), alone(x)),
+    "guidance.classifier_free": lambda x: [
+        guidance.classifier_free(f, Y, NULL, np.float64(1.5), rescale=np.float64(0.5), interval=(2, 5))(x, times(x))
+        for f in (lambda x, *more: low(x), exact)
+    ],
+    "guidance.class_log_prob": lambda x: guidance.class_log_prob(logits, Y)(x, times(x)),
+    "guidance.log_prob_gradient": lambda x: guidance.log_prob_gradient(
+        guidance.class_log_prob(logits, Y), np.float64(2)
+    )(x, times(x)),
+    "guidance.classifier": lambda x: [
+        guidance.classifier(f, guidance.class_log_prob(logits, Y), FULL, np.float64(2), prediction=p)(x, times(x))
+        for f in (network, exact)
+        for p in ("eps", "x_0", "v", "score")
+    ],
+    "editing.project": lambda x: editing.project(editing.average_pool(2), editing.average_pool(2).measure(x))(low(x)),
+    "editing.slerp": lambda x: editing.slerp(x, x + 1, np.float64(0.3)),
+    "editing.grey": lambda x: [editing.grey().measure(x), editing.grey().invert(x[..., :1])],
+    "editing.average_pool": lambda x: [editing.average_pool(2).measure(x), editing.average_pool(2).invert(x)],
+    "editing.masked": lambda x: [editing.masked(MASK).measure(x), editing.masked(MASK).invert(x)],
+}
+
+SAMPLERS = {
+    "ddpm": sampling.ddpm(),
+    "ddim": sampling.ddim(1.0),
+    "euler": sampling.euler(),
+    "euler_ancestral": sampling.euler_ancestral(),
+    "dpm_solver_pp": sampling.dpm_solver_pp(),
+    "dpm_solver_pp, order 3, sde": sampling.dpm_solver_pp(3, sde=True),
+    "dpm_solver_pp, singlestep": sampling.dpm_solver_pp(3, singlestep=True),
+    "deis": sampling.deis(),
+    "unipc": sampling.unipc(),
+    "heun": sampling.heun(),
+    "heun, churn": sampling.heun(churn=5.0),
+    "pndm": sampling.pndm(),
+    "pndm, PLMS": sampling.pndm(runge_kutta=False),
+}
+SAMPLING = {
+    f"sampling.{name}": lambda x, sampler=sampler: [
+        sampling.sample(KEY, FULL, f, x, sampler, trajectory=True) for f in (network, exact)
+    ]
+    for name, sampler in SAMPLERS.items()
+}
+SAMPLING |= {
+    "sampling.ddpm, mean_shift": lambda x: sampling.sample(
+        KEY, FULL, network, x, sampling.ddpm(mean_shift=lambda x, time: low(x))
+    ),
+    "sampling.encode": lambda x: [
+        sampling.encode(FULL, f, x, order=order) for f in (network, exact) for order in (1, 2)
+    ],
+    "editing.sdedit": lambda x: editing.sdedit(KEY, FULL, network, x, sampling.dpm_solver_pp()),
+    "editing.replacement": lambda x: sampling.sample(
+        KEY, FULL, network, x, editing.replacement(sampling.unipc(), x, MASK)
+    ),
+    "editing.repaint": lambda x: editing.repaint(KEY, FULL, network, x, MASK, resamplings=2, jump=5),
+    "editing.interpolate": lambda x: [
+        editing.interpolate(KEY, FULL, network, x, x + 1, np.linspace(0, 1, 3), sampling.ddim(), t=t) for t in (None, 9)
+    ],
+}
+
+# What has no arrays to promote: the dtype of x is not an argument, or the function reads none of its values.
+NO_ARRAYS = {
+    "process.check_terminal_snr",
+    "schedules.betas",
+    "schedules.from_betas",
+    "schedules.respace",
+    "schedules.cast_table",
+    "timesteps.uniform",
+    "timesteps.antithetic",
+    "timesteps.stratified",
+    "timesteps.loss_history",
+    "timesteps.record",
+    "timesteps.step_probabilities",
+    "timesteps.loss_second_moment",
+    "editing.as_mask",
+    "sampling.sample",
+}
+
+
+def public_functions():
+    """module.function of the core, found by looking."""
+    modules = (process, schedules, losses, likelihood, guidance, editing, timesteps)
+    for module in modules:
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                yield f"{module.__name__.removeprefix('diffusion_jax.')}.{name}"
+    for name in sampling.__all__:
+        if inspect.isfunction(getattr(sampling, name)):
+            yield f"sampling.{name}"
+
+
+def test_every_public_function_has_a_row():
+    assert set(public_functions()) - set(CASES) - set(SAMPLING) - NO_ARRAYS == set()
+
+
+DTYPES = [(dtype, x64) for x64 in (False, True) for dtype in ("float16", "bfloat16", "float32")] + [("float64", True)]
+
+
+def check(function, dtype, x64, evaluate=False):
+    with jax.enable_x64(x64):
+        shape = (2, 4, 4, 3)
+        if evaluate:
+            results = function(jnp.asarray(np.linspace(-1, 1, np.prod(shape)).reshape(shape), dtype))
+        else:
+            results = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, dtype))
+        found = {leaf.dtype for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        assert found == {jnp.dtype("float64" if dtype == "float64" else "float32")}
+        whole = {leaf.dtype for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.integer)}
+        assert whole <= {jnp.dtype("int32"), jnp.dtype("int64")}
+        return results
+
+
+@pytest.mark.parametrize(("dtype", "x64"), DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_float32_or_float64_by_the_rule(name, dtype, x64):
+    check(CASES[name], dtype, x64)
+
+
+@pytest.mark.parametrize(("dtype", "x64"), DTYPES)
+@pytest.mark.parametrize("name", SAMPLING)
+def test_samples_are_float32_or_float64_by_the_rule(name, dtype, x64):
+    check(SAMPLING[name], dtype, x64)
+
+
+@pytest.mark.parametrize(("dtype", "x64"), [("bfloat16", False), ("float32", True), ("float64", True)])
+@pytest.mark.parametrize("name", ["process.p_mean_variance", "likelihood.decoder_log_prob", "guidance.classifier"])
+def test_computed_results_have_the_dtype_too(name, dtype, x64):
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(check(CASES[name], dtype, x64, evaluate=True)))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_timesteps_are_int32_and_their_weights_float32(x64):
+    with jax.enable_x64(x64):
+        history = timesteps.record(timesteps.loss_history(20, 2), T, jnp.asarray([0.5, 2.0]))
+        assert [leaf.dtype for leaf in history] == [jnp.float32, jnp.int32]
+        assert timesteps.step_probabilities(history).dtype == jnp.float32
+        for sampler in (*timesteps.SAMPLERS.values(), timesteps.loss_second_moment(history)):
+            t, weight = sampler(KEY, 5, 20)
+            assert (t.dtype, weight.dtype) == (jnp.int32, jnp.float32)
+
+
+def test_x64_changes_no_draw():
+    """The same timesteps and noise for float32 images, whatever the mode."""
+    x_0 = np.full((4, 2, 2, 1), 0.25, np.float32)
+    for sampler in timesteps.SAMPLERS:
+        drawn = []
+        for x64 in (False, True):
+            with jax.enable_x64(x64):
+                loss, parts = losses.simple(KEY, FULL, lambda x, time: 0 * x, x_0, timestep_sampler=sampler)
+                drawn.append([np.asarray(v) for v in (loss, parts.t, parts.eps, parts.x_t)])
+        for off, on in zip(*drawn, strict=True):
+            np.testing.assert_allclose(on, off, rtol=1e-6)

@@ -1,0 +1,208 @@
+"""Arrays and options of a wrong kind are refused with one clear line, not computed with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
+
+KEY = jax.random.key(0)
+FULL = schedules.from_betas(schedules.betas("linear", 20))
+JSD = schedules.from_betas(schedules.betas("jsd", 20))
+T = jnp.array([0, 7])
+PIXELS = np.full((2, 4, 4, 3), 200, np.uint8)
+X, MASK = jnp.zeros((2, 4, 4, 3)), np.array([True, False, True])
+
+
+def network(x, time):
+    return 0.3 * x
+
+
+TAKERS = {
+    "q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
+    "q_sample": lambda x: process.q_sample(FULL, x, T, X),
+    "q_sample, eps": lambda x: process.q_sample(FULL, X, T, x),
+    "q_step_mean_variance": lambda x: process.q_step_mean_variance(FULL, x, T),
+    "q_step": lambda x: process.q_step(FULL, x, T, X),
+    "q_posterior": lambda x: process.q_posterior(FULL, x, X, T),
+    "q_posterior, x_t": lambda x: process.q_posterior(FULL, X, x, T),
+    "to_x_0": lambda x: process.to_x_0(FULL, X, x, T),
+    "to_eps": lambda x: process.to_eps(FULL, X, x, T),
+    "to_v": lambda x: process.to_v(FULL, X, x, T),
+    "to_v of v": lambda x: process.to_v(FULL, x, X, T, "v"),
+    "to_score": lambda x: process.to_score(FULL, X, x, T),
+    "eps_at": lambda x: process.eps_at(0.6, 0.8, X, x, "x_0"),
+    "split_variance": lambda x: process.split_variance(x, X, "fixed_small"),
+    "clip_x_0": lambda x: process.clip_x_0(x, True),
+    "dynamic_threshold": lambda x: process.dynamic_threshold()(x),
+    "p_mean_variance": lambda x: process.p_mean_variance(FULL, X, x, T),
+    "simple": lambda x: losses.simple(KEY, FULL, network, x),
+    "vlb": lambda x: losses.vlb(KEY, FULL, network, x, variance="fixed_small"),
+    "decoder_log_prob": lambda x: likelihood.decoder_log_prob(x, X, X),
+    "prior_term": lambda x: likelihood.prior_term(FULL, x),
+    "bound_term": lambda x: likelihood.bound_term(FULL, X, x, X, T),
+    "bits_per_dim": lambda x: likelihood.bits_per_dim(KEY, FULL, network, x),
+    "sdedit": lambda x: editing.sdedit(KEY, FULL, network, x, sampling.ddim()),
+    "replacement": lambda x: editing.replacement(sampling.ddim(), x, MASK),
+    "repaint": lambda x: editing.repaint(KEY, FULL, network, x, MASK, jump=5),
+    "project": lambda x: editing.project(editing.average_pool(2), x),
+    "measure": lambda x: editing.average_pool(2).measure(x),
+    "slerp": lambda x: editing.slerp(x, X, 0.5),
+    "interpolate": lambda x: editing.interpolate(KEY, FULL, network, x, X, [0.5], sampling.ddim()),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_images_that_are_not_float(name, dtype):
+    with pytest.raises(
+        ValueError, match=rf"must be float, images in \[-1, 1\]; got {dtype}; convert with x / 127.5 - 1"
+    ):
+        TAKERS[name](PIXELS.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, t: process.network_time(FULL, t, x),
+        lambda x, t: process.q_mean_variance(FULL, x, t),
+        lambda x, t: process.q_sample(FULL, x, t, x),
+        lambda x, t: process.q_step(FULL, x, t, x),
+        lambda x, t: process.q_posterior(FULL, x, x, t),
+        lambda x, t: process.to_x_0(FULL, x, x, t, "x_0"),
+        lambda x, t: process.to_eps(FULL, x, x, t),
+        lambda x, t: process.to_v(FULL, x, x, t, "v"),
+        lambda x, t: process.to_score(FULL, x, x, t),
+        lambda x, t: process.p_mean_variance(FULL, x, x, t),
+        lambda x, t: likelihood.bound_term(FULL, x, x, x, t),
+    ],
+)
+def test_indices_of_another_shape(function):
+    x = jnp.ones((1, 3))
+    for t in (jnp.arange(5), jnp.zeros((1, 1), int), jnp.zeros((0,), int)):
+        if t.shape != x.shape[: t.ndim]:
+            with pytest.raises(ValueError, match=r"t must be one index, or one for each row of x: \(1,\)"):
+                function(x, t)
+    with pytest.raises(ValueError, match="t must be int, an index of the schedule; got float32"):
+        function(x, jnp.zeros(1))
+    function(x, jnp.array([3]))
+    function(x, jnp.int32(3))
+    jax.vmap(function)(jnp.ones((5, 3)), jnp.arange(5))
+
+
+@pytest.mark.parametrize("clip", ["no", "True", 1, 0.995, None])
+def test_a_clip_is_a_bool_or_a_function(clip):
+    with pytest.raises(ValueError, match="clip must be True, False or a function of x_0, got"):
+        process.p_mean_variance(FULL, X, X, T, clip=clip)
+
+
+def test_a_clip_may_be_numpy_s_bool():
+    far = 5 + X
+    assert process.p_mean_variance(FULL, far, X, T, "x_0", clip=np.bool_(True)).x_0.max() == 1
+    assert process.p_mean_variance(FULL, far, X, T, "x_0", clip=np.bool_(False)).x_0.max() == 5
+
+
+def logits(x, time):
+    return jnp.stack([x.mean((1, 2, 3)), 0 * time, 1 + 0 * time], axis=-1)
+
+
+def test_labels_of_class_log_prob():
+    time = jnp.zeros(2)
+    expected = np.log(np.exp([0.0, 1.0]) / np.exp([0.0, 0.0, 1.0]).sum())
+    np.testing.assert_allclose(guidance.class_log_prob(logits, jnp.array([0, 2]))(X, time), expected, rtol=1e-6)
+    for bad in (3, -1):
+        with pytest.raises(ValueError, match=rf"labels must lie in 0 \.\.\. 2, got {bad}"):
+            guidance.class_log_prob(logits, jnp.array([0, bad]))(X, time)
+        traced = jax.jit(lambda y: guidance.class_log_prob(logits, y)(X, time))(jnp.array([0, bad]))
+        np.testing.assert_allclose(traced[0], expected[0], rtol=1e-6)
+        assert np.isnan(traced[1])
+    with pytest.raises(ValueError, match="labels must be int"):
+        guidance.class_log_prob(logits, jnp.array([0.0, 1.0]))(X, time)
+    with pytest.raises(ValueError, match=r"y has shape \(1,\) but there are 2 rows of logits"):
+        guidance.class_log_prob(logits, jnp.array([1]))(X, time)
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "words"),
+    [
+        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' has a spacing of its own"),
+        ("ddim5", "leading", "spacing 'leading' is for a number of steps"),
+        ([1, 2, 3], "trailing", "spacing 'trailing' is for a number of steps"),
+        ([1.5, 2.5], "log_snr", "spacing 'log_snr' is for a number of steps"),
+        (np.array([1, 2]), "leading", "spacing 'leading' is for a number of steps"),
+        ([1, 2, 3], "bogus", "unknown spacing 'bogus'; known: leading, trailing, linspace, quadratic, openai, karras"),
+        ("10", "bogus", "unknown spacing 'bogus'"),
+        (5, "bogus", "unknown spacing 'bogus'"),
+        (5, "", "unknown spacing ''"),
+    ],
+)
+def test_a_spacing_that_would_be_ignored(steps, spacing, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.respace(FULL, steps, spacing)
+
+
+def test_openai_s_spacing_by_name_is_the_string():
+    for count in (1, 7, 20):
+        by_name, by_string = schedules.respace(FULL, count, "openai"), schedules.respace(FULL, str(count))
+        np.testing.assert_array_equal(by_name.timesteps, by_string.timesteps)
+    np.testing.assert_array_equal(schedules.respace(FULL, 5).timesteps, schedules.respace(FULL, 5, "leading").timesteps)
+
+
+def test_options_of_an_encoding_that_is_not_made():
+    for options in ({"ordr": 7}, {"order": 2}):
+        with pytest.raises(ValueError, match=rf"interpolate does not take {next(iter(options))} with t=3"):
+            editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), t=3, **options)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)"):
+        editing.interpolate(KEY, FULL, network, X, X[:1], [0.5], sampling.ddim(), t=3)
+
+
+@pytest.mark.parametrize("mask", [np.array([0, 255, 0], np.uint8), np.array([0.0, 0.5, 1.0])])
+def test_a_mask_of_other_values(mask):
+    with pytest.raises(ValueError, match="a mask holds 1 where pixels are known and 0 elsewhere, got"):
+        editing.repaint(KEY, FULL, network, X, mask, jump=5)
+    with pytest.raises(ValueError, match="a mask holds 1"):
+        editing.replacement(sampling.ddim(), X, mask)
+    with pytest.raises(ValueError, match="a mask holds 1"):
+        editing.masked(mask)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_a_bound_at_zero_terminal_snr(prediction):
+    """x_0 of eps is unknown at the last step; under jit, where t cannot be seen, that was NaN."""
+
+    def doubled(x, time):
+        return jnp.concatenate([x, x], -1)
+
+    for loss in (losses.vlb, losses.hybrid):
+        with pytest.raises(ValueError, match="says nothing about x_0 there"):
+            jax.jit(lambda key, loss=loss: loss(key, JSD, doubled, X, prediction=prediction))(KEY)
+        for t in (0, 19):
+            last = lambda key, b, n, t=t: (jnp.full(b, t), jnp.ones(b))  # noqa: E731
+            assert np.isfinite(loss(KEY, JSD, doubled, X, prediction="v", timestep_sampler=last)[0]).all()
+    with pytest.raises(ValueError, match="says nothing about x_0 there"):
+        losses.simple(KEY, JSD, network, X, prediction=prediction, weighting="truncated_snr")
+    last = lambda key, b, n: (jnp.full(b, n - 1), jnp.ones(b))  # noqa: E731
+    for weighting in (None, "snr", "min_snr", "p2"):
+        loss, _ = losses.simple(KEY, JSD, network, X, prediction=prediction, weighting=weighting, timestep_sampler=last)
+        assert (np.asarray(loss) < 10).all()
+
+
+def test_a_terminal_step_that_is_not_visited():
+    process.check_terminal_snr(JSD, "eps", 18)
+    for first in (None, 19):
+        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps says nothing"):
+            process.check_terminal_snr(JSD, "eps", first)
+
+
+def test_timestep_samplers_by_name():
+    for name, sampler in timesteps.SAMPLERS.items():
+        for loss in (losses.simple, losses.vlb, losses.hybrid):
+            f = network if loss is losses.simple else lambda x, time: jnp.concatenate([0.3 * x, x], -1)
+            by_name, by_function = (loss(KEY, FULL, f, X, timestep_sampler=s)[1].t for s in (name, sampler))
+            np.testing.assert_array_equal(by_name, by_function)
+        losses.classify(KEY, FULL, logits, X, jnp.array([0, 1]), timestep_sampler=name)
+    with pytest.raises(ValueError, match=r"needs the losses seen so far; give timesteps.loss_second_moment\(history\)"):
+        losses.simple(KEY, FULL, network, X, timestep_sampler="loss_second_moment")
+    with pytest.raises(ValueError, match="unknown timestep_sampler 'even'; known: uniform, antithetic, stratified"):
+        losses.simple(KEY, FULL, network, X, timestep_sampler="even")
