@@ -290,7 +290,7 @@ def prepare(tree: pathlib.Path, cache: pathlib.Path) -> None:
 
 
 def run_all(pending: list[Mutant], results: Results, digests: dict, jobs: int, work: pathlib.Path) -> None:
-    """Runs the mutants and records each, with the digest of its file's tests. Raises: SystemExit if those fail without any mutant."""
+    """Runs the mutants and records each under its digest. Raises: SystemExit if tests fail without any mutant."""
     cache = work / "cache"
     trees = [work / f"tree{i}" for i in range(jobs)]
     for tree in trees:
