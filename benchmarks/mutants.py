@@ -141,9 +141,10 @@ def draw(file: str, count: int, seed: int, root: pathlib.Path = ROOT) -> list[Mu
 
 
 def copy_tree(target: pathlib.Path, root: pathlib.Path = ROOT) -> None:
-    """A copy of what git tracks, as it is in the work tree."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
+    """A copy of the work tree without what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
