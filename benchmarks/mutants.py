@@ -38,23 +38,30 @@ BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 MEMORY = 8 * 2**30  # bytes for each process: a mutant can ask for any amount
 
 # Each file's own tests, in the order in which they run: those most likely to fail first.
-_SAMPLERS = ("test_sampling.py", "test_solvers.py")
-_SOLVERS = ("test_solvers.py", "test_sampling.py")
+_STEPS, _VALUES, _REFUSALS = "test_sampler_steps.py", "test_sampler_values.py", "test_refusals.py"
+_SAMPLERS = (_VALUES, "test_sampling.py", _STEPS, "test_solvers.py")
+_SOLVERS = (_STEPS, "test_solvers.py", _VALUES, "test_sampling.py")
 TESTS = {
-    "process": ("test_process.py", "test_sampling.py"),
-    "schedules": ("test_schedules.py",),
-    "losses": ("test_losses.py", "test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t"),
-    "likelihood": ("test_likelihood.py",),
-    "guidance": ("test_guidance.py",),
-    "timesteps": ("test_losses.py",),
-    "editing": ("test_editing.py",),
+    "process": ("test_process.py", _REFUSALS, "test_sampling.py"),
+    "schedules": ("test_schedules.py", _REFUSALS),
+    "losses": (
+        "test_losses.py",
+        _REFUSALS,
+        "test_dtypes.py",
+        "test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t",
+    ),
+    "likelihood": ("test_likelihood.py", _REFUSALS, "test_dtypes.py"),
+    "guidance": ("test_guidance.py", _REFUSALS),
+    "timesteps": (_REFUSALS, "test_losses.py"),
+    "editing": ("test_editing.py", _REFUSALS),
     "sampling/ancestral": _SAMPLERS,
     "sampling/driver": _SAMPLERS,
     "sampling/exponential": _SOLVERS,
     "sampling/inversion": _SOLVERS,
     "sampling/levels": _SOLVERS,
     "sampling/runge_kutta": _SOLVERS,
-    "training/step": ("test_training.py", "test_upsampling.py"),
+    "sampling/spacing": ("test_spacing.py",),
+    "training/step": ("test_train_step.py", "test_training.py", "test_upsampling.py"),
 }
 
 
@@ -134,9 +141,10 @@ def draw(file: str, count: int, seed: int, root: pathlib.Path = ROOT) -> list[Mu
 
 
 def copy_tree(target: pathlib.Path, root: pathlib.Path = ROOT) -> None:
-    """A copy of what git tracks, as it is in the work tree."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
+    """A copy of the work tree without what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
@@ -289,8 +297,8 @@ def prepare(tree: pathlib.Path, cache: pathlib.Path) -> None:
         raise SystemExit(f"error: the tests would not import the mutated package: {found.stdout}{found.stderr}")
 
 
-def run_all(pending: list[Mutant], results: Results, jobs: int, work: pathlib.Path) -> None:
-    """Runs the mutants and records each. Raises: SystemExit if a file's tests fail without any mutant."""
+def run_all(pending: list[Mutant], results: Results, digests: dict, jobs: int, work: pathlib.Path) -> None:
+    """Runs the mutants and records each under its digest. Raises: SystemExit if tests fail without any mutant."""
     cache = work / "cache"
     trees = [work / f"tree{i}" for i in range(jobs)]
     for tree in trees:
@@ -327,7 +335,7 @@ def run_all(pending: list[Mutant], results: Results, jobs: int, work: pathlib.Pa
         try:
             for future in concurrent.futures.as_completed(futures):
                 mutant, (outcome, output, seconds) = future.result()
-                results.add(mutant, digest_of_tests(mutant.file), outcome, output, seconds)
+                results.add(mutant, digests[mutant.file], outcome, output, seconds)
                 done += 1
                 left = (time.monotonic() - began) / done * (len(pending) - done)
                 said = {"passed": "SURVIVED", "failed": "killed", "timeout": "killed by the time limit"}[outcome]
@@ -377,7 +385,7 @@ def main() -> None:
     pending = [mutant for mutant in mutants if kept(mutant) is None]
     if pending:
         with tempfile.TemporaryDirectory(prefix="mutants") as work:
-            run_all(pending, results, options.jobs, pathlib.Path(work))
+            run_all(pending, results, digests, options.jobs, pathlib.Path(work))
     rows = [kept(mutant) for mutant in mutants]
     sites = {file: len(places((ROOT / PACKAGE / f"{file}.py").read_text())) for file in files}
     text = report(rows, sites, options.seed, reasons())
