@@ -200,9 +200,9 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     )
     drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert captions == [["9 fox", "7 tabby cat"] * 3]
+    assert captions == [["9: fox", "7: tabby cat"] * 3]
     assert "_class9-7" in drawn.path.name
-    assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8 9", "12"]
+    assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -91,7 +92,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if behavior == "drops":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif behavior == "stalls":
-            self.server.stalled.wait(20)
+            self.server.stalled.wait(200)
         elif behavior != "no length":
             self.wfile.write(body[len(body) // 2 :])
 
@@ -178,8 +179,8 @@ def test_without_permission_to_download(server, tmp_path):
     [
         ("404", "download failed: .*HTTP code: 404.*same command"),
         ("403", "HTTP code: 403"),
-        ("503", "download failed: .*too many 503 error responses"),
-        ("drops", "download failed: .*Connection broken.*same command"),
+        ("503", "download failed: too many 503 error responses"),
+        ("drops", "download failed: Connection broken: IncompleteRead.*; run the same command"),
         ("no length", "wrong checksum.*same command"),
         ("stalls", "download failed: .*Read timed out"),
         ("damaged", "wrong checksum"),
@@ -360,3 +361,31 @@ def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
     shard.unlink()
     with pytest.raises(data.DataError, match="No such file"):
         data.load(part)
+
+
+LAUNCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_prepare import LocalFruit, config, data, preparation
+preparation._READ_SECONDS = 1000
+LocalFruit.url, LocalFruit.url_infos = sys.argv[2], None
+data.load(config(sys.argv[3]))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_launch_that_is_stopped_while_it_downloads(server, tmp_path, stop):
+    """The next one begins anew, and nothing of the first is left."""
+    server.behavior = "stalls"
+    tests = str(pathlib.Path(__file__).parent)
+    launch = subprocess.Popen([sys.executable, "-c", LAUNCH, tests, LocalFruit.url, str(tmp_path)])
+    while not list(tmp_path.rglob("*.tmp.*/fruit.zip")):
+        assert launch.poll() is None
+        time.sleep(0.05)
+    launch.send_signal(stop)
+    launch.wait(timeout=150)  # although the server is silent
+    assert bool(leftovers(tmp_path)) == (stop == signal.SIGKILL)
+    server.behavior = "good"
+    check(data.load(config(tmp_path)))
+    assert not leftovers(tmp_path)

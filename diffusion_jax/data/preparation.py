@@ -124,10 +124,42 @@ def _exclusive(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[float
 
 
 class _Meter:
-    """Bytes that were downloaded, those that are expected, and whether downloads must end."""
+    """Bytes that were downloaded, those that are expected, and a way to end what is being downloaded."""
 
     def __init__(self):
         self.done, self.total, self.stopped = 0, 0, False
+        self._open: set = set()
+
+    def count(self, response) -> None:
+        """Counts the bytes of a response while they are read."""
+        self.total += int(response.headers.get("Content-Length", 0))
+        self._open.add(response)
+        read = response.iter_content
+
+        def counted(*args, **kwargs):
+            try:
+                for block in read(*args, **kwargs):
+                    self.check()
+                    self.done += len(block)
+                    yield block
+            finally:
+                self._open.discard(response)
+
+        response.iter_content = counted
+
+    def check(self) -> None:
+        """Raises: _Unreachable once stopped."""
+        if self.stopped:
+            raise _Unreachable("stopped")
+
+    def stop(self) -> None:
+        """Ends all downloads, also those that wait for a server."""
+        self.stopped = True
+        for response in list(self._open):
+            with contextlib.suppress(
+                Exception
+            ):  # finished just now, or a urllib3 that cannot; then the timeout ends it
+                response.raw.shutdown()
 
 
 @contextlib.contextmanager
@@ -143,8 +175,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
             super().mount(prefix, adapter)
 
         def request(self, method, url, *args, **kwargs):
-            if meter.stopped:
-                raise _Unreachable("stopped")
+            meter.check()
             address = _address(url)
             if address not in reached:
                 _connect(*address)
@@ -152,8 +183,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
                 _hide_accelerators()
             kwargs["timeout"] = (_CONNECT_SECONDS, _READ_SECONDS)
             response = super().request(method, url, *args, **kwargs)
-            meter.total += int(response.headers.get("Content-Length", 0))
-            response.iter_content = _counted(response.iter_content, meter)
+            meter.count(response)
             return response
 
     requests.Session = Session
@@ -161,7 +191,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
         yield
     finally:
         requests.Session = Session.__base__
-        meter.stopped = True  # the interpreter waits at its end for TFDS's threads
+        meter.stop()  # the interpreter waits at its end for TFDS's threads
 
 
 @functools.cache
@@ -170,17 +200,6 @@ def _hide_accelerators() -> None:
     import tensorflow as tf  # takes seconds, which an offline machine need not wait
 
     tf.config.set_visible_devices([], "GPU")
-
-
-def _counted(iter_content: Callable, meter: _Meter) -> Callable:
-    def counted(*args, **kwargs):
-        for block in iter_content(*args, **kwargs):
-            if meter.stopped:
-                raise _Unreachable("stopped")
-            meter.done += len(block)
-            yield block
-
-    return counted
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -285,7 +304,7 @@ def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
         cause = cause.__cause__ or cause.__context__
     kinds = {type(link).__name__ for link in chain}
     offline = next((link for link in chain if isinstance(link, _Unreachable)), None)
-    reason = _one_line(offline or error)
+    reason = _one_line(_innermost(offline or error))
     failed = f"the data set {name!r} is not in {root}, and its download failed: {reason}"
     if offline:
         return (
@@ -307,6 +326,16 @@ def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
             f"{_one_line(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
         )
     return f"the data set {name!r} cannot be prepared in {root}: {type(error).__name__}: {reason}"
+
+
+def _innermost(error: Exception) -> object:
+    """What requests and urllib3 wrapped in errors of their own."""
+    while True:
+        wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
+        if not isinstance(wrapped, Exception):
+            break
+        error = wrapped
+    return wrapped if isinstance(wrapped, str) and len(error.args) > 1 else error
 
 
 def _one_line(what: object) -> str:
