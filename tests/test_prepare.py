@@ -47,7 +47,7 @@ class LocalFruit(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     url = ""
     url_infos = None
-    fault = None
+    fault: Exception | None = None
 
     def _info(self):
         features = {
@@ -62,9 +62,23 @@ class LocalFruit(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, path):
         for file in sorted(path.glob("*/*.png")):
-            if self.fault:
+            if getattr(self, "fault", None):
                 raise self.fault
             yield file.name, {"image": str(file), "label": file.parent.name}
+
+
+class LocalManual(tfds.core.GeneratorBasedBuilder):
+    """A set of several configs, whose archives a person must fetch."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large"))
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Register at\nexample.org."
+    url_infos = None
+    _info = LocalFruit._info
+    _generate_examples = LocalFruit._generate_examples
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(dl_manager.manual_dir)}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -258,6 +272,11 @@ def test_a_builder_that_fails(server, tmp_path, monkeypatch, fault, message):
     monkeypatch.setattr(LocalFruit, "fault", None)
     check(data.load(config(tmp_path)))
     assert server.requests == 1  # the archive is kept
+
+
+def test_a_set_that_is_downloaded_by_hand(tmp_path):
+    said = refusal(tmp_path, dataset="local_manual/large")
+    assert f"must be downloaded by hand, into {tmp_path}/downloads/manual: Register at example.org." in said
 
 
 def test_directories_that_cannot_hold_it(server, tmp_path):

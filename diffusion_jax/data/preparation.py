@@ -58,29 +58,29 @@ def prepare(name: str, make_builder: Callable, data_dir: str | None) -> None:
         with _exclusive(pathlib.Path(root) / ".prepare.lock", say) as killed_at:
             builder = make_builder()
             if not builder.is_prepared():
-                _prepare(builder, killed_at, say)
+                _prepare(builder, name, killed_at, say)
     except DataError:
         raise
     except Exception as error:  # a builder is code of others, and may raise anything
         if make_builder().is_prepared():  # by another process, where the file system has no locks
             return
-        raise DataError(_explain(error, name, data_dir, root)) from error
+        raise DataError(_explain(error, name, data_dir, builder)) from error
 
 
-def _prepare(builder, killed_at: float | None, say: Callable[[str], None]) -> None:
+def _prepare(builder, name: str, killed_at: float | None, say: Callable[[str], None]) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
     meter, start = _Meter(), time.monotonic()
     known = {} if builder.BUILDER_CONFIGS else builder.url_infos or {}  # of all configs together
     size = f" ({_megabytes(sum(info.size for info in known.values()))} to download)" if known else ""
-    with _without_leftovers(builder, killed_at), _bounded_requests(meter), _reporting(builder, meter, say):
-        say(f"The data set {builder.name!r} is not in {builder.data_dir_root}: downloading and preparing it{size}.")
+    with _without_leftovers(builder, killed_at), _bounded_requests(meter), _reporting(builder, name, meter, say):
+        say(f"The data set {name!r} is not in {builder.data_dir_root}: downloading and preparing it{size}.")
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     count = sum(split.num_examples for split in builder.info.splits.values())
     say(
-        f"Prepared {builder.name!r}: {count:,} examples, {builder.info.dataset_size}, in {builder.data_path} "
+        f"Prepared {name!r}: {count:,} examples, {builder.info.dataset_size}, in {builder.data_path} "
         f"({time.monotonic() - start:.0f} s)."
     )
 
@@ -231,7 +231,7 @@ def _connect(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(builder, meter: _Meter, say: Callable[[str], None]) -> Iterator[None]:
+def _reporting(builder, name: str, meter: _Meter, say: Callable[[str], None]) -> Iterator[None]:
     """Prints a line about the progress every ten seconds."""
     ended = threading.Event()
 
@@ -239,10 +239,10 @@ def _reporting(builder, meter: _Meter, say: Callable[[str], None]) -> Iterator[N
         while not ended.wait(_REPORT_SECONDS):
             if meter.done < meter.total or not meter.total:
                 of = f" of {_megabytes(meter.total)}" if meter.total else ""
-                say(f"Downloading {builder.name!r}: {_megabytes(meter.done)}{of}")
+                say(f"Downloading {name!r}: {_megabytes(meter.done)}{of}")
             else:
-                written = sum(map(_size, _temporary_folders(builder)))
-                say(f"Preparing {builder.name!r}: {_megabytes(written)} written")
+                written = sum(map(_size, _incomplete_sets(builder)))
+                say(f"Preparing {name!r}: {_megabytes(written)} written")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -257,12 +257,18 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def _incomplete_sets(builder) -> list[pathlib.Path]:
+    """The folders in which TFDS prepares a data set, before it renames them."""
+    return list(pathlib.Path(builder.data_path).parent.glob("incomplete.*"))
+
+
 def _temporary_folders(builder) -> set[pathlib.Path]:
     """Where TFDS keeps what is not complete: downloads, extracted archives and data sets."""
-    root = pathlib.Path(builder.data_dir_root)
-    downloads = root / "downloads"
-    found = [*downloads.rglob("*.tmp.*"), *downloads.glob("extracted/incomplete.*")]
-    found += pathlib.Path(builder.data_path).parent.glob("incomplete.*")
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
+    found = [*downloads.glob("extracted/incomplete.*"), *_incomplete_sets(builder)]
+    for folder in downloads.glob("*"):
+        if folder.name not in ("extracted", "manual"):  # which may hold millions of files
+            found += folder.rglob("*.tmp.*")
     return {path for path in found if path.is_dir()}
 
 
@@ -293,11 +299,11 @@ def _without_leftovers(builder, killed_at: float | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
+def _explain(error: Exception, name: str, data_dir: str | None, builder) -> str:
     """What to tell a person, in one line."""
     import requests
-    import tensorflow_datasets as tfds
 
+    root = builder.data_dir_root
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -319,11 +325,10 @@ def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
         return f"the data set {name!r} cannot be prepared in {root}: {reason}; set data.data_dir to another directory"
     if isinstance(error, ImportError):
         return f"preparing the data set {name!r} needs another package: {reason}"
-    builder_class = tfds.builder_cls(name)
-    if builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS and isinstance(error, AssertionError):
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and isinstance(error, AssertionError):
         return (
             f"the data set {name!r} must be downloaded by hand, into {root}/downloads/manual: "
-            f"{_one_line(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
+            f"{_one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
         )
     return f"the data set {name!r} cannot be prepared in {root}: {type(error).__name__}: {reason}"
 
