@@ -127,7 +127,8 @@ def get_config() -> ConfigDict:
         True, field_type=object
     )  # x_0 to [-1, 1] at every step; or False, or "dynamic"
     config.sampling.clip_quantile = 0.995  # of the dynamic threshold
-    # Of a conditional model, or with a classifier: None for all classes in turn, a class, or several "(3,5)" in turn.
+    # Of a conditional model, or with a classifier: None for all classes in turn, a class by its number or name, or
+    # several in turn: "(3,5)", "(cats,dogs)".
     # --config.sampling.class is read as this: the word is Python's own.
     config.sampling.label = FieldReference(None, field_type=object)
     config.sampling.guidance_scale = 1.0  # classifier-free, with model.label_dropout: 1 is none, 0 unconditional

@@ -1,10 +1,14 @@
 """What a folder of images says of itself, and class names from there to samples and their pictures."""
 
 import json
+import pathlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from test_recipe import conditional, untrained
 
@@ -166,6 +170,23 @@ def test_classes_by_name(trained, label, classes):
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("cats", "cats"), ("(cats,dogs)", "(cats,dogs)"), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
+)
+def test_the_command_line_takes_names(text, value):
+    """What `chosen` above is given is what the flag gives."""
+    values = flags.FlagValues()
+    path = str(pathlib.Path(__file__).parent.parent / "configs" / "digits_conditional.py")
+    defined = config_flags.DEFINE_config_file("config", path, flag_values=values, lock_config=True)
+    argv, sys.argv = sys.argv, ["main.py", f"--config={path}", f"--config.sampling.label={text}"]
+    try:
+        values(sys.argv)
+    finally:
+        sys.argv = argv
+    assert defined.value.sampling.label == value
+
+
+@pytest.mark.parametrize(
     ("label", "message"),
     [
         ("fix", r"sampling.class='fix' is no class of this run; did you mean fox\?"),
@@ -200,9 +221,9 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     )
     drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert captions == [["9 fox", "7 tabby cat"] * 3]
+    assert captions == [["9: fox", "7: tabby cat"] * 3]
     assert "_class9-7" in drawn.path.name
-    assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8 9", "12"]
+    assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -219,6 +219,6 @@ def test_tfds_in_array_record(tmp_path):
 
 
 def test_tfds_in_another_format(tmp_path):
-    write_tfds(tmp_path, "tfrecord")
-    with pytest.raises(data.DataError, match="in tfrecord format, not array_record; prepare it with.*_array_record"):
+    write_tfds(tmp_path, "riegeli")
+    with pytest.raises(data.DataError, match="in riegeli format, not array_record or tfrecord; prepare.*_array_record"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})

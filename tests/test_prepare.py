@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class LocalFruit(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     url = ""
     url_infos = None
-    fault = None
+    fault: Exception | None = None
 
     def _info(self):
         features = {
@@ -61,9 +62,23 @@ class LocalFruit(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, path):
         for file in sorted(path.glob("*/*.png")):
-            if self.fault:
+            if getattr(self, "fault", None):
                 raise self.fault
             yield file.name, {"image": str(file), "label": file.parent.name}
+
+
+class LocalManual(tfds.core.GeneratorBasedBuilder):
+    """A set of several configs, whose archives a person must fetch."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large"))
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Register at\nexample.org."
+    url_infos = None
+    _info = LocalFruit._info
+    _generate_examples = LocalFruit._generate_examples
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(dl_manager.manual_dir)}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -91,7 +106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if behavior == "drops":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif behavior == "stalls":
-            self.server.stalled.wait(20)
+            self.server.stalled.wait(200)
         elif behavior != "no length":
             self.wfile.write(body[len(body) // 2 :])
 
@@ -178,8 +193,8 @@ def test_without_permission_to_download(server, tmp_path):
     [
         ("404", "download failed: .*HTTP code: 404.*same command"),
         ("403", "HTTP code: 403"),
-        ("503", "download failed: .*too many 503 error responses"),
-        ("drops", "download failed: .*Connection broken.*same command"),
+        ("503", "download failed: too many 503 error responses"),
+        ("drops", "download failed: Connection broken: IncompleteRead.*; run the same command"),
         ("no length", "wrong checksum.*same command"),
         ("stalls", "download failed: .*Read timed out"),
         ("damaged", "wrong checksum"),
@@ -257,6 +272,11 @@ def test_a_builder_that_fails(server, tmp_path, monkeypatch, fault, message):
     monkeypatch.setattr(LocalFruit, "fault", None)
     check(data.load(config(tmp_path)))
     assert server.requests == 1  # the archive is kept
+
+
+def test_a_set_that_is_downloaded_by_hand(tmp_path):
+    said = refusal(tmp_path, dataset="local_manual/large")
+    assert f"must be downloaded by hand, into {tmp_path}/downloads/manual: Register at example.org." in said
 
 
 def test_directories_that_cannot_hold_it(server, tmp_path):
@@ -360,3 +380,31 @@ def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
     shard.unlink()
     with pytest.raises(data.DataError, match="No such file"):
         data.load(part)
+
+
+LAUNCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_prepare import LocalFruit, config, data, preparation
+preparation._READ_SECONDS = 1000
+LocalFruit.url, LocalFruit.url_infos = sys.argv[2], None
+data.load(config(sys.argv[3]))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_launch_that_is_stopped_while_it_downloads(server, tmp_path, stop):
+    """The next one begins anew, and nothing of the first is left."""
+    server.behavior = "stalls"
+    tests = str(pathlib.Path(__file__).parent)
+    launch = subprocess.Popen([sys.executable, "-c", LAUNCH, tests, LocalFruit.url, str(tmp_path)])
+    while not list(tmp_path.rglob("*.tmp.*/fruit.zip")):
+        assert launch.poll() is None
+        time.sleep(0.05)
+    launch.send_signal(stop)
+    launch.wait(timeout=150)  # although the server is silent
+    assert bool(leftovers(tmp_path)) == (stop == signal.SIGKILL)
+    server.behavior = "good"
+    check(data.load(config(tmp_path)))
+    assert not leftovers(tmp_path)

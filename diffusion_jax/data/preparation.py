@@ -58,29 +58,29 @@ def prepare(name: str, make_builder: Callable, data_dir: str | None) -> None:
         with _exclusive(pathlib.Path(root) / ".prepare.lock", say) as killed_at:
             builder = make_builder()
             if not builder.is_prepared():
-                _prepare(builder, killed_at, say)
+                _prepare(builder, name, killed_at, say)
     except DataError:
         raise
     except Exception as error:  # a builder is code of others, and may raise anything
         if make_builder().is_prepared():  # by another process, where the file system has no locks
             return
-        raise DataError(_explain(error, name, data_dir, root)) from error
+        raise DataError(_explain(error, name, data_dir, builder)) from error
 
 
-def _prepare(builder, killed_at: float | None, say: Callable[[str], None]) -> None:
+def _prepare(builder, name: str, killed_at: float | None, say: Callable[[str], None]) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
     meter, start = _Meter(), time.monotonic()
     known = {} if builder.BUILDER_CONFIGS else builder.url_infos or {}  # of all configs together
     size = f" ({_megabytes(sum(info.size for info in known.values()))} to download)" if known else ""
-    with _without_leftovers(builder, killed_at), _bounded_requests(meter), _reporting(builder, meter, say):
-        say(f"The data set {builder.name!r} is not in {builder.data_dir_root}: downloading and preparing it{size}.")
+    with _without_leftovers(builder, killed_at), _bounded_requests(meter), _reporting(builder, name, meter, say):
+        say(f"The data set {name!r} is not in {builder.data_dir_root}: downloading and preparing it{size}.")
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     count = sum(split.num_examples for split in builder.info.splits.values())
     say(
-        f"Prepared {builder.name!r}: {count:,} examples, {builder.info.dataset_size}, in {builder.data_path} "
+        f"Prepared {name!r}: {count:,} examples, {builder.info.dataset_size}, in {builder.data_path} "
         f"({time.monotonic() - start:.0f} s)."
     )
 
@@ -124,10 +124,42 @@ def _exclusive(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[float
 
 
 class _Meter:
-    """Bytes that were downloaded, those that are expected, and whether downloads must end."""
+    """Bytes that were downloaded, those that are expected, and a way to end what is being downloaded."""
 
     def __init__(self):
         self.done, self.total, self.stopped = 0, 0, False
+        self._open: set = set()
+
+    def count(self, response) -> None:
+        """Counts the bytes of a response while they are read."""
+        self.total += int(response.headers.get("Content-Length", 0))
+        self._open.add(response)
+        read = response.iter_content
+
+        def counted(*args, **kwargs):
+            try:
+                for block in read(*args, **kwargs):
+                    self.check()
+                    self.done += len(block)
+                    yield block
+            finally:
+                self._open.discard(response)
+
+        response.iter_content = counted
+
+    def check(self) -> None:
+        """Raises: _Unreachable once stopped."""
+        if self.stopped:
+            raise _Unreachable("stopped")
+
+    def stop(self) -> None:
+        """Ends all downloads, also those that wait for a server."""
+        self.stopped = True
+        for response in list(self._open):
+            with contextlib.suppress(
+                Exception
+            ):  # finished just now, or a urllib3 that cannot; then the timeout ends it
+                response.raw.shutdown()
 
 
 @contextlib.contextmanager
@@ -143,8 +175,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
             super().mount(prefix, adapter)
 
         def request(self, method, url, *args, **kwargs):
-            if meter.stopped:
-                raise _Unreachable("stopped")
+            meter.check()
             address = _address(url)
             if address not in reached:
                 _connect(*address)
@@ -152,8 +183,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
                 _hide_accelerators()
             kwargs["timeout"] = (_CONNECT_SECONDS, _READ_SECONDS)
             response = super().request(method, url, *args, **kwargs)
-            meter.total += int(response.headers.get("Content-Length", 0))
-            response.iter_content = _counted(response.iter_content, meter)
+            meter.count(response)
             return response
 
     requests.Session = Session
@@ -161,7 +191,7 @@ def _bounded_requests(meter: _Meter) -> Iterator[None]:
         yield
     finally:
         requests.Session = Session.__base__
-        meter.stopped = True  # the interpreter waits at its end for TFDS's threads
+        meter.stop()  # the interpreter waits at its end for TFDS's threads
 
 
 @functools.cache
@@ -170,17 +200,6 @@ def _hide_accelerators() -> None:
     import tensorflow as tf  # takes seconds, which an offline machine need not wait
 
     tf.config.set_visible_devices([], "GPU")
-
-
-def _counted(iter_content: Callable, meter: _Meter) -> Callable:
-    def counted(*args, **kwargs):
-        for block in iter_content(*args, **kwargs):
-            if meter.stopped:
-                raise _Unreachable("stopped")
-            meter.done += len(block)
-            yield block
-
-    return counted
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -212,7 +231,7 @@ def _connect(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(builder, meter: _Meter, say: Callable[[str], None]) -> Iterator[None]:
+def _reporting(builder, name: str, meter: _Meter, say: Callable[[str], None]) -> Iterator[None]:
     """Prints a line about the progress every ten seconds."""
     ended = threading.Event()
 
@@ -220,10 +239,10 @@ def _reporting(builder, meter: _Meter, say: Callable[[str], None]) -> Iterator[N
         while not ended.wait(_REPORT_SECONDS):
             if meter.done < meter.total or not meter.total:
                 of = f" of {_megabytes(meter.total)}" if meter.total else ""
-                say(f"Downloading {builder.name!r}: {_megabytes(meter.done)}{of}")
+                say(f"Downloading {name!r}: {_megabytes(meter.done)}{of}")
             else:
-                written = sum(map(_size, _temporary_folders(builder)))
-                say(f"Preparing {builder.name!r}: {_megabytes(written)} written")
+                written = sum(map(_size, _incomplete_sets(builder)))
+                say(f"Preparing {name!r}: {_megabytes(written)} written")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -238,12 +257,18 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def _incomplete_sets(builder) -> list[pathlib.Path]:
+    """The folders in which TFDS prepares a data set, before it renames them."""
+    return list(pathlib.Path(builder.data_path).parent.glob("incomplete.*"))
+
+
 def _temporary_folders(builder) -> set[pathlib.Path]:
     """Where TFDS keeps what is not complete: downloads, extracted archives and data sets."""
-    root = pathlib.Path(builder.data_dir_root)
-    downloads = root / "downloads"
-    found = [*downloads.rglob("*.tmp.*"), *downloads.glob("extracted/incomplete.*")]
-    found += pathlib.Path(builder.data_path).parent.glob("incomplete.*")
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
+    found = [*downloads.glob("extracted/incomplete.*"), *_incomplete_sets(builder)]
+    for folder in downloads.glob("*"):
+        if folder.name not in ("extracted", "manual"):  # which may hold millions of files
+            found += folder.rglob("*.tmp.*")
     return {path for path in found if path.is_dir()}
 
 
@@ -274,18 +299,18 @@ def _without_leftovers(builder, killed_at: float | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
+def _explain(error: Exception, name: str, data_dir: str | None, builder) -> str:
     """What to tell a person, in one line."""
     import requests
-    import tensorflow_datasets as tfds
 
+    root = builder.data_dir_root
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     kinds = {type(link).__name__ for link in chain}
     offline = next((link for link in chain if isinstance(link, _Unreachable)), None)
-    reason = _one_line(offline or error)
+    reason = _one_line(_innermost(offline or error))
     failed = f"the data set {name!r} is not in {root}, and its download failed: {reason}"
     if offline:
         return (
@@ -300,13 +325,22 @@ def _explain(error: Exception, name: str, data_dir: str | None, root) -> str:
         return f"the data set {name!r} cannot be prepared in {root}: {reason}; set data.data_dir to another directory"
     if isinstance(error, ImportError):
         return f"preparing the data set {name!r} needs another package: {reason}"
-    builder_class = tfds.builder_cls(name)
-    if builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS and isinstance(error, AssertionError):
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and isinstance(error, AssertionError):
         return (
             f"the data set {name!r} must be downloaded by hand, into {root}/downloads/manual: "
-            f"{_one_line(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
+            f"{_one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
         )
     return f"the data set {name!r} cannot be prepared in {root}: {type(error).__name__}: {reason}"
+
+
+def _innermost(error: Exception) -> object:
+    """What requests and urllib3 wrapped in errors of their own."""
+    while True:
+        wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
+        if not isinstance(wrapped, Exception):
+            break
+        error = wrapped
+    return wrapped if isinstance(wrapped, str) and len(error.args) > 1 else error
 
 
 def _one_line(what: object) -> str:

@@ -160,9 +160,9 @@ def _number(value: float) -> str:
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Each label with its name, as "1 cats"; the number alone where there is no other name."""
+    """Each label with its name, as "1: cats"; the number alone where there is no other name."""
     named = [names[y] if y < len(names) else "" for y in labels.tolist()]
-    return [str(y) if name in ("", str(y)) else f"{y} {name}" for y, name in zip(labels.tolist(), named, strict=True)]
+    return [str(y) if name in ("", str(y)) else f"{y}: {name}" for y, name in zip(labels.tolist(), named, strict=True)]
 
 
 class Recipe:
@@ -294,7 +294,7 @@ class Recipe:
         raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}{unnamed}")
 
     def captions(self, indices: np.ndarray) -> list[str] | None:
-        """Class and name, as "1 cats", of the samples of these numbers; None where they have no class."""
+        """Class and name, as "1: cats", of the samples of these numbers; None where they have no class."""
         labels = self.labels(indices)
         return None if labels is None else class_captions(labels, self._class_names)
 
