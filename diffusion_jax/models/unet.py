@@ -400,13 +400,14 @@ class UNet(Encoder):
         """
         self.check(x_t)
         self._check_labels(y)
+        rows = self.num_classes + (1 if self.label_dropout else 0)
+        if self.num_classes:
+            y = labels.in_range(y, rows)
         embedding = self.embed(time)
         if self.num_classes:
-            y = labels.in_range(y, self.num_classes + (1 if self.label_dropout else 0))
             if self.label_dropout and train:
                 kept = nn.Dropout(self.label_dropout, deterministic=False, name="label_dropout")(jnp.ones(jnp.shape(y)))
                 y = jnp.where(kept > 0, y, self.null_label)
-            rows = self.num_classes + (1 if self.label_dropout else 0)
             embedding += self.layers.embed(rows, 4 * self.channels, "class")(y)
 
         h, skips = self.encode(x_t, embedding, train)
