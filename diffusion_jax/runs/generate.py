@@ -299,12 +299,12 @@ def _collect(
     n = config.sampling.num_samples
     images = np.concatenate([parts.load(i)["images"] for i in range(batches)])[:n]
     labels = recipe.labels(np.arange(n))
-    arrays = [images] if labels is None else [images, labels]
+    arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})  # first, for what reads the first array
     temporary = path.with_name(path.name + ".partial.npz")
     versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "backend": jax.default_backend()}
     files = {key: config.sampling[key] for key in _FILES if config.sampling[key]}
     stored = {"settings": settings, "drawn_with": versions | files}
-    np.savez(temporary, *arrays, settings=np.array(json.dumps(stored)))
+    np.savez(temporary, **arrays, settings=np.array(json.dumps(stored)))
     temporary.replace(path.with_name(path.name + ".npz"))
     pictures.save_png(
         path.with_name(path.name + ".png"), pictures.grid(images[:256], captions=recipe.captions(np.arange(n)[:256]))
