@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
     shutil.copytree(directory, tmp_path / "run")
 
     def stopped(*_):
-        raise watch.Stopped("stopped by SIGTERM")
+        raise watch.Stopped(signal.SIGTERM, "")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
     with pytest.raises(watch.Stopped):

@@ -122,7 +122,8 @@ def test_all_damaged_images_in_one_refusal(pets):
 
 def test_class_names_are_kept_with_the_run_and_must_stay(pets, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")  # without a checkpoint nothing is compared
     workdir.check_data(load(pets)[0], run)
     stored = json.loads((run / "data.json").read_text())
     assert stored["classes"] == ["birds", "cats", "dogs"]
