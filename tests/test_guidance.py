@@ -115,6 +115,17 @@ def test_interval_and_rescale():
     np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-5)
 
 
+def test_rescaling_leaves_constant_outputs_as_they_are_and_computes_no_nan():
+    x, y = jnp.ones((2, 4, 4, 1)), jnp.array([0, 2])
+
+    def constant(x, time, y):
+        return jnp.broadcast_to(1.0 + y[:, None, None, None], x.shape)
+
+    with jax.debug_nans(True):  # a deviation of 0 is not divided by
+        guided = guidance.classifier_free(constant, y, 3, 5.0, rescale=1.0)(x, jnp.zeros(2))
+    np.testing.assert_allclose(guided[:, 0, 0, 0], [-4 * 4 + 5 * 1, -4 * 4 + 5 * 3])
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x64):
     schedule_time = TIME
