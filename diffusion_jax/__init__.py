@@ -6,6 +6,6 @@ are imported by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 
 from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 __all__ = ["editing", "guidance", "likelihood", "losses", "process", "sampling", "schedules", "timesteps"]
