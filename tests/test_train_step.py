@@ -23,6 +23,10 @@ class Recorder:
     def __init__(self, output, num_classes=0):
         self.calls, self.num_classes, self._output = [], num_classes, output
 
+    @staticmethod
+    def init(key, x_t, time, *labels):
+        return {"params": {"w": jnp.ones(())}}
+
     def apply(self, variables, x_t, time, *labels, train, rngs):
         self.calls.append(SimpleNamespace(x_t=x_t, time=time, labels=labels, train=train, **rngs))
         return self._output(variables["params"]["w"], x_t, time)
@@ -31,11 +35,7 @@ class Recorder:
 def recorded(config, output, num_classes=0):
     """(network, a state whose parameter is 1, the train step without jit)."""
     network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
-    state = jax.eval_shape(lambda: step.initial_state(config, training.model_from_config(config), tx, (8, 8, 1)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-    zeros.window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
-    params = {"w": jnp.ones(())}
-    state = zeros.replace(params=params, ema_params={"w": jnp.full((), 5.0)}, opt_state=tx.init(params))
+    state = step.initial_state(config, network, tx, (8, 8, 1)).replace(ema_params={"w": jnp.full((), 5.0)})
     rate = optimizer.learning_rate(config.optimizer)
     return network, state, step.make_train_step(config, network, schedule_of(config), tx, rate)
 
@@ -174,11 +174,16 @@ def test_the_first_step_that_is_not_finite_stays_marked():
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert int(state.window["nonfinite_step"]) == 1
-    # The gradient alone is not finite: that of sqrt at 0.
-    _, state, run = recorded(config, lambda w, x_t, time: x_t + jnp.sqrt(w - 1))
+    # The square of the gradient overflows, and after clipping by an infinite norm the parameters are finite.
+    _, state, run = recorded(config, lambda w, x_t, time: x_t + 1e12 * w)
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
-    assert int(state.window["nonfinite_step"]) == 1
+    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
+    # The loss alone overflows.
+    _, state, run = recorded(config, lambda w, x_t, time: 1e20 + 1e-10 * w + 0 * x_t)
+    state, metrics = run(state, {"x": good})
+    assert not np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
 
 
 BOUND = {"variance": "learned_range", "levels": 17, "prediction": "v"}
@@ -247,8 +252,10 @@ def test_quarters_of_weighted_losses_are_weighted_means():
 
 def traced(config, batch):
     """The metrics' shapes: the batch is checked when the step is traced, so nothing is compiled."""
-    built = training.setup(config)
-    return jax.eval_shape(built.train_step, built.abstract_state, batch)[1]
+    classifies = config.diffusion.loss == "classify"
+    output = lambda w, x_t, time: w * (x_t[:, 0, 0] * jnp.ones(10) if classifies else x_t)  # noqa: E731
+    _, state, run = recorded(config, output, config.model.num_classes)
+    return jax.eval_shape(jax.jit(run), state, batch)[1]
 
 
 def test_labels_are_needed_only_where_something_takes_them():
@@ -332,7 +339,7 @@ def test_the_compiled_step_refuses_it_too():
 def test_a_state_and_its_metrics_are_float32_with_x64(x64):
     """Every float of the state and the metrics; float64 data, too."""
     upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
-    for overrides in ({}, {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, upsampler):
+    for overrides in ({"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, upsampler):
         built = training.setup(tiny_config(**overrides))
         after = jax.eval_shape(built.train_step, built.abstract_state, {"x": np.zeros((8, 8, 8, 1))})
         floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
