@@ -301,3 +301,10 @@ def test_the_log_snr_has_the_dtype_of_its_time(thousand):
                 assert thousand.log_snr(time).dtype == jnp.float32
                 assert thousand.time_at_log_snr(time).dtype == jnp.float32
                 np.testing.assert_allclose(thousand.log_snr(time), np.log(thousand.snr[[0, 500]]), rtol=1e-5)
+
+
+def test_the_ends_of_the_betas_lie_above_0_and_up_to_1():
+    for start, end in ((0.0, 0.5), (-0.5, 0.5), (1.5, 0.5), (0.5, 0.0), (0.5, -0.5), (0.5, 1.5)):
+        with pytest.raises(ValueError, match=rf"must lie in \(0, 1\], got {start} and {end}"):
+            schedules.betas("linear", 10, beta_start=start, beta_end=end)
+    np.testing.assert_allclose(schedules.betas("linear", 2, beta_start=1.0, beta_end=1.0), 1)
