@@ -20,6 +20,7 @@ def in_range(y, num_classes: int) -> jax.Array:
         y = np.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"labels must be int, 0 ... {num_classes - 1}; got {y.dtype}")
+    y = y.astype(jnp.promote_types(y.dtype, jnp.int32))  # num_classes itself may not fit into 8 bits
     outside = (y < 0) | (y >= num_classes)
     if isinstance(y, np.ndarray) and outside.any():
         raise ValueError(f"labels must lie in 0 ... {num_classes - 1}, got {y[outside].flat[0]}")

@@ -203,6 +203,8 @@ def classify(
         )
     log_p = jax.nn.log_softmax(logits)
     y = labels.in_range(y, logits.shape[-1])
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y has shape {y.shape} but there are {logits.shape[0]} rows of logits; give each a label")
     loss = -jnp.take_along_axis(log_p, y[:, None], axis=1, mode="fill")[:, 0]
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
     return importance * loss, ClassifyParts(t, importance, accuracy, x_t, logits)
@@ -227,6 +229,8 @@ def _timestep_sampler(sampler: str | Callable) -> Callable:
 def _noise(key, schedule, x_0, timestep_sampler):
     """Draws t and eps: (x_0 promoted, t, importance, eps, x_t, network time)."""
     x_0 = process.as_float("x_0", x_0)
+    if x_0.ndim == 0:
+        raise ValueError("x_0 must have a batch axis [B, ...], got a single number")
     key_t, key_eps = jax.random.split(key)
     t, importance = _timestep_sampler(timestep_sampler)(key_t, x_0.shape[0], schedule.num_timesteps)
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)

@@ -57,7 +57,8 @@ def as_float(name: str, x) -> jax.Array:
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be float, images in [-1, 1]; got {x.dtype}; convert with x / 127.5 - 1")
+        advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""
+        raise ValueError(f"{name} must be float; got {x.dtype}{advice}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -291,7 +291,7 @@ SPACINGS = (*_SPACINGS, *_LEVEL_SPACINGS)  # the names that `respace` takes
 
 
 def _check_count(steps, total):
-    if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
         raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
 
 
@@ -393,7 +393,8 @@ def respace(
       spacing: for an int only, which strings and lists do not take.
 
     Returns: a Schedule of the kept steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1} (alpha_bar itself is copied to
-      the bit, or interpolated as in `Schedule.log_snr`), and `timesteps` those of the kept steps.
+      the bit, or interpolated as in `Schedule.log_snr`), and `timesteps` those of the kept steps. Of a schedule that crossed
+      jit, whose tables are float32, the betas keep float32's digits, but for network times close to each other.
     Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
       repeated step, an unknown spacing, a spacing for steps that are not an int, or one of the last three spacings where
       alpha_bar ends at 0.

@@ -408,7 +408,10 @@ class UNet(Encoder):
             if self.label_dropout and train:
                 kept = nn.Dropout(self.label_dropout, deterministic=False, name="label_dropout")(jnp.ones(jnp.shape(y)))
                 y = jnp.where(kept > 0, y, self.null_label)
-            embedding += self.layers.embed(rows, 4 * self.channels, "class")(y)
+            embedded = self.layers.embed(rows, 4 * self.channels, "class")(y)
+            if rows == 1:  # Flax gives the only row whatever y is
+                embedded = jnp.where(jnp.reshape(y, (-1, 1)) == 0, embedded, jnp.nan)
+            embedding += embedded
 
         h, skips = self.encode(x_t, embedding, train)
         for level in reversed(range(len(self.channel_multipliers))):

@@ -99,7 +99,7 @@ class Pretrained(Description):
         """Images float32 [N, H, W, C] in [-1, 1] (wider where nothing clips x_0); `(x + 1) * 127.5` rounds to uint8.
 
         The first call compiles one program, with the weights as an argument. Later calls with the same sampler and numbers of
-        images and steps use it again, whatever the key, labels and guidance scale.
+        images and steps use it again, whatever the key and labels, and whatever the guidance scale but 1.
 
         Args:
           num_images: N, drawn in one batch.
@@ -115,12 +115,18 @@ class Pretrained(Description):
         """
         if isinstance(self.model, Classifier):
             raise TypeError("these weights are a classifier's: use logits(x_t, time)")
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        if not isinstance(num_images, int | np.integer) or num_images < 1:
+            raise ValueError(f"num_images must be a whole number of at least 1, got {num_images}")
+        if sampler is not None and not isinstance(sampler, sampling.Sampler):
+            raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
+        if steps is None and spacing is not None:
+            raise ValueError(f"spacing={spacing!r} is for a number of steps; give steps, or leave it out")
         if guidance_scale != 1 and self.model.null_label is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a network trained with label_dropout; use 1")
         if (low is not None) != bool(self.low_resolution):
             raise ValueError("low= is needed by networks that enlarge images, and by no other")
+        if noise_std is not None and not self.conditioning_noise:
+            raise ValueError("noise_std= is for networks that enlarge images and were trained with conditioning_noise")
         sampler = self._fitted(sampler)
         schedule = self.schedule
         if steps is not None:
@@ -135,12 +141,12 @@ class Pretrained(Description):
             key,
             schedule,
             self._labels(y, num_images),
-            guidance_scale,
+            jnp.float32(guidance_scale),
             low,
             noise_std,
             model=self.model,
             sampler=sampler,
-            shape=(num_images, *self.image_size, self.channels),
+            shape=(int(num_images), *self.image_size, self.channels),
             guided=guidance_scale != 1,
         )
 
@@ -149,10 +155,18 @@ class Pretrained(Description):
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
         fields = {field.name for field in dataclasses.fields(sampler)} if dataclasses.is_dataclass(sampler) else set()
+        inner = getattr(sampler, "sampler", None)
+        if "sampler" in fields and isinstance(inner, sampling.Sampler):  # one that wraps another
+            sampler = dataclasses.replace(sampler, sampler=self._fitted(inner))
         facts = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             facts["variance"] = self.variance
-        return dataclasses.replace(sampler, **{name: fact for name, fact in facts.items() if name in fields})
+        sampler = dataclasses.replace(sampler, **{name: fact for name, fact in facts.items() if name in fields})
+        if sampler.prediction != self.prediction:
+            raise ValueError(
+                f"{sampler} takes the prediction {sampler.prediction!r}, and this network gives {self.prediction!r}"
+            )
+        return sampler
 
     def _labels(self, y, num_images: int):
         """y as int32 [N]; None for an unconditional network. Raises: ValueError."""

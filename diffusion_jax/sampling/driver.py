@@ -115,7 +115,7 @@ def sample(
 
     total = schedule.num_timesteps
     first, last = total - 1 if start is None else start, 0 if final_step else 1
-    if not 0 <= first < total:
+    if not isinstance(first, int | np.integer) or not 0 <= first < total:
         raise ValueError(f"start={start} must be an index of the schedule, 0 ... {total - 1}")
     if first == total - 1:  # the one step where alpha_bar may be 0
         check_terminal_snr(schedule, sampler.prediction)

@@ -60,7 +60,7 @@ class _Multistep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.order not in (1, 2, 3):
+        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
 
     def start(self, schedule, x_T, num_steps: int) -> History:

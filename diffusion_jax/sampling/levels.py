@@ -58,7 +58,8 @@ def level_at(log_snr) -> Level:
 def call(schedule: Schedule, denoise_fn: Callable, x_t, t):
     """The network's output at index t, int [], in the dtype of x_t, whatever it computes in."""
     time = process.at(schedule.timesteps, t, jnp.zeros((), x_t.dtype))
-    return denoise_fn(x_t, jnp.full(x_t.shape[:1], time)).astype(x_t.dtype)
+    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], time))
+    return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
 
 
 def denoise(
@@ -75,7 +76,8 @@ def denoise_at(
 ) -> Denoised:
     """As `denoise`, at a level of the training grid between the schedule's steps. Raises: ValueError for x_prev."""
     time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * where.lam).astype(x.dtype))
-    output, _ = process.split_variance(denoise_fn(x, time).astype(x.dtype), x, variance)
+    output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
+    output, _ = process.split_variance(output, x, variance)
     if prediction == "x_0":
         x_0 = output
     elif prediction == "v":  # neither divides by an alpha that may be 0

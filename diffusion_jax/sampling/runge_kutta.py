@@ -19,6 +19,7 @@ from diffusion_jax.sampling.levels import (
     level_before,
     move,
 )
+from diffusion_jax.schedules import cast_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class heun(Sampler):
         alpha = jnp.maximum(here.alpha, 1e-10)  # beyond, nothing but noise is left to raise
         sigma = here.sigma / alpha
         raised = sigma * (1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1))
-        highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.grid_timesteps)[-1]) / 2).astype(x_t.dtype)
+        highest = jnp.exp(-schedule.log_snr(cast_table(schedule.grid_timesteps, x_t.dtype)[-1]) / 2)
         inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
         added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))
@@ -110,7 +111,7 @@ class pndm(Sampler):
             return denoise(schedule, denoise_fn, x, t - 1, *options).eps
 
         def four_calls():
-            middle = level_at(schedule.log_snr(_middle(schedule, t)).astype(x_t.dtype))
+            middle = level_at(schedule.log_snr(_middle(schedule, t, x_t.dtype)))
 
             def half_way(eps):
                 x = move(denoised, eps, here, middle)
@@ -139,7 +140,7 @@ class pndm(Sampler):
         return empty_history(x_T, num_steps, 3)
 
 
-def _middle(schedule, t):
+def _middle(schedule, t, dtype):
     """The network time half-way between index t and the one before, float []."""
-    times = jnp.asarray(schedule.timesteps)
+    times = jnp.asarray(cast_table(schedule.timesteps, dtype))
     return (times[t] + times[t - 1]) / 2

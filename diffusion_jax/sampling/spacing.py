@@ -23,7 +23,7 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
 
     Also "trailing" where alpha_bar ends at 0, which has no finite log SNR.
     """
-    return "log_snr" if isinstance(sampler, heun | pndm) and not schedule.zero_terminal_snr else "trailing"
+    return "log_snr" if isinstance(_innermost(sampler), heun | pndm) and not schedule.zero_terminal_snr else "trailing"
 
 
 def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
@@ -31,6 +31,7 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
 
     schedule: concrete, respaced. Only samplers of this package are judged.
     """
+    sampler = _innermost(sampler)
     limit = _limit(sampler)
     sigma = _noise_levels(schedule)
     if limit is None or len(sigma) < 2:
@@ -52,6 +53,13 @@ def find_blur(schedule: Schedule) -> str | None:
     if not sigma.size or sigma[0] <= 2 * _SD:
         return None
     return f"the last step removes noise of {sigma[0]:.3g} times the image at once, which blurs the samples"
+
+
+def _innermost(sampler: Sampler) -> Sampler:
+    """The sampler that takes the steps, inside of those that wrap another as their field `sampler`."""
+    while isinstance(getattr(sampler, "sampler", None), Sampler):
+        sampler = sampler.sampler
+    return sampler
 
 
 def _limit(sampler: Sampler) -> float | None:

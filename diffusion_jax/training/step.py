@@ -131,6 +131,8 @@ def read_batch(batch: Mapping, shape: tuple[int, int, int], takes_labels: bool, 
         raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {found}')
     (name,) = given
     values = batch[name]
+    if not hasattr(values, "dtype"):
+        raise ValueError(f'batch["{name}"] must be an array; got {type(values).__name__}')
     dtype = jnp.result_type(values)
     if name == "image" and dtype != jnp.uint8:
         advice = 'give float data, standardized to about [-1, 1], as "x"' if _is_float(dtype) else "convert it to uint8"
@@ -145,7 +147,9 @@ def read_batch(batch: Mapping, shape: tuple[int, int, int], takes_labels: bool, 
             f"got {list(jnp.shape(values))}"
         )
     count = len(values)
-    if count < 1 or count % parts:
+    if count < 1:
+        raise ValueError("a batch must hold at least one example; got none")
+    if count % parts:
         raise ValueError(f"a batch of {count} must be a multiple of training.accumulation_steps={parts}")
     x_0 = values.astype(jnp.float32)
     return x_0 / 127.5 - 1.0 if name == "image" else x_0, _read_labels(batch, count) if takes_labels else None
@@ -162,6 +166,8 @@ def _read_labels(batch: Mapping, count: int):
             f"got {', '.join(map(repr, batch))}"
         )
     y = batch["label"]
+    if not hasattr(y, "dtype"):
+        raise ValueError(f'batch["label"] must be an array; got {type(y).__name__}')
     if not jnp.issubdtype(jnp.result_type(y), jnp.integer) or jnp.shape(y) != (count,):
         raise ValueError(
             f'batch["label"] must be int of shape [{count}]; got {jnp.result_type(y)} {list(jnp.shape(y))}'
