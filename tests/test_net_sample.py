@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import guidance, models, pretrained, sampling, schedules
+from diffusion_jax import editing, guidance, models, pretrained, sampling, schedules
 from diffusion_jax.pretrained import description
 
 KEY = jax.random.key(0)
@@ -49,7 +49,7 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
         again = net.sample(KEY, 4, y=[0, 1, 2, 1], sampler=sampler(), steps=4, guidance_scale=2.0)
-        other = net.sample(jax.random.key(5), 4, y=np.int64(2), sampler=sampler(), steps=4, guidance_scale=3.5)
+        other = net.sample(jax.random.key(5), 4, y=np.int64(2), sampler=sampler(), steps=4, guidance_scale=3)
         moved = dataclasses.replace(net, params=jax.tree.map(lambda leaf: leaf * 1.1, net.params))
         others = moved.sample(KEY, 4, y=[0, 1, 2, 1], sampler=sampler(), steps=4, guidance_scale=2.0)
     compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
@@ -77,6 +77,16 @@ def test_an_upsampler_draws():
     np.testing.assert_allclose(images, expected, atol=1e-4)
 
 
+def test_a_sampler_inside_of_another_is_fitted_too():
+    net, x_0 = net_of("v"), jnp.zeros((1, 4, 4, 1))
+    nothing_known = editing.replacement(sampling.ddim(), x_0, np.zeros((4, 4, 1)))
+    wrapped = net.sample(KEY, 2, sampler=nothing_known, steps=3)
+    np.testing.assert_allclose(wrapped, net.sample(KEY, 2, sampler=sampling.ddim(), steps=3), atol=1e-5)
+    heun = editing.replacement(sampling.heun(), x_0, np.zeros((4, 4, 1)))
+    assert sampling.default_spacing(heun, net.schedule) == "log_snr"
+    assert sampling.find_problem(heun, schedules.respace(net.schedule, 5, "trailing"))
+
+
 def test_what_does_not_fit_a_net_is_one_line():
     plain, conditional = net_of(), net_of(num_classes=3)
     for net, options, words in (
@@ -87,6 +97,10 @@ def test_what_does_not_fit_a_net_is_one_line():
         (conditional, {"y": 0.5}, "labels must be int"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
         (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "needed by networks that enlarge images"),
+        (plain, {"noise_std": 0.1}, "noise_std= is for networks that enlarge images"),
+        (plain, {"spacing": "leading"}, "spacing='leading' is for a number of steps"),
+        (plain, {"sampler": "ddim"}, r"must be a sampler such as sampling.ddim\(\), got 'ddim'"),
+        (plain, {"sampler": sampling.ddim}, "must be a sampler such as"),
         (net_of(low_resolution=2), {}, "needed by networks that enlarge images"),
         (
             plain,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import editing, guidance, labels, likelihood, losses, models, process, sampling, schedules, timesteps
 
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 20))
@@ -56,9 +56,8 @@ TAKERS = {
 @pytest.mark.parametrize("name", TAKERS)
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
 def test_images_that_are_not_float(name, dtype):
-    with pytest.raises(
-        ValueError, match=rf"must be float, images in \[-1, 1\]; got {dtype}; convert with x / 127.5 - 1"
-    ):
+    advice = "; images are float" if dtype == "uint8" else "$"
+    with pytest.raises(ValueError, match=f"must be float; got {dtype}{advice}"):
         TAKERS[name](PIXELS.astype(dtype))
 
 
@@ -121,6 +120,46 @@ def test_labels_of_class_log_prob():
         guidance.class_log_prob(logits, jnp.array([0.0, 1.0]))(X, time)
     with pytest.raises(ValueError, match=r"y has shape \(1,\) but there are 2 rows of logits"):
         guidance.class_log_prob(logits, jnp.array([1]))(X, time)
+
+
+@pytest.mark.parametrize(("dtype", "num_classes"), [("uint8", 256), ("uint8", 1000), ("int8", 128), ("uint16", 256)])
+def test_labels_of_few_bits_keep_their_classes(dtype, num_classes):
+    y = np.array([0, 5, 100, 127], dtype)
+    for found in (labels.in_range(y, num_classes), jax.jit(lambda y: labels.in_range(y, num_classes))(y)):
+        np.testing.assert_array_equal(found, [0, 5, 100, 127])
+    if dtype == "int8":
+        np.testing.assert_array_equal(
+            jax.jit(lambda y: labels.in_range(y, 128))(np.array([-1, 127], dtype)), [128, 127]
+        )
+
+
+def test_the_only_class_is_not_that_of_other_labels():
+    model = models.UNet(
+        channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), num_groups=4, num_classes=1
+    )
+    x, time, y = jnp.ones((3, 4, 4, 1)), jnp.zeros(3), jnp.array([0, -1, 1])
+    params = jax.jit(model.init)(KEY, x, time, jnp.zeros(3, int))
+    output = jax.jit(model.apply)(params, x, time, y)
+    np.testing.assert_array_equal(np.isnan(output).any((1, 2, 3)), [False, True, True])
+
+
+def test_labels_of_another_shape_are_no_losses():
+    for y in (np.array([1]), np.array([0, 1, 2]), np.array([[0], [1]])):
+        with pytest.raises(ValueError, match="give each a label"):
+            losses.classify(KEY, FULL, logits, X, y)
+    with pytest.raises(ValueError, match="must have a batch axis"):
+        losses.simple(KEY, FULL, network, 1.0)
+
+
+def test_counts_orders_and_starts_are_whole_numbers():
+    for wrong in (
+        lambda: schedules.respace(FULL, True),
+        lambda: sampling.deis(True),
+        lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim(), start=3.0),
+        lambda: sampling.sample(KEY, FULL, lambda x, time: jnp.zeros(x.shape, int), X, sampling.ddim()),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            wrong()
 
 
 @pytest.mark.parametrize(
