@@ -225,7 +225,7 @@ def test_classifiers_of_openai_s_guide(tmp_path):
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
-    with pytest.raises(pretrained.PretrainedError, match="do not say"):
+    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not say"):
         sample(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
     wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(stored.CLASSIFIER_FLAGS)}
     with pytest.raises(errors.UserError, match="another noise schedule"):

@@ -684,7 +684,9 @@ def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch)
     generate.sample(tiny_config(**DRAWN), run, again=False)
     respaced = recipe.respaced
     other = {"steps": 2, "spacing": "leading"}
-    monkeypatch.setattr(recipe, "respaced", lambda schedule, options: respaced(schedule, {**options, **other}))
+    monkeypatch.setattr(
+        recipe, "respaced", lambda schedule, options, *more: respaced(schedule, {**options, **other}, *more)
+    )
     generate.sample(tiny_config(**DRAWN), run, again=False)
     assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
