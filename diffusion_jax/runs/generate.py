@@ -185,12 +185,11 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
     given = {"images": low, "labels": low_labels}
     settings = _settings(config, recipe, params, batch_size, mesh.size, given)
-    if not again:
-        reason = first_says(lambda: _why_not_reused(drawing.path, settings))
-        if reason is None:
-            return drawing
-        if reason:
-            say(f"Drawing anew: {drawing.path} {reason}.")
+    reason = first_says(lambda: _why_not_reused(drawing.path, settings))
+    if reason is None and not again:
+        return drawing
+    if reason:
+        say(f"Drawing anew: {drawing.path} {reason}.")
     say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     parts = Parts(samples / f".{name}_{digest(settings)}")
     batches = -(-options.num_samples // batch_size)
