@@ -467,6 +467,10 @@ def files(tmp_path_factory):
         "black": mask & 0,
         "dim": mask // 3,
         "zero_one": mask // 255,
+        "ones": mask // 255 | 1,
+        "bits": mask < 256,
+        "deep": np.full((8, 8), 300, np.uint16),
+        "alpha": np.stack([mask & 0, mask & 0, mask & 0, mask], axis=-1),
         "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
@@ -556,6 +560,13 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
         ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
         ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "ones.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "bits.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "deep.png")}, "black everywhere .values 300 to 300 of 65535.: no pixel"),
+        (
+            {"editing.mask": str(files / "alpha.png")},
+            "black everywhere .values 0 to 0 of 255; transparency is ignored.",
+        ),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
