@@ -99,7 +99,7 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
     axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
-    # A decoder that is sure of its cell would stretch the axis to nothing: then an arrow on its edge stands for it.
+    # An L_0 near 0 would stretch the logarithmic axis without end, so an arrow at the bottom stands for it.
     bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
     above = bool(vlb[0] >= bottom)
     axes.plot(
@@ -108,11 +108,11 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
         "o" if above else "v",
         color="tab:red",
         markersize=8,
-        clip_on=False,
         zorder=3,
         label=f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if above else ", below the axis"),
     )
-    axes.set_ylim(bottom=bottom)
+    top = axes.get_ylim()[1]
+    axes.set_ylim(bottom=bottom / (top / bottom) ** 0.05)  # room for the whole marker
     axes.legend(loc="upper right")
     _save_figure(path, figure)
 
