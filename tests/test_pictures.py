@@ -47,6 +47,17 @@ def test_a_chain_of_one_step_has_its_decoder_alone(drawn):
         assert drawn[-1].axes[0].get_ylim()[0] > 0
 
 
+def test_grids_have_headers_and_captions():
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    plain, headed = (
+        pictures.grid(images, columns=3, headers=headers) for headers in (None, ["t = 999", "t = 0", "image"])
+    )
+    np.testing.assert_array_equal(headed[14:], plain)
+    words = [headed[:14, 68 * i + 4 : 68 * i + 68] for i in range(3)]
+    assert all(word.max() > 150 for word in words) and (words[0] != words[1]).any()
+    assert pictures.time_headers([949.5, 50.0]) == ["t = 949.5", "t = 50", "image"]
+
+
 def test_lines_against_steps_differ(drawn):
     pictures.plot_against_steps("", {f"sampler {i}": {10: 3.0 + i, 20: 2.0} for i in range(30)}, "FID")
     looks = {(line.get_color(), line.get_marker()) for line in labeled(drawn[0].axes[0]).values()}

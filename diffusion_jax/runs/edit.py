@@ -213,6 +213,15 @@ class _Edit:
         return np.stack(ends), run
 
     @property
+    def captions(self) -> list[str]:
+        """One for each image that the picture shows: what was given, then the results."""
+        known = {"interpolate": ["image", "other"], "colourise": ["gray"], "super_resolution": ["small"]}
+        given = known.get(self.options.task, ["image", "known"][: len(self.given)])
+        if self.options.task == "interpolate":
+            return [*given, *(f"{weight:.2g}" for weight in np.linspace(0, 1, self.count))]
+        return [*given, *(f"result {i}" for i in range(1, self.count + 1))]
+
+    @property
     def rows(self) -> int:
         """Images that the network sees at a time."""
         return 1 if self.options.task == "interpolate" else self.count
@@ -252,5 +261,5 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     np.savez(temporary, images)
     temporary.replace(path.with_name(f"{name}.npz"))
     shown = np.concatenate([task.given, images])
-    pictures.save_png(path.with_name(f"{name}.png"), pictures.grid(shown, columns=min(len(shown), 10)))
+    pictures.save_png(path.with_name(f"{name}.png"), pictures.grid(shown, min(len(shown), 10), task.captions))
     say(f"What was given, and {len(images)} results: {path}.png; the results alone: {path}.npz")

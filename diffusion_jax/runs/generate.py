@@ -96,7 +96,8 @@ def trajectory_picture(
     x_0, passed = drawn
     through = np.concatenate([np.asarray(getattr(passed, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
     images = np.asarray(pictures.to_uint8(through)).swapaxes(0, 1)
-    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
+    headers = pictures.time_headers(np.asarray(recipe.schedule.timesteps)[kept[::-1]])  # the noisiest first, as drawn
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through), headers=headers)
 
 
 def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:

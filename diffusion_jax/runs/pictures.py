@@ -26,10 +26,15 @@ _GREY = 64
 _CAPTION = 14  # rows below an image that has a caption
 
 
-def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+def grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    headers: Sequence[str] | None = None,
+) -> np.ndarray:
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged.
 
-    captions: a line of text below each image, cut off where it is too wide.
+    captions: a line of text below each image, cut off where it is too wide. headers: the same above each column.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -43,7 +48,17 @@ def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str]
         tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
+    if headers:
+        above = np.full((_CAPTION, columns * width, channels), _GREY, np.uint8)
+        for column, header in enumerate(headers):
+            above[:, column * width + GAP : (column + 1) * width] = _text(header, width - GAP)[..., None]
+        picture = np.concatenate([above, picture])
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+
+
+def time_headers(times) -> list[str]:
+    """Headers of the columns of x_t at these network times, followed by the images."""
+    return [*(f"t = {time:.4g}" for time in np.asarray(times)), "image"]
 
 
 def _text(text: str, width: int) -> np.ndarray:
