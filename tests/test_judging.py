@@ -450,6 +450,25 @@ def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("output", "written"),
+    [
+        ("new/", "new/metrics.json"),
+        ("new", "new/metrics.json"),
+        ("a/b.c/", "a/b.c/metrics.json"),
+        ("a/b.c", "a/b.c/metrics.json"),
+        ("new/res.json", "new/res.json"),
+        ("dir.json/", "dir.json/metrics.json"),
+    ],
+)
+def test_the_folder_of_output_is_created(tmp_path, output, written):
+    one = save(tmp_path / "one.npz", all_digits()[:20])
+    command.main([one, one, "--metrics=memorisation", "--features=test_judging:a_function", f"--output={output}"])
+    (record,) = json.loads((tmp_path / written).read_text())
+    assert [path.name for path in tmp_path.rglob("*.png")] == [record["memorisation"]["picture"]]
+    assert (tmp_path / written).with_name(record["memorisation"]["picture"]).is_file()
+
+
 def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
     good, url = (
         save(tmp_path / "good.npz", all_digits()[:20]),
@@ -524,14 +543,16 @@ def test_what_the_command_refuses(tmp_path, capsys):
     flat = save(tmp_path / "flat.npz", digit[0])
     one = save(tmp_path / "one.npz", digit[:1])
     five = save(tmp_path / "five.npz", digit[:5])
+    wider = save(tmp_path / "wider.npz", digit.repeat(2, axis=1).repeat(2, axis=2))
     np.save(tmp_path / "bare.npy", digit)
+    (tmp_path / "text.json").write_text("text")
     wide, negative = str(tmp_path / "wide.npz"), str(tmp_path / "negative.npz")
     np.savez(wide, mu=np.zeros(3), sigma=np.eye(3))
     np.savez(negative, mu=np.zeros(64), sigma=-np.eye(64))
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ((good, colour), "8x8 grey images and .*colour.npz 8x8 colour ones"),
+        ((good, colour), "8x8 gray images and .*colour.npz 8x8 color ones.*--channels=1 or 3"),
         (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
         (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", nans), "not finite"),
@@ -554,9 +575,12 @@ def test_what_the_command_refuses(tmp_path, capsys):
         (("digits", good, "--features=nothing:here"), "cannot be imported"),
         (("digits", good, "--features=inception"), "--inception=PATH is needed"),
         (("digits", good, "--inception=x.pth", "--features=inception"), "x.pth: no such file"),
-        (("digits", good, "--output=no/such/place.json"), "is no folder"),
-        ((good, colour.replace("colour", "good"), "--features=digits", "--output=good.npz"), "is no metrics.json"),
-        ((colour, colour, "--features=digits"), "grey images of 8x8 pixels, not 8x8x3"),
+        ((good, wider), "8x8 gray images and .*wider.npz 16x16 gray ones: .* not comparable; .*--image_size"),
+        (("digits", good, "--output=bare.npy"), "bare.npy is a file; name a folder, or a file that ends in .json"),
+        (("digits", good, "--output=bare.npy/place.json"), "bare.npy is a file"),
+        ((good, good, "--features=digits", "--output=text.json"), "is no metrics.json"),
+        ((colour, colour, "--features=digits"), "gray images of 8x8 pixels, not 8x8x3; .*--channels=1"),
+        ((wider, wider, "--features=digits"), "gray images of 8x8 pixels, not 16x16x1; .*--image_size=8"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
 
@@ -661,6 +685,8 @@ def test_samples_of_other_settings_are_drawn_anew(run, drawn, capsys, overrides,
     assert other.path == one.path and len(drawn) > before
     assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
     assert generate.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+    generate.sample(tiny_config(**config), run)  # --mode=sample, too
+    assert f"Drawing anew: {one.path} was drawn with other settings" in capsys.readouterr().out
 
 
 def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):

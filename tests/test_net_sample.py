@@ -93,6 +93,7 @@ def test_what_does_not_fit_a_net_is_one_line():
         (plain, {"y": 1}, "has no classes, got y=1; leave y out"),
         (conditional, {}, "has 3 classes: give y, a label or 2 of them"),
         (conditional, {"y": 3}, r"labels must lie in 0 \.\.\. 2, got 3"),
+        (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
         (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each image; got shape \(3,\)"),
         (conditional, {"y": 0.5}, "labels must be int"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),

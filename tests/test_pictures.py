@@ -23,7 +23,7 @@ def labeled(axes):
     return {text.get_text(): line for text, line in zip(axes.get_legend().get_texts(), axes.get_lines(), strict=True)}
 
 
-@pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 1e-12, 0.0, -1e-9])
+@pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 3.4e-5, 1e-12, 0.0, -1e-9])
 def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
     """Where it is far below the other terms, an arrow on the axis stands for it, and the legend has its value."""
     terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
@@ -37,12 +37,25 @@ def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
     assert left < x < right and low <= y < high and x == 1
     assert y == decoder or lines[label].get_marker() == "v"
     assert low <= 1e-4 and high >= 2
+    radius = lines[label].get_markersize() / 2 * drawn[0].dpi / 72  # in pixels
+    assert axes.transData.transform((x, y))[1] - radius > axes.bbox.y0
 
 
 def test_a_chain_of_one_step_has_its_decoder_alone(drawn):
     for decoder in (3.0, 0.0):
         pictures.plot_terms("", np.array([decoder]), "digits")
         assert drawn[-1].axes[0].get_ylim()[0] > 0
+
+
+def test_grids_have_headers_and_captions():
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    plain, headed = (
+        pictures.grid(images, columns=3, headers=headers) for headers in (None, ["t = 999", "t = 0", "image"])
+    )
+    np.testing.assert_array_equal(headed[14:], plain)
+    words = [headed[:14, 68 * i + 4 : 68 * i + 68] for i in range(3)]
+    assert all(word.max() > 150 for word in words) and (words[0] != words[1]).any()
+    assert pictures.time_headers([949.5, 50.0]) == ["t = 949.5", "t = 50", "image"]
 
 
 def test_lines_against_steps_differ(drawn):

@@ -221,6 +221,10 @@ def test_a_server_that_refuses_connections(server, tmp_path, monkeypatch):
     assert (
         f"cannot be downloaded: no connection to 127.0.0.1:{port} (Connection refused)" in said and "python -c" in said
     )
+    assert [path.name for path in tmp_path.rglob("*")] == [".prepare.lock"]
+    (tmp_path / "downloads" / "extracted").mkdir(parents=True)  # empty folders of another program stay
+    refusal(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".prepare.lock", "downloads", "extracted"]
 
 
 def test_a_name_that_is_never_resolved(server, tmp_path, monkeypatch):

@@ -467,6 +467,10 @@ def files(tmp_path_factory):
         "black": mask & 0,
         "dim": mask // 3,
         "zero_one": mask // 255,
+        "ones": mask // 255 | 1,
+        "bits": mask < 256,
+        "deep": np.full((8, 8), 300, np.uint16),
+        "alpha": np.stack([mask & 0, mask & 0, mask & 0, mask], axis=-1),
         "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
@@ -490,7 +494,9 @@ def test_edits(root, files, task):
         images = arrays["arr_0"]
     with Image.open(path.with_suffix(".png")) as picture:
         shown = 3 + {"inpaint": 2, "replace": 2, "interpolate": 2}.get(task, 1)
-        assert picture.size == (68 * shown + 4, 72)
+        assert picture.size == (68 * shown + 4, 72 + 14)
+        captions = np.asarray(picture)[68:82, 4:].reshape(14, shown, 68)
+        assert (captions.max(axis=(0, 2)) > 150).all()  # each image has its text
     assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
     with Image.open(files / "image.png") as image:
         image = np.asarray(image)[..., None]
@@ -556,6 +562,13 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
         ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
         ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "ones.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "bits.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "deep.png")}, "black everywhere .values 300 to 300 of 65535.: no pixel"),
+        (
+            {"editing.mask": str(files / "alpha.png")},
+            "black everywhere .values 0 to 0 of 255; transparency is ignored.",
+        ),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),

@@ -282,7 +282,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with np.load(path) as arrays:
         assert (arrays["arr_0"] != images).any()
     with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
-        assert picture.size == (2 * 68 + 4, 4 * 68 + 4)
+        assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)
 
 
 def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):

@@ -272,6 +272,13 @@ def _temporary_folders(builder) -> set[pathlib.Path]:
     return {path for path in found if path.is_dir()}
 
 
+def _folders(builder) -> set[pathlib.Path]:
+    """The folders that TFDS creates before it has any file for them."""
+    root, downloads = pathlib.Path(builder.data_dir_root), pathlib.Path(builder.data_dir_root) / "downloads"
+    own = [parent for parent in pathlib.Path(builder.data_path).parents if root in parent.parents]
+    return {path for path in (downloads, *downloads.glob("*"), *own) if path.is_dir()}
+
+
 def _files(folder: pathlib.Path) -> Iterator[os.stat_result]:
     for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(OSError):  # it was renamed or removed just now
@@ -284,11 +291,12 @@ def _size(folder: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _without_leftovers(builder, killed_at: float | None) -> Iterator[None]:
-    """Removes what a launch that was killed left, and what is left of this one: TFDS cannot resume a download.
+    """Removes what a launch that was killed left, and what is left of this one: TFDS cannot resume a download. Folders that
+    this launch created are removed if they are empty.
 
     killed_at: when that launch began. Temporary folders that are older may belong to programs that do not know the lock.
     """
-    found = _temporary_folders(builder)
+    found, folders = _temporary_folders(builder), _folders(builder)
     for folder in found:
         if killed_at is not None and max((file.st_mtime for file in _files(folder)), default=0.0) >= killed_at:
             shutil.rmtree(folder, ignore_errors=True)
@@ -297,6 +305,9 @@ def _without_leftovers(builder, killed_at: float | None) -> Iterator[None]:
     finally:
         for folder in _temporary_folders(builder) - found:
             shutil.rmtree(folder, ignore_errors=True)
+        for folder in sorted(_folders(builder) - folders, reverse=True):  # the inner ones first
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _explain(error: Exception, name: str, data_dir: str | None, builder) -> str:

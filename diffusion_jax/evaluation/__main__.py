@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--output",
         default="metrics.json",
-        help="the JSON file, or its folder: the record is added to it, pictures go beside",
+        help="a .json file, or the folder of metrics.json, created if missing: the record is added to the file,\n"
+        "and the pictures are written beside it",
     )
     return parser
 
@@ -90,11 +91,7 @@ def compare(given: argparse.Namespace) -> None:
         raise ValueError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
     if given.batch_size < 1:
         raise ValueError(f"--batch_size={given.batch_size} must be at least 1")
-    output = pathlib.Path(given.output).expanduser()
-    if output.is_dir():
-        output = output / "metrics.json"
-    if not output.parent.is_dir():
-        raise ValueError(f"--output={given.output}: {output.parent} is no folder")
+    output = _output_file(given.output)
     named_sets = given.reference, given.samples
     reference, samples = (open_set(what, given.data_dir, given.image_size, given.channels) for what in named_sets)
     check_comparable(reference, samples)
@@ -104,9 +101,21 @@ def compare(given: argparse.Namespace) -> None:
             f"--inception=PATH is needed: the weights of FID's network ({WHERE}); or --features=digits, or module:function"
         )
     extractor = named(features, given.inception, given.resize)
+    output.parent.mkdir(parents=True, exist_ok=True)
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
     measure(reference, samples, extractor, wanted, mesh, given.batch_size, output, {})
+
+
+def _output_file(given: str) -> pathlib.Path:
+    """The JSON file of --output, which is the file or its folder. Raises: ValueError if a file is in the folder's place."""
+    path = pathlib.Path(given).expanduser()
+    if given.endswith("/") or path.suffix != ".json" or path.is_dir():
+        path = path / "metrics.json"
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output={given}: {folder} is a file; name a folder, or a file that ends in .json")
+    return path
 
 
 def _table_parser() -> argparse.ArgumentParser:

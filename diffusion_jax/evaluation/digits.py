@@ -30,8 +30,10 @@ class DigitsNetwork(nn.Module):
     @nn.compact
     def __call__(self, images) -> Judged:
         if images.shape[1:] != (8, 8, 1):
+            remedy = "--image_size=8 resizes folders" if images.shape[1:3] != (8, 8) else "--channels=1 makes them gray"
             raise ValueError(
-                f"the digits' network takes grey images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}"
+                f"the digits' network takes gray images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}; "
+                f"{remedy} (python -m diffusion_jax.evaluation)"
             )
         x = images.astype(jnp.float32) / 127.5 - 1
         x = nn.relu(nn.Conv(32, (3, 3), name="conv_0")(x))

@@ -402,7 +402,7 @@ class UNet(Encoder):
         self._check_labels(y)
         rows = self.num_classes + (1 if self.label_dropout else 0)
         if self.num_classes:
-            y = labels.in_range(y, rows)
+            y = labels.in_range(y, rows, null_label=bool(self.label_dropout))
         embedding = self.embed(time)
         if self.num_classes:
             if self.label_dropout and train:

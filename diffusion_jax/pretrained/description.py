@@ -178,8 +178,8 @@ class Pretrained(Description):
             raise ValueError(f"this network has {self.num_classes} classes: give y, a label or {num_images} of them")
         if np.shape(y) not in ((), (num_images,)):
             raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {np.shape(y)}")
-        null = self.model.null_label
-        y = labels.in_range(y, self.num_classes + (null is not None))
+        null_label = self.model.null_label is not None
+        y = labels.in_range(y, self.num_classes + null_label, null_label)
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:

@@ -48,18 +48,22 @@ def _mask(path: str, size: tuple[int, int]) -> np.ndarray:
     White is known: values above 127 of 255. A file that holds only 0 and 1, as boolean arrays are often saved, is scaled.
     """
     image = _open(path, "mask")
-    if not image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if image.mode != "1" and not image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip
         image = image.convert("L")
-    values = np.asarray(image)
-    if values.max() == 1:
+    values = np.asarray(image).astype(int)
+    largest = 1 if values.max() == 1 else 65535 if image.mode.startswith("I") else 255
+    if largest == 1:
         image = Image.fromarray(values.astype(np.uint8) * 255)
-    grays = data.fit(image, size, 1)
-    known = grays > 127
+    known = data.fit(image, size, 1) > 127
     if known.all() or not known.any():
         color, task = ("white", "nothing is left to paint") if known.all() else ("black", "no pixel is kept")
+        found = f"values {values.min()} to {values.max()} of {largest}" + (
+            "; transparency is ignored" if transparent else ""
+        )
         raise UserError(
-            f"editing.mask={path!r} is {color} everywhere (values {grays.min()} to {grays.max()} of 255): {task}. Make the "
-            "pixels to keep white (above 127; or 1 in a mask of 0 and 1) and those to paint black (0)"
+            f"editing.mask={path!r} is {color} everywhere ({found}): {task}. Make the pixels to keep white (above 127 of "
+            "255; or 1 in a mask of 0 and 1) and those to paint black (0)"
         )
     return known
 
@@ -209,6 +213,15 @@ class _Edit:
         return np.stack(ends), run
 
     @property
+    def captions(self) -> list[str]:
+        """One for each image that the picture shows: what was given, then the results."""
+        known = {"interpolate": ["image", "other"], "colourise": ["gray"], "super_resolution": ["small"]}
+        given = known.get(self.options.task, ["image", "known"][: len(self.given)])
+        if self.options.task == "interpolate":
+            return [*given, *(f"{weight:.2g}" for weight in np.linspace(0, 1, self.count))]
+        return [*given, *(f"result {i}" for i in range(1, self.count + 1))]
+
+    @property
     def rows(self) -> int:
         """Images that the network sees at a time."""
         return 1 if self.options.task == "interpolate" else self.count
@@ -248,5 +261,5 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     np.savez(temporary, images)
     temporary.replace(path.with_name(f"{name}.npz"))
     shown = np.concatenate([task.given, images])
-    pictures.save_png(path.with_name(f"{name}.png"), pictures.grid(shown, columns=min(len(shown), 10)))
+    pictures.save_png(path.with_name(f"{name}.png"), pictures.grid(shown, min(len(shown), 10), task.captions))
     say(f"What was given, and {len(images)} results: {path}.png; the results alone: {path}.npz")

@@ -374,4 +374,5 @@ def _coding_picture(trained: _Trained, columns: int, rows: int = 4) -> np.ndarra
     x_0 = images.astype(np.float32) / 127.5 - 1.0
     predicted = jax.jit(predict, compiler_options=compiler.options())(params, x_0, trained.labels(labels))
     through = np.concatenate([np.asarray(pictures.to_uint8(predicted)), images[None]]).swapaxes(0, 1)
-    return pictures.grid(through.reshape(-1, *images.shape[1:]), columns=len(steps) + 1)
+    headers = pictures.time_headers(np.asarray(schedule.timesteps)[steps])
+    return pictures.grid(through.reshape(-1, *images.shape[1:]), columns=len(steps) + 1, headers=headers)

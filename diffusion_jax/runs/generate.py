@@ -96,7 +96,8 @@ def trajectory_picture(
     x_0, passed = drawn
     through = np.concatenate([np.asarray(getattr(passed, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
     images = np.asarray(pictures.to_uint8(through)).swapaxes(0, 1)
-    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through))
+    headers = pictures.time_headers(np.asarray(recipe.schedule.timesteps)[kept[::-1]])  # the noisiest first, as drawn
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(through), headers=headers)
 
 
 def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -185,12 +186,11 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
     given = {"images": low, "labels": low_labels}
     settings = _settings(config, recipe, params, batch_size, mesh.size, given)
-    if not again:
-        reason = first_says(lambda: _why_not_reused(drawing.path, settings))
-        if reason is None:
-            return drawing
-        if reason:
-            say(f"Drawing anew: {drawing.path} {reason}.")
+    reason = first_says(lambda: _why_not_reused(drawing.path, settings))
+    if reason is None and not again:
+        return drawing
+    if reason:
+        say(f"Drawing anew: {drawing.path} {reason}.")
     say(f"Sampling {options.num_samples} images from {origin} ({'EMA' if options.use_ema else 'raw'} weights).")
     parts = Parts(samples / f".{name}_{digest(settings)}")
     batches = -(-options.num_samples // batch_size)

@@ -119,9 +119,13 @@ def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
         return
     shapes = [images.read(np.arange(1))[0].shape[1:] for images in (reference.images, samples.images)]
     if shapes[0] != shapes[1]:
-        kinds = ["x".join(map(str, shape[:2])) + (" grey" if shape[2] == 1 else " colour") for shape in shapes]
+        kinds = ["x".join(map(str, shape[:2])) + (" gray" if shape[2] == 1 else " color") for shape in shapes]
+        remedies = ["--channels=1 or 3 makes both gray or both color"] if shapes[0][2] != shapes[1][2] else []
+        if shapes[0][:2] != shapes[1][:2]:
+            remedies.append("--image_size=N resizes folders and data sets")
         raise ValueError(
-            f"{reference.name} holds {kinds[0]} images and {samples.name} {kinds[1]} ones: they are not comparable"
+            f"{reference.name} holds {kinds[0]} images and {samples.name} {kinds[1]} ones: they are not comparable; "
+            + " and ".join(remedies)
         )
 
 

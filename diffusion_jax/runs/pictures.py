@@ -26,10 +26,15 @@ _GREY = 64
 _CAPTION = 14  # rows below an image that has a caption
 
 
-def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+def grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    headers: Sequence[str] | None = None,
+) -> np.ndarray:
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged.
 
-    captions: a line of text below each image, cut off where it is too wide.
+    captions: a line of text below each image, cut off where it is too wide. headers: the same above each column.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -43,7 +48,17 @@ def grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str]
         tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
+    if headers:
+        above = np.full((_CAPTION, columns * width, channels), _GREY, np.uint8)
+        for column, header in enumerate(headers):
+            above[:, column * width + GAP : (column + 1) * width] = _text(header, width - GAP)[..., None]
+        picture = np.concatenate([above, picture])
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+
+
+def time_headers(times) -> list[str]:
+    """Headers of the columns of x_t at these network times, followed by the images."""
+    return [*(f"t = {time:.4g}" for time in np.asarray(times)), "image"]
 
 
 def _text(text: str, width: int) -> np.ndarray:
@@ -99,7 +114,7 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
     axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
-    # A decoder that is sure of its cell would stretch the axis to nothing: then an arrow on its edge stands for it.
+    # An L_0 near 0 would stretch the logarithmic axis without end, so an arrow at the bottom stands for it.
     bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
     above = bool(vlb[0] >= bottom)
     axes.plot(
@@ -108,11 +123,11 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
         "o" if above else "v",
         color="tab:red",
         markersize=8,
-        clip_on=False,
         zorder=3,
         label=f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if above else ", below the axis"),
     )
-    axes.set_ylim(bottom=bottom)
+    top = axes.get_ylim()[1]
+    axes.set_ylim(bottom=bottom / (top / bottom) ** 0.05)  # room for the whole marker
     axes.legend(loc="upper right")
     _save_figure(path, figure)
 
