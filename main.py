@@ -32,6 +32,7 @@ import errno
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
 
 from absl import app, flags
@@ -122,6 +123,13 @@ def _check_workdir(workdir: str) -> None:
         fail(f"--workdir={workdir}: {existing} is a file; give a directory, which need not exist yet")
     if not os.access(existing, os.W_OK | os.X_OK):
         fail(f"--workdir={workdir}: {existing} cannot be written (permission denied); give another directory")
+    if existing != path.absolute():
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".can_be_made", dir=existing))
+        except OSError as error:
+            fail(
+                f"--workdir={workdir}: no directory can be made in {existing} ({error.strerror}); give another directory"
+            )
 
 
 def _with_weights(argv: list[str], path: str | None, workdir: str | None, weights: str) -> list[str]:

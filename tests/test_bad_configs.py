@@ -135,6 +135,7 @@ SECOND_LAUNCHES = [
     # work directories
     ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),
     ([TRAIN, "--workdir="], ["--workdir=DIR is needed"]),
+    ([TRAIN, "--workdir=/proc/run"], ["--workdir=/proc/run: ", "/proc", "; give another directory"]),
     ([SAMPLE, "--workdir={}/typo"], ["config.json", "training.num_step;", "did you mean training.num_steps?"]),
     ([SAMPLE, "--workdir={}/wrong_type"], ["config.json", "training.num_steps='many'", "type int"]),
     ([SAMPLE, "--workdir={}/no_group"], ["config.json", "training=5 must be a group of leaves"]),
@@ -205,6 +206,52 @@ def test_a_launch_is_refused(flags, words, tmp_path):
     code, _, err = launch(f"--workdir={tmp_path / 'run'}", *flags)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and len(err) < 500, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("leaves", "words"),
+    [
+        ({"spacing": "foo"}, "sampling.spacing='foo' is unknown"),
+        ({"sampler": "foo"}, "sampling.sampler='foo' is unknown"),
+        ({"label": "cats"}, "sampling.class=cats, but the model has no classes"),
+        ({"steps": "250"}, "sampling.steps='250' is a string"),
+        ({"steps": "ddim5"}, "type --config.sampling.steps=5 --config.sampling.spacing=openai_ddim"),
+        ({"steps": 20.5}, "20.5"),
+        ({"steps": (3, 4)}, None),
+        ({"steps": (3, 4), "spacing": "trailing"}, "are several numbers"),
+        ({"num_samples": 0}, "sampling.num_samples=0 must be at least 1"),
+        ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
+        ({"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"}, "use sampling.sampler='ddpm'"),
+        ({"steps": (3, 4), "spacing": "openai"}, None),
+        ({"steps": (3, 4.5, 900), "spacing": "given"}, None),
+        ({"classifier": "somewhere", "label": 3}, None),  # which may know classes
+    ],
+)
+def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypatch):
+    """Before the images are read; and takes the rest."""
+
+    def reading(*_):
+        raise DataError("taken")
+
+    monkeypatch.setattr("diffusion_jax.data.load", reading)
+    with pytest.raises((UserError, DataError)) as caught:
+        train(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
+    assert (words or "taken") in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
+    classes = {"model.num_classes": 10, "model.label_dropout": 0.1}
+    for label in ("seven", "(3,seven)"):
+        with pytest.raises(UserError, match="'seven' is no class of this run; its classes are|sampling.class=.*seven"):
+            train(tiny_config(**classes, **{"sampling.label": label}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_refuses_a_wrong_sampler(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_jax.runs.train._is_finished", lambda *_: True)
+    train(tiny_config(), tmp_path)
+    with pytest.raises(UserError, match="sampling.sampler='foo' is unknown"):
+        train(tiny_config(**{"sampling.sampler": "foo"}), tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "words"), SECOND_LAUNCHES, ids=[" ".join(flags) for flags, _ in SECOND_LAUNCHES])

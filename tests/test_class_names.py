@@ -144,12 +144,12 @@ def trained(tmp_path_factory):
     return directory, names
 
 
-def chosen(trained, label):
+def chosen(trained, label, part="classes"):
     directory, _ = trained
     config = conditional(**{"sampling.label": label})
     built = training.setup(config)
     names = workdir.class_names(config, directory)
-    return recipe.Recipe(config, built.model, built.schedule, built.mesh, names).classes
+    return getattr(recipe.Recipe(config, built.model, built.schedule, built.mesh, names), part)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_command_line_takes_names(text, value):
         ("fix", r"sampling.class='fix' is no class of this run; did you mean fox\?"),
         ("zzz", "its classes are 0, 1, 2, .*, tabby cat, 9, fox"),
         (9, "sampling.class=9 is ambiguous: 'fox' is class 9, and '9' is the name of class 8; give the name"),
-        (10, r"must be classes in 0 \.\.\. 9"),
+        (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
         ("(fox,)x", "is no class of this run"),
         ((), "must be classes"),
         (2.5, "must be classes"),
@@ -223,8 +223,29 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
     assert captions == [["9: fox", "7: tabby cat"] * 3]
-    assert "_class9-7" in drawn.path.name
+    assert "_classfox+7_" in drawn.path.name
     assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("fox", "classfox"),
+        (7, "class7"),  # "tabby cat"
+        ("9", "class8"),  # a name that looks like a number, which stands for a number in other files
+        ((3, 5), "class3-5"),
+        ("(fox,3)", "classfox+3"),
+    ],
+)
+def test_the_class_in_the_name_of_a_file(trained, label, name):
+    assert chosen(trained, label, "name") == f"ddpm5_{name}"
+
+
+def test_names_that_two_classes_share_are_not_of_a_file(tmp_path):
+    config = conditional(**{"sampling.label": 1})
+    built = training.setup(config)
+    for names, told in ((("crane", "Crane"), "class1"), (("crane", "x" * 21), "class1"), (("a", "a/b"), "class1")):
+        assert recipe.Recipe(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -388,11 +388,11 @@ def test_steps_that_draw_noise_are_refused():
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("conditional", {"sampling.label": 10}, r"sampling.label=10 must be classes in 0 \.\.\. 9"),
-        ("conditional", {"sampling.label": "seven"}, "sampling.label=seven must be classes"),
+        ("conditional", {"sampling.label": 10}, r"sampling.class=10 must be classes in 0 \.\.\. 9"),
+        ("conditional", {"sampling.label": "seven"}, "sampling.class=seven must be classes"),
         ("plain", {"sampling.label": 1}, "the model has no classes"),
         ("plain", {"sampling.guidance_scale": 2.0}, "needs a model trained with model.num_classes and"),
-        ("conditional", {"sampling.label": True}, "sampling.label=True must be classes"),
+        ("conditional", {"sampling.label": True}, "sampling.class=True must be classes"),
         ("conditional", {"sampling.guidance_interval": (5,)}, "must be two numbers"),
         ("conditional", {"sampling.guidance_interval": (30, 10)}, "must be two numbers"),
         ("conditional", {"sampling.guidance_interval": ("a", "b")}, "must be two numbers"),
@@ -573,7 +573,7 @@ def test_edits_that_cannot_be(root, files):
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
-        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "is of one class: give sampling.label"),
+        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "is of one class: give sampling.class"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),

@@ -650,6 +650,47 @@ def test_what_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
     assert code == exit_code and err == f"error: {why}; nothing was saved yet\n"
 
 
+WHERE_NOTHING_CAN_BE_RAISED = f"""
+import atexit, gc, os, pathlib, sys, time
+from multiprocessing import shared_memory
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax.runs import devices, watch
+
+devices.quiet()
+of_data_workers = shared_memory.SharedMemory(create=True, size=64)
+
+
+def collecting(phase, info):
+    print("collecting", flush=True)
+    time.sleep(60)
+
+
+watch._GRACE = 60
+atexit.register(os.abort)  # as libraries do whose threads still compute
+with watch.stopping_at_once(pathlib.Path(sys.argv[1])):
+    gc.callbacks.append(collecting)
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
+    """What a callback of the garbage collector raises is printed and lost, and Python's own end can crash in a library."""
+    process = start("-c", WHERE_NOTHING_CAN_BE_RAISED, str(tmp_path), program="-u")
+    assert process.stdout.readline() == "collecting\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    why, exit_code = STOPPING[number]
+    assert process.returncode == exit_code and err == f"error: {why}; nothing was saved yet\n"
+
+
+def test_the_advice_of_the_first_ctrl_c_is_given_once(tmp_path, capfd):
+    with watch.Preemption(tmp_path).handled():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.getsignal(number)(number, None)
+    assert capfd.readouterr().out.count("Press it again") == 1
+
+
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
     setup = training.setup

@@ -26,6 +26,10 @@ def quiet() -> None:
     os.environ.setdefault(
         "TF_ENABLE_ONEDNN_OPTS", "0"
     )  # TensorFlow only writes event files here; oneDNN greets on stderr
+    # Python's process that frees the shared memory of one that was ended says so on stderr: it reads this where it starts.
+    told = os.environ.get("PYTHONWARNINGS", "")
+    if "resource_tracker" not in told:
+        os.environ["PYTHONWARNINGS"] = f"{told},ignore:resource_tracker:UserWarning".lstrip(",")
     absl.logging.set_verbosity(absl.logging.FATAL)
     absl.logging.set_stderrthreshold("fatal")
     for name in ("jax", "orbax", "grain", "tensorflow", "absl"):

@@ -194,7 +194,7 @@ class _Edit:
                 "sampling.sampler=ddim (eta 0) or heun, or give editing.level"
             )
         if self.recipe.classes is not None and len(self.recipe.classes) > 1:
-            raise UserError("editing.task='interpolate' is of one class: give sampling.label")
+            raise UserError("editing.task='interpolate' is of one class: give sampling.class")
 
         def run(key, denoise_fn, sampler):
             encoding = {} if level is not None else self.recipe.says

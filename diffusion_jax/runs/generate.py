@@ -107,8 +107,6 @@ def _low_resolution(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     """
     path, side = config.sampling.low_resolution, config.data.low_resolution
     if not side:
-        if path:
-            raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
         return None, None
     if not path:
         raise UserError(
@@ -152,6 +150,21 @@ class Drawn(NamedTuple):
     batch_size: int
 
 
+def check_options(config: ConfigDict) -> None:
+    """Raises: UserError for leaves of `config.sampling` that say how many images are drawn from what, and cannot be."""
+    options = config.sampling
+    for leaf in ("num_samples", "batch_size"):
+        if options[leaf] < 1:
+            raise UserError(f"sampling.{leaf}={options[leaf]} must be at least 1")
+    work.check_seed("sampling.seed", options.seed)
+    if options.trajectory < 0 or options.trajectory == 1:
+        raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
+    if options.low_resolution and not config.data.low_resolution:
+        raise UserError(
+            f"sampling.low_resolution={options.low_resolution!r} is for models that enlarge images (data.low_resolution)"
+        )
+
+
 def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> Drawn:
     """`--mode=sample`: a PNG grid and an .npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, where there are any; settings).
 
@@ -160,13 +173,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
     """
     work.check_identity(config, directory)
     options = config.sampling
-    if options.num_samples < 1:
-        raise UserError(f"sampling.num_samples={options.num_samples} must be at least 1")
-    if options.batch_size < 1:
-        raise UserError(f"sampling.batch_size={options.batch_size} must be at least 1")
-    work.check_seed("sampling.seed", options.seed)
-    if options.trajectory < 0 or options.trajectory == 1:
-        raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
+    check_options(config)
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -137,7 +138,7 @@ def respaced(schedule: schedules.Schedule, options: Mapping, sampler: sampling.S
             raise ValueError(f"sampling.steps={steps!r} with spacing=openai_ddim must be a whole number")
         return schedules.respace(schedule, f"ddim{steps}")
     if spacing not in schedules.SPACINGS:
-        known = ", ".join([*schedules.SPACINGS, "openai", "openai_ddim", "given"])
+        known = ", ".join([*schedules.SPACINGS, "openai_ddim", "given"])
         raise ValueError(f"sampling.spacing={spacing!r} is unknown; known: {known}")
     return schedules.respace(schedule, steps, spacing)
 
@@ -172,8 +173,18 @@ class Recipe:
     guide: parameters of the guiding classifier, None without one; an argument of `draw`, for compiled code.
     """
 
-    def __init__(self, config: Mapping, model, schedule: schedules.Schedule, mesh, class_names: Sequence[str] = ()):
-        """class_names: by which `sampling.label` may name classes. Raises: UserError or ValueError for what does not fit."""
+    def __init__(
+        self,
+        config: Mapping,
+        model,
+        schedule: schedules.Schedule,
+        mesh,
+        class_names: Sequence[str] = (),
+        load_classifier: bool = True,
+    ):
+        """class_names: by which `sampling.label` may name classes. load_classifier: False where nothing is drawn, only
+        checked; then the classes are, too, only without a classifier. Raises: UserError or ValueError for what does not fit.
+        """
         self._class_names = tuple(class_names)
         self._config, self._model, self._full = config, model, schedule
         options = self._options = config["sampling"]
@@ -182,7 +193,7 @@ class Recipe:
         self.schedule = respaced(schedule, options, sampler)
         self.guide, self._classifier = None, None
         num_classes = model.num_classes
-        if options["classifier"]:
+        if options["classifier"] and load_classifier:
             self._load_classifier(options["classifier"], mesh)
             if num_classes not in (0, self._classifier.num_classes):
                 raise UserError(
@@ -190,7 +201,8 @@ class Recipe:
                     f"{num_classes}"
                 )
             num_classes = self._classifier.num_classes
-        self.classes = self._chosen_classes(num_classes)
+        unknown = options["classifier"] and not load_classifier
+        self.classes = None if unknown else self._chosen_classes(num_classes)
         self._given: np.ndarray | None = None
         self.guided = options["guidance_scale"] != 1
         if self.guided and not (model.num_classes and model.label_dropout):
@@ -212,7 +224,7 @@ class Recipe:
             )
         if options["classifier_form"] not in ("eps", "mean"):
             raise UserError(f"sampling.classifier_form={options['classifier_form']!r} must be 'eps' or 'mean'")
-        self._shifts_mean = self._classifier is not None and options["classifier_form"] == "mean"
+        self._shifts_mean = bool(options["classifier"]) and options["classifier_form"] == "mean"
         if self._shifts_mean and options["sampler"] != "ddpm":
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
         self._check_steps(sampler)
@@ -261,12 +273,12 @@ class Recipe:
         if chosen is None:
             return tuple(range(num_classes)) or None
         if not num_classes:
-            raise UserError(f"sampling.label={chosen}, but the model has no classes (model.num_classes=0)")
+            raise UserError(f"sampling.class={chosen}, but the model has no classes (model.num_classes=0)")
         if isinstance(chosen, str) and chosen not in self._class_names:
             chosen = [part.strip(" '\"") for part in chosen.strip("()[] ,").split(",")]
         chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
         if not chosen:
-            raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}")
+            raise UserError(self._must_be_classes(num_classes))
         return tuple(self._class_index(y, num_classes) for y in chosen)
 
     def _class_index(self, y, num_classes: int) -> int:
@@ -285,13 +297,27 @@ class Recipe:
             return y
         if isinstance(y, str) and names:
             near = difflib.get_close_matches(y, names, n=3)
-            known = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
             raise UserError(
                 f"sampling.class={y!r} is no class of this run; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {known}")
+                + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {self._known_names()}")
             )
         unnamed = "" if names or not isinstance(y, str) else ", as no class names are stored with these weights"
-        raise UserError(f"sampling.label={self._options['label']} must be classes in 0 ... {num_classes - 1}{unnamed}")
+        raise UserError(self._must_be_classes(num_classes) + unnamed)
+
+    def _known_names(self) -> str:
+        names = self._class_names
+        return ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+
+    def _must_be_classes(self, num_classes: int) -> str:
+        named = f" ({self._known_names()})" if self._class_names else ""
+        return f"sampling.class={self._options['label']} must be classes in 0 ... {num_classes - 1}{named}"
+
+    def _class_in_name(self, y: int) -> str:
+        """A class as the name of a file has it: its own name where that is short, plain and of no other class."""
+        names = self._class_names
+        name = names[y] if y < len(names) else ""
+        plain = re.fullmatch("[A-Za-z0-9_-]{1,20}", name) and re.search("[A-Za-z]", name)
+        return name if plain and [other.lower() for other in names].count(name.lower()) == 1 else str(y)
 
     def captions(self, indices: np.ndarray) -> list[str] | None:
         """Class and name, as "1: cats", of the samples of these numbers; None where they have no class."""
@@ -323,7 +349,9 @@ class Recipe:
         if self._spacing == "given":
             unspelled["steps"] = options["steps"]
         if options["label"] is not None:
-            told = "class" + "-".join(map(str, self.classes))
+            told = [self._class_in_name(y) for y in self.classes]
+            # A class's own name may hold a "-".
+            told = "class" + ("-" if all(map(str.isdecimal, told)) else "+").join(told)
             if len(told) > 40:
                 unspelled["classes"], told = self.classes, f"{len(self.classes)}classes"
             parts.append(told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from diffusion_jax.runs import pictures, watch, weights
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import Generator
+from diffusion_jax.runs.generate import Generator, check_options
 from diffusion_jax.runs.judge import TrainingDistance, check_judging
 from diffusion_jax.runs.recipe import Recipe, class_captions
 from diffusion_jax.training import sharding
@@ -35,6 +35,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     work.check_identity(config, directory)
     with as_user_error("config"):
         built = training.setup(config)
+        _check_sampling(config, built, work.class_names(config, directory))
         preview = _drawing(config, built, config.sampling.preview_samples)
         judging = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
     if config.evaluation.every and not judging:
@@ -46,6 +47,8 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     source = data.load(config.data, bar_over("Reading the images"), say)
     check_source(config, source)
+    with as_user_error("config"):
+        _check_sampling(config, built, getattr(source, "class_names", ()), named=True)
     begun = first_says(lambda: committed_steps(directory / "checkpoints"))
     beginning = weights.initial(config, built.model) if config.init_from and not begun else None
     first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
@@ -134,14 +137,37 @@ def check_source(config: ConfigDict, source) -> None:
         )
 
 
+def _check_sampling(config: ConfigDict, built: training.Setup, class_names: Sequence[str], named: bool = False) -> None:
+    """Raises what --mode=sample would, but for what weights of a guiding classifier decide.
+
+    named: whether `class_names` are all that there will be: else the data, not read yet, may name the classes asked for.
+    """
+    if training.is_classifier(config):
+        return
+    check_options(config)
+    label = config.sampling.label
+    if not (named or class_names) and any(isinstance(y, str) for y in (label if isinstance(label, tuple) else [label])):
+        if built.model.num_classes:
+            config = config.copy_and_resolve_references()
+            config.sampling.label = None
+    Recipe(config, built.model, built.schedule, built.mesh, class_names, load_classifier=False)
+
+
 def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
     """A sampler for the time of training, of about `count` images: DDIM, few steps. None where none is possible."""
     if count < 1 or training.is_classifier(config) or training.is_upsampler(config):
         return None
-    config = ConfigDict(work.to_dict(config))
-    steps = min(config.sampling.preview_steps, built.schedule.num_timesteps)
-    config.sampling.update(sampler="ddim", steps=steps, spacing="trailing", eta=0.0, guidance_scale=1.0, classifier="")
-    config.sampling.label = None
+    options = work.to_dict(config)
+    options["sampling"] |= {
+        "sampler": "ddim",
+        "steps": min(config.sampling.preview_steps, built.schedule.num_timesteps),
+        "spacing": "trailing",
+        "eta": 0.0,
+        "guidance_scale": 1.0,
+        "classifier": "",
+        "label": None,
+    }
+    config = ConfigDict(options)
     recipe = Recipe(config, built.model, built.schedule, built.mesh)
     devices = built.mesh.size
     return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)

@@ -7,6 +7,7 @@ Exit codes, beside 0 (done), 1 (the run failed) and 2 (bad input): 75 where SIGT
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import pathlib
 import select
@@ -25,7 +26,7 @@ from diffusion_jax.training.digests import committed_steps
 STOPPED, LOST = 75, 69  # EX_TEMPFAIL and EX_UNAVAILABLE of sysexits.h
 INTERRUPTED = 130  # what shells report for SIGINT
 _NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
-_GRACE = 5.0  # seconds that Python's own way to end gets, before the process ends in the midst of a compiler
+_GRACE = 5.0  # seconds until the process ends in the midst of a compiler, too
 
 
 class Stopped(BaseException):
@@ -39,10 +40,30 @@ class Stopped(BaseException):
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
 
 
-def end(message: str, exit_code: int) -> None:
-    """Ends the process from any thread, at once, with one line; nothing is cleaned up, as after SIGKILL."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+_SAID = threading.Lock()  # taken by the one line that is the last, and never released
+
+
+def _say_last(message: str) -> None:
+    """Writes the line, unless another thread or signal handler has written one; not by `print`, which may be what the signal
+    interrupted."""
+    if _SAID.acquire(blocking=False):
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
+        os.write(2, f"error: {' '.join(message.split())}\n".encode())
+
+
+def _exit(exit_code: int) -> None:
+    """Ends the process now, and those that read data for it, which would otherwise wait for it."""
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
     os._exit(exit_code)
+
+
+def end(message: str, exit_code: int) -> None:
+    """Ends the process from any thread or signal handler, at once, with one line; nothing is cleaned up, as after SIGKILL."""
+    _say_last(message)
+    _exit(exit_code)
 
 
 def several() -> bool:
@@ -53,11 +74,10 @@ def several() -> bool:
 def leave(message: str, exit_code: int) -> None:
     """Ends one process of several, with one line, and without JAX's meeting of all at the exit, to which the others may never
     come. Process 0, whose end aborts whoever is left, gives them time to say the same."""
+    _say_last(message)
     if jax.process_index() == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         time.sleep(_GRACE)
-        os._exit(exit_code)
-    end(message, exit_code)
+    _exit(exit_code)
 
 
 def meet() -> None:
@@ -130,15 +150,19 @@ def _on_signals(numbers, handler, directory: pathlib.Path | None, grace: float |
 
 @contextlib.contextmanager
 def stopping_at_once(directory: pathlib.Path | None = None, only_interrupts: bool = False) -> Iterator[None]:
-    """For what has nothing to save, or keeps its parts as it makes them: SIGTERM and Ctrl-C raise Stopped in the main thread,
-    and end the process five seconds later where that had no effect.
+    """For what has nothing to save, or keeps its parts as it makes them: SIGTERM and Ctrl-C end the process, at the latest
+    five seconds later where the main thread is inside a compiler.
+
+    The handler raises nothing: it may run inside a callback that swallows what is raised, and Python's own way to end takes
+    the libraries down while the devices still compute. Parts are written whole or not at all, and locks end with the process.
 
     directory: of a training run, whose last checkpoint the message names. only_interrupts: leaves SIGTERM alone, as processes
     that train together must: JAX's own service takes it, for `Preemption`.
     """
 
     def stop(number, _):
-        raise Stopped(number, f"; {_how_to_resume(directory)}")
+        stopped = Stopped(number, f"; {_how_to_resume(directory)}")
+        (leave if several() else end)(str(stopped), stopped.exit_code)
 
     numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
     with _on_signals(numbers, stop, directory, _GRACE):
@@ -153,14 +177,16 @@ class Preemption:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._directory, self._number, self._calls = directory, None, 0
+        self._directory, self._calls = directory, 0
+        self._number, self._interrupted = None, False
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """While the train loop runs. A second Ctrl-C ends the process at once."""
 
         def note(number, _):
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not self._interrupted:
+                self._interrupted = True
                 # Not print, which may be what this interrupts.
                 os.write(1, b"\nCtrl-C: saving after this step. Press it again to stop at once.\n")
                 if several():
