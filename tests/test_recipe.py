@@ -303,7 +303,7 @@ def test_openai_s_spacings_have_names(options, same):
         ((1, 2.5), "openai", "must be a whole number, or several"),
         (2.5, "openai", "must be a whole number, or several"),
         ((5, 5), "openai_ddim", "several numbers"),
-        (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai, openai_ddim, given"),
+        (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai_ddim, given"),
     ],
 )
 def test_steps_that_name_no_spacing_are_refused(steps, spacing, words):

@@ -146,10 +146,10 @@ def _check_sampling(config: ConfigDict, built: training.Setup, class_names: Sequ
         return
     check_options(config)
     label = config.sampling.label
-    if not (named or class_names) and any(isinstance(y, str) for y in (label if isinstance(label, tuple) else [label])):
-        if built.model.num_classes:
-            config = config.copy_and_resolve_references()
-            config.sampling.label = None
+    spelled = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
+    if spelled and built.model.num_classes and not (named or class_names):
+        config = config.copy_and_resolve_references()
+        config.sampling.label = None
     Recipe(config, built.model, built.schedule, built.mesh, class_names, load_classifier=False)
 
 
