@@ -167,7 +167,7 @@ SECOND_LAUNCHES = [
     (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is no .npz", "numpy.savez"]),
     (["-m", "diffusion_jax.evaluation", "{}/junk.npz"], ["samples", "--help"]),
     (["-m", "diffusion_jax.evaluation", "table", "{}/run"], ["nothing has been measured there", "--mode=evaluate"]),
-    (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "'inspect', 'convert'", "--help"]),
+    (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),
     (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert needs PATH and TO", "--help"]),
 ]
 

@@ -157,7 +157,7 @@ def test_bad_arguments():
         losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: x[:, :1], x_0)
     with pytest.raises(ValueError, match="keep the shape"):
         losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: jnp.concatenate([x, x[:, :1]], -1), x_0)
-    with pytest.raises(ValueError, match="float, images in"):
+    with pytest.raises(ValueError, match="x_0 must be float; got"):
         losses.simple(jax.random.key(0), SCHEDULE, keep, jnp.zeros((2, 3), jnp.uint8))
 
 
