@@ -1,4 +1,4 @@
-# make demo: set up, train on the embedded digits, show samples.   make test: the whole test suite.
+# make demo: set up, train on the embedded digits, show samples.   make test: the tests; make test-all: with the longest runs.
 PYTHON ?= python3
 # make setup EXTRA=cuda (or tpu) installs the accelerator's jax as well.
 EXTRA ?=
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-slow faults parity parity-slow mutants lint format pictures clean
+.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants lint format pictures clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# With the longest runs, and several processes.
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults"
+
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"
 
@@ -41,7 +45,7 @@ faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
 
 parity: setup $(VENV)/installed-parity
-	$(BIN)/python -m pytest -q -m "parity and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "parity and not slow"
 
 # The published networks at full width: gigabytes of memory.
 parity-slow: setup $(VENV)/installed-parity

@@ -243,6 +243,7 @@ def test_an_option_wins_only_where_no_round_says_otherwise():
 SMALL = {"small": True, "seconds": 0.01, "steps": 2}
 
 
+@pytest.mark.whole
 def test_small_runs_on_a_cpu():
     for case in (Case("cifar10", "train", "float32", 2, **SMALL), Case("adm64", "sample", "float32", 2, **SMALL)):
         found = sides.measure(case)

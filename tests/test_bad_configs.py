@@ -339,6 +339,7 @@ def test_launches_are_refused(tmp_path):
     print(f"{len(LAUNCHES)} refusals: {min(seconds):.1f} to {max(seconds):.1f} s")
 
 
+@pytest.mark.whole
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """The config was lost, and another one is launched."""
     train(tiny_config(**{"training.num_steps": 2}), tmp_path)

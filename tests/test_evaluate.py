@@ -108,6 +108,7 @@ def test_the_report_is_the_core_s_bound(trained):
     assert raw["weights"] == "raw" and raw["bits_per_dim"] != got["bits_per_dim"]
 
 
+@pytest.mark.whole
 def test_the_options_reach_the_core(trained):
     """Another split, seed, cdf and clip; and the ODE's with both of its dequantisations."""
     options = {"split": "train", "seed": 3, "cdf": "tanh", "clip": False}
@@ -236,6 +237,7 @@ def test_evaluations_that_cannot_start(trained, overrides, words):
         evaluate.evaluate(config_with(**overrides), trained)
 
 
+@pytest.mark.whole
 def test_an_ode_that_cannot_be_solved_is_no_figure(trained):
     overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
     with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):

@@ -96,6 +96,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)  # donated, each once
 
 
+@pytest.mark.whole
 def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     """One step, from weights of a run of ours; its own checkpoints are what is sampled then."""
     base = {

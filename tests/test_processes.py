@@ -17,6 +17,7 @@ from diffusion_jax.runs.evaluate import evaluate
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 
+pytestmark = pytest.mark.whole
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 

@@ -133,6 +133,7 @@ def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
     agree(images, by_hand(network, walked, lambda batch: sampler)[:6], distinct=10)  # most are clipped
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
 def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
     directory = root / name
@@ -512,6 +513,7 @@ def test_edits(root, files, task):
     path.unlink()
 
 
+@pytest.mark.whole
 def test_edits_are_the_core_s(root, files):
     """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
     directory = root / "conditional"

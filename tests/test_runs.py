@@ -85,6 +85,7 @@ def test_a_finished_run_says_so(trained, capsys):
     assert lines(trained, without=()) == before
 
 
+@pytest.mark.whole
 def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
     """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
     for steps in (4, 7, 10):
@@ -124,6 +125,7 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
         workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
 
 
+@pytest.mark.whole
 def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(trained, tmp_path):
     """The command's config is that of the run, but for the rate; it begins with the run's weights."""
     with pytest.raises(errors.UserError, match="holds another run") as caught:
@@ -230,6 +232,7 @@ def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
     assert seen == [False, True]  # five times what the first took: 2.5 s
 
 
+@pytest.mark.whole
 def test_a_profile_holds_the_steps(tmp_path):
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -253,6 +256,7 @@ def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys)
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
 
+@pytest.mark.whole
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(**{"training.num_steps": 40, "training.checkpoint_every": 1})
     config.optimizer.update(learning_rate=1e12, grad_clip=0.0)
@@ -317,6 +321,7 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
     assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.whole
 def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
     config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
     train(config, tmp_path)
@@ -451,6 +456,7 @@ IMPORTANCE_SAMPLED = {
 STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interrupted by Ctrl-C", 130)}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("loss", "num_steps", "ends"),
     [
