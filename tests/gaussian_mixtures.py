@@ -38,9 +38,11 @@ def mixture(prediction="eps", schedule=FULL):
 
     def denoise_fn(x, time):
         alpha, sigma = _alpha_sigma(time, schedule)
-        away = x[..., None] - alpha[..., None] * MEANS
-        spread = alpha[..., None] ** 2 * VARIANCES + sigma[..., None] ** 2
-        weights = jax.nn.softmax(jnp.log(WEIGHTS) - 0.5 * jnp.log(spread) - 0.5 * away**2 / spread, axis=-1)
+        # Copies in NumPy: JAX keeps the float32 copy of an array and reuses it after x64 is switched on.
+        means, variances, log_weights = (values.astype(alpha.dtype) for values in (MEANS, VARIANCES, np.log(WEIGHTS)))
+        away = x[..., None] - alpha[..., None] * means
+        spread = alpha[..., None] ** 2 * variances + sigma[..., None] ** 2
+        weights = jax.nn.softmax(log_weights - 0.5 * jnp.log(spread) - 0.5 * away**2 / spread, axis=-1)
         eps = sigma * (weights * away / spread).sum(-1)
         return as_prediction(eps, x, alpha, sigma, prediction)
 
