@@ -86,12 +86,7 @@ def class_log_prob(logits_fn: Callable, y) -> Callable:
     def log_prob(x_t, time):
         x_t = process.as_float("x_t", x_t)
         logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
-        index = labels.in_range(y, logits.shape[-1])
-        if index.shape != logits.shape[:1]:
-            raise ValueError(
-                f"y has shape {index.shape} but there are {logits.shape[0]} rows of logits; give each a label"
-            )
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), index[:, None], axis=1, mode="fill")[:, 0]
+        return labels.log_prob(logits, y)
 
     return log_prob
 

@@ -29,3 +29,14 @@ def in_range(y, num_classes: int, null_label: bool = False) -> jax.Array:
     if isinstance(y, np.ndarray) and outside.any():
         raise ValueError(f"labels must lie in {allowed}, got {y[outside].flat[0]}")
     return jnp.where(outside, num_classes, y)
+
+
+def log_prob(logits, y) -> jax.Array:
+    """log p(y) of each row, [B], from logits float [B, K] and labels y int [B] in 0 ... K - 1; NaN for a traced y outside.
+
+    Raises: ValueError as `in_range`, and for labels that are not one for each row.
+    """
+    y = in_range(y, logits.shape[-1])
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y has shape {y.shape} but there are {logits.shape[0]} rows of logits; give each a label")
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1, mode="fill")[:, 0]

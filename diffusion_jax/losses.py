@@ -201,11 +201,7 @@ def classify(
         raise ValueError(
             f"logits_fn gave {logits.shape} for x_t {x_t.shape}; it must give [B, K], a logit for each class"
         )
-    log_p = jax.nn.log_softmax(logits)
-    y = labels.in_range(y, logits.shape[-1])
-    if y.shape != logits.shape[:1]:
-        raise ValueError(f"y has shape {y.shape} but there are {logits.shape[0]} rows of logits; give each a label")
-    loss = -jnp.take_along_axis(log_p, y[:, None], axis=1, mode="fill")[:, 0]
+    loss = -labels.log_prob(logits, y)
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
     return importance * loss, ClassifyParts(t, importance, accuracy, x_t, logits)
 

@@ -19,7 +19,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import digest
-from diffusion_jax.runs.recipe import Recipe, ignored
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 
 TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
@@ -246,7 +246,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
 
     if jax.process_index() != 0:
         return
-    for note in filter(None, [recipe.warning, *(f"{leaf} changes nothing here" for leaf in ignored(config.sampling))]):
+    for note in recipe.notes:
         say(f"Note: {note}.")
     say(f"Compiling {config.editing.task} ...")
     with as_user_error("config"):

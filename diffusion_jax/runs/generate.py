@@ -22,7 +22,7 @@ from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 from diffusion_jax.runs.errors import UserError, as_user_error
 from diffusion_jax.runs.parts import Parts, digest
-from diffusion_jax.runs.recipe import Recipe, ignored
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
 from diffusion_jax.training.agreement import first_says
 
@@ -182,7 +182,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
         if low_labels is not None:
             recipe.take_labels(low_labels)
-    for note in filter(None, [recipe.warning, *(f"{leaf} changes nothing here" for leaf in ignored(config.sampling))]):
+    for note in recipe.notes:
         say(f"Note: {note}.")
     step, params = weights.load(config, directory, model, mesh, options.use_ema)
     if again:

@@ -231,6 +231,12 @@ class Recipe:
         blur = sampling.find_blur(self.schedule)
         self.warning = blur and f"{blur}; use {self._other_steps()}"
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for a person: what is allowed and will look wrong, and leaves that change nothing."""
+        unread = [f"{leaf} changes nothing here" for leaf in ignored(self._options)]
+        return [self.warning, *unread] if self.warning else unread
+
     def _other_steps(self) -> str:
         """What to type where these steps do not do."""
         if self._spacing == "log_snr" or self._full.zero_terminal_snr:
