@@ -40,13 +40,13 @@ class Stopped(BaseException):
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
 
 
-_SAID = threading.Lock()  # taken by the one line that is the last, and never released
+_LAST_LINE = threading.Lock()  # acquired by whoever writes the last line, and never released
 
 
-def _say_last(message: str) -> None:
+def _write_last_line(message: str) -> None:
     """Writes the line, unless another thread or signal handler has written one; not by `print`, which may be what the signal
     interrupted."""
-    if _SAID.acquire(blocking=False):
+    if _LAST_LINE.acquire(blocking=False):
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
         os.write(2, f"error: {' '.join(message.split())}\n".encode())
@@ -62,7 +62,7 @@ def _exit(exit_code: int) -> None:
 
 def end(message: str, exit_code: int) -> None:
     """Ends the process from any thread or signal handler, at once, with one line; nothing is cleaned up, as after SIGKILL."""
-    _say_last(message)
+    _write_last_line(message)
     _exit(exit_code)
 
 
@@ -74,7 +74,7 @@ def several() -> bool:
 def leave(message: str, exit_code: int) -> None:
     """Ends one process of several, with one line, and without JAX's meeting of all at the exit, to which the others may never
     come. Process 0, whose end aborts whoever is left, gives them time to say the same."""
-    _say_last(message)
+    _write_last_line(message)
     if jax.process_index() == 0:
         time.sleep(_GRACE)
     _exit(exit_code)
