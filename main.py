@@ -39,8 +39,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_jax.runs import config_file, devices, watch
-from diffusion_jax.runs.errors import UserError
+from diffusion_jax.distributed import preemption
+from diffusion_jax.errors import UserError
+from diffusion_jax.runs import config_file, devices
 
 _LOSS = "another process of the run was lost; the same command goes on from what was saved"
 MODES = ("train", "sample", "edit", "evaluate", "progressive", "train_classifier", "plan")
@@ -62,8 +63,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a fi
 
 def fail(message: str, exit_code: int = 2) -> None:
     """One line on standard error, and the end."""
-    if watch.several():
-        watch.leave(message, exit_code)
+    if preemption.is_multiprocess():
+        preemption.abort_process(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
@@ -208,9 +209,9 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.data import DataError
     from diffusion_jax.pretrained import PretrainedError
     from diffusion_jax.runs.edit import edit
-    from diffusion_jax.runs.evaluate import evaluate, progressive
-    from diffusion_jax.runs.generate import sample
+    from diffusion_jax.runs.measure_likelihood import evaluate, progressive
     from diffusion_jax.runs.plan import plan, virtual_devices
+    from diffusion_jax.runs.sample import sample
     from diffusion_jax.runs.train import train
     from diffusion_jax.training.checkpoints import CheckpointError, SaveError
 
@@ -232,21 +233,21 @@ def main(argv: list[str]) -> None:
         if given.mode == "plan":
             devices.start_virtual(virtual_devices(_CONFIG.value))
         else:
-            with watch.stopping_at_once(checkpointed, only_interrupts=True):
+            with preemption.stopping_at_once(checkpointed, only_interrupts=True):
                 devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
             devices.start(given.verbose)
-        with watch.stopping_at_once(checkpointed, only_interrupts=run is train and watch.several()):
+        with preemption.stopping_at_once(checkpointed, only_interrupts=run is train and preemption.is_multiprocess()):
             run(_CONFIG.value, directory)
-        watch.meet()
-    except watch.Stopped as error:
+        preemption.barrier()
+    except preemption.Stopped as error:
         fail(str(error), error.exit_code)
     except UserError as error:
         fail(str(error), error.exit_code)
     except SaveError as error:  # of one process alone, perhaps: the others are in the midst of a step
-        (watch.leave if watch.several() else fail)(str(error), 1)
+        (preemption.abort_process if preemption.is_multiprocess() else fail)(str(error), 1)
     except (DataError, CheckpointError, PretrainedError) as error:
-        if watch.is_loss(error):  # a checkpoint that waited for another process
-            watch.leave(f"{_LOSS} ({error})", watch.LOST)
+        if preemption.is_peer_failure(error):  # a checkpoint that waited for another process
+            preemption.abort_process(f"{_LOSS} ({error})", preemption.LOST)
         fail(str(error))
     except OSError as error:  # a directory that cannot be written is the user's mistake; a full disk, the run's end
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
@@ -255,11 +256,11 @@ def main(argv: list[str]) -> None:
             fail(f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written")
         fail(str(error))
     except Exception as error:
-        if watch.is_loss(error):
-            watch.leave(f"{_LOSS} ({error})", watch.LOST)
-        if watch.several():  # at its end JAX would wait for the others, and they for this process
+        if preemption.is_peer_failure(error):
+            preemption.abort_process(f"{_LOSS} ({error})", preemption.LOST)
+        if preemption.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
             traceback.print_exc()
-            watch.leave(f"process {jax.process_index()} of the run failed, as above", 1)
+            preemption.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
         raise
 
 

@@ -48,7 +48,7 @@ class Option:
     name: str
     works: tuple[str, ...]
     expected: str
-    place: str = "diffusion_jax/training/compiler.py"
+    place: str = "diffusion_jax/distributed/compiler.py"
     flags: str = ""
     changes: dict = dataclasses.field(default_factory=dict)
     batch: int = 1  # times the base's
@@ -149,7 +149,7 @@ def share(result: dict, case: Case, tflops: float | None) -> str:
     if not tflops:
         return "-"
     steps = 1 if case.work == "train" else case.steps
-    return f"{roofline.utilisation(result['gmac'] * 1e9 * steps, result['rate'], case.work == 'train', tflops):.1%}"
+    return f"{roofline.utilization(result['gmac'] * 1e9 * steps, result['rate'], case.work == 'train', tflops):.1%}"
 
 
 def side_by_side(cases: Iterable[Case], measure: Callable[..., dict], peak: Callable, libraries) -> Iterator[str]:

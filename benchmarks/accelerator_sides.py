@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from benchmarks import compiled, roofline
 from configs import cifar10, default, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, models, sampling, schedules, training
+from diffusion_jax.distributed import compiler
 from diffusion_jax.models import convolution, unet
-from diffusion_jax.training import compiler
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
 NETWORKS = tuple(_CONFIGS)

@@ -52,7 +52,7 @@ def main() -> None:
             blocked = seconds(lambda: checkpoints.save(step, state))  # noqa: B023 (called at once)
             background = seconds(lambda: checkpoints.finish(step))  # noqa: B023
             path = pathlib.Path(directory) / str(step)
-            hashed = seconds(lambda: digests.damage(path, ("params", "ema_params", "rest")))  # noqa: B023
+            hashed = seconds(lambda: digests.find_corruption(path, ("params", "ema_params", "rest")))  # noqa: B023
             rows.append((copy, blocked, background, hashed))
     copy, blocked, background, hashed = np.median(rows[1:], axis=0)  # the first one makes threads and directories
     print(f"state of {megabytes:,.0f} MB, medians of {options.rounds}, the first left out")

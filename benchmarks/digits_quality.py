@@ -4,7 +4,7 @@
 
 A small classifier learns the real training digits. Its confidence that 95% of the held-out real digits reach is the bar; the
 figure is the share of samples that reach it. For a conditional model, also the share in which it sees the digit asked for.
-Memorisation: the median distance of samples to their nearest training image, over that of held-out real digits (1 and
+Memorization: the median distance of samples to their nearest training image, over that of held-out real digits (1 and
 more: samples stand no closer to the training set than new real digits do).
 """
 

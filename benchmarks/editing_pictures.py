@@ -1,8 +1,8 @@
-"""The pictures of docs/sampling.md: a small model of coloured digits, and every task of --mode=edit with it.
+"""The pictures of docs/sampling.md: a small model of colored digits, and every task of --mode=edit with it.
 
     python benchmarks/editing_pictures.py DIR
 
-Makes a folder of scikit-learn's digits, each class in a colour of its own, trains on it as anyone would on a folder of photos
+Makes a folder of scikit-learn's digits, each class in a color of its own, trains on it as anyone would on a folder of photos
 (about five minutes on two CPU cores), edits digits it has not seen, and writes docs/images/edit_*.png.
 """
 
@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 HELD_OUT = 6  # every sixth digit is not trained on
-COLOURS = np.array(
+COLORS = np.array(
     [[255, 90, 90], [255, 170, 60], [240, 240, 70], [120, 230, 80], [70, 230, 190]]
     + [[80, 190, 255], [110, 120, 255], [190, 110, 255], [255, 110, 220], [235, 235, 235]]
 )
@@ -25,15 +25,15 @@ TASKS = {
     "inpaint": ["--config.sampling.steps=100"],
     "replace": ["--config.sampling.steps=100"],
     "sdedit": ["--config.sampling.steps=100", "--config.editing.strength=0.6"],
-    "colourise": ["--config.sampling.steps=100"],
+    "colorize": ["--config.sampling.steps=100"],
     "super_resolution": ["--config.sampling.steps=100", "--config.editing.factor=2"],
     "interpolate": ["--config.sampling.steps=100", "--config.sampling.sampler=ddim"],
 }
 
 
-def coloured(image, digit):
+def colored(image, digit):
     """A digit [8, 8] in 0 ... 16 as uint8 [8, 8, 3]."""
-    return np.round(image[..., None] / 16 * COLOURS[digit]).astype(np.uint8)
+    return np.round(image[..., None] / 16 * COLORS[digit]).astype(np.uint8)
 
 
 def make_files(directory):
@@ -43,10 +43,10 @@ def make_files(directory):
     folder.mkdir(parents=True, exist_ok=True)
     held_out = np.arange(len(digits.images)) % HELD_OUT == HELD_OUT - 1
     for i in np.flatnonzero(~held_out):
-        Image.fromarray(coloured(digits.images[i], digits.target[i])).save(folder / f"{i:04d}.png")
+        Image.fromarray(colored(digits.images[i], digits.target[i])).save(folder / f"{i:04d}.png")
     for name, digit in (("image", 8), ("other", 3)):
         i = np.flatnonzero(held_out & (digits.target == digit))[2]
-        Image.fromarray(coloured(digits.images[i], digit)).save(directory / f"{name}.png")
+        Image.fromarray(colored(digits.images[i], digit)).save(directory / f"{name}.png")
     mask = np.full((8, 8), 255, np.uint8)
     mask[:4] = 0
     Image.fromarray(mask).save(directory / "mask.png")

@@ -95,8 +95,8 @@ def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
     return macs(model.apply, variables, x, time, *labels)
 
 
-def utilisation(macs_per_image: float, images_per_s: float, train: bool, tflops: float) -> float:
-    """Model FLOP utilisation: 2 FLOP a multiplication, three times that for a train step, over the peak.
+def utilization(macs_per_image: float, images_per_s: float, train: bool, tflops: float) -> float:
+    """Model FLOP utilization: 2 FLOP a multiplication, three times that for a train step, over the peak.
 
     A step's gradients with respect to inputs and to kernels cost what the call does each; nothing that is computed twice, and
     nothing element-wise, counts.

@@ -24,9 +24,9 @@ import numpy as np
 
 from configs import cifar10
 from diffusion_jax import training
+from diffusion_jax.distributed import compiler
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.training import compiler
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.step import initial_params
 
 STEPS = {"ddim": 50, "dpm_solver_pp": 20}
@@ -68,7 +68,7 @@ class Ours:
     def sampler(self, name: str, steps: int):
         """() -> uint8 images."""
         self._config.sampling.update(sampler=name, steps=steps)
-        recipe = Recipe(self._config, self._model, self._schedule, mesh=None)
+        recipe = SamplingSetup(self._config, self._model, self._schedule, mesh=None)
 
         def draw(params, seed):
             return pictures.to_uint8(recipe.draw(params, None, jax.random.key(seed), self._shape))

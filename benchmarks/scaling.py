@@ -19,8 +19,8 @@ import jax
 
 from configs import imagenet_adm
 from diffusion_jax import training
+from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import devices, plan
-from diffusion_jax.training import sharding
 from diffusion_jax.training.step import initial_params
 
 BATCH = 256  # ADM's, of all devices together

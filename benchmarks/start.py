@@ -49,7 +49,7 @@ batch = next(data.stream(data.Batches(source, config.seed, config.training.batch
 mark("data")
 import jax
 state = jax.block_until_ready(built.init())
-mark("initialisation")
+mark("initialization")
 lowered = built.train_step.lower(state, batch)
 mark("tracing")
 compiled = lowered.compile()
@@ -118,7 +118,7 @@ def programs(presets: list[str], compiled: bool) -> None:
 
     from configs import default
     from diffusion_jax import data, models, training
-    from diffusion_jax.training import compiler
+    from diffusion_jax.distributed import compiler
 
     def report(name: str, function, *arguments) -> None:
         """function: jitted."""

@@ -3,7 +3,7 @@
     make parity && .venv/bin/python benchmarks/train_step.py [--dtype=bfloat16] [--batch_size=8] [--rounds=10]
 
 Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory. The
-two are timed in turn, call by call, so that a machine whose speed drifts does not favour one; medians, and the median of
+two are timed in turn, call by call, so that a machine whose speed drifts does not favor one; medians, and the median of
 the ratios. PyTorch runs in its faster memory layout (channels_last). bfloat16 is `model.dtype=bfloat16` here and autocast
 there.
 """
@@ -25,7 +25,7 @@ from peers import PUBLISHED
 
 from configs import cifar10
 from diffusion_jax import training
-from diffusion_jax.training import compiler
+from diffusion_jax.distributed import compiler
 
 
 def ours(batch_size: int, dtype: str):

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.download = True
     config.data.split = "train"
     config.data.image_size = FieldReference(32, field_type=object)  # a number, or (height, width)
-    config.data.channels = 3  # 3 for colour, 1 for grey
+    config.data.channels = 3  # 3 for color, 1 for gray
     config.data.low_resolution = 0  # height of the smaller images that the model enlarges; 0 for none
     config.data.levels = 256  # how many values a channel can have; what likelihoods are of
     config.data.random_flip = True  # each image mirrored with probability one half
@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1 for all that fsdp leaves
-    config.mesh.fsdp = 1  # devices that split the batch, and parameters, optimiser state and EMA too
+    config.mesh.fsdp = 1  # devices that split the batch, and parameters, optimizer state and EMA too
 
     config.sampling = ConfigDict()
     # ddpm, ddim, euler, euler_ancestral, heun, dpm_solver_pp, unipc, deis, pndm, plms
@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
     config.sampling.preview_steps = 25
 
     config.editing = ConfigDict()  # --mode=edit; the sampler is that of `sampling`
-    # inpaint (RePaint), replace (its simple form), sdedit, colourise, super_resolution, interpolate
+    # inpaint (RePaint), replace (its simple form), sdedit, colorize, super_resolution, interpolate
     config.editing.task = "inpaint"
     config.editing.image = ""  # the file to edit
     config.editing.mask = ""  # of inpaint and replace: an image, white where pixels are known
@@ -175,7 +175,7 @@ def get_config() -> ConfigDict:
     config.evaluation.seed = 0
     config.evaluation.use_ema = True
     config.evaluation.ode = False  # also the likelihood of the probability-flow ODE
-    config.evaluation.ode_dequantisation = "uniform"  # or "variational"
+    config.evaluation.ode_dequantization = "uniform"  # or "variational"
     config.evaluation.ode_trace = "hutchinson"  # or "exact", as many derivatives as an image has numbers
     config.evaluation.ode_tolerance = 1e-5
     config.evaluation.likelihood = True  # whether --mode=evaluate measures the bound
@@ -185,7 +185,7 @@ def get_config() -> ConfigDict:
     config.evaluation.resize = (
         "tf1"  # to Inception's 299 pixels: tf1 (FID), pytorch (pytorch-fid's), clean (clean-fid's)
     )
-    config.evaluation.metrics = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorisation")
+    config.evaluation.metrics = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization")
     config.evaluation.reference_split = ""  # what samples are compared with; "" for data.split
     config.evaluation.every = 0  # steps of training after which FID is logged, of fewer samples; 0 for never
     config.evaluation.every_samples = 1000

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8, from scikit-learn: from nothing to recognisable samples in about two minutes on two CPU cores.
+"""Handwritten digits, 8x8, from scikit-learn: from nothing to recognizable samples in about two minutes on two CPU cores.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --workdir=runs/digits --mode=sample

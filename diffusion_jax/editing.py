@@ -2,7 +2,7 @@
 
     inpainting          `repaint` (goes back and forth), `replacement` (a sampler around a sampler), `project` with `masked`
     image to image      `sdedit`
-    linear measurements `project`: colourisation, super-resolution, any y = A x_0, as the `clip` of any sampler
+    linear measurements `project`: colorization, super-resolution, any y = A x_0, as the `clip` of any sampler
     between two images  `interpolate`
 
 A mask is 1 (or True) where pixels are known, of x_0's shape or broadcast to it.
@@ -62,8 +62,8 @@ def _noised(key, schedule, x_0, t: int):
 
 def _with_known(key, schedule, x_prev, x_0, mask, t):
     """x_{t-1} with its known pixels drawn from q(x_{t-1} | x_0); at t = 0 those of x_0 itself."""
-    alpha = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, x_prev))
-    sigma = process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, x_prev)
+    alpha = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, x_prev))
+    sigma = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_prev)
     x_0 = x_0.astype(x_prev.dtype)
     noised = alpha * x_0 + sigma * jax.random.normal(key, x_prev.shape, x_prev.dtype)
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
@@ -161,7 +161,7 @@ def repaint(
         x_prev = _with_known(key_known, schedule, new.x_prev, x_0, mask, t)
         # q(x_climb | x_{t-1}) in one draw (DDPM eq. 2, several times).
         top = jnp.maximum(climb, 0)
-        kept = process.at(schedule.alpha_bar, top, x_t) / process.at(schedule.alpha_bar_prev, t, x_t)
+        kept = process.lookup(schedule.alpha_bar, top, x_t) / process.lookup(schedule.alpha_bar_prev, t, x_t)
         noise = jax.random.normal(key_climb, x_t.shape, x_t.dtype)
         climbed = jnp.sqrt(kept) * x_prev + jnp.sqrt(jnp.maximum(1 - kept, 0.0)) * noise
         return jnp.where(climb >= 0, climbed, x_prev).astype(x_t.dtype), None
@@ -178,8 +178,8 @@ class Linear(NamedTuple):
     invert: Callable
 
 
-def grey(channels: int = 3) -> Linear:
-    """The mean over the channels: colourisation. y: [B, H, W, 1]."""
+def gray(channels: int = 3) -> Linear:
+    """The mean over the channels: colorization. y: [B, H, W, 1]."""
     return Linear(
         lambda x: jnp.mean(process.as_float("x", x), axis=-1, keepdims=True),
         lambda y: jnp.broadcast_to(process.as_float("y", y), (*y.shape[:-1], channels)),

@@ -1,4 +1,4 @@
-"""The variational bound on -log p(x_0), term by term, and the decoder of discretised data.
+"""The variational bound on -log p(x_0), term by term, and the decoder of discretized data.
 
     E_q[ KL(q(x_T | x_0) || p(x_T))  +  sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))  -  log p(x_0 | x_1) ]
          L_T, the prior                 L_{t-1}, the transitions                              L_0, the decoder
@@ -82,9 +82,9 @@ def _tanh_cdf(z):
 
 
 def decoder_log_prob(x_0, mean, log_variance, levels: int | None = 256, cdf: str = "exact") -> jax.Array:
-    """log p(x_0 | x_1) of every element, in nats: the Gaussian's mass in the bin of each grey level (DDPM eq. 13).
+    """log p(x_0 | x_1) of every element, in nats: the Gaussian's mass in the bin of each gray level (DDPM eq. 13).
 
-    Level k of `levels` is x_0 = 2 k / (levels - 1) - 1, and its bin reaches half way to its neighbours, the outermost ones
+    Level k of `levels` is x_0 = 2 k / (levels - 1) - 1, and its bin reaches half way to its neighbors, the outermost ones
     to infinity, so the probabilities of all levels sum to 1.
 
     Args:
@@ -105,7 +105,7 @@ def decoder_log_prob(x_0, mean, log_variance, levels: int | None = 256, cdf: str
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (levels - 1)
     level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, levels - 1)
-    # Edges come from the whole number of the level, so that neighbours share theirs to the bit: edges made from x_0 leave
+    # Edges come from the whole number of the level, so that neighbors share theirs to the bit: edges made from x_0 leave
     # gaps, which at a standard deviation of 1e-3 let the sum of probabilities miss 1 by 5e-5 in float32.
     lower = ((2 * level - 1) * half - 1 - mean) * inverse_sd
     upper = ((2 * level + 1) * half - 1 - mean) * inverse_sd

@@ -258,7 +258,10 @@ def _bound(schedule, parts, output, x_0, prediction, variance, clip, levels):
 
 
 def _target(schedule, x_0, x_t, t, eps, prediction):
-    a, s = process.at(schedule.sqrt_alpha_bar, t, x_0), process.at(schedule.sqrt_one_minus_alpha_bar, t, x_0)
+    a, s = (
+        process.lookup(schedule.sqrt_alpha_bar, t, x_0),
+        process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_0),
+    )
     if prediction == "eps":
         return eps
     if prediction == "x_0":
@@ -281,7 +284,7 @@ def _weight_of_target(schedule, parts, prediction, weighting):
     weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
     def table(values):
-        return process.at(values, parts.t, parts.mse)
+        return process.lookup(values, parts.t, parts.mse)
 
     # A floor keeps 1 / SNR finite where alpha_bar is 0, so that its product with a v error stays what it tends to.
     snr = jnp.maximum(table(schedule.snr), 1e-20)

@@ -2,7 +2,7 @@
 
 Everything here is a pure function of arrays and a `Schedule`. Shapes: x_0, x_t, eps and network outputs are float
 [B, ...] (images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index of the papers' t = 1 ... T. A scalar t
-with an unbatched x works too, so `vmap` does. An index outside 0 ... T - 1 gives NaN, never a neighbour's value.
+with an unbatched x works too, so `vmap` does. An index outside 0 ... T - 1 gives NaN, never a neighbor's value.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
 functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
@@ -69,7 +69,7 @@ def promote(**arrays) -> tuple[jax.Array, ...]:
     return tuple(x.astype(dtype) for x in arrays)
 
 
-def at(table, t, like) -> jax.Array:
+def lookup(table, t, like) -> jax.Array:
     """A schedule's table at index t, shaped to multiply `like`: [B, 1, ..., 1] for t [B] and like [B, ...].
 
     The dtype is that of a float `like`, float32 at least; with an int `like` it is float32, or float64 under x64. NaN where t
@@ -92,14 +92,14 @@ def at(table, t, like) -> jax.Array:
 
 def network_time(schedule: Schedule, t, x_t) -> jax.Array:
     """The network time of index t, in the shape of t and the dtype of x_t, float32 at least: what a `denoise_fn` takes."""
-    return at(schedule.timesteps, t, as_float("x_t", x_t)).reshape(jnp.shape(t))
+    return lookup(schedule.timesteps, t, as_float("x_t", x_t)).reshape(jnp.shape(t))
 
 
 def q_mean_variance(schedule: Schedule, x_0, t) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4; shapes of x_0."""
     x_0 = as_float("x_0", x_0)
-    mean = at(schedule.sqrt_alpha_bar, t, x_0) * x_0
-    return mean, jnp.broadcast_to(at(schedule.sqrt_one_minus_alpha_bar, t, x_0) ** 2, mean.shape)
+    mean = lookup(schedule.sqrt_alpha_bar, t, x_0) * x_0
+    return mean, jnp.broadcast_to(lookup(schedule.sqrt_one_minus_alpha_bar, t, x_0) ** 2, mean.shape)
 
 
 def q_sample(schedule: Schedule, x_0, t, eps) -> jax.Array:
@@ -109,7 +109,7 @@ def q_sample(schedule: Schedule, x_0, t, eps) -> jax.Array:
     """
     _same_shape("eps", eps, "x_0", x_0)
     x_0, eps = promote(x_0=x_0, eps=eps)
-    return at(schedule.sqrt_alpha_bar, t, x_0) * x_0 + at(schedule.sqrt_one_minus_alpha_bar, t, x_0) * eps
+    return lookup(schedule.sqrt_alpha_bar, t, x_0) * x_0 + lookup(schedule.sqrt_one_minus_alpha_bar, t, x_0) * eps
 
 
 def q_step_mean_variance(schedule: Schedule, x_prev, t) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +118,7 @@ def q_step_mean_variance(schedule: Schedule, x_prev, t) -> tuple[jax.Array, jax.
     x_prev: [B, ...], x_{t-1}, which is x_0 at index 0; t: [B]. Both results have the shape of x_prev.
     """
     x_prev = as_float("x_prev", x_prev)
-    beta = at(schedule.betas, t, x_prev)
+    beta = lookup(schedule.betas, t, x_prev)
     mean = jnp.sqrt(1 - beta) * x_prev
     return mean, jnp.broadcast_to(beta, mean.shape)
 
@@ -139,11 +139,13 @@ def q_posterior(schedule: Schedule, x_0, x_t, t) -> Gaussian:
     """
     _same_shape("x_0", x_0, "x_t", x_t)
     x_0, x_t = promote(x_0=x_0, x_t=x_t)
-    mean = at(schedule.posterior_mean_coef_x_0, t, x_t) * x_0 + at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
+    mean = (
+        lookup(schedule.posterior_mean_coef_x_0, t, x_t) * x_0 + lookup(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
+    )
     return Gaussian(
         mean,
-        jnp.broadcast_to(at(schedule.posterior_variance, t, x_t), mean.shape),
-        jnp.broadcast_to(at(schedule.posterior_log_variance, t, x_t), mean.shape),
+        jnp.broadcast_to(lookup(schedule.posterior_variance, t, x_t), mean.shape),
+        jnp.broadcast_to(lookup(schedule.posterior_log_variance, t, x_t), mean.shape),
     )
 
 
@@ -162,14 +164,17 @@ def to_x_0(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
     """
     _check(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
-    a = at(schedule.sqrt_alpha_bar, t, x_t)
-    s = at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    a = lookup(schedule.sqrt_alpha_bar, t, x_t)
+    s = lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t)
     if prediction == "x_0":
         return output
     if prediction == "v":
         return a * x_t - s * output
     if prediction == "x_prev":
-        c_0, c_t = at(schedule.posterior_mean_coef_x_0, t, x_t), at(schedule.posterior_mean_coef_x_t, t, x_t)
+        c_0, c_t = (
+            lookup(schedule.posterior_mean_coef_x_0, t, x_t),
+            lookup(schedule.posterior_mean_coef_x_t, t, x_t),
+        )
         return (output - c_t * x_t) / c_0
     eps = output if prediction == "eps" else -s * output
     return (x_t - s * eps) / (jnp.where(a > 0, a, jnp.nan) if schedule.zero_terminal_snr else a)
@@ -201,26 +206,26 @@ def to_eps(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.A
     output, x_t = promote(output=output, x_t=x_t)
     if prediction == "x_prev":
         output, prediction = to_x_0(schedule, output, x_t, t, prediction), "x_0"
-    a = at(schedule.sqrt_alpha_bar, t, x_t)
-    return eps_at(a, at(schedule.sqrt_one_minus_alpha_bar, t, x_t), output, x_t, prediction)
+    a = lookup(schedule.sqrt_alpha_bar, t, x_t)
+    return eps_at(a, lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t), output, x_t, prediction)
 
 
 def to_v(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
     _check(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
-    a = at(schedule.sqrt_alpha_bar, t, x_t)
+    a = lookup(schedule.sqrt_alpha_bar, t, x_t)
     if prediction == "v":
         return output
     x_0 = to_x_0(schedule, output, x_t, t, prediction)
     eps = to_eps(schedule, output, x_t, t, prediction)
-    return a * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x_t) * x_0
+    return a * eps - lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t) * x_0
 
 
 def to_score(schedule: Schedule, output, x_t, t, prediction: str = "eps") -> jax.Array:
     """grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021); arguments and errors as `to_x_0`."""
     eps = to_eps(schedule, output, x_t, t, prediction)
-    return -eps / at(schedule.sqrt_one_minus_alpha_bar, t, eps)
+    return -eps / lookup(schedule.sqrt_one_minus_alpha_bar, t, eps)
 
 
 def split_variance(output, x_t, variance: str):
@@ -309,16 +314,16 @@ def p_mean_variance(
     output, values = split_variance(output, x_t, variance)
     x_0 = clip_x_0(to_x_0(schedule, output, x_t, t, prediction), clip)
     mean = output if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
-    small = at(schedule.posterior_log_variance, t, x_t)
+    small = lookup(schedule.posterior_log_variance, t, x_t)
     if variance == "fixed_small":
         log_variance = small
     elif variance == "fixed_large":
-        log_variance = jnp.log(at(schedule.fixed_large_variance, t, x_t))
+        log_variance = jnp.log(lookup(schedule.fixed_large_variance, t, x_t))
     elif variance == "learned":
         log_variance = values
     else:
         fraction = (values + 1) / 2
-        log_variance = fraction * jnp.log(at(schedule.betas, t, x_t)) + (1 - fraction) * small
+        log_variance = fraction * jnp.log(lookup(schedule.betas, t, x_t)) + (1 - fraction) * small
     log_variance = jnp.broadcast_to(log_variance, mean.shape)
     return Reverse(mean, jnp.exp(log_variance), log_variance, x_0)
 

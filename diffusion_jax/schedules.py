@@ -180,7 +180,7 @@ def _tables(alpha_bar, one_minus_alpha_bar, betas, timesteps, grid) -> Schedule:
     one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
     posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
     # q(x_{t-1} | x_t, x_0) is a point at index 0; a network that is asked for the log variance there gets that of its
-    # neighbour.
+    # neighbor.
     at_0 = posterior_variance[1] if len(betas) > 1 else betas[0]
     return Schedule(
         timesteps=timesteps,

@@ -14,11 +14,11 @@ import numpy as np
 from test_training import a_batch, tiny_config
 
 from diffusion_jax import training
+from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import plan
-from diffusion_jax.runs.evaluate import evaluate
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import train
-from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -105,7 +105,7 @@ def variants():
     return out
 
 
-def labelled_program():
+def labeled_program():
     """What the program of a network with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
     config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
     config.model.num_classes = 40  # an embedding large enough to be split
@@ -156,7 +156,7 @@ if __name__ == "__main__":
     output = sys.stdout
     sys.stdout = sys.stderr  # what runs say
     slow = sys.argv[1:] == ["slow"]
-    found = {"labelled": labelled_program()} if slow else {"program": program()}
+    found = {"labeled": labeled_program()} if slow else {"program": program()}
     sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
     if slow:
         found |= {"variants": variants()}

@@ -15,7 +15,7 @@ _PRELOAD = (
     "ml_collections.config_flags",
     "diffusion_jax.runs.train",
     "diffusion_jax.runs.edit",
-    "diffusion_jax.runs.evaluate",
+    "diffusion_jax.runs.measure_likelihood",
 )
 
 

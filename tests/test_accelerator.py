@@ -51,11 +51,11 @@ def test_multiplications_of_loops_branches_and_groups():
         roofline.macs(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ b, x), b)
 
 
-def test_utilisation_is_one_at_the_rates_that_the_peaks_allow():
+def test_utilization_is_one_at_the_rates_that_the_peaks_allow():
     for kind, gmac, images in (("NVIDIA H100 80GB HBM3", 6.22, 26_500), ("NVIDIA A100-SXM4-80GB", 1119.8, 46.4)):
         peak = roofline.card(kind).bfloat16
-        assert roofline.utilisation(gmac * 1e9, images, True, peak) == pytest.approx(1, rel=0.01)
-    assert roofline.utilisation(6.22e9, 3 * 26_500, False, 989.4) == pytest.approx(1, rel=0.01)
+        assert roofline.utilization(gmac * 1e9, images, True, peak) == pytest.approx(1, rel=0.01)
+    assert roofline.utilization(6.22e9, 3 * 26_500, False, 989.4) == pytest.approx(1, rel=0.01)
 
 
 def test_cards_by_the_names_that_they_give_themselves():

@@ -13,9 +13,9 @@ from test_training import tiny_config
 from test_upsampling import upsampler_config
 
 from diffusion_jax.data import DataError
+from diffusion_jax.errors import UserError
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.runs import config_file, console, devices, workdir
-from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import CheckpointError
 

@@ -12,7 +12,7 @@ import pytest
 from test_training import tiny_config
 
 from diffusion_jax import training
-from diffusion_jax.runs import watch
+from diffusion_jax.distributed import preemption
 from diffusion_jax.training import checkpoints, digests
 
 
@@ -40,10 +40,10 @@ def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
     shutil.copytree(directory, tmp_path / "run")
 
     def stopped(*_):
-        raise watch.Stopped(signal.SIGTERM, "")
+        raise preemption.Stopped(signal.SIGTERM, "")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
-    with pytest.raises(watch.Stopped):
+    with pytest.raises(preemption.Stopped):
         restore(tmp_path / "run", abstract)
     assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
 
@@ -165,9 +165,9 @@ def test_every_flipped_bit_of_a_listed_file_is_found(two_steps, tmp_path):
         if path.name not in (digests.COMMITTED, "commit_success.txt") or path.parent != directory / "2":
             content = path.read_bytes()
             flip(path, int(rng.integers(8 * len(content))))
-            assert digests.damage(directory / "2", items), path
+            assert digests.find_corruption(directory / "2", items), path
             path.write_bytes(content)
-    assert digests.damage(directory / "2", items) is None
+    assert digests.find_corruption(directory / "2", items) is None
 
 
 def test_digests_are_written_before_the_commit(two_steps, tmp_path, monkeypatch, capsys):

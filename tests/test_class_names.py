@@ -13,9 +13,9 @@ from PIL import Image
 from test_recipe import conditional, untrained
 
 from diffusion_jax import data, training
-from diffusion_jax.runs import pictures, recipe, workdir
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.errors import UserError
+from diffusion_jax.runs import pictures, sampling_setup, workdir
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import check_source
 
 BASE = {"dataset": "folder", "split": "train", "image_size": 8, "channels": 3, "memory_mb": 100, "workers": 0}
@@ -149,7 +149,7 @@ def chosen(trained, label, part="classes"):
     config = conditional(**{"sampling.label": label})
     built = training.setup(config)
     names = workdir.class_names(config, directory)
-    return getattr(recipe.Recipe(config, built.model, built.schedule, built.mesh, names), part)
+    return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
     assert captions == [["9: fox", "7: tabby cat"] * 3]
     assert "_classfox+7_" in drawn.path.name
-    assert recipe.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+    assert sampling_setup.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,9 @@ def test_names_that_two_classes_share_are_not_of_a_file(tmp_path):
     config = conditional(**{"sampling.label": 1})
     built = training.setup(config)
     for names, told in ((("crane", "Crane"), "class1"), (("crane", "x" * 21), "class1"), (("a", "a/b"), "class1")):
-        assert recipe.Recipe(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"
+        assert (
+            sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -182,7 +182,7 @@ def test_the_loss_under_importance_sampling_and_out_of_range():
     logits_fn = lambda x_t, time: x_t @ jnp.ones((2, 3))  # noqa: E731
     loss, _ = jax.jit(lambda y: losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y))(y)
     np.testing.assert_allclose(loss[:2], np.log(3), rtol=1e-5)
-    assert np.isnan(loss[2:]).all()  # never a neighbour's
+    assert np.isnan(loss[2:]).all()  # never a neighbor's
     with pytest.raises(ValueError, match=r"labels must lie in 0 \.\.\. 2, got 3"):
         losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y)
     with pytest.raises(ValueError, match="labels must be int"):

@@ -90,12 +90,12 @@ def test_digits():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes; wide, tall, grey, palette and transparent files, and one that is no image."""
+    """Two classes; wide, tall, gray, palette and transparent files, and one that is no image."""
     rng = np.random.default_rng(0)
     (tmp_path / "cat").mkdir()
     (tmp_path / "dog").mkdir()
     Image.fromarray(rng.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(tmp_path / "cat" / "wide.png")
-    Image.fromarray(rng.integers(0, 255, (50, 16), dtype=np.uint8)).save(tmp_path / "cat" / "grey.jpg")
+    Image.fromarray(rng.integers(0, 255, (50, 16), dtype=np.uint8)).save(tmp_path / "cat" / "gray.jpg")
     Image.fromarray(rng.integers(0, 255, (8, 8, 4), dtype=np.uint8), "RGBA").save(tmp_path / "dog" / "clear.png")
     Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).convert("P").save(
         tmp_path / "dog" / "palette.PNG"
@@ -116,7 +116,7 @@ def test_a_folder_of_any_images(folder, size, shape, channels):
     assert source.num_classes == 2 and source.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_resizing_crops_the_centre(tmp_path):
+def test_resizing_crops_the_center(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")

@@ -7,7 +7,7 @@ import pytest
 from test_runs import ROOT, digits_config
 
 from configs import digits_conditional
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import train
 
 

@@ -55,7 +55,7 @@ def alone(x):
 CASES = {
     "process.as_float": lambda x: process.as_float("x", x),
     "process.promote": lambda x: process.promote(x=x, y=x),
-    "process.at": lambda x: process.at(FULL.betas, T, x),
+    "process.lookup": lambda x: process.lookup(FULL.betas, T, x),
     "process.network_time": lambda x: process.network_time(FULL, T, x),
     "process.q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
     "process.q_sample": lambda x: process.q_sample(FULL, x, T, x),
@@ -121,7 +121,7 @@ CASES = {
     ],
     "editing.project": lambda x: editing.project(editing.average_pool(2), editing.average_pool(2).measure(x))(low(x)),
     "editing.slerp": lambda x: editing.slerp(x, x + 1, np.float64(0.3)),
-    "editing.grey": lambda x: [editing.grey().measure(x), editing.grey().invert(x[..., :1])],
+    "editing.gray": lambda x: [editing.gray().measure(x), editing.gray().invert(x[..., :1])],
     "editing.average_pool": lambda x: [editing.average_pool(2).measure(x), editing.average_pool(2).invert(x)],
     "editing.masked": lambda x: [editing.masked(MASK).measure(x), editing.masked(MASK).invert(x)],
 }

@@ -80,7 +80,7 @@ def test_replacement_returns_the_known_pixels_with_any_sampler():
         wrapped = editing.replacement(sampler, x_0, MASK)
         x = jax.jit(lambda x, w=wrapped: sampling.sample(KEY, schedule, correlated, x, w))(x_T)
         np.testing.assert_array_equal(x[:, 0], x_0[:, 0])
-        assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn towards what is known
+        assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn toward what is known
 
 
 def test_what_is_below_the_mask_does_not_matter():
@@ -113,7 +113,7 @@ def test_sdedit_keeps_what_its_strength_leaves():
 
 
 OPERATORS = {
-    "grey": editing.grey(3),
+    "gray": editing.gray(3),
     "average_pool": editing.average_pool(4),
     "masked": editing.masked(jnp.zeros((8, 8, 1), bool).at[2:6].set(True)),
 }
@@ -132,7 +132,7 @@ def test_projection_meets_the_measurement_and_leaves_the_rest(name, x64):
     np.testing.assert_allclose(editing.project(linear, y, clip=False)(moved), moved, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["grey", "average_pool"])
+@pytest.mark.parametrize("name", ["gray", "average_pool"])
 def test_restored_images_fit_what_was_measured(name):
     """Independent Gaussian pixels: the measured means come back, the rest keeps its spread."""
     linear = OPERATORS[name]

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from test_training import a_batch, tiny_config
 
 from diffusion_jax import training
-from diffusion_jax.runs.generate import Generator
-from diffusion_jax.runs.recipe import SAMPLERS, Recipe
-from diffusion_jax.training import compiler
+from diffusion_jax.distributed import compiler
+from diffusion_jax.runs.sample import Generator
+from diffusion_jax.runs.sampling_setup import SAMPLERS, SamplingSetup
 
 PLATFORMS = ("tpu", "cuda")
 
@@ -48,7 +48,7 @@ def test_the_samplers_lower_for_tpu_and_cuda(sampler):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())
     config.diffusion.schedule = "linear"
     built = training.setup(config)
-    generator = Generator(config, Recipe(config, built.model, built.schedule, built.mesh), built.mesh, 2)
+    generator = Generator(config, SamplingSetup(config, built.model, built.schedule, built.mesh), built.mesh, 2)
     args = (built.abstract_state.params, None, np.uint32(0), np.int32(0), None, None)
     text = exported(generator._generate, *args)
     assert "stablehlo.while" in text

@@ -12,10 +12,10 @@ from test_runs import finish, start
 from test_training import tiny_config
 
 from configs import pretrained as pretrained_config
-from diffusion_jax import models, pretrained, sampling, schedules, training
+from diffusion_jax import errors, models, pretrained, sampling, schedules, training
 from diffusion_jax.pretrained import layers
-from diffusion_jax.runs import errors, pictures, weights, workdir
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs import pictures, trained_model, workdir
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import train
 
 
@@ -89,7 +89,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     built = training.setup(config)
     from diffusion_jax.runs.train import _begin_with
 
-    state = _begin_with(config, built, built.init(), *weights.initial(config, built.model))
+    state = _begin_with(config, built, built.init(), *trained_model.initial(config, built.model))
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))
@@ -108,13 +108,13 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    step, params = weights.load(
+    step, params = trained_model.load(
         config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
     )
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(first).params)
     train(config, tmp_path / "second")
-    step, params = weights.load(
+    step, params = trained_model.load(
         config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
     )
     assert step == 1
@@ -133,26 +133,26 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     with pytest.raises(
         errors.UserError, match=r"model.norm_epsilon: 1e-06 there, 1e-05 here; model.num_heads: 1 there, 2 here"
     ):
-        weights.initial(config, training.model_from_config(config))
+        trained_model.initial(config, training.model_from_config(config))
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(pretrained.PretrainedError, match="no such file or folder"):
-        weights.initial(config, training.model_from_config(config))
+        trained_model.initial(config, training.model_from_config(config))
     config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
     config.init_from = str(first)
-    assert weights.initial(config, training.model_from_config(config))[1] == []
+    assert trained_model.initial(config, training.model_from_config(config))[1] == []
     config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
     config.init_from = str(first)
     model, mesh = training.model_from_config(config), training.setup(config).mesh
-    assert weights.initial(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
+    assert trained_model.initial(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        weights.load(config, tmp_path / "none", model, mesh, True)
+        trained_model.load(config, tmp_path / "none", model, mesh, True)
 
 
 def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
     for flags, words in (
         ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
         ([f"--pretrained={folder}", "--pretrained_flags=adm_lsun"], "fields of the scheduler's config"),
-        ([f"--pretrained={folder}", "--config.sampling.colour=1"], "unknown config key config.sampling.colour"),
+        ([f"--pretrained={folder}", "--config.sampling.color=1"], "unknown config key config.sampling.color"),
         (["--config=configs/digits.py", f"--pretrained={folder}"], "is another network"),
     ):
         code, _, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}", *flags))

@@ -17,13 +17,13 @@ from PIL import Image
 from test_training import tiny_config
 
 from diffusion_jax import data, training
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import evaluate, generate, judge, recipe, train, weights, workdir
+from diffusion_jax.runs import measure_likelihood, sample, sample_metrics, sampling_setup, train, trained_model, workdir
 from diffusion_jax.runs.console import Bar
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints
 
 
@@ -157,7 +157,7 @@ def test_the_clean_resize_is_pillow_s():
 
 
 def test_features_of_inception(port):
-    """Those that torch-fidelity had for the same weights and images; and a grey image is a colour one with equal channels."""
+    """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
     extractor = features.inception(port)
     stored = np.load(inception_peer.FIXTURE)
     extraction = extract.Extraction(extractor, mesh(), 2, Bar)
@@ -169,8 +169,8 @@ def test_features_of_inception(port):
     ):
         assert theirs.std() > 1e-3 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
-    grey = stored["images"][..., :1]
-    one, three = extraction(grey).pool, extraction(grey.repeat(3, axis=-1)).pool
+    gray = stored["images"][..., :1]
+    one, three = extraction(gray).pool, extraction(gray.repeat(3, axis=-1)).pool
     np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above
 
 
@@ -206,7 +206,7 @@ def test_a_folder_is_read_as_it_is(tmp_path):
         images.open_set(str(folder)).images.read(np.arange(4))
 
 
-def test_a_grey_folder_never_loses_colours(tmp_path):
+def test_a_gray_folder_never_loses_colors(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -313,7 +313,7 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
     extraction.of("x", source, tmp_path / "parts")
     assert len(calls) == 6  # all of them now
-    found.forget()
+    found.delete_cache()
     assert not any((tmp_path / "parts").iterdir())
 
 
@@ -364,7 +364,7 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         "kid",
         "precision_recall",
         "density_coverage",
-        "memorisation",
+        "memorization",
     ]
     assert list(compare.left_out(False, False, features.digits_network(), compare.METRICS)) == ["sfid", "is"]
 
@@ -372,13 +372,13 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
 def test_copies_are_found():
     reference = np.random.default_rng(0).normal(size=(500, 8))
     fresh = np.random.default_rng(1).normal(size=(400, 8))
-    report, _ = compare.memorisation(reference, fresh)
+    report, _ = compare.memorization(reference, fresh)
     assert report["close_share"] < 0.05
     fresh[:100] = reference[200:300] + 1e-3
-    report, near = compare.memorisation(reference, fresh)
+    report, near = compare.memorization(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
     reference[10:20] = reference[:10]  # duplicates of its own must not hide them
-    assert compare.memorisation(reference, reference[:300])[0]["close_share"] == 1
+    assert compare.memorization(reference, reference[:300])[0]["close_share"] == 1
 
 
 # ---- the command
@@ -391,9 +391,9 @@ def test_the_command_and_its_table(tmp_path, capsys):
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
     own, all_of_them = (metrics.moments(by_hand(all_digits()[:n])) for n in (200, None))
     assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(all_of_them, own), rel=1e-4)
-    assert record["memorisation"]["close_share"] > 0.9 and "fid" not in record
+    assert record["memorization"]["close_share"] > 0.9 and "fid" not in record
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
-    assert Image.open(tmp_path / record["memorisation"]["picture"]).width > 6 * 64
+    assert Image.open(tmp_path / record["memorization"]["picture"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
     capsys.readouterr()
     command.main(["table", str(tmp_path)])
@@ -439,13 +439,13 @@ def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
     """Each measurement has one of its own, which the same measurement replaces; --output may be a folder, too."""
     one, other = (save(tmp_path / f"{name}.npz", all_digits()[i : i + 40]) for i, name in ((0, "one"), (40, "other")))
     (tmp_path / "out").mkdir()
-    asked = ["--metrics=memorisation", "--features=test_judging:a_function"]
+    asked = ["--metrics=memorization", "--features=test_judging:a_function"]
     for samples in (one, other, one):
         command.main([one, samples, *asked, "--output=out"])
     command.main([other, one, *asked, "--output=out/metrics.json"])
     records = json.loads((tmp_path / "out" / "metrics.json").read_text())
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert len(records) == 3 and {record["memorisation"]["picture"] for record in records} == pictures
+    assert len(records) == 3 and {record["memorization"]["picture"] for record in records} == pictures
     assert sorted(name.split("_")[1] for name in pictures) == ["one", "one", "other"]
     assert not list(tmp_path.glob("*.png"))
 
@@ -463,10 +463,10 @@ def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
 )
 def test_the_folder_of_output_is_created(tmp_path, output, written):
     one = save(tmp_path / "one.npz", all_digits()[:20])
-    command.main([one, one, "--metrics=memorisation", "--features=test_judging:a_function", f"--output={output}"])
+    command.main([one, one, "--metrics=memorization", "--features=test_judging:a_function", f"--output={output}"])
     (record,) = json.loads((tmp_path / written).read_text())
-    assert [path.name for path in tmp_path.rglob("*.png")] == [record["memorisation"]["picture"]]
-    assert (tmp_path / written).with_name(record["memorisation"]["picture"]).is_file()
+    assert [path.name for path in tmp_path.rglob("*.png")] == [record["memorization"]["picture"]]
+    assert (tmp_path / written).with_name(record["memorization"]["picture"]).is_file()
 
 
 def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
@@ -477,7 +477,7 @@ def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
     assert url in refused(capsys, "digits", good, "--features=inception")
     assert url in refused(capsys, "digits", good, "--inception=x.pth", "--features=inception")
     with pytest.raises(UserError, match=url):
-        judge.judge(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
+        sample_metrics.judge(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
 
 
 def a_function(batch):
@@ -536,7 +536,7 @@ def refused(capsys, *arguments):
 def test_what_the_command_refuses(tmp_path, capsys):
     digit = all_digits()[:20]
     good = save(tmp_path / "good.npz", digit)
-    colour = save(tmp_path / "colour.npz", digit.repeat(3, axis=3))
+    color = save(tmp_path / "color.npz", digit.repeat(3, axis=3))
     floats = save(tmp_path / "floats.npz", digit / np.float32(255))
     signed = save(tmp_path / "signed.npz", digit / np.float32(127.5) - 1)
     nans = save(tmp_path / "nans.npz", np.where(digit == 0, np.nan, digit))
@@ -552,7 +552,7 @@ def test_what_the_command_refuses(tmp_path, capsys):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ((good, colour), "8x8 gray images and .*colour.npz 8x8 color ones.*--channels=1 or 3"),
+        ((good, color), "8x8 gray images and .*color.npz 8x8 color ones.*--channels=1 or 3"),
         (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
         (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", nans), "not finite"),
@@ -579,7 +579,7 @@ def test_what_the_command_refuses(tmp_path, capsys):
         (("digits", good, "--output=bare.npy"), "bare.npy is a file; name a folder, or a file that ends in .json"),
         (("digits", good, "--output=bare.npy/place.json"), "bare.npy is a file"),
         ((good, good, "--features=digits", "--output=text.json"), "is no metrics.json"),
-        ((colour, colour, "--features=digits"), "gray images of 8x8 pixels, not 8x8x3; .*--channels=1"),
+        ((color, color, "--features=digits"), "gray images of 8x8 pixels, not 8x8x3; .*--channels=1"),
         ((wider, wider, "--features=digits"), "gray images of 8x8 pixels, not 16x16x1; .*--image_size=8"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
@@ -614,7 +614,7 @@ def run(untrained, tmp_path):
 
 
 def test_evaluate_judges_samples(run, capsys, monkeypatch):
-    evaluate.evaluate(tiny_config(**OVERRIDES), run)
+    measure_likelihood.evaluate(tiny_config(**OVERRIDES), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     (path,) = (run / "samples").glob("*.npz")
     drawn = np.load(path)["arr_0"]
@@ -624,11 +624,11 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
     assert record["sampling"]["use_ema"] is True
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
-    monkeypatch.setattr(judge.Generator, "__call__", None)  # nothing is drawn twice
-    evaluate.evaluate(tiny_config(**OVERRIDES), run)
+    monkeypatch.setattr(sample_metrics.Generator, "__call__", None)  # nothing is drawn twice
+    measure_likelihood.evaluate(tiny_config(**OVERRIDES), run)
     assert not list(run.glob("*steps.png"))
     monkeypatch.undo()
-    evaluate.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
+    measure_likelihood.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     assert Image.open(run / "frechet_distance_against_steps.png").width > 100
 
@@ -645,7 +645,7 @@ def drawn(monkeypatch):
         calls.append((seed, batch))
         return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
 
-    monkeypatch.setattr(generate.Generator, "__call__", draw)
+    monkeypatch.setattr(sample.Generator, "__call__", draw)
     return calls
 
 
@@ -658,12 +658,12 @@ def store_settings(path, change):
 
 
 def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
-    generate.sample(tiny_config(**DRAWN), run, again=False)
+    sample.sample(tiny_config(**DRAWN), run, again=False)
     assert len(drawn) == 3
     for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
-        generate.sample(tiny_config(**DRAWN | free), run, again=False)
+        sample.sample(tiny_config(**DRAWN | free), run, again=False)
     assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
-    generate.sample(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
+    sample.sample(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
     assert len(drawn) == 6
 
 
@@ -679,21 +679,21 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
 def test_samples_of_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
     """Though their files have one name."""
     config = {"sampling.batch_size": 3}
-    one = generate.sample(tiny_config(**config), run, again=False)
+    one = sample.sample(tiny_config(**config), run, again=False)
     before = len(drawn)
-    other = generate.sample(tiny_config(**config | overrides), run, again=False)
+    other = sample.sample(tiny_config(**config | overrides), run, again=False)
     assert other.path == one.path and len(drawn) > before
     assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
-    assert generate.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
-    generate.sample(tiny_config(**config), run)  # --mode=sample, too
+    assert sample.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+    sample.sample(tiny_config(**config), run)  # --mode=sample, too
     assert f"Drawing anew: {one.path} was drawn with other settings" in capsys.readouterr().out
 
 
 def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     config = tiny_config(**DRAWN)
-    path = generate.sample(config, run, again=False).path
+    path = sample.sample(config, run, again=False).path
     store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
-    generate.sample(config, run, again=False)
+    sample.sample(config, run, again=False)
     assert len(drawn) == 6
     out = capsys.readouterr().out
     assert re.search(
@@ -701,31 +701,31 @@ def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     )
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
-    generate.sample(config, run, again=False)
+    sample.sample(config, run, again=False)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
 
 
 def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch):
     """The same config may stand for other times in another version."""
-    generate.sample(tiny_config(**DRAWN), run, again=False)
-    respaced = recipe.respaced
+    sample.sample(tiny_config(**DRAWN), run, again=False)
+    respaced = sampling_setup.respaced
     other = {"steps": 2, "spacing": "leading"}
     monkeypatch.setattr(
-        recipe, "respaced", lambda schedule, options, *more: respaced(schedule, {**options, **other}, *more)
+        sampling_setup, "respaced", lambda schedule, options, *more: respaced(schedule, {**options, **other}, *more)
     )
-    generate.sample(tiny_config(**DRAWN), run, again=False)
+    sample.sample(tiny_config(**DRAWN), run, again=False)
     assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
 def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):
     config = tiny_config(**DRAWN)
-    path = generate.sample(config, run, again=False).path
+    path = sample.sample(config, run, again=False).path
     for write in (
         lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
         lambda: path.write_bytes(b"PK\x03\x04 torn"),
     ):
         write()
-        generate.sample(config, run, again=False)
+        sample.sample(config, run, again=False)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
         assert "does not say with which settings" in line and str(path) in line
         with np.load(path) as arrays:
@@ -734,7 +734,7 @@ def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, 
 
 
 def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, monkeypatch):
-    draw, config = generate.Generator.__call__, tiny_config(**DRAWN)
+    draw, config = sample.Generator.__call__, tiny_config(**DRAWN)
 
     def second_breaks(self, params, seed, batch=0):
         if batch == 2:
@@ -742,37 +742,37 @@ def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, m
         return draw(self, params, seed, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(generate.Generator, "__call__", second_breaks)
+        patched.setattr(sample.Generator, "__call__", second_breaks)
         with pytest.raises(KeyboardInterrupt):
-            generate.sample(config, run)
+            sample.sample(config, run)
     assert [batch for _, batch in drawn] == [0, 1]
-    generate.sample(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
+    sample.sample(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
     assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
-    generate.sample(tiny_config(**DRAWN), run)
+    sample.sample(tiny_config(**DRAWN), run)
     assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
 
 
 def test_weights_are_told_apart_by_what_they_hold():
     tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
     same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
-    assert weights.digest(tree) == weights.digest(same)
+    assert trained_model.digest(tree) == trained_model.digest(same)
     for other in (
         {**tree, "b": np.float32(4)},
         {**tree, "b": np.float64(3)},
         {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
         {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
     ):
-        assert weights.digest(other) != weights.digest(tree)
+        assert trained_model.digest(other) != trained_model.digest(tree)
 
 
 def test_a_record_is_of_the_settings_that_the_samples_were_drawn_with(run, drawn):
     config = tiny_config(**DRAWN)
-    path = generate.sample(tiny_config(**DRAWN), run, again=False).path
+    path = sample.sample(tiny_config(**DRAWN), run, again=False).path
     with np.load(path) as arrays:
         stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
     stored["drawn_with"] = {"jax": "0.0.1"}
     np.savez(path, images, settings=np.array(json.dumps(stored)))
-    evaluate.evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    measure_likelihood.evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
     assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
@@ -787,9 +787,9 @@ def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
         asked.append((config.sampling.use_ema, config.sampling.num_samples))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge, "sample", sample)
+    monkeypatch.setattr(sample_metrics, "sample", sample)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(tiny_config(**OVERRIDES | {"evaluation.use_ema": use_ema}), run)
+        measure_likelihood.evaluate(tiny_config(**OVERRIDES | {"evaluation.use_ema": use_ema}), run)
     assert asked == [(use_ema, 20)]
 
 
@@ -807,7 +807,7 @@ def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
 )
 def test_judging_that_cannot_be(run, overrides, words):
     with pytest.raises((UserError, PretrainedError), match=words):
-        evaluate.evaluate(tiny_config(**OVERRIDES | overrides), run)
+        measure_likelihood.evaluate(tiny_config(**OVERRIDES | overrides), run)
     assert not (run / "samples").exists()
 
 
@@ -819,7 +819,7 @@ def test_training_logs_a_distance(tmp_path):
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
     built = training.setup(config)
-    _, params = weights.load(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
+    _, params = trained_model.load(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
     generator = train._drawing(config, built, config.sampling.batch_size)
     drawn = np.concatenate([generator(params, 0, i) for i in range(5)])
     moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]

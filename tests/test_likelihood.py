@@ -32,12 +32,12 @@ def optimal(variance):
 
     def denoise_fn(x_t, time):
         t = time.astype(jnp.int32)
-        a = process.at(SCHEDULE.alpha_bar, t, x_t)
-        v = process.at(V, t, x_t)
-        eps = process.at(SCHEDULE.sqrt_one_minus_alpha_bar, t, x_t) * (x_t - jnp.sqrt(a) * M) / v
+        a = process.lookup(SCHEDULE.alpha_bar, t, x_t)
+        v = process.lookup(V, t, x_t)
+        eps = process.lookup(SCHEDULE.sqrt_one_minus_alpha_bar, t, x_t) * (x_t - jnp.sqrt(a) * M) / v
         if variance != "learned_range":
             return eps
-        return jnp.concatenate([eps, jnp.broadcast_to(process.at(2 * FRACTION - 1, t, x_t), eps.shape)], -1)
+        return jnp.concatenate([eps, jnp.broadcast_to(process.lookup(2 * FRACTION - 1, t, x_t), eps.shape)], -1)
 
     return denoise_fn
 
@@ -216,7 +216,7 @@ def test_the_exact_variance_attains_the_bound():
         assert closed_form(other).sum() > closed_form("learned_range").sum()
 
 
-def test_the_discretised_decoder_term_by_quadrature():
+def test_the_discretized_decoder_term_by_quadrature():
     """E of -log2 P(level | x_1) over the levels of a rounded Gaussian and, by Gauss-Hermite, over the noise."""
     levels = 17
     grid = np.arange(levels) * 2 / (levels - 1) - 1

@@ -13,11 +13,11 @@ M, S2 = 0.3, 0.25  # data N(M, S2) in every dimension
 
 
 def optimal(prediction, schedule=SCHEDULE):
-    """The exact minimiser: E[x_0 | x_t] for Gaussian data, expressed as what is predicted."""
+    """The exact minimizer: E[x_0 | x_t] for Gaussian data, expressed as what is predicted."""
 
     def denoise_fn(x_t, time):
         t = time.astype(jnp.int32)
-        alpha_bar = process.at(schedule.alpha_bar, t, x_t)
+        alpha_bar = process.lookup(schedule.alpha_bar, t, x_t)
         x_0 = M + jnp.sqrt(alpha_bar) * S2 * (x_t - jnp.sqrt(alpha_bar) * M) / (alpha_bar * S2 + 1 - alpha_bar)
         if prediction == "x_0":
             return x_0
@@ -316,7 +316,7 @@ def test_a_trained_network_learns_the_exact_variance():
     tellable = large - small > 0.1
     assert tellable.sum() >= 8
     t = jnp.arange(20)
-    x_t = process.at(SHORT.sqrt_alpha_bar, t, x_0 := jnp.full((20, 1), M)) * x_0  # where the data is
+    x_t = process.lookup(SHORT.sqrt_alpha_bar, t, x_0 := jnp.full((20, 1), M)) * x_0  # where the data is
     learned = (np.asarray(network(params, x_t, t))[:, 1] + 1) / 2
     assert abs(learned - fraction)[tellable].max() < 0.05, (learned, fraction)
 

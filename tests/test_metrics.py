@@ -1,4 +1,4 @@
-"""The metrics of samples: closed forms, definitions in plain NumPy, and their behaviour at the edges."""
+"""The metrics of samples: closed forms, definitions in plain NumPy, and their behavior at the edges."""
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def test_two_general_gaussians():
 
 
 def test_fewer_images_than_dimensions():
-    """Then both covariances are singular: the trace is the nuclear norm of the centred arrays' product."""
+    """Then both covariances are singular: the trace is the nuclear norm of the centered arrays' product."""
     x, y = gaussian(0, 30, 200), gaussian(1, 40, 200, 1.5, 0.2)
     cx, cy = x - x.mean(0), y - y.mean(0)
     cross = np.linalg.svd(cx @ cy.T, compute_uv=False).sum() / np.sqrt(29 * 39)
@@ -185,7 +185,7 @@ def test_shares_have_no_unit(scale):
     x, y = gaussian(0, 60, 6), gaussian(1, 50, 6, 0.7, 0.3)
     assert metrics.precision_recall(x * scale, y * scale) == metrics.precision_recall(x, y)
     assert metrics.density_coverage(x * scale, y * scale) == metrics.density_coverage(x, y)
-    one, other = metrics.nearest_neighbours(x * scale, y * scale, 2), metrics.nearest_neighbours(x, y, 2)
+    one, other = metrics.nearest_neighbors(x * scale, y * scale, 2), metrics.nearest_neighbors(x, y, 2)
     assert (one.indices == other.indices).all()
     np.testing.assert_array_equal(one.distances, scale * other.distances)
 
@@ -205,18 +205,18 @@ def test_features_of_few_bits(dtype):
 
 def test_few_queries_have_neighbors_too():
     x = gaussian(0, 20, 5)
-    found = metrics.nearest_neighbours(x, x[7:8] + 1e-3, k=5)
+    found = metrics.nearest_neighbors(x, x[7:8] + 1e-3, k=5)
     assert found.indices[0, 0] == 7 and (np.diff(found.distances) >= 0).all()
 
 
-def test_nearest_neighbours():
+def test_nearest_neighbors():
     x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
     q[3] = x[17]
     d = distances(q, x)
-    found = metrics.nearest_neighbours(x, q, k=4)
+    found = metrics.nearest_neighbors(x, q, k=4)
     assert (found.indices == np.argsort(d, axis=1)[:, :4]).all() and found.distances[3, 0] < 1e-6
     np.testing.assert_allclose(found.distances, np.sort(d, axis=1)[:, :4], atol=1e-6)
-    others = metrics.nearest_neighbours(x, x, others=True)
+    others = metrics.nearest_neighbors(x, x, others=True)
     d = distances(x, x) + np.diag(np.full(80, np.inf))
     assert (others.indices[:, 0] == d.argmin(1)).all()
 
@@ -247,9 +247,9 @@ def test_float64_where_jax_has_it(x64):
         (lambda x: metrics.precision_recall(x, x, k=20), "20 images are too few: this needs 21, for k=20"),
         (lambda x: metrics.density_coverage(x, x, k=0), "k=0 must be"),
         (lambda x: metrics.density_coverage(x, x, k=20), "20 images are too few: this needs 21"),
-        (lambda x: metrics.nearest_neighbours(x, x, k=0), "k=0 must be"),
-        (lambda x: metrics.nearest_neighbours(x, x, k=21), "20 images are too few: this needs 21"),
-        (lambda x: metrics.nearest_neighbours(x, x, k=20, others=True), "20 images are too few: this needs 21"),
+        (lambda x: metrics.nearest_neighbors(x, x, k=0), "k=0 must be"),
+        (lambda x: metrics.nearest_neighbors(x, x, k=21), "20 images are too few: this needs 21"),
+        (lambda x: metrics.nearest_neighbors(x, x, k=20, others=True), "20 images are too few: this needs 21"),
         (lambda x: metrics.precision_recall(x, np.where(x > 2, np.nan, x)), "images are not finite"),
         (lambda x: metrics.precision_recall(x, x.astype(np.complex64)), "features are complex64"),
         (lambda x: metrics.precision_recall(x, x > 0), "features are bool"),

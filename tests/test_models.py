@@ -1,4 +1,4 @@
-"""The U-Net: counts, embedding and initialisation as published, and what it accepts and refuses."""
+"""The U-Net: counts, embedding and initialization as published, and what it accepts and refuses."""
 
 import flax.linen as nn
 import jax
@@ -89,7 +89,7 @@ def test_timestep_embeddings_are_the_published_ones():
         models.timestep_embedding(jnp.arange(2), 7)
 
 
-def test_initialisation_is_ho_et_al_s():
+def test_initialization_is_ho_et_al_s():
     """Uniform of variance 1 / fan_avg, biases 0; the last layer of every residual branch and of the network near 0."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
     kernel = params["down_1_block_0"]["conv1"]["kernel"]
@@ -109,7 +109,7 @@ def test_initialisation_is_ho_et_al_s():
             assert abs(leaf).max() > 1e-2, name
 
 
-def test_initialisation_is_openai_s():
+def test_initialization_is_openai_s():
     """PyTorch's default kernels, uniform within 1 / sqrt(fan_in), and zeros where a branch ends."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}, initializer="openai"))
     kernel, bound = params["down_1_block_0"]["conv1"]["kernel"], (9 * 64) ** -0.5
@@ -173,11 +173,11 @@ def test_label_dropout_gives_the_null_label_in_training_alone():
     params = redraw(init(model, x.shape, y))
     assert params["class"]["embedding"].shape == (4, 32)
     evaluated = apply(model, params, x, time, y.at[0].set(model.null_label))
-    null, labelled = evaluated[0], evaluated[1]
-    assert abs(labelled - null).max() > 1e-2
-    np.testing.assert_allclose(evaluated[2:], jnp.broadcast_to(labelled, (n - 2, 2, 2, 3)), atol=1e-4)
+    null, labeled = evaluated[0], evaluated[1]
+    assert abs(labeled - null).max() > 1e-2
+    np.testing.assert_allclose(evaluated[2:], jnp.broadcast_to(labeled, (n - 2, 2, 2, 3)), atol=1e-4)
     trained = apply(model, params, x, time, y, train=True, rngs={"dropout": jax.random.key(1)})
-    kept, dropped = (abs(trained - one).max(axis=(1, 2, 3)) < 1e-3 for one in (labelled, null))
+    kept, dropped = (abs(trained - one).max(axis=(1, 2, 3)) < 1e-3 for one in (labeled, null))
     assert (kept ^ dropped).all()
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
 

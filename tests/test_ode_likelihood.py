@@ -95,7 +95,7 @@ def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
 
     def with_variance(x_t, time):
         eps = exact(x_t, time)
-        value = process.at(2 * fraction - 1, time.astype(int), x_t)
+        value = process.lookup(2 * fraction - 1, time.astype(int), x_t)
         return jnp.concatenate([eps, jnp.broadcast_to(value, eps.shape)], axis=-1)
 
     bits = jax.jit(
@@ -114,7 +114,7 @@ def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
     )(x_0)
     ode, _ = jax.jit(
         lambda x_0: ode_likelihood.bits_per_dim(
-            jax.random.key(0), SCHEDULE, with_variance, x_0, dequantisation="none", trace="exact"
+            jax.random.key(0), SCHEDULE, with_variance, x_0, dequantization="none", trace="exact"
         )
     )(x_0)
     scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
@@ -128,8 +128,8 @@ def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
     assert error < 0.01
 
 
-@pytest.mark.parametrize("dequantisation", ["uniform", "variational"])
-def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequantisation):
+@pytest.mark.parametrize("dequantization", ["uniform", "variational"])
+def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequantization):
     """Images of 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
     levels, width = 17, 2 / 16
     grid = np.arange(levels) * width - 1
@@ -139,7 +139,7 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
         ode_likelihood.bits_per_dim,
         schedule=SCHEDULE,
         denoise_fn=exact,
-        dequantisation=dequantisation,
+        dequantization=dequantization,
         levels=levels,
         trace="exact",
         variance="fixed_small",
@@ -147,7 +147,7 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
     bits, _ = jax.jit(lambda x: run(jax.random.key(0), x_0=x))(x_0.astype(np.float32))
     scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
     m = a[0] * M - scale * a[-1] * M
-    if dequantisation == "uniform":
+    if dequantization == "uniform":
         squares, offset = (x_0 - m) ** 2 + width**2 / 12, -np.log(width)
     else:  # the decoder is sure of the cell: noise of 0.01 against a half width of 0.0625
         noise = SCHEDULE.sqrt_one_minus_alpha_bar[0]
@@ -160,7 +160,7 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
     assert bits.mean() > entropy
 
 
-def test_the_decoder_of_variational_dequantisation():
+def test_the_decoder_of_variational_dequantization():
     """256 levels, where x_1 leaves the cell open: the decoder's nats, by SciPy on draws of its own, at two variances."""
     n, width, t0 = 40_000, 2 / 255, 0
     rng = np.random.default_rng(1)
@@ -188,7 +188,7 @@ def test_the_decoder_of_variational_dequantisation():
             SCHEDULE,
             network,
             x_0.astype(np.float32),
-            dequantisation="variational",
+            dequantization="variational",
             trace="exact",
             variance=variance,
         )
@@ -226,7 +226,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="known: hutchinson, exact"):
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, trace="full")
     with pytest.raises(ValueError, match="known: uniform, variational, none"):
-        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantisation="flow")
+        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantization="flow")
     with pytest.raises(ValueError, match="levels=None"):
         ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, levels=None)
     for tolerance in (0, -1.0, float("nan")):
@@ -244,10 +244,10 @@ def test_float32_data_under_x64():
             density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, jnp.asarray(x))
             assert density.log_density.dtype == density.x_T.dtype == jnp.float32
             found.append(np.asarray(density.log_density))
-            for dequantisation in ode_likelihood.DEQUANTISATIONS:
+            for dequantization in ode_likelihood.DEQUANTIZATIONS:
                 bits = jax.eval_shape(
-                    lambda x, d=dequantisation: ode_likelihood.bits_per_dim(
-                        jax.random.key(1), SCHEDULE, exact, x, dequantisation=d
+                    lambda x, d=dequantization: ode_likelihood.bits_per_dim(
+                        jax.random.key(1), SCHEDULE, exact, x, dequantization=d
                     )[0],
                     jax.ShapeDtypeStruct((2, 4), jnp.bfloat16),
                 )

@@ -101,7 +101,7 @@ def test_nothing_imports_upward():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
-    """The network, schedule, optimiser and train step of each config, by shapes alone."""
+    """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.setup(config)
     (height, width, channels), taken = data.image_shape(config.data), training.input_shape(config)

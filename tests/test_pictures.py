@@ -69,7 +69,7 @@ def test_neighbors_have_captions(drawn):
     for channels in (1, 3):
         image = np.zeros((8, 8, channels), np.uint8)
         rows = [("sample 7", image, image[None].repeat(2, axis=0)), ("sample 3", image, image[None].repeat(2, axis=0))]
-        pictures.plot_neighbours("", rows, np.array([[0.5, 1.5], [0.75, 2.5]]), "samples of x")
+        pictures.plot_neighbors("", rows, np.array([[0.5, 1.5], [0.75, 2.5]]), "samples of x")
         figure = drawn[-1]
         assert figure.get_suptitle() == "samples of x"
         texts = [text.get_text() for text in figure.axes[0].texts]

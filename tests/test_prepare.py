@@ -42,7 +42,7 @@ def archive(count: int = 12) -> bytes:
 
 
 class LocalFruit(tfds.core.GeneratorBasedBuilder):
-    """Two classes of grey 8x8 images, of an archive that a server on this machine has."""
+    """Two classes of gray 8x8 images, of an archive that a server on this machine has."""
 
     VERSION = tfds.core.Version("1.0.0")
     url = ""

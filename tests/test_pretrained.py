@@ -336,7 +336,7 @@ def test_presets_have_the_published_numbers_of_parameters(name):
         models.preset(name + "x")
 
 
-def test_published_networks_of_ho_are_recognised(tmp_path):
+def test_published_networks_of_ho_are_recognized(tmp_path):
     for name, (size, diffusion) in ho.PRESETS.items():
         shapes = named(models.preset(name), size, 3, layers.HO)
         found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
@@ -642,7 +642,7 @@ BROKEN = {
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
         "no network known here",
     ),
-    "an unknown flag": (with_flags(NARROW_FLAGS + " --colour blue"), "colour is none of OpenAI's"),
+    "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is none of OpenAI's"),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is no preset of OpenAI's"),
     "another preset": (with_flags("adm_imagenet256"), "does not fit the network"),
     "flags that the tensors deny": (
@@ -666,7 +666,7 @@ BROKEN = {
     "a latent model": (latent, "vqvae is not supported"),
     "whole numbers for weights": (
         rewritten(lambda w: w.update({"out.2.bias": w["out.2.bias"].astype(np.int32)})),
-        "is it quantised?",
+        "is it quantized?",
     ),
     "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "no steps": (with_flags(NARROW_FLAGS.replace("1000", "0")), "diffusion_steps=0 must be a whole number"),

@@ -220,7 +220,7 @@ def test_wrong_shapes_names_and_indices():
     with pytest.raises(ValueError, match="known: fixed_small"):
         process.p_mean_variance(schedule, x, x, t, variance="fixed")
     outside = process.q_sample(schedule, x, jnp.array([-1, 1000]), x)
-    assert np.isnan(outside).all()  # never a neighbour's value
+    assert np.isnan(outside).all()  # never a neighbor's value
 
 
 def test_gradients_are_finite():

@@ -13,8 +13,8 @@ from test_training import tiny_config
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import metrics
-from diffusion_jax.runs.evaluate import evaluate
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import train
 
 pytestmark = pytest.mark.whole
@@ -35,8 +35,8 @@ from absl import app, flags
 import main
 
 def all_modes(argv):
-    from diffusion_jax.runs.evaluate import evaluate
-    from diffusion_jax.runs.generate import sample
+    from diffusion_jax.runs.measure_likelihood import evaluate
+    from diffusion_jax.runs.sample import sample
 
     main.main(argv)
     for run in (sample, evaluate):

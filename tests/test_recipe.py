@@ -13,11 +13,11 @@ from test_runs import finish, start
 from test_training import tiny_config
 from test_upsampling import upsampler_config
 
-from diffusion_jax import data, editing, guidance, pretrained, process, sampling, schedules, training
+from diffusion_jax import data, editing, errors, guidance, pretrained, process, sampling, schedules, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import errors, pictures, recipe, weights, workdir
+from diffusion_jax.runs import pictures, sampling_setup, trained_model, workdir
 from diffusion_jax.runs.edit import edit
-from diffusion_jax.runs.generate import sample
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.training.checkpoints import Checkpoints
 
 T = 20
@@ -59,7 +59,7 @@ def root(tmp_path_factory):
 def parts_of(config, directory, steps=5, spacing="trailing"):
     """(schedule to walk, whole schedule, apply(x, time, *y)) of a work directory."""
     built = training.setup(config)
-    _, params = weights.load(config, directory, built.model, built.mesh, True)
+    _, params = trained_model.load(config, directory, built.model, built.mesh, True)
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 
@@ -156,7 +156,7 @@ def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
     walked, full, model, params = parts_of(base(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = weights.load(its, root / "classifier", classifier, training.setup(its).mesh, True)
+    _, guide = trained_model.load(its, root / "classifier", classifier, training.setup(its).mesh, True)
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
 
@@ -235,7 +235,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    assert {name.split()[0] for name in OPTIONS} == set(recipe.SAMPLERS)
+    assert {name.split()[0] for name in OPTIONS} == set(sampling_setup.SAMPLERS)
     options, made = OPTIONS[name]
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
@@ -247,7 +247,7 @@ def test_every_sampler_of_a_config(name):
 
     def configured(**leaves):
         leaves = {f"sampling.{leaf}": value for leaf, value in {"sampler": name.split()[0], **leaves}.items()}
-        return run(recipe.sampler_from_config(conditional(**leaves).sampling, diffusion))
+        return run(sampling_setup.sampler_from_config(conditional(**leaves).sampling, diffusion))
 
     np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
     for leaf in options:
@@ -265,7 +265,7 @@ def test_every_clip_of_a_config():
         ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
     ):
         options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
-        sampler = recipe.sampler_from_config(options.sampling, diffusion)
+        sampler = sampling_setup.sampler_from_config(options.sampling, diffusion)
         x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
 
@@ -273,9 +273,9 @@ def test_every_clip_of_a_config():
 def test_given_steps_are_network_times():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(recipe.respaced(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
+    np.testing.assert_allclose(sampling_setup.respaced(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
     with pytest.raises(ValueError, match="needs sampling.steps="):
-        recipe.respaced(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+        sampling_setup.respaced(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_given_steps_are_network_times():
 )
 def test_openai_s_spacings_have_names(options, same):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    found = recipe.respaced(schedule, options, sampling.ddpm())
+    found = sampling_setup.respaced(schedule, options, sampling.ddpm())
     np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
 
 
@@ -310,7 +310,7 @@ def test_openai_s_spacings_have_names(options, same):
 def test_steps_that_name_no_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
-        recipe.respaced(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+        sampling_setup.respaced(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
     assert "\n" not in str(caught.value)
 
 
@@ -318,7 +318,7 @@ def of(leaves, **diffusion):
     config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
     config.diffusion.update(diffusion)
     built = training.setup(config)
-    return recipe.Recipe(config, built.model, built.schedule, built.mesh)
+    return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
 
 
 def test_file_names_tell_requests_apart(root):
@@ -436,7 +436,7 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
 
 def test_leaves_that_change_nothing_are_named():
     """Each alone, beside what reads it and beside what does not."""
-    assert recipe.ignored(tiny_config().sampling) == []
+    assert sampling_setup.ignored(tiny_config().sampling) == []
     for leaf, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
         ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
@@ -449,8 +449,8 @@ def test_leaves_that_change_nothing_are_named():
         ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
     ):
         options = dict(tiny_config().sampling) | {leaf: value}
-        assert recipe.ignored(options | reader) == []
-        (line,) = recipe.ignored(options | other)
+        assert sampling_setup.ignored(options | reader) == []
+        (line,) = sampling_setup.ignored(options | other)
         assert line.startswith(f"sampling.{leaf}={value!r} (only ")
 
 
@@ -521,7 +521,7 @@ def test_edits_are_the_core_s(root, files):
     walked, full, model, params = parts_of(conditional(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = weights.load(its, root / "classifier", classifier, built.mesh, True)
+    _, guide = trained_model.load(its, root / "classifier", classifier, built.mesh, True)
     y = jnp.full(3, 4)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
     plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
@@ -558,7 +558,7 @@ def test_edits_are_the_core_s(root, files):
 def test_edits_that_cannot_be(root, files):
     for overrides, words in (
         ({"editing.task": "foo"}, "known: inpaint, replace"),
-        ({"editing.task": "colourise"}, "needs a model of colour images"),
+        ({"editing.task": "colorize"}, "needs a model of color images"),
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
@@ -605,18 +605,18 @@ def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
             np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
-def test_colours_come_back_to_what_was_grey(tmp_path, files):
+def test_colors_come_back_to_what_was_gray(tmp_path, files):
     config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
     untrained(tmp_path / "run", config)
-    config.editing.update(task="colourise", image=str(files / "image.png"), num_samples=2)
+    config.editing.update(task="colorize", image=str(files / "image.png"), num_samples=2)
     edit(config, tmp_path / "run")
-    (path,) = (tmp_path / "run" / "samples").glob("edit_colourise_*.npz")
+    (path,) = (tmp_path / "run" / "samples").glob("edit_colorize_*.npz")
     with np.load(path) as arrays:
         images = arrays["arr_0"].astype(int)
     with Image.open(files / "image.png") as image:
-        grey = np.asarray(image).astype(int)
+        gray = np.asarray(image).astype(int)
     inside = ((images > 0) & (images < 255)).all(-1)
-    assert abs(images.mean(-1) - grey)[inside].max() <= 1 and (np.ptp(images, axis=-1) > 5).any()
+    assert abs(images.mean(-1) - gray)[inside].max() <= 1 and (np.ptp(images, axis=-1) > 5).any()
 
 
 def test_the_command_line_takes_a_class(root):

@@ -18,12 +18,13 @@ from PIL import Image
 from test_training import tiny_config
 
 from configs import pretrained as pretrained_config
-from diffusion_jax import data, training
-from diffusion_jax.runs import errors, pictures, watch, workdir
-from diffusion_jax.runs.generate import sample
+from diffusion_jax import data, errors, training
+from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed.file_lock import HeldError
+from diffusion_jax.runs import pictures, workdir
+from diffusion_jax.runs.sample import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import Checkpoints
-from diffusion_jax.training.lock import HeldError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
@@ -210,24 +211,24 @@ def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
 def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
     ended = threading.Event()
     said = []
-    monkeypatch.setattr(watch, "end", lambda message, code: (said.append((message, code)), ended.set()))
-    with watch.Watchdog(0.2) as watchdog:
+    monkeypatch.setattr(preemption, "end", lambda message, code: (said.append((message, code)), ended.set()))
+    with preemption.Watchdog(0.2) as watchdog:
         with watchdog.paused():  # a compilation
             assert not ended.wait(0.6)
         watchdog.beat()
         assert ended.wait(20)
-    assert said[0][1] == watch.LOST and "training.stall_timeout" in said[0][0]
+    assert said[0][1] == preemption.LOST and "training.stall_timeout" in said[0][0]
 
 
 def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(watch, "end", lambda *_: ended.set())
+    monkeypatch.setattr(preemption, "end", lambda *_: ended.set())
     assert (
-        list(watch.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
+        list(preemption.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
     )  # alone: there is none to wait for
-    monkeypatch.setattr(watch, "several", lambda: True)
+    monkeypatch.setattr(preemption, "several", lambda: True)
     seen = []
-    for batch in watch.over_batches(range(2), 0.2):
+    for batch in preemption.over_batches(range(2), 0.2):
         seen.append(ended.wait(0.5 if batch == 0 else 20))
     assert seen == [False, True]  # five times what the first took: 2.5 s
 
@@ -290,7 +291,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
 
 
 def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
-    from diffusion_jax.runs import generate
+    from diffusion_jax.runs import sample
 
     config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
     whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
@@ -299,7 +300,7 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
         expected = arrays["arr_0"]
     whole.unlink()
     made = []
-    draw = generate.Generator.__call__
+    draw = sample.Generator.__call__
 
     def third_breaks(self, *args):
         made.append(1)
@@ -307,13 +308,13 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
             raise KeyboardInterrupt
         return draw(self, *args)
 
-    monkeypatch.setattr(generate.Generator, "__call__", third_breaks)
+    monkeypatch.setattr(sample.Generator, "__call__", third_breaks)
     with pytest.raises(KeyboardInterrupt):
         sample(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(generate.Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
+    monkeypatch.setattr(sample.Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
     sample(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left
     with np.load(whole) as arrays:
@@ -606,7 +607,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
     assert err.startswith(
         "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
     )
@@ -623,7 +624,7 @@ def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
     )
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
-    assert code == watch.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
     (path,) = (tmp_path / "checkpoints").iterdir()
     assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
 
@@ -633,8 +634,8 @@ import hashlib, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax.runs import watch
 
-watch._GRACE = float(sys.argv[1])
-with watch.stopping_at_once(pathlib.Path(sys.argv[2])):
+preemption._GRACE = float(sys.argv[1])
+with preemption.stopping_at_once(pathlib.Path(sys.argv[2])):
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
 """
@@ -671,9 +672,9 @@ def collecting(phase, info):
     time.sleep(60)
 
 
-watch._GRACE = 60
+preemption._GRACE = 60
 atexit.register(os.abort)  # as libraries do whose threads still compute
-with watch.stopping_at_once(pathlib.Path(sys.argv[1])):
+with preemption.stopping_at_once(pathlib.Path(sys.argv[1])):
     gc.callbacks.append(collecting)
     gc.collect()
 """
@@ -691,7 +692,7 @@ def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
 
 
 def test_the_advice_of_the_first_ctrl_c_is_given_once(tmp_path, capfd):
-    with watch.Preemption(tmp_path).handled():
+    with preemption.Preemption(tmp_path).handled():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.getsignal(number)(number, None)
     assert capfd.readouterr().out.count("Press it again") == 1

@@ -143,7 +143,7 @@ def test_two_point_data_ends_at_the_points():
     schedule = thousand("linear")
 
     def denoise_fn(x_t, time):  # E[x_0 | x_t] for x_0 = +-1
-        alpha_bar = process.at(schedule.alpha_bar, time.astype(jnp.int32), x_t)
+        alpha_bar = process.lookup(schedule.alpha_bar, time.astype(jnp.int32), x_t)
         return jnp.tanh(jnp.sqrt(alpha_bar) * x_t / (1 - alpha_bar))
 
     x_T = jax.random.normal(jax.random.key(1), (2000, 1))

@@ -14,7 +14,7 @@ from test_training import tiny_config
 
 from configs import cifar10
 from diffusion_jax import training
-from diffusion_jax.training import collectives, sharding
+from diffusion_jax.distributed import collectives, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_continues_on_another_mesh(measured):
 def test_other_losses_types_and_networks_on_a_split_state():
     """Two minutes. The hybrid loss with importance sampling, accumulation and remat; bfloat16; an upsampler."""
     found = on_eight_devices("slow")
-    kinds, over_least = found["labelled"]
+    kinds, over_least = found["labeled"]
     assert kinds == ["all-gather", "all-reduce"] and over_least <= 1.4
     for name, (whole, split) in found["variants"].items():
         # bfloat16 has eight bits: kernels that are split otherwise round otherwise.
@@ -136,7 +136,7 @@ def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
     assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
     assert "On 4 devices (data 2, fsdp 2), batch 64 (16 a device, in 1 part)" in out.stdout
-    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimiser", "temporaries", "all-reduce")
+    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
     assert all(word in out.stdout for word in words)
     refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr

@@ -455,7 +455,7 @@ def test_every_solver_from_pure_noise(name):
     alpha_bar = np.append(FULL.alpha_bar[:-1], 0.0)
 
     def network(x, time):
-        alpha_bar_t = process.at(alpha_bar, jnp.round(time).astype(int), x)
+        alpha_bar_t = process.lookup(alpha_bar, jnp.round(time).astype(int), x)
         # PNDM's half-way points and churn lie between the table's; at its end log alpha_bar falls too fast to interpolate.
         fraction = time % 1.0
         exact = jax.nn.sigmoid(zero.log_snr(time))[:, None]

@@ -11,7 +11,8 @@ import pytest
 
 from configs import default, digits
 from diffusion_jax import likelihood, training
-from diffusion_jax.training import optimizer, sharding, step
+from diffusion_jax.distributed import sharding
+from diffusion_jax.training import optimizer, step
 
 
 def tiny_config(**overrides):
@@ -267,7 +268,7 @@ def test_ema_warmup():
 
 
 def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
-    from diffusion_jax.training import compiler
+    from diffusion_jax.distributed import compiler
 
     compiler.options.cache_clear()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")

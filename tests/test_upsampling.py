@@ -34,13 +34,13 @@ def test_downsampling_takes_means():
 
 
 def test_constant_and_linear_images_survive_both_ways():
-    """Means over squares put a line's value at each square's centre, where bilinear interpolation finds it again."""
+    """Means over squares put a line's value at each square's center, where bilinear interpolation finds it again."""
     y, x = np.mgrid[:8, :16] + 0.5
     image = jnp.float32((3 + 0.5 * x - 0.25 * y)[None, :, :, None])
     low = upsampling.downsample(image, 4)
     again = upsampling.enlarge(low, (8, 16))
     np.testing.assert_allclose(again[:, 1:-1, 1:-1], image[:, 1:-1, 1:-1], rtol=1e-5)
-    np.testing.assert_allclose(again[0, 0, 0], low[0, 0, 0], rtol=1e-6)  # beyond the outermost centres: their value
+    np.testing.assert_allclose(again[0, 0, 0], low[0, 0, 0], rtol=1e-6)  # beyond the outermost centers: their value
     constant = jnp.full((1, 8, 8, 3), 0.3)
     np.testing.assert_allclose(upsampling.enlarge(upsampling.downsample(constant, 2), (8, 8)), constant, rtol=1e-6)
 

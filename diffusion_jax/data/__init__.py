@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from diffusion_jax.data.errors import DataError, UnreadableError
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.sources import Digits, Folder, Memory, Tfds, fit, make_builder, natural_shape
+from diffusion_jax.errors import DataError, UnreadableError
 
 __all__ = [
     "Batches",
@@ -37,18 +37,18 @@ def image_shape(config: Mapping) -> tuple[int, int, int]:
     if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
         raise DataError(f"data.image_size={config['image_size']} must be a number of pixels, or (height, width)")
     if config["channels"] not in (1, 3):
-        raise DataError(f"data.channels={config['channels']} must be 1 (grey) or 3 (colour)")
+        raise DataError(f"data.channels={config['channels']} must be 1 (gray) or 3 (color)")
     return (*size, config["channels"])
 
 
 def check_levels(images: np.ndarray, levels: int) -> None:
-    """Raises: DataError for uint8 images that do not lie on `levels` even grey levels, of which a likelihood would be."""
+    """Raises: DataError for uint8 images that do not lie on `levels` even gray levels, of which a likelihood would be."""
     grid = np.arange(256) * ((levels - 1) / 255)
     off = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # rounded to whole numbers is all they may be
     wrong = images[off[images]]
     if wrong.size:
         raise DataError(
-            f"data.levels={levels}, but the images have grey {wrong[0]}, which is none of {levels} even levels (were they "
+            f"data.levels={levels}, but the images have gray {wrong[0]}, which is none of {levels} even levels (were they "
             "resized?); use data.levels=256, in a new --workdir"
         )
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from diffusion_jax.data.errors import DataError
+from diffusion_jax.errors import DataError
 
 _CONNECT_SECONDS = 6.0  # for name resolution and connection: offline machines must be told within 15 s of the launch
 _READ_SECONDS = 60.0  # without a byte, after which a download has failed

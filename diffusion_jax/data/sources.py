@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_jax.data.errors import DataError, UnreadableError
 from diffusion_jax.data.preparation import command
 from diffusion_jax.data.tfrecords import TfRecords
+from diffusion_jax.errors import DataError, UnreadableError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
-    """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and centre-cropped."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+    """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and center-cropped."""
+    if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip, not scale
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
@@ -37,7 +37,7 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels of grey. Every sixth is held out as "test"."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels of gray. Every sixth is held out as "test"."""
 
     num_classes, class_names = 10, tuple("0123456789")
 
@@ -49,8 +49,8 @@ class Digits:
             raise DataError("the digits are scikit-learn's: pip install scikit-learn")
         table = np.loadtxt(pathlib.Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
         table = table[(np.arange(len(table)) % 6 == 5) == (split == "test")]
-        grey = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self._images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in grey])
+        gray = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self._images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in gray])
         self._labels = table[:, 64].astype(np.int32)
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from diffusion_jax.data.errors import DataError
+from diffusion_jax.errors import DataError
 
 _HEADER, _FOOTER = 12, 4  # the length (uint64) and its checksum before the data, the data's checksum after
 

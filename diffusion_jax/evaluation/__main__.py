@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--features", help="inception, digits, or module:function of images uint8 [N, H, W, C] -> [N, D]")
     add(
         "--metrics",
-        help="some of fid, sfid, kid, is, precision_recall, density_coverage, memorisation; all unless given",
+        help="some of fid, sfid, kid, is, precision_recall, density_coverage, memorization; all unless given",
     )
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="images at a time; no figure depends on it")
@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare(given: argparse.Namespace) -> None:
     """Measures one set of images against another."""
+    from diffusion_jax.distributed import sharding
     from diffusion_jax.evaluation.compare import METRICS
     from diffusion_jax.evaluation.features import named
     from diffusion_jax.evaluation.images import open_set
     from diffusion_jax.pretrained.inception import WHERE
     from diffusion_jax.runs import devices
-    from diffusion_jax.runs.measure import check_comparable, measure
-    from diffusion_jax.training import sharding
+    from diffusion_jax.runs.metric_records import check_comparable, measure
 
     wanted = [metric.strip() for metric in given.metrics.split(",")] if given.metrics else METRICS
     unknown = sorted(set(wanted) - set(METRICS))
@@ -130,7 +130,7 @@ def table(given: argparse.Namespace) -> None:
 
     Bits per dimension are of the likelihood.json beside a record, in the rows of the same weights, or in a row of their own.
     """
-    from diffusion_jax.runs.measure import differing, read_likelihood, read_records
+    from diffusion_jax.runs.metric_records import differing, read_likelihood, read_records
 
     found, empty = [], []
     for name in given.directories:
@@ -163,7 +163,7 @@ def table(given: argparse.Namespace) -> None:
 
 
 def _row(directory: pathlib.Path, record: dict, settings: list[str]) -> dict[str, str]:
-    from diffusion_jax.runs.measure import settings_of
+    from diffusion_jax.runs.metric_records import settings_of
 
     values = settings_of(record)
     row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
@@ -173,8 +173,8 @@ def _row(directory: pathlib.Path, record: dict, settings: list[str]) -> dict[str
         if isinstance(value, float) and not key.endswith(("_std", "_standard_error")):
             error = record.get(f"{key}_standard_error")
             row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
-    if "memorisation" in record:
-        row["close_share"] = f"{record['memorisation']['close_share']:.4g}"
+    if "memorization" in record:
+        row["close_share"] = f"{record['memorization']['close_share']:.4g}"
     return row
 
 

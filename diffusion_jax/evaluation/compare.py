@@ -22,7 +22,7 @@ LEAST = {
     "is": 1,
     "precision_recall": _MANIFOLD_K + 1,
     "density_coverage": _DENSITY_K + 1,
-    "memorisation": 2,
+    "memorization": 2,
 }
 METRICS = tuple(LEAST)
 
@@ -50,7 +50,7 @@ def left_out(statistics_alone: bool, has_spatial: bool, extractor: Extractor, wa
     if not extractor.published:
         reasons["is"] = "of the published Inception's classes"
     if statistics_alone:
-        others = ("kid", "precision_recall", "density_coverage", "memorisation")
+        others = ("kid", "precision_recall", "density_coverage", "memorization")
         reasons |= dict.fromkeys(others, "the reference is statistics alone")
     return {metric: reasons[metric] for metric in wanted if metric in reasons}
 
@@ -96,14 +96,14 @@ def compare(
     return found
 
 
-def memorisation(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], metrics.Neighbours]:
-    """Whether samples stand closer to reference images than these do to one another: (the report, the samples' neighbours).
+def memorization(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], metrics.Neighbors]:
+    """Whether samples stand closer to reference images than these do to one another: (the report, the samples' neighbors).
 
     reference, samples: features [N, D]. close_share is the share of samples whose nearest reference image is no farther than
     99% of the reference's own images have their nearest other: about 0.01 of fresh images, near 1 of copies.
     """
-    near = metrics.nearest_neighbours(reference, samples, min(k, len(reference)))
-    own = metrics.nearest_neighbours(reference, reference, others=True).distances[:, 0]
+    near = metrics.nearest_neighbors(reference, samples, min(k, len(reference)))
+    own = metrics.nearest_neighbors(reference, reference, others=True).distances[:, 0]
     limit = np.quantile(own[own > 0], 0.01) if own.any() else 0.0  # duplicates say nothing of what is near
     report = {
         "nearest_distance_median": float(np.median(near.distances[:, 0])),

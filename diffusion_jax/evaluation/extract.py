@@ -16,20 +16,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.evaluation import images as image_sets
 from diffusion_jax.evaluation.features import Extracted, Extractor, compiled
 from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
-from diffusion_jax.training import sharding
-from diffusion_jax.training.agreement import first_says
 
 # Images to a part. Sums are over parts, so that no figure depends on the batch size.
 CHUNK = 1024
-KEPT = 50_000
+MAX_POOLED = 50_000
 _VERSION = 1  # of the features: to be raised when the same network, asked the same, would give others
 
 
 class Features(NamedTuple):
-    """Of a set of images. pool: [N, D] float32, of its first `KEPT` images, or None where there are statistics alone.
+    """Of a set of images. pool: [N, D] float32, of its first `MAX_POOLED` images, or None where there are statistics alone.
 
     moments: of the features of all images. spatial: moments of Inception's spatial features, or None. digest: of the
     pixels, or of the statistics. parts: where the features lie.
@@ -41,7 +41,7 @@ class Features(NamedTuple):
     digest: str
     parts: pathlib.Path | None = None
 
-    def forget(self) -> None:
+    def delete_cache(self) -> None:
         """Removes the parts of a set that will not be asked for again; for one process to call."""
         if self.parts:
             shutil.rmtree(self.parts)
@@ -52,8 +52,10 @@ class _Parts:
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
-        first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
-        self.done = set(first_says(lambda: [int(p.stem) for p in directory.glob("*.npz") if p.stem.isdecimal()]))
+        broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
+        self.done = set(
+            broadcast_from_process_0(lambda: [int(p.stem) for p in directory.glob("*.npz") if p.stem.isdecimal()])
+        )
 
     def save(self, i: int, arrays: dict[str, np.ndarray]) -> None:
         """Part i, whole or not at all; from process 0 only."""
@@ -119,7 +121,7 @@ class Extraction:
         """Features of a source of images, whose parts stay below `directory`. what: its name, for the bar."""
         count, chunks = len(source), -(-len(source) // CHUNK)
         with self._bar(f"Reading {what}", count, 0) as bar:
-            content = first_says(lambda: image_sets.digest(source, CHUNK, bar.update))
+            content = broadcast_from_process_0(lambda: image_sets.digest(source, CHUNK, bar.update))
         key = (content, self.extractor.digest, CHUNK, _VERSION, jax.default_backend())
         directory = directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         parts = _Parts(directory)
@@ -132,10 +134,10 @@ class Extraction:
                 out = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 parts.save(i, {name: leaf for name, leaf in out._asdict().items() if leaf is not None})
         multihost_utils.sync_global_devices("features written")
-        kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-KEPT // CHUNK)))]
+        kept = [parts.load(i)["pool"] for i in range(min(chunks, -(-MAX_POOLED // CHUNK)))]
         moments = moments_of_chunks(parts.load(i)["pool"] for i in range(chunks))
         spatial = None
         if "spatial" in parts.load(0):
             spatial = moments_of_chunks(parts.load(i)["spatial"] for i in range(chunks))
         multihost_utils.sync_global_devices("features read")
-        return Features(np.concatenate(kept)[:KEPT], moments, spatial, content, directory)
+        return Features(np.concatenate(kept)[:MAX_POOLED], moments, spatial, content, directory)

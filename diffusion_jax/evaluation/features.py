@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.evaluation import digits
 from diffusion_jax.models.inception import SIZE, Inception
 from diffusion_jax.pretrained.inception import WHERE, load_inception
-from diffusion_jax.training import compiler, sharding
 
 RESIZES = ("tf1", "pytorch", "clean")
 
@@ -51,7 +51,7 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> Extractor:
     """FID's Inception, with the weights of a file as `pretrained.inception` takes it.
 
     resize: how images come to 299x299: "tf1", bilinear as TensorFlow 1 did it, which FID is defined by; "pytorch",
-    pytorch-fid's, with half-pixel centres; "clean", clean-fid's antialiased bicubic one. Grey ones get three channels.
+    pytorch-fid's, with half-pixel centers; "clean", clean-fid's antialiased bicubic one. Gray ones get three channels.
     Raises: PretrainedError; ValueError for another resize.
     """
     if resize not in RESIZES:
@@ -75,16 +75,16 @@ def to_inception(images, resize: str):
         shape = (len(images), SIZE, SIZE, 3)
         images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
         return (jnp.clip(images, 0, 255) - 128) / 128
-    centre = 0.5 if resize == "pytorch" else 0.0
+    center = 0.5 if resize == "pytorch" else 0.0
     for axis in (2, 1):
-        images = _linear(images, axis, centre)
+        images = _linear(images, axis, center)
     return images / 127.5 - 1 if resize == "pytorch" else (images - 128) / 128
 
 
-def _linear(x, axis: int, centre: float):
-    """One axis enlarged to 299 by linear interpolation. centre: of a pixel, 0 in TensorFlow 1 (its left edge) or 0.5."""
+def _linear(x, axis: int, center: float):
+    """One axis enlarged to 299 by linear interpolation. center: of a pixel, 0 in TensorFlow 1 (its left edge) or 0.5."""
     size = x.shape[axis]
-    place = (np.arange(SIZE, dtype=np.float32) + np.float32(centre)) * np.float32(size / SIZE) - np.float32(centre)
+    place = (np.arange(SIZE, dtype=np.float32) + np.float32(center)) * np.float32(size / SIZE) - np.float32(center)
     place = np.maximum(place, 0)
     low = place.astype(np.int32)
     weight = jnp.expand_dims(place - low, tuple(i for i in range(x.ndim) if i != axis))
@@ -93,7 +93,7 @@ def _linear(x, axis: int, centre: float):
 
 
 def digits_network() -> Extractor:
-    """The features of a small classifier of scikit-learn's digits, which ships with this package; for 8x8 grey images."""
+    """The features of a small classifier of scikit-learn's digits, which ships with this package; for 8x8 gray images."""
     params, digest = digits.load()
 
     def function(params, images):

@@ -35,8 +35,8 @@ def moments(features) -> Moments:
 def _moments(features: np.ndarray) -> Moments:
     features = features.astype(np.float64)
     mean = features.mean(axis=0)
-    centred = features - mean
-    return Moments(mean, centred.T @ centred / max(len(features) - 1, 1), len(features))
+    centered = features - mean
+    return Moments(mean, centered.T @ centered / max(len(features) - 1, 1), len(features))
 
 
 def merge(one: Moments, other: Moments) -> Moments:
@@ -210,17 +210,17 @@ def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Devic
     return DensityCoverage(float(np.mean(balls) / k), float(np.mean(held)))
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """Of each query, its nearest reference features, nearest first: indices int [N, k] and distances [N, k]."""
 
     indices: np.ndarray
     distances: np.ndarray
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     reference, queries, k: int = 1, others: bool = False, devices: Sequence[jax.Device] | None = None
-) -> Neighbours:
-    """The k nearest reference features of each query. others: the queries are the reference; none is its own neighbour.
+) -> Neighbors:
+    """The k nearest reference features of each query. others: the queries are the reference; none is its own neighbor.
 
     Raises: ValueError where the reference has no k features, or no k others.
     """
@@ -232,7 +232,7 @@ def nearest_neighbours(
     # From the differences themselves: the products that found them cancel where a query is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
-    return Neighbours(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
+    return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
 
 
 def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
@@ -298,8 +298,8 @@ def _for_distances(
     for features, count in zip((reference, samples), least or (k + 1, k + 1), strict=True):
         if len(features) < count:
             raise ValueError(f"{len(features)} images are too few: this needs {count}, for k={k}")
-    centre, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
-    reference, samples = reference - centre, samples - centre
+    center, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
+    reference, samples = reference - center, samples - center
     scale = max(float(np.abs(reference).max()), float(np.abs(samples).max())) or 1.0
     if not np.isfinite(scale):
         raise ValueError("features are too far apart for float64: scale them down")

@@ -26,7 +26,7 @@ import numpy as np
 from diffusion_jax import likelihood, process
 from diffusion_jax.schedules import Schedule
 
-DEQUANTISATIONS = ("uniform", "variational", "none")
+DEQUANTIZATIONS = ("uniform", "variational", "none")
 
 
 class OdeDensity(NamedTuple):
@@ -123,13 +123,13 @@ def bits_per_dim(
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
-    dequantisation: str = "uniform",
+    dequantization: str = "uniform",
     levels: int | None = 256,
     trace: str = "hutchinson",
     probes: int = 1,
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantisation.
+    """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
 
     Images have `levels` values, w = 2 / (levels - 1) apart in [-1, 1], to the nearest of which x_0 is rounded, and D numbers;
     p is the density at index 0.
@@ -144,26 +144,26 @@ def bits_per_dim(
     none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 standing for x_1.
 
     Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
-      levels: may be None for continuous data with dequantisation "none".
+      levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, for an unknown dequantisation, or where one has no levels.
+    Raises: ValueError as `log_density`, for an unknown dequantization, or where one has no levels.
     """
-    if dequantisation not in DEQUANTISATIONS:
-        raise ValueError(f"unknown dequantisation {dequantisation!r}; known: {', '.join(DEQUANTISATIONS)}")
+    if dequantization not in DEQUANTIZATIONS:
+        raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")
     x_0 = process.as_float("x_0", x_0)
-    if dequantisation != "none":
+    if dequantization != "none":
         if levels is None or levels < 2:
-            raise ValueError(f"levels={levels}: dequantisation={dequantisation!r} is for data of at least 2 levels")
+            raise ValueError(f"levels={levels}: dequantization={dequantization!r} is for data of at least 2 levels")
         x_0 = jnp.round((x_0 + 1) * ((levels - 1) / 2)) * (2 / (levels - 1)) - 1
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
-    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # where the density is read, and what the dequantisation costs
-    if dequantisation == "uniform":
+    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # where the density is read, and what the dequantization costs
+    if dequantization == "uniform":
         width = 2 / (levels - 1)
         x = x_0 + width * jax.random.uniform(key_x, x_0.shape, x_0.dtype, minval=-0.5, maxval=0.5)
         nats = nats - dimensions * math.log(width)
-    elif dequantisation == "variational":
+    elif dequantization == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x = process.q_sample(schedule, x_0, first, eps)
         output = denoise_fn(x, process.network_time(schedule, first, x))

@@ -9,11 +9,11 @@ from typing import Any
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.presets import PRESETS, preset, preset_fields
 from diffusion_jax.models.tabulated import tabulate
-from diffusion_jax.models.unet import KEPT, UNet, timestep_embedding
+from diffusion_jax.models.unet import REMAT_NAME, UNet, timestep_embedding
 
 __all__ = [
-    "KEPT",
     "PRESETS",
+    "REMAT_NAME",
     "Classifier",
     "UNet",
     "fields_of",

@@ -49,8 +49,8 @@ class AttentionPool(nn.Module):
 class Classifier(Encoder):
     """Logits of an image's class from x_t and its network time; the defaults are ADM's classifier of 128x128 ImageNet.
 
-    `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalised log
-    probabilities. The height and width at initialisation are the only ones it takes. Fields: `Encoder`'s, and
+    `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
+    probabilities. The height and width at initialization are the only ones it takes. Fields: `Encoder`'s, and
 
     num_classes: how many classes it tells apart.
     """
@@ -72,7 +72,7 @@ class Classifier(Encoder):
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
         """x_t: [B, H, W, C]; time: float [B]; train: whether dropout acts.
 
-        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or that it was not initialised with.
+        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or that it was not initialized with.
         """
         self.check(x_t)
         if self.num_classes < 2:

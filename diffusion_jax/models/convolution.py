@@ -27,7 +27,7 @@ def doubled(convolve: Callable, x, kernel) -> jax.Array:
 
     convolve: `xla` or `products`. kernel: [3, 3, C, K]. The nine pixels that a copy of a pixel sees are copies of four, two
     in each direction: with the kernel's rows and columns added accordingly, 4 products stand for 9. Sums are of the
-    kernel as it comes, float32 parameters, and rounded to x's dtype afterwards.
+    kernel as it comes, float32 parameters, and rounded to x's dtype afterward.
     """
 
     def halves(kernel, axis):

@@ -32,7 +32,7 @@ class Activations(NamedTuple):
 
 
 class Conv(nn.Module):
-    """A convolution, batch normalisation by stored statistics, ReLU. The norm is folded into the kernel as it is used."""
+    """A convolution, batch normalization by stored statistics, ReLU. The norm is folded into the kernel as it is used."""
 
     features: int
     kernel: tuple[int, int]

@@ -237,7 +237,7 @@ class Attention(nn.Module):
 
 
 # The name, for a policy of jax.checkpoint, of what stands between blocks, which `remat` keeps for the backward pass.
-KEPT = "between blocks"
+REMAT_NAME = "between blocks"
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
 
@@ -260,7 +260,7 @@ class Encoder(nn.Module):
     num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
     initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
     dropout: rate before the second convolution of each block, in training only.
-    dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalisation statistics, the softmax and the
+    dtype: "float32" or "bfloat16", what the layers compute in. Parameters, normalization statistics, the softmax and the
       output stay float32.
     convolution: "products" computes convolutions of stride 1 and dense layers as `models.convolution` does; "xla" leaves them
       to XLA; "auto" is the first where a network computes in bfloat16 on one CPU device. The numbers differ by rounding.
@@ -305,13 +305,13 @@ class Encoder(nn.Module):
         made = _REMAT_BLOCK if self.remat else ResBlock
         width = self.width(level)
         made = made(width, self.dropout, self.scale_shift_norm, self.layers, resample, name=name)
-        return checkpoint_name(made(h, embedding, train), KEPT)
+        return checkpoint_name(made(h, embedding, train), REMAT_NAME)
 
     def attention(self, h, name: str, num_heads: int | None = None):
         """A self-attention layer, of `num_heads` heads where not said otherwise."""
         made = _REMAT_ATTENTION if self.remat else Attention
         made = made(num_heads or self.num_heads, self.head_channels, self.layers, name=name)
-        return checkpoint_name(made(h), KEPT)
+        return checkpoint_name(made(h), REMAT_NAME)
 
     def embed(self, time):
         """The network time [B] as [B, 4 channels]."""

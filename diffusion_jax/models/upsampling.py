@@ -28,7 +28,7 @@ def augment(key, low, noise_std) -> jax.Array:
 
 
 def enlarge(low, shape: tuple[int, int]) -> jax.Array:
-    """Images [B, h, w, C] at another (H, W), bilinear between the centres of pixels, as ADM's upsamplers take them."""
+    """Images [B, h, w, C] at another (H, W), bilinear between the centers of pixels, as ADM's upsamplers take them."""
     return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
 
 

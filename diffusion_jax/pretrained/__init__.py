@@ -17,10 +17,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models import Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai
 from diffusion_jax.pretrained.description import Description, Pretrained
-from diffusion_jax.pretrained.errors import PretrainedError
 from diffusion_jax.pretrained.files import is_tensorflow, open_tensors
 
 __all__ = [

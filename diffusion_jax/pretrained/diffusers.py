@@ -1,6 +1,6 @@
 """diffusers' folders, in and out: a UNet2DModel and a scheduler, each with its config.
 
-Every field of both configs is honoured or refused by name: diffusers' own defaults load the published shapes too, and give
+Every field of both configs is honored or refused by name: diffusers' own defaults load the published shapes too, and give
 silently wrong images.
 """
 
@@ -17,11 +17,11 @@ import flax.traverse_util
 import numpy as np
 
 from diffusion_jax import schedules
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet
 from diffusion_jax.models.unet import split_heads
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
-from diffusion_jax.pretrained.errors import PretrainedError, some
 from diffusion_jax.pretrained.files import open_tensors, read_json, save_tensors
 
 # What a config that does not name a field means.
@@ -167,7 +167,7 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     """The network of a UNet2DModel's config. Raises: PretrainedError that names the field which cannot be had."""
     unknown = sorted(name for name in config if name not in _DEFAULTS and not name.startswith("_"))
     if unknown:
-        raise PretrainedError(f"the config has fields that UNet2DModel has not: {some(unknown)}")
+        raise PretrainedError(f"the config has fields that UNet2DModel has not: {list_names(unknown)}")
     fields = _DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
     for name, types in _TYPES.items():
         value = fields[name]
@@ -235,7 +235,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
         raise PretrainedError(f"the scheduler's _class_name={own!r} is not supported; known: {', '.join(_SCHEDULERS)}")
     unknown = sorted(n for n in config if n not in _SCHEDULER_FIELDS | _STEPPING and not n.startswith("_"))
     if unknown:
-        raise PretrainedError(f"the scheduler's {some(unknown)} is unknown here")
+        raise PretrainedError(f"the scheduler's {list_names(unknown)} is unknown here")
     table = config.get("trained_betas")
     for name in ("rescale_betas_zero_snr", "thresholding"):
         if config.get(name):
@@ -277,7 +277,7 @@ def load_diffusers(
     parts = {name for name in (read_json(index) if index.is_file() else {}) if not name.startswith("_")}
     if parts - {"unet", "scheduler"}:
         raise PretrainedError(
-            f"{folder}: a pipeline with {some(sorted(parts - {'unet', 'scheduler'}))} is not supported, only an unet and a "
+            f"{folder}: a pipeline with {list_names(sorted(parts - {'unet', 'scheduler'}))} is not supported, only an unet and a "
             "scheduler: what its unet draws are no images"
         )
     kind = config.get("_class_name")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.pretrained.errors import PretrainedError
+from diffusion_jax.errors import PretrainedError
 
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",

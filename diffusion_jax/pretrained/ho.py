@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, describe
-from diffusion_jax.pretrained.errors import PretrainedError, some
 from diffusion_jax.pretrained.files import Tensors
 
 # Presets of `models`: the image's size, and what differs from `DIFFUSION`.
@@ -81,7 +81,7 @@ def load_ho(
     given = dict(flags or {})
     unknown = sorted(set(given) - set(DIFFUSION) - {"image_size"})
     if unknown:
-        raise PretrainedError(f"flags: {some(unknown)} is unknown; known: image_size, {', '.join(DIFFUSION)}")
+        raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: image_size, {', '.join(DIFFUSION)}")
     size, diffusion = PRESETS[match[0]] if match else (None, {})
     size, diffusion = given.pop("image_size", size), diffusion | given
     if size is None or "variance" not in diffusion:

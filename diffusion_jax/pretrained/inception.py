@@ -12,9 +12,9 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models.inception import SIZE, Inception
 from diffusion_jax.pretrained import layers
-from diffusion_jax.pretrained.errors import PretrainedError
 from diffusion_jax.pretrained.files import Tensors, import_or_refuse, open_tensors
 
 # Digests of the two files that all figures are made with.

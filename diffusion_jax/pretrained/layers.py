@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet
 from diffusion_jax.models.unet import split_heads
-from diffusion_jax.pretrained.errors import PretrainedError, some
 
 Path = tuple[str, ...]
 
@@ -194,8 +194,8 @@ def fill(
     missing = [name for name in wanted.values() if name not in names]
     over = sorted(names - set(wanted.values()))
     if missing or over:
-        parts = [f"{len(missing)} tensors are missing ({some(missing)})"] if missing else []
-        parts += [f"{len(over)} are left over ({some(over)})"] if over else []
+        parts = [f"{len(missing)} tensors are missing ({list_names(missing)})"] if missing else []
+        parts += [f"{len(over)} are left over ({list_names(over)})"] if over else []
         raise PretrainedError(f"{where} does not fit the network: {'; '.join(parts)}")
     filled, wrong = {}, []
     for path, shape in shapes.items():
@@ -205,13 +205,13 @@ def fill(
             continue
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise PretrainedError(
-                f"{where}: {wanted[path]} is {value.dtype}, not a floating-point number: is it quantised?"
+                f"{where}: {wanted[path]} is {value.dtype}, not a floating-point number: is it quantized?"
             )
         if not np.isfinite(value).all():
             raise PretrainedError(f"{where}: {wanted[path]} holds values that are not finite; is the file damaged?")
         filled[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
     if wrong:
-        raise PretrainedError(f"{where} does not fit the network: {len(wrong)} shapes differ ({some(wrong)})")
+        raise PretrainedError(f"{where} does not fit the network: {len(wrong)} shapes differ ({list_names(wrong)})")
     return flax.traverse_util.unflatten_dict(filled)
 
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
+from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
-from diffusion_jax.pretrained.errors import PretrainedError
 from diffusion_jax.pretrained.files import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.step import initial_params

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.presets import OPENAI
 from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import Description, describe
-from diffusion_jax.pretrained.errors import PretrainedError, some
 from diffusion_jax.pretrained.files import Tensors
 
 _LEARNED = {"variance": "learned_range"}
@@ -213,7 +213,7 @@ def _structure(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], depth:
 def _from_flags(path: pathlib.Path, tensors: Tensors, flags: dict[str, Any]) -> tuple[Description, bool]:
     unknown = sorted(set(flags) - _KNOWN - _IGNORED)
     if unknown:
-        raise PretrainedError(f"flags: {some(unknown)} is none of OpenAI's; known: {', '.join(sorted(_KNOWN))}")
+        raise PretrainedError(f"flags: {list_names(unknown)} is none of OpenAI's; known: {', '.join(sorted(_KNOWN))}")
     for name, value in flags.items():
         kind = bool if name in _BOOLEAN else int if name in _WHOLE else None
         if kind and (type(value) is not kind or (name in _POSITIVE and value < 1)):

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diffusion_jax.runs.errors import UserError
+from diffusion_jax.errors import UserError
 from diffusion_jax.runs.workdir import flatten, to_dict
 
 # The program names these itself, so that their messages must stand alone.

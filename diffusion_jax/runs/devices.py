@@ -12,10 +12,10 @@ import warnings
 import absl.logging
 import jax
 
+from diffusion_jax.distributed import compiler
+from diffusion_jax.distributed.preemption import LOST, end
+from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import say
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.runs.watch import LOST, end
-from diffusion_jax.training import compiler
 
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 

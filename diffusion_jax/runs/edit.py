@@ -14,15 +14,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, editing, sampling
-from diffusion_jax.runs import pictures, weights
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.artifacts import digest
 from diffusion_jax.runs.console import say
-from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.parts import digest
-from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.training import model_from_config, schedule_from_config
 
-TASKS = ("inpaint", "replace", "sdedit", "colourise", "super_resolution", "interpolate")
+TASKS = ("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate")
 
 
 def _open(path: str, leaf: str) -> Image.Image:
@@ -79,7 +80,7 @@ class _Edit:
     run(key, denoise_fn, sampler) -> float [N, H, W, C], pure; sampler(clip=None) makes the sampler, `clip` around its own.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe):
+    def __init__(self, config: ConfigDict, recipe: SamplingSetup):
         self.options, self.recipe = config.editing, recipe
         self.shape = data.image_shape(config.data)
         *self.size, self.channels = self.shape
@@ -163,10 +164,10 @@ class _Edit:
 
         return image[None], run
 
-    def _colourise(self):
+    def _colorize(self):
         if self.channels == 1:
-            raise UserError("editing.task='colourise' needs a model of colour images (data.channels=3)")
-        linear, image = editing.grey(self.channels), self._read("image")
+            raise UserError("editing.task='colorize' needs a model of color images (data.channels=3)")
+        linear, image = editing.gray(self.channels), self._read("image")
         y = linear.measure(_signed(image, self.count))
         return np.asarray(pictures.to_uint8(linear.invert(y)))[:1], self._sample(
             lambda clip: editing.project(linear, y, clip)
@@ -215,7 +216,7 @@ class _Edit:
     @property
     def captions(self) -> list[str]:
         """One for each image that the picture shows: what was given, then the results."""
-        known = {"interpolate": ["image", "other"], "colourise": ["gray"], "super_resolution": ["small"]}
+        known = {"interpolate": ["image", "other"], "colorize": ["gray"], "super_resolution": ["small"]}
         given = known.get(self.options.task, ["image", "known"][: len(self.given)])
         if self.options.task == "interpolate":
             return [*given, *(f"{weight:.2g}" for weight in np.linspace(0, 1, self.count))]
@@ -234,9 +235,9 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
     with as_user_error("config"):
         mesh = sharding.make_mesh(config.mesh)
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
+        recipe = SamplingSetup(config, model, schedule, mesh, work.class_names(config, directory))
         task = _Edit(config, recipe)
-    step, params = weights.load(config, directory, model, mesh, config.sampling.use_ema)
+    step, params = trained_model.load(config, directory, model, mesh, config.sampling.use_ema)
     params, guide = jax.device_get((params, recipe.guide))  # one process does this, on one device
     labels = recipe.labels(np.arange(task.rows))
 
@@ -253,7 +254,7 @@ def edit(config: ConfigDict, directory: pathlib.Path) -> None:
         run = jax.jit(run, compiler_options=compiler.options())
         images = np.asarray(run(params, guide, jax.random.key(config.sampling.seed), labels))
     given = hashlib.sha256(task.given.tobytes()).hexdigest()
-    told = f"edit_{config.editing.task}_{weights.origin(config, step)}_{recipe.name}_seed{config.sampling.seed}"
+    told = f"edit_{config.editing.task}_{trained_model.origin(config, step)}_{recipe.name}_seed{config.sampling.seed}"
     name = f"{told}_{digest(work.to_dict(config.editing), given)[:6]}"
     path = directory / "samples" / name
     path.parent.mkdir(exist_ok=True)

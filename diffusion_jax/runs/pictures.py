@@ -19,8 +19,8 @@ def to_uint8(x) -> jax.Array:
     return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-GAP = 4  # grey pixels around every image of a grid
-_GREY = 64
+GAP = 4  # gray pixels around every image of a grid
+_GRAY = 64
 
 
 _CAPTION = 14  # rows below an image that has a caption
@@ -42,18 +42,18 @@ def grid(
     scale = max(1, 64 // max(height, width))
     below = _CAPTION if captions else 0
     height, width = height * scale + GAP + below, width * scale + GAP
-    tiles = np.full((rows * columns, height, width, channels), _GREY, np.uint8)
+    tiles = np.full((rows * columns, height, width, channels), _GRAY, np.uint8)
     tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
     for tile, caption in zip(tiles, captions or (), strict=False):
         tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     if headers:
-        above = np.full((_CAPTION, columns * width, channels), _GREY, np.uint8)
+        above = np.full((_CAPTION, columns * width, channels), _GRAY, np.uint8)
         for column, header in enumerate(headers):
             above[:, column * width + GAP : (column + 1) * width] = _text(header, width - GAP)[..., None]
         picture = np.concatenate([above, picture])
-    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GREY)
+    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GRAY)
 
 
 def time_headers(times) -> list[str]:
@@ -70,7 +70,7 @@ def _text(text: str, width: int) -> np.ndarray:
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
         shown = text + "..."
-    image = Image.new("L", (width, _CAPTION), _GREY)
+    image = Image.new("L", (width, _CAPTION), _GRAY)
     ImageDraw.Draw(image).text((0, 0), shown, fill=230, font=font)
     return np.asarray(image)
 
@@ -148,7 +148,7 @@ def plot_rate_distortion(
 _MARKERS = "os^vD<>pPX*"
 
 
-def plot_neighbours(path: pathlib.Path, rows: Sequence, distances: np.ndarray, title: str) -> None:
+def plot_neighbors(path: pathlib.Path, rows: Sequence, distances: np.ndarray, title: str) -> None:
     """Images beside the k images that are nearest to them, and how far these are.
 
     rows: (name, uint8 [H, W, C], uint8 [k, H, W, C]) each. distances: [rows, k].

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
+from diffusion_jax.distributed import collectives, compiler
+from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import compiling, say
-from diffusion_jax.runs.errors import as_user_error
-from diffusion_jax.training import collectives, compiler
 from diffusion_jax.training.step import initial_params
 
 
@@ -86,11 +86,11 @@ def measure(config: Mapping) -> Plan:
 def kept_per_image(config: Mapping) -> int:
     """Bytes that a network keeps of an image for its backward pass: what two images leave over what one does."""
     model, shape = training.model_from_config(config), training.input_shape(config)
-    labelled = model.num_classes and not training.is_classifier(config)
+    labeled = model.num_classes and not training.is_classifier(config)
 
     def kept(params, x, y, key):
         def network(params):
-            labels = (y,) if labelled else ()
+            labels = (y,) if labeled else ()
             return model.apply({"params": params}, x, x[:, 0, 0, 0], *labels, train=True, rngs={"dropout": key})
 
         return jax.vjp(network, params)[1]
@@ -124,7 +124,7 @@ def plan(config: ConfigDict) -> None:
     say(f"  an image          {found.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
     say(f"                    {_mb(found.kept_per_image)} of activations kept for the backward pass")
     say(f"  memory a device   {_mb(found.arguments + found.temporaries)}: of it")
-    for name, size in (("parameters", found.params), ("EMA", found.ema), ("optimiser", found.optimizer)):
+    for name, size in (("parameters", found.params), ("EMA", found.ema), ("optimizer", found.optimizer)):
         say(f"    {name:<16}{_mb(size)}")
     say(
         f"    {'temporaries':<16}{_mb(found.temporaries)} (activations, gradients, gathered parameters; of CPU's program)"

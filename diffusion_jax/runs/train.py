@@ -13,17 +13,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.runs import pictures, watch, weights
+from diffusion_jax.distributed import preemption, sharding
+from diffusion_jax.distributed.file_lock import locked
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, compiling, say
-from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import Generator, check_options
-from diffusion_jax.runs.judge import TrainingDistance, check_judging
-from diffusion_jax.runs.recipe import Recipe, class_captions
-from diffusion_jax.training import sharding
-from diffusion_jax.training.agreement import first_says
+from diffusion_jax.runs.sample import Generator, check_options
+from diffusion_jax.runs.sample_metrics import TrainingFid, check_sample_metrics
+from diffusion_jax.runs.sampling_setup import SamplingSetup, class_captions
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
-from diffusion_jax.training.lock import locked
 
 
 def train(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -49,25 +49,25 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
     check_source(config, source)
     with as_user_error("config"):
         _check_sampling(config, built, getattr(source, "class_names", ()), named=True)
-    begun = first_says(lambda: committed_steps(directory / "checkpoints"))
-    beginning = weights.initial(config, built.model) if config.init_from and not begun else None
-    first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
-    distance = judging and TrainingDistance(config, directory, judging)
+    begun = broadcast_from_process_0(lambda: committed_steps(directory / "checkpoints"))
+    beginning = trained_model.initial(config, built.model) if config.init_from and not begun else None
+    broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
+    distance = judging and TrainingFid(config, directory, judging)
     keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
         locked(directory / ".lock", f"is training in {directory}"),
         Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
     ):
-        first_says(lambda: work.check_data(source, directory))
+        broadcast_from_process_0(lambda: work.check_data(source, directory))
         state = checkpoints.restore(built.abstract_state)
         step = 0 if state is None else int(state.step)
         if state is None:
-            with compiling("the initialisation"):
+            with compiling("the initialization"):
                 state = built.init()
             if beginning:
                 state = _begin_with(config, built, state, *beginning)
         del beginning  # as large as the network
-        first_says(lambda: work.write_config(config, directory))
+        broadcast_from_process_0(lambda: work.write_config(config, directory))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
         say(f"Continuing from step {step}." if step else "Starting from step 0.")
@@ -83,7 +83,7 @@ def train(config: ConfigDict, directory: pathlib.Path) -> None:
 def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
     """Whether the last step is there, and whole; says so."""
     num_steps = config.training.num_steps
-    if max(first_says(lambda: committed_steps(directory / "checkpoints")), default=0) < num_steps:
+    if max(broadcast_from_process_0(lambda: committed_steps(directory / "checkpoints")), default=0) < num_steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.whole_step() or 0
@@ -115,7 +115,7 @@ def _check(config: ConfigDict) -> None:
     if not options.stall_timeout >= 0:
         raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
     work.check_seed("seed", config.seed)
-    check_judging(config)
+    check_sample_metrics(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
         if interval % options.steps_per_call:
@@ -123,14 +123,14 @@ def _check(config: ConfigDict) -> None:
 
 
 def check_source(config: ConfigDict, source) -> None:
-    """Raises: UserError or DataError where labels do not fit the network, or grey levels the bound that is trained."""
+    """Raises: UserError or DataError where labels do not fit the network, or gray levels the bound that is trained."""
     if config.diffusion.loss in ("vlb", "hybrid"):
         data.check_levels(source.read(np.arange(min(64, len(source))))[0], config.data.levels)
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes; use that, or 0")
     if classes and not source.num_classes:
-        advice = "a classifier needs labelled images" if training.is_classifier(config) else "use model.num_classes=0"
+        advice = "a classifier needs labeled images" if training.is_classifier(config) else "use model.num_classes=0"
         reason = getattr(source, "no_labels", "")
         raise UserError(
             f"model.num_classes={classes}, but the data has no labels{f' ({reason})' if reason else ''}; {advice}"
@@ -150,7 +150,7 @@ def _check_sampling(config: ConfigDict, built: training.Setup, class_names: Sequ
     if spelled and built.model.num_classes and not (named or class_names):
         config = config.copy_and_resolve_references()
         config.sampling.label = None
-    Recipe(config, built.model, built.schedule, built.mesh, class_names, load_classifier=False)
+    SamplingSetup(config, built.model, built.schedule, built.mesh, class_names, load_classifier=False)
 
 
 def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
@@ -168,7 +168,7 @@ def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator
         "label": None,
     }
     config = ConfigDict(options)
-    recipe = Recipe(config, built.model, built.schedule, built.mesh)
+    recipe = SamplingSetup(config, built.model, built.schedule, built.mesh)
     devices = built.mesh.size
     return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)
 
@@ -243,7 +243,7 @@ class _Loop:
         built: training.Setup,
         checkpoints: Checkpoints,
         preview: Generator | None,
-        distance: TrainingDistance | None,
+        distance: TrainingFid | None,
     ):
         self._config, self._directory, self._built = config, directory, built
         self._checkpoints, self._preview, self._distance = checkpoints, preview, distance
@@ -268,7 +268,7 @@ class _Loop:
         with compiling("the train step"):
             self._program(count, state, batch)
 
-        preemption, self._watchdog = watch.Preemption(self._directory), watch.Watchdog(options.stall_timeout)
+        stopping, self._watchdog = preemption.Preemption(self._directory), preemption.Watchdog(options.stall_timeout)
         profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
@@ -276,7 +276,7 @@ class _Loop:
             bar = during.enter_context(Bar("Training", options.num_steps, step))
             if workers:  # or the memory that they share is reported as leaked
                 during.enter_context(contextlib.closing(stream))
-            for context in (preemption.handled(), self._watchdog, profile):
+            for context in (stopping.handled(), self._watchdog, profile):
                 during.enter_context(context)
             times, logged = _Times(), step
             while step < options.num_steps:
@@ -285,7 +285,7 @@ class _Loop:
                 self._watchdog.beat()
                 step += count
                 profile.after(state)
-                last, asked = step == options.num_steps, preemption.asked()
+                last, asked = step == options.num_steps, stopping.asked()
                 if not (last or asked):
                     with times.spent("data_wait"):
                         batch, count = self._next(stream, step)
@@ -311,7 +311,7 @@ class _Loop:
                 if asked and not last:
                     with self._watchdog.paused():
                         self._checkpoints.finish(step)
-                        stopped = preemption.stopped(step)
+                        stopped = stopping.stopped(step)
                     raise stopped
             with self._watchdog.paused():
                 self._checkpoints.finish(step)
@@ -362,7 +362,7 @@ class _Loop:
             raise UserError(
                 "a process that reads the data was killed: for want of memory? (data.workers=N decides how many there are); "
                 "the same command goes on from the last checkpoint",
-                watch.LOST,
+                preemption.LOST,
             ) from error
 
     def _place(self, batch, leading: int):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training.agreement import first_says
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import UserError
 from diffusion_jax.training.digests import committed_steps
 
 # What makes two launches the same run; the rest (lengths, intervals, devices, sampling, where the data lies) may change.
@@ -150,7 +150,7 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     directory alone names them at the next launch. The config of a run that has a checkpoint stays.
     """
     if config.init_from and not committed_steps(workdir / "checkpoints"):
-        first_says(lambda: workdir.mkdir(parents=True, exist_ok=True) or write_config(config, workdir))
+        broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True) or write_config(config, workdir))
 
 
 def import_writers() -> None:

@@ -72,11 +72,13 @@ class ddim(Sampler):
         eps = process.to_eps(schedule, *eps_of)
         # eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
         # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
-        sigma = self.eta * jnp.sqrt(process.at(schedule.posterior_variance, t, x_t))
-        noise_share = process.at(schedule.betas, t, x_t) / process.at(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
+        sigma = self.eta * jnp.sqrt(process.lookup(schedule.posterior_variance, t, x_t))
+        noise_share = (
+            process.lookup(schedule.betas, t, x_t) / process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
+        )
         kept = jnp.sqrt(jnp.maximum(1 - self.eta**2 * noise_share, 0.0))
-        direction = process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * kept
-        mean = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, x_t)) * x_0 + direction * eps
+        direction = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * kept
+        mean = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, x_t)) * x_0 + direction * eps
         if self.eta > 0:
             mean = mean + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean, x_0)

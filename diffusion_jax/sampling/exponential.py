@@ -86,7 +86,7 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    """Between neighbours; 1 between equal ones, which stand for steps that were never taken: their values are left out."""
+    """Between neighbors; 1 between equal ones, which stand for steps that were never taken: their values are left out."""
     gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 

@@ -40,14 +40,17 @@ def level(schedule: Schedule, t, x) -> Level:
     reads before it has history.
     """
     t, like = jnp.minimum(t, schedule.num_timesteps - 1), jnp.zeros((), x.dtype)
-    return _level(process.at(schedule.sqrt_alpha_bar, t, like), process.at(schedule.sqrt_one_minus_alpha_bar, t, like))
+    return _level(
+        process.lookup(schedule.sqrt_alpha_bar, t, like),
+        process.lookup(schedule.sqrt_one_minus_alpha_bar, t, like),
+    )
 
 
 def level_before(schedule: Schedule, t, x) -> Level:
     """The level one step earlier than index t, where t leads to: x_0 itself for t = 0. In the dtype of x."""
     like = jnp.zeros((), x.dtype)
-    alpha = jnp.sqrt(process.at(schedule.alpha_bar_prev, t, like))
-    return _level(alpha, process.at(schedule.sqrt_one_minus_alpha_bar_prev, t, like))
+    alpha = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, like))
+    return _level(alpha, process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, like))
 
 
 def level_at(log_snr) -> Level:
@@ -57,7 +60,7 @@ def level_at(log_snr) -> Level:
 
 def call(schedule: Schedule, denoise_fn: Callable, x_t, t):
     """The network's output at index t, int [], in the dtype of x_t, whatever it computes in."""
-    time = process.at(schedule.timesteps, t, jnp.zeros((), x_t.dtype))
+    time = process.lookup(schedule.timesteps, t, jnp.zeros((), x_t.dtype))
     output = denoise_fn(x_t, jnp.full(x_t.shape[:1], time))
     return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
 

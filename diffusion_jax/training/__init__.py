@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, losses, models, process, schedules, timesteps
-from diffusion_jax.training import compiler, sharding
+from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.step import (
@@ -243,7 +243,7 @@ def setup(config: Mapping) -> Setup:
     _check_loss(config["diffusion"])
     levels = config["data"]["levels"]
     if not 2 <= levels <= 256:
-        raise ValueError(f"data.levels={levels} must lie in 2 ... 256, the grey levels that the images have")
+        raise ValueError(f"data.levels={levels} must lie in 2 ... 256, the gray levels that the images have")
     if not 0 <= config["ema"]["decay"] <= 1:
         raise ValueError(f"ema.decay={config['ema']['decay']} must lie in [0, 1]")
     model = model_from_config(config)
@@ -257,7 +257,7 @@ def setup(config: Mapping) -> Setup:
     whole, states = sharding.replicated(mesh), sharding.state_sharding(mesh, shapes)
 
     def gathering(loss_fn):
-        return sharding.gathering(loss_fn, mesh, model.dtype, models.KEPT if model.remat else None)
+        return sharding.gathering(loss_fn, mesh, model.dtype, models.REMAT_NAME if model.remat else None)
 
     train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gathering)
 

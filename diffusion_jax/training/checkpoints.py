@@ -1,7 +1,7 @@
 """Checkpoints, by Orbax: saved in the background, committed by a rename, checked before they are read, restored to the bit.
 
 A step's directory holds three parts, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
-(optimiser, step, running sums); and the digests of all their files, which are committed with them.
+(optimizer, step, running sums); and the digests of all their files, which are committed with them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0
+from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import digests
-from diffusion_jax.training.agreement import all_say, first_says
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.step import TrainState
 
 _WEIGHTS = ("params", "ema_params")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read: one line that says which and what to do."""
-
-
-class SaveError(CheckpointError):
-    """A checkpoint that could not be written: a full disk, mostly. Those before it are kept."""
 
 
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -95,7 +88,7 @@ class Checkpoints:
             "temporary_path_class": _WithDigests,
         }
         if not read_only:
-            first_says(self._set_aside_uncommitted)
+            broadcast_from_process_0(self._set_aside_uncommitted)
         options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(**writing)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._writer, self._handed_over = ThreadPoolExecutor(1), Future()
@@ -162,7 +155,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise SaveError(self._not_written(error)) from error
-        if step not in first_says(self.steps):
+        if step not in broadcast_from_process_0(self.steps):
             raise SaveError(self._not_written(f"step {step} is not there"))
 
     def _not_written(self, error) -> str:
@@ -196,25 +189,25 @@ class Checkpoints:
 
     def whole_step(self) -> int | None:
         """The newest step all of whose files are those that were saved, without reading it; None where there is none."""
-        for step in reversed(first_says(self.steps)):
-            if first_says(lambda: self._damage(step, (*_WEIGHTS, "rest"))) is None:  # noqa: B023 (called at once)
+        for step in reversed(broadcast_from_process_0(self.steps)):
+            if broadcast_from_process_0(lambda: self._damage(step, (*_WEIGHTS, "rest"))) is None:  # noqa: B023 (called at once)
                 return step
         return None
 
     def _newest(self, trees: Mapping) -> tuple[int, Mapping] | None:
         """(step, parts) of the newest checkpoint whose `trees` are whole."""
         damaged: list[int] = []
-        for name in first_says(self._uncommitted) if self._read_only else ():
+        for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
             _say(f"Note: {self._directory / name} is no finished checkpoint; it is passed over.")
-        for step in reversed(first_says(self.steps)):
-            problem = first_says(lambda: self._damage(step, trees))  # noqa: B023 (called at once)
+        for step in reversed(broadcast_from_process_0(self.steps)):
+            problem = broadcast_from_process_0(lambda: self._damage(step, trees))  # noqa: B023 (called at once)
             if problem is None:
                 self._check_fits(step, trees)
                 try:
                     parts = self._read(step, trees)
                 except Exception as error:  # Orbax and tensorstore raise many types for damaged files
                     problem = _first_line(error)
-                if all_say(problem is None):
+                if all_processes_agree(problem is None):
                     self._set_aside(damaged)
                     return step, parts
             damaged.append(step)
@@ -225,7 +218,7 @@ class Checkpoints:
 
     def _damage(self, step: int, trees: Iterable[str]) -> str | None:
         try:
-            return digests.damage(self._directory / str(step), trees)
+            return digests.find_corruption(self._directory / str(step), trees)
         except FileNotFoundError:
             _say(f"The checkpoint of step {step} has no digests, being of an earlier version: it is used as it is.")
             return None
@@ -258,7 +251,7 @@ class Checkpoints:
             if self._read_only:
                 _say("It is left as it is; the checkpoint before it is used.")
                 continue
-            aside = first_says(lambda: self._rename(self._directory / str(step)))  # noqa: B023 (called at once)
+            aside = broadcast_from_process_0(lambda: self._rename(self._directory / str(step)))  # noqa: B023 (called at once)
             _say(f"Set it aside as {aside}; continuing from the checkpoint before it.")
         if steps and not self._read_only:
             self._manager.reload()

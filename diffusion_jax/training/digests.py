@@ -41,7 +41,7 @@ def write(directory: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
-def damage(directory: pathlib.Path, items: Iterable[str]) -> str | None:
+def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
     """What is wrong with the files of `items` in a step's directory: a phrase that names the first such file; None where
     nothing is. Raises: FileNotFoundError where the step was committed before there were digests.
     """

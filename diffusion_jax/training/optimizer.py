@@ -1,4 +1,4 @@
-"""The optimiser of a config, from optax."""
+"""The optimizer of a config, from optax."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import data, guidance, models, pretrained, process, sampling, schedules
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import UserError
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.runs.parts import digest
-from diffusion_jax.training import sharding
+from diffusion_jax.runs.artifacts import digest
 
 # Leaves of `config.sampling` whose values are paths, which no name spells out: their digest stands there.
 _PATHS = ("classifier", "low_resolution")
@@ -166,7 +166,7 @@ def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
     return [str(y) if name in ("", str(y)) else f"{y}: {name}" for y, name in zip(labels.tolist(), named, strict=True)]
 
 
-class Recipe:
+class SamplingSetup:
     """All that a config decides about drawing, checked before anything is compiled.
 
     schedule: the one that is walked. classes: those asked for, which samples have in turn; None where nothing has a class.

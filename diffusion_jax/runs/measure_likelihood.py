@@ -23,16 +23,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, process
-from diffusion_jax.runs import pictures, watch, weights
+from diffusion_jax.distributed import compiler, preemption, sharding
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.artifacts import Parts, digest
 from diffusion_jax.runs.console import Bar, bar_over, say
-from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import trajectory_picture
-from diffusion_jax.runs.judge import check_judging, judge, naming_leaves
-from diffusion_jax.runs.parts import Parts, digest
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.sample import trajectory_picture
+from diffusion_jax.runs.sample_metrics import check_sample_metrics, judge, naming_leaves
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.train import check_source
-from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
+from diffusion_jax.training import model_from_config, schedule_from_config
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 
@@ -67,7 +68,7 @@ class _Trained:
         with as_user_error("config"):
             self.mesh = sharding.make_mesh(config.mesh)
             self.model, self.schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        self.step, self.params = weights.load(config, directory, self.model, self.mesh, options.use_ema)
+        self.step, self.params = trained_model.load(config, directory, self.model, self.mesh, options.use_ema)
         self.kind = "ema" if options.use_ema else "raw"
         where = ConfigDict({**config.data, "split": options.split})
         if options.data_dir:
@@ -84,7 +85,7 @@ class _Trained:
         check_source(config, self.source)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels. Raises: UserError for images that have other grey levels than the likelihood is of."""
+        """Images and labels. Raises: UserError for images that have other gray levels than the likelihood is of."""
         images, labels = self.source.read(indices)
         data.check_levels(images, self.config.data.levels)
         return images, labels
@@ -125,7 +126,7 @@ class _Trained:
                     # The trace takes forward-mode derivatives, which products do not have.
                     self.denoise_fn(params, self.labels(labels), convolution="xla"),
                     x_0,
-                    dequantisation=options.ode_dequantisation,
+                    dequantization=options.ode_dequantization,
                     trace=options.ode_trace,
                     tolerance=options.ode_tolerance,
                     **model_says,
@@ -171,7 +172,13 @@ def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
     )
     chosen = {key: value for key, value in work.to_dict(options).items() if not key.startswith("progressive")}
     name = digest(
-        chosen, work.to_dict(trained.config.data), ode, trained.step, weights.digest(trained.params), count, batch_size
+        chosen,
+        work.to_dict(trained.config.data),
+        ode,
+        trained.step,
+        trained_model.digest(trained.params),
+        count,
+        batch_size,
     )
     parts = Parts(trained.directory / f".likelihood_{name}")
     batches = -(-count // batch_size)
@@ -180,7 +187,7 @@ def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the bound, and the first batch ...")
-        for i in watch.over_batches(left, trained.config.training.stall_timeout):
+        for i in preemption.over_batches(left, trained.config.training.stall_timeout):
             # The last batch is filled up with its last image, whose copies are cut off again.
             images, labels = trained.read(np.minimum(i * batch_size + held, count - 1))
             placed = [jax.make_array_from_process_local_data(rows, leaf) for leaf in (images, labels)]
@@ -232,7 +239,7 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> Terms:
 
 
 def _rate_distortion(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rate and distortion at every t; timesteps that no image visited are read off their neighbours."""
+    """Mean rate and distortion at every t; timesteps that no image visited are read off their neighbors."""
     seen, every = np.flatnonzero(terms.count), np.arange(len(terms.count))
     vlb, x_0_mse = (np.interp(every, seen, terms.means[name][seen]) for name in ("vlb", "x_0_mse"))
     rate, distortion = likelihood.rate_distortion(terms.examples["prior"].mean(), vlb, x_0_mse)
@@ -246,7 +253,7 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
 
 def evaluate(config: ConfigDict, directory: pathlib.Path) -> None:
     """`--mode=evaluate`: bits per dimension of a split, and the metrics of samples."""
-    check_judging(config)
+    check_sample_metrics(config)
     if not (config.evaluation.likelihood or config.evaluation.num_samples):
         raise UserError(
             "evaluation.likelihood=False and evaluation.num_samples=0 leave nothing to measure; set either of them"
@@ -285,7 +292,7 @@ def _bound(config: ConfigDict, directory: pathlib.Path) -> None:
         "batch_size": _batch_size(trained, count),  # the noise depends on it
     }
     if options.ode:
-        report |= {key: options[key] for key in ("ode_dequantisation", "ode_trace", "ode_tolerance")}
+        report |= {key: options[key] for key in ("ode_dequantization", "ode_trace", "ode_tolerance")}
     rate, distortion = _rate_distortion(terms)
     arrays = {"t": np.arange(len(rate)), "time": trained.schedule.timesteps, "count": terms.count}
     arrays |= terms.means | {f"{name}_standard_error": error for name, error in terms.errors.items()}
@@ -321,7 +328,9 @@ def progressive(config: ConfigDict, directory: pathlib.Path) -> None:
     if options.progressive_columns < 2:
         raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
     with as_user_error("config.sampling"):
-        recipe = Recipe(config, trained.model, trained.schedule, trained.mesh, work.class_names(config, directory))
+        recipe = SamplingSetup(
+            config, trained.model, trained.schedule, trained.mesh, work.class_names(config, directory)
+        )
     count = min(options.progressive_examples, len(trained.source))
     say(f"Rate and distortion of {count} images, with the {trained.kind} weights of step {trained.step}.")
     terms, parts = _measure(trained, count, ode=False)
@@ -365,7 +374,7 @@ def _coding_picture(trained: _Trained, columns: int, rows: int = 4) -> np.ndarra
             index = jnp.full(x_0.shape[:1], t)
             eps = jax.random.normal(jax.random.fold_in(jax.random.key(config.evaluation.seed), t), x_0.shape)
             x_t = process.q_sample(schedule, x_0, index, eps)
-            output = trained.denoise_fn(params, y)(x_t, process.at(schedule.timesteps, index, index))
+            output = trained.denoise_fn(params, y)(x_t, process.lookup(schedule.timesteps, index, index))
             diffusion = config.diffusion
             return process.p_mean_variance(schedule, output, x_t, index, diffusion.prediction, diffusion.variance).x_0
 

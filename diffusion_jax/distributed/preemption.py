@@ -66,12 +66,12 @@ def end(message: str, exit_code: int) -> None:
     _exit(exit_code)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether this is one of several processes that work together."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(message: str, exit_code: int) -> None:
+def abort_process(message: str, exit_code: int) -> None:
     """Ends one process of several, with one line, and without JAX's meeting of all at the exit, to which the others may never
     come. Process 0, whose end aborts whoever is left, gives them time to say the same."""
     _write_last_line(message)
@@ -80,16 +80,16 @@ def leave(message: str, exit_code: int) -> None:
     _exit(exit_code)
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits for all processes, where there are several: what process 0 alone has still to write may take longer than JAX's
     own meeting at the exit allows."""
-    if several():
+    if is_multiprocess():
         multihost_utils.sync_global_devices("the end")
 
 
-def is_loss(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether that is how it looks when another process is gone."""
-    if not several():
+    if not is_multiprocess():
         return False
     text = f"{error} {error.__cause__}"
     return any(word in text for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Connection"))
@@ -115,7 +115,7 @@ def _on_signals(numbers, handler, directory: pathlib.Path | None, grace: float |
         yield
         return
 
-    def insist():
+    def force_exit():
         first, deadline, interrupts = None, None, 0
         while select.select([reader], [], [], deadline and max(0.0, deadline - time.monotonic()))[0]:
             read = os.read(reader, 1)
@@ -133,7 +133,7 @@ def _on_signals(numbers, handler, directory: pathlib.Path | None, grace: float |
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    thread = threading.Thread(target=insist, daemon=True, name="signals")
+    thread = threading.Thread(target=force_exit, daemon=True, name="signals")
     thread.start()
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {number: signal.signal(number, handler) for number in numbers}
@@ -162,7 +162,7 @@ def stopping_at_once(directory: pathlib.Path | None = None, only_interrupts: boo
 
     def stop(number, _):
         stopped = Stopped(number, f"; {_how_to_resume(directory)}")
-        (leave if several() else end)(str(stopped), stopped.exit_code)
+        (abort_process if is_multiprocess() else end)(str(stopped), stopped.exit_code)
 
     numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
     with _on_signals(numbers, stop, directory, _GRACE):
@@ -189,25 +189,25 @@ class Preemption:
                 self._interrupted = True
                 # Not print, which may be what this interrupts.
                 os.write(1, b"\nCtrl-C: saving after this step. Press it again to stop at once.\n")
-                if several():
+                if is_multiprocess():
                     os.kill(os.getpid(), signal.SIGTERM)
             self._number = self._number or number
 
-        numbers = (signal.SIGINT,) if several() else (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT,) if is_multiprocess() else (signal.SIGINT, signal.SIGTERM)
         with _on_signals(numbers, note, self._directory, None):
             yield
 
     def asked(self) -> bool:
         """True at the same call on every process."""
         self._calls += 1  # not the step: the service waits for the next whole number
-        if several():
+        if is_multiprocess():
             return multihost_utils.reached_preemption_sync_point(self._calls)
         return self._number is not None
 
     def stopped(self, step: int) -> Stopped:
         """What to raise once `step` is saved; every process calls this, and each gets the same."""
         number = self._number or signal.SIGTERM
-        if several() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
+        if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
             number = signal.SIGINT
         return Stopped(number, f" at step {step}, which is saved; rerun the same command to resume from it")
 
@@ -262,7 +262,7 @@ class Watchdog:
         while not self._finished.wait(min(1.0, self._seconds / 4)):
             last, limit = self._last, max(self._seconds, 5 * self._longest)
             if last is not None and time.monotonic() - last > limit:
-                others = " or another process is stuck" if several() else ""
+                others = " or another process is stuck" if is_multiprocess() else ""
                 end(
                     f"process {jax.process_index()}: no step has finished for {limit:.0f} s: the data{others}, or the limit "
                     "training.stall_timeout is too short; the same command goes on from the last checkpoint",
@@ -274,7 +274,7 @@ def over_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
     """Passes the numbers of batches through, and watches over what is done with each, where a peer could be stuck in it. The
     first may take any time: it is compiled.
     """
-    with Watchdog(seconds if several() else 0) as watchdog:
+    with Watchdog(seconds if is_multiprocess() else 0) as watchdog:
         for i, batch in enumerate(batches):
             began = time.monotonic()
             with contextlib.nullcontext() if i else watchdog.paused():

@@ -10,7 +10,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from diffusion_jax.training.agreement import first_says
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 
 
 class HeldError(OSError):
@@ -44,7 +44,7 @@ def locked(path: pathlib.Path, what: str) -> Iterator[None]:
         return None
 
     try:
-        holder = first_says(acquire)
+        holder = broadcast_from_process_0(acquire)
         if holder:
             raise HeldError(f"{holder} {what}: a second launch must wait for its end, or use another --workdir")
         yield

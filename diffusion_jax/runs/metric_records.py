@@ -21,8 +21,8 @@ from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
 
-_SHOWN = 10  # samples in the picture of neighbours
-_NEIGHBOURS = 5
+_SHOWN = 10  # samples in the picture of neighbors
+_NEIGHBORS = 5
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
     about: Mapping[str, Any],
     cache: pathlib.Path | None = None,
 ) -> None:
-    """Compares two sets and adds the record to `output`, a JSON list; beside it the picture of memorisation.
+    """Compares two sets and adds the record to `output`, a JSON list; beside it the picture of memorization.
 
     about: what else to say in the record. cache: of the features, the user's cache directory unless given. All processes call
     this, and the first writes. Raises: ValueError, before anything is computed, for sets that cannot be compared.
@@ -51,13 +51,13 @@ def measure(
         return
     say("Comparing ...")
     found = compare.compare(known, judged, extractor, wanted, say)
-    if "memorisation" in wanted:
-        found["memorisation"], near = compare.memorisation(known.pool, judged.pool, _NEIGHBOURS)
+    if "memorization" in wanted:
+        found["memorization"], near = compare.memorization(known.pool, judged.pool, _NEIGHBORS)
         kind = (known.digest, judged.digest, extractor.digest, extractor.resize)
         tag = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:6]  # of another measurement, another picture
-        picture = output.with_name(f"memorisation_{pathlib.Path(samples.name).stem}_{tag}.png")
-        found["memorisation"]["picture"] = picture.name
-        _draw_neighbours(picture, reference, samples, near, f"distances of {extractor.name} features")
+        picture = output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")
+        found["memorization"]["picture"] = picture.name
+        _draw_neighbors(picture, reference, samples, near, f"distances of {extractor.name} features")
         say(f"The samples nearest to reference images, each before its {near.indices.shape[1]} nearest: {picture}")
     settings = {
         "reference": reference.name,
@@ -74,13 +74,13 @@ def measure(
         "backend": jax.default_backend(),
     }
     add_record(output, found | settings)
-    judged.forget()
+    judged.delete_cache()
     for name, value in found.items():
         if isinstance(value, float) and not name.endswith(("_std", "_standard_error")):
             error = found.get(f"{name}_standard_error")
             say(f"{name:28} {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
-    if "memorisation" in found:
-        say(f"{'closer than the reference':28} {found['memorisation']['close_share']:.4f} (0.01 of fresh images)")
+    if "memorization" in found:
+        say(f"{'closer than the reference':28} {found['memorization']['close_share']:.4f} (0.01 of fresh images)")
     say(f"Written to {output}")
 
 
@@ -144,8 +144,8 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
     return Features(found and found.pool, moments, spatial, content.hexdigest(), found and found.parts)
 
 
-def _draw_neighbours(path: pathlib.Path, reference: ImageSet, samples: ImageSet, near, unit: str) -> None:
-    """Rows: the samples that stand nearest to reference images, and these, with their distances. near: `Neighbours`."""
+def _draw_neighbors(path: pathlib.Path, reference: ImageSet, samples: ImageSet, near, unit: str) -> None:
+    """Rows: the samples that stand nearest to reference images, and these, with their distances. near: `Neighbors`."""
     suspects = np.argsort(near.distances[:, 0], kind="stable")[:_SHOWN]
     rows = [
         (f"sample {i}", samples.images.read(np.array([i]))[0][0], reference.images.read(near.indices[i])[0])
@@ -153,7 +153,7 @@ def _draw_neighbours(path: pathlib.Path, reference: ImageSet, samples: ImageSet,
     ]
     names = (pathlib.Path(images.name).name for images in (samples, reference))
     title = "Samples of {}\nand their nearest images in {}\n".format(*names) + unit
-    pictures.plot_neighbours(path, rows, near.distances[suspects], title)
+    pictures.plot_neighbors(path, rows, near.distances[suspects], title)
 
 
 _SAME = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from diffusion_jax import models, pretrained
-from diffusion_jax.runs.errors import UserError
-from diffusion_jax.training import input_shape, schedule_from_config, sharding
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import UserError
+from diffusion_jax.training import input_shape, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 

@@ -17,14 +17,15 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.runs import pictures, watch, weights
+from diffusion_jax.distributed import compiler, preemption, sharding
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
+from diffusion_jax.runs.artifacts import Parts, digest
 from diffusion_jax.runs.console import Bar, say
-from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.parts import Parts, digest
-from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.training import compiler, model_from_config, schedule_from_config, sharding
-from diffusion_jax.training.agreement import first_says
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.training import model_from_config, schedule_from_config
 
 
 class Generator:
@@ -37,7 +38,7 @@ class Generator:
     def __init__(
         self,
         config: Mapping,
-        recipe: Recipe,
+        recipe: SamplingSetup,
         mesh,
         batch_size: int,
         low: np.ndarray | None = None,
@@ -77,7 +78,7 @@ class Generator:
 
 
 def trajectory_picture(
-    key, config: Mapping, recipe: Recipe, params, columns: int, rows: int = 4, show: str = "x_t", low=None
+    key, config: Mapping, recipe: SamplingSetup, params, columns: int, rows: int = 4, show: str = "x_t", low=None
 ) -> np.ndarray:
     """From noise (left) to images (right): x_t at `columns - 1` evenly spread steps, and x_0. uint8 [H, W, C].
 
@@ -178,22 +179,22 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         mesh = sharding.make_mesh(config.mesh)
         batch_size = -(-min(options.batch_size, options.num_samples) // mesh.size) * mesh.size
         model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        recipe = Recipe(config, model, schedule, mesh, work.class_names(config, directory))
+        recipe = SamplingSetup(config, model, schedule, mesh, work.class_names(config, directory))
         (low, low_labels), num_steps = _low_resolution(config), recipe.schedule.num_timesteps
         if low_labels is not None:
             recipe.take_labels(low_labels)
     for note in recipe.notes:
         say(f"Note: {note}.")
-    step, params = weights.load(config, directory, model, mesh, options.use_ema)
+    step, params = trained_model.load(config, directory, model, mesh, options.use_ema)
     if again:
         work.keep_config(config, directory)
-    origin = weights.origin(config, step)
+    origin = trained_model.origin(config, step)
     name = f"{origin}_{'ema' if options.use_ema else 'raw'}_{recipe.name}_seed{options.seed}_n{options.num_samples}"
     samples = directory / "samples"
     drawing = Drawn(samples / f"{name}.npz", step, num_steps, batch_size)
     given = {"images": low, "labels": low_labels}
     settings = _settings(config, recipe, params, batch_size, mesh.size, given)
-    reason = first_says(lambda: _why_not_reused(drawing.path, settings))
+    reason = broadcast_from_process_0(lambda: _why_not_reused(drawing.path, settings))
     if reason is None and not again:
         return drawing
     if reason:
@@ -211,7 +212,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the sampler, and the first batch ...")
-        for i in watch.over_batches(left, config.training.stall_timeout):
+        for i in preemption.over_batches(left, config.training.stall_timeout):
             with as_user_error("config"):  # what shows only when the sampler is traced
                 images = generator(params, options.seed, i)
             parts.save(i, images=images)
@@ -235,7 +236,12 @@ _FILES = ("classifier", "low_resolution")
 
 
 def _settings(
-    config: ConfigDict, recipe: Recipe, params, batch_size: int, devices: int, given: Mapping[str, np.ndarray | None]
+    config: ConfigDict,
+    recipe: SamplingSetup,
+    params,
+    batch_size: int,
+    devices: int,
+    given: Mapping[str, np.ndarray | None],
 ) -> dict[str, Any]:
     """All that decides the pixels of samples, but for rounding: plain JSON values. given: what an upsampler enlarges."""
     options = work.to_dict(config)
@@ -249,8 +255,8 @@ def _settings(
     # What a number of steps and a spacing stand for may change with the version; to a rounding of other machines.
     times = np.round(np.asarray(recipe.schedule.timesteps, np.float64), 4) + 0.0
     return {
-        "weights_digest": weights.digest(params),
-        "classifier_digest": None if recipe.guide is None else weights.digest(recipe.guide),
+        "weights_digest": trained_model.digest(params),
+        "classifier_digest": None if recipe.guide is None else trained_model.digest(recipe.guide),
         "low_resolution_digest": {
             name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in given.items() if array is not None
         },
@@ -300,7 +306,12 @@ def _short(value) -> str:
 
 
 def _collect(
-    config: ConfigDict, recipe: Recipe, parts: Parts, batches: int, path: pathlib.Path, settings: Mapping[str, Any]
+    config: ConfigDict,
+    recipe: SamplingSetup,
+    parts: Parts,
+    batches: int,
+    path: pathlib.Path,
+    settings: Mapping[str, Any],
 ) -> None:
     """Joins the parts into PATH.npz, beside the settings, and PATH.png, and removes them."""
     n = config.sampling.num_samples

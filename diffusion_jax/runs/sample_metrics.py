@@ -12,6 +12,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import compare, images, metrics
 from diffusion_jax.evaluation import features as extractors
 from diffusion_jax.evaluation.extract import CHUNK, Extraction, cache_directory
@@ -19,11 +22,9 @@ from diffusion_jax.pretrained.inception import WHERE
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
-from diffusion_jax.runs.errors import UserError, as_user_error
-from diffusion_jax.runs.generate import Generator, read_settings, sample
-from diffusion_jax.runs.measure import differing, measure, read_records, settings_of
-from diffusion_jax.training import is_upsampler, sharding
-from diffusion_jax.training.agreement import first_says
+from diffusion_jax.runs.metric_records import differing, measure, read_records, settings_of
+from diffusion_jax.runs.sample import Generator, read_settings, sample
+from diffusion_jax.training import is_upsampler
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def naming_leaves(leaves: Mapping[str, str]):
         raise data.DataError(message) from error
 
 
-def check_judging(config: ConfigDict) -> None:
+def check_sample_metrics(config: ConfigDict) -> None:
     """Raises: UserError for leaves that nothing could be judged by, before anything is drawn."""
     options = config.evaluation
     for leaf in ("num_samples", "every", "every_samples"):
@@ -86,7 +87,7 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     drawn = sample(config, directory, again=False)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    stored = first_says(lambda: read_settings(drawn.path))
+    stored = broadcast_from_process_0(lambda: read_settings(drawn.path))
     settings, drawn_with = stored["settings"], stored["drawn_with"]
     files = {"classifier": config.sampling.classifier, "use_ema": options.use_ema}
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"} | files
@@ -155,12 +156,12 @@ def _plot(directory: pathlib.Path, name: str) -> None:
         say(f"Against the number of sampling steps: {path}")
 
 
-class TrainingDistance:
+class TrainingFid:
     """The Frechet distance of a run's samples while it trains: of few samples, by few steps of DDIM, and named so."""
 
     def __init__(self, config: ConfigDict, directory: pathlib.Path, generator: Generator):
         """generator: of the pictures during training, with a batch size of its own."""
-        check_judging(config)
+        check_sample_metrics(config)
         options = config.evaluation
         if options.every_samples < 2:
             raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from diffusion_jax.training.agreement import first_says
-from diffusion_jax.training.lock import locked
+from diffusion_jax.distributed.file_lock import locked
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 
 _LOCKS = contextlib.ExitStack()  # until the program ends: parts outlive the object that made them
 
@@ -27,9 +27,9 @@ class Parts:
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
-        first_says(lambda: directory.mkdir(parents=True, exist_ok=True))
+        broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
         _LOCKS.enter_context(locked(directory / ".lock", "is doing just this"))
-        self.done = set(first_says(self._numbers))
+        self.done = set(broadcast_from_process_0(self._numbers))
 
     def _numbers(self) -> list[int]:
         return [int(path.stem) for path in self._directory.glob("*.npz") if path.stem.isdecimal()]

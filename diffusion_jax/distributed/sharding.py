@@ -1,6 +1,6 @@
 """The devices as one mesh, and where arrays live on it.
 
-Both axes of the mesh split the batch. `fsdp` splits the large leaves of parameters, optimiser state and EMA too (FSDP, or
+Both axes of the mesh split the batch. `fsdp` splits the large leaves of parameters, optimizer state and EMA too (FSDP, or
 ZeRO-3): a device gathers each layer's parameters where it computes with them, again in the backward pass, and keeps of the
 gradient's sum only its own part. Activations never leave their device. XLA makes the collectives from the constraints in
 `gathering`; without these it would split convolutions by their kernels' parts and send activations around.
@@ -65,7 +65,7 @@ def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, state):
-    """A TrainState of shardings for one of shapes: weights and optimiser by `leaf_sharding`, the rest whole."""
+    """A TrainState of shardings for one of shapes: weights and optimizer by `leaf_sharding`, the rest whole."""
     split = {
         name: jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), getattr(state, name))
         for name in ("params", "ema_params", "opt_state")

@@ -37,7 +37,7 @@ def options(deterministic: bool = False) -> dict:
 
 @functools.cache
 def quick() -> dict:
-    """Options of a program that runs once, such as the initialisation: CPUs compile it in less than half the time."""
+    """Options of a program that runs once, such as the initialization: CPUs compile it in less than half the time."""
     return _usable(_QUICK)
 
 

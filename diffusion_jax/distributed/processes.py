@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def first_says(function: Callable[[], Any]) -> Any:
+def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
     """The value of `function()`, called by process 0 alone and given to every process, as JSON; its exception likewise.
 
     Raises: on process 0 what `function` raised, elsewhere an OSError with the same words.
@@ -37,6 +37,6 @@ def first_says(function: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def all_say(yes: bool) -> bool:
+def all_processes_agree(yes: bool) -> bool:
     """Whether every process says yes."""
     return bool(np.all(multihost_utils.process_allgather(np.array(yes))))

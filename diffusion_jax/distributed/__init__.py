@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, sharding, agreement between processes, preemption and compiler options."""

@@ -1,0 +1,74 @@
+"""Errors that end a program with one line and an exit code. Imports nothing else from this package."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+
+class DiffusionJaxError(Exception):
+    """The base of this package's errors: the message is one line that says what is wrong, what is allowed and what to type.
+
+    `exit_code`: 2 for bad input, 1 for a run that failed.
+    """
+
+    exit_code = 2
+
+
+class UserError(DiffusionJaxError):
+    """A config, a command line or a work directory that cannot be used."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class DataError(DiffusionJaxError):
+    """Data that is missing, unreadable or of the wrong kind."""
+
+
+class UnreadableError(DataError):
+    """Files that cannot be read. failures: (path, reason) of each."""
+
+    _SHOWN = 5
+
+    def __init__(self, failures: Iterable[tuple[str, str]]):
+        self.failures = sorted(failures)
+        shown = "; ".join(f"{path}: {reason}" for path, reason in self.failures[: self._SHOWN])
+        more = len(self.failures) - self._SHOWN
+        what = "the image" if len(self.failures) == 1 else f"{len(self.failures):,} images:"
+        line = f"cannot read {what} {shown}{f'; and {more:,} more' if more > 0 else ''}; repair or remove "
+        super().__init__(line + ("it" if len(self.failures) == 1 else "them"))
+
+    def __reduce__(self):
+        return UnreadableError, (self.failures,)  # worker processes raise it, too
+
+
+class PretrainedError(DiffusionJaxError):
+    """Weights that cannot be loaded or saved."""
+
+
+class CheckpointError(DiffusionJaxError):
+    """A checkpoint that cannot be read."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that cannot be written, usually because the disk is full. Earlier checkpoints are kept."""
+
+    exit_code = 1
+
+
+def list_names(names: Iterable[str], limit: int = 5) -> str:
+    """The first `limit` names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+@contextlib.contextmanager
+def as_user_error(where: str) -> Iterator[None]:
+    """Turns the errors that a wrong value raises while a config is built into a UserError that starts with `where`."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise UserError(f"{where}: {error}") from error

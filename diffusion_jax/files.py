@@ -1,0 +1,30 @@
+"""Files that are written completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path in the directory of `path`, with its suffix, for the block to write.
+
+    The temporary file replaces `path` when the block ends, and is removed if the block raises.
+    """
+    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces the contents of a text file."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
