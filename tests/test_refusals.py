@@ -165,7 +165,7 @@ def test_counts_orders_and_starts_are_whole_numbers():
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
-        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' has a spacing of its own"),
+        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' defines its own spacing"),
         ("ddim5", "leading", "spacing 'leading' is for a number of steps"),
         ([1, 2, 3], "trailing", "spacing 'trailing' is for a number of steps"),
         ([1.5, 2.5], "log_snr", "spacing 'log_snr' is for a number of steps"),
