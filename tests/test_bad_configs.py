@@ -6,11 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from launcher import launch
 from PIL import Image
-from test_runs import finish, start, tiny_flags
-from test_training import tiny_config
-from test_upsampling import upsampler_config
 
 from diffusion_jax.data import DataError
 from diffusion_jax.pretrained import PretrainedError
@@ -18,6 +14,9 @@ from diffusion_jax.runs import config_file, console, devices, workdir
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.train import train
 from diffusion_jax.training.checkpoints import CheckpointError
+from helpers.configs import tiny_config, upsampler_config
+from helpers.launcher import launch
+from helpers.program import finish, start, tiny_flags
 
 # Leaf, value, and words of the message.
 BAD = [

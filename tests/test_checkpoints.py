@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import tiny_config
 
 from diffusion_jax import training
 from diffusion_jax.runs import watch
 from diffusion_jax.training import checkpoints, digests
+from helpers.configs import tiny_config
 
 
 @pytest.fixture(scope="module")

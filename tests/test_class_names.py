@@ -1,7 +1,6 @@
 """What a folder of images says of itself, and class names from there to samples and their pictures."""
 
 import json
-import pathlib
 import pickle
 import sys
 
@@ -10,13 +9,15 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 from PIL import Image
-from test_recipe import conditional, untrained
 
 from diffusion_jax import data, training
 from diffusion_jax.runs import pictures, recipe, workdir
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import check_source
+from helpers.configs import conditional
+from helpers.paths import ROOT
+from helpers.work_directories import untrained
 
 BASE = {"dataset": "folder", "split": "train", "image_size": 8, "channels": 3, "memory_mb": 100, "workers": 0}
 
@@ -177,7 +178,7 @@ def test_classes_by_name(trained, label, classes):
 def test_the_command_line_takes_names(text, value):
     """What `chosen` above is given is what the flag gives."""
     values = flags.FlagValues()
-    path = str(pathlib.Path(__file__).parent.parent / "configs" / "digits_conditional.py")
+    path = str(ROOT / "configs" / "digits_conditional.py")
     defined = config_flags.DEFINE_config_file("config", path, flag_values=values, lock_config=True)
     argv, sys.argv = sys.argv, ["main.py", f"--config={path}", f"--config.sampling.label={text}"]
     try:

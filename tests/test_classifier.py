@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import redraw
-from test_runs import finish, lines, start
-from test_training import a_batch, tiny_config
 
 from configs import imagenet_classifier
 from configs import workdir as workdir_config
@@ -16,19 +13,10 @@ from diffusion_jax import losses, models, schedules, timesteps, training
 from diffusion_jax.models import classifier, unet
 from diffusion_jax.runs import errors, workdir
 from diffusion_jax.runs.train import train
-
-TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (), "num_groups": 4}
-TINY |= {"head_channels": 4, "num_classes": 3}
-
-
-def classifier_config(**overrides):
-    """What tests/test_training.py calls tiny, as a classifier."""
-    config = tiny_config()
-    config.model = imagenet_classifier.classifier(10)
-    config.model.update(TINY | {"num_classes": 10})
-    config.diffusion.loss = "classify"
-    config.update_from_flattened_dict(overrides)
-    return config
+from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
+from helpers.networks import redraw
+from helpers.program import finish, start
+from helpers.work_directories import lines
 
 
 def parameters(width, depth, multipliers, size, classes):
@@ -115,7 +103,7 @@ def test_embedding_of_places_starts_as_adm_s():
 
 @functools.cache
 def a_network():
-    model = models.Classifier(**TINY, dropout=0.5)
+    model = models.Classifier(**TINY_CLASSIFIER, dropout=0.5)
     shape = (2, 4, 8, 1)
     params = redraw(jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(2))["params"])
     return model, params, jax.random.normal(jax.random.key(1), shape)
@@ -149,7 +137,9 @@ def test_what_the_network_refuses():
         ({"head_channels": 5}, "head_channels=5 does not"),
     ]:
         with pytest.raises(ValueError, match=words):
-            models.Classifier(**{**TINY, **fields}).init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))
+            models.Classifier(**{**TINY_CLASSIFIER, **fields}).init(
+                jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1)
+            )
 
 
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))

@@ -4,11 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-from test_runs import ROOT, digits_config
 
 from configs import digits_conditional
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
+from helpers.configs import digits_config
+from helpers.paths import ROOT
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from test_training import tiny_config
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.runs import errors, evaluate, weights, workdir
 from diffusion_jax.runs.generate import trajectory_picture
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.configs import tiny_config
 
 T = 20
 OVERRIDES = {

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_training import a_batch, tiny_config
 
 from diffusion_jax import training
 from diffusion_jax.runs.generate import Generator
 from diffusion_jax.runs.recipe import SAMPLERS, Recipe
 from diffusion_jax.training import compiler
+from helpers.configs import a_batch, tiny_config
 
 PLATFORMS = ("tpu", "cuda")
 

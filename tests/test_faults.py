@@ -15,13 +15,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_processes import TWO_DEVICES, free_port
-from test_runs import ROOT, last_state, lines
 
 from configs import digits
 from diffusion_jax import training
 from diffusion_jax.runs import watch
 from diffusion_jax.training import checkpoints, digests
+from helpers.paths import ROOT
+from helpers.program import TWO_DEVICES, free_port
+from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
 

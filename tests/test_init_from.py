@@ -6,10 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_pretrained as stored
-from test_recipe import untrained
-from test_runs import finish, start
-from test_training import tiny_config
 
 from configs import pretrained as pretrained_config
 from diffusion_jax import models, pretrained, sampling, schedules, training
@@ -17,18 +13,22 @@ from diffusion_jax.pretrained import layers
 from diffusion_jax.runs import errors, pictures, weights, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
+from helpers.configs import tiny_config
+from helpers.program import finish, start
+from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
+from helpers.work_directories import untrained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """diffusers' narrow network of three classes."""
-    parts = stored.stored("unet_improved_narrow")
+    parts = stored("unet_improved_narrow")
     config = json.loads(str(parts[1]["config"])) | {"sample_size": 16}
-    return stored.write_folder(
+    return write_folder(
         tmp_path_factory.mktemp("weights") / "narrow",
         config,
         parts[0],
-        {**stored.SCHEDULER, "variance_type": "learned_range"},
+        {**SCHEDULER, "variance_type": "learned_range"},
     )
 
 
@@ -178,7 +178,7 @@ def openai_upsampler(directory):
         joined = np.concatenate(parts)
         made[name.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined
     flags = "--large_size 16 --small_size 8 --num_heads 1 --diffusion_steps 1000 --noise_schedule linear"
-    return stored.write(directory / "upsampler.safetensors", made), flags
+    return write(directory / "upsampler.safetensors", made), flags
 
 
 def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
@@ -209,8 +209,8 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
 
 def test_classifiers_of_openai_s_guide(tmp_path):
     """openai_classifier_narrow, of 10 classes at 8x8, guides a model of ours on the same schedule."""
-    path = stored.write(tmp_path / "classifier.safetensors", stored.stored("openai_classifier_narrow")[0])
-    flags = json.dumps({**stored.CLASSIFIER_FLAGS, "noise_schedule": "linear"})
+    path = write(tmp_path / "classifier.safetensors", stored("openai_classifier_narrow")[0])
+    flags = json.dumps({**CLASSIFIER_FLAGS, "noise_schedule": "linear"})
     leaves = {"data.channels": 3, "diffusion.num_timesteps": 1000, "diffusion.schedule": "linear"}
     leaves |= {"sampling.num_samples": 2, "sampling.batch_size": 2, "sampling.steps": 3, "sampling.trajectory": 0}
     run = untrained(tmp_path / "run", tiny_config(**leaves))
@@ -228,6 +228,6 @@ def test_classifiers_of_openai_s_guide(tmp_path):
     assert (drawn[0] != drawn[1]).any()
     with pytest.raises(errors.UserError, match="sampling.classifier=.*do not say"):
         sample(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
-    wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(stored.CLASSIFIER_FLAGS)}
+    wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
     with pytest.raises(errors.UserError, match="another noise schedule"):
         sample(tiny_config(**{**leaves, **wrong}), run)

@@ -10,11 +10,9 @@ import subprocess
 import sys
 
 import flax.traverse_util
-import inception_peer
 import numpy as np
 import pytest
 from PIL import Image
-from test_training import tiny_config
 
 from diffusion_jax import data, training
 from diffusion_jax.evaluation import __main__ as command
@@ -25,6 +23,10 @@ from diffusion_jax.runs.console import Bar
 from diffusion_jax.runs.errors import UserError
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints
+from helpers import inception_peer
+from helpers.configs import tiny_config
+from helpers.digits_features import by_hand
+from helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -268,11 +270,6 @@ def test_statistics_of_others(tmp_path):
 
 
 # ---- extraction
-
-
-def by_hand(drawn):
-    params, _ = digits.load()
-    return np.asarray(digits.DigitsNetwork().apply({"params": params}, drawn).features)
 
 
 def test_the_digits_network_reads_digits():
@@ -842,8 +839,7 @@ def test_eight_devices_give_the_figures_of_one(tmp_path):
     save(tmp_path / "samples.npz", all_digits("test")[:250])
     command.main(["digits:train", "samples.npz", "--output=one.json"])
     (tmp_path / "cache").rename(tmp_path / "of_one")  # or the others would only be read again
-    root = str(pathlib.Path(__file__).parent.parent)
-    variables = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", PYTHONPATH=root)
+    variables = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", PYTHONPATH=str(ROOT))
     subprocess.run([sys.executable, "-c", DEVICES], cwd=tmp_path, env=variables, check=True, capture_output=True)
     one, eight = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("one", "eight"))
     for name, value in one.items():
@@ -860,10 +856,11 @@ def test_inception_s_figures_depend_neither_on_the_batch_size_nor_on_the_devices
     smooth = rng.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
     save(tmp_path / "reference.npz", smooth[:150])
     save(tmp_path / "samples.npz", np.clip(smooth[150:] * 0.8 + 20, 0, 255).astype(np.uint8))
-    root = str(pathlib.Path(__file__).parent.parent)
     records = []
     for devices, batch_size in ((1, 64), (1, 22), (4, 64)):
-        variables = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=root)
+        variables = dict(
+            os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=str(ROOT)
+        )
         variables["XDG_CACHE_HOME"] = str(tmp_path / f"{devices}_{batch_size}")
         arguments = ["reference.npz", "samples.npz", f"--inception={port}", f"--batch_size={batch_size}"]
         arguments += ["--metrics=fid,sfid,kid,precision_recall,density_coverage", f"--output={len(records)}.json"]

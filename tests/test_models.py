@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import equations
 
 from diffusion_jax import models
 from diffusion_jax.models import convolution, unet
-
-TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
+from helpers.jaxprs import equations
+from helpers.networks import TINY, redraw
 
 
 def init(model, shape=(1, 8, 8, 3), y=None):
@@ -21,15 +20,6 @@ def apply(model, params, *args, **kwargs):
     """Compiled whole: op by op costs more time than the network."""
     train = kwargs.pop("train", False)
     return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)
-
-
-def redraw(params, seed=1):
-    """Every leaf at random, the layers that start at zero included."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure, [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
 
 
 @pytest.mark.parametrize(

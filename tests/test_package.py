@@ -3,7 +3,6 @@
 import ast
 import importlib
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -16,8 +15,8 @@ import pytest
 from configs import workdir as workdir_config
 from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
+from helpers.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
     p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir", "pretrained")
 )

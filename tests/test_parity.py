@@ -7,14 +7,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
 import pytest
-from test_pretrained import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
 from diffusion_jax.pretrained import PretrainedError, diffusers, layers, openai
 from diffusion_jax.pretrained.files import Tensors
+from helpers import torch_networks
+from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
 pytestmark = pytest.mark.parity
 
@@ -69,16 +69,16 @@ def inputs(size, seed=1, count=2):
 @pytest.mark.parametrize(
     ("name", "config", "sizes"),
     [
-        ("cifar10", peers.PUBLISHED, (32, (16, 24))),
-        ("256", peers.LARGE, (64,)),
+        ("cifar10", torch_networks.PUBLISHED, (32, (16, 24))),
+        ("256", torch_networks.LARGE, (64,)),
         ("defaults", {}, (32,)),
-        ("improved", peers.IMPROVED, ((16, 32),)),
-        ("adm", peers.ADM, ((16, 32),)),
+        ("improved", torch_networks.IMPROVED, ((16, 32),)),
+        ("adm", torch_networks.ADM, ((16, 32),)),
     ],
 )
 def test_diffusers_networks(name, config, sizes, tmp_path):
     """In google/ddpm-*'s shapes at full width, and with the library's defaults."""
-    model = peers.diffusers(config)
+    model = torch_networks.diffusers(config)
     model.save_pretrained(tmp_path / "unet")  # its own files and config
     (tmp_path / "scheduler").mkdir()
     scheduler = LEARNED if config.get("out_channels") == 6 else SCHEDULER
@@ -87,15 +87,15 @@ def test_diffusers_networks(name, config, sizes, tmp_path):
     for size in sizes:
         x, times = inputs(size)
         y = np.array([4, 0]) if config.get("num_class_embeds") else None
-        theirs = peers.run(model, x, times, y)
+        theirs = torch_networks.run(model, x, times, y)
         agree(f"diffusers, {name}, {size} pixels", ours(net, x, times, y), theirs)
 
 
-@pytest.mark.parametrize("name", peers.OPENAI)
+@pytest.mark.parametrize("name", torch_networks.OPENAI)
 def test_openai_s_networks(name, tmp_path):
     """Every published set of flags, narrowed, at several sizes; the flags as a dict."""
-    function, flags = peers.OPENAI[name]
-    model = peers.openai(function, flags)
+    function, flags = torch_networks.OPENAI[name]
+    model = torch_networks.openai(function, flags)
     net = pretrained.load(
         save(model, tmp_path / "m.pt"), {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
     )
@@ -105,7 +105,9 @@ def test_openai_s_networks(name, tmp_path):
         low = None
         if function == "sr_create_model":
             low = np.random.default_rng(2).normal(size=(2, *(s // 4 for s in x.shape[1:3]), 3)).astype(np.float32)
-        agree(f"OpenAI, {name}, {x.shape[1:3]}", ours(net, x, times, y, low), peers.run(model, x, times, y, low))
+        agree(
+            f"OpenAI, {name}, {x.shape[1:3]}", ours(net, x, times, y, low), torch_networks.run(model, x, times, y, low)
+        )
 
 
 @pytest.mark.slow
@@ -115,22 +117,22 @@ def test_openai_s_networks_at_full_width(name, tmp_path):
     flags = openai.parse_flags(README[name])
     size, low, _ = openai.PRESETS[name]
     taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
-    common = peers.OPENAI["improved"][1]
+    common = torch_networks.OPENAI["improved"][1]
     if "classifier" in name:
-        function, known = "create_classifier", peers.OPENAI["classifier"][1] | {"classifier_width": 128}
+        function, known = "create_classifier", torch_networks.OPENAI["classifier"][1] | {"classifier_width": 128}
     elif low:
-        function, known = "sr_create_model", peers.OPENAI["adm upsampler"][1] | {"num_head_channels": -1}
+        function, known = "sr_create_model", torch_networks.OPENAI["adm upsampler"][1] | {"num_head_channels": -1}
     else:
         function, known = "create_model", {**common, "class_cond": False}
     made = {**known, **taken, **({"use_fp16": False} if "classifier" not in name else {})}
     if size == 32:
         made["channel_mult"], made["attention_resolutions"] = "1,2,2,2", "16,8"
-    model = peers.openai(function, made)
+    model = torch_networks.openai(function, made)
     net = pretrained.load(save(model, tmp_path / "m.pt"), name)
     x, times = inputs(min(size, 64), count=1)
     y = np.array([7]) if flags.get("class_cond") else None
     small = None if not low else np.random.default_rng(2).normal(size=(1, 16, 16, 3)).astype(np.float32)
-    theirs = peers.run(model, x, times, y, small)
+    theirs = torch_networks.run(model, x, times, y, small)
     agree(f"OpenAI, {name}, {net_size(net):,} parameters", ours(net, x, times, y, small), theirs)
 
 
@@ -139,13 +141,13 @@ def test_gradients(name, tmp_path):
     """Of a weighted sum of the output, by every parameter: theirs, put through the same map as weights, against ours."""
     import torch
 
-    config = {"diffusers": peers.IMPROVED}.get(name)
-    function, flags = peers.OPENAI[{"classifier": name, "upsampler": "adm upsampler"}.get(name, "adm 64")]
-    model = peers.diffusers(config) if config else peers.openai(function, flags)
+    config = {"diffusers": torch_networks.IMPROVED}.get(name)
+    function, flags = torch_networks.OPENAI[{"classifier": name, "upsampler": "adm upsampler"}.get(name, "adm 64")]
+    model = torch_networks.diffusers(config) if config else torch_networks.openai(function, flags)
     x, times = inputs(64 if not config else (16, 32))
     y = None if name == "classifier" else np.array([4, 0])
     low = np.random.default_rng(2).normal(size=(2, 16, 16, 3)).astype(np.float32) if name == "upsampler" else None
-    out = peers.call(model, x, times, y, low)
+    out = torch_networks.call(model, x, times, y, low)
     weighting = np.random.default_rng(5).normal(size=out.shape).astype(np.float32)
     (out * torch.from_numpy(weighting)).sum().backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
@@ -180,9 +182,9 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
     import torch
     from diffusers import DDIMScheduler, DDPMPipeline
 
-    model = peers.diffusers(peers.DIFFUSERS["unet_ddpm_cifar10_narrow"])
+    model = torch_networks.diffusers(torch_networks.DIFFUSERS["unet_ddpm_cifar10_narrow"])
     net = pretrained.load(
-        write_folder(tmp_path / "in", {**peers.DIFFUSERS["unet_ddpm_cifar10_narrow"]}, weights_of(model))
+        write_folder(tmp_path / "in", {**torch_networks.DIFFUSERS["unet_ddpm_cifar10_narrow"]}, weights_of(model))
     )
     pretrained.save_diffusers(net, tmp_path / "out")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
@@ -193,7 +195,7 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
     )
     scheduler.set_timesteps(10)
     x_T = np.random.default_rng(3).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    x = peers.images(x_T)
+    x = torch_networks.images(x_T)
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(pipeline.unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
@@ -211,8 +213,8 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
     """The same weights as TensorFlow wrote them and as a google/ddpm-* folder, through their own code's network."""
     import tensorflow as tf
 
-    model = peers.diffusers(peers.PUBLISHED)
-    net = pretrained.load(write_folder(tmp_path / "f", {**peers.PUBLISHED}, weights_of(model)))
+    model = torch_networks.diffusers(torch_networks.PUBLISHED)
+    net = pretrained.load(write_folder(tmp_path / "f", {**torch_networks.PUBLISHED}, weights_of(model)))
     shapes = layers.shapes_of(net.model, (32, 32), 3)
     import flax.traverse_util
 
@@ -229,15 +231,19 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
     x, times = inputs(32)
     read = pretrained.load(path)
     assert read.variance == "fixed_large" and read.family.endswith("ddpm_cifar10")
-    agree("Ho et al., TensorFlow checkpoint, 35,746,307 parameters", ours(read, x, times), peers.run(model, x, times))
+    agree(
+        "Ho et al., TensorFlow checkpoint, 35,746,307 parameters",
+        ours(read, x, times),
+        torch_networks.run(model, x, times),
+    )
 
 
 def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
     """Truncated, with code to run, with other things than tensors; and the same weights in every container."""
     import torch
 
-    function, flags = peers.OPENAI["improved"]
-    model = peers.openai(function, flags)
+    function, flags = torch_networks.OPENAI["improved"]
+    model = torch_networks.openai(function, flags)
     path = save(model, tmp_path / "m.pt")
     flags = {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
     net = pretrained.load(path, flags)
@@ -278,8 +284,8 @@ def test_diffusers_older_files(tmp_path):
     """.bin weights, beside config.json in one folder, as google/ddpm-cifar10-32 has them."""
     import torch
 
-    model = peers.diffusers(peers.PUBLISHED)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **peers.PUBLISHED}))
+    model = torch_networks.diffusers(torch_networks.PUBLISHED)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **torch_networks.PUBLISHED}))
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
@@ -287,5 +293,5 @@ def test_diffusers_older_files(tmp_path):
     net = pretrained.load(tmp_path)
     print(f"35.7M parameters in {time.perf_counter() - start:.2f} s")
     x, times = inputs(32)
-    agree("diffusers, .bin", ours(net, x, times), peers.run(model, x, times))
+    agree("diffusers, .bin", ours(net, x, times), torch_networks.run(model, x, times))
     assert diffusers.find(tmp_path)[0] == tmp_path

@@ -2,13 +2,13 @@
 with the same weights. Run by `make parity`.
 """
 
-import inception_peer
 import numpy as np
 import pytest
 import scipy.linalg
 
 from diffusion_jax.evaluation import features as extraction
 from diffusion_jax.evaluation import metrics
+from helpers import inception_peer
 
 pytestmark = pytest.mark.parity
 

@@ -1,13 +1,13 @@
 """What plots show: every point inside the axes, every line told apart, and what the axes are."""
 
 import importlib.util
-import pathlib
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from diffusion_jax.runs import pictures
+from helpers.paths import ROOT
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_neighbors_have_captions(drawn):
 
 def test_solvers_have_a_color_and_a_marker_each():
     """In the plot of docs/sampling.md."""
-    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "samplers.py"
+    path = ROOT / "benchmarks" / "samplers.py"
     spec = importlib.util.spec_from_file_location("samplers_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

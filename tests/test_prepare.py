@@ -13,72 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
-from test_runs import lines, tiny_config
 
 from diffusion_jax import data
 from diffusion_jax.data import preparation
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.train import train
-
-NAMES = ["apple", "pear"]
-
-
-def archive(count: int = 12) -> bytes:
-    """A zip with apple/*.png and pear/*.png; image i is filled with 10 i."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for i in range(count):
-            png = io.BytesIO()
-            Image.fromarray(np.full((8, 8, 1), 10 * i, np.uint8)[..., 0]).save(png, "PNG")
-            file.writestr(f"{NAMES[i % 2]}/{i}.png", png.getvalue())
-    return buffer.getvalue()
-
-
-class LocalFruit(tfds.core.GeneratorBasedBuilder):
-    """Two classes of grey 8x8 images, of an archive that a server on this machine has."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    url = ""
-    url_infos = None
-    fault: Exception | None = None
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=NAMES),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        path = dl_manager.download_and_extract(self.url)
-        return {"train": self._generate_examples(path)}
-
-    def _generate_examples(self, path):
-        for file in sorted(path.glob("*/*.png")):
-            if getattr(self, "fault", None):
-                raise self.fault
-            yield file.name, {"image": str(file), "label": file.parent.name}
-
-
-class LocalManual(tfds.core.GeneratorBasedBuilder):
-    """A set of several configs, whose archives a person must fetch."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large"))
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Register at\nexample.org."
-    url_infos = None
-    _info = LocalFruit._info
-    _generate_examples = LocalFruit._generate_examples
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(dl_manager.manual_dir)}
+from helpers.configs import tiny_config
+from helpers.fruit_dataset import NAMES, LocalFruit, archive, config
+from helpers.paths import ROOT
+from helpers.work_directories import lines
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -134,11 +82,6 @@ def server(monkeypatch):
     server.stalled.set()
     server.shutdown()
     server.server_close()
-
-
-def config(directory, **more):
-    base = {"dataset": "local_fruit", "data_dir": str(directory), "split": "train", "image_size": 8, "channels": 1}
-    return {**base, "memory_mb": 100, "workers": 0, "download": True, **more}
 
 
 def leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -389,7 +332,9 @@ def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
 LAUNCH = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_prepare import LocalFruit, config, data, preparation
+from diffusion_jax import data
+from diffusion_jax.data import preparation
+from helpers.fruit_dataset import LocalFruit, config
 preparation._READ_SECONDS = 1000
 LocalFruit.url, LocalFruit.url_infos = sys.argv[2], None
 data.load(config(sys.argv[3]))
@@ -401,7 +346,7 @@ data.load(config(sys.argv[3]))
 def test_a_launch_that_is_stopped_while_it_downloads(server, tmp_path, stop):
     """The next one begins anew, and nothing of the first is left."""
     server.behavior = "stalls"
-    tests = str(pathlib.Path(__file__).parent)
+    tests = str(ROOT / "tests")
     launch = subprocess.Popen([sys.executable, "-c", LAUNCH, tests, LocalFruit.url, str(tmp_path)])
     while not list(tmp_path.rglob("*.tmp.*/fruit.zip")):
         assert launch.poll() is None

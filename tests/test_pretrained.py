@@ -7,60 +7,33 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
 import pytest
 import safetensors.numpy
-from test_training import tiny_config
 
 from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.pretrained import PretrainedError, __main__, description, ho, layers, openai
 from diffusion_jax.pretrained import diffusers as folders
 from diffusion_jax.pretrained.files import Tensors
-
-SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_large"}
-NARROW_FLAGS = "--image_size 64 --num_head_channels 16 --use_new_attention_order False "
-NARROW_FLAGS += "--diffusion_steps 1000 --noise_schedule linear"
-CLASSIFIER_FLAGS = {"image_size": 8, "classifier_depth": 1, "diffusion_steps": 1000, "noise_schedule": "cosine"}
-
-
-def worst(ours, theirs):
-    """The largest difference over the largest value."""
-    return abs(np.asarray(ours) - theirs).max() / abs(theirs).max()
-
-
-def stored(name):
-    """(weights, inputs and output) of a fixture."""
-    with np.load(peers.FIXTURES / f"{name}.npz") as arrays:
-        arrays = dict(arrays)
-    weights = {key.removeprefix("weights/"): arrays.pop(key) for key in list(arrays) if key.startswith("weights/")}
-    return {key: value.astype(np.float32) for key, value in weights.items()}, arrays
-
-
-LEARNED = {**SCHEDULER, "variance_type": "learned_range"}
-
-
-def write_folder(directory, config, weights, scheduler=SCHEDULER):
-    """A pipeline's folder as diffusers writes it; of six channels, with the variance learned."""
-    if scheduler is SCHEDULER and weights["conv_out.bias"].shape == (6,):
-        scheduler = LEARNED
-    (directory / "unet").mkdir(parents=True)
-    (directory / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))
-    safetensors.numpy.save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors")
-    if scheduler:
-        (directory / "scheduler").mkdir()
-        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    return directory
-
-
-def write(path, weights):
-    safetensors.numpy.save_file(weights, path)
-    return path
+from helpers import torch_networks
+from helpers.configs import tiny_config
+from helpers.published_files import (
+    CLASSIFIER_FLAGS,
+    NARROW_FLAGS,
+    README,
+    SCHEDULER,
+    ho_variables,
+    stored,
+    worst,
+    write,
+    write_folder,
+)
+from helpers.work_directories import untrained
 
 
 def load(directory, name):
     """A fixture's network, from a file or a folder as its family has them."""
     weights, arrays = stored(name)
-    if name in peers.DIFFUSERS:
+    if name in torch_networks.DIFFUSERS:
         return pretrained.load(write_folder(directory / name, json.loads(str(arrays["config"])), weights)), arrays
     flags = {"openai_narrow": NARROW_FLAGS, "openai_classifier_narrow": CLASSIFIER_FLAGS}.get(
         name, {"image_size": 16, "variance": "fixed_small"}
@@ -77,7 +50,7 @@ def output(net, arrays, shift=0):
         )(net.params)
 
 
-FAMILIES = (*peers.DIFFUSERS, *peers.STORED_OPENAI, "port_narrow")
+FAMILIES = (*torch_networks.DIFFUSERS, *torch_networks.STORED_OPENAI, "port_narrow")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,25 +108,6 @@ def test_the_other_order_of_attention_s_rows(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- TensorFlow, as Ho et al. wrote
-
-
-def ho_variables(weights):
-    """The port's names and layouts as Ho et al.'s variables: written out here, not taken from the code under test."""
-    variables = {}
-    for name, value in weights.items():
-        layer, leaf = name.rsplit(".", 1)
-        layer = re.sub(r"\b(down|up|block|attn)\.(\d+)", r"\1_\2", layer)
-        layer = layer.replace("temb.dense.", "temb.dense").replace(".", "/")
-        norm = "norm" in layer.split("/")[-1]
-        leaf = {"weight": "gamma" if norm else "W", "bias": "beta" if norm else "b"}[leaf]
-        if value.ndim == 4 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0].T
-        elif value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)
-        elif value.ndim == 2:
-            value = value.T
-        variables[f"model/{layer}/{leaf}"] = value
-    return variables
 
 
 @pytest.fixture(scope="module")
@@ -218,51 +172,6 @@ def named(model, size, channels, naming):
                 shape = (3 * shape[0], *shape[1:], 1) if name.endswith("weight") else (3 * shape[0],)
         shapes[name] = shape
     return shapes
-
-
-README = {  # the lines of OpenAI's documents, and what they are of
-    "improved_imagenet64": "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True --num_heads 4 "
-    "--diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True",
-    "improved_cifar10": "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
-    "--num_heads 4 --diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True",
-    "improved_imagenet64_conditional": "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True "
-    "--class_cond True --num_heads 4 --diffusion_steps 4000 --noise_schedule cosine --rescale_learned_sigmas False "
-    "--rescale_timesteps False",
-    "improved_upsampler_64_256": "--num_channels 192 --num_res_blocks 2 --learn_sigma True --class_cond True --num_heads 4 "
-    "--large_size 256 --small_size 64 --diffusion_steps 4000 --noise_schedule linear --rescale_timesteps False",
-    "improved_lsun": "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True "
-    "--use_scale_shift_norm False --attention_resolutions 16 --diffusion_steps 1000 --noise_schedule linear",
-    "adm_imagenet64": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 "
-    "--image_size 64 --learn_sigma True --noise_schedule cosine --num_channels 192 --num_head_channels 64 "
-    "--num_res_blocks 3 --resblock_updown True --use_new_attention_order True --use_fp16 True --use_scale_shift_norm True",
-    "adm_imagenet128": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 128 "
-    "--learn_sigma True --noise_schedule linear --num_channels 256 --num_heads 4 --num_res_blocks 2 "
-    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_imagenet256": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 256 "
-    "--learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
-    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_imagenet256_unconditional": "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 "
-    "--image_size 256 --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 "
-    "--num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_imagenet512": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 512 "
-    "--learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
-    "--resblock_updown True --use_fp16 False --use_scale_shift_norm True",
-    "adm_lsun": "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --dropout 0.1 --image_size 256 "
-    "--learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
-    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_upsampler_64_256": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --large_size 256 "
-    "--small_size 64 --learn_sigma True --noise_schedule linear --num_channels 192 --num_heads 4 --num_res_blocks 2 "
-    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_upsampler_128_512": "--attention_resolutions 32,16 --class_cond True --diffusion_steps 1000 --large_size 512 "
-    "--small_size 128 --learn_sigma True --noise_schedule linear --num_channels 192 --num_head_channels 64 "
-    "--num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True",
-    "adm_classifier64": "--image_size 64 --classifier_depth 4 --diffusion_steps 1000 --noise_schedule cosine",
-    "adm_classifier128": "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 "
-    "--classifier_width 128 --classifier_pool attention --classifier_resblock_updown True "
-    "--classifier_use_scale_shift_norm True --diffusion_steps 1000 --noise_schedule linear",
-    "adm_classifier256": "--image_size 256 --classifier_depth 2 --diffusion_steps 1000 --noise_schedule linear",
-    "adm_classifier512": "--image_size 512 --classifier_depth 2 --diffusion_steps 1000 --noise_schedule linear",
-}
 
 
 @pytest.mark.parametrize("name", README)
@@ -360,11 +269,11 @@ def test_a_config_that_does_not_name_a_field_means_diffusers_default():
         8,
     )
     assert bare.downsample_padding == (1, 1) and bare.attention_levels == (1, 2, 3)
-    published = folders.unet_from_config(peers.PUBLISHED)
+    published = folders.unet_from_config(torch_networks.PUBLISHED)
     assert published == models.preset("ddpm_cifar10").clone(dropout=0.0)
-    assert folders.unet_from_config(peers.LARGE) == models.preset("ddpm_256")
+    assert folders.unet_from_config(torch_networks.LARGE) == models.preset("ddpm_256")
     for field in ("downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps", "attention_head_dim"):
-        without = {key: value for key, value in peers.PUBLISHED.items() if key != field}
+        without = {key: value for key, value in torch_networks.PUBLISHED.items() if key != field}
         assert folders.unet_from_config(without) != published, field
 
 
@@ -388,12 +297,12 @@ def test_a_config_that_does_not_name_a_field_means_diffusers_default():
 )
 def test_fields_that_cannot_be_had_are_named(field, value):
     with pytest.raises(PretrainedError, match=field):
-        folders.unet_from_config({**peers.PUBLISHED, field: value})
+        folders.unet_from_config({**torch_networks.PUBLISHED, field: value})
 
 
 def test_scale_shift_without_a_norm_in_the_middle_is_named():
     with pytest.raises(PretrainedError, match="attn_norm_num_groups=None"):
-        folders.unet_from_config({**peers.IMPROVED, "attn_norm_num_groups": None})
+        folders.unet_from_config({**torch_networks.IMPROVED, "attn_norm_num_groups": None})
 
 
 def test_schedulers():
@@ -431,7 +340,7 @@ def test_schedulers():
 # ------------------------------------------------------------------------------------------------------------ in and out
 
 
-@pytest.mark.parametrize("name", peers.DIFFUSERS)
+@pytest.mark.parametrize("name", torch_networks.DIFFUSERS)
 def test_diffusers_and_back_to_the_bit(name, tmp_path):
     net, _ = load(tmp_path, name)
     pretrained.save_diffusers(net, tmp_path / "out")
@@ -764,8 +673,6 @@ def test_configs_of_published_weights_are_the_presets():
 
 
 def test_work_directories_are_weights_too(tmp_path):
-    from test_recipe import untrained
-
     leaves = {"prediction": "v", "schedule": "cosine", "variance": "fixed_small", "num_timesteps": 20}
     config = tiny_config(**{f"diffusion.{leaf}": value for leaf, value in leaves.items()}, **{"sampling.clip": False})
     directory = untrained(tmp_path / "run", config)

@@ -3,29 +3,22 @@ that goes on with fewer than it began with."""
 
 import json
 import os
-import socket
 
 import numpy as np
 import pytest
-from test_judging import by_hand
-from test_runs import ROOT, finish, lines, start, tiny_flags
-from test_training import tiny_config
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.runs.evaluate import evaluate
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
+from helpers.configs import tiny_config
+from helpers.digits_features import by_hand
+from helpers.paths import ROOT
+from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
+from helpers.work_directories import lines
 
 pytestmark = pytest.mark.whole
-TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
 
 # main.py, and then what else it can do, in the same processes: a launch costs more than its steps.
 ALL_MODES = f"""

@@ -8,41 +8,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from test_classifier import classifier_config
-from test_runs import finish, start
-from test_training import tiny_config
-from test_upsampling import upsampler_config
 
 from diffusion_jax import data, editing, guidance, pretrained, process, sampling, schedules, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import errors, pictures, recipe, weights, workdir
+from diffusion_jax.runs import errors, pictures, recipe, weights
 from diffusion_jax.runs.edit import edit
 from diffusion_jax.runs.generate import sample
-from diffusion_jax.training.checkpoints import Checkpoints
-
-T = 20
-CONDITIONAL = {"diffusion.num_timesteps": T, "model.num_classes": 10, "model.label_dropout": 0.1}
-DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 5, "sampling.trajectory": 0}
-
-
-def conditional(**overrides):
-    return tiny_config(**{**CONDITIONAL, **DRAWN, **overrides})
-
-
-def untrained(directory, config):
-    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
-    built = training.setup(config)
-    state = built.init()
-    leaves, tree = jax.tree.flatten(state.params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    params = jax.tree.unflatten(tree, moved)
-    directory.mkdir()
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(1, state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
-        checkpoints.finish(1)
-    workdir.write_config(config, directory)
-    return directory
+from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
+from helpers.program import finish, start
+from helpers.work_directories import untrained
 
 
 @pytest.fixture(scope="module")

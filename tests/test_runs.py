@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,26 +11,19 @@ import time
 import jax
 import numpy as np
 import pytest
-from launcher import launch
-from ml_collections import ConfigDict
 from PIL import Image
-from test_training import tiny_config
 
 from configs import pretrained as pretrained_config
 from diffusion_jax import data, training
 from diffusion_jax.runs import errors, pictures, watch, workdir
 from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
-from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.lock import HeldError
-
-ROOT = pathlib.Path(__file__).parent.parent
-SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
-
-
-def lines(directory, without=SPEED):
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+from helpers.configs import tiny_config
+from helpers.launcher import launch
+from helpers.paths import ROOT
+from helpers.program import finish, start, tiny_flags
+from helpers.work_directories import last_state, lines
 
 
 def event_scalars(directory):
@@ -409,40 +401,6 @@ def test_grids_and_text():
 # ------------------------------------------------------------------------------------ as processes
 
 
-def tiny_flags(directory, **overrides):
-    config, base = (
-        workdir.flatten(workdir.to_dict(tiny_config(**overrides))),
-        workdir.flatten(workdir.to_dict(digits_config())),
-    )
-    changed = {key: value for key, value in config.items() if value != base[key]}
-    as_flag = {key: f"({','.join(map(str, v))},)" if isinstance(v, list) else v for key, v in changed.items()}
-    return [f"--workdir={directory}", "--config=configs/digits.py", *(f"--config.{k}={v}" for k, v in as_flag.items())]
-
-
-def digits_config() -> ConfigDict:
-    from configs import digits
-
-    return digits.get_config()
-
-
-def start(*arguments, program="main.py", start_new_session=False, **variables):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    return subprocess.Popen(
-        [sys.executable, program, *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=start_new_session,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
 IMPORTANCE_SAMPLED = {
     "diffusion.loss": "vlb",
     "diffusion.variance": "learned_range",
@@ -502,11 +460,6 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, e
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
     if loss:  # long past its warm-up
         assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
-
-
-def last_state(config, directory):
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(training.setup(config).abstract_state)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_mixtures import FULL, mixture
 
 from diffusion_jax import editing, process, sampling, schedules
+from helpers.gaussian_mixtures import FULL, mixture
 
 KEY = jax.random.key(0)
 MAKERS = {  # every sampler with every option off its default

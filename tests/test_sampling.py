@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import calls, equations, loops
 
 from diffusion_jax import process, sampling, schedules
+from helpers.jaxprs import calls, equations, loops
 
 NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 S2 = 0.25

@@ -3,27 +3,25 @@
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from test_training import tiny_config
 
 from configs import cifar10
 from diffusion_jax import training
 from diffusion_jax.training import collectives, sharding
-
-ROOT = pathlib.Path(__file__).parent.parent
+from helpers.configs import tiny_config
+from helpers.paths import ROOT
 
 
 def on_eight_devices(*arguments):
-    """What tests/eight_devices.py found."""
+    """What helpers/eight_devices.py found."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), *arguments]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "helpers.eight_devices", *arguments]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout)
 

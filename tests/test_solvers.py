@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_mixtures import FULL, S2, M, gaussian, mixture
 
 from benchmarks import samplers as benchmark
 from diffusion_jax import process, sampling, schedules
 from diffusion_jax.sampling import levels
+from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
 
 KEY = jax.random.key(0)
 FREE = {"clip": False}

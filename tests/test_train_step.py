@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_classifier import classifier_config
-from test_training import a_batch, tiny_config
 
 from diffusion_jax import losses, timesteps, training
 from diffusion_jax.training import optimizer, step
+from helpers.configs import a_batch, classifier_config, tiny_config
 
 LABELS = {"model.num_classes": 10}
 

@@ -9,26 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from configs import default, digits
+from configs import default
 from diffusion_jax import likelihood, training
 from diffusion_jax.training import optimizer, sharding, step
-
-
-def tiny_config(**overrides):
-    config = digits.get_config()
-    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
-    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
-    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
-    config.optimizer.warmup_steps = 0
-    config.evaluation.num_samples = 0
-    config.update_from_flattened_dict(overrides)
-    return config
-
-
-def a_batch(config, key=0, batch_size=None):
-    rng = np.random.default_rng(key)
-    shape = (batch_size or config.training.batch_size, 8, 8, 1)
-    return {"image": rng.integers(0, 256, shape, dtype=np.uint8), "label": np.zeros(shape[0], np.int32)}
+from helpers.configs import a_batch, tiny_config
 
 
 def test_create_gives_a_state_and_a_step_that_learns():

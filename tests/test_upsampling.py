@@ -4,19 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_classifier import classifier_config
-from test_models import TINY, redraw
-from test_runs import finish, start
-from test_training import a_batch, tiny_config
 
 from diffusion_jax import models, training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs.train import train
 from diffusion_jax.training import step
-
-
-def upsampler_config(**overrides):
-    return tiny_config(**{"data.low_resolution": 4, **overrides})
+from helpers.configs import a_batch, classifier_config, upsampler_config
+from helpers.networks import TINY, redraw
+from helpers.program import finish, start
 
 
 def test_downsampling_takes_means():

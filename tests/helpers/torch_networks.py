@@ -3,17 +3,16 @@
 As a program (it needs `make parity`'s packages, and for the port a checkout of pesser/pytorch_diffusion), it writes the
 fixtures that test_pretrained.py reads without them:
 
-    python tests/peers.py [--port=CHECKOUT]
+    PYTHONPATH=tests python -m helpers.torch_networks [--port=CHECKOUT]
 """
 
 import argparse
 import json
-import pathlib
 import sys
 
 import numpy as np
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+from helpers.paths import FIXTURES
 
 # The published configuration; its fields differ from the library's defaults in five places that change no shape.
 PUBLISHED = {

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import traceback
 
-ROOT = pathlib.Path(__file__).parent.parent
+from helpers.paths import ROOT
+
 _PRELOAD = (
     "ml_collections.config_flags",
     "diffusion_jax.runs.train",

@@ -1,4 +1,4 @@
-"""What tests/test_sharding.py measures on eight virtual devices: `python tests/eight_devices.py [slow]` prints JSON."""
+"""What test_sharding.py measures on eight virtual devices: `python -m helpers.eight_devices [slow]` prints JSON."""
 
 import functools
 import json
@@ -11,7 +11,6 @@ from unittest import mock
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
-from test_training import a_batch, tiny_config
 
 from diffusion_jax import training
 from diffusion_jax.runs import plan
@@ -20,6 +19,7 @@ from diffusion_jax.runs.generate import sample
 from diffusion_jax.runs.train import train
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product

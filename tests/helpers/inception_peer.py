@@ -1,9 +1,10 @@
 """Weights of FID's Inception, redrawn, and torch-fidelity's features with them.
 
-As a program (it needs `make parity`'s packages) it writes the fixture that test_judging.py reads without them.
+As a program (it needs `make parity`'s packages) it writes the fixture that test_judging.py reads without them:
+
+    PYTHONPATH=tests python -m helpers.inception_peer
 """
 
-import pathlib
 import tempfile
 
 import flax.traverse_util
@@ -12,8 +13,9 @@ import numpy as np
 
 from diffusion_jax.models.inception import Inception
 from diffusion_jax.pretrained import inception
+from helpers.paths import FIXTURES
 
-FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "inception.npz"
+FIXTURE = FIXTURES / "inception.npz"
 
 
 def redrawn() -> dict[tuple[str, ...], np.ndarray]:
