@@ -19,7 +19,17 @@ def test_the_table_names_files_and_tests_that_exist():
             path, _, function = test.partition("::")
             source = (mutants.ROOT / "tests" / path).read_text()
             assert not function or f"def {function}(" in source, test
-    core = {"process", "schedules", "losses", "likelihood", "guidance", "timesteps", "editing", "training/step"}
+    core = {
+        "process",
+        "schedules",
+        "losses",
+        "likelihood",
+        "guidance",
+        "timesteps",
+        "labels",
+        "editing",
+        "training/step",
+    }
     sampling = (mutants.ROOT / mutants.PACKAGE / "sampling").glob("[!_]*.py")
     assert set(mutants.TESTS) == core | {f"sampling/{path.stem}" for path in sampling}
 
