@@ -102,7 +102,7 @@ class _Trained:
     def bound(self, ode: bool):
         """(params, seed, batch index, images uint8, labels) -> {"total", ..., "t", the tables, "ode"}, not yet compiled."""
         options, diffusion, levels = self.config.evaluation, self.config.diffusion, self.config.data.levels
-        model_says = {"prediction": diffusion.prediction, "variance": diffusion.variance, "levels": levels}
+        model_says = {"prediction": diffusion.prediction, "variance": diffusion.variance, "gray_levels": levels}
 
         def run(params, seed, batch, images, labels):
             key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
