@@ -12,7 +12,9 @@ def get_config() -> ConfigDict:
     """Three levels of 32, 16 and 8 pixels, half as wide; the schedule of the diffusion model."""
     config = default()
     config.model = default_classifier().model
-    config.model.update(num_classes=10, channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), dropout=0.1)
+    config.model.update(
+        num_classes=10, channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), dropout=0.1
+    )
     config.diffusion.loss = "classify"
     config.training.num_steps = 60_000
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, weight_decay=0.05, grad_clip=0.0)

@@ -111,7 +111,9 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
     if inside:
         raise ConfigError(f"{name} is a group; set one of its leaves, such as {inside[0]}")
     if name in LEAVES:
-        raise ConfigError(f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it")
+        raise ConfigError(
+            f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it"
+        )
     raise ConfigError(f"unknown leaf {name}; did you mean {nearest(name, leaves)}?")
 
 
@@ -147,9 +149,7 @@ def _shown(value: Any) -> str:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dictionaries of a config's own, which may be changed."""
-    return {
-        key: _plain(value) if isinstance(value, Mapping | ConfigDict) else value for key, value in config.items()
-    }
+    return {key: _plain(value) if isinstance(value, Mapping | ConfigDict) else value for key, value in config.items()}
 
 
 def _nested(flat: Mapping[str, Any]) -> ConfigDict:

@@ -39,9 +39,7 @@ class _Steps(OneOf):
 SAMPLING: dict[str, Leaf] = {
     "sampler": Leaf(
         "ddpm",
-        Choice(
-            "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm_solver_pp", "unipc", "deis", "pndm", "plms"
-        ),
+        Choice("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm_solver_pp", "unipc", "deis", "pndm", "plms"),
         "Sampler.",
     ),
     "steps": Leaf(
@@ -62,12 +60,16 @@ SAMPLING: dict[str, Leaf] = {
     ),
     "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),
     "order": Leaf(2, Choice(1, 2, 3), "Order of dpm_solver_pp, unipc and deis."),
-    "lower_order_final": Leaf(True, Boolean(), "Whether dpm_solver_pp, unipc and deis lower their order at the last steps."),
+    "lower_order_final": Leaf(
+        True, Boolean(), "Whether dpm_solver_pp, unipc and deis lower their order at the last steps."
+    ),
     "variant": Leaf("bh2", Choice("bh1", "bh2"), "Variant of unipc."),
     "singlestep": Leaf(False, Boolean(), "Whether dpm_solver_pp is the singlestep solver."),
     "sde": Leaf(False, Boolean(), "Whether dpm_solver_pp solves the SDE, instead of the ODE."),
     "churn": Leaf(0.0, Number(minimum=0), "S_churn of heun, as in EDM."),
-    "churn_range": Leaf((), Interval("all"), "Range of noise levels sigma in which heun adds noise, S_tmin and S_tmax."),
+    "churn_range": Leaf(
+        (), Interval("all"), "Range of noise levels sigma in which heun adds noise, S_tmin and S_tmax."
+    ),
     "churn_noise": Leaf(1.0, Number(minimum=0), "S_noise of heun."),
     "clip": Leaf(
         True,
@@ -87,7 +89,9 @@ SAMPLING: dict[str, Leaf] = {
         "`--config.sampling.class` is an alias.",
     ),
     "guidance_scale": Leaf(
-        1.0, Number(), "Scale of classifier-free guidance: 1 for none, 0 for unconditional. It needs `model.label_dropout`."
+        1.0,
+        Number(),
+        "Scale of classifier-free guidance: 1 for none, 0 for unconditional. It needs `model.label_dropout`.",
     ),
     "guidance_interval": Leaf((), Interval("all"), "Range of network times in which guidance acts."),
     "guidance_rescale": Leaf(
@@ -99,13 +103,17 @@ SAMPLING: dict[str, Leaf] = {
     "classifier_flags": Leaf("", Text(), "What the classifier's weights do not describe, as `init_flags`."),
     "classifier_scale": Leaf(1.0, Number(), "Scale of classifier guidance."),
     "classifier_form": Leaf(
-        "eps", Choice("eps", "mean"), "What the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM)."
+        "eps",
+        Choice("eps", "mean"),
+        "What the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM).",
     ),
     "low_resolution": Leaf(
         "", Text(), "Small images that an upsampler enlarges: an .npz of --mode=sample, or a folder of images."
     ),
     "low_resolution_noise": Leaf(
-        0.0, Number(minimum=0), "Standard deviation of the noise on the small images, up to `diffusion.conditioning_noise`."
+        0.0,
+        Number(minimum=0),
+        "Standard deviation of the noise on the small images, up to `diffusion.conditioning_noise`.",
     ),
     "num_samples": Leaf(64, Integer(1), "Number of samples."),
     "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
@@ -130,7 +138,9 @@ EDITING: dict[str, Leaf] = {
     "image": Leaf("", Text(), "File of the image to edit."),
     "mask": Leaf("", Text(), "File of the mask of inpaint and replace: an image that is white where pixels are known."),
     "other": Leaf("", Text(), "File of the second image of interpolate."),
-    "num_samples": Leaf(8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."),
+    "num_samples": Leaf(
+        8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
+    ),
     "resamplings": Leaf(10, Integer(1), "Resamplings of inpaint."),
     "jump": Leaf(10, Integer(1), "Length of the jumps of inpaint, in steps."),
     "strength": Leaf(0.5, Number(above=0, maximum=1), "How much sdedit may change."),
@@ -158,7 +168,9 @@ EVALUATION: dict[str, Leaf] = {
     "seed": Leaf(0, SEED, "Seed of the noise of the measurements."),
     "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is measured."),
     "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
-    "ode_dequantization": Leaf("uniform", Choice("uniform", "variational", "none"), "Dequantization of the ODE's likelihood."),
+    "ode_dequantization": Leaf(
+        "uniform", Choice("uniform", "variational", "none"), "Dequantization of the ODE's likelihood."
+    ),
     "ode_trace": Leaf(
         "hutchinson",
         Choice("hutchinson", "exact"),
@@ -166,7 +178,9 @@ EVALUATION: dict[str, Leaf] = {
     ),
     "ode_tolerance": Leaf(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
     "likelihood": Leaf(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
-    "num_samples": Leaf(50_000, Integer(0), "Number of samples that --mode=evaluate compares with the data; 0 for none."),
+    "num_samples": Leaf(
+        50_000, Integer(0), "Number of samples that --mode=evaluate compares with the data; 0 for none."
+    ),
     "features": Leaf(
         "",
         Text(),

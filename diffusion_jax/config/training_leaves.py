@@ -17,7 +17,9 @@ SEED = Integer(0, 2**32 - 1)
 
 ROOT: dict[str, Leaf] = {
     "seed": _IdentityLeaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
-    "init_from": Leaf("", Text(), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'),
+    "init_from": Leaf(
+        "", Text(), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
+    ),
     "init_flags": Leaf(
         "", Text(), "What the weights of `init_from` do not describe: the name of a preset, OpenAI's flags, or JSON."
     ),
@@ -25,7 +27,9 @@ ROOT: dict[str, Leaf] = {
 
 DATA: dict[str, Leaf] = {
     "dataset": _IdentityLeaf(
-        "cifar10", Text(), 'Name of a TFDS data set, "folder" (images below `data.data_dir`) or "digits" (scikit-learn\'s).'
+        "cifar10",
+        Text(),
+        'Name of a TFDS data set, "folder" (images below `data.data_dir`) or "digits" (scikit-learn\'s).',
     ),
     "data_dir": Leaf("", Text(), 'Directory of TFDS ("" for ~/tensorflow_datasets), or the folder of images.'),
     "download": Leaf(
@@ -44,7 +48,9 @@ DATA: dict[str, Leaf] = {
         0, Integer(0), "Height in pixels of the small images that an upsampler enlarges; 0 for a model that is none."
     ),
     "levels": _IdentityLeaf(
-        256, Integer(2, 256), "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels."
+        256,
+        Integer(2, 256),
+        "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels.",
     ),
     "random_flip": _IdentityLeaf(True, Boolean(), "Whether each image is mirrored with probability 1/2."),
     "memory_mb": Leaf(
@@ -77,7 +83,9 @@ MODEL: dict[str, Leaf] = {
         False, Boolean(), "Whether residual blocks change the resolution (ADM), instead of convolutions."
     ),
     "scale_shift_norm": _IdentityLeaf(
-        False, Boolean(), "Whether the time embedding scales and shifts the second norm of a block, instead of being added."
+        False,
+        Boolean(),
+        "Whether the time embedding scales and shifts the second norm of a block, instead of being added.",
     ),
     "embedding_cos_first": _IdentityLeaf(
         False, Boolean(), "Whether the time embedding is [cos, sin] (OpenAI), instead of [sin, cos]."
@@ -91,7 +99,9 @@ MODEL: dict[str, Leaf] = {
         "Padding before and after each side of a stride-2 convolution: (0, 1) as Ho et al., (1, 1) as OpenAI.",
     ),
     "num_groups": _IdentityLeaf(32, Integer(1), "Groups of every group norm."),
-    "norm_epsilon": _IdentityLeaf(1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
+    "norm_epsilon": _IdentityLeaf(
+        1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."
+    ),
     "initializer": _IdentityLeaf("ho", Choice("ho", "openai"), "Whose initial weights are used."),
     "dropout": _IdentityLeaf(0.1, Number(minimum=0, below=1), "Dropout rate in each residual block, in training only."),
     "num_classes": _IdentityLeaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
@@ -146,9 +156,7 @@ DIFFUSION: dict[str, Leaf] = {
     "beta_start": _IdentityLeaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
     "beta_end": _IdentityLeaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
     "prediction": _IdentityLeaf("eps", Choice(*process.PREDICTIONS), "What the output of the network is."),
-    "rescale_timesteps": _IdentityLeaf(
-        False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."
-    ),
+    "rescale_timesteps": _IdentityLeaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
     "variance": _IdentityLeaf(
         "fixed_large",
         Choice(*process.VARIANCES),
@@ -162,9 +170,13 @@ DIFFUSION: dict[str, Leaf] = {
     ),
     "vlb_weight": _IdentityLeaf(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": _IdentityLeaf(
-        0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for exact ones."
+        0.0,
+        Number(minimum=0),
+        "Largest standard deviation of the noise on an upsampler's small images; 0 for exact ones.",
     ),
-    "weighting": _IdentityLeaf("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
+    "weighting": _IdentityLeaf(
+        "none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."
+    ),
     "timestep_sampler": _IdentityLeaf(
         "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "How the timesteps of a batch are drawn."
     ),
@@ -179,9 +191,7 @@ TRAINING: dict[str, Leaf] = {
     "steps_per_call": Leaf(
         1, Integer(1), "Steps in one compiled program, on accelerators. On a CPU each step is a call of its own."
     ),
-    "deterministic": Leaf(
-        False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."
-    ),
+    "deterministic": Leaf(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
     "log_every": Leaf(100, Integer(1), "Steps between two lines of metrics."),
     "sample_every": Leaf(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
     "checkpoint_every": Leaf(5_000, Integer(1), "Steps between two checkpoints."),
@@ -224,6 +234,8 @@ MESH: dict[str, Leaf] = {
         "Number of devices that split the batch; -1 for all devices that `mesh.fsdp` leaves.",
     ),
     "fsdp": Leaf(
-        1, Integer(1), "Number of devices that split the batch, and also parameters, optimizer state and moving average."
+        1,
+        Integer(1),
+        "Number of devices that split the batch, and also parameters, optimizer state and moving average.",
     ),
 }

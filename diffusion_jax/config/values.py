@@ -9,13 +9,26 @@ import math
 import numbers
 from typing import Any, Protocol
 
-__all__ = ["Boolean", "Choice", "Integer", "Interval", "Nothing", "Number", "OneOf", "Text", "Tuple", "ValueKind", "optional"]
+__all__ = [
+    "Boolean",
+    "Choice",
+    "Integer",
+    "Interval",
+    "Nothing",
+    "Number",
+    "OneOf",
+    "Text",
+    "Tuple",
+    "ValueKind",
+    "optional",
+]
 
 
 class ValueKind(Protocol):
     """What a leaf allows.
 
-    allowed: a noun phrase that continues "must be". example: shown where text from a command line cannot be read, "" for none.
+    allowed: a noun phrase that continues "must be".
+    example: shown where text from a command line cannot be read; "" for none.
     """
 
     @property
