@@ -114,11 +114,11 @@ def programs(presets: list[str], compiled: bool) -> None:
     """Prints a line for each network: its call and its train step."""
     import jax
     import jax.numpy as jnp
-    from programs import equations
 
     from configs import default
     from diffusion_jax import data, models, training
     from diffusion_jax.distributed import compiler
+    from helpers.jaxprs import equations
 
     def report(name: str, function, *arguments) -> None:
         """function: jitted."""
