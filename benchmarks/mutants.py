@@ -60,6 +60,7 @@ TESTS = {
     "likelihood": ("test_likelihood.py", _REFUSALS, "test_dtypes.py"),
     "guidance": ("test_guidance.py", _REFUSALS),
     "timesteps": (_REFUSALS, "test_losses.py"),
+    "labels": ("test_losses.py", "test_guidance.py", _REFUSALS),
     "editing": ("test_editing.py", _REFUSALS),
     "sampling/ancestral": _SAMPLERS,
     "sampling/driver": _SAMPLERS,

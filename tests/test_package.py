@@ -12,13 +12,12 @@ import tomllib
 import jax
 import pytest
 
-from configs import workdir as workdir_config
 from diffusion_jax import data, training
-from diffusion_jax.runs import workdir
+from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
 
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir", "pretrained")
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"
 )
 
 
@@ -171,7 +170,7 @@ def test_a_stored_config_comes_back(tmp_path):
     config = importlib.import_module("configs.digits").get_config()
     config.training.num_steps = 7
     workdir.write_config(config, tmp_path)
-    again = workdir_config.get_config(str(tmp_path))
+    again = stored_config.from_workdir(tmp_path)
     assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
 
 

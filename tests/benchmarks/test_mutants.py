@@ -19,7 +19,7 @@ def test_the_table_names_files_and_tests_that_exist():
             path, _, function = test.partition("::")
             source = (mutants.ROOT / "tests" / path).read_text()
             assert not function or f"def {function}(" in source, test
-    core = {"losses", "likelihood", "guidance", "timesteps", "editing", "training/step"}
+    core = {"losses", "likelihood", "guidance", "timesteps", "labels", "editing", "training/step"}
     for folder in ("schedules", "process", "sampling"):
         core |= {f"{folder}/{path.stem}" for path in (mutants.ROOT / mutants.PACKAGE / folder).glob("[!_]*.py")}
     assert set(mutants.TESTS) == core
