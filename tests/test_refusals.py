@@ -7,6 +7,8 @@ import pytest
 
 from diffusion_jax import editing, guidance, labels, likelihood, losses, models, process, sampling, schedules, timesteps
 
+pytestmark = pytest.mark.usefixtures("unchecked_annotations")
+
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 20))
 JSD = schedules.from_betas(schedules.betas("jsd", 20))
@@ -230,7 +232,7 @@ def test_a_bound_at_zero_terminal_snr(prediction):
 def test_a_terminal_step_that_is_not_visited():
     process.check_terminal_snr(JSD, "eps", 18)
     for first in (None, 19):
-        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps says nothing"):
+        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps does not determine x_0"):
             process.check_terminal_snr(JSD, "eps", first)
 
 
