@@ -19,14 +19,14 @@ from helpers.paths import ROOT
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
-def test_import_loads_jax_and_numpy_alone():
+def test_import_loads_only_jax_numpy_and_jaxtyping():
     code = "import jax, sys; before = set(sys.modules); import diffusion_jax; print(*sorted(set(sys.modules) - before))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     foreign = (
         {name.split(".")[0] for name in out}
-        - {"diffusion_jax", "jax", "jaxlib", "numpy"}
+        - {"diffusion_jax", "jax", "jaxlib", "numpy", "jaxtyping", "wadler_lindig"}
         - set(sys.stdlib_module_names)
     )
     assert not foreign
@@ -63,8 +63,8 @@ assert compiled(3.0) == 4.0
     )
 
 
-LAYERS = [  # lowest first; a file imports from its own layer or from lower ones
-    {"errors", "files", "images", "labels"},
+LAYERS = [  # lowest first; a module imports from its own layer or a lower one
+    {"errors", "files", "images", "labels", "types"},
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
