@@ -29,6 +29,7 @@ elif __name__ == "__mp_main__":  # a process that reads data: the one that start
 # ruff: noqa: E402
 import difflib
 import errno
+import functools
 import pathlib
 import re
 import sys
@@ -39,7 +40,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed import preemption, processes
+from diffusion_jax.distributed.launch import join_processes
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs import config_file, devices
 
@@ -63,8 +66,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Hyperparameters, a fi
 
 def fail(message: str, exit_code: int = 2) -> None:
     """One line on standard error, and the end."""
-    if preemption.is_multiprocess():
-        preemption.abort_process(message, exit_code)
+    if processes.is_multiprocess():
+        processes.abort_process(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
@@ -213,7 +216,7 @@ def main(argv: list[str]) -> None:
     from diffusion_jax.runs.plan import plan, virtual_devices
     from diffusion_jax.runs.sample import sample
     from diffusion_jax.runs.train import train
-    from diffusion_jax.training.checkpoints import CheckpointError, SaveError
+    from diffusion_jax.training.checkpoints import CheckpointError, SaveError, resume_hint
 
     check_mode(flags.FLAGS.mode, _CONFIG.value)
     runs = {
@@ -228,26 +231,26 @@ def main(argv: list[str]) -> None:
     run = runs[flags.FLAGS.mode]
     given = flags.FLAGS
     directory = pathlib.Path(given.workdir or "").expanduser()
-    checkpointed = directory if run is train else None
+    hints = [functools.partial(resume_hint, directory)] if run is train else []
     try:
         if given.mode == "plan":
             devices.start_virtual(virtual_devices(_CONFIG.value))
         else:
-            with preemption.stopping_at_once(checkpointed, only_interrupts=True):
-                devices.join(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
+            with preemption.exit_on_signals(*hints, only_interrupts=True):
+                join_processes(given.coordinator_address, given.num_processes, given.process_id, given.join_timeout)
             devices.start(given.verbose)
-        with preemption.stopping_at_once(checkpointed, only_interrupts=run is train and preemption.is_multiprocess()):
+        with preemption.exit_on_signals(*hints, only_interrupts=run is train and processes.is_multiprocess()):
             run(_CONFIG.value, directory)
-        preemption.barrier()
+        processes.barrier()
     except preemption.Stopped as error:
         fail(str(error), error.exit_code)
     except UserError as error:
         fail(str(error), error.exit_code)
     except SaveError as error:  # of one process alone, perhaps: the others are in the midst of a step
-        (preemption.abort_process if preemption.is_multiprocess() else fail)(str(error), 1)
+        (processes.abort_process if processes.is_multiprocess() else fail)(str(error), 1)
     except (DataError, CheckpointError, PretrainedError) as error:
-        if preemption.is_peer_failure(error):  # a checkpoint that waited for another process
-            preemption.abort_process(f"{_LOSS} ({error})", preemption.LOST)
+        if processes.is_peer_failure(error):  # a checkpoint that waited for another process
+            processes.abort_process(f"{_LOSS} ({error})", EXIT_PEER_LOST)
         fail(str(error))
     except OSError as error:  # a directory that cannot be written is the user's mistake; a full disk, the run's end
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
@@ -256,11 +259,11 @@ def main(argv: list[str]) -> None:
             fail(f"--workdir={given.workdir} cannot be used ({error}); give a directory that can be written")
         fail(str(error))
     except Exception as error:
-        if preemption.is_peer_failure(error):
-            preemption.abort_process(f"{_LOSS} ({error})", preemption.LOST)
-        if preemption.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
+        if processes.is_peer_failure(error):
+            processes.abort_process(f"{_LOSS} ({error})", EXIT_PEER_LOST)
+        if processes.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
             traceback.print_exc()
-            preemption.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
+            processes.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
         raise
 
 

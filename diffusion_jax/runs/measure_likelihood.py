@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, process
-from diffusion_jax.distributed import compiler, preemption, sharding
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
@@ -187,7 +188,7 @@ def _measure(trained: _Trained, count: int, ode: bool) -> tuple[Terms, Parts]:
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the bound, and the first batch ...")
-        for i in preemption.over_batches(left, trained.config.training.stall_timeout):
+        for i in watch_batches(left, trained.config.training.stall_timeout):
             # The last batch is filled up with its last image, whose copies are cut off again.
             images, labels = trained.read(np.minimum(i * batch_size + held, count - 1))
             placed = [jax.make_array_from_process_local_data(rows, leaf) for leaf in (images, labels)]

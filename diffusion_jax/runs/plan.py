@@ -64,7 +64,7 @@ def measure(config: Mapping) -> Plan:
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    options = compiler.options() | compiler.least_memory()
+    options = compiler.options() | compiler.low_memory_options()
     compiled = built.train_step.lower(state, batch).compile(compiler_options=options)
     memory, devices = compiled.memory_analysis(), built.mesh.size
     params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
@@ -78,7 +78,7 @@ def measure(config: Mapping) -> Plan:
         optimizer=_held(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=collectives.read(compiled.as_text()),
+        collectives=collectives.parse(compiled.as_text()),
         ideal=params * (3 * (fsdp - 1) / fsdp + 2 * (data_axis - 1) / data_axis / fsdp),
     )
 
@@ -130,7 +130,7 @@ def plan(config: ConfigDict) -> None:
         f"    {'temporaries':<16}{_mb(found.temporaries)} (activations, gradients, gathered parameters; of CPU's program)"
     )
     say(f"  a device sends    {_mb(found.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring in collectives.table(found.collectives):
+    for kind, count, size, ring in collectives.summarize(found.collectives):
         say(f"    {kind:<16}{_mb(ring)} in {count} of together {_mb(size)}")
     if found.ideal:
         say(

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.distributed import compiler, preemption, sharding
+from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
@@ -212,7 +213,7 @@ def sample(config: ConfigDict, directory: pathlib.Path, again: bool = True) -> D
         left = [i for i in range(batches) if i not in parts.done]
         if left:
             say("Compiling the sampler, and the first batch ...")
-        for i in preemption.over_batches(left, config.training.stall_timeout):
+        for i in watch_batches(left, config.training.stall_timeout):
             with as_user_error("config"):  # what shows only when the sampler is traced
                 images = generator(params, options.seed, i)
             parts.save(i, images=images)
