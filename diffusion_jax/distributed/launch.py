@@ -31,23 +31,22 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     arguments = (address, count, index)
     has_address = any(value is not None for value in arguments)
     if has_address and (None in arguments or ":" not in str(address)):
-        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id go together")
+        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id must be given together")
     is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets it in each of its tasks
     if not (has_address or is_slurm or importlib.util.find_spec("libtpu")):
         return
     name = f"process {index if has_address else os.environ.get('SLURM_PROCID', '')}"
-    timer = threading.Timer(
-        timeout, exit_now, (f"{name}: the others did not join within {timeout} s (--join_timeout)", EXIT_PEER_LOST)
-    )
+    message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
+    timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))
     timer.daemon = True
     timer.start()
     try:
         _initialize(timeout, *(arguments if has_address else ()))
     except jax.errors.JaxRuntimeError as error:
-        exit_now(f"{name} cannot join the others: {error}", EXIT_PEER_LOST)
+        exit_now(f"{name} cannot connect to the others: {error}", EXIT_PEER_LOST)
     except (ValueError, RuntimeError) as error:
         if has_address or is_slurm:
-            raise UserError(f"cannot join the other processes: {error}") from None
+            raise UserError(f"cannot connect to the other processes: {error}") from None
         # Otherwise libtpu is installed, but this machine is a single TPU host or has no TPU.
     finally:
         timer.cancel()
@@ -71,4 +70,6 @@ def _read_number(flag: str, value: int | None, variable: str) -> int | None:
     try:
         return int(os.environ[variable])
     except ValueError:
-        raise UserError(f"{variable}={os.environ[variable]!r} must be a whole number, or give {flag}=N") from None
+        raise UserError(
+            f"{variable}={os.environ[variable]!r} must be a whole number; correct it, or give {flag}=N"
+        ) from None

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from diffusion_jax.distributed.processes import abort_process, is_multiprocess
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PREEMPTED, exit_now
 
-__all__ = ["Preemption", "Stopped", "exit_on_signals"]
+__all__ = ["Preemption", "Stopped", "continue_hint", "exit_on_signals"]
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -37,12 +37,13 @@ class Stopped(BaseException):
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
-def _resume_hint() -> str:
+def continue_hint() -> str:
+    """The resume hint of work that has no checkpoints."""
     return "rerun the same command to continue from what is saved"
 
 
 @contextlib.contextmanager
-def exit_on_signals(resume_hint: Callable[[], str] = _resume_hint, only_interrupts: bool = False) -> Iterator[None]:
+def exit_on_signals(resume_hint: Callable[[], str] = continue_hint, only_interrupts: bool = False) -> Iterator[None]:
     """Lets SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
 
     The process ends at once, or after five seconds if the main thread is inside a compiler. The handler does not raise: it
@@ -69,7 +70,7 @@ class Preemption:
     initialized; a process that gets Ctrl-C sends itself SIGTERM. A single process handles both signals.
     """
 
-    def __init__(self, resume_hint: Callable[[], str] = _resume_hint):
+    def __init__(self, resume_hint: Callable[[], str] = continue_hint):
         """resume_hint: as for `exit_on_signals`."""
         self._resume_hint, self._num_calls = resume_hint, 0
         self._number: int | None = None

@@ -183,7 +183,7 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
     """
     diffusion = config["diffusion"]
     prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
-    bound = {"variance": diffusion["variance"], "levels": config["data"]["levels"]}
+    bound = {"variance": diffusion["variance"], "gray_levels": config["data"]["levels"]}
     loss, options = {
         "simple": (losses.simple, prediction | weighting),
         "vlb": (losses.vlb, prediction | bound),
@@ -241,7 +241,7 @@ def make_train_step(
     in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy, grad_norm
     (before clipping), param_norm, learning_rate. Under importance sampling losses are weighted, so that means are unbiased.
 
-    gathering: of the loss as a function of the parameters first, where these are split over devices: `sharding.gather_params`.
+    gathering: applied to the loss where parameters are split over devices: `sharding.gather_params`.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
     count = config["training"]["accumulation_steps"]
