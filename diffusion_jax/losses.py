@@ -252,15 +252,7 @@ def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts
 def _bound(schedule, parts, output, x_0, prediction, variance, clip, gray_levels):
     """T times the bound's term at the drawn step, [B]."""
     term, _ = likelihood.bound_term(
-        schedule,
-        output,
-        x_0,
-        parts.x_t,
-        parts.t,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
-        gray_levels=gray_levels,
+        schedule, output, x_0, parts.x_t, parts.t, prediction=prediction, variance=variance, clip=clip, gray_levels=gray_levels
     )
     return schedule.num_timesteps * term
 

@@ -23,7 +23,6 @@ __all__ = ["Preemption", "Stopped", "continue_hint", "exit_on_signals"]
 Handler = Callable[[int, FrameType | None], None]
 
 _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
-_GRACE = 5.0  # seconds after which a signal ends the process even inside a compiler
 
 
 class Stopped(BaseException):
@@ -43,10 +42,12 @@ def continue_hint() -> str:
 
 
 @contextlib.contextmanager
-def exit_on_signals(resume_hint: Callable[[], str] = continue_hint, only_interrupts: bool = False) -> Iterator[None]:
+def exit_on_signals(
+    resume_hint: Callable[[], str] = continue_hint, only_interrupts: bool = False, grace: float = 5.0
+) -> Iterator[None]:
     """Lets SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
 
-    The process ends at once, or after five seconds if the main thread is inside a compiler. The handler does not raise: it
+    The process ends at once, or after `grace` seconds if the main thread is inside a compiler. The handler does not raise: it
     may run in a callback that discards exceptions, and a regular exit unloads libraries while the devices still compute.
     Result files are written completely or not at all, and locks end with the process.
 
@@ -59,7 +60,7 @@ def exit_on_signals(resume_hint: Callable[[], str] = continue_hint, only_interru
         (abort_process if is_multiprocess() else exit_now)(str(stopped), stopped.exit_code)
 
     numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
-    with _install_handler(numbers, handler, resume_hint, _GRACE):
+    with _install_handler(numbers, handler, resume_hint, grace):
         yield
 
 

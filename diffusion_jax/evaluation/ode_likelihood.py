@@ -153,9 +153,7 @@ def bits_per_dim(
     x_0 = process.as_float("x_0", x_0)
     if dequantization != "none":
         if gray_levels is None or gray_levels < 2:
-            raise ValueError(
-                f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels"
-            )
+            raise ValueError(f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels")
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)

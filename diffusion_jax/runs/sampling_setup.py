@@ -116,9 +116,7 @@ class SamplingSetup:
         if self._classifier is not None:
             own = self._classifier.model.num_classes
             if num_classes not in (0, own):
-                raise UserError(
-                    f"sampling.classifier={path} has {own} classes, the model {num_classes}; they must agree"
-                )
+                raise UserError(f"sampling.classifier={path} has {own} classes, the model {num_classes}; they must agree")
             num_classes = own
         if path and not load_classifier:
             return None

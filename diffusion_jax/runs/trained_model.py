@@ -63,9 +63,7 @@ class TrainedModel:
             mesh = sharding.make_mesh(config.mesh)
             model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         if not isinstance(model, models.UNet):
-            raise UserError(
-                "diffusion.loss=classify is the config of a classifier; use the config of a diffusion model"
-            )
+            raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
         return cls(config, workdir, use_ema, mesh, model, schedule, read_class_names(config, workdir))
 
     @functools.cached_property
