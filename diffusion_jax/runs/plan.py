@@ -66,7 +66,7 @@ def measure(config: Mapping) -> Plan:
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    options = compiler.options() | compiler.least_memory()
+    options = compiler.options() | compiler.low_memory_options()
     compiled = setup.train_step.lower(state, batch).compile(compiler_options=options)
     memory, num_devices = compiled.memory_analysis(), setup.mesh.size
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
@@ -80,7 +80,7 @@ def measure(config: Mapping) -> Plan:
         optimizer=_bytes_per_device(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=collectives.read(compiled.as_text()),
+        collectives=collectives.parse(compiled.as_text()),
         minimum_sent=params_bytes * (3 * (fsdp_size - 1) / fsdp_size + 2 * (data_size - 1) / data_size / fsdp_size),
     )
 
@@ -135,7 +135,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
         "program)"
     )
     log(f"  sent per device     {_megabytes(plan.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring_bytes in collectives.table(plan.collectives):
+    for kind, count, size, ring_bytes in collectives.summarize(plan.collectives):
         log(f"    {kind:<18}{_megabytes(ring_bytes)} in {count}, {_megabytes(size)} in total")
     if plan.minimum_sent:
         log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.distributed import preemption, sharding
+from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.file_lock import locked
+from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import pictures, trained_model
 from diffusion_jax.runs import workdir as work
@@ -23,7 +27,7 @@ from diffusion_jax.runs.console import Bar, bar_over, compiling, say
 from diffusion_jax.runs.sample import Generator, check_options
 from diffusion_jax.runs.sample_metrics import TrainingFid, check_sample_metrics
 from diffusion_jax.runs.sampling_setup import SamplingSetup, class_captions
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
 
 def train(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -268,7 +272,8 @@ class _Loop:
         with compiling("the train step"):
             self._program(count, state, batch)
 
-        stopping, self._watchdog = preemption.Preemption(self._directory), preemption.Watchdog(options.stall_timeout)
+        stopping = Preemption(functools.partial(resume_hint, self._directory))
+        self._watchdog = Watchdog(options.stall_timeout)
         profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
         with contextlib.ExitStack() as during:
             if jax.process_index() == 0:
@@ -276,7 +281,7 @@ class _Loop:
             bar = during.enter_context(Bar("Training", options.num_steps, step))
             if workers:  # or the memory that they share is reported as leaked
                 during.enter_context(contextlib.closing(stream))
-            for context in (stopping.handled(), self._watchdog, profile):
+            for context in (stopping.install_handler(), self._watchdog, profile):
                 during.enter_context(context)
             times, logged = _Times(), step
             while step < options.num_steps:
@@ -285,7 +290,7 @@ class _Loop:
                 self._watchdog.beat()
                 step += count
                 profile.after(state)
-                last, asked = step == options.num_steps, stopping.asked()
+                last, asked = step == options.num_steps, stopping.requested()
                 if not (last or asked):
                     with times.spent("data_wait"):
                         batch, count = self._next(stream, step)
@@ -362,7 +367,7 @@ class _Loop:
             raise UserError(
                 "a process that reads the data was killed: for want of memory? (data.workers=N decides how many there are); "
                 "the same command goes on from the last checkpoint",
-                preemption.LOST,
+                EXIT_PEER_LOST,
             ) from error
 
     def _place(self, batch, leading: int):
