@@ -106,8 +106,8 @@ class replacement(Sampler):
     """
 
     sampler: Sampler
-    x_0: Float[Array, "B *shape"]
-    mask: Bool[Array, "..."]
+    x_0: Float[ArrayLike, "B *shape"]
+    mask: Shaped[ArrayLike, "..."]
     prediction: str = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
