@@ -99,7 +99,9 @@ def start(verbose: bool = False) -> None:
         options = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
         log(f"Options for XLA: {options or 'none'} (XLA_FLAGS override them)")
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
-        device = "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
+        device = (
+            "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
+        )
         if device:
             extra = "tpu" if device == "a TPU" else "cuda"
             log(f"This machine has {device} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")

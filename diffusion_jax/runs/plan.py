@@ -61,6 +61,7 @@ def measure(config: Mapping) -> Plan:
     # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
     config.model.convolution = "xla"
     setup = training.setup(config)
+    assert isinstance(setup.train_step, jax.stages.Wrapped)
     batch_size, state = config["training"]["batch_size"], setup.abstract_state
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),

@@ -97,9 +97,7 @@ class SampleFile:
                 bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
 
             progress = on_step if options.progress else None
-            generator = Generator(
-                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress
-            )
+            generator = Generator(self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress)
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler, and the first batch ...")
@@ -154,7 +152,11 @@ class SampleFile:
         labels = self.setup.labels(np.arange(len(images)))
         # The images come first, for programs that read the first array.
         arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
-        versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "backend": jax.default_backend()}
+        versions = {
+            "diffusion_jax": diffusion_jax.__version__,
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+        }
         files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})

@@ -48,7 +48,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     reference = load_reference(config)
     minimum = max(compare.LEAST[metric] for metric in options.metrics)
     if options.num_samples < minimum:
-        raise UserError(f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}")
+        raise UserError(
+            f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}"
+        )
     file = _draw_samples(config, workdir)
     try:
         measure(
