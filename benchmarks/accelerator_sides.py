@@ -21,8 +21,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import compiled, roofline
-from configs import cifar10, default, imagenet64_adm, imagenet_adm
+from configs import cifar10, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, models, sampling, schedules, training
+from diffusion_jax.config import default
 from diffusion_jax.distributed import compiler
 from diffusion_jax.models import convolution, unet
 
@@ -52,7 +53,7 @@ class Case:
 
 def config_of(case: Case) -> ConfigDict:
     """The config that a case trains: its network, L_simple of three channels, Adam with clipping, no flips."""
-    config, base = _CONFIGS[case.network](), default.get_config()
+    config, base = _CONFIGS[case.network](), default()
     config.optimizer, config.diffusion.loss, config.diffusion.variance = base.optimizer, "simple", "fixed_large"
     config.data.random_flip = False
     config.training.update(batch_size=case.batch, steps_per_call=case.changes.get("steps_per_call", 1))

@@ -39,12 +39,18 @@ MEMORY = 8 * 2**30  # bytes for each process: a mutant can ask for any amount
 
 # Each file's own tests, in the order in which they run: those most likely to fail first.
 _REFUSALS, _SAMPLING = "test_refusals.py", "sampling/test_sampling.py"
+_PROCESS = ("test_process.py", _REFUSALS, _SAMPLING)
 _STEPS, _VALUES = "sampling/test_sampler_steps.py", "sampling/test_sampler_values.py"
 _SAMPLERS = (_VALUES, _SAMPLING, _STEPS, "sampling/test_solvers.py")
 _SOLVERS = (_STEPS, "sampling/test_solvers.py", _VALUES, _SAMPLING)
 TESTS = {
-    "process": ("test_process.py", _REFUSALS, _SAMPLING),
-    "schedules": ("test_schedules.py", _REFUSALS),
+    "process/arrays": _PROCESS,
+    "process/forward": _PROCESS,
+    "process/predictions": _PROCESS,
+    "process/reverse": _PROCESS,
+    "schedules/beta_schedules": ("test_schedules.py", _REFUSALS),
+    "schedules/respacing": ("test_schedules.py", _REFUSALS),
+    "schedules/schedule": ("test_schedules.py", _REFUSALS),
     "losses": (
         "test_losses.py",
         _REFUSALS,
@@ -60,7 +66,7 @@ TESTS = {
     "sampling/driver": _SAMPLERS,
     "sampling/exponential": _SOLVERS,
     "sampling/inversion": _SOLVERS,
-    "sampling/levels": _SOLVERS,
+    "sampling/noise_levels": _SOLVERS,
     "sampling/runge_kutta": _SOLVERS,
     "sampling/spacing": ("sampling/test_spacing.py",),
     "training/step": ("training/test_train_step.py", "training/test_training.py", "models/test_upsampling.py"),

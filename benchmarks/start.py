@@ -33,7 +33,7 @@ import json, sys, time
 marks = [("python", time.time())]
 def mark(part):
     marks.append((part, time.time()))
-import main
+from diffusion_jax import cli
 from diffusion_jax import data, training
 from diffusion_jax.runs import devices, train
 mark("import")
@@ -115,8 +115,8 @@ def programs(presets: list[str], compiled: bool) -> None:
     import jax
     import jax.numpy as jnp
 
-    from configs import default
     from diffusion_jax import data, models, training
+    from diffusion_jax.config import default
     from diffusion_jax.distributed import compiler
     from helpers.jaxprs import equations
 
@@ -134,7 +134,7 @@ def programs(presets: list[str], compiled: bool) -> None:
 
     print("| | equations | tracing |" + " compiling |" * compiled + "\n|---|---|---|" + "---|" * compiled)
     for name in presets:
-        config = default.get_config()
+        config = default()
         config.model.update(models.preset_fields(name))
         config.data.image_size = PIXELS[name]
         config.training.batch_size = 2

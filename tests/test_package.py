@@ -12,24 +12,23 @@ import tomllib
 import jax
 import pytest
 
-from configs import workdir as workdir_config
 from diffusion_jax import data, training
-from diffusion_jax.runs import workdir
+from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
 
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir", "pretrained")
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"
 )
 
 
-def test_import_loads_jax_and_numpy_alone():
+def test_import_loads_only_jax_numpy_and_jaxtyping():
     code = "import jax, sys; before = set(sys.modules); import diffusion_jax; print(*sorted(set(sys.modules) - before))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     foreign = (
         {name.split(".")[0] for name in out}
-        - {"diffusion_jax", "jax", "jaxlib", "numpy"}
+        - {"diffusion_jax", "jax", "jaxlib", "numpy", "jaxtyping", "wadler_lindig"}
         - set(sys.stdlib_module_names)
     )
     assert not foreign
@@ -67,7 +66,7 @@ assert compiled(3.0) == 4.0
 
 
 LAYERS = [  # lowest first; a module imports from its own layer or a lower one
-    {"errors", "files", "images", "labels"},
+    {"errors", "files", "images", "labels", "types"},
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
@@ -171,7 +170,7 @@ def test_a_stored_config_comes_back(tmp_path):
     config = importlib.import_module("configs.digits").get_config()
     config.training.num_steps = 7
     workdir.write_config(config, tmp_path)
-    again = workdir_config.get_config(str(tmp_path))
+    again = stored_config.from_workdir(tmp_path)
     assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
 
 

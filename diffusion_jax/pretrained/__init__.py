@@ -120,7 +120,7 @@ def read_flags(text: str | None) -> Flags:
 
 
 def config_leaves(found: Description) -> dict[str, dict[str, Any]]:
-    """Leaves of configs/default.py that build the same network, schedule and images. Raises: PretrainedError."""
+    """Leaves of a config that build the same network, schedule and images. Raises: PretrainedError."""
     if found.diffusion is None or not isinstance(found.clip, bool):
         raise PretrainedError(
             "no config says these weights' table of betas, or the range of their clip; use pretrained.load in a program"

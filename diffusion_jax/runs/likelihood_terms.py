@@ -134,7 +134,7 @@ class LikelihoodRun:
         parameterization = {
             "prediction": diffusion.prediction,
             "variance": diffusion.variance,
-            "levels": self.config.data.levels,
+            "gray_levels": self.config.data.levels,
         }
 
         def bound(params, seed, batch, images, labels):

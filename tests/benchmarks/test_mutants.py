@@ -19,19 +19,10 @@ def test_the_table_names_files_and_tests_that_exist():
             path, _, function = test.partition("::")
             source = (mutants.ROOT / "tests" / path).read_text()
             assert not function or f"def {function}(" in source, test
-    core = {
-        "process",
-        "schedules",
-        "losses",
-        "likelihood",
-        "guidance",
-        "timesteps",
-        "labels",
-        "editing",
-        "training/step",
-    }
-    sampling = (mutants.ROOT / mutants.PACKAGE / "sampling").glob("[!_]*.py")
-    assert set(mutants.TESTS) == core | {f"sampling/{path.stem}" for path in sampling}
+    core = {"losses", "likelihood", "guidance", "timesteps", "labels", "editing", "training/step"}
+    for folder in ("schedules", "process", "sampling"):
+        core |= {f"{folder}/{path.stem}" for path in (mutants.ROOT / mutants.PACKAGE / folder).glob("[!_]*.py")}
+    assert set(mutants.TESTS) == core
 
 
 def test_only_code_is_mutated():

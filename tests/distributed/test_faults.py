@@ -299,8 +299,7 @@ def test_a_stuck_process_of_two(tmp_path):
 STUCK = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from absl import app
-import main
+from diffusion_jax import cli
 from diffusion_jax.data import pipeline
 
 read = pipeline.Batches.__getitem__
@@ -313,7 +312,7 @@ def stuck(self, step):
 
 
 pipeline.Batches.__getitem__ = stuck
-app.run(main.main, flags_parser=main.parse)
+cli.main()
 """
 
 
@@ -338,8 +337,7 @@ def test_a_commit_of_two_that_fails(tmp_path):
 FULL = f"""
 import errno, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from absl import app
-import main
+from diffusion_jax import cli
 from diffusion_jax.training import digests
 
 write = digests.write
@@ -352,7 +350,7 @@ def full(directory):
 
 
 digests.write = full
-app.run(main.main, flags_parser=main.parse)
+cli.main()
 """
 
 

@@ -24,18 +24,14 @@ pytestmark = pytest.mark.whole
 ALL_MODES = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from absl import app, flags
-import main
+from diffusion_jax import cli
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
 
-def all_modes(argv):
-    from diffusion_jax.runs.measure_likelihood import evaluate
-    from diffusion_jax.runs.sample import sample
-
-    main.main(argv)
-    for run in (sample, evaluate):
-        run(main._CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
-
-app.run(all_modes, flags_parser=main.parse)
+cli.main()
+command = cli.parse(sys.argv[1:])
+for run in (sample, evaluate):
+    run(command.config, command.workdir)
 """
 
 

@@ -107,7 +107,7 @@ def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
                 x_0,
                 variance="learned_range",
                 clip=False,
-                levels=None,
+                gray_levels=None,
                 tables=False,
             ).total
         )
@@ -140,7 +140,7 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
         schedule=SCHEDULE,
         denoise_fn=exact,
         dequantization=dequantization,
-        levels=levels,
+        gray_levels=levels,
         trace="exact",
         variance="fixed_small",
     )
@@ -201,7 +201,7 @@ def test_images_a_rounding_off_their_level_count_as_it():
     """The digits' 17 levels, as uint8 has them."""
     levels = np.round(np.arange(17) * 255 / 16)
     run = lambda x: ode_likelihood.bits_per_dim(  # noqa: E731
-        jax.random.key(0), SCHEDULE, exact, x, levels=17, trace="exact"
+        jax.random.key(0), SCHEDULE, exact, x, gray_levels=17, trace="exact"
     )[0]
     stored, even = (levels / 127.5 - 1)[:, None], (np.arange(17) / 8 - 1)[:, None]
     assert abs(stored - even).max() > 1e-3
@@ -227,8 +227,8 @@ def test_bad_arguments():
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, trace="full")
     with pytest.raises(ValueError, match="known: uniform, variational, none"):
         ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantization="flow")
-    with pytest.raises(ValueError, match="levels=None"):
-        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, levels=None)
+    with pytest.raises(ValueError, match="gray_levels=None"):
+        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, gray_levels=None)
     for tolerance in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="above 0"):
             ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)

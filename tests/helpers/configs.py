@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import digits, imagenet_classifier
+from diffusion_jax.config import default_classifier, experiment
 
 TINY_CLASSIFIER = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": ()}
 TINY_CLASSIFIER |= {"num_groups": 4, "head_channels": 4, "num_classes": 3}
@@ -13,11 +13,11 @@ DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 
 
 
 def digits_config() -> ConfigDict:
-    return digits.get_config()
+    return experiment("digits")
 
 
 def tiny_config(**overrides):
-    config = digits.get_config()
+    config = experiment("digits")
     config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
     config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
     config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
@@ -36,7 +36,7 @@ def a_batch(config, key=0, batch_size=None):
 def classifier_config(**overrides):
     """The tiny config, as a classifier."""
     config = tiny_config()
-    config.model = imagenet_classifier.classifier(10)
+    config.model = default_classifier().model
     config.model.update(TINY_CLASSIFIER | {"num_classes": 10})
     config.diffusion.loss = "classify"
     config.update_from_flattened_dict(overrides)

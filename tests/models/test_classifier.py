@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from configs import imagenet_classifier
-from configs import workdir as workdir_config
 from diffusion_jax import errors, losses, models, schedules, timesteps, training
 from diffusion_jax.models import classifier, unet
-from diffusion_jax.runs import workdir
+from diffusion_jax.runs import stored_config, workdir
 from diffusion_jax.runs.train import train
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
@@ -215,7 +214,7 @@ def test_a_run_and_its_relaunch(tmp_path, capsys):
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])
     assert not (tmp_path / "broken" / "samples").exists()
-    again = workdir_config.get_config(str(tmp_path / "whole"))
+    again = stored_config.from_workdir(tmp_path / "whole")
     assert workdir.to_dict(again) == workdir.to_dict(classifier_config())
     assert training.model_from_config(again) == training.model_from_config(classifier_config())
 

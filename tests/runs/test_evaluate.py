@@ -69,7 +69,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
         denoise_fn = lambda x_t, time: built.model.apply({"params": params}, x_t, time, labels)  # noqa: E731
         x_0 = images.astype(np.float32) / 127.5 - 1
         return likelihood.bits_per_dim(
-            key, built.schedule, denoise_fn, x_0, variance="learned_range", levels=17, **options
+            key, built.schedule, denoise_fn, x_0, variance="learned_range", gray_levels=17, **options
         )
 
     found = []

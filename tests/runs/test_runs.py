@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import pretrained as pretrained_config
 from diffusion_jax import data, errors, training
 from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.file_lock import HeldError
 from diffusion_jax.runs import pictures, workdir
 from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.stored_config import from_weights
 from diffusion_jax.runs.train import train
 from helpers.configs import tiny_config
 from helpers.launcher import launch
@@ -126,7 +126,7 @@ def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(train
     command = str(caught.value).split("to begin a new run with its weights: ")[1].split()
     changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
     assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
-    config = pretrained_config.get_config(str(trained))
+    config = from_weights(str(trained))
     expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
     assert workdir.flatten(workdir.to_dict(config)) == expected
     config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
@@ -527,8 +527,7 @@ def until(condition, process):
 STUCK = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from absl import app
-import main
+from diffusion_jax import cli
 from diffusion_jax.data import pipeline
 
 read = pipeline.Batches.__getitem__
@@ -541,7 +540,7 @@ def stuck(self, step):
 
 
 pipeline.Batches.__getitem__ = stuck
-app.run(main.main, flags_parser=main.parse)
+cli.main()
 """
 
 

@@ -185,7 +185,7 @@ def test_the_first_step_that_is_not_finite_stays_marked():
     assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
 
 
-BOUND = {"variance": "learned_range", "levels": 17, "prediction": "v"}
+BOUND = {"variance": "learned_range", "gray_levels": 17, "prediction": "v"}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ BOUND = {"variance": "learned_range", "levels": 17, "prediction": "v"}
 def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
     """Every option other than the default, against the core called by hand with the step's first key."""
     config = tiny_config(**{"diffusion.num_timesteps": 10, "diffusion.loss": name, "data.levels": 17})
-    config.diffusion.update({leaf: value for leaf, value in options.items() if leaf != "levels"})
+    config.diffusion.update({leaf: value for leaf, value in options.items() if leaf != "gray_levels"})
     channels = 1 if name == "simple" else 2
     output = lambda w, x_t, time: w * jnp.concatenate([jnp.tanh(x_t + time[:, None, None, None] / 5)] * channels, -1)  # noqa: E731
     network, _, _ = recorded(config, output)

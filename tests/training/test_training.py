@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import default
 from diffusion_jax import likelihood, training
+from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
 from diffusion_jax.training import optimizer, step
 from helpers.configs import a_batch, tiny_config
@@ -96,7 +96,7 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
     says = {"prediction": "eps", "variance": "learned_range", "clip": False}
     by_levels = {
-        levels: likelihood.bound_term(built.schedule, parts.output, x_0, parts.x_t, parts.t, levels=levels, **says)[0]
+        levels: likelihood.bound_term(built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **says)[0]
         for levels in (17, 256)
     }
     np.testing.assert_allclose(parts.vlb, by_levels[17], rtol=1e-5)
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_marked_with_its_step():
 
 
 def test_learning_rates():
-    options = default.get_config().optimizer
+    options = default().optimizer
     rate = optimizer.learning_rate(options)
     np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4], rtol=1e-6)
     options.update(schedule="cosine", decay_steps=15_000)
@@ -235,11 +235,11 @@ def test_learning_rates():
         ({"decay_steps": 10}, "exceed"),
         ({"name": "sgd"}, "adamw"),
     ]:
-        bad = default.get_config().optimizer
+        bad = default().optimizer
         bad.update({"schedule": "cosine", **wrong})
         with pytest.raises(ValueError, match=words):
             optimizer.from_config(bad)
-    bad = default.get_config().optimizer
+    bad = default().optimizer
     bad.weight_decay = 0.1
     with pytest.raises(ValueError, match="adamw"):
         optimizer.from_config(bad)
