@@ -224,30 +224,33 @@ def check_mode(mode: str, config: ConfigDict) -> None:
 
 def run(command: Command) -> None:
     """Runs the mode of a command."""
-    from diffusion_jax.runs import edit, measure_likelihood, plan, sample, train
+    from diffusion_jax.runs import edit, measure_likelihood, plan, progressive, sample, sample_metrics, train
 
     config, workdir = command.config, command.workdir
     check_mode(command.mode, config)
     if workdir is None or command.mode == "plan":
-        devices.start_virtual(plan.virtual_devices(config))
+        devices.start_virtual(plan.num_virtual_devices(config))
         with preemption.stopping_at_once(None, only_interrupts=False):
-            plan.plan(config)
+            plan.run(config)
         return
-    mode = {
-        "train": train.train,
-        "train_classifier": train.train,
-        "sample": sample.sample,
-        "edit": edit.edit,
-        "evaluate": measure_likelihood.evaluate,
-        "progressive": measure_likelihood.progressive,
+    modules = {
+        "train": [train],
+        "train_classifier": [train],
+        "sample": [sample],
+        "edit": [edit],
+        "evaluate": [measure_likelihood, sample_metrics],
+        "progressive": [progressive],
     }[command.mode]
-    trains = mode is train.train
+    trains = train in modules
     checkpointed = workdir if trains else None
     with preemption.stopping_at_once(checkpointed, only_interrupts=True):
-        devices.join(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
+        devices.join_processes(
+            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
+        )
     devices.start(command.verbose)
     with preemption.stopping_at_once(checkpointed, only_interrupts=trains and preemption.is_multiprocess()):
-        mode(config, workdir)
+        for module in modules:
+            module.run(config, workdir)
     preemption.barrier()
 
 
@@ -265,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_before_the_run)
-    devices.quiet()
+    devices.silence_libraries()
     workdir = None
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)

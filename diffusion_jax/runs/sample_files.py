@@ -79,12 +79,16 @@ class SampleFile:
         self.path = workdir / "samples" / f"{self.name}.npz"
         self.settings = self._settings({"images": small.images, "labels": small.labels})
 
-    def why_not_reused(self) -> str | None:
-        """Why the file does not hold these samples; "" if there is no file, None if it holds them."""
-        return broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+    def draw(self, reuse: bool = False) -> None:
+        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
 
-    def draw(self) -> None:
-        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one."""
+        reuse: does nothing if the file already holds samples of these settings.
+        """
+        reason = broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+        if reuse and reason is None:
+            return
+        if reason:
+            log(f"Drawing anew: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
         weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
         log(f"Sampling {options.num_samples} images from {weights}.")
