@@ -144,8 +144,7 @@ def _train(
     step = logged_step = int(state.step)
     feed = BatchFeed(config, setup, source, step)
     batch, count = feed.next(step)
-    if is_writer:
-        import_writers()
+    import_writers()
     programs = _Programs(setup)
     with log_compilation("the train step"):
         programs.get(count, state, batch)
