@@ -295,7 +295,7 @@ def interpolate(
     weights: Sequence[float] | Float[ArrayLike, "W"],
     sampler: Sampler,
     *,
-    t: int | None = None,
+    t: int | np.integer | None = None,
     **encoding: Unpack[EncodeOptions],
 ) -> Float[Array, "W B *shape"]:
     """Images between x (weight 0) and y (weight 1).

@@ -56,7 +56,7 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
 
 
 def betas(
-    name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+    name: str, num_timesteps: int | np.integer, *, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Float64[np.ndarray, "T"]:
     """The variances beta_t of q(x_t | x_{t-1}) for t = 1 ... T.
 
