@@ -222,33 +222,46 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
 
 
+def _functions_of_modes() -> dict[str, tuple[Callable[[ConfigDict, pathlib.Path], object], ...]]:
+    """What each mode calls, one after the other. The imports take seconds, so they come after the flags are checked."""
+    from diffusion_jax.runs import edit, measure_likelihood, progressive, sample, sample_metrics, train
+
+    return {
+        "train": (train.train,),
+        "train_classifier": (train.train,),
+        "sample": (sample.run,),
+        "edit": (edit.run,),
+        "evaluate": (measure_likelihood.run, sample_metrics.run),
+        "progressive": (progressive.run,),
+    }
+
+
 def run(command: Command) -> None:
     """Runs the mode of a command."""
-    from diffusion_jax.runs import edit, measure_likelihood, plan, sample, train
-
-    config, workdir = command.config, command.workdir
-    check_mode(command.mode, config)
-    if workdir is None or command.mode == "plan":
-        devices.start_virtual(plan.virtual_devices(config))
-        with preemption.stopping_at_once(None, only_interrupts=False):
-            plan.plan(config)
+    check_mode(command.mode, command.config)
+    if command.workdir is None or command.mode == "plan":
+        _run_plan(command)
         return
-    mode = {
-        "train": train.train,
-        "train_classifier": train.train,
-        "sample": sample.sample,
-        "edit": edit.edit,
-        "evaluate": measure_likelihood.evaluate,
-        "progressive": measure_likelihood.progressive,
-    }[command.mode]
-    trains = mode is train.train
-    checkpointed = workdir if trains else None
+    functions = _functions_of_modes()[command.mode]
+    trains = command.mode in ("train", "train_classifier")
+    checkpointed = command.workdir if trains else None
     with preemption.stopping_at_once(checkpointed, only_interrupts=True):
-        devices.join(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
+        devices.join_processes(
+            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
+        )
     devices.start(command.verbose)
     with preemption.stopping_at_once(checkpointed, only_interrupts=trains and preemption.is_multiprocess()):
-        mode(config, workdir)
+        for function in functions:
+            function(command.config, command.workdir)
     preemption.barrier()
+
+
+def _run_plan(command: Command) -> None:
+    from diffusion_jax.runs import plan
+
+    devices.start_virtual(plan.num_virtual_devices(command.config))
+    with preemption.stopping_at_once():
+        plan.run(command.config)
 
 
 def _exit_before_the_run(number: int, _) -> None:
@@ -265,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_before_the_run)
-    devices.quiet()
+    devices.silence_libraries()
     workdir = None
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
