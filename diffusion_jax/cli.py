@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import os
 import pathlib
 import signal
@@ -23,7 +24,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
-from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed import preemption, processes
+from diffusion_jax.distributed.launch import join_processes
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 
@@ -227,8 +230,8 @@ def _functions_of_modes() -> dict[str, tuple[Callable[[ConfigDict, pathlib.Path]
     from diffusion_jax.runs import edit, measure_likelihood, progressive, sample, sample_metrics, train
 
     return {
-        "train": (train.train,),
-        "train_classifier": (train.train,),
+        "train": (train.run,),
+        "train_classifier": (train.run,),
         "sample": (sample.run,),
         "edit": (edit.run,),
         "evaluate": (measure_likelihood.run, sample_metrics.run),
@@ -242,25 +245,25 @@ def run(command: Command) -> None:
     if command.workdir is None or command.mode == "plan":
         _run_plan(command)
         return
+    from diffusion_jax.training.checkpoints import resume_hint
+
     functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
-    checkpointed = command.workdir if trains else None
-    with preemption.stopping_at_once(checkpointed, only_interrupts=True):
-        devices.join_processes(
-            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
-        )
+    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
+    with preemption.exit_on_signals(hint, only_interrupts=True):
+        join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
     devices.start(command.verbose)
-    with preemption.stopping_at_once(checkpointed, only_interrupts=trains and preemption.is_multiprocess()):
+    with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
         for function in functions:
             function(command.config, command.workdir)
-    preemption.barrier()
+    processes.barrier()
 
 
 def _run_plan(command: Command) -> None:
     from diffusion_jax.runs import plan
 
     devices.start_virtual(plan.num_virtual_devices(command.config))
-    with preemption.stopping_at_once():
+    with preemption.exit_on_signals():
         plan.run(command.config)
 
 
@@ -274,7 +277,7 @@ def _exit_before_the_run(number: int, _) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line (of this process where `arguments` is None); an error ends in one line and an exit code.
 
-    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `preemption.LOST`.
+    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `EXIT_PEER_LOST`.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_before_the_run)
@@ -292,10 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     """Ends the program with the exit code of an error; one that nobody expects is raised again."""
-    if isinstance(error, SaveError) and preemption.is_multiprocess():  # the others may be in the middle of a step
-        preemption.abort_process(str(error), error.exit_code)
-    if not isinstance(error, UserError | SaveError) and preemption.is_peer_failure(error):
-        preemption.abort_process(f"{_PEER_FAILURE} ({error})", preemption.LOST)
+    if isinstance(error, SaveError) and processes.is_multiprocess():  # the others may be in the middle of a step
+        processes.abort_process(str(error), error.exit_code)
+    if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
+        processes.abort_process(f"{_PEER_FAILURE} ({error})", EXIT_PEER_LOST)
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
@@ -303,17 +306,17 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)
-    if preemption.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
+    if processes.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
         import jax
 
         traceback.print_exc()
-        preemption.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
+        processes.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
     raise error
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     """One line on standard error, and the end."""
-    if preemption.is_multiprocess():
-        preemption.abort_process(message, exit_code)
+    if processes.is_multiprocess():
+        processes.abort_process(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

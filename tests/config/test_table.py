@@ -100,7 +100,7 @@ def test_allowed_names_are_those_of_the_functions_that_read_them():
     assert names("diffusion.timestep_sampler")[:-1] == tuple(timesteps.SAMPLERS)
     assert names("sampling.sampler") == tuple(sampling_setup.SAMPLERS)
     assert names("sampling.spacing")[:-2] == schedules.SPACINGS
-    assert names("editing.task") == edit.TASKS
+    assert names("editing.task") == tuple(edit.TASKS)
     assert names("evaluation.cdf") == likelihood.CDFS
     assert names("evaluation.metrics") == compare.METRICS
     assert names("evaluation.resize") == features.RESIZES

@@ -12,8 +12,7 @@ from diffusion_jax import cli, config
 from diffusion_jax.data import DataError
 from diffusion_jax.errors import ConfigError, UserError
 from diffusion_jax.pretrained import PretrainedError
-from diffusion_jax.runs import console, devices, stored_config, workdir
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import console, devices, stored_config, train, workdir
 from diffusion_jax.training.checkpoints import CheckpointError
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
@@ -238,7 +237,7 @@ def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypat
 
     monkeypatch.setattr("diffusion_jax.data.load", reading)
     with pytest.raises((UserError, DataError)) as caught:
-        train(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
+        train.run(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
     assert (words or "taken") in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -246,15 +245,15 @@ def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
     classes = {"model.num_classes": 10, "model.label_dropout": 0.1}
     for label in ("seven", "(3,seven)"):
         with pytest.raises(UserError, match="'seven' is no class of this run; its classes are|sampling.class=.*seven"):
-            train(tiny_config(**classes, **{"sampling.label": label}), tmp_path / "run")
+            train.run(tiny_config(**classes, **{"sampling.label": label}), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_refuses_a_wrong_sampler(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_jax.runs.train._is_finished", lambda *_: True)
-    train(tiny_config(), tmp_path)
+    train.run(tiny_config(), tmp_path)
     with pytest.raises(UserError, match="sampling.sampler='foo' must be ddpm, ddim, "):
-        train(tiny_config(**{"sampling.sampler": "foo"}), tmp_path)
+        train.run(tiny_config(**{"sampling.sampler": "foo"}), tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "words"), SECOND_LAUNCHES, ids=[" ".join(flags) for flags, _ in SECOND_LAUNCHES])
@@ -315,7 +314,7 @@ def test_the_compiler_s_options_are_shown_on_request_alone(capsys):
 
 def test_bars_count_images(capsys):
     """Of 300 images in two chunks: not "2/2"."""
-    assert list(console.bar_over("Reading the images")([256, 44], 300)) == [256, 44]
+    assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
     assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")
 
 
@@ -323,7 +322,7 @@ def test_bars_count_images(capsys):
 def test_a_bad_leaf_is_refused(leaf, value, words, tmp_path):
     directory = tmp_path / "run"
     with pytest.raises((UserError, DataError, CheckpointError, PretrainedError, OSError)) as caught:
-        train(tiny_config(**{leaf: value}), directory)
+        train.run(tiny_config(**{leaf: value}), directory)
     text = str(caught.value)
     assert words in text and getattr(caught.value, "exit_code", 2) == 2 and len(text) < 500, text
 
@@ -343,9 +342,9 @@ def test_launches_are_refused(tmp_path):
 @pytest.mark.whole
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """The config was lost, and another one is launched."""
-    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="step 2 .* is of another state: params/"):
-        train(tiny_config(**{"model.channels": 16}), tmp_path)
+        train.run(tiny_config(**{"model.channels": 16}), tmp_path)
     code, _, err = finish(start(*tiny_flags(tmp_path, **{"model.channels": 16})))
     assert code == 2 and "another state" in err and len(err.strip().splitlines()) == 1, err

@@ -9,9 +9,8 @@ from PIL import Image
 
 from diffusion_jax import config, data, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs import pictures, sampling_setup, workdir
-from diffusion_jax.runs.sample import sample
-from diffusion_jax.runs.train import check_source
+from diffusion_jax.runs import class_labels, pictures, sample, sampling_setup, workdir
+from diffusion_jax.runs.data_source import check_source
 from helpers.configs import conditional
 from helpers.work_directories import untrained
 
@@ -145,7 +144,7 @@ def chosen(trained, label, part="classes"):
     directory, _ = trained
     config = conditional(**{"sampling.label": label})
     built = training.setup(config)
-    names = workdir.class_names(config, directory)
+    names = workdir.read_class_names(config, directory)
     return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
 
 
@@ -195,11 +194,11 @@ def test_classes_that_are_not_there(trained, label, message):
 
 def test_where_names_come_from(trained, tmp_path):
     directory, names = trained
-    assert workdir.class_names(conditional(), directory) == tuple(names)
-    assert workdir.class_names(conditional(), tmp_path) == ()
-    assert workdir.class_names(conditional(init_from=str(directory)), tmp_path) == tuple(names)
+    assert workdir.read_class_names(conditional(), directory) == tuple(names)
+    assert workdir.read_class_names(conditional(), tmp_path) == ()
+    assert workdir.read_class_names(conditional(init_from=str(directory)), tmp_path) == tuple(names)
     plain = conditional(**{"model.num_classes": 0, "model.label_dropout": 0.0, "sampling.classifier": str(directory)})
-    assert workdir.class_names(plain, tmp_path) == tuple(names)
+    assert workdir.read_class_names(plain, tmp_path) == tuple(names)
 
 
 def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
@@ -209,11 +208,11 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     monkeypatch.setattr(
         pictures, "grid", lambda *args, **options: captions.append(options["captions"]) or real(*args, **options)
     )
-    drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
+    drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
     assert captions == [["9: fox", "7: tabby cat"] * 3]
     assert "_classfox+7_" in drawn.path.name
-    assert sampling_setup.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
 
 
 @pytest.mark.parametrize(
