@@ -227,31 +227,32 @@ def check_mode(mode: str, config: ConfigDict) -> None:
 
 def run(command: Command) -> None:
     """Runs the mode of a command."""
-    from diffusion_jax.runs import edit, measure_likelihood, plan, sample, train
+    from diffusion_jax.runs import edit, measure_likelihood, plan, progressive, sample, sample_metrics, train
     from diffusion_jax.training.checkpoints import resume_hint
 
     config, workdir = command.config, command.workdir
     check_mode(command.mode, config)
     if workdir is None or command.mode == "plan":
-        devices.start_virtual(plan.virtual_devices(config))
+        devices.start_virtual(plan.num_virtual_devices(config))
         with preemption.exit_on_signals():
-            plan.plan(config)
+            plan.run(config)
         return
-    mode = {
-        "train": train.train,
-        "train_classifier": train.train,
-        "sample": sample.sample,
-        "edit": edit.edit,
-        "evaluate": measure_likelihood.evaluate,
-        "progressive": measure_likelihood.progressive,
+    modules = {
+        "train": [train],
+        "train_classifier": [train],
+        "sample": [sample],
+        "edit": [edit],
+        "evaluate": [measure_likelihood, sample_metrics],
+        "progressive": [progressive],
     }[command.mode]
-    trains = mode is train.train
+    trains = train in modules
     hint = functools.partial(resume_hint, workdir) if trains else preemption.continue_hint
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
     devices.start(command.verbose)
     with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-        mode(config, workdir)
+        for module in modules:
+            module.run(config, workdir)
     processes.barrier()
 
 

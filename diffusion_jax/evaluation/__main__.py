@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         given = _parser().parse_args(argv)
         run = compare
-        devices.quiet()
+        devices.silence_libraries()
     from diffusion_jax.data import DataError
     from diffusion_jax.pretrained import PretrainedError
 
@@ -83,7 +83,7 @@ def compare(given: argparse.Namespace) -> None:
     from diffusion_jax.evaluation.images import open_set
     from diffusion_jax.pretrained.inception import WHERE
     from diffusion_jax.runs import devices
-    from diffusion_jax.runs.metric_records import check_comparable, measure
+    from diffusion_jax.runs.set_metrics import check_comparable, measure
 
     wanted = [metric.strip() for metric in given.metrics.split(",")] if given.metrics else METRICS
     unknown = sorted(set(wanted) - set(METRICS))
@@ -130,7 +130,7 @@ def table(given: argparse.Namespace) -> None:
 
     Bits per dimension are of the likelihood.json beside a record, in the rows of the same weights, or in a row of their own.
     """
-    from diffusion_jax.runs.metric_records import differing, read_likelihood, read_records
+    from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records
 
     found, empty = [], []
     for name in given.directories:
@@ -151,7 +151,7 @@ def table(given: argparse.Namespace) -> None:
         raise ValueError(" ".join(empty))
     for line in empty:
         print(f"Note: {line}", file=sys.stderr)
-    settings = [key for key in differing([record for _, record in found]) if not key.endswith("_digest")]
+    settings = [key for key in differing_settings([record for _, record in found]) if not key.endswith("_digest")]
     settings = list(dict.fromkeys(["step", "weights", "sampler", "steps", "features", "num_samples", *settings]))
     rows = [_row(directory, record, settings) for directory, record in found]
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]

@@ -247,7 +247,7 @@ def _join(chunks: list[dict[str, np.ndarray]]) -> Terms:
 
 
 def rate_distortion(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rate (bits per dimension) and distortion (RMSE, 0-255) at every t [T]; timesteps without images are interpolated."""
+    """Mean rate (bits per dimension) and distortion (RMSE, 0-255) at every t [T], interpolated where no image was seen."""
     measured, all_steps = np.flatnonzero(terms.counts), np.arange(len(terms.counts))
     vlb, x_0_mse = (np.interp(all_steps, measured, terms.means[name][measured]) for name in ("vlb", "x_0_mse"))
     rate, distortion = likelihood.rate_distortion(terms.examples["prior"].mean(), vlb, x_0_mse)

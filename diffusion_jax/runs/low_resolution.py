@@ -46,7 +46,9 @@ def read_small_images(config: ConfigDict) -> SmallImages:
         with np.load(source, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays.get("arr_1")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}") from None
+        raise UserError(
+            f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
+        ) from None
     if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
         raise UserError(
             f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "

@@ -79,12 +79,16 @@ class SampleFile:
         self.path = workdir / "samples" / f"{self.name}.npz"
         self.settings = self._settings({"images": small.images, "labels": small.labels})
 
-    def why_not_reused(self) -> str | None:
-        """Why the file does not hold these samples; "" if there is no file, None if it holds them."""
-        return broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+    def draw(self, reuse: bool = False) -> None:
+        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
 
-    def draw(self) -> None:
-        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one."""
+        reuse: does nothing if the file already holds samples of these settings.
+        """
+        reason = broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+        if reuse and reason is None:
+            return
+        if reason:
+            log(f"Drawing anew: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
         weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
         log(f"Sampling {options.num_samples} images from {weights}.")
@@ -97,9 +101,7 @@ class SampleFile:
                 bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
 
             progress = on_step if options.progress else None
-            generator = Generator(
-                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress
-            )
+            generator = Generator(self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress)
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler, and the first batch ...")
@@ -154,7 +156,11 @@ class SampleFile:
         labels = self.setup.labels(np.arange(len(images)))
         # The images come first, for programs that read the first array.
         arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
-        versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "backend": jax.default_backend()}
+        versions = {
+            "diffusion_jax": diffusion_jax.__version__,
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+        }
         files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})

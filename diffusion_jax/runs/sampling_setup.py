@@ -116,7 +116,9 @@ class SamplingSetup:
         if self._classifier is not None:
             own = self._classifier.model.num_classes
             if num_classes not in (0, own):
-                raise UserError(f"sampling.classifier={path} has {own} classes, the model {num_classes}; they must agree")
+                raise UserError(
+                    f"sampling.classifier={path} has {own} classes, the model {num_classes}; they must agree"
+                )
             num_classes = own
         if path and not load_classifier:
             return None
@@ -250,7 +252,7 @@ class SamplingSetup:
         *,
         constrain: Callable = lambda x: x,
         **options: Any,
-    ):
+    ) -> Any:
         """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` returns with `options`; pure.
 
         shape: (B, H, W, C). y, low: as in `network`. constrain: applied to x_T, to place it on a mesh.

@@ -62,9 +62,7 @@ def measure(
         picture = _neighbors_path(output, samples, extractor, reference_features, sample_features)
         results["memorization"] = {**report, "picture": picture.name}
         _draw_neighbors(picture, reference, samples, neighbors, f"distances of {extractor.name} features")
-        log(
-            f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}"
-        )
+        log(f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}")
     record = results | {
         "reference": reference.name,
         "reference_sha256": reference_features.digest,
@@ -160,7 +158,11 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
 
 
 def _neighbors_path(
-    output: pathlib.Path, samples: ImageSet, extractor: Extractor, reference_features: Features, sample_features: Features
+    output: pathlib.Path,
+    samples: ImageSet,
+    extractor: Extractor,
+    reference_features: Features,
+    sample_features: Features,
 ) -> pathlib.Path:
     """A path of its own for each comparison."""
     key = (reference_features.digest, sample_features.digest, extractor.digest, extractor.resize)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names
-from diffusion_jax.training import input_shape, model_from_config, schedule_from_config
+from diffusion_jax.training import TrainState, input_shape, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.state import initial_params
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_initial_weights",
     "load_weights",
     "params_digest",
+    "set_params",
     "weights_name",
 ]
 
@@ -63,7 +65,9 @@ class TrainedModel:
             mesh = sharding.make_mesh(config.mesh)
             model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
         if not isinstance(model, models.UNet):
-            raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
+            raise UserError(
+                "diffusion.loss=classify is the config of a classifier; use the config of a diffusion model"
+            )
         return cls(config, workdir, use_ema, mesh, model, schedule, read_class_names(config, workdir))
 
     @functools.cached_property
@@ -193,3 +197,12 @@ def _diffusion_differences(config: Mapping, net) -> list[str]:
     ):
         differences.append("another noise schedule")
     return differences
+
+
+def set_params(state: TrainState, abstract_state: TrainState, params) -> TrainState:
+    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
+
+    def place(shapes):
+        return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)
+
+    return dataclasses.replace(state, params=place(abstract_state.params), ema_params=place(abstract_state.ema_params))

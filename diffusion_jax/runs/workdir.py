@@ -137,7 +137,9 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
     They are read from data.json of the run, of the run that `init_from` names, or, for a model without classes, of the run
     of the guiding classifier.
     """
-    directories = [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
+    directories = (
+        [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
+    )
     for directory in filter(None, directories):
         try:
             stored = json.loads((pathlib.Path(directory).expanduser() / "data.json").read_text())
