@@ -19,7 +19,7 @@ from diffusion_jax.pretrained import layers
 from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
 from diffusion_jax.pretrained.files import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 _KEY = "diffusion_jax"
 

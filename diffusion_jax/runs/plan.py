@@ -21,7 +21,7 @@ from diffusion_jax.config import resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 __all__ = ["Plan", "activations_per_image", "measure", "num_virtual_devices", "run"]
 
