@@ -143,7 +143,7 @@ def _sample(case: Case) -> tuple[training.Setup, Callable, tuple]:
     short = schedules.respace(built.schedule, case.steps)
 
     def generate(params, x_T, y):
-        network = models.tabulate(built.model, params, short.timesteps)
+        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
 
         def denoise_fn(x_t, time):
             return network(x_t, time, y if built.model.num_classes else None)

@@ -22,7 +22,7 @@
 | adm_classifier256 | 54,096,360 | |
 | adm_classifier512 | 54,448,360 | |
 
-Upsamplers take six channels: see `models.upsampling`.
+Super-resolution networks take six channels: see `models.upsampling`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from typing import Any
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.unet import UNet
 
-# What all of OpenAI's networks share, and Ho et al.'s do not.
+__all__ = ["MULTIPLIERS", "OPENAI", "PRESETS", "preset", "preset_fields"]
+
+# The fields of all of OpenAI's networks that differ from Ho et al.'s.
 OPENAI: dict[str, Any] = {
     "embedding_cos_first": True,
     "embedding_freq_shift": 0.0,
@@ -44,9 +46,9 @@ OPENAI: dict[str, Any] = {
 _IMPROVED = OPENAI | {"num_heads": 4, "scale_shift_norm": True, "num_res_blocks": 3, "out_channels": 6}
 _ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": True, "out_channels": 6}
 _CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
-_UPSAMPLER = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
+_SUPER_RESOLUTION = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
 
-# The widths of OpenAI's networks by their pixels, and the levels of 32, 16 and 8 pixels, which have attention in ADM.
+# channel_multipliers of OpenAI's networks by image size in pixels.
 MULTIPLIERS = {
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
@@ -56,7 +58,8 @@ MULTIPLIERS = {
 }
 
 
-def _at(pixels: int) -> dict[str, Any]:
+def _adm_levels(pixels: int) -> dict[str, Any]:
+    """Widths, and attention at 32, 16 and 8 pixels, of an ADM network for images of `pixels`."""
     multipliers = MULTIPLIERS[pixels]
     levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
     return {"channel_multipliers": multipliers, "attention_levels": levels}
@@ -75,23 +78,23 @@ _UNETS: dict[str, dict[str, Any]] = {
     "improved_imagenet64_conditional": _IMPROVED
     | {"channels": 192, "channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3), "num_classes": 1000},
     "improved_lsun": OPENAI | {"channel_multipliers": MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
-    "improved_upsampler_64_256": _IMPROVED | _UPSAMPLER | {"num_res_blocks": 2, "attention_levels": (4, 5)},
+    "improved_upsampler_64_256": _IMPROVED | _SUPER_RESOLUTION | {"num_res_blocks": 2, "attention_levels": (4, 5)},
     "adm_imagenet64": _ADM
-    | _at(64)
+    | _adm_levels(64)
     | {"channels": 192, "num_res_blocks": 3, "head_channels": 64, "dropout": 0.1, "num_classes": 1000},
-    "adm_imagenet128": _ADM | _at(128) | {"num_heads": 4, "num_classes": 1000},
-    "adm_imagenet256": _ADM | _at(256) | {"head_channels": 64, "num_classes": 1000},
-    "adm_imagenet256_unconditional": _ADM | _at(256) | {"head_channels": 64},
-    "adm_imagenet512": _ADM | _at(512) | {"head_channels": 64, "num_classes": 1000},
-    "adm_lsun": _ADM | _at(256) | {"head_channels": 64, "dropout": 0.1},
-    "adm_upsampler_64_256": _ADM | _UPSAMPLER | {"attention_levels": (3, 4, 5), "num_heads": 4},
-    "adm_upsampler_128_512": _ADM | _UPSAMPLER | {"attention_levels": (4, 5), "head_channels": 64},
+    "adm_imagenet128": _ADM | _adm_levels(128) | {"num_heads": 4, "num_classes": 1000},
+    "adm_imagenet256": _ADM | _adm_levels(256) | {"head_channels": 64, "num_classes": 1000},
+    "adm_imagenet256_unconditional": _ADM | _adm_levels(256) | {"head_channels": 64},
+    "adm_imagenet512": _ADM | _adm_levels(512) | {"head_channels": 64, "num_classes": 1000},
+    "adm_lsun": _ADM | _adm_levels(256) | {"head_channels": 64, "dropout": 0.1},
+    "adm_upsampler_64_256": _ADM | _SUPER_RESOLUTION | {"attention_levels": (3, 4, 5), "num_heads": 4},
+    "adm_upsampler_128_512": _ADM | _SUPER_RESOLUTION | {"attention_levels": (4, 5), "head_channels": 64},
 }
 _CLASSIFIERS: dict[str, dict[str, Any]] = {
-    "adm_classifier64": _CLASSIFIER | _at(64) | {"num_res_blocks": 4},
-    "adm_classifier128": _CLASSIFIER | _at(128),
-    "adm_classifier256": _CLASSIFIER | _at(256),
-    "adm_classifier512": _CLASSIFIER | _at(512),
+    "adm_classifier64": _CLASSIFIER | _adm_levels(64) | {"num_res_blocks": 4},
+    "adm_classifier128": _CLASSIFIER | _adm_levels(128),
+    "adm_classifier256": _CLASSIFIER | _adm_levels(256),
+    "adm_classifier512": _CLASSIFIER | _adm_levels(512),
 }
 PRESETS = (*_UNETS, *_CLASSIFIERS)
 
@@ -107,6 +110,6 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset(name: str) -> UNet | Classifier:
-    """A published network by name: its table is at the head of this file. Raises: ValueError for an unknown name."""
+    """A published network by name, one of the table above. Raises: ValueError for an unknown name."""
     fields = preset_fields(name)
     return UNet(**_UNETS[name]) if name in _UNETS else Classifier(**fields)

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 import diffusion_jax
-from diffusion_jax.evaluation import compare
-from diffusion_jax.evaluation import features as extractors
-from diffusion_jax.evaluation.extract import Extraction, Features, cache_directory
-from diffusion_jax.evaluation.features import Extractor
-from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation import metric_suite
+from diffusion_jax.evaluation import feature_extractors
+from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
+from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
+from diffusion_jax.evaluation.image_sets import ImageSet
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, say
@@ -28,7 +28,7 @@ _NEIGHBORS = 5
 def measure(
     reference: ImageSet,
     samples: ImageSet,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     wanted: Sequence[str],
     mesh,
     batch_size: int,
@@ -43,16 +43,16 @@ def measure(
     """
     wanted = _measurable(reference, samples, extractor, wanted)
     read_records(output)
-    extraction, cache = Extraction(extractor, mesh, batch_size, Bar), cache or cache_directory()
+    extraction, cache = FeaturePipeline(extractor, mesh, batch_size, Bar), cache or cache_directory()
     known = _features(extraction, reference, cache / "references")
     # Samples are rarely asked for again: their parts are kept only until the record is written.
     judged = _features(extraction, samples, cache / "samples")
     if jax.process_index() != 0:
         return
     say("Comparing ...")
-    found = compare.compare(known, judged, extractor, wanted, say)
+    found = metric_suite.compute_metrics(known, judged, extractor, wanted, say)
     if "memorization" in wanted:
-        found["memorization"], near = compare.memorization(known.pool, judged.pool, _NEIGHBORS)
+        found["memorization"], near = metric_suite.memorization_report(known.pool, judged.pool, _NEIGHBORS)
         kind = (known.digest, judged.digest, extractor.digest, extractor.resize)
         tag = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:6]  # of another measurement, another picture
         picture = output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")
@@ -84,14 +84,14 @@ def measure(
     say(f"Written to {output}")
 
 
-def _measurable(reference: ImageSet, samples: ImageSet, extractor: Extractor, wanted: Sequence[str]) -> list[str]:
+def _measurable(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor, wanted: Sequence[str]) -> list[str]:
     """The wanted metrics that there can be; the others are told of. Raises: ValueError for sets that no metric is of."""
     if samples.images is None:
         raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
     check_comparable(reference, samples)
     statistics = reference.statistics
     spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
-    missing = compare.left_out(reference.images is None, spatial, extractor, wanted)
+    missing = metric_suite.unavailable_metrics(reference.images is None, spatial, extractor, wanted)
     if missing:
         say(f"Left out: {'; '.join(f'{metric} ({why})' for metric, why in missing.items())}.")
     wanted = [metric for metric in wanted if metric not in missing]
@@ -101,10 +101,10 @@ def _measurable(reference: ImageSet, samples: ImageSet, extractor: Extractor, wa
         say("Note: these are not the published weights of FID's Inception; no figure of theirs is called FID.")
     for images in (reference, samples):
         for metric in wanted:
-            if images.images is not None and len(images.images) < compare.LEAST[metric]:
+            if images.images is not None and len(images.images) < metric_suite.MIN_IMAGES[metric]:
                 few = f"{images.name}: {len(images.images)} images are too few"
-                raise ValueError(f"{few} for {metric}, which needs {compare.LEAST[metric]}")
-    dimensions = extractors.check(extractor, samples.images.read(np.arange(1))[0].shape[1:])
+                raise ValueError(f"{few} for {metric}, which needs {metric_suite.MIN_IMAGES[metric]}")
+    dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))[0].shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
             f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
@@ -129,11 +129,11 @@ def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
         )
 
 
-def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> Features:
+def _features(extraction: FeaturePipeline, images: ImageSet, cache: pathlib.Path) -> SetFeatures:
     """Statistics that a file has go before those of the images beside them, which may be fewer."""
     found = None
     if images.images is not None:
-        found = extraction.of(pathlib.Path(images.name).name, images.images, cache)
+        found = extraction.extract_set(pathlib.Path(images.name).name, images.images, cache)
     if not images.statistics:
         return found
     moments, spatial = images.statistics
@@ -141,7 +141,7 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
     for part in (moments, spatial):
         if part is not None:
             content.update(part.mean.tobytes() + part.covariance.tobytes())
-    return Features(found and found.pool, moments, spatial, content.hexdigest(), found and found.parts)
+    return SetFeatures(found and found.pool, moments, spatial, content.hexdigest(), found and found.parts)
 
 
 def _draw_neighbors(path: pathlib.Path, reference: ImageSet, samples: ImageSet, near, unit: str) -> None:

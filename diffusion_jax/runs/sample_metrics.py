@@ -15,10 +15,10 @@ from diffusion_jax import data
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import compare, images, metrics
-from diffusion_jax.evaluation import features as extractors
-from diffusion_jax.evaluation.extract import CHUNK, Extraction, cache_directory
-from diffusion_jax.pretrained.inception import WHERE
+from diffusion_jax.evaluation import metric_suite, image_sets, metrics
+from diffusion_jax.evaluation import feature_extractors
+from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline, cache_directory
+from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs import workdir as work
 from diffusion_jax.runs.console import Bar, bar_over, say
@@ -47,16 +47,16 @@ def check_sample_metrics(config: ConfigDict) -> None:
             raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least 0")
     if options.batch_size < 1:
         raise UserError(f"evaluation.batch_size={options.batch_size} must be at least 1")
-    unknown = sorted(set(options.metrics) - set(compare.METRICS))
+    unknown = sorted(set(options.metrics) - set(metric_suite.METRICS))
     if unknown:
-        raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(compare.METRICS)}")
+        raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(metric_suite.METRICS)}")
     if not options.metrics:
         raise UserError(
-            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(compare.METRICS)}, or "
+            f"evaluation.metrics={tuple(options.metrics)} asks for nothing; name some of {', '.join(metric_suite.METRICS)}, or "
             "use evaluation.num_samples=0"
         )
-    if options.resize not in extractors.RESIZES:
-        raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(extractors.RESIZES)}")
+    if options.resize not in feature_extractors.RESIZES:
+        raise UserError(f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(feature_extractors.RESIZES)}")
 
 
 def judge(config: ConfigDict, directory: pathlib.Path) -> None:
@@ -66,7 +66,7 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     if _features_of(config) == "inception" and not options.inception:
         how = (
-            f"evaluation.inception=PATH names the weights of FID's Inception ({WHERE}), evaluation.num_samples=0 leaves "
+            f"evaluation.inception=PATH names the weights of FID's Inception ({DOWNLOAD_SOURCES}), evaluation.num_samples=0 leaves "
             "this out"
         )
         if not options.likelihood:
@@ -78,9 +78,9 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
         return
     extractor = _extractor(config)
     with as_user_error("config.evaluation"):
-        extractors.check(extractor, data.image_shape(config.data))
+        feature_extractors.feature_dimension(extractor, data.image_shape(config.data))
     reference = _reference(config)
-    few = max(compare.LEAST[metric] for metric in options.metrics)
+    few = max(metric_suite.MIN_IMAGES[metric] for metric in options.metrics)
     if options.num_samples < few:
         raise UserError(f"evaluation.num_samples={options.num_samples} is too few: the metrics asked for need {few}")
     config = ConfigDict(work.to_dict(config))
@@ -104,14 +104,14 @@ def judge(config: ConfigDict, directory: pathlib.Path) -> None:
     }
     mesh, output = sharding.make_mesh(config.mesh), directory / "metrics.json"
     try:
-        samples = images.ImageSet(str(drawn.path), images.Npz(drawn.path))
+        samples = image_sets.ImageSet(str(drawn.path), image_sets.NpzImages(drawn.path))
         measure(
             reference, samples, extractor, options.metrics, mesh, options.batch_size, output, about, _cache(directory)
         )
     except ValueError as error:
         raise UserError(f"the samples cannot be judged: {error}") from error
     if jax.process_index() == 0:
-        _plot(directory, compare.name_of("fid", extractor))
+        _plot(directory, metric_suite.reported_name("fid", extractor))
 
 
 def _features_of(config: ConfigDict) -> str:
@@ -119,18 +119,18 @@ def _features_of(config: ConfigDict) -> str:
     return config.evaluation.features or ("digits" if config.data.dataset == "digits" else "inception")
 
 
-def _extractor(config: ConfigDict) -> extractors.Extractor:
+def _extractor(config: ConfigDict) -> feature_extractors.FeatureExtractor:
     options = config.evaluation
     with as_user_error("config.evaluation"):
-        return extractors.named(_features_of(config), options.inception, options.resize)
+        return feature_extractors.from_name(_features_of(config), options.inception, options.resize)
 
 
-def _reference(config: ConfigDict) -> images.ImageSet:
+def _reference(config: ConfigDict) -> image_sets.ImageSet:
     split = config.evaluation.reference_split or config.data.split
     with naming_leaves({"data.split": "evaluation.reference_split"} if config.evaluation.reference_split else {}):
         source = data.load(ConfigDict({**config.data, "split": split}), bar_over("Reading the images"))
     name = config.data.data_dir if config.data.dataset == "folder" else f"{config.data.dataset}:{split}"
-    return images.ImageSet(name, source)
+    return image_sets.ImageSet(name, source)
 
 
 def _cache(directory: pathlib.Path) -> pathlib.Path:
@@ -167,17 +167,17 @@ class TrainingFid:
             raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
         if _features_of(config) == "inception" and not options.inception:
             raise UserError(
-                f"evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception ({WHERE})"
+                f"evaluation.every needs evaluation.inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES})"
             )
         extractor, self._seed, self._count = _extractor(config), options.seed, options.every_samples
         self._generator = generator
-        self._extraction = Extraction(extractor, sharding.make_mesh(config.mesh), options.batch_size, Bar)
+        self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, Bar)
         reference = _reference(config)
         try:
             self._reference = self._extraction.of(reference.name, reference.images, _cache(directory)).moments
         except ValueError as error:
             raise UserError(f"evaluation.every: samples could not be judged: {error}") from error
-        kind, steps = compare.name_of("fid", extractor), generator.recipe.schedule.num_timesteps
+        kind, steps = metric_suite.reported_name("fid", extractor), generator.recipe.schedule.num_timesteps
         self.name = f"{kind}_{self._count}_ddim{steps}"
 
     def __call__(self, params) -> float:

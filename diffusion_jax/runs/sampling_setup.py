@@ -441,7 +441,7 @@ class SamplingSetup:
         if self._between_steps:
             apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
         else:
-            apply = models.tabulate(self._model, params, self.schedule.timesteps)
+            apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
 
         def conditional(x_t, time, y):
             if low is not None:

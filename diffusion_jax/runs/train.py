@@ -258,7 +258,7 @@ class _Loop:
         options = self._config.training
         rows = sharding.process_rows(options.batch_size, self._built.mesh)
         batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
-        workers = 0 if isinstance(source, data.Memory) else self._config.data.workers
+        workers = 0 if isinstance(source, data.InMemory) else self._config.data.workers
         stream = data.stream(batches, step, workers)
         if options.steps_per_call > 1 and not self._built.train_steps:
             say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.evaluation import digits
-from diffusion_jax.models.inception import SIZE, Inception
+from diffusion_jax.models.inception import IMAGE_SIZE, Inception
 from diffusion_jax.pretrained.inception import WHERE, load_inception
 
 RESIZES = ("tf1", "pytorch", "clean")
@@ -72,7 +72,7 @@ def to_inception(images, resize: str):
     """Images float32 [B, H, W, 3] in 0 ... 255 as Inception takes them: [B, 299, 299, 3], in about [-1, 1]."""
     if resize == "clean":
         # Keys' cubic with a = -1/2, its support stretched where it shrinks: what Pillow calls BICUBIC.
-        shape = (len(images), SIZE, SIZE, 3)
+        shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
         images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
         return (jnp.clip(images, 0, 255) - 128) / 128
     center = 0.5 if resize == "pytorch" else 0.0
@@ -84,7 +84,7 @@ def to_inception(images, resize: str):
 def _linear(x, axis: int, center: float):
     """One axis enlarged to 299 by linear interpolation. center: of a pixel, 0 in TensorFlow 1 (its left edge) or 0.5."""
     size = x.shape[axis]
-    place = (np.arange(SIZE, dtype=np.float32) + np.float32(center)) * np.float32(size / SIZE) - np.float32(center)
+    place = (np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(center)) * np.float32(size / IMAGE_SIZE) - np.float32(center)
     place = np.maximum(place, 0)
     low = place.astype(np.int32)
     weight = jnp.expand_dims(place - low, tuple(i for i in range(x.ndim) if i != axis))
