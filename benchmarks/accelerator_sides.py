@@ -21,10 +21,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import compiled, roofline
-from configs import cifar10, default, imagenet64_adm, imagenet_adm
+from configs import cifar10, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, models, sampling, schedules, training
+from diffusion_jax.config import default
 from diffusion_jax.distributed import compiler
-from diffusion_jax.models import convolution, unet
+from diffusion_jax.models import convolution
+from diffusion_jax.models.layers import GroupNorm
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
 NETWORKS = tuple(_CONFIGS)
@@ -52,7 +54,7 @@ class Case:
 
 def config_of(case: Case) -> ConfigDict:
     """The config that a case trains: its network, L_simple of three channels, Adam with clipping, no flips."""
-    config, base = _CONFIGS[case.network](), default.get_config()
+    config, base = _CONFIGS[case.network](), default()
     config.optimizer, config.diffusion.loss, config.diffusion.variance = base.optimizer, "simple", "fixed_large"
     config.data.random_flip = False
     config.training.update(batch_size=case.batch, steps_per_call=case.changes.get("steps_per_call", 1))
@@ -314,7 +316,7 @@ def read(case: Case) -> dict:
 
 def _conv(inputs: int, outputs: int) -> Callable:
     def make(batch: int, side: int):
-        return convolution.xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
+        return convolution.convolve_xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
 
     return make
 
@@ -324,7 +326,7 @@ def _norm(batch: int, side: int):
 
     def layer(x, scale):
         params = {"norm": {"scale": scale, "bias": jnp.zeros_like(scale)}}
-        return jax.nn.silu(unet.GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
+        return jax.nn.silu(GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
 
     return layer, ((batch, side, side, 128), (128,))
 

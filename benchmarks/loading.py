@@ -36,22 +36,24 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     from safetensors.numpy import save_file
 
     from diffusion_jax import models
-    from diffusion_jax.pretrained import diffusers, ho, parameters, openai
+    from diffusion_jax.pretrained import ho, openai, parameters
     from diffusion_jax.pretrained.description import make_description
+    from diffusion_jax.pretrained.diffusers_scheduler import scheduler_to_config
+    from diffusion_jax.pretrained.diffusers_unet import unet_to_config
 
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:
         size, diffusion = ho.PRESETS[name]
-        found = describe("", model, size, diffusion)
+        found = make_description("", model, size, diffusion)
         folder = directory / name
         (folder / "unet").mkdir(parents=True)
-        unet, scheduler = diffusers.config_of(found)
+        unet, scheduler = unet_to_config(found), scheduler_to_config(found)
         (folder / "unet" / "config.json").write_text(json.dumps(unet))
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
         naming, path, flags = parameters.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
     else:
         size, low, diffusion = openai.PRESETS[name]
-        found = describe("", model, size, diffusion, low_resolution=low)
+        found = make_description("", model, size, diffusion, low_resolution=low)
         naming, folder, flags = parameters.OPENAI, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}

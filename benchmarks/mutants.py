@@ -38,30 +38,38 @@ BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 MEMORY = 8 * 2**30  # bytes for each process: a mutant can ask for any amount
 
 # Each file's own tests, in the order in which they run: those most likely to fail first.
-_STEPS, _VALUES, _REFUSALS = "test_sampler_steps.py", "test_sampler_values.py", "test_refusals.py"
-_SAMPLERS = (_VALUES, "test_sampling.py", _STEPS, "test_solvers.py")
-_SOLVERS = (_STEPS, "test_solvers.py", _VALUES, "test_sampling.py")
+_REFUSALS, _SAMPLING = "test_refusals.py", "sampling/test_sampling.py"
+_PROCESS = ("test_process.py", _REFUSALS, _SAMPLING)
+_STEPS, _VALUES = "sampling/test_sampler_steps.py", "sampling/test_sampler_values.py"
+_SAMPLERS = (_VALUES, _SAMPLING, _STEPS, "sampling/test_solvers.py")
+_SOLVERS = (_STEPS, "sampling/test_solvers.py", _VALUES, _SAMPLING)
 TESTS = {
-    "process": ("test_process.py", _REFUSALS, "test_sampling.py"),
-    "schedules": ("test_schedules.py", _REFUSALS),
+    "process/arrays": _PROCESS,
+    "process/forward": _PROCESS,
+    "process/predictions": _PROCESS,
+    "process/reverse": _PROCESS,
+    "schedules/beta_schedules": ("test_schedules.py", _REFUSALS),
+    "schedules/respacing": ("test_schedules.py", _REFUSALS),
+    "schedules/schedule": ("test_schedules.py", _REFUSALS),
     "losses": (
         "test_losses.py",
         _REFUSALS,
         "test_dtypes.py",
-        "test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t",
+        "models/test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t",
     ),
     "likelihood": ("test_likelihood.py", _REFUSALS, "test_dtypes.py"),
     "guidance": ("test_guidance.py", _REFUSALS),
     "timesteps": (_REFUSALS, "test_losses.py"),
+    "labels": ("test_losses.py", "test_guidance.py", _REFUSALS),
     "editing": ("test_editing.py", _REFUSALS),
     "sampling/ancestral": _SAMPLERS,
     "sampling/driver": _SAMPLERS,
     "sampling/exponential": _SOLVERS,
     "sampling/inversion": _SOLVERS,
-    "sampling/levels": _SOLVERS,
+    "sampling/noise_levels": _SOLVERS,
     "sampling/runge_kutta": _SOLVERS,
-    "sampling/spacing": ("test_spacing.py",),
-    "training/step": ("test_train_step.py", "test_training.py", "test_upsampling.py"),
+    "sampling/spacing": ("sampling/test_spacing.py",),
+    "training/step": ("training/test_train_step.py", "training/test_training.py", "models/test_upsampling.py"),
 }
 
 

@@ -81,7 +81,8 @@ def theirs(name: str, steps: int, dtype: str, images: int, small: bool):
     """() -> images, by a diffusers pipeline."""
     import diffusers
     import torch
-    from peers import PUBLISHED
+
+    from helpers.torch_networks import PUBLISHED
 
     narrow = {"block_out_channels": (NARROW, *(2 * NARROW,) * 3)} if small else {}
     network = diffusers.UNet2DModel(**PUBLISHED | narrow).eval().to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --size=256 [--compile=8]
 
-The state and the collectives follow from the shapes by the rule of training/sharding.py, on any number of devices, without
+The state and the collectives follow from the shapes by the rule of distributed/sharding.py, on any number of devices, without
 compiling: two gathers and a reduce-scatter of what is split, an all-reduce of what is whole. `--compile=N` compiles the train
 step for N virtual devices (minutes, and gigabytes) and holds the compiled program's bytes against them.
 """

@@ -33,7 +33,7 @@ import json, sys, time
 marks = [("python", time.time())]
 def mark(part):
     marks.append((part, time.time()))
-import main
+from diffusion_jax import cli
 from diffusion_jax import data, training
 from diffusion_jax.runs import devices, train
 mark("import")
@@ -114,11 +114,11 @@ def programs(presets: list[str], compiled: bool) -> None:
     """Prints a line for each network: its call and its train step."""
     import jax
     import jax.numpy as jnp
-    from programs import equations
 
-    from configs import default
     from diffusion_jax import data, models, training
+    from diffusion_jax.config import default
     from diffusion_jax.distributed import compiler
+    from helpers.jaxprs import equations
 
     def report(name: str, function, *arguments) -> None:
         """function: jitted."""
@@ -134,7 +134,7 @@ def programs(presets: list[str], compiled: bool) -> None:
 
     print("| | equations | tracing |" + " compiling |" * compiled + "\n|---|---|---|" + "---|" * compiled)
     for name in presets:
-        config = default.get_config()
+        config = default()
         config.model.update(models.preset_fields(name))
         config.data.image_size = PIXELS[name]
         config.training.batch_size = 2

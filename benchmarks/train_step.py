@@ -21,11 +21,11 @@ import jax
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from peers import PUBLISHED
 
 from configs import cifar10
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
+from helpers.torch_networks import PUBLISHED
 
 
 def ours(batch_size: int, dtype: str):

@@ -1,1 +1,1 @@
-"""Hyperparameters only: each file's `get_config()` is one experiment, and says how to run it."""
+"""Experiments: each file has hyperparameters alone, a `get_config()`, and a docstring with the command that runs it."""

@@ -6,14 +6,12 @@ Published: samples, without an FID. Expected, not measured: about two days on a 
 set celeb_a_hq/256, whose files TFDS asks you to download by hand.
 """
 
-from ml_collections import ConfigDict
-
-from configs import lsun_church_256
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """As the church, with another data set and length."""
-    config = lsun_church_256.get_config()
+    config = experiment("lsun_church_256")
     config.data.dataset = "celeb_a_hq/256"
     config.training.num_steps = 500_000
     config.evaluation.split = "train"  # the only one that TFDS has

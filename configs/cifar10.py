@@ -8,11 +8,9 @@ Ho et al. report 21 steps a second on a TPU v3-8, so about 11 hours there. On a 
     python main.py --config=configs/cifar10.py --workdir=DIR --config.training.batch_size=8 --config.training.num_steps=4
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
+from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
     """The defaults are this model."""
-    return default.get_config()
+    return default()

@@ -5,16 +5,16 @@
 5,096,138 parameters, 60,000 steps of batch 128. No published result. Expected, not measured: hours on one current GPU.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default, imagenet_classifier
+from diffusion_jax.config import ConfigDict, default, default_classifier
 
 
 def get_config() -> ConfigDict:
     """Three levels of 32, 16 and 8 pixels, half as wide; the schedule of the diffusion model."""
-    config = default.get_config()
-    config.model = imagenet_classifier.classifier(10)
-    config.model.update(channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), dropout=0.1)
+    config = default()
+    config.model = default_classifier().model
+    config.model.update(
+        num_classes=10, channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), dropout=0.1
+    )
     config.diffusion.loss = "classify"
     config.training.num_steps = 60_000
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, weight_decay=0.05, grad_clip=0.0)

@@ -12,10 +12,7 @@ current GPU. `--config.sampling.steps=250 --config.sampling.spacing=openai` samp
 estimates the bits per dimension of the test images.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, preset_fields
 
 _LOSSES = {
     "hybrid": {"loss": "hybrid", "timestep_sampler": "uniform"},
@@ -27,9 +24,9 @@ def get_config(loss: str = "hybrid") -> ConfigDict:
     """loss: "hybrid" or "vlb"."""
     if loss not in _LOSSES:
         raise ValueError(f"cifar10_improved.py:{loss}: known are {', '.join(_LOSSES)}")
-    config = default.get_config()
+    config = default()
     config.data.random_flip = False
-    config.model.update(models.preset_fields("improved_cifar10"))
+    config.model.update(preset_fields("improved_cifar10"))
     config.diffusion.update(schedule="cosine", num_timesteps=4000, rescale_timesteps=True, variance="learned_range")
     config.diffusion.update(_LOSSES[loss])
     config.training.num_steps = 500_000

@@ -6,14 +6,12 @@
 its steps. It is trained on exact small images; --config.diffusion.conditioning_noise=0.2 makes it forgive those of a model.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
+from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
     """The defaults, with a smaller image to start from."""
-    config = default.get_config()
+    config = default()
     config.data.low_resolution = 16
     config.training.num_steps = 200_000
     return config

@@ -6,17 +6,15 @@
 68% on average over all noise levels (most of which show nothing of the digit).
 """
 
-from ml_collections import ConfigDict
-
-from configs import digits, imagenet_classifier
+from diffusion_jax.config import ConfigDict, default_classifier, experiment
 
 
 def get_config() -> ConfigDict:
     """As narrow as the diffusion model, and of the same schedule."""
-    config = digits.get_config()
-    config.model = imagenet_classifier.classifier(10)
+    config = experiment("digits")
+    config.model = default_classifier().model
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
-    config.model.update(head_channels=32, dropout=0.3)
+    config.model.update(num_classes=10, head_channels=32, dropout=0.3)
     config.diffusion.loss = "classify"
     config.training.update(num_steps=1000, log_every=50)
     config.optimizer.update(name="adamw", learning_rate=1e-3, warmup_steps=0, weight_decay=0.05, grad_clip=0.0)

@@ -3,13 +3,11 @@
 python main.py --config=configs/digits_conditional.py --workdir=runs/conditional
 """
 
-from ml_collections import ConfigDict
-
-from configs import digits
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """The digits' network with ten classes, each label left out one time in ten."""
-    config = digits.get_config()
+    config = experiment("digits")
     config.model.update(num_classes=10, label_dropout=0.1)
     return config

@@ -7,17 +7,14 @@ trained: here 500,000 steps of batch 256. Expected, not measured: weeks on eight
 whose files TFDS asks you to download by hand.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, preset_fields
 
 
 def get_config() -> ConfigDict:
     """Six levels from 256 to 8 pixels, attention at 32, 16 and 8, 1,000 classes, a learned variance."""
-    config = default.get_config()
+    config = default()
     config.data.update(dataset="imagenet2012", image_size=256, low_resolution=64, random_flip=True)
-    config.model.update(models.preset_fields("adm_upsampler_64_256"))
+    config.model.update(preset_fields("adm_upsampler_64_256"))
     config.diffusion.update(loss="hybrid", variance="learned_range")
     config.training.update(num_steps=500_000, batch_size=256)
     config.optimizer.update(name="adamw", learning_rate=1e-4, warmup_steps=0, grad_clip=0.0)

@@ -5,17 +5,14 @@
 Published result, from the guided samples of the model at 128 pixels: FID 3.85. As imagenet256_upsample.py otherwise.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default, imagenet256_upsample
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, experiment, preset_fields
 
 
 def get_config() -> ConfigDict:
     """Six levels from 512 to 16 pixels, attention at 32 and 16, 64 channels a head."""
-    config = imagenet256_upsample.get_config()
+    config = experiment("imagenet256_upsample")
     config.data.update(image_size=512, low_resolution=128)
-    config.model = default.get_config().model
-    config.model.update(models.preset_fields("adm_upsampler_128_512"))
+    config.model = default().model
+    config.model.update(preset_fields("adm_upsampler_128_512"))
     config.sampling.update(num_samples=4, batch_size=4)
     return config

@@ -6,17 +6,14 @@
 not measured: months on one current GPU. Needs imagenet_resized/64x64, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, preset_fields
 
 
 def get_config() -> ConfigDict:
     """A cosine schedule, a learned variance, AdamW without warm-up."""
-    config = default.get_config()
+    config = default()
     config.data.update(dataset="imagenet_resized/64x64", image_size=64, random_flip=True)
-    config.model.update(models.preset_fields("adm_imagenet64"))
+    config.model.update(preset_fields("adm_imagenet64"))
     config.diffusion.update(schedule="cosine", loss="hybrid", variance="learned_range")
     config.training.update(num_steps=540_000, batch_size=2048)
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, grad_clip=0.0)

@@ -14,10 +14,7 @@ Expected, not measured: weeks on one current GPU. Needs a TFDS set that TFDS dow
 downsampled_imagenet/64x64, which the bits per dimension are of, and for the conditional model imagenet_resized/64x64.
 """
 
-from ml_collections import ConfigDict
-
-from configs import cifar10_improved, default
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, experiment, preset_fields
 
 
 def get_config(variant: str = "hybrid") -> ConfigDict:
@@ -25,15 +22,15 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     if variant not in ("hybrid", "vlb", "conditional"):
         raise ValueError(f"imagenet64_improved.py:{variant}: known are hybrid, vlb, conditional")
     conditional = variant == "conditional"
-    config = cifar10_improved.get_config("hybrid" if conditional else variant)
+    config = experiment("cifar10_improved:hybrid" if conditional else f"cifar10_improved:{variant}")
     config.data.update(dataset="downsampled_imagenet/64x64", image_size=64)
-    config.model = default.get_config().model
-    config.model.update(models.preset_fields("improved_imagenet64" + ("_conditional" if conditional else "")))
+    config.model = default().model
+    config.model.update(preset_fields("improved_imagenet64" + ("_conditional" if conditional else "")))
     config.training.num_steps = 1_500_000
     config.evaluation.split = "validation"
     if conditional:
         config.data.dataset = "imagenet_resized/64x64"
-        # Its run neither rescaled the timesteps nor the bound: one sampled term of it had weight 1, the whole 1 / T.
+        # Its run rescaled neither the timesteps nor the bound: one sampled term had weight 1, the whole bound 1 / T.
         config.diffusion.update(rescale_timesteps=False, vlb_weight=1 / config.diffusion.num_timesteps)
         config.training.update(num_steps=250_000, batch_size=2048)
         config.optimizer.learning_rate = 3e-4

@@ -15,10 +15,7 @@ Expected, not measured: years on one current GPU; these are for pods. `--config.
 guiding classifiers are imagenet_classifier.py's, the upsamplers imagenet256_upsample.py and imagenet512_upsample.py.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default, imagenet64_adm
-from diffusion_jax import models
+from diffusion_jax.config import ConfigDict, default, experiment, preset_fields
 
 _STEPS = {"128": 4_360_000, "256": 1_980_000, "256_unconditional": 1_980_000, "512": 1_940_000}
 
@@ -27,10 +24,10 @@ def get_config(variant: str = "256") -> ConfigDict:
     """variant: "128", "256", "256_unconditional" or "512"."""
     if variant not in _STEPS:
         raise ValueError(f"imagenet_adm.py:{variant}: known are {', '.join(_STEPS)}")
-    config = imagenet64_adm.get_config()
+    config = experiment("imagenet64_adm")
     config.data.update(dataset="imagenet2012", image_size=int(variant.split("_")[0]))
-    config.model = default.get_config().model
-    config.model.update(models.preset_fields(f"adm_imagenet{variant}"))
+    config.model = default().model
+    config.model.update(preset_fields(f"adm_imagenet{variant}"))
     config.diffusion.schedule = "linear"
     config.training.update(num_steps=_STEPS[variant], batch_size=256)
     config.optimizer.learning_rate = 1e-4

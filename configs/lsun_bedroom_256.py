@@ -6,14 +6,12 @@ Published result: FID 6.36 (4.90 with a larger network). Expected, not measured:
 Needs the TFDS set lsun/bedroom, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import lsun_church_256
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """As the church, with another data set and length."""
-    config = lsun_church_256.get_config()
+    config = experiment("lsun_church_256")
     config.data.update(dataset="lsun/bedroom")
     config.training.num_steps = 2_400_000
     return config

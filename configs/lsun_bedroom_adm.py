@@ -6,14 +6,12 @@ Published result: FID 1.90. The published code does not say how long it was trai
 Expected, not measured: months on one current GPU. Needs the TFDS set lsun/bedroom, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import imagenet_adm
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """The unconditional network of ImageNet, with dropout."""
-    config = imagenet_adm.get_config("256_unconditional")
+    config = experiment("imagenet_adm:256_unconditional")
     config.data.dataset = "lsun/bedroom"
     config.model.dropout = 0.1
     config.training.num_steps = 500_000

@@ -6,14 +6,12 @@ Published result: FID 19.75. Expected, not measured: days on a TPU v3-8 or on ei
 lsun/cat, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import lsun_church_256
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """As the church, with another data set and length, and no flips (as in the published command)."""
-    config = lsun_church_256.get_config()
+    config = experiment("lsun_church_256")
     config.data.update(dataset="lsun/cat", random_flip=False)
     config.training.num_steps = 1_800_000
     return config

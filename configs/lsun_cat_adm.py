@@ -5,13 +5,11 @@
 Published result: FID 5.57. Needs the TFDS set lsun/cat, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import lsun_bedroom_adm
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """As the bedroom, with another data set."""
-    config = lsun_bedroom_adm.get_config()
+    config = experiment("lsun_bedroom_adm")
     config.data.dataset = "lsun/cat"
     return config

@@ -6,14 +6,12 @@ Published result: FID 7.89. Expected, not measured: days on a TPU v3-8 or on eig
 lsun/church_outdoor, which TFDS downloads and prepares.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
+from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
     """Six levels from 256 to 8 pixels, attention at 16, no dropout."""
-    config = default.get_config()
+    config = default()
     config.data.update(dataset="lsun/church_outdoor", image_size=256)
     config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,), dropout=0.0)
     config.diffusion.variance = "fixed_small"

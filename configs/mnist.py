@@ -5,14 +5,12 @@
 Expected, not measured: about an hour on one current GPU. No published result; a run that works shows clean digits.
 """
 
-from ml_collections import ConfigDict
-
-from configs import default
+from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
     """DDPM's network at half width and three levels (28, 14, 7 pixels)."""
-    config = default.get_config()
+    config = default()
     config.data.update(dataset="mnist", image_size=28, channels=1, random_flip=False)
     config.model.update(channels=64, channel_multipliers=(1, 2, 2))
     config.training.update(num_steps=50_000, sample_every=5_000, checkpoint_every=2_500, checkpoint_keep_every=0)

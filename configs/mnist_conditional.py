@@ -4,14 +4,12 @@ python main.py --config=configs/mnist_conditional.py --workdir=DIR
 python main.py --workdir=DIR --mode=sample --config.sampling.class=7 --config.sampling.guidance_scale=2
 """
 
-from ml_collections import ConfigDict
-
-from configs import mnist
+from diffusion_jax.config import ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
     """A narrow network with ten classes, each label left out one time in ten; DPM-Solver++ with 25 steps."""
-    config = mnist.get_config()
+    config = experiment("mnist")
     config.model.update(channels=24, channel_multipliers=(1, 2, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
     config.model.update(dropout=0.0, num_classes=10, label_dropout=0.1)
     config.diffusion.update(schedule="cosine", variance="fixed_small", timestep_sampler="stratified")

@@ -1,11 +1,25 @@
 """Denoising diffusion probabilistic models in JAX.
 
-Importing the package brings the pure core, which needs jax and numpy alone. Networks, data and the training program
-are imported by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
+`import diffusion_jax` loads the pure core, which needs jax, numpy and jaxtyping only. Import networks, data and the training
+program by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 """
 
-from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps, types
+from diffusion_jax.types import Clip, DenoiseFn, TimestepSampler
 
 __version__ = "0.1.1"
 
-__all__ = ["editing", "guidance", "likelihood", "losses", "process", "sampling", "schedules", "timesteps"]
+__all__ = [
+    "Clip",
+    "DenoiseFn",
+    "TimestepSampler",
+    "editing",
+    "guidance",
+    "likelihood",
+    "losses",
+    "process",
+    "sampling",
+    "schedules",
+    "timesteps",
+    "types",
+]

@@ -23,6 +23,10 @@ class UserError(DiffusionJaxError):
         self.exit_code = exit_code
 
 
+class ConfigError(UserError, ValueError):
+    """A config with an unknown leaf, or with a value that its leaf does not allow."""
+
+
 class DataError(DiffusionJaxError):
     """Data that is missing, unreadable or of the wrong kind."""
 

@@ -81,35 +81,35 @@ def _tanh_cdf(z):
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def decoder_log_prob(x_0, mean, log_variance, levels: int | None = 256, cdf: str = "exact") -> jax.Array:
+def decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None = 256, cdf: str = "exact") -> jax.Array:
     """log p(x_0 | x_1) of every element, in nats: the Gaussian's mass in the bin of each gray level (DDPM eq. 13).
 
-    Level k of `levels` is x_0 = 2 k / (levels - 1) - 1, and its bin reaches half way to its neighbors, the outermost ones
-    to infinity, so the probabilities of all levels sum to 1.
+    Level k of `gray_levels` is x_0 = 2 k / (gray_levels - 1) - 1, and its bin reaches half way to its neighbors, the outermost ones
+    to infinity, so the probabilities of all gray_levels sum to 1.
 
     Args:
       x_0, mean, log_variance: float, of one shape; a variance below exp(-60) counts as that.
-      levels: how many values the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest. None for
+      gray_levels: how many values the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest. None for
         continuous data: the log density of N(mean, variance) at x_0.
       cdf: "exact", or "tanh" for OpenAI's approximation with its floor of log 1e-12, to reproduce their figures.
-    Raises: ValueError for fewer than 2 levels, an unknown cdf, or arrays that are not float.
+    Raises: ValueError for fewer than 2 gray_levels, an unknown cdf, or arrays that are not float.
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
-    if levels is None:
+    if gray_levels is None:
         return -0.5 * jnp.square(x_0 - mean) * jnp.exp(-log_variance) - 0.5 * log_variance - _LOG_SQRT_2_PI
-    if levels < 2:
-        raise ValueError(f"levels={levels} must be at least 2, or None for continuous data")
+    if gray_levels < 2:
+        raise ValueError(f"gray_levels={gray_levels} must be at least 2, or None for continuous data")
     if cdf not in CDFS:
         raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
     log_variance = jnp.maximum(log_variance, _LEAST_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
-    half = 1.0 / (levels - 1)
-    level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, levels - 1)
+    half = 1.0 / (gray_levels - 1)
+    level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, gray_levels - 1)
     # Edges come from the whole number of the level, so that neighbors share theirs to the bit: edges made from x_0 leave
     # gaps, which at a standard deviation of 1e-3 let the sum of probabilities miss 1 by 5e-5 in float32.
     lower = ((2 * level - 1) * half - 1 - mean) * inverse_sd
     upper = ((2 * level + 1) * half - 1 - mean) * inverse_sd
-    first, last = level == 0, level == levels - 1
+    first, last = level == 0, level == gray_levels - 1
     if cdf == "tanh":
         mass = jnp.where(last, 1.0, _tanh_cdf(upper)) - jnp.where(first, 0.0, _tanh_cdf(lower))
         return jnp.log(jnp.maximum(mass, 1e-12))
@@ -153,13 +153,13 @@ def bound_term(
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool | Callable = True,
-    levels: int | None = 256,
+    gray_levels: int | None = 256,
     cdf: str = "exact",
 ) -> tuple[jax.Array, process.Reverse]:
     """One term of the bound, from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
     output: [B, ..., C], twice the channels for a learned variance; x_0, x_t: [B, ..., C]; t: int32 [B]; prediction, variance,
-    clip: as `process.p_mean_variance`; levels, cdf: as `decoder_log_prob`.
+    clip: as `process.p_mean_variance`; gray_levels, cdf: as `decoder_log_prob`.
     Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) it was made with).
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
@@ -168,7 +168,7 @@ def bound_term(
     # A network's own log variance may fall to where float32 has no exponential, here or in the branch not taken.
     log_variance = jnp.maximum(reverse.log_variance, _LEAST_LOG_VARIANCE)
     kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
-    decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, levels, cdf)
+    decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
     return jnp.where(t == 0, _bits(decoder), _bits(kl)), reverse
 
 
@@ -181,7 +181,7 @@ def bits_per_dim(
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool | Callable = True,
-    levels: int | None = 256,
+    gray_levels: int | None = 256,
     cdf: str = "exact",
     strata: int | None = None,
     tables: bool = True,
@@ -194,7 +194,7 @@ def bits_per_dim(
       denoise_fn: (x_t [B, ...], network time float [B]) -> output.
       x_0: float [B, ...], images in [-1, 1].
       prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's figures clip.
-      levels, cdf: as `decoder_log_prob`; None levels for continuous data, whose "bits" are of a density and may be negative.
+      gray_levels, cdf: as `decoder_log_prob`; None gray_levels for continuous data, whose "bits" are of a density and may be negative.
       strata: None visits all T steps. A number S visits 1 + 2 S of them: L_0, and two in each of S parts of the others (short
         ones where t is small and terms are large), drawn for each example on its own. The estimate is unbiased, and
         `standard_error` comes from the differences of those pairs.
@@ -229,7 +229,7 @@ def bits_per_dim(
             prediction=prediction,
             variance=variance,
             clip=clip,
-            levels=levels,
+            gray_levels=gray_levels,
             cdf=cdf,
         )
         eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")

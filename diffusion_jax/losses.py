@@ -120,7 +120,7 @@ def vlb(
     prediction: str = "eps",
     variance: str = "learned_range",
     clip: bool | Callable = False,
-    levels: int | None = 256,
+    gray_levels: int | None = 256,
     timestep_sampler: str | Callable = timesteps.uniform,
 ) -> tuple[jax.Array, Parts]:
     """The variational bound (DDPM eq. 5) but its constant L_T, in bits per dimension: T times the term of one drawn step.
@@ -131,14 +131,14 @@ def vlb(
     Args:
       key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
       variance, clip: as `process.p_mean_variance`; training does not clip, as in OpenAI's code (Ho's does).
-      levels: as `likelihood.decoder_log_prob`.
+      gray_levels: as `likelihood.decoder_log_prob`.
     Returns: (loss float [B], Parts).
     Raises: ValueError as `simple`, for an output whose channels do not fit `variance`, and for eps or score where alpha_bar
       ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
     parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    bound = _bound(schedule, parts, parts.output, x_0, prediction, variance, clip, levels)
+    bound = _bound(schedule, parts, parts.output, x_0, prediction, variance, clip, gray_levels)
     return parts.importance * bound, parts._replace(vlb=bound)
 
 
@@ -151,7 +151,7 @@ def hybrid(
     prediction: str = "eps",
     variance: str = "learned_range",
     clip: bool | Callable = False,
-    levels: int | None = 256,
+    gray_levels: int | None = 256,
     weighting: str | Callable | None = None,
     vlb_weight: float = 0.001,
     timestep_sampler: str | Callable = timesteps.uniform,
@@ -174,7 +174,7 @@ def hybrid(
     parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
     mean, values = process.split_variance(parts.output, parts.x_t, variance)
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
-    bound = _bound(schedule, parts, detached, x_0, prediction, variance, clip, levels)
+    bound = _bound(schedule, parts, detached, x_0, prediction, variance, clip, gray_levels)
     weight = _weight_of_target(schedule, parts, prediction, weighting)
     return parts.importance * (weight * parts.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), parts._replace(
         vlb=bound
@@ -249,10 +249,18 @@ def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts
     return Parts(t, importance, mse, None, eps, x_t, output)
 
 
-def _bound(schedule, parts, output, x_0, prediction, variance, clip, levels):
+def _bound(schedule, parts, output, x_0, prediction, variance, clip, gray_levels):
     """T times the bound's term at the drawn step, [B]."""
     term, _ = likelihood.bound_term(
-        schedule, output, x_0, parts.x_t, parts.t, prediction=prediction, variance=variance, clip=clip, levels=levels
+        schedule,
+        output,
+        x_0,
+        parts.x_t,
+        parts.t,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+        gray_levels=gray_levels,
     )
     return schedule.num_timesteps * term
 

@@ -275,12 +275,12 @@ def test_edits_that_cannot_be():
 
 
 def test_sdedit_skips_a_last_step_without_signal():
-    """eps says nothing about x_0 at alpha_bar = 0, which an edit of less than full strength does not visit."""
+    """eps does not determine x_0 at alpha_bar = 0, which an edit of less than full strength does not visit."""
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     x_0 = jnp.full((2, 3), 0.2)
     edit = lambda strength: editing.sdedit(  # noqa: E731
         KEY, jsd, lambda x, time: 0 * x, x_0, sampling.ddim(clip=False), strength=strength
     )
     assert np.isfinite(edit(0.9)).all()
-    with pytest.raises(ValueError, match="says nothing about x_0 there"):
+    with pytest.raises(ValueError, match="does not determine x_0 there"):
         edit(1.0)

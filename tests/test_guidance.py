@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_mixtures import FULL, as_prediction
-from programs import calls
 
 from diffusion_jax import guidance, process, sampling, schedules
+from helpers.gaussian_mixtures import FULL, as_prediction
+from helpers.jaxprs import calls
 
 KEY = jax.random.key(0)
 MEANS, S2 = np.array([[-0.6, 0.3], [0.5, 0.4], [0.1, -0.7]]), 0.04  # three classes in the plane, equally likely

@@ -159,8 +159,8 @@ def test_openai_s_tanh_decoder():
 
 def test_the_decoder_s_bad_arguments():
     x = jnp.zeros(3)
-    with pytest.raises(ValueError, match="levels=1"):
-        likelihood.decoder_log_prob(x, x, x, levels=1)
+    with pytest.raises(ValueError, match="gray_levels=1"):
+        likelihood.decoder_log_prob(x, x, x, gray_levels=1)
     with pytest.raises(ValueError, match="known: exact, tanh"):
         likelihood.decoder_log_prob(x, x, x, cdf="erf")
 
@@ -188,7 +188,7 @@ def test_the_prior_term():
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_every_term_has_its_closed_form(variance):
     """Gaussian data and the exact posterior mean: each L_t, both squared errors and the prior, within error bars."""
-    bits = evaluate(optimal(variance), variance, gaussian_data(20_000), levels=None)
+    bits = evaluate(optimal(variance), variance, gaussian_data(20_000), gray_levels=None)
     assert bits.vlb.shape == bits.mse.shape == bits.x_0_mse.shape == bits.t.shape == (20_000, T)
     a = SCHEDULE.alpha_bar
     expected = {"vlb": closed_form(variance), "mse": a * S2 / V, "x_0_mse": S2 * (1 - a) / V}
@@ -209,7 +209,7 @@ def test_the_exact_variance_attains_the_bound():
     attained = 0.5 * np.log(2 * np.pi * np.e * S2) + 0.5 * (v + a * M**2 - 1 - np.log(v))
     prior = 0.5 * (a * (S2 + M**2) - a - np.log1p(-a))
     assert closed_form("learned_range").sum() + prior / np.log(2) == pytest.approx(attained / np.log(2), abs=1e-12)
-    bits = evaluate(optimal("learned_range"), "learned_range", gaussian_data(20_000, 3), levels=None, tables=False)
+    bits = evaluate(optimal("learned_range"), "learned_range", gaussian_data(20_000, 3), gray_levels=None, tables=False)
     mean, error = mean_and_error(bits.total)
     assert abs(mean - attained / np.log(2)) < 4 * error and error < 0.01
     for other in ("fixed_small", "fixed_large"):
@@ -228,7 +228,7 @@ def test_the_discretized_decoder_term_by_quadrature():
     log_p = scipy_log_prob(np.broadcast_to(grid[:, None], mean.shape), mean, np.sqrt(EXACT_VARIANCE[0]), levels)
     expected = -(probabilities * (log_p @ weights / weights.sum())).sum() / np.log(2)
     x_0 = np.random.default_rng(0).choice(grid, p=probabilities / probabilities.sum(), size=(40_000, 4))
-    bits = evaluate(optimal("learned_range"), "learned_range", x_0.astype(np.float32), levels=levels, tables=False)
+    bits = evaluate(optimal("learned_range"), "learned_range", x_0.astype(np.float32), gray_levels=levels, tables=False)
     measured, error = mean_and_error(bits.decoder)
     assert abs(measured - expected) < 4 * error and error < 0.01 * expected
 
@@ -288,7 +288,7 @@ def test_rate_and_distortion_of_a_gaussian():
 @pytest.mark.parametrize("strata", [1, 7, 49])
 def test_strata_estimate_the_whole_without_bias(strata):
     x_0 = gaussian_data(20_000, 5)
-    bits = evaluate(optimal("learned_range"), "learned_range", x_0, key=2, levels=None, strata=strata)
+    bits = evaluate(optimal("learned_range"), "learned_range", x_0, key=2, gray_levels=None, strata=strata)
     assert bits.vlb.shape == (20_000, 1 + 2 * strata) and (bits.t[:, 0] == 0).all()
     assert bits.t[:, 1:].min() == 1 and bits.t[:, 1:].max() == T - 1
     transitions = bits.total - bits.prior - bits.decoder
@@ -296,7 +296,7 @@ def test_strata_estimate_the_whole_without_bias(strata):
     assert abs(mean - closed_form("learned_range")[1:].sum()) < 4 * error
     # The stated error, against the spread of estimates of one and the same example.
     same = jnp.repeat(x_0[:1], 20_000, axis=0)
-    bits = evaluate(optimal("learned_range"), "learned_range", same, key=3, levels=None, strata=strata)
+    bits = evaluate(optimal("learned_range"), "learned_range", same, key=3, gray_levels=None, strata=strata)
     spread = np.asarray(bits.total - bits.decoder, np.float64).var()
     assert abs(np.mean(np.square(bits.standard_error, dtype=np.float64)) / spread - 1) < 0.07
 
@@ -304,7 +304,7 @@ def test_strata_estimate_the_whole_without_bias(strata):
 def test_more_strata_are_more_exact():
     x_0 = gaussian_data(2000, 5)
     errors = [
-        float(evaluate(optimal("fixed_small"), "fixed_small", x_0, levels=None, strata=s).standard_error.mean())
+        float(evaluate(optimal("fixed_small"), "fixed_small", x_0, gray_levels=None, strata=s).standard_error.mean())
         for s in (1, 5, 20)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -364,7 +364,7 @@ def test_gradients_are_finite_at_any_learned_log_variance(levels):
             def term(output, t=t):
                 index = jnp.full(2, t)
                 value, _ = likelihood.bound_term(
-                    SCHEDULE, output, x_0, x_t, index, prediction="x_0", variance="learned", levels=levels
+                    SCHEDULE, output, x_0, x_t, index, prediction="x_0", variance="learned", gray_levels=levels
                 )
                 return value.sum()
 

@@ -193,7 +193,7 @@ def doubled(x_t, time):
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_the_vlb_loss_estimates_the_bound(variance):
     x_0 = gaussian_data(100_000)
-    options = {"variance": variance, "levels": None, "clip": False}
+    options = {"variance": variance, "gray_levels": None, "clip": False}
     loss, parts = jax.jit(lambda key: losses.vlb(key, SHORT, doubled, x_0, **options))(jax.random.key(0))
     bits = likelihood.bits_per_dim(jax.random.key(1), SHORT, doubled, x_0, tables=False, **options)
     mean, error = mean_and_error(loss)
@@ -304,7 +304,7 @@ def test_a_trained_network_learns_the_exact_variance():
             SHORT,
             lambda x, t: network(p, x, t),
             x_0,
-            levels=None,
+            gray_levels=None,
             vlb_weight=0.1,
             timestep_sampler=timesteps.stratified,
         )[0].mean()
@@ -360,7 +360,7 @@ def test_importance_sampling_is_unbiased_and_steadier():
     x_0 = gaussian_data(60_000)
     run = jax.jit(
         lambda key, sampler_history: losses.vlb(
-            key, SHORT, doubled, x_0, levels=None, timestep_sampler=timesteps.loss_second_moment(sampler_history)
+            key, SHORT, doubled, x_0, gray_levels=None, timestep_sampler=timesteps.loss_second_moment(sampler_history)
         )
     )
     history = timesteps.loss_history(20)

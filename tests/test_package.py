@@ -3,7 +3,6 @@
 import ast
 import importlib
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -13,24 +12,23 @@ import tomllib
 import jax
 import pytest
 
-from configs import workdir as workdir_config
 from diffusion_jax import data, training
-from diffusion_jax.runs import workdir
+from diffusion_jax.runs import stored_config, workdir
+from helpers.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default", "workdir", "pretrained")
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"
 )
 
 
-def test_import_loads_jax_and_numpy_alone():
+def test_import_loads_only_jax_numpy_and_jaxtyping():
     code = "import jax, sys; before = set(sys.modules); import diffusion_jax; print(*sorted(set(sys.modules) - before))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     foreign = (
         {name.split(".")[0] for name in out}
-        - {"diffusion_jax", "jax", "jaxlib", "numpy"}
+        - {"diffusion_jax", "jax", "jaxlib", "numpy", "jaxtyping", "wadler_lindig"}
         - set(sys.stdlib_module_names)
     )
     assert not foreign
@@ -67,10 +65,12 @@ assert compiled(3.0) == 4.0
     )
 
 
-FLOORS = [  # lowest first; a file imports from its own floor's other lines or from below, never upward
-    {"schedules", "labels"},
+LAYERS = [  # lowest first; a module imports from its own layer or a lower one
+    {"errors", "files", "images", "labels", "types"},
+    {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
+    {"distributed"},
     {"data", "models"},
     {"training"},
     {"pretrained"},
@@ -80,11 +80,11 @@ FLOORS = [  # lowest first; a file imports from its own floor's other lines or f
 
 
 def test_nothing_imports_upward():
-    level = {name: i for i, names in enumerate(FLOORS) for name in names}
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
     for path in (ROOT / "diffusion_jax").rglob("*.py"):
-        room = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
+        layer = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
         if (
-            room == "__init__" or path == ROOT / "diffusion_jax" / "evaluation" / "__main__.py"
+            layer == "__init__" or path == ROOT / "diffusion_jax" / "evaluation" / "__main__.py"
         ):  # an entry point, as main.py
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -96,7 +96,7 @@ def test_nothing_imports_upward():
             else:
                 continue
             for name in used:
-                assert level[name] <= level[room], f"{path} imports {name}"
+                assert level[name] <= level[layer], f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -170,7 +170,7 @@ def test_a_stored_config_comes_back(tmp_path):
     config = importlib.import_module("configs.digits").get_config()
     config.training.num_steps = 7
     workdir.write_config(config, tmp_path)
-    again = workdir_config.get_config(str(tmp_path))
+    again = stored_config.from_workdir(tmp_path)
     assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
 
 

@@ -124,7 +124,7 @@ def test_the_step_without_signal_is_refused_for_eps():
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
     for prediction in ("eps", "score"):
         for convert in (process.to_x_0, process.to_v, process.p_mean_variance):
-            with pytest.raises(ValueError, match="says nothing about x_0"):
+            with pytest.raises(ValueError, match="does not determine x_0"):
                 convert(schedule, x, x, jnp.array([3, 999]), prediction)
             assert np.isfinite(np.asarray(convert(schedule, x, x, jnp.array([3, 998]), prediction)[0])).all()
         traced = jax.jit(lambda t, p=prediction: process.to_x_0(schedule, x, x, t, p))(jnp.array([3, 999]))
@@ -209,7 +209,7 @@ def test_two_point_data_posterior_mean(x64):
 def test_wrong_shapes_names_and_indices():
     schedule, x = SCHEDULES["linear"], jnp.zeros((2, 4, 4, 3))
     t = jnp.array([0, 1])
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="must be equal"):
         process.q_sample(schedule, x, t, x[..., :1])
     with pytest.raises(ValueError, match="twice the channels"):
         process.p_mean_variance(schedule, x, x, t, variance="learned_range")
@@ -274,5 +274,5 @@ def test_the_step_before_the_last_is_no_last_one():
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
     assert np.isfinite(process.to_x_0(schedule, x, x, jnp.array([0, 998]))).all()
     for t in (jnp.array([999, 0]), jnp.array([0, 999]), 999):
-        with pytest.raises(ValueError, match="alpha_bar is 0 at index 999: eps says nothing about x_0"):
+        with pytest.raises(ValueError, match="alpha_bar is 0 at index 999: eps does not determine x_0"):
             process.to_x_0(schedule, x, x, t)

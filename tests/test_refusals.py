@@ -165,7 +165,7 @@ def test_counts_orders_and_starts_are_whole_numbers():
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
-        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' has a spacing of its own"),
+        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' defines its own spacing"),
         ("ddim5", "leading", "spacing 'leading' is for a number of steps"),
         ([1, 2, 3], "trailing", "spacing 'trailing' is for a number of steps"),
         ([1.5, 2.5], "log_snr", "spacing 'log_snr' is for a number of steps"),
@@ -214,12 +214,12 @@ def test_a_bound_at_zero_terminal_snr(prediction):
         return jnp.concatenate([x, x], -1)
 
     for loss in (losses.vlb, losses.hybrid):
-        with pytest.raises(ValueError, match="says nothing about x_0 there"):
+        with pytest.raises(ValueError, match="does not determine x_0 there"):
             jax.jit(lambda key, loss=loss: loss(key, JSD, doubled, X, prediction=prediction))(KEY)
         for t in (0, 19):
             last = lambda key, b, n, t=t: (jnp.full(b, t), jnp.ones(b))  # noqa: E731
             assert np.isfinite(loss(KEY, JSD, doubled, X, prediction="v", timestep_sampler=last)[0]).all()
-    with pytest.raises(ValueError, match="says nothing about x_0 there"):
+    with pytest.raises(ValueError, match="does not determine x_0 there"):
         losses.simple(KEY, JSD, network, X, prediction=prediction, weighting="truncated_snr")
     last = lambda key, b, n: (jnp.full(b, n - 1), jnp.ones(b))  # noqa: E731
     for weighting in (None, "snr", "min_snr", "p2"):

@@ -203,8 +203,8 @@ def test_spacings_of_the_noise_level_need_one():
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ("ddim300", "nearest that work: ddim334, ddim250"),
-        ("ddim0", "no whole stride"),
+        ("ddim300", "use ddim334 or ddim250"),
+        ("ddim0", "no integer stride"),
         ("fast", "write 'ddim50'"),
         ("10,,5", "write"),
         ("2000", "must lie in 1"),

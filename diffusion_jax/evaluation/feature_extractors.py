@@ -84,7 +84,9 @@ def to_inception(images, resize: str):
 def _linear(x, axis: int, center: float):
     """One axis enlarged to 299 by linear interpolation. center: of a pixel, 0 in TensorFlow 1 (its left edge) or 0.5."""
     size = x.shape[axis]
-    place = (np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(center)) * np.float32(size / IMAGE_SIZE) - np.float32(center)
+    place = (np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(center)) * np.float32(size / IMAGE_SIZE) - np.float32(
+        center
+    )
     place = np.maximum(place, 0)
     low = place.astype(np.int32)
     weight = jnp.expand_dims(place - low, tuple(i for i in range(x.ndim) if i != axis))

@@ -124,14 +124,14 @@ def bits_per_dim(
     prediction: str = "eps",
     variance: str = "fixed_large",
     dequantization: str = "uniform",
-    levels: int | None = 256,
+    gray_levels: int | None = 256,
     trace: str = "hutchinson",
     probes: int = 1,
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
     """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
 
-    Images have `levels` values, w = 2 / (levels - 1) apart in [-1, 1], to the nearest of which x_0 is rounded, and D numbers;
+    Images have `gray_levels` values, w = 2 / (gray_levels - 1) apart in [-1, 1], to the nearest of which x_0 is rounded, and D numbers;
     p is the density at index 0.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
@@ -144,23 +144,25 @@ def bits_per_dim(
     none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 standing for x_1.
 
     Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
-      levels: may be None for continuous data with dequantization "none".
+      gray_levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, for an unknown dequantization, or where one has no levels.
+    Raises: ValueError as `log_density`, for an unknown dequantization, or for data without gray levels.
     """
     if dequantization not in DEQUANTIZATIONS:
         raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")
     x_0 = process.as_float("x_0", x_0)
     if dequantization != "none":
-        if levels is None or levels < 2:
-            raise ValueError(f"levels={levels}: dequantization={dequantization!r} is for data of at least 2 levels")
-        x_0 = jnp.round((x_0 + 1) * ((levels - 1) / 2)) * (2 / (levels - 1)) - 1
+        if gray_levels is None or gray_levels < 2:
+            raise ValueError(
+                f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels"
+            )
+        x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
     x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # where the density is read, and what the dequantization costs
     if dequantization == "uniform":
-        width = 2 / (levels - 1)
+        width = 2 / (gray_levels - 1)
         x = x_0 + width * jax.random.uniform(key_x, x_0.shape, x_0.dtype, minval=-0.5, maxval=0.5)
         nats = nats - dimensions * math.log(width)
     elif dequantization == "variational":
@@ -169,7 +171,7 @@ def bits_per_dim(
         output = denoise_fn(x, process.network_time(schedule, first, x))
         output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
-            schedule, output, x_0, x, first, prediction=prediction, variance=variance, levels=levels
+            schedule, output, x_0, x, first, prediction=prediction, variance=variance, gray_levels=gray_levels
         )
         log_sigma = math.log(float(np.asarray(schedule.sqrt_one_minus_alpha_bar)[0]))
         log_q = -0.5 * jnp.sum(jnp.square(eps), axis=axes) - dimensions * (log_sigma + 0.5 * math.log(2 * math.pi))

@@ -27,89 +27,14 @@ Super-resolution networks take six channels: see `models.upsampling`.
 
 from __future__ import annotations
 
-from typing import Any
-
+from diffusion_jax.config.presets import OPENAI, PRESETS, UNET_PRESETS, preset_fields
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.unet import UNet
 
-__all__ = ["MULTIPLIERS", "OPENAI", "PRESETS", "preset", "preset_fields"]
-
-# The fields of all of OpenAI's networks that differ from Ho et al.'s.
-OPENAI: dict[str, Any] = {
-    "embedding_cos_first": True,
-    "embedding_freq_shift": 0.0,
-    "downsample_padding": (1, 1),
-    "norm_epsilon": 1e-5,
-    "initializer": "openai",
-    "dropout": 0.0,
-}
-_IMPROVED = OPENAI | {"num_heads": 4, "scale_shift_norm": True, "num_res_blocks": 3, "out_channels": 6}
-_ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": True, "out_channels": 6}
-_CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
-_SUPER_RESOLUTION = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
-
-# channel_multipliers of OpenAI's networks by image size in pixels.
-MULTIPLIERS = {
-    32: (1, 2, 2, 2),
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
-
-
-def _adm_levels(pixels: int) -> dict[str, Any]:
-    """Widths, and attention at 32, 16 and 8 pixels, of an ADM network for images of `pixels`."""
-    multipliers = MULTIPLIERS[pixels]
-    levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
-    return {"channel_multipliers": multipliers, "attention_levels": levels}
-
-
-_UNETS: dict[str, dict[str, Any]] = {
-    "ddpm_cifar10": {"out_channels": 3},
-    "ddpm_256": {
-        "channel_multipliers": (1, 1, 2, 2, 4, 4),
-        "attention_levels": (4,),
-        "dropout": 0.0,
-        "out_channels": 3,
-    },
-    "improved_cifar10": _IMPROVED | {"attention_levels": (1, 2), "dropout": 0.3},
-    "improved_imagenet64": _IMPROVED | {"channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3)},
-    "improved_imagenet64_conditional": _IMPROVED
-    | {"channels": 192, "channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3), "num_classes": 1000},
-    "improved_lsun": OPENAI | {"channel_multipliers": MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
-    "improved_upsampler_64_256": _IMPROVED | _SUPER_RESOLUTION | {"num_res_blocks": 2, "attention_levels": (4, 5)},
-    "adm_imagenet64": _ADM
-    | _adm_levels(64)
-    | {"channels": 192, "num_res_blocks": 3, "head_channels": 64, "dropout": 0.1, "num_classes": 1000},
-    "adm_imagenet128": _ADM | _adm_levels(128) | {"num_heads": 4, "num_classes": 1000},
-    "adm_imagenet256": _ADM | _adm_levels(256) | {"head_channels": 64, "num_classes": 1000},
-    "adm_imagenet256_unconditional": _ADM | _adm_levels(256) | {"head_channels": 64},
-    "adm_imagenet512": _ADM | _adm_levels(512) | {"head_channels": 64, "num_classes": 1000},
-    "adm_lsun": _ADM | _adm_levels(256) | {"head_channels": 64, "dropout": 0.1},
-    "adm_upsampler_64_256": _ADM | _SUPER_RESOLUTION | {"attention_levels": (3, 4, 5), "num_heads": 4},
-    "adm_upsampler_128_512": _ADM | _SUPER_RESOLUTION | {"attention_levels": (4, 5), "head_channels": 64},
-}
-_CLASSIFIERS: dict[str, dict[str, Any]] = {
-    "adm_classifier64": _CLASSIFIER | _adm_levels(64) | {"num_res_blocks": 4},
-    "adm_classifier128": _CLASSIFIER | _adm_levels(128),
-    "adm_classifier256": _CLASSIFIER | _adm_levels(256),
-    "adm_classifier512": _CLASSIFIER | _adm_levels(512),
-}
-PRESETS = (*_UNETS, *_CLASSIFIERS)
-
-
-def preset_fields(name: str) -> dict[str, Any]:
-    """Leaves of `config.model` for a published network: its fields that differ from the defaults.
-
-    Not `out_channels`, which a config leaves to its data and variance. Raises: ValueError for an unknown name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return {field: value for field, value in (_UNETS | _CLASSIFIERS)[name].items() if field != "out_channels"}
+__all__ = ["OPENAI", "PRESETS", "preset", "preset_fields"]
 
 
 def preset(name: str) -> UNet | Classifier:
     """A published network by name, one of the table above. Raises: ValueError for an unknown name."""
     fields = preset_fields(name)
-    return UNet(**_UNETS[name]) if name in _UNETS else Classifier(**fields)
+    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**fields)

@@ -167,8 +167,7 @@ class Pretrained(Description):
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)
-        replace: Callable[..., sampling.Sampler] = dataclasses.replace
-        sampler = replace(sampler, **{name: value for name, value in changes.items() if name in fields})
+        sampler = _replace(sampler, {name: value for name, value in changes.items() if name in fields})
         if sampler.prediction != self.prediction:
             raise ValueError(
                 f"{sampler} needs the prediction {sampler.prediction!r}, and this network predicts {self.prediction!r}"
@@ -194,6 +193,10 @@ class Pretrained(Description):
         if isinstance(self.model, UNet):
             raise TypeError("these weights are a diffusion model; use denoise_fn(x_t, time)")
         return apply_network(self.model, self.params, x_t, time)
+
+
+def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
+    return dataclasses.replace(sampler, **changes)
 
 
 @partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))

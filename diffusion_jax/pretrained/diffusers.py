@@ -122,9 +122,7 @@ def _load_params(network: pathlib.Path, description: Description) -> dict:
     def read(name, parameter, shape):
         return parameters.from_torch(tensors[names[name]], parameter, shape)
 
-    return parameters.build_params(
-        str(path), shapes, names, lambda p: parameters.DIFFUSERS(p, description.model), read
-    )
+    return parameters.build_params(str(path), shapes, names, lambda p: parameters.DIFFUSERS(p, description.model), read)
 
 
 def write_folder(description: Description, params, folder: pathlib.Path) -> None:

@@ -77,7 +77,7 @@ _VARIANCES = {
 
 
 class SchedulerSettings(NamedTuple):
-    """leaves: of `config.diffusion`. betas: float64 [T] if the config gives them as a table. clip: as the samplers take it."""
+    """leaves: of `config.diffusion`. betas: float64 [T] if the config has a table of them. clip: as the samplers take it."""
 
     leaves: dict[str, Any]
     betas: np.ndarray | None
@@ -97,10 +97,14 @@ def scheduler_from_config(config: Mapping[str, Any]) -> SchedulerSettings:
             raise PretrainedError(f"the scheduler's {name}={value!r} is not supported; known: {', '.join(known)}")
     class_name = config.get("_class_name", "DDPMScheduler")
     if class_name not in _SCHEDULERS:
-        raise PretrainedError(f"the scheduler's _class_name={class_name!r} is not supported; known: {', '.join(_SCHEDULERS)}")
+        raise PretrainedError(
+            f"the scheduler's _class_name={class_name!r} is not supported; known: {', '.join(_SCHEDULERS)}"
+        )
     unknown = sorted(n for n in config if n not in _SCHEDULER_FIELDS | _STEP_FIELDS and not n.startswith("_"))
     if unknown:
-        raise PretrainedError(f"the scheduler's {list_names(unknown)} is unknown; known: {list_names(sorted(_SCHEDULER_FIELDS), 99)}")
+        raise PretrainedError(
+            f"the scheduler's {list_names(unknown)} is unknown; known: {list_names(sorted(_SCHEDULER_FIELDS), 99)}"
+        )
     table = config.get("trained_betas")
     for name in ("rescale_betas_zero_snr", "thresholding"):
         if config.get(name):
@@ -151,5 +155,3 @@ def scheduler_to_config(description: Description) -> dict[str, Any]:
             "beta_end": leaves.get("beta_end", DIFFUSION_DEFAULTS["beta_end"]),
         }
     return config | {"trained_betas": [float(beta) for beta in schedule.betas]}
-
-

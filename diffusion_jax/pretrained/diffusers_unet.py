@@ -98,7 +98,7 @@ def _read_blocks(field: str, types, known: Mapping[str, tuple], resample_type: s
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of a UNet2DModel's config. Raises: PretrainedError for unknown fields, wrong types and unsupported values."""
+    """All fields of a UNet2DModel's config. Raises: PretrainedError for unknown fields and unsupported types and values."""
     unknown = sorted(name for name in config if name not in UNET_DEFAULTS and not name.startswith("_"))
     if unknown:
         raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
@@ -122,7 +122,9 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     widths = fields["block_out_channels"]
     channels = widths[0]
     if fields["time_embedding_dim"] not in (None, 4 * channels):
-        raise PretrainedError(f"time_embedding_dim={fields['time_embedding_dim']} is not supported, only {4 * channels}")
+        raise PretrainedError(
+            f"time_embedding_dim={fields['time_embedding_dim']} is not supported, only {4 * channels}"
+        )
     down, down_residual = _read_blocks("down_block_types", fields["down_block_types"], _DOWN, fields["downsample_type"])
     up, up_residual = _read_blocks("up_block_types", fields["up_block_types"], _UP, fields["upsample_type"])
     if len(widths) != len(down) or up[::-1] != down:
@@ -169,10 +171,13 @@ def unet_to_config(description: Description) -> dict[str, Any]:
     widths = [model.width(level) for level in range(len(model.channel_multipliers))]
     if widths[0] != model.channels:
         raise PretrainedError(
-            f"channel_multipliers={model.channel_multipliers}: the first level of UNet2DModel has the width of its time embedding"
+            f"channel_multipliers={model.channel_multipliers}: the first level of UNet2DModel has the width of the time "
+            "embedding"
         )
     if model.num_heads_up not in (None, model.num_heads):
-        raise PretrainedError(f"num_heads_up={model.num_heads_up}: UNet2DModel has the same number of heads on both paths")
+        raise PretrainedError(
+            f"num_heads_up={model.num_heads_up}: UNet2DModel has the same number of heads on both paths"
+        )
     paddings = {(0, 1): 0, (1, 1): 1}
     if model.downsample_padding not in paddings and not model.resample_blocks:
         raise PretrainedError(f"downsample_padding={model.downsample_padding}: UNet2DModel supports (0, 1) and (1, 1)")
@@ -226,5 +231,3 @@ def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:
             f"num_heads={model.num_heads}: UNet2DModel has heads of one width, and these are {sorted(head_channels)} wide"
         )
     return head_channels.pop()
-
-

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
+from diffusion_jax.config import migrate, resolve
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -37,8 +38,9 @@ def is_native(tensors: Tensors) -> bool:
 
 def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
     """The description and parameters of a run's newest checkpoint; without parameters None. Raises: PretrainedError."""
-    config = read_json(path / "config.json")
+    stored = read_json(path / "config.json")
     try:
+        config = resolve(migrate(stored))
         model, shape = training.model_from_config(config), training.input_shape(config)
         height, width, channels = data.image_shape(config["data"])
         diffusion = config["diffusion"]

@@ -79,11 +79,13 @@ def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, 
 
     fields: dict[str, Any] = OPENAI | heads | _infer_fields(path, shapes, depth)
     if is_classifier:
-        model = Classifier(**fields | {"num_classes": shapes["out.2.c_proj.weight"][0]})
+        fields |= {"num_classes": shapes["out.2.c_proj.weight"][0]}
+        model = Classifier(**fields)
     else:
         out_channels = shapes["out.2.weight"][0]
         fields |= {"num_classes": shapes.get("label_emb.weight", (0,))[0], "out_channels": out_channels}
-        model = UNet(**fields | {"dropout": float(flags.get("dropout", 0.0))})
+        fields |= {"dropout": float(flags.get("dropout", 0.0))}
+        model = UNet(**fields)
         if out_channels == 2 * channels:
             diffusion["variance"] = "learned_range"
     check_model_flags(path, flags, model, size, channels)
@@ -189,6 +191,4 @@ def load_params(path: pathlib.Path, tensors: Tensors, description: Description, 
 
     shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
     names = (*stored, *joined)
-    return parameters.build_params(
-        str(path), shapes, names, lambda p: parameters.OPENAI(p, description.model), read
-    )
+    return parameters.build_params(str(path), shapes, names, lambda p: parameters.OPENAI(p, description.model), read)

@@ -215,7 +215,10 @@ def check_model_flags(
     ]
     resolutions = sorted((size >> level for level in model.attention_levels), reverse=True)
     flag = str(flags.get(f"{prefix}attention_resolutions", ""))
-    if flag and sorted((int(item) for item in flag.split(",") if item.strip().isdecimal()), reverse=True) != resolutions:
+    if (
+        flag
+        and sorted((int(item) for item in flag.split(",") if item.strip().isdecimal()), reverse=True) != resolutions
+    ):
         wrong.append(f"{prefix}attention_resolutions={flag} at {size} pixels, not {','.join(map(str, resolutions))}")
     flag = str(flags.get("channel_mult", ""))
     if flag and tuple(map(float, flag.split(","))) != tuple(map(float, model.channel_multipliers)):

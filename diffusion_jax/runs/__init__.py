@@ -1,1 +1,1 @@
-"""Runs: each is a function of (config, workdir) that leaves files in the work directory."""
+"""Modes of the program: each module with a `run(config, workdir)` is a mode, the others are what modes share."""

@@ -1,4 +1,4 @@
-"""The finished parts of a long command, kept so that a relaunch goes on where it stopped."""
+"""Finished chunks of a long command, kept on disk so that a rerun of the command continues where it stopped."""
 
 from __future__ import annotations
 
@@ -7,47 +7,58 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.files import atomic_write
 
-_LOCKS = contextlib.ExitStack()  # until the program ends: parts outlive the object that made them
+__all__ = ["ChunkStore", "options_digest", "save_npz"]
+
+_LOCKS = contextlib.ExitStack()  # held until the program ends: chunks outlive the object that wrote them
 
 
-def digest(options: Mapping, *more) -> str:
-    """Tells apart the parts of commands that would compute different things."""
+def options_digest(options: Mapping[str, Any], *more: Any) -> str:
+    """12 hexadecimal digits of a hash of JSON values: commands with different options get different digests."""
     return hashlib.sha256(json.dumps([dict(options), *more], sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Parts:
-    """Numbered parts, one .npz each, in a directory of their own that process 0 writes and every process reads."""
+def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays, in their order, to a new .npz file or over an existing one."""
+    with atomic_write(path) as temporary:
+        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
+
+
+class ChunkStore:
+    """Numbered chunks of arrays, one .npz each, in a directory of their own. Process 0 writes, every process reads.
+
+    finished: the numbers of the chunks that existed when the store was opened.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
         broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
         _LOCKS.enter_context(locked(directory / ".lock", "is doing just this"))
-        self.done = set(broadcast_from_process_0(self._numbers))
+        self.finished = set(broadcast_from_process_0(self._numbers))
 
     def _numbers(self) -> list[int]:
         return [int(path.stem) for path in self._directory.glob("*.npz") if path.stem.isdecimal()]
 
     def save(self, i: int, **arrays: np.ndarray) -> None:
-        """Part i, whole or not at all; from process 0 only."""
+        """Writes chunk i, on process 0 only."""
         if jax.process_index() == 0:
-            temporary = self._directory / f"{i}.partial.npz"
-            np.savez(temporary, **arrays)
-            temporary.replace(self._directory / f"{i}.npz")
+            save_npz(self._directory / f"{i}.npz", arrays)
 
     def load(self, i: int) -> dict[str, np.ndarray]:
-        """The arrays of part i."""
+        """The arrays of chunk i."""
         with np.load(self._directory / f"{i}.npz") as arrays:
             return dict(arrays)
 
-    def remove(self) -> None:
-        """When what they were for is written."""
-        for part in self._directory.iterdir():
-            part.unlink()
+    def delete(self) -> None:
+        """Deletes all chunks, once the files that they were for are written."""
+        for path in self._directory.iterdir():
+            path.unlink()
         self._directory.rmdir()

@@ -1,51 +1,55 @@
-"""What a person sees while a run works: short lines, and a bar with speed and time left."""
+"""Terminal output of a run: single lines, and a progress bar with the speed and the remaining time."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+__all__ = ["ProgressBar", "format_duration", "log", "log_compilation", "progress_over"]
 
-def say(text: str) -> None:
-    """One line, from process 0 only."""
+
+def log(text: str) -> None:
+    """Prints one line, on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 @contextlib.contextmanager
-def compiling(what: str) -> Iterator[None]:
-    """Says that a program is being compiled, and how long it took."""
-    say(f"Compiling {what} ...")
+def log_compilation(program: str) -> Iterator[None]:
+    """Logs that `program` is being compiled, and how long the block took."""
+    log(f"Compiling {program} ...")
     start = time.perf_counter()
     yield
-    say(f"Compiled {what} in {time.perf_counter() - start:.1f} s.")
+    log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
 
 
-def clock(seconds: float) -> str:
-    """1:02 or 3:04:05."""
+def format_duration(seconds: float) -> str:
+    """Seconds as 1:02 or 3:04:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-class Bar:
-    """A progress bar in a terminal; elsewhere (a log file) a line at most every ten seconds, and at the end."""
+class ProgressBar:
+    """A progress bar in a terminal; in a log file, at most one line every ten seconds, and one at the end."""
 
-    def __init__(self, what: str, total: int, done: int = 0):
-        self._what, self._total, self._start, self._began = what, total, done, time.perf_counter()
-        self._last_line, self._note = self._began, ""
+    _SECONDS_BETWEEN_LINES = 10
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
+        self._last_line, self._note = self._start_time, ""
         self._rich = None
         if jax.process_index() == 0 and sys.stdout.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
             self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
-            self._task = self._rich.add_task(what, total=total, completed=done, note="")
+            self._task = self._rich.add_task(title, total=total, completed=done, note="")
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._rich:
             self._rich.start()
         return self
@@ -55,30 +59,30 @@ class Bar:
             self._rich.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the total are finished; `note` says what else is worth seeing (loss, speed)."""
+        """Shows that `done` of the total are finished. note: other values to show (loss, speed)."""
         self._note = note or self._note
         if self._rich:
             self._rich.update(self._task, completed=done, note=self._note)
             return
         now = time.perf_counter()
-        if now - self._last_line < 10 and done < self._total:
+        if now - self._last_line < self._SECONDS_BETWEEN_LINES and done < self._total:
             return
         self._last_line = now
-        left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
-        say(
-            f"{self._what} {done}/{self._total} ({100 * done // self._total}%)  {clock(left)} left  {self._note}".rstrip()
-        )
+        remaining = (now - self._start_time) / max(done - self._initial, 1) * (self._total - done)
+        percent = 100 * done // self._total
+        line = f"{self._title} {done}/{self._total} ({percent}%)  {format_duration(remaining)} left  {self._note}"
+        log(line.rstrip())
 
     def over(self, sizes: Iterable[int]) -> Iterator[int]:
-        """Passes the sizes of finished chunks through and shows their sum."""
+        """Yields the sizes of finished chunks and shows their sum."""
         with self:
-            done = self._start
+            done = self._initial
             for size in sizes:
                 yield size
                 done += size
                 self.update(done)
 
 
-def bar_over(what: str):
-    """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of those sizes hold so far."""
-    return lambda sizes, total: Bar(what, total).over(sizes)
+def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
+    """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of these sizes hold so far."""
+    return lambda sizes, total: ProgressBar(title, total).over(sizes)

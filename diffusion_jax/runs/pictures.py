@@ -1,4 +1,4 @@
-"""Pictures for people: grids, the way from noise to image, and small images as text for a terminal."""
+"""Pictures: grids of images, plots, and small images as text for a terminal."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_SHADES = " .:-=+*#%@"
+from diffusion_jax.files import atomic_write
 
-
-def to_uint8(x) -> jax.Array:
-    """[-1, 1] to 0 ... 255, rounded to the nearest (OpenAI's code truncates); works in compiled code."""
-    return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
-
+__all__ = [
+    "GAP",
+    "as_text",
+    "grid",
+    "plot_against_steps",
+    "plot_neighbors",
+    "plot_rate_distortion",
+    "plot_terms",
+    "save_png",
+    "time_headers",
+]
 
 GAP = 4  # gray pixels around every image of a grid
-_GRAY = 64
-
-
-_CAPTION = 14  # rows below an image that has a caption
+_BACKGROUND, _TEXT_GRAY = 64, 230
+_CAPTION = 14  # rows of a caption below an image
+_SHADES = " .:-=+*#%@"
 
 
 def grid(
@@ -32,9 +35,9 @@ def grid(
     captions: Sequence[str] | None = None,
     headers: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with a gap between; images below 64 pixels are enlarged.
+    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; images smaller than 64 pixels are enlarged.
 
-    captions: a line of text below each image, cut off where it is too wide. headers: the same above each column.
+    captions: a line of text below each image, shortened to its width. headers: the same above each column.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -42,18 +45,18 @@ def grid(
     scale = max(1, 64 // max(height, width))
     below = _CAPTION if captions else 0
     height, width = height * scale + GAP + below, width * scale + GAP
-    tiles = np.full((rows * columns, height, width, channels), _GRAY, np.uint8)
+    tiles = np.full((rows * columns, height, width, channels), _BACKGROUND, np.uint8)
     tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
     for tile, caption in zip(tiles, captions or (), strict=False):
         tile[height - below :, GAP:] = _text(caption, width - GAP)[..., None]
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     if headers:
-        above = np.full((_CAPTION, columns * width, channels), _GRAY, np.uint8)
+        above = np.full((_CAPTION, columns * width, channels), _BACKGROUND, np.uint8)
         for column, header in enumerate(headers):
             above[:, column * width + GAP : (column + 1) * width] = _text(header, width - GAP)[..., None]
         picture = np.concatenate([above, picture])
-    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_GRAY)
+    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
 
 
 def time_headers(times) -> list[str]:
@@ -64,26 +67,25 @@ def time_headers(times) -> list[str]:
 def _text(text: str, width: int) -> np.ndarray:
     """A line of text as uint8 [_CAPTION, width]."""
     font = ImageFont.load_default(_CAPTION - 3)
-    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType knows Latin letters only
+    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType has Latin letters only
         text = text.encode("latin-1", "replace").decode("latin-1")
     shown = text
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
         shown = text + "..."
-    image = Image.new("L", (width, _CAPTION), _GRAY)
-    ImageDraw.Draw(image).text((0, 0), shown, fill=230, font=font)
+    image = Image.new("L", (width, _CAPTION), _BACKGROUND)
+    ImageDraw.Draw(image).text((0, 0), shown, fill=_TEXT_GRAY, font=font)
     return np.asarray(image)
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, C] (C 1 or 3), whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Writes uint8 [H, W, C] with one or three channels."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
 
 
 def as_text(images: np.ndarray) -> str:
-    """A row of small uint8 images [N, H, W, C] as characters, two to a pixel."""
+    """A row of small uint8 images [N, H, W, C] as text, two characters for each pixel."""
     shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
     rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
     return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
@@ -91,7 +93,7 @@ def as_text(images: np.ndarray) -> str:
 
 def _axes(title: str):
     """A figure and its axes, drawn without a display."""
-    from matplotlib.figure import Figure  # half a second, and only plots need it
+    from matplotlib.figure import Figure  # imported here because it takes half a second and only plots need it
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -101,9 +103,8 @@ def _axes(title: str):
 
 
 def _save_figure(path: pathlib.Path, figure) -> None:
-    temporary = path.with_suffix(".partial")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
@@ -114,7 +115,7 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
     axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
-    # An L_0 near 0 would stretch the logarithmic axis without end, so an arrow at the bottom stands for it.
+    # An L_0 near 0 would stretch the logarithmic axis without limit, so an arrow at the bottom represents it.
     bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
     above = bool(vlb[0] >= bottom)
     axes.plot(
@@ -135,7 +136,7 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
 def plot_rate_distortion(
     path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
 ) -> None:
-    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and where the code is lossless."""
+    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and the rate of the lossless code."""
     figure, axes = _axes(f"Rate and distortion: {title}")
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
     axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
@@ -144,32 +145,32 @@ def plot_rate_distortion(
     _save_figure(path, figure)
 
 
-# As many as no two lines of a plot have both their color and their marker in common, up to 110 of them.
+# 11 markers and 10 colors: no two of up to 110 lines have both in common.
 _MARKERS = "os^vD<>pPX*"
 
 
 def plot_neighbors(path: pathlib.Path, rows: Sequence, distances: np.ndarray, title: str) -> None:
-    """Images beside the k images that are nearest to them, and how far these are.
+    """Images beside their k nearest images, with the distances.
 
-    rows: (name, uint8 [H, W, C], uint8 [k, H, W, C]) each. distances: [rows, k].
+    rows: a (name, image uint8 [H, W, C], nearest images uint8 [k, H, W, C]) each. distances: [rows, k].
     """
     from matplotlib.figure import Figure
 
-    tall, wide = rows[0][1].shape[:2]
-    columns, height = distances.shape[1] + 1, tall / wide  # of an image that is 1 wide
+    columns, (pixel_rows, pixel_columns) = distances.shape[1] + 1, rows[0][1].shape[:2]
+    height = pixel_rows / pixel_columns  # of an image of width 1
     size = 1.1 * columns, (height + 0.3) * len(rows) + 1.0
     figure = Figure(figsize=size, dpi=120)
     figure.suptitle(title, fontsize=9, y=1 - 0.1 / size[1])
     axes = figure.add_axes((0, 0, 1, 1 - 0.7 / size[1]))
     axes.set_axis_off()
-    heads = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, columns))]
+    headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, columns))]
     text = {"fontsize": 7, "ha": "center", "va": "center"}
-    for column, head in enumerate(heads):
-        axes.text(1.1 * column + 0.5, 0.15, head, **text)
-    for row, ((name, image, near), far) in enumerate(zip(rows, distances, strict=True)):
+    for column, header in enumerate(headers):
+        axes.text(1.1 * column + 0.5, 0.15, header, **text)
+    for row, ((name, image, nearest), row_distances) in enumerate(zip(rows, distances, strict=True)):
         top = -row * (height + 0.3)
-        captions = [name, *(f"{distance:.3g}" for distance in far)]
-        for column, (picture, caption) in enumerate(zip([image, *near], captions, strict=True)):
+        captions = [name, *(f"{distance:.3g}" for distance in row_distances)]
+        for column, (picture, caption) in enumerate(zip([image, *nearest], captions, strict=True)):
             extent = (1.1 * column, 1.1 * column + 1, top - height, top)
             shown = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
             axes.imshow(shown, extent=extent, cmap="gray", vmin=0, vmax=255)
@@ -178,13 +179,13 @@ def plot_neighbors(path: pathlib.Path, rows: Sequence, distances: np.ndarray, ti
     _save_figure(path, figure)
 
 
-def plot_against_steps(path: pathlib.Path, curves: Mapping[str, Mapping[int, float]], what: str) -> None:
-    """A line for each label of {label: {number of sampling steps: figure}}, the steps on a logarithmic axis."""
-    figure, axes = _axes(f"{what} against sampling steps")
+def plot_against_steps(path: pathlib.Path, curves: Mapping[str, Mapping[int, float]], metric: str) -> None:
+    """A line for each label of {label: {number of sampling steps: value}}, the steps on a logarithmic axis."""
+    figure, axes = _axes(f"{metric} against sampling steps")
     for i, (label, points) in enumerate(curves.items()):
         steps = sorted(points)
-        look = {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5}
-        axes.plot(steps, [points[n] for n in steps], **look, label=label)
-    axes.set(xscale="log", xlabel="sampling steps", ylabel=what, ylim=(0, None))
+        color, marker = f"C{i % 10}", _MARKERS[i % len(_MARKERS)]
+        axes.plot(steps, [points[n] for n in steps], color=color, marker=marker, linewidth=1.5, label=label)
+    axes.set(xscale="log", xlabel="sampling steps", ylabel=metric, ylim=(0, None))
     axes.legend()
     _save_figure(path, figure)

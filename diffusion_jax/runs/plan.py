@@ -1,14 +1,14 @@
-"""`--mode=plan`: what a config would take on a mesh, from its train step compiled for virtual devices. Nothing is trained or
-written.
+"""`--mode=plan`: memory and communication of a train step on a mesh, compiled for virtual devices. Writes nothing.
 
-The program is one for CPUs, split as it would be on accelerators: what the state takes and what is sent hold there too (an
-all-reduce and a slice become one reduce-scatter, which sends half). Temporaries are the CPU compiler's: other compilers fuse
-more, and pad.
+The program is a CPU program that is split as it would be on accelerators, so the size of the state and of what is sent are
+the same there (an all-reduce and a slice become one reduce-scatter, which sends half). The temporaries are those of the CPU
+compiler: other compilers fuse more, and pad.
 """
 
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,28 +19,30 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, training
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
-from diffusion_jax.runs.console import compiling, say
+from diffusion_jax.runs.console import log, log_compilation
 from diffusion_jax.training.step import initial_params
+
+__all__ = ["Plan", "activations_per_image", "measure", "num_virtual_devices", "run"]
 
 
 class Plan(NamedTuple):
-    """What a train step takes. All but the first three of one device, bytes; flops are those of the compiled program.
+    """What a train step needs: bytes on one device, except for the first three; flops are those of the compiled program.
 
-    kept_per_image: activations that an image leaves in memory from the forward to the backward pass, whatever the compiler.
-    temporaries: activations, gradients and gathered parameters at their most. ideal: what a device must send: two gathers
+    activations_per_image: bytes of an image that stay in memory from the forward to the backward pass, for any compiler.
+    temporaries: maximum of activations, gradients and gathered parameters. minimum_sent: what a device must send: two gathers
     and a reduce-scatter of the parameters over `fsdp`, and an all-reduce of its part of the gradient over `data`.
     """
 
-    parameters: int
+    num_parameters: int
     flops_per_image: float
-    kept_per_image: int
+    activations_per_image: int
     params: int
     ema: int
     optimizer: int
     arguments: int
     temporaries: int
     collectives: list[collectives.Collective]
-    ideal: float
+    minimum_sent: float
 
     @property
     def ring_bytes(self) -> float:
@@ -48,96 +50,99 @@ class Plan(NamedTuple):
         return sum(c.ring_bytes for c in self.collectives)
 
 
-def virtual_devices(config: Mapping) -> int:
-    """How many devices the mesh of a config is of, where it alone decides: `mesh.data=-1` counts as 1."""
+def num_virtual_devices(config: Mapping) -> int:
+    """The size of the mesh of a config; `mesh.data=-1` counts as 1, since there are no devices to count."""
     return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
 def measure(config: Mapping) -> Plan:
-    """Compiles the train step of a config on the devices that there are. Raises: as `training.setup`."""
+    """Compiles the train step of a config on the present devices. Raises: as `training.setup`."""
     config = ConfigDict(config)
-    # The program stands for an accelerator's, whatever is best on the CPU that compiles it.
+    # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
     config.model.convolution = "xla"
-    built = training.setup(config)
-    batch_size, state = config["training"]["batch_size"], built.abstract_state
+    setup = training.setup(config)
+    batch_size, state = config["training"]["batch_size"], setup.abstract_state
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
     options = compiler.options() | compiler.least_memory()
-    compiled = built.train_step.lower(state, batch).compile(compiler_options=options)
-    memory, devices = compiled.memory_analysis(), built.mesh.size
-    params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    data_axis, fsdp = built.mesh.shape["data"], built.mesh.shape["fsdp"]
+    compiled = setup.train_step.lower(state, batch).compile(compiler_options=options)
+    memory, num_devices = compiled.memory_analysis(), setup.mesh.size
+    params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    data_size, fsdp_size = setup.mesh.shape["data"], setup.mesh.shape["fsdp"]
     return Plan(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / devices),
-        kept_per_image=kept_per_image(config),
-        params=_held(state.params),
-        ema=_held(state.ema_params),
-        optimizer=_held(state.opt_state),
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / num_devices),
+        activations_per_image=activations_per_image(config),
+        params=_bytes_per_device(state.params),
+        ema=_bytes_per_device(state.ema_params),
+        optimizer=_bytes_per_device(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=collectives.read(compiled.as_text()),
-        ideal=params * (3 * (fsdp - 1) / fsdp + 2 * (data_axis - 1) / data_axis / fsdp),
+        minimum_sent=params_bytes * (3 * (fsdp_size - 1) / fsdp_size + 2 * (data_size - 1) / data_size / fsdp_size),
     )
 
 
-def kept_per_image(config: Mapping) -> int:
-    """Bytes that a network keeps of an image for its backward pass: what two images leave over what one does."""
+def activations_per_image(config: Mapping) -> int:
+    """Bytes that a network keeps of an image for its backward pass: those of two images minus those of one."""
     model, shape = training.model_from_config(config), training.input_shape(config)
-    labeled = model.num_classes and not training.is_classifier(config)
+    takes_labels = model.num_classes and not training.is_classifier(config)
 
-    def kept(params, x, y, key):
+    def residuals(params, x, y, key):
         def network(params):
-            labels = (y,) if labeled else ()
+            labels = (y,) if takes_labels else ()
             return model.apply({"params": params}, x, x[:, 0, 0, 0], *labels, train=True, rngs={"dropout": key})
 
         return jax.vjp(network, params)[1]
 
-    def size(images: int) -> int:
+    def size(num_images: int) -> int:
         params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
-        x, y = jax.ShapeDtypeStruct((images, *shape), jnp.float32), jax.ShapeDtypeStruct((images,), jnp.int32)
-        residuals = jax.eval_shape(kept, params, x, y, jax.random.key(0))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+        x, y = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32), jax.ShapeDtypeStruct((num_images,), jnp.int32)
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x, y, jax.random.key(0)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return size(2) - size(1)
 
 
-def _held(tree) -> int:
+def _bytes_per_device(tree) -> int:
     """Bytes of a tree of shapes and shardings on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def plan(config: ConfigDict) -> None:
-    """Prints the plan of a config on the devices that there are."""
-    with as_user_error("config"), compiling("the train step"):
-        found = measure(config)
+def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
+    """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
+    del workdir
+    with as_user_error("config"), log_compilation("the train step"):
+        plan = measure(config)
     mesh, batch_size = config.mesh, config.training.batch_size
-    devices, parts = jax.device_count(), config.training.accumulation_steps
-    say(
-        f"On {devices} devices (data {devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} ({batch_size // devices} "
-        f"a device, in {parts} part{'s' * (parts > 1)}), layers in {config.model.dtype}:"
+    num_devices, num_microbatches = jax.device_count(), config.training.accumulation_steps
+    log(
+        f"On {num_devices} devices (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
+        f"({batch_size // num_devices} per device, in {num_microbatches} microbatch{'es' * (num_microbatches > 1)}), layers "
+        f"in {config.model.dtype}:"
     )
-    say(f"  parameters        {found.parameters:,}")
-    say(f"  an image          {found.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
-    say(f"                    {_mb(found.kept_per_image)} of activations kept for the backward pass")
-    say(f"  memory a device   {_mb(found.arguments + found.temporaries)}: of it")
-    for name, size in (("parameters", found.params), ("EMA", found.ema), ("optimizer", found.optimizer)):
-        say(f"    {name:<16}{_mb(size)}")
-    say(
-        f"    {'temporaries':<16}{_mb(found.temporaries)} (activations, gradients, gathered parameters; of CPU's program)"
+    log(f"  parameters          {plan.num_parameters:,}")
+    log(f"  per image           {plan.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
+    log(f"                      {_megabytes(plan.activations_per_image)} of activations kept for the backward pass")
+    log(f"  memory per device   {_megabytes(plan.arguments + plan.temporaries)}, of which")
+    for name, size in (("parameters", plan.params), ("EMA", plan.ema), ("optimizer", plan.optimizer)):
+        log(f"    {name:<18}{_megabytes(size)}")
+    log(
+        f"    {'temporaries':<18}{_megabytes(plan.temporaries)} (activations, gradients, gathered parameters; of the CPU "
+        "program)"
     )
-    say(f"  a device sends    {_mb(found.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring in collectives.table(found.collectives):
-        say(f"    {kind:<16}{_mb(ring)} in {count} of together {_mb(size)}")
-    if found.ideal:
-        say(
-            f"    {found.ring_bytes / found.ideal:.2f} times the least: two gathers and a reduce-scatter over fsdp, an "
-            "all-reduce of the parts over data"
+    log(f"  sent per device     {_megabytes(plan.ring_bytes)} a step, around a ring")
+    for kind, count, size, ring_bytes in collectives.table(plan.collectives):
+        log(f"    {kind:<18}{_megabytes(ring_bytes)} in {count}, {_megabytes(size)} in total")
+    if plan.minimum_sent:
+        log(
+            f"    {plan.ring_bytes / plan.minimum_sent:.2f} times the minimum: two gathers and a reduce-scatter over fsdp, "
+            "an all-reduce of the parts over data"
         )
 
 
-def _mb(size: float) -> str:
+def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"

@@ -1,101 +1,197 @@
-"""The trained weights of a work directory, or those of others that a run begins with."""
+"""The newest weights of a work directory, and the weights of another model that a run starts from."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from diffusion_jax import models, pretrained
+from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError
-from diffusion_jax.training import input_shape, schedule_from_config
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs.workdir import check_identity, read_class_names
+from diffusion_jax.training import input_shape, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 
-# Fields of a network that change nothing of what its weights compute.
-_FREE = {"dropout", "dtype", "remat", "initializer"}
+__all__ = [
+    "InitialWeights",
+    "TrainedModel",
+    "Weights",
+    "load_initial_weights",
+    "load_weights",
+    "params_digest",
+    "weights_name",
+]
+
+# Fields of a network that its weights do not depend on.
+_FIELDS_IGNORED = {"dropout", "dtype", "remat", "initializer"}
 
 
-def load(config: Mapping, directory: pathlib.Path, model, mesh, use_ema: bool):
-    """(step, params) of the newest checkpoint, whole on every device of the mesh; of step 0 where nothing is trained yet and
-    `config.init_from` names weights. Raises: UserError where there are none; pretrained.PretrainedError.
-    """
-    whole = sharding.replicated(mesh)
-    if config["init_from"] and not committed_steps(directory / "checkpoints"):
-        params, differing = initial(config, model, use_ema)
-        if differing:
+class Weights(NamedTuple):
+    """Parameters, replicated on every device, and the training step of their checkpoint (0 if not trained here)."""
+
+    step: int
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """The model, schedule and newest weights of a run. use_ema: whether the weights are the EMA's."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    use_ema: bool
+    mesh: Mesh
+    model: models.UNet
+    schedule: schedules.Schedule
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, config: ConfigDict, workdir: pathlib.Path, use_ema: bool) -> TrainedModel:
+        """Builds everything but the weights. Raises: UserError for a wrong config or a directory that holds another run."""
+        check_identity(config, workdir)
+        with as_user_error("config"):
+            mesh = sharding.make_mesh(config.mesh)
+            model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
+        if not isinstance(model, models.UNet):
             raise UserError(
-                f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differing)})"
+                "diffusion.loss=classify is the config of a classifier; use the config of a diffusion model"
             )
-        return 0, jax.device_put(params, whole)
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(
-            f"{directory} holds no checkpoints; train first: python main.py --config=... --workdir={directory}"
-        )
+        return cls(config, workdir, use_ema, mesh, model, schedule, read_class_names(config, workdir))
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The newest weights, loaded at the first access: a wrong config then fails before a long read.
+
+        Every process must make the first access. Raises: as `load_weights`.
+        """
+        return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
+
+    @property
+    def step(self) -> int:
+        """The training step of the weights, 0 for those of `config.init_from`."""
+        return self.weights.step
+
+    @property
+    def params(self) -> Any:
+        """The parameters, replicated on every device."""
+        return self.weights.params
+
+    @property
+    def weights_kind(self) -> str:
+        """`ema` or `raw`."""
+        return "ema" if self.use_ema else "raw"
+
+    @property
+    def weights_name(self) -> str:
+        """The origin of the weights in file names: step500, or the name of `config.init_from`."""
+        return weights_name(self.config, self.step)
+
+
+def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
+    """The weights of the newest intact checkpoint, or those of `config.init_from` if there is no checkpoint.
+
+    Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
+    """
+    replicated = sharding.replicated(mesh)
+    if config["init_from"] and not committed_steps(workdir / "checkpoints"):
+        params, differences = load_initial_weights(config, model, use_ema)
+        if differences:
+            raise UserError(
+                f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use "
+                "these values, or train first"
+            )
+        return Weights(0, jax.device_put(params, replicated))
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints; train first: python main.py --config=... --workdir={workdir}")
     shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, input_shape(config)))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, use_ema)
     if restored is None:
-        raise UserError(f"{directory} holds no finished checkpoint yet; train longer")
-    return restored
+        raise UserError(f"{workdir} holds no finished checkpoint yet; train longer")
+    return Weights(*restored)
 
 
-def digest(params) -> str:
-    """SHA-256 of every name, shape, type and number of a tree of arrays: which weights these are, wherever they lie."""
-    found = hashlib.sha256()
+def params_digest(params) -> str:
+    """SHA-256 of every name, shape, dtype and value of a tree of arrays; it does not depend on their devices."""
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        found.update(array.view(np.uint8).data if array.size else b"")
-    return found.hexdigest()
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
 
 
-def origin(config: Mapping, step: int) -> str:
-    """The part of a file's name that says whose weights made it: step500, or what `config.init_from` is called."""
+def weights_name(config: Mapping, step: int) -> str:
+    """step500, or the name of `config.init_from` for untrained weights."""
     return pathlib.Path(config["init_from"]).stem if config["init_from"] and not step else f"step{step}"
 
 
-def initial(config: Mapping, model: models.UNet | models.Classifier, use_ema: bool = True):
-    """(params, differing): the parameters that `config.init_from` names, and how what they were trained for differs from
-    `config.diffusion`, a phrase each. Raises: UserError where they are another network's; PretrainedError.
-    """
+class InitialWeights(NamedTuple):
+    """Parameters of `config.init_from`. differences: a phrase for each difference between its diffusion and the config's."""
+
+    params: Any
+    differences: list[str]
+
+
+def load_initial_weights(
+    config: Mapping, model: models.UNet | models.Classifier, use_ema: bool = True
+) -> InitialWeights:
+    """The weights that `config.init_from` names. Raises: UserError if they are of another network; PretrainedError."""
     path = config["init_from"]
     try:
         net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
     except pretrained.PretrainedError as error:
         raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
+    _check_same_network(config, net, model)
+    return InitialWeights(net.params, _diffusion_differences(config, net))
+
+
+def _check_same_network(config: Mapping, net, model: models.UNet | models.Classifier) -> None:
+    path = config["init_from"]
     if type(net.model) is not type(model):
         raise UserError(f"init_from={path} is a {type(net.model).__name__}, and the config's a {type(model).__name__}")
-    # An output as wide as the image is written as None or as a number.
-    theirs = net.model
-    if isinstance(theirs, models.UNet):
-        theirs = theirs.clone(out_channels=theirs.out_channels or net.channels)
+    loaded = net.model
+    if isinstance(loaded, models.UNet) and isinstance(model, models.UNet):
+        # An output with the channels of the image is written as None or as a number.
+        loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
-    differing = [
-        f"model.{name}: {getattr(theirs, name)!r} there, {getattr(model, name)!r} here"
-        for name in sorted(set(models.fields_of(model)) - _FREE)
-        if getattr(theirs, name) != getattr(model, name)
+    differences = [
+        f"model.{name}: {getattr(loaded, name)!r} there, {getattr(model, name)!r} here"
+        for name in sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
+        if getattr(loaded, name) != getattr(model, name)
     ]
     if net.in_channels != input_shape(config)[2]:
-        differing.append(f"input channels: {net.in_channels} there, {input_shape(config)[2]} here")
-    if differing:
+        differences.append(f"input channels: {net.in_channels} there, {input_shape(config)[2]} here")
+    if differences:
         raise UserError(
-            f"init_from={path} is another network ({'; '.join(differing)}); --pretrained={path} takes its config"
+            f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"
         )
+
+
+def _diffusion_differences(config: Mapping, net) -> list[str]:
     schedule, diffusion = schedule_from_config(config["diffusion"]), config["diffusion"]
-    says = {}
+    parameterizations = {}
     if isinstance(net.model, models.UNet):
-        says["prediction"] = (net.prediction, diffusion["prediction"])
+        parameterizations["prediction"] = (net.prediction, diffusion["prediction"])
         if any(variance.startswith("learned") for variance in (net.variance, diffusion["variance"])):
-            says["variance"] = (net.variance, diffusion["variance"])  # the fixed ones are no network's, but a choice
-    phrases = [f"{name}: {theirs!r} there, {own!r} here" for name, (theirs, own) in says.items() if theirs != own]
+            # Fixed variances are an option of the sampler, not of the network.
+            parameterizations["variance"] = (net.variance, diffusion["variance"])
+    differences = [
+        f"{name}: {loaded!r} there, {own!r} here" for name, (loaded, own) in parameterizations.items() if loaded != own
+    ]
     if any(
         not np.array_equal(getattr(net.schedule, name), getattr(schedule, name)) for name in ("timesteps", "alpha_bar")
     ):
-        phrases.append("another noise schedule")
-    return net.params, phrases
+        differences.append("another noise schedule")
+    return differences

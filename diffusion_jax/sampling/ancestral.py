@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import process
-from diffusion_jax.sampling import levels
+from diffusion_jax.sampling import noise_levels
 from diffusion_jax.sampling.driver import Sampler, Step
 
 
@@ -30,11 +30,11 @@ class ddpm(Sampler):
     mean_shift: Callable | None = None
 
     def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
-        output = levels.call(schedule, denoise_fn, x_t, t)
+        output = noise_levels.call(schedule, denoise_fn, x_t, t)
         reverse = process.p_mean_variance(schedule, output, x_t, t, self.prediction, self.variance, self.clip)
         mean = reverse.mean
         if self.mean_shift is not None:
-            mean = mean + reverse.variance * levels.call(schedule, self.mean_shift, x_t, t)
+            mean = mean + reverse.variance * noise_levels.call(schedule, self.mean_shift, x_t, t)
         noise = jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean + jnp.where(t > 0, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
 
@@ -66,7 +66,7 @@ class ddim(Sampler):
         self._floats("eta")
 
     def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
-        output, _ = process.split_variance(levels.call(schedule, denoise_fn, x_t, t), x_t, self.variance)
+        output, _ = process.split_variance(noise_levels.call(schedule, denoise_fn, x_t, t), x_t, self.variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
         eps_of = (x_0, x_t, t, "x_0") if self.clipped_eps else (output, x_t, t, self.prediction)
         eps = process.to_eps(schedule, *eps_of)

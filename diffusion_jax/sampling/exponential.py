@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.levels import denoise, level, level_before
+from diffusion_jax.sampling.noise_levels import denoise, level, level_before
 
 
 class History(NamedTuple):

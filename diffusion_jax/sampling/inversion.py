@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import process
-from diffusion_jax.sampling.levels import call, level, level_before
+from diffusion_jax.sampling.noise_levels import call, level, level_before
 from diffusion_jax.schedules import Schedule
 
 

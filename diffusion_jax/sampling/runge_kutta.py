@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.sampling.driver import Sampler, Step
 from diffusion_jax.sampling.exponential import History, empty_history, push
-from diffusion_jax.sampling.levels import (
+from diffusion_jax.sampling.noise_levels import (
     Level,
     denoise,
     denoise_at,

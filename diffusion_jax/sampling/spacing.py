@@ -2,8 +2,8 @@
 
 A solver that steps over too much of the noise at once draws noise or blur, without an error. Whether it does follows from
 the noise levels alone, on Gaussian data of standard deviation 0.5 (about that of images in [-1, 1]): its probability flow is
-known, so the error of each step taken from the exact point is too. `tests/test_spacing.py` compares samples of every sampler
-with the exact distribution of a mixture.
+known, so the error of each step taken from the exact point is too. `tests/sampling/test_spacing.py` compares samples of every
+sampler with the exact distribution of a mixture.
 """
 
 from __future__ import annotations

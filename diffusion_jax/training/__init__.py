@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, losses, models, process, schedules, timesteps
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
@@ -233,9 +234,10 @@ def _check_loss(config: Mapping) -> None:
 def setup(config: Mapping) -> Setup:
     """Builds the model, the schedule and the compiled functions of a config.
 
-    Raises: ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    config: any mapping that `config.resolve` takes, partial ones included. Raises: ConfigError for a value that its leaf does
+    not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
     """
-    check_whole_numbers(config)
+    config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"])
     options = config["training"]
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
@@ -303,7 +305,7 @@ def create(config: Mapping) -> tuple[TrainState, Callable]:
     state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
     "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state it is given. Float data,
     already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only where `model.num_classes` or the
-    loss "classify" asks for labels. A config is any nested mapping with the leaves of configs/default.py.
+    loss "classify" asks for labels. A config is any nested mapping, partial or complete, as `config.resolve` takes it.
     Raises: as `setup`; train_step raises ValueError for a batch of other names, types or shapes.
     """
     built = setup(config)

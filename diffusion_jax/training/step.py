@@ -183,7 +183,7 @@ def _objective(config: Mapping, model, schedule: Schedule) -> Callable:
     """
     diffusion = config["diffusion"]
     prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
-    bound = {"variance": diffusion["variance"], "levels": config["data"]["levels"]}
+    bound = {"variance": diffusion["variance"], "gray_levels": config["data"]["levels"]}
     loss, options = {
         "simple": (losses.simple, prediction | weighting),
         "vlb": (losses.vlb, prediction | bound),

@@ -1,0 +1,306 @@
+"""The command line: diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
+
+A rerun of the same command resumes the run. --config may be left out for a directory that holds a run, and with
+--pretrained=PATH (weights as `diffusion_jax.pretrained.load` takes them), from which any mode then starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from diffusion_jax import config as configs
+from diffusion_jax.config.values import Integer
+from diffusion_jax.distributed import preemption
+from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError
+from diffusion_jax.runs import devices
+
+__all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "parse", "run"]
+
+MODES = {
+    "train": "train a diffusion model, or resume its training",
+    "sample": "draw samples",
+    "edit": "edit images: inpainting and more",
+    "evaluate": "measure bits per dimension, and metrics of samples such as the FID",
+    "progressive": "measure rate and distortion",
+    "train_classifier": "train a classifier of noisy images, for guidance",
+    "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
+}
+_NEEDS_CONFIG = "--config=NAME is needed: {} holds no run whose config could be used"
+_PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A parsed command line. workdir: None only where `mode` is "plan"."""
+
+    config: ConfigDict
+    mode: str
+    workdir: pathlib.Path | None
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    join_timeout: int
+    verbose: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    kind = Integer(minimum)
+
+    def convert(text: str) -> int:
+        try:
+            return kind.check(kind.parse(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {kind.allowed}") from None
+
+    return convert
+
+
+def _make_parser() -> _Parser:
+    modes = "\n".join(f"  {name:17} {meaning}" for name, meaning in MODES.items())
+    parser = _Parser(
+        prog="diffusion-jax",
+        description=f"{__doc__}\nModes:\n{modes}",
+        epilog="--config.group.leaf=VALUE overrides a leaf of the config; docs/configuration.md lists all leaves.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
+    add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
+    add("--mode", default="train", choices=tuple(MODES), help="what to do (default: train)")
+    add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
+    add(
+        "--pretrained_flags",
+        metavar="FLAGS",
+        default="",
+        help="what they do not describe: a preset, OpenAI's flags, JSON",
+    )
+    add("--coordinator_address", metavar="HOST:PORT", help="address of process 0, the same for all processes")
+    add("--num_processes", type=_integer(1), metavar="N", help="number of processes of the run")
+    add("--process_id", type=_integer(0), metavar="I", help="number of this process, from 0")
+    add("--join_timeout", type=_integer(1), metavar="SECONDS", default=300, help="how long to wait for the others")
+    add("--verbose", action="store_true", help="also print the options given to the compiler")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command of a command line without the program's name. Raises: UserError for whatever is wrong with it."""
+    parser = _make_parser()
+    flags, rest = parser.parse_known_args(list(arguments))
+    overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
+    config = configs.load(flags.config) if flags.config else None
+    if flags.workdir:
+        check_workdir(flags.workdir)
+    workdir = pathlib.Path(flags.workdir).expanduser() if flags.workdir else None
+    if flags.pretrained:
+        config = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
+    elif config is None and workdir is not None:
+        config = _stored_config(workdir)
+    if config is None:
+        raise UserError(_NEEDS_CONFIG.format(workdir or "no --workdir"))
+    config = configs.override(config, overrides)
+    if workdir is None and flags.mode != "plan":
+        raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
+    return Command(
+        config=config,
+        mode=flags.mode,
+        workdir=workdir,
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+        join_timeout=flags.join_timeout,
+        verbose=flags.verbose,
+    )
+
+
+def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """{"group.leaf": text} of --config.group.leaf=text (or with a space, and a Boolean leaf alone). Raises: UserError."""
+    overrides, remaining = {}, list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--config."):
+            if not flag.startswith("-"):
+                raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown flag {flag}; did you mean {near}?")
+        name = flag.removeprefix("--config.")
+        if not equals:
+            alone = not remaining or remaining[0].startswith("--")
+            if alone and not configs.is_boolean(name):
+                raise UserError(f"{flag} needs a value: {flag}=VALUE")
+            text = "True" if configs.is_boolean(name) else remaining.pop(0)
+        overrides[name] = text
+    return overrides
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises: UserError where no run can be stored: a bucket, a file, or a directory that cannot be written."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
+    path = pathlib.Path(workdir).expanduser()
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir}: {existing} is a file; give a directory, which need not exist yet")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--workdir={workdir}: {existing} cannot be written (permission denied); give another directory"
+        )
+    if existing != path.absolute():
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".write_test", dir=existing))
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir}: no directory can be made in {existing} ({error.strerror}); give another directory"
+            ) from error
+
+
+def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
+    from diffusion_jax.runs import stored_config
+
+    try:
+        return stored_config.from_workdir(workdir)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def _config_with_weights(
+    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
+) -> ConfigDict:
+    """`config` (None for the one that the weights describe), with the weights that training starts from."""
+    if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
+        stored = _stored_config(workdir)
+        if stored is None or stored.init_from != weights:
+            raise UserError(
+                f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
+            )
+        config = stored if config is None else config  # the run that these weights started, launched again
+    if config is None:
+        from diffusion_jax.runs import stored_config
+
+        try:
+            return stored_config.from_weights(weights, flags)
+        except (DiffusionJaxError, ValueError, OSError) as error:
+            raise UserError(f"--pretrained={weights}: {error}") from error
+    config = configs.resolve(config)
+    config.init_from, config.init_flags = weights, flags
+    return config
+
+
+def check_mode(mode: str, config: ConfigDict) -> None:
+    """Raises: UserError where a mode is not for what the config trains: a classifier, an upsampler or a diffusion model."""
+    is_classifier, low_resolution = config.diffusion.loss == "classify", config.data.low_resolution
+    if mode in ("edit", "evaluate", "progressive") and low_resolution:
+        raise UserError(f"--mode={mode} is not for a model that enlarges images (data.low_resolution={low_resolution})")
+    if is_classifier and mode == "train":
+        raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
+    if is_classifier and mode not in ("train_classifier", "plan"):
+        raise UserError(
+            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify)"
+        )
+    if mode == "train_classifier" and not is_classifier:
+        raise UserError(
+            "this config trains a diffusion model, not a classifier (diffusion.loss=classify): use --mode=train"
+        )
+
+
+def run(command: Command) -> None:
+    """Runs the mode of a command."""
+    from diffusion_jax.runs import edit, measure_likelihood, plan, sample, train
+
+    config, workdir = command.config, command.workdir
+    check_mode(command.mode, config)
+    if workdir is None or command.mode == "plan":
+        devices.start_virtual(plan.virtual_devices(config))
+        with preemption.stopping_at_once(None, only_interrupts=False):
+            plan.plan(config)
+        return
+    mode = {
+        "train": train.train,
+        "train_classifier": train.train,
+        "sample": sample.sample,
+        "edit": edit.edit,
+        "evaluate": measure_likelihood.evaluate,
+        "progressive": measure_likelihood.progressive,
+    }[command.mode]
+    trains = mode is train.train
+    checkpointed = workdir if trains else None
+    with preemption.stopping_at_once(checkpointed, only_interrupts=True):
+        devices.join(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
+    devices.start(command.verbose)
+    with preemption.stopping_at_once(checkpointed, only_interrupts=trains and preemption.is_multiprocess()):
+        mode(config, workdir)
+    preemption.barrier()
+
+
+def _exit_before_the_run(number: int, _) -> None:
+    """The signal handler while nothing needs to be saved: during the imports and the parsing of flags."""
+    name, code = ("interrupted by Ctrl-C", 130) if number == signal.SIGINT else ("stopped by SIGTERM", 75)
+    os.write(2, f"error: {name}; nothing had started\n".encode())
+    os._exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line (of this process where `arguments` is None); an error ends in one line and an exit code.
+
+    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `preemption.LOST`.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_before_the_run)
+    devices.quiet()
+    workdir = None
+    try:
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        workdir = command.workdir
+        run(command)
+    except preemption.Stopped as error:
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        _fail_with(error, workdir)
+
+
+def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
+    """Ends the program with the exit code of an error; one that nobody expects is raised again."""
+    if isinstance(error, SaveError) and preemption.is_multiprocess():  # the others may be in the middle of a step
+        preemption.abort_process(str(error), error.exit_code)
+    if not isinstance(error, UserError | SaveError) and preemption.is_peer_failure(error):
+        preemption.abort_process(f"{_PEER_FAILURE} ({error})", preemption.LOST)
+    if isinstance(error, DiffusionJaxError):
+        _fail(str(error), error.exit_code)
+    if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
+            _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
+        _fail(str(error), 1 if failed else 2)
+    if preemption.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
+        import jax
+
+        traceback.print_exc()
+        preemption.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
+    raise error
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """One line on standard error, and the end."""
+    if preemption.is_multiprocess():
+        preemption.abort_process(message, exit_code)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

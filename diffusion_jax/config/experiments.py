@@ -1,0 +1,108 @@
+"""Experiments: the Python files whose `get_config()` returns a config, those of this project and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pathlib
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_jax.errors import ConfigError
+
+__all__ = ["experiment", "experiment_names", "load"]
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def experiment(name: str) -> ConfigDict:
+    """The config of an experiment of this project: "digits", or with an argument "imagenet_adm:128".
+
+    Raises: ConfigError for an unknown name or argument.
+    """
+    file, colon, argument = name.partition(":")
+    if file not in experiment_names():
+        near = next(iter(difflib.get_close_matches(file, experiment_names(), n=1, cutoff=0)))
+        raise ConfigError(f"unknown experiment {file!r}; did you mean {near}?")
+    return load(f"{_folder() / file}.py{colon}{argument}", shown=name)
+
+
+def experiment_names() -> list[str]:
+    """The names of this project's experiments, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _folder() -> pathlib.Path:
+    """The folder of experiments: diffusion_jax/configs where the package is installed, configs in a clone."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def load(path: str, shown: str | None = None) -> ConfigDict:
+    """The config of FILE.py or FILE.py:ARGUMENT, or of an experiment's name, as `--config` takes them.
+
+    shown: what error messages call it; None for `path`. Raises: ConfigError with the file and the line of what is wrong.
+    """
+    file, colon, argument = path.partition(":")
+    shown = shown or path
+    if not pathlib.Path(file).is_file():
+        if file in experiment_names():
+            return experiment(path)
+        stem = pathlib.PurePath(file).stem
+        near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), "digits")
+        raise ConfigError(f"--config={shown}: no such file or experiment; give a Python file, or a name such as {near}")
+    arguments = (argument,) if colon else ()
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if not callable(get_config):
+            raise ConfigError(
+                f"--config={shown}: {file} defines no function get_config(), which must return the ConfigDict"
+            )
+        _check_argument(shown, get_config, arguments)
+        config = get_config(*arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_explain(shown, file, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config={shown}: get_config() of {file} returns {_type_name(config)}, and must return a "
+            "ml_collections.ConfigDict"
+        )
+    return config
+
+
+def _type_name(value: Any) -> str:
+    return "None (is its return statement missing?)" if value is None else f"a {type(value).__name__}"
+
+
+def _check_argument(shown: str, get_config: Callable, arguments: Sequence[str]) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        name = shown.partition(":")[0]
+        if arguments:
+            raise ConfigError(f"--config={shown}: {name} takes no argument; use --config={name}") from None
+        raise ConfigError(f"--config={shown}: {name} needs an argument: --config={name}:ARGUMENT") from None
+
+
+def _explain(shown: str, file: str, error: Exception) -> str:
+    """What was raised while a config file was read, and at which of its lines."""
+    if (
+        isinstance(error, SyntaxError)
+        and error.filename
+        and pathlib.Path(error.filename).name == pathlib.Path(file).name
+    ):
+        text = (error.text or "").strip()
+        return f"--config={shown}: line {error.lineno} of {file} is not valid Python ({error.msg}): {text}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f"line {lines[-1]} of {file}" if lines else file
+    if isinstance(error, ImportError):
+        return f"--config={shown}: {where} cannot import what it needs ({error}); install it, or correct the import"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = text if len(text) < 300 else f"{text[:150]} ... {text[-100:]}"  # some list a whole config
+    return f"--config={shown}: {where} raises {type(error).__name__}: {text}"

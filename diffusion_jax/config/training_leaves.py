@@ -1,0 +1,241 @@
+"""The leaves that describe a training run: data, network, diffusion process, optimization and devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from diffusion_jax import losses, process, timesteps
+from diffusion_jax.config.leaf import Leaf
+from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf, Text, Tuple, optional
+
+__all__ = ["CLASSIFIER_MODEL", "DATA", "DIFFUSION", "EMA", "MESH", "MODEL", "OPTIMIZER", "ROOT", "SEED", "TRAINING"]
+
+_IdentityLeaf = functools.partial(Leaf, identity=True)
+_SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50")
+SEED = Integer(0, 2**32 - 1)
+
+ROOT: dict[str, Leaf] = {
+    "seed": _IdentityLeaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
+    "init_from": Leaf(
+        "", Text(), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
+    ),
+    "init_flags": Leaf(
+        "", Text(), "What the weights of `init_from` do not describe: the name of a preset, OpenAI's flags, or JSON."
+    ),
+}
+
+DATA: dict[str, Leaf] = {
+    "dataset": _IdentityLeaf(
+        "cifar10",
+        Text(),
+        'Name of a TFDS data set, "folder" (images below `data.data_dir`) or "digits" (scikit-learn\'s).',
+    ),
+    "data_dir": Leaf("", Text(), 'Directory of TFDS ("" for ~/tensorflow_datasets), or the folder of images.'),
+    "download": Leaf(
+        True,
+        Boolean(),
+        "Whether a missing TFDS data set is downloaded and prepared. Use False where nodes have no network.",
+    ),
+    "split": _IdentityLeaf("train", Text(), "Split of the data set that is trained on."),
+    "image_size": _IdentityLeaf(
+        32,
+        OneOf(Integer(1), Tuple(Integer(1), "whole numbers", length=2, shown="(32, 48)")),
+        "Size of the images in pixels: one number, or (height, width).",
+    ),
+    "channels": _IdentityLeaf(3, Choice(1, 3), "Channels of the images: 3 for color, 1 for gray."),
+    "low_resolution": _IdentityLeaf(
+        0, Integer(0), "Height in pixels of the small images that an upsampler enlarges; 0 for a model that is none."
+    ),
+    "levels": _IdentityLeaf(
+        256,
+        Integer(2, 256),
+        "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels.",
+    ),
+    "random_flip": _IdentityLeaf(True, Boolean(), "Whether each image is mirrored with probability 1/2."),
+    "memory_mb": Leaf(
+        2048, Integer(0), "Megabytes of decoded images that are kept in memory. A larger data set is streamed."
+    ),
+    "workers": Leaf(8, Integer(0), "Number of processes that decode images when the data set is streamed."),
+}
+
+MODEL: dict[str, Leaf] = {
+    "channels": _IdentityLeaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
+    "channel_multipliers": _IdentityLeaf(
+        (1, 2, 2, 2),
+        Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
+        "Width of each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
+    ),
+    "num_res_blocks": _IdentityLeaf(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
+    "attention_levels": _IdentityLeaf(
+        (1,),
+        Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
+        "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has one layer.",
+    ),
+    "num_heads": _IdentityLeaf(1, Integer(1), "Attention heads of each layer."),
+    "num_heads_up": _IdentityLeaf(
+        None, optional(Integer(1)), "Attention heads in the decoder; None for `model.num_heads`."
+    ),
+    "head_channels": _IdentityLeaf(
+        None, optional(Integer(1)), "Channels of an attention head, instead of `model.num_heads`; None for that."
+    ),
+    "resample_blocks": _IdentityLeaf(
+        False, Boolean(), "Whether residual blocks change the resolution (ADM), instead of convolutions."
+    ),
+    "scale_shift_norm": _IdentityLeaf(
+        False,
+        Boolean(),
+        "Whether the time embedding scales and shifts the second norm of a block, instead of being added.",
+    ),
+    "embedding_cos_first": _IdentityLeaf(
+        False, Boolean(), "Whether the time embedding is [cos, sin] (OpenAI), instead of [sin, cos]."
+    ),
+    "embedding_freq_shift": _IdentityLeaf(
+        1.0, Number(), "Shift in the exponent of the time embedding's frequencies: 1 as Ho et al., 0 as OpenAI."
+    ),
+    "downsample_padding": _IdentityLeaf(
+        (0, 1),
+        Tuple(Integer(0), "whole numbers", length=2, shown="(0, 1)"),
+        "Padding before and after each side of a stride-2 convolution: (0, 1) as Ho et al., (1, 1) as OpenAI.",
+    ),
+    "num_groups": _IdentityLeaf(32, Integer(1), "Groups of every group norm."),
+    "norm_epsilon": _IdentityLeaf(
+        1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."
+    ),
+    "initializer": _IdentityLeaf("ho", Choice("ho", "openai"), "Whose initial weights are used."),
+    "dropout": _IdentityLeaf(0.1, Number(minimum=0, below=1), "Dropout rate in each residual block, in training only."),
+    "num_classes": _IdentityLeaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
+    "label_dropout": _IdentityLeaf(
+        0.0,
+        Number(minimum=0, below=1),
+        "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual.",
+    ),
+    "out_channels": _IdentityLeaf(
+        None,
+        optional(Integer(1)),
+        "Channels of the output; None for the number that `data.channels` and `diffusion.variance` need.",
+    ),
+    "dtype": _IdentityLeaf(
+        "float32",
+        Choice("float32", "bfloat16"),
+        "Type that the layers compute in. float16 is not supported, because its gradients underflow without loss scaling.",
+    ),
+    "convolution": Leaf(
+        "auto",
+        Choice("auto", "products", "xla"),
+        "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
+    ),
+    "remat": _IdentityLeaf(
+        False, Boolean(), "Whether the backward pass recomputes activations: less memory, a third more time."
+    ),
+}
+
+# The defaults of models.Classifier, ADM's classifier of ImageNet at 128x128 pixels, where they are not those of the U-Net.
+_CLASSIFIER_DEFAULTS = {
+    "channel_multipliers": (1, 1, 2, 3, 4),
+    "attention_levels": (2, 3, 4),
+    "head_channels": 64,
+    "resample_blocks": True,
+    "scale_shift_norm": True,
+    "embedding_cos_first": True,
+    "embedding_freq_shift": 0.0,
+    "downsample_padding": (1, 1),
+    "norm_epsilon": 1e-5,
+    "initializer": "openai",
+    "dropout": 0.0,
+}
+CLASSIFIER_MODEL: dict[str, Leaf] = {
+    name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
+    for name, leaf in MODEL.items()
+    if name not in ("num_heads_up", "label_dropout", "out_channels")
+} | {"num_classes": _IdentityLeaf(1000, Integer(2), "Number of classes.")}
+
+DIFFUSION: dict[str, Leaf] = {
+    "schedule": _IdentityLeaf("linear", Choice(*_SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "num_timesteps": _IdentityLeaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
+    "beta_start": _IdentityLeaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
+    "beta_end": _IdentityLeaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
+    "prediction": _IdentityLeaf("eps", Choice(*process.PREDICTIONS), "What the output of the network is."),
+    "rescale_timesteps": _IdentityLeaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
+    "variance": _IdentityLeaf(
+        "fixed_large",
+        Choice(*process.VARIANCES),
+        "Variance of p(x_{t-1} | x_t). The learned ones need the loss vlb or hybrid.",
+    ),
+    "loss": _IdentityLeaf(
+        "simple",
+        Choice(*losses.LOSSES),
+        "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; classify: the "
+        "cross entropy of a classifier of noisy images, for guidance.",
+    ),
+    "vlb_weight": _IdentityLeaf(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
+    "conditioning_noise": _IdentityLeaf(
+        0.0,
+        Number(minimum=0),
+        "Largest standard deviation of the noise on an upsampler's small images; 0 for exact ones.",
+    ),
+    "weighting": _IdentityLeaf(
+        "none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."
+    ),
+    "timestep_sampler": _IdentityLeaf(
+        "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "How the timesteps of a batch are drawn."
+    ),
+}
+
+TRAINING: dict[str, Leaf] = {
+    "num_steps": Leaf(800_000, Integer(1), "Number of training steps."),
+    "batch_size": _IdentityLeaf(128, Integer(1), "Images in a step, over all devices together."),
+    "accumulation_steps": Leaf(
+        1, Integer(1), "Number of microbatches that a batch is split into: less memory, the same step."
+    ),
+    "steps_per_call": Leaf(
+        1, Integer(1), "Steps in one compiled program, on accelerators. On a CPU each step is a call of its own."
+    ),
+    "deterministic": Leaf(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
+    "log_every": Leaf(100, Integer(1), "Steps between two lines of metrics."),
+    "sample_every": Leaf(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
+    "checkpoint_every": Leaf(5_000, Integer(1), "Steps between two checkpoints."),
+    "checkpoints_kept": Leaf(3, Integer(1), "Number of newest checkpoints that are kept."),
+    "checkpoint_keep_every": Leaf(
+        100_000, Integer(0), "Steps between two checkpoints that are never deleted; 0 for none."
+    ),
+    "stall_timeout": Leaf(
+        600.0, Number(minimum=0), "Seconds without a finished step after which the program ends; 0 for no limit."
+    ),
+    "profile": Leaf(False, Boolean(), "Whether five steps, soon after the start, are traced for XProf."),
+}
+
+OPTIMIZER: dict[str, Leaf] = {
+    "name": _IdentityLeaf("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
+    "learning_rate": _IdentityLeaf(2e-4, Number(above=0), "Learning rate after the warm-up."),
+    "warmup_steps": _IdentityLeaf(5_000, Integer(0), "Steps of linear warm-up from 0."),
+    "schedule": _IdentityLeaf(
+        "constant",
+        Choice("constant", "linear", "cosine"),
+        "Learning-rate schedule after the warm-up. linear and cosine reach 0 at `optimizer.decay_steps`.",
+    ),
+    "decay_steps": _IdentityLeaf(800_000, Integer(0), "Step at which the schedules linear and cosine reach 0."),
+    "b1": _IdentityLeaf(0.9, Number(minimum=0, below=1), "Decay rate of the first moment."),
+    "b2": _IdentityLeaf(0.999, Number(minimum=0, below=1), "Decay rate of the second moment."),
+    "eps": _IdentityLeaf(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
+    "weight_decay": _IdentityLeaf(0.0, Number(minimum=0), "Weight decay, of adamw."),
+    "grad_clip": _IdentityLeaf(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
+}
+
+EMA: dict[str, Leaf] = {
+    "decay": _IdentityLeaf(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
+    "warmup": _IdentityLeaf(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
+}
+
+MESH: dict[str, Leaf] = {
+    "data": Leaf(
+        -1,
+        OneOf(Integer(-1, -1), Integer(1)),
+        "Number of devices that split the batch; -1 for all devices that `mesh.fsdp` leaves.",
+    ),
+    "fsdp": Leaf(
+        1,
+        Integer(1),
+        "Number of devices that split the batch, and also parameters, optimizer state and moving average.",
+    ),
+}

@@ -1,0 +1,338 @@
+"""The kinds of values that a leaf of a config can have: what is allowed, and how text from a command line is read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import numbers
+from typing import Any, Protocol
+
+__all__ = [
+    "Boolean",
+    "Choice",
+    "Integer",
+    "Interval",
+    "Nothing",
+    "Number",
+    "OneOf",
+    "Text",
+    "Tuple",
+    "ValueKind",
+    "optional",
+]
+
+
+class ValueKind(Protocol):
+    """What a leaf allows.
+
+    allowed: a noun phrase that continues "must be".
+    example: shown where text from a command line cannot be read; "" for none.
+    """
+
+    @property
+    def allowed(self) -> str: ...
+
+    @property
+    def example(self) -> str: ...
+
+    def check(self, value: Any) -> Any:
+        """The value in its own Python type. Raises: ValueError where it is not allowed."""
+        ...
+
+    def parse(self, text: str) -> Any:
+        """The value of an argument on the command line. Raises: ValueError."""
+        ...
+
+    def hint(self, value: Any) -> str:
+        """What to type instead of a value that is not allowed; "" where nothing is obvious."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """None alone."""
+
+    allowed: str = "None"
+    example: str = ""
+
+    def check(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError
+
+    def parse(self, text: str) -> None:
+        if text != "None":
+            raise ValueError
+
+    def hint(self, value: Any) -> str:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Boolean:
+    """True or False."""
+
+    allowed: str = "True or False"
+    example: str = ""
+
+    def check(self, value: Any) -> bool:
+        if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, too
+            raise ValueError
+        return bool(value)
+
+    def parse(self, text: str) -> bool:
+        try:
+            return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
+        except KeyError:
+            raise ValueError from None
+
+    def hint(self, value: Any) -> str:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A string. quotes: whether the command line may put quotes around it, to mark a string that looks like a number."""
+
+    quotes: bool = False
+    allowed: str = "a string"
+    example: str = ""
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+
+    def parse(self, text: str) -> str:
+        if self.quotes and text[:1] in ("'", '"'):
+            return self.check(_literal(text))
+        return text
+
+    def hint(self, value: Any) -> str:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A whole number between two bounds, both included; None for no bound."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+    example: str = "such as 10000 or 1e4"
+
+    @property
+    def allowed(self) -> str:
+        if self.minimum is not None and self.minimum == self.maximum:
+            return str(self.minimum)
+        if self.minimum is not None and self.maximum is not None:
+            return f"a whole number in {self.minimum} ... {self.maximum}"
+        return "a whole number" + ("" if self.minimum is None else f" of at least {self.minimum}")
+
+    def check(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError
+        if not (self.minimum is None or value >= self.minimum) or not (self.maximum is None or value <= self.maximum):
+            raise ValueError
+        return int(value)
+
+    def parse(self, text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            value = float(text)
+        if not math.isfinite(value) or int(value) != value or abs(value) > 2**53:
+            raise ValueError  # beyond 2^53 a float can be another whole number than the text
+        return int(value)
+
+    def hint(self, value: Any) -> str:
+        return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite float. minimum, maximum: included; above, below: excluded; None for no bound."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    example: str = "such as 0.5 or 2e-4"
+
+    @property
+    def allowed(self) -> str:
+        has_low = self.minimum is not None or self.above is not None
+        has_high = self.maximum is not None or self.below is not None
+        if has_low and has_high:
+            low = f"({self.above:g}" if self.above is not None else f"[{self.minimum:g}"
+            high = f"{self.below:g})" if self.below is not None else f"{self.maximum:g}]"
+            return f"a number in {low}, {high}"
+        if self.above is not None:
+            return f"a number above {self.above:g}"
+        return "a finite number" if self.minimum is None else f"a number of at least {self.minimum:g}"
+
+    def check(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError
+        inside = (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if not inside:
+            raise ValueError
+        return float(value)
+
+    def parse(self, text: str) -> float:
+        return float(text)
+
+    def hint(self, value: Any) -> str:
+        return ""
+
+
+class Choice:
+    """One of some names (or numbers)."""
+
+    example = ""
+
+    def __init__(self, *choices: str | int):
+        self.choices = choices
+
+    @property
+    def allowed(self) -> str:
+        names = list(map(str, self.choices))
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+    def check(self, value: Any) -> Any:
+        for choice in self.choices:
+            same_kind = isinstance(value, str) == isinstance(choice, str) and not isinstance(value, bool)
+            if same_kind and value == choice:
+                return choice
+        raise ValueError
+
+    def parse(self, text: str) -> Any:
+        for choice in self.choices:
+            if text == str(choice):
+                return choice
+        return text  # `check` refuses it
+
+    def hint(self, value: Any) -> str:
+        names = [choice for choice in self.choices if isinstance(choice, str)]
+        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        return f"did you mean {near[0]}?" if near else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuple:
+    """A tuple (or a list) of items of one kind. items: what they are, in the plural."""
+
+    item: ValueKind
+    items: str
+    length: int | None = None
+    minimum_length: int = 0
+    shown: str = ""
+
+    @property
+    def allowed(self) -> str:
+        count = "" if self.length is None else f"{self.length} "
+        return f"a tuple of {count}{self.items}" + (f" such as {self.shown}" if self.shown else "")
+
+    @property
+    def example(self) -> str:
+        return ""
+
+    def check(self, value: Any) -> tuple:
+        if not isinstance(value, tuple | list) or len(value) < self.minimum_length:
+            raise ValueError
+        if self.length is not None and len(value) != self.length:
+            raise ValueError
+        return tuple(self.item.check(item) for item in value)
+
+    def parse(self, text: str) -> tuple:
+        value = _literal(text)
+        if not isinstance(value, tuple | list):
+            raise ValueError
+        return tuple(value)  # `check` refuses items, with a hint
+
+    def hint(self, value: Any) -> str:
+        for item in value if isinstance(value, tuple | list) else ():
+            try:
+                self.item.check(item)
+            except ValueError:
+                advice = self.item.hint(item)
+                return f"{item!r} is not allowed" + (f"; {advice}" if advice else "")
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """() or (low, high) with low <= high; high may be infinite."""
+
+    unit: str
+    example: str = ""
+
+    @property
+    def allowed(self) -> str:
+        return f"two numbers (low, high), or () for {self.unit}"
+
+    def check(self, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, tuple | list) or len(value) not in (0, 2):
+            raise ValueError
+        if any(isinstance(bound, bool) or not isinstance(bound, numbers.Real) for bound in value):
+            raise ValueError
+        if value and not value[0] <= value[1]:
+            raise ValueError
+        return tuple(value)
+
+    def parse(self, text: str) -> tuple[float, ...]:
+        return self.check(_literal(text))
+
+    def hint(self, value: Any) -> str:
+        return ""
+
+
+class OneOf:
+    """The first of several kinds that allows a value."""
+
+    def __init__(self, *kinds: ValueKind):
+        self.kinds = kinds
+
+    @property
+    def allowed(self) -> str:
+        return " or ".join(kind.allowed for kind in self.kinds)
+
+    @property
+    def example(self) -> str:
+        return next((kind.example for kind in self.kinds if kind.example), "")
+
+    def check(self, value: Any) -> Any:
+        for kind in self.kinds:
+            try:
+                return kind.check(value)
+            except ValueError:
+                continue
+        raise ValueError
+
+    def parse(self, text: str) -> Any:
+        for kind in self.kinds:
+            try:
+                return kind.check(kind.parse(text))
+            except ValueError:
+                continue
+        raise ValueError
+
+    def hint(self, value: Any) -> str:
+        return next(filter(None, (kind.hint(value) for kind in self.kinds)), "")
+
+
+def optional(kind: ValueKind) -> OneOf:
+    """A kind, or None."""
+    return OneOf(kind, Nothing())
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError from None

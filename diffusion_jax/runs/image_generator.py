@@ -1,0 +1,101 @@
+"""Compiled sampling: batches of images on all devices, and a picture of trajectories on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from diffusion_jax import data
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.images import to_model_range, to_uint8
+from diffusion_jax.runs import pictures
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+
+__all__ = ["Generator", "trajectory_picture"]
+
+
+class Generator:
+    """Compiled sampling of a config, distributed over the devices: `generator(params, seed, batch)`.
+
+    Batch i holds samples i B ... (i + 1) B - 1. low: uint8 [N, h, w, C], small images that an upsampler enlarges, in turn.
+    on_step: called with the number of finished steps while a batch is drawn.
+    """
+
+    def __init__(
+        self,
+        config: Mapping,
+        setup: SamplingSetup,
+        mesh: Mesh,
+        batch_size: int,
+        low: np.ndarray | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        self.setup, self.batch_size, self._low = setup, batch_size, low
+        shape, by_rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
+        replicated = sharding.replicated(mesh)
+
+        def constrain(x):
+            return jax.lax.with_sharding_constraint(x, by_rows)
+
+        def generate(params, classifier_params, seed, batch, y, low):
+            # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
+            # gradients or activations that would compete for the memory.
+            params = jax.lax.with_sharding_constraint(params, replicated)
+            y, low = jax.tree.map(constrain, (y, low))
+            low = None if low is None else to_model_range(low)
+            key = jax.random.fold_in(jax.random.key(seed), batch)
+            x = setup.draw(params, classifier_params, key, shape, y, low, constrain=constrain, progress=on_step)
+            return to_uint8(x)
+
+        self._generate = jax.jit(
+            generate,
+            # None: parameters keep their own sharding.
+            in_shardings=(None, replicated, replicated, replicated, replicated, replicated),
+            out_shardings=by_rows,
+            compiler_options=compiler.options(),
+        )
+
+    def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
+        """One batch, uint8 [B, H, W, C], gathered on every process."""
+        indices = batch * self.batch_size + np.arange(self.batch_size)
+        low = None if self._low is None else self._low[indices % len(self._low)]
+        y = self.setup.labels(indices)
+        images = self._generate(params, self.setup.classifier_params, np.uint32(seed), np.int32(batch), y, low)
+        return np.asarray(multihost_utils.process_allgather(images, tiled=True))
+
+
+def trajectory_picture(
+    key,
+    config: Mapping,
+    setup: SamplingSetup,
+    params,
+    columns: int,
+    rows: int = 4,
+    show: Literal["x_t", "x_0"] = "x_t",
+    low: np.ndarray | None = None,
+) -> np.ndarray:
+    """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise (left), and x_0. uint8 [H, W, C].
+
+    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low: as in `Generator`.
+    """
+    steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
+    # One process draws this, on one device.
+    params, classifier_params = jax.device_get((params, setup.classifier_params))
+    shape = (rows, *data.image_shape(config["data"]))
+    if low is not None:
+        low = to_model_range(low[np.arange(rows) % len(low)])
+
+    def draw(params, classifier_params, key, y, low):
+        return setup.draw(params, classifier_params, key, shape, y, low, trajectory=steps)
+
+    draw = jax.jit(draw, compiler_options=compiler.options())
+    x_0, trajectory = draw(params, classifier_params, key, setup.labels(np.arange(rows)), low)
+    x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
+    images = np.asarray(to_uint8(x)).swapaxes(0, 1)
+    headers = pictures.time_headers(np.asarray(setup.schedule.timesteps)[steps[::-1]])  # the noisiest first, as drawn
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(x), headers=headers)

@@ -1,0 +1,196 @@
+"""Files of samples in a work directory: drawing them in batches, and reusing those that have the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import diffusion_jax
+from diffusion_jax import data
+from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import pictures
+from diffusion_jax.runs.artifacts import ChunkStore, options_digest, save_npz
+from diffusion_jax.runs.console import ProgressBar, log
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.low_resolution import read_small_images
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.runs.trained_model import TrainedModel, params_digest
+from diffusion_jax.runs.workdir import check_seed, flatten, to_dict
+
+__all__ = ["SampleFile", "check_sampling_options", "read_settings"]
+
+# Leaves of `config.sampling` that no image depends on, and those whose files are compared by a digest of their contents.
+_NOT_SETTINGS = ("preview", "progress", "trajectory", "batch_size", "use_ema")
+_FILES = ("classifier", "low_resolution")
+_MAX_IMAGES_IN_GRID = 256
+_MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
+
+
+def check_sampling_options(config: ConfigDict) -> None:
+    """Raises: UserError for numbers of images, seeds and pictures of `config.sampling` that cannot be drawn."""
+    options = config.sampling
+    for leaf in ("num_samples", "batch_size"):
+        if options[leaf] < 1:
+            raise UserError(f"sampling.{leaf}={options[leaf]} must be at least 1")
+    check_seed("sampling.seed", options.seed)
+    if options.trajectory < 0 or options.trajectory == 1:
+        raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
+    if options.low_resolution and not config.data.low_resolution:
+        raise UserError(
+            f"sampling.low_resolution={options.low_resolution!r} is for models that enlarge images (data.low_resolution)"
+        )
+
+
+class SampleFile:
+    """The samples of a config: PATH.npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, if any; settings) and PATH.png, a grid.
+
+    path: the .npz. settings: all that decides the pixels. setup, low_resolution: what they are drawn with.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        """Loads the weights, after all checks of the config. Raises: UserError, DataError, PretrainedError."""
+        options = config.sampling
+        check_sampling_options(config)
+        self.config, self.trained = config, TrainedModel.open(config, workdir, options.use_ema)
+        trained = self.trained
+        with as_user_error("config"):
+            devices = trained.mesh.size
+            self.batch_size = -(-min(options.batch_size, options.num_samples) // devices) * devices
+            self.setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
+            small = read_small_images(config)
+            if small.labels is not None:
+                self.setup.set_labels(small.labels)
+        for note in self.setup.notes:
+            log(f"Note: {note}.")
+        self.low_resolution, self.num_steps = small.images, self.setup.schedule.num_timesteps
+        self.name = (
+            f"{trained.weights_name}_{trained.weights_kind}_{self.setup.name}_seed{options.seed}_n{options.num_samples}"
+        )
+        self.path = workdir / "samples" / f"{self.name}.npz"
+        self.settings = self._settings({"images": small.images, "labels": small.labels})
+
+    def why_not_reused(self) -> str | None:
+        """Why the file does not hold these samples; "" if there is no file, None if it holds them."""
+        return broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+
+    def draw(self) -> None:
+        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one."""
+        options, batch_size = self.config.sampling, self.batch_size
+        weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
+        log(f"Sampling {options.num_samples} images from {weights}.")
+        chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")
+        num_batches = -(-options.num_samples // batch_size)
+        done = len(chunks.finished) * batch_size
+        with ProgressBar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
+
+            def on_step(step):
+                bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
+
+            progress = on_step if options.progress else None
+            generator = Generator(self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress)
+            missing = [i for i in range(num_batches) if i not in chunks.finished]
+            if missing:
+                log("Compiling the sampler, and the first batch ...")
+            for i in preemption.over_batches(missing, self.config.training.stall_timeout):
+                with as_user_error("config"):  # for errors that occur only when the sampler is traced
+                    images = generator(self.trained.params, options.seed, i)
+                chunks.save(i, images=images)
+                done = (i + 1) * batch_size
+                bar.update(min(done, options.num_samples))
+        if jax.process_index() == 0:
+            images = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
+            self._write(images)
+            chunks.delete()
+            if images.shape[2] <= _MAX_PIXELS_AS_TEXT:
+                log(pictures.as_text(images[: _TEXT_COLUMNS // images.shape[2]]))
+            log(f"{len(images)} images: {self.path}, a grid: {self.path.with_suffix('.png')}")
+
+    def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
+        """All that decides the pixels of samples, except rounding: plain JSON values. small: what an upsampler enlarges."""
+        config, setup = self.config, self.setup
+        options = to_dict(config)
+        sampling = {
+            key: value
+            for key, value in options["sampling"].items()
+            if not key.startswith(_NOT_SETTINGS) and key not in _FILES
+        }
+        if config.sampling.label is not None and setup.classes is not None:  # a name and a number may be of one class
+            sampling["label"] = list(setup.classes)
+        # The times of a number of steps and a spacing may change with the version. Rounded, because machines round them
+        # differently.
+        times = np.round(np.asarray(setup.schedule.timesteps, np.float64), 4) + 0.0
+        return {
+            "weights_digest": params_digest(self.trained.params),
+            "classifier_digest": None if setup.classifier_params is None else params_digest(setup.classifier_params),
+            "low_resolution_digest": {
+                name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in small.items() if array is not None
+            },
+            "image_shape": list(data.image_shape(config.data)),
+            "model": options["model"],
+            "diffusion": options["diffusion"],
+            "sampling": sampling,
+            "times_digest": hashlib.sha256(times.tobytes()).hexdigest(),
+            "batch_size": self.batch_size,
+            "devices": self.trained.mesh.size,
+            "random": {
+                name: getattr(jax.config, name)
+                for name in ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64")
+            },
+        }
+
+    def _write(self, images: np.ndarray) -> None:
+        labels = self.setup.labels(np.arange(len(images)))
+        # The images come first, for programs that read the first array.
+        arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
+        versions = {
+            "diffusion_jax": diffusion_jax.__version__,
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+        }
+        files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
+        stored = {"settings": self.settings, "drawn_with": versions | files}
+        save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})
+        shown = images[:_MAX_IMAGES_IN_GRID]
+        picture = pictures.grid(shown, captions=self.setup.labels.captions(np.arange(len(shown))))
+        pictures.save_png(self.path.with_suffix(".png"), picture)
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
+    """{"settings": what decides the samples of an .npz, "drawn_with": versions}, or None if the file does not store them, as
+    those of version 0.1.0.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = json.loads(str(arrays["settings"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return stored if isinstance(stored, dict) and isinstance(stored.get("settings"), dict) else None
+
+
+def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
+    """Why a file does not hold the samples of these settings; "" if there is no file, None if it holds them."""
+    if not path.exists():
+        return ""
+    stored = read_settings(path)
+    if stored is None:
+        return "does not store the settings of its samples (files of version 0.1.0 do not)"
+    old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
+    differing = [key for key in new | old if key not in old or key not in new or old[key] != new[key]]
+    changes = [f"{key}={_shorten(old.get(key))}, now {_shorten(new.get(key))}" for key in differing]
+    more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return f"was drawn with other settings ({'; '.join(changes[:3])}{more})" if differing else None
+
+
+def _shorten(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:8] + "..."

@@ -1,0 +1,175 @@
+"""The sampler and the steps of `config.sampling`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusion_jax import process, sampling, schedules
+from diffusion_jax.errors import UserError
+
+__all__ = [
+    "SAMPLERS",
+    "calls_between_steps",
+    "is_stochastic",
+    "parse_interval",
+    "resolve_spacing",
+    "respace",
+    "sampler_from_config",
+    "unused_leaves",
+]
+
+
+def parse_interval(leaf: str, value) -> tuple[float, float] | None:
+    """`config.sampling[leaf]` as (low, high), or None for (). Raises: UserError."""
+    if not value:
+        return None
+    are_numbers = isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value)
+    if not are_numbers or len(value) != 2 or not value[0] <= value[1]:
+        raise UserError(f"sampling.{leaf}={value} must be two numbers (low, high), or () for all")
+    low, high = value
+    return low, high
+
+
+def _final_order(options: Mapping) -> dict[str, bool]:
+    return {"lower_order_final": options["lower_order_final"]}
+
+
+SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
+    "ddpm": lambda options, **arguments: sampling.ddpm(**arguments),
+    "ddim": lambda options, **arguments: sampling.ddim(options["eta"], **arguments),
+    "euler": lambda options, **arguments: sampling.euler(**arguments),
+    "euler_ancestral": lambda options, **arguments: sampling.euler_ancestral(**arguments),
+    "heun": lambda options, **arguments: sampling.heun(
+        churn=options["churn"],
+        churn_range=parse_interval("churn_range", options["churn_range"]) or (0.0, float("inf")),
+        churn_noise=options["churn_noise"],
+        **arguments,
+    ),
+    "dpm_solver_pp": lambda options, **arguments: sampling.dpm_solver_pp(
+        options["order"], sde=options["sde"], singlestep=options["singlestep"], **_final_order(options), **arguments
+    ),
+    "unipc": lambda options, **arguments: sampling.unipc(
+        options["order"], variant=options["variant"], **_final_order(options), **arguments
+    ),
+    "deis": lambda options, **arguments: sampling.deis(options["order"], **_final_order(options), **arguments),
+    "pndm": lambda options, **arguments: sampling.pndm(**arguments),
+    "plms": lambda options, **arguments: sampling.pndm(runge_kutta=False, **arguments),
+}
+
+# Leaves that only some samplers read: {leaf: (the value that has no effect, the samplers)}.
+_READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "eta": (0.0, ("ddim",)),
+    "order": (2, ("dpm_solver_pp", "unipc", "deis")),
+    "variant": ("bh2", ("unipc",)),
+    "singlestep": (False, ("dpm_solver_pp",)),
+    "sde": (False, ("dpm_solver_pp",)),
+    "churn": (0.0, ("heun",)),
+}
+
+
+def unused_leaves(options: Mapping) -> list[str]:
+    """Leaves of `config.sampling` without effect, each with what would read it."""
+    unused = [
+        f"sampling.{leaf}={options[leaf]!r} (only with sampling.sampler={', '.join(samplers)})"
+        for leaf, (without_effect, samplers) in _READ_BY.items()
+        if options[leaf] != without_effect and options["sampler"] not in samplers
+    ]
+    if options["classifier_scale"] != 1 and not options["classifier"]:
+        unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
+    for leaf in ("guidance_interval", "guidance_rescale"):
+        if options[leaf] and options["guidance_scale"] == 1:
+            unused.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
+    return unused
+
+
+def sampler_from_config(
+    options: Mapping, parameterization: Mapping[str, Any], clip: Callable | None = None, **arguments
+) -> sampling.Sampler:
+    """The sampler of `config.sampling`.
+
+    parameterization: a mapping with `prediction` and `variance`, such as `config.diffusion`. clip: a function from the
+    clipping of `sampling.clip` to the one to use instead. arguments: more arguments of the sampler.
+    Raises: ValueError for values that no sampler takes.
+    """
+    if options["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampling.sampler={options['sampler']!r} is unknown; known: {', '.join(SAMPLERS)}")
+    own_clip = options["clip"]
+    if own_clip == "dynamic":
+        own_clip = process.dynamic_threshold(options["clip_quantile"])
+    elif not isinstance(own_clip, bool):
+        raise ValueError(f"sampling.clip={own_clip!r} must be True, False or 'dynamic'")
+    return SAMPLERS[options["sampler"]](
+        options,
+        clip=own_clip if clip is None else clip(own_clip),
+        prediction=parameterization["prediction"],
+        variance=parameterization["variance"],
+        **arguments,
+    )
+
+
+def is_stochastic(options: Mapping) -> bool:
+    """Whether two samples from the same x_T differ."""
+    return options["sampler"] in ("ddpm", "euler_ancestral") or any(
+        options["sampler"] == sampler and options[leaf]
+        for sampler, leaf in (("ddim", "eta"), ("dpm_solver_pp", "sde"), ("heun", "churn"))
+    )
+
+
+def calls_between_steps(options: Mapping) -> bool:
+    """Whether the sampler also calls the network at times between those of its steps."""
+    return options["sampler"] == "pndm" or (options["sampler"] == "heun" and options["churn"] > 0)
+
+
+def resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
+    """`sampling.spacing`, or the default of the sampler and of the type of `sampling.steps`."""
+    if options["spacing"] is not None:
+        return options["spacing"]
+    return "openai" if isinstance(options["steps"], tuple | list) else sampling.default_spacing(sampler, schedule)
+
+
+def respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
+    """The schedule that the sampler uses: all of it, or `sampling.steps` of it. Raises: ValueError."""
+    steps = options["steps"]
+    if steps is None:
+        return schedule
+    if isinstance(steps, bool):
+        raise ValueError(f"sampling.steps={steps} must be None or a number of steps")
+    if isinstance(steps, str):
+        raise ValueError(_string_steps_message(steps))
+    spacing, is_sequence = resolve_spacing(options, sampler, schedule), isinstance(steps, tuple | list)
+    if spacing == "given":
+        if not is_sequence:
+            raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
+        return schedules.respace(schedule, [float(t) for t in steps])
+    if spacing == "openai":
+        if not all(type(count) is int for count in (steps if is_sequence else (steps,))):
+            raise ValueError(
+                f"sampling.steps={steps!r} with spacing=openai must be a whole number, or several: (10, 15, 20)"
+            )
+        return schedules.respace(schedule, ",".join(map(str, steps)) if is_sequence else str(steps))
+    if is_sequence:
+        raise ValueError(
+            f"sampling.steps={steps!r} are several numbers, which spacing={spacing} does not take; use "
+            "sampling.spacing=openai (steps in equal sections of the chain) or given (network times)"
+        )
+    if spacing == "openai_ddim":
+        if type(steps) is not int:
+            raise ValueError(f"sampling.steps={steps!r} with spacing=openai_ddim must be a whole number")
+        return schedules.respace(schedule, f"ddim{steps}")
+    if spacing not in schedules.SPACINGS:
+        known = ", ".join([*schedules.SPACINGS, "openai_ddim", "given"])
+        raise ValueError(f"sampling.spacing={spacing!r} is unknown; known: {known}")
+    return schedules.respace(schedule, steps, spacing)
+
+
+def _string_steps_message(steps: str) -> str:
+    """What to type instead of OpenAI's strings."""
+    counts = steps.removeprefix("ddim")
+    spacing = "openai_ddim" if counts != steps else "openai"
+    if not all(count.strip().isdecimal() for count in counts.split(",")):
+        counts, spacing = "50", "NAME"
+    return (
+        f"sampling.steps={steps!r} is a string; steps are a number, and sampling.spacing is how they are spread: type "
+        f"--config.sampling.steps={counts.replace(' ', '')} --config.sampling.spacing={spacing}"
+    )

@@ -1,0 +1,40 @@
+"""The configs that are stored with a run, or that published weights describe."""
+
+from __future__ import annotations
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from diffusion_jax import pretrained
+from diffusion_jax.config import migrate, resolve
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.runs.workdir import read_config
+
+__all__ = ["from_weights", "from_workdir"]
+
+
+def from_workdir(directory: pathlib.Path | str) -> ConfigDict | None:
+    """The config of a work directory, complete; None where none is stored. Raises: UserError for one that is damaged."""
+    directory = pathlib.Path(directory).expanduser()
+    stored = read_config(directory)
+    if stored is None:
+        return None
+    try:
+        return resolve(migrate(stored))
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None
+
+
+def from_weights(path: str, flags: str = "") -> ConfigDict:
+    """The config with which training starts from published weights, or from those of a run (with its data and all).
+
+    path: as `pretrained.load` takes it. flags: what the weights do not describe. Raises: UserError, PretrainedError.
+    """
+    description = pretrained.describe(path, pretrained.read_flags(flags))
+    config = from_workdir(path) if pretrained.is_workdir(path) else None
+    if config is None:
+        leaves = pretrained.config_leaves(description)
+        config = resolve(leaves | {"data": leaves["data"] | {"dataset": "folder", "random_flip": False}})
+    config.init_from, config.init_flags = path, flags
+    return config

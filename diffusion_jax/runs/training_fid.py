@@ -1,0 +1,61 @@
+"""The Frechet distance of samples while a model trains."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metric_suite, metrics
+from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
+from diffusion_jax.runs.console import ProgressBar
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.metric_options import (
+    HOW_TO_GET_INCEPTION,
+    check_metric_options,
+    features_cache,
+    lacks_inception,
+    load_extractor,
+    load_reference,
+)
+
+__all__ = ["TrainingFid"]
+
+
+class TrainingFid:
+    """`training_fid(params)`: the Frechet distance of `evaluation.every_samples` samples of a few DDIM steps.
+
+    name: of the metric, with the number of samples and steps, on which the distance depends.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, generator: Generator):
+        """Computes the features of the reference. Raises: UserError, DataError, PretrainedError."""
+        check_metric_options(config)
+        options = config.evaluation
+        if options.every_samples < 2:
+            raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
+        if lacks_inception(config):
+            raise UserError(f"evaluation.every needs {HOW_TO_GET_INCEPTION}")
+        extractor, self._seed, self._num_samples = load_extractor(config), options.seed, options.every_samples
+        self._generator = generator
+        self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
+        reference = load_reference(config)
+        try:
+            features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
+        except ValueError as error:
+            raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
+        self._reference = features.moments
+        metric, num_steps = metric_suite.reported_name("fid", extractor), generator.setup.schedule.num_timesteps
+        self.name = f"{metric}_{self._num_samples}_ddim{num_steps}"
+
+    def __call__(self, params: Any) -> float:
+        """The distance for these parameters. Every call draws with the same random numbers."""
+        num_batches = -(-self._num_samples // self._generator.batch_size)
+        batches = [self._generator(params, self._seed, i) for i in range(num_batches)]
+        images = np.concatenate(batches)[: self._num_samples]
+        chunks = (self._extraction(images[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
+        return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))

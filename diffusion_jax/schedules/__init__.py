@@ -1,0 +1,15 @@
+"""Noise schedules: how much of x_0 is left in x_t.
+
+A schedule starts as `betas` (float64 [T], the variances of q(x_t | x_{t-1})) and becomes a `Schedule`: one value that holds
+every table that the posterior, the losses and the samplers read. `respace` selects some of its steps and returns a shorter
+`Schedule` with the same `alpha_bar` at these steps.
+
+Two times are never mixed. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables. The network
+time (float, the unit the network was trained on) is `schedule.timesteps[t]` and is all that a `denoise_fn` ever sees.
+"""
+
+from diffusion_jax.schedules.beta_schedules import betas
+from diffusion_jax.schedules.respacing import SPACINGS, respace
+from diffusion_jax.schedules.schedule import Schedule, cast_table, from_betas
+
+__all__ = ["SPACINGS", "Schedule", "betas", "cast_table", "from_betas", "respace"]

@@ -1,0 +1,232 @@
+"""Shorter schedules that visit some of the steps of a longer one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Num
+
+from diffusion_jax.schedules.schedule import Schedule, from_tables
+
+__all__ = ["SPACINGS", "respace"]
+
+
+def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
+    """OpenAI's "ddimN": the integer stride that visits exactly N steps from 0 (DDIM section 4.2)."""
+    for stride in range(1, num_timesteps + 1):
+        if len(range(0, num_timesteps, stride)) == count:
+            return np.arange(0, num_timesteps, stride)
+    reachable = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps + 1)}
+    nearest = sorted(reachable, key=lambda n: abs(n - count))[:2]
+    raise ValueError(
+        f"no integer stride visits {count} of {num_timesteps} steps; use {' or '.join(f'ddim{n}' for n in nearest)}"
+    )
+
+
+def _section_indices(counts: list[int], num_timesteps: int) -> np.ndarray:
+    """OpenAI's "a,b,c": equal sections of the schedule with a, b and c evenly spread steps (Improved DDPM section 4)."""
+    if len(counts) > num_timesteps:
+        raise ValueError(f"{len(counts)} sections do not fit into {num_timesteps} steps")
+    size, extra = divmod(num_timesteps, len(counts))
+    start, indices = 0, []
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        if not 1 <= count <= length:
+            raise ValueError(f"section {i} has {length} steps; its count must lie in 1 ... {length}, got {count}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        # The stride is added up, not multiplied, so that halves round as in OpenAI's code.
+        indices += [start + round(x) for x in np.cumsum([0.0] + [stride] * (count - 1)).tolist()]
+        start += length
+    return np.array(indices)
+
+
+_INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+    "leading": lambda count, total: np.arange(count) * (total // count),
+    "trailing": lambda count, total: np.round(total - np.arange(count) * (total / count)).astype(int)[::-1] - 1,
+    "linspace": lambda count, total: np.round(np.linspace(0, total - 1, count)).astype(int),
+    "quadratic": lambda count, total: (np.linspace(0, (0.8 * total) ** 0.5, count) ** 2).astype(int),
+    "openai": lambda count, total: _section_indices([count], total),
+}
+
+
+_DATA_STD = 0.5  # of images in [-1, 1], roughly (EDM's sigma_data)
+
+
+def _karras(position, sigma_min, sigma_max):
+    return (sigma_max ** (1 / 7) + position * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+
+
+def _uniform_log_snr(position, sigma_min, sigma_max):
+    return sigma_max * (sigma_min / sigma_max) ** position
+
+
+def _uniform_angle(position, sigma_min, sigma_max):
+    low, high = np.arctan(sigma_min / _DATA_STD), np.arctan(sigma_max / _DATA_STD)
+    return _DATA_STD * np.tan(high + position * (low - high))
+
+
+# Spacings of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the noisiest (position 0) to the cleanest (position 1).
+_SIGMA_SPACINGS: dict[str, Callable[[np.ndarray, np.float64, np.float64], np.ndarray]] = {
+    "karras": _karras,
+    "log_snr": _uniform_log_snr,
+    "gaussian": _uniform_angle,
+}
+
+
+SPACINGS = (*_INDEX_SPACINGS, *_SIGMA_SPACINGS)  # the names that `respace` accepts
+
+
+def _check_count(steps, total):
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
+        raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
+
+
+def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
+    """The sorted indices that `steps` stands for."""
+    if isinstance(steps, str):
+        text = steps.removeprefix("ddim")
+        counts = text.split(",")
+        if not all(count.strip().isdecimal() for count in counts) or (text != steps and len(counts) > 1):
+            raise ValueError(f"cannot read the spacing {steps!r}; write 'ddim50', '250' or '10,15,20'")
+        if text != steps:
+            return _ddim_indices(int(text), total)
+        return _section_indices([int(count) for count in counts], total)
+    if np.ndim(steps) == 0:
+        _check_count(steps, total)
+        return _INDEX_SPACINGS[spacing](int(steps), total)
+    indices = np.asarray(steps)
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            "explicit steps must be a one-dimensional array of indices (int) or network times (float), got shape "
+            f"{indices.shape} of {indices.dtype}"
+        )
+    return np.sort(indices)
+
+
+def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
+    """log alpha_bar [count], noisiest last, of a spacing of sigma."""
+    _check_count(count, schedule.num_timesteps)
+    if schedule.zero_terminal_snr:
+        raise ValueError(
+            f"spacing {spacing!r} needs a finite noise level at the end, but alpha_bar ends at 0; use 'trailing', or leave "
+            "the last step out"
+        )
+    alpha_bar, one_minus_alpha_bar = (values[[0, -1]] for values in _precise_alpha_bar(schedule))
+    sigma_min, sigma_max = np.sqrt(one_minus_alpha_bar / alpha_bar)
+    sigma = _SIGMA_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1]
+    return -np.log1p(sigma**2)
+
+
+def _precise_alpha_bar(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """(alpha_bar, 1 - alpha_bar), float64 [T].
+
+    If the tables are float32, as those of a schedule that jit returned, both are computed from the SNR, which loses no digits
+    at either end.
+    """
+    alpha_bar = np.asarray(schedule.alpha_bar)
+    if alpha_bar.dtype == np.float64:
+        return alpha_bar, 1 - alpha_bar
+    snr = np.asarray(schedule.snr, np.float64)
+    return snr / (1 + snr), 1 / (1 + snr)
+
+
+def _respaced_betas(schedule: Schedule, indices: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray:
+    """1 - alpha_bar_i / alpha_bar_{i-1} of the selected steps.
+
+    With float32 tables the quotient has lost its digits, so the skipped betas are multiplied instead.
+    """
+    if np.asarray(schedule.alpha_bar).dtype == np.float64:
+        return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    betas = np.asarray(schedule.betas, np.float64)
+    starts = np.append(0, indices[:-1] + 1)
+    return np.array([1 - np.prod(1 - betas[a : b + 1]) for a, b in zip(starts, indices, strict=True)])
+
+
+def _interpolated_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(timesteps, log alpha_bar), float64 [S], if `steps` lie between the schedule's own; None if `steps` are indices."""
+    grid_timesteps = np.asarray(schedule.grid_timesteps, np.float64)
+    grid_log_alpha_bar = np.asarray(schedule.grid_log_alpha_bar, np.float64)
+    if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
+        log_alpha_bar = _spaced_log_alpha_bar(schedule, steps, spacing)
+        return np.interp(log_alpha_bar, grid_log_alpha_bar[::-1], grid_timesteps[::-1]), log_alpha_bar
+    if np.ndim(steps) == 1 and np.size(steps) and np.issubdtype(np.asarray(steps).dtype, np.floating):
+        timesteps = np.sort(np.asarray(steps, np.float64))
+        if not (grid_timesteps[0] <= timesteps[0] and timesteps[-1] <= grid_timesteps[-1]):
+            raise ValueError(
+                f"network times must lie in {grid_timesteps[0]:g} ... {grid_timesteps[-1]:g}, got {timesteps[0]:g} ... "
+                f"{timesteps[-1]:g}"
+            )
+        return timesteps, np.interp(timesteps, grid_timesteps, grid_log_alpha_bar)
+    return None
+
+
+def respace(
+    schedule: Schedule,
+    steps: str | int | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
+    spacing: str | None = None,
+) -> Schedule:
+    """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).
+
+    Args:
+      schedule: the one to shorten, T steps.
+      steps: one of
+        "ddimN": N steps with an integer stride from index 0 (at T = 1000 "ddim25" is 0, 40, ..., 960);
+        "N" or "a,b,c": OpenAI's sections, N (a, b, c) steps spread over the schedule (over each third), its ends included;
+        an int S, with one of these spacings of the indices:
+            leading    0, T//S, 2 (T//S), ..., the default
+            trailing   ..., T - 1 - T/S, T - 1, rounded
+            linspace   S rounded numbers from 0 to T - 1
+            quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
+            openai     as the string "S"
+          or, uniformly in a function of sigma = sqrt((1 - alpha_bar) / alpha_bar) from the schedule's largest sigma to its
+          smallest. These steps lie between the schedule's own, so their network times are fractions:
+            karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
+            log_snr    log sigma (DPM-Solver section 3.3)
+            gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data of standard deviation 0.5
+              (Sabour et al. 2024, section 3.1, derive it for their own bound);
+        or explicit steps, in any order: indices (int), or network times (float).
+      spacing: only for an int; strings and explicit steps define their own.
+
+    Returns: a Schedule of these steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
+      schedule's, or interpolated as in `Schedule.log_snr`. For a schedule with float32 tables (one that a jitted function
+      returned) betas have float32 precision, and less where network times are close to each other.
+    Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
+      repeated step, an unknown spacing, a spacing for steps that are not an int, or one of the last three spacings if
+      alpha_bar ends at 0.
+    """
+    if spacing is not None and spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
+    if spacing is not None and (isinstance(steps, str) or np.ndim(steps) > 0):
+        raise ValueError(
+            f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
+        )
+    spacing = spacing or "leading"
+    interpolated = _interpolated_steps(schedule, steps, spacing)
+    if interpolated is not None:
+        timesteps, log_alpha_bar = interpolated
+        # The grid holds the logarithm of the smallest float64 where alpha_bar is 0.
+        alpha_bar = np.where(log_alpha_bar < -700, 0.0, np.exp(log_alpha_bar))
+        one_minus_alpha_bar = -np.expm1(log_alpha_bar)
+        betas = -np.expm1(np.diff(log_alpha_bar, prepend=0.0))
+    else:
+        total = schedule.num_timesteps
+        indices = _select_indices(steps, spacing, total)
+        if indices[0] < 0 or indices[-1] >= total:
+            raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
+        timesteps = np.asarray(schedule.timesteps, np.float64)[indices]
+        alpha_bar, one_minus_alpha_bar = (values[indices] for values in _precise_alpha_bar(schedule))
+        betas = _respaced_betas(schedule, indices, alpha_bar)
+    repeated = timesteps[1:][np.diff(timesteps) <= 0]
+    if repeated.size:
+        raise ValueError(
+            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; use fewer steps or another spacing"
+        )
+    return from_tables(
+        alpha_bar,
+        one_minus_alpha_bar,
+        betas,
+        timesteps,
+        grid_timesteps=np.asarray(schedule.grid_timesteps, np.float64),
+        grid_log_alpha_bar=np.asarray(schedule.grid_log_alpha_bar, np.float64),
+    )

@@ -1,0 +1,163 @@
+"""The `Schedule`: every table of a noise schedule, computed from its betas."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Float64, Num
+
+__all__ = ["Schedule", "cast_table", "from_betas", "from_tables"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """Every table of a noise schedule; build one with `from_betas` or `respace`.
+
+    A pytree whose leaves are float64 NumPy arrays [T]; functions of traced arrays cast them to the arrays' dtype. A schedule
+    that a jitted function returns has float32 arrays, and `respace` accepts it too. Index t runs from 0 (the papers' t = 1)
+    to T - 1. With alpha_t = 1 - beta_t:
+
+    timesteps: the network's time at each index.
+    betas: beta_t, the variance of q(x_t | x_{t-1}).
+    alpha_bar, alpha_bar_prev: prod_{s<=t} alpha_s, and the same one step earlier (1 at index 0).
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar: mean factor and standard deviation of q(x_t | x_0), DDPM eq. 4.
+    sqrt_one_minus_alpha_bar_prev: the same one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
+    snr: alpha_bar / (1 - alpha_bar).
+    posterior_variance: beta-tilde_t of DDPM eq. 7; 0 at index 0.
+    posterior_log_variance: its logarithm, with the value of index 1 at index 0 (which would be log 0), as in Ho's and
+      OpenAI's code (ln = -9.8167 for linear-1000). A schedule of one step has no index 1 and has log beta there.
+    posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
+    fixed_large_variance: beta_t, and at index 0 the posterior variance of index 1 (OpenAI's correction of DDPM's code,
+      where variance and log variance disagree at this index).
+    grid_timesteps, grid_log_alpha_bar: the training grid, unchanged by respacing; `log_snr(time)` interpolates on it.
+    zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0.
+    """
+
+    timesteps: Float64[np.ndarray, "T"]
+    betas: Float64[np.ndarray, "T"]
+    alpha_bar: Float64[np.ndarray, "T"]
+    alpha_bar_prev: Float64[np.ndarray, "T"]
+    sqrt_alpha_bar: Float64[np.ndarray, "T"]
+    sqrt_one_minus_alpha_bar: Float64[np.ndarray, "T"]
+    sqrt_one_minus_alpha_bar_prev: Float64[np.ndarray, "T"]
+    snr: Float64[np.ndarray, "T"]
+    posterior_variance: Float64[np.ndarray, "T"]
+    posterior_log_variance: Float64[np.ndarray, "T"]
+    posterior_mean_coef_x_0: Float64[np.ndarray, "T"]
+    posterior_mean_coef_x_t: Float64[np.ndarray, "T"]
+    fixed_large_variance: Float64[np.ndarray, "T"]
+    grid_timesteps: Float64[np.ndarray, "T_grid"]
+    grid_log_alpha_bar: Float64[np.ndarray, "T_grid"]
+    zero_terminal_snr: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of steps of this (perhaps respaced) schedule."""
+        return self.betas.shape[0]
+
+    def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """log(alpha_bar / (1 - alpha_bar)) at any network time; equals log(snr) at `timesteps`.
+
+        log alpha_bar is interpolated linearly on the training grid and constant outside of it. The result is float32, or
+        float64 for a float64 time with x64 on.
+        """
+        time = _as_float(time)
+        log_alpha_bar = _interpolate(time, self.grid_timesteps, self.grid_log_alpha_bar)
+        return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
+
+    def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """The network time at which `log_snr(time)` has a given value: the inverse of `log_snr`."""
+        log_alpha_bar = -jax.nn.softplus(-_as_float(log_snr))
+        return _interpolate(log_alpha_bar, self.grid_log_alpha_bar[::-1], self.grid_timesteps[::-1])
+
+
+def _as_float(x: ArrayLike) -> jax.Array:
+    """x as float32, or float64 if x is float64 and x64 is on; integers become JAX's default float."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
+
+
+def cast_table(table: Float[ArrayLike, "T"], dtype: DTypeLike) -> Float[np.ndarray, "T"] | Float[Array, "T"]:
+    """A schedule's table in another dtype, as a copy.
+
+    NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses it after x64 is switched.
+    """
+    return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
+
+
+def _interpolate(x, xs, ys) -> jax.Array:
+    return jnp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
+
+
+def from_tables(
+    alpha_bar: np.ndarray,
+    one_minus_alpha_bar: np.ndarray,
+    betas: np.ndarray,
+    timesteps: np.ndarray,
+    *,
+    grid_timesteps: np.ndarray,
+    grid_log_alpha_bar: np.ndarray,
+) -> Schedule:
+    """A Schedule from its independent tables, float64 [T] each; the grid's have the length of the training schedule.
+
+    one_minus_alpha_bar is an argument because 1 - alpha_bar loses digits where alpha_bar is near 1.
+    """
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
+    posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
+    # q(x_{t-1} | x_t, x_0) is a point at index 0, whose log variance is infinite; the value of index 1 replaces it.
+    at_0 = posterior_variance[1] if len(betas) > 1 else betas[0]
+    return Schedule(
+        timesteps=timesteps,
+        betas=betas,
+        alpha_bar=alpha_bar,
+        alpha_bar_prev=alpha_bar_prev,
+        sqrt_alpha_bar=np.sqrt(alpha_bar),
+        sqrt_one_minus_alpha_bar=np.sqrt(one_minus_alpha_bar),
+        sqrt_one_minus_alpha_bar_prev=np.sqrt(one_minus_alpha_bar_prev),
+        snr=alpha_bar / one_minus_alpha_bar,
+        posterior_variance=posterior_variance,
+        posterior_log_variance=np.log(np.append(at_0, posterior_variance[1:])),
+        posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / one_minus_alpha_bar,
+        posterior_mean_coef_x_t=np.sqrt(1 - betas) * one_minus_alpha_bar_prev / one_minus_alpha_bar,
+        fixed_large_variance=np.append(at_0, betas[1:]),
+        grid_timesteps=grid_timesteps,
+        grid_log_alpha_bar=grid_log_alpha_bar,
+        zero_terminal_snr=bool(alpha_bar[-1] == 0),
+    )
+
+
+def from_betas(
+    betas: Sequence[float] | Num[ArrayLike, "T"], timesteps: Sequence[float] | Num[ArrayLike, "T"] | None = None
+) -> Schedule:
+    """A Schedule from the forward variances (DDPM eq. 2 and 4).
+
+    Args:
+      betas: [T], each in (0, 1]; only the last may be 1.
+      timesteps: [T], the network's time at each index, increasing; the default is 0 ... T - 1.
+    Raises: ValueError for betas or timesteps that do not meet these conditions.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise ValueError(f"betas must be a one-dimensional array of at least one number, got shape {betas.shape}")
+    bad = ~((1 - betas < 1) & (betas <= 1))  # with 1 - beta == 1 in float64, alpha_bar would stay 1
+    if bad.any() or (betas[:-1] == 1).any():
+        t = int(np.argmax(bad if bad.any() else betas == 1))
+        raise ValueError(f"betas must lie in (0, 1), the last in (0, 1]; betas[{t}] is {betas[t]}")
+    timesteps = np.arange(betas.size, dtype=np.float64) if timesteps is None else np.asarray(timesteps, np.float64)
+    if timesteps.shape != betas.shape or not (np.diff(timesteps) > 0).all() or not np.isfinite(timesteps).all():
+        raise ValueError(
+            f"timesteps must be {betas.size} finite, increasing numbers, one for each beta, got shape {timesteps.shape}"
+        )
+    alpha_bar = np.cumprod(1 - betas)
+    # A schedule that ends in pure noise has log alpha_bar = -inf there; a lower bound keeps the interpolation finite.
+    log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
+    return from_tables(
+        alpha_bar, 1 - alpha_bar, betas, timesteps, grid_timesteps=timesteps, grid_log_alpha_bar=log_alpha_bar
+    )

@@ -1,0 +1,58 @@
+"""Types that the signatures of the core share. Imports nothing else from this package.
+
+Shapes are written as in jaxtyping: `Float[ArrayLike, "B *shape"]` is a batch of B float arrays of any shape. They cost
+nothing; the tests check them with jaxtyping's import hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+__all__ = ["Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
+
+# An index of the schedule for each row of a batch, or one for all rows.
+Index: TypeAlias = Int[ArrayLike, "B"] | Int[ArrayLike, ""]
+
+# How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 does anything else.
+Clip: TypeAlias = bool | np.bool_ | Callable[[jax.Array], ArrayLike]
+
+
+@runtime_checkable
+class DenoiseFn(Protocol):
+    """A network as the core calls it: (x_t float [B, ...], network time float [B]) -> output.
+
+    The output has the shape of x_t, or twice its channels for a learned variance.
+    """
+
+    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> ArrayLike: ...
+
+
+@runtime_checkable
+class LogitsFn(Protocol):
+    """A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K]."""
+
+    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> ArrayLike: ...
+
+
+@runtime_checkable
+class LogProbFn(Protocol):
+    """log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t."""
+
+    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> Float[Array, "B"]: ...
+
+
+@runtime_checkable
+class TimestepSampler(Protocol):
+    """Which timesteps a batch trains on: (key, batch_size, num_timesteps) -> (t int32 [B], weight float [B]).
+
+    The weights multiply the losses, so that the mean over the batch estimates the mean over all T steps.
+    """
+
+    def __call__(
+        self, key: Key[Array, ""], batch_size: int, num_timesteps: int, /
+    ) -> tuple[Int[Array, "B"], Float[ArrayLike, "B"]]: ...

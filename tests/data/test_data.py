@@ -1,0 +1,224 @@
+"""Batches as a function of (seed, step), and the three kinds of sources."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import data
+
+CONFIG = {
+    "dataset": "digits",
+    "data_dir": "",
+    "split": "train",
+    "image_size": 8,
+    "channels": 1,
+    "memory_mb": 100,
+    "workers": 0,
+}
+
+
+class Numbers:
+    """A source whose image i is filled with i."""
+
+    num_classes = 0
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def read(self, indices):
+        indices = np.asarray(indices, np.int32)
+        return indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2), indices
+
+
+def test_every_example_once_an_epoch_and_none_lost():
+    """7 examples in batches of 3: batches span epochs, and 7 batches are exactly 3 epochs."""
+    batches = data.Batches(Numbers(7), seed=0, batch_size=3, num_steps=7)
+    seen = np.concatenate([batches[step]["label"] for step in range(7)])
+    for epoch in seen.reshape(3, 7):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(7))
+    assert (seen[:7] != seen[7:14]).any()  # another order each epoch
+    other = data.Batches(Numbers(7), seed=1, batch_size=3, num_steps=7)
+    assert (np.concatenate([other[step]["label"] for step in range(7)]) != seen).any()
+
+
+def test_memory_gives_the_same_batches_and_rows_split_them():
+    source = Numbers(10)
+    whole = data.Batches(source, 3, 4, 20)
+    memory = data.Batches(data.InMemory(source), 3, 4, 20)
+    halves = [data.Batches(source, 3, 4, 20, rows) for rows in (slice(0, 2), slice(2, 4))]
+    for step in (0, 2, 7, 19):
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(whole[step][name], memory[step][name])
+            np.testing.assert_array_equal(whole[step][name], np.concatenate([half[step][name] for half in halves]))
+    assert whole[0]["image"].dtype == np.uint8 and whole[0]["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_starts_anywhere(workers):
+    batches = data.Batches(Numbers(10), 3, 4, 12)
+    got = list(data.stream(batches, start=5, workers=workers))
+    assert len(got) == 7
+    for step, batch in enumerate(got, 5):
+        np.testing.assert_array_equal(batch["image"], batches[step]["image"])
+
+
+def test_the_digits_are_scikit_learn_s():
+    """Read from its file, without its import."""
+    from sklearn.datasets import load_digits
+
+    digits, held_out = load_digits(), np.arange(1797) % 6 == 5
+    for split, chosen in (("train", ~held_out), ("test", held_out)):
+        images, labels = data.Digits(split, (8, 8), 1).read(np.arange(chosen.sum()))
+        np.testing.assert_array_equal(images[..., 0], np.round(digits.images[chosen] * 255 / 16))
+        np.testing.assert_array_equal(labels, digits.target[chosen])
+
+
+def test_digits():
+    train, test = data.load(CONFIG), data.load({**CONFIG, "split": "test"})
+    assert len(train) + len(test) == 1797 and train.num_classes == 10
+    assert train.images.shape[1:] == (8, 8, 1) and len(np.unique(train.images)) == 17
+    assert set(np.unique(test.labels)) == set(range(10))
+    with pytest.raises(data.DataError, match="'train' and 'test'"):
+        data.load({**CONFIG, "split": "validation"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; wide, tall, gray, palette and transparent files, and one that is no image."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").mkdir()
+    Image.fromarray(rng.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(tmp_path / "cat" / "wide.png")
+    Image.fromarray(rng.integers(0, 255, (50, 16), dtype=np.uint8)).save(tmp_path / "cat" / "gray.jpg")
+    Image.fromarray(rng.integers(0, 255, (8, 8, 4), dtype=np.uint8), "RGBA").save(tmp_path / "dog" / "clear.png")
+    Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).convert("P").save(
+        tmp_path / "dog" / "palette.PNG"
+    )
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / ".thumbs").mkdir()
+    (tmp_path / ".thumbs" / "hidden.png").write_text("no image either")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((8, 24), (8, 24))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_any_images(folder, size, shape, channels):
+    source = data.load(
+        {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": size, "channels": channels}
+    )
+    assert source.images.shape == (4, *shape, channels)
+    assert source.num_classes == 2 and source.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_resizing_crops_the_center(tmp_path):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 200  # the middle square
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    source = data.load({**CONFIG, "dataset": "folder", "data_dir": str(tmp_path), "image_size": 10, "channels": 3})
+    np.testing.assert_array_equal(source.images[0], 200)
+    assert source.num_classes == 0
+
+
+def test_sixteen_bits_are_scaled_and_images_beside_subfolders_are_no_class(folder):
+    Image.fromarray(np.array([[0, 257, 65535, 32768]], np.uint16)).save(folder / "deep.png")
+    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": (1, 4)}
+    source = data.load(config)
+    assert len(source) == 5 and source.num_classes == 0
+    assert source.images[2].ravel().tolist() == [0, 1, 255, 128]
+
+
+def test_bad_folders_and_images(folder, tmp_path):
+    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
+    with pytest.raises(data.DataError, match="is no folder"):
+        data.load({**config, "data_dir": str(folder / "nowhere")})
+    (folder / "empty").mkdir()
+    with pytest.raises(data.DataError, match="no images below"):
+        data.load({**config, "data_dir": str(folder / "empty")})
+    whole = (folder / "cat" / "wide.png").read_bytes()
+    (folder / "cat" / "wide.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.DataError, match="wide.png"):
+        data.load(config)
+    with pytest.raises(data.DataError, match="is no folder"):
+        data.load({**config, "data_dir": ""})
+    for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"image_size": "wide"}, {"image_size": 2.5}):
+        with pytest.raises(data.DataError, match="must be"):
+            data.load({**config, **wrong})
+
+
+def test_tfds_that_is_not_there(tmp_path):
+    with pytest.raises(data.DataError, match=r"prepare it with: python -c .*download_and_prepare"):
+        data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
+    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+        data.load({**CONFIG, "dataset": "no_such_set", "data_dir": str(tmp_path)})
+    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+        data.load({**CONFIG, "dataset": "my data", "data_dir": str(tmp_path)})
+
+
+def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> None:
+    """A tiny prepared MNIST, in TFDS's own layout."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+    )
+    folder = directory / "mnist" / "3.0.1"
+    folder.mkdir(parents=True)
+    name = f"mnist-train.{file_format}-00000-of-00001"
+    writer = ArrayRecordWriter(str(folder / name), "group_size:1")
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    size = 0
+    for i in range(count):
+        encoded = features.encode_example({"image": np.full((28, 28, 1), 10 * i, np.uint8), "label": i})
+        record = serializer.serialize_example(encoded)
+        size += len(record)
+        writer.write(record)
+    writer.close()
+    features.save_config(str(folder))
+    info = {
+        "fileFormat": file_format,
+        "name": "mnist",
+        "version": "3.0.1",
+        "splits": [
+            {
+                "name": "train",
+                "numBytes": str(size),
+                "shardLengths": [str(count)],
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        ],
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_tfds_in_array_record(tmp_path):
+    write_tfds(tmp_path, "array_record")
+    assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)
+    config = {**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28}
+    source = data.load(config)
+    assert len(source) == 5 and source.num_classes == 10 and source.labels.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(source.images[3], np.full((28, 28, 1), 30))
+    streamed = data.load({**config, "memory_mb": 0, "channels": 3, "image_size": 32})
+    batches = data.Batches(streamed, 0, 2, 3)
+    for step, batch in enumerate(data.stream(batches, workers=1)):
+        assert batch["image"].shape == (2, 32, 32, 3)
+        np.testing.assert_array_equal(batch["label"], batches[step]["label"])
+    assert len(data.load({**config, "split": "train[:40%]+train[4:]"})) == 3
+    for split in ("test", "train[abc"):
+        with pytest.raises(data.DataError, match="has train"):
+            data.load({**config, "split": split})
+
+
+def test_tfds_in_another_format(tmp_path):
+    write_tfds(tmp_path, "riegeli")
+    with pytest.raises(data.DataError, match="in riegeli format, not array_record or tfrecord; prepare.*_array_record"):
+        data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})

@@ -1,0 +1,382 @@
+"""Faults, injected into runs of configs/digits.py: `make faults`; docs/reliability.md holds what it measured.
+
+Every run that was disturbed must end with the log and the last state, to the bit, of one that was not.
+"""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion_jax import training
+from diffusion_jax.distributed import preemption
+from diffusion_jax.training import checkpoints, digests
+from helpers.paths import ROOT
+from helpers.program import TWO_DEVICES, free_port
+from helpers.work_directories import last_state, lines
+
+pytestmark = pytest.mark.faults
+
+STEPS, PATIENCE = 600, 120  # seconds after which a program counts as hanging
+OVERRIDES = {"training.log_every": 1, "training.checkpoint_every": 10, "training.num_steps": STEPS}
+OVERRIDES |= {"training.sample_every": 300}
+
+
+def config(**overrides):
+    chosen = digits.get_config()
+    chosen.update_from_flattened_dict(OVERRIDES | overrides)
+    return chosen
+
+
+def launch(directory, *more, program="main.py", log=None, **variables):
+    """The run's command, started; what it prints goes to a file beside the directory."""
+    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
+    with (log or directory.with_suffix(".log")).open("a") as file:
+        return subprocess.Popen(
+            [sys.executable, program, "--config=configs/digits.py", f"--workdir={directory}", *flags, *more],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+        )
+
+
+def to_the_end(directory, *more, **variables):
+    process = launch(directory, *more, **variables)
+    assert process.wait(timeout=1200) == 0, directory.with_suffix(".log").read_text()
+
+
+def figure(text):
+    print(f"\nFIGURE {text}", flush=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("faults") / "whole"
+    to_the_end(directory)
+    return directory
+
+
+def assert_same(directory, whole):
+    assert lines(directory) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(last_state(config(), path) for path in (directory, whole)))
+
+
+def is_saving(directory):
+    return any("orbax-checkpoint-tmp" in path.name for path in (directory / "checkpoints").glob("*"))
+
+
+def disturbed(tmp_path, whole, count, disturb):
+    """Launches that `disturb(directory, process)` each, over as many runs as that takes; each must equal the whole one."""
+    runs, directory = 0, None
+    for _ in range(count):
+        if directory is None:
+            directory = tmp_path / f"run{runs}"
+        process = launch(directory)
+        disturb(directory, process)
+        if process.returncode == 0:  # it was done before
+            assert_same(directory, whole)
+            runs, directory = runs + 1, None
+    if directory is not None:
+        to_the_end(directory)
+        assert_same(directory, whole)
+        runs += 1
+    return runs
+
+
+def test_sigkill(tmp_path, whole):
+    """Fifty: forty at random moments from the start of the program on, ten once a save has begun."""
+    rng = random.Random(0)
+    during_save, kinds = [], [True] * 10 + [False] * 40
+    rng.shuffle(kinds)
+
+    def kill(directory, process):
+        if kinds.pop():
+            seen, wanted, deadline = 0, rng.randint(1, 3), time.monotonic() + PATIENCE
+            was_saving = False
+            while process.poll() is None and time.monotonic() < deadline:
+                saving = is_saving(directory)
+                seen += saving and not was_saving
+                was_saving = saving
+                if seen > wanted:
+                    time.sleep(rng.uniform(0, 0.1))
+                    break
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+            during_save.append(is_saving(directory))
+        else:
+            # Half fall into the start (reading, compiling), half into the steps.
+            limit = time.monotonic() + PATIENCE
+            if rng.random() < 0.6:
+                before = checkpoints.committed_steps(directory / "checkpoints")
+                while checkpoints.committed_steps(directory / "checkpoints") == before and process.poll() is None:
+                    assert time.monotonic() < limit, "no checkpoint in two minutes"
+                    time.sleep(0.05)
+                time.sleep(rng.uniform(0, 2.5))
+            else:
+                time.sleep(rng.uniform(0.5, 8))
+            process.kill()
+            process.wait()
+
+    began = time.monotonic()
+    runs = disturbed(tmp_path, whole, 50, kill)
+    assert sum(during_save) >= 5, "the saves were missed"
+    figure(
+        f"50 SIGKILLs over {runs} runs of {STEPS} steps in {time.monotonic() - began:.0f} s, {sum(during_save)} of the "
+        f"{len(during_save)} aimed at a save left it unfinished: logs and last states equal to the bit"
+    )
+
+
+def test_sigterm(tmp_path, whole):
+    rng, codes, seconds = random.Random(1), [], []
+
+    def terminate(directory, process):
+        before = checkpoints.committed_steps(directory / "checkpoints")
+        limit = time.monotonic() + PATIENCE
+        at_start = len(codes) < 3
+        while (
+            not at_start and checkpoints.committed_steps(directory / "checkpoints") == before and process.poll() is None
+        ):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        time.sleep(rng.uniform(2, 8) if at_start else rng.uniform(0, 2))
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        codes.append(process.wait(timeout=PATIENCE))
+        seconds.append(time.monotonic() - began)
+
+    runs = disturbed(tmp_path, whole, 10, terminate)
+    # A signal that comes before Python has read main.py ends it by the system's own hand.
+    assert all(code in (0, preemption.STOPPED, -signal.SIGTERM) for code in codes)
+    figure(
+        f"10 SIGTERMs over {runs} runs: exit codes {codes}, at most {max(seconds):.1f} s to save and stop; equal to the bit"
+    )
+
+
+def test_damage(tmp_path, whole):
+    """A hundred flipped bits and ten truncations, at random places of the newest checkpoint's files."""
+    rng, abstract = np.random.default_rng(2), training.setup(config()).abstract_state
+    newest, before = checkpoints.committed_steps(whole / "checkpoints")[-1:-3:-1]
+    pristine = tmp_path / "pristine"
+    for step in (newest, before):
+        shutil.copytree(whole / "checkpoints" / str(step), pristine / str(step))
+    with checkpoints.Checkpoints(pristine, read_only=True) as saved:
+        expected = {newest: jax.device_get(saved.restore(abstract))}
+    with checkpoints.Checkpoints(tmp_path / "before", read_only=True) as saved:
+        shutil.copytree(pristine / str(before), tmp_path / "before" / str(before))
+        expected[before] = jax.device_get(saved.restore(abstract))
+    files = sorted(path.relative_to(pristine) for path in (pristine / str(newest)).rglob("*") if path.is_file())
+    sizes = np.array([(pristine / path).stat().st_size for path in files], float)
+    found = {"flipped": 0, "truncated": 0}
+    for i in range(110):
+        kind = "flipped" if i < 100 else "truncated"
+        directory = tmp_path / "damaged"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(pristine, directory)
+        # Every other time a file by its size, else any of them.
+        path = directory / rng.choice(np.array(files, object), p=sizes / sizes.sum() if i % 2 else None)
+        content = bytearray(path.read_bytes())
+        if kind == "flipped":
+            content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        else:
+            del content[rng.integers(len(content)) :]
+        path.write_bytes(content)
+        named = digests.find_corruption(directory / str(newest), ("params", "ema_params", "rest"))
+        found[kind] += named is not None
+        if named and i % 5:  # reading takes seconds: every fifth, and all that went unseen
+            continue
+        with checkpoints.Checkpoints(directory) as saved:
+            state = saved.restore(abstract)
+        step = int(state.step)
+        assert step == (before if named else newest)
+        if step == newest:  # what is not in the table of digests holds no numbers
+            assert path.name in ("_CHECKPOINT_METADATA", "commit_success.txt") and path.parent.name == str(newest), path
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected[step])
+    figure(
+        f"of 100 flipped bits {found['flipped']}, of 10 truncations {found['truncated']} were found out; the others, in "
+        "files without numbers, changed nothing"
+    )
+
+
+def test_a_full_disk(tmp_path, whole):
+    """A small tmpfs, which needs the right to mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        run, log = small / "run", tmp_path / "small.log"
+        keep_all = "--config.training.checkpoints_kept=1000"
+        process = launch(run, keep_all, log=log)
+        code = process.wait(timeout=600)
+        kept = checkpoints.committed_steps(run / "checkpoints")
+        errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+        assert code == 1 and kept and len(errors) == 1 and "disk full" in errors[0], log.read_text()
+        for step in kept[:-3]:
+            shutil.rmtree(run / "checkpoints" / str(step))
+        process = launch(run, log=log)
+        assert process.wait(timeout=1200) == 0, log.read_text()
+        assert_same(run, whole)
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+    figure(f"a full disk after step {kept[-1]}: {errors[0][:100]!r}; after making room, the same to the bit")
+
+
+def joined(directory, *more, **variables):
+    address = f"--coordinator_address=localhost:{free_port()}"
+    return [
+        launch(
+            directory,
+            *more,
+            address,
+            "--num_processes=2",
+            f"--process_id={i}",
+            log=directory.with_suffix(f".{i}.log"),
+            XLA_FLAGS=TWO_DEVICES,
+            **variables,
+        )
+        for i in range(2)
+    ]
+
+
+def until(condition, *processes):
+    limit = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < limit and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def close_to(directory, whole):
+    one, two = lines(whole), lines(directory)
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    # The first steps agree up to the order of sums; later ones drift, as any two orders do.
+    np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_of_two(tmp_path, victim):
+    directory = tmp_path / "two"
+    pair = joined(directory)
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    pair[victim].kill()
+    began = time.monotonic()
+    code = pair[1 - victim].wait(timeout=PATIENCE)
+    seconds = time.monotonic() - began
+    text = directory.with_suffix(f".{1 - victim}.log").read_text()
+    assert code in (preemption.LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
+    pair[victim].wait()
+    figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
+
+
+def test_a_stuck_process_of_two(tmp_path):
+    """The data of one stands still, its heartbeats go on."""
+    directory = tmp_path / "two"
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    pair = joined(directory, "--config.training.stall_timeout=20", program=str(program))
+    began = time.monotonic()
+    codes = [process.wait(timeout=300) for process in pair]
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    assert all(code in (preemption.LOST, -signal.SIGABRT) for code in codes) and preemption.LOST in codes, texts
+    assert any("no step has finished for 20 s" in text for text in texts), texts
+    figure(
+        f"process 1 of two stuck: both ended, exit codes {codes}, {time.monotonic() - began:.0f} s after their launch"
+    )
+
+
+STUCK = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.data import pipeline
+
+read = pipeline.Batches.__getitem__
+
+
+def stuck(self, step):
+    while step >= 25 and "--process_id=1" in sys.argv:
+        time.sleep(1)
+    return read(self, step)
+
+
+pipeline.Batches.__getitem__ = stuck
+cli.main()
+"""
+
+
+def test_a_commit_of_two_that_fails(tmp_path):
+    """Process 0 alone commits: where it cannot, the other must not wait for it."""
+    directory = tmp_path / "two"
+    program = tmp_path / "full.py"
+    program.write_text(FULL)
+    pair = joined(directory, program=str(program))
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    began = time.monotonic()
+    codes = [process.wait(timeout=PATIENCE) for process in pair]
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    assert codes[0] == 1 and "is the disk full?" in texts[0] and codes[1] in (1, preemption.LOST, -signal.SIGABRT), (
+        texts
+    )
+    kept = checkpoints.committed_steps(directory / "checkpoints")
+    assert kept and kept[-1] < 30
+    figure(f"two processes, no room at the third commit: exit codes {codes} after {time.monotonic() - began:.0f} s")
+
+
+FULL = f"""
+import errno, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.training import digests
+
+write = digests.write
+
+
+def full(directory):
+    if directory.name.startswith("30"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(directory)
+
+
+digests.write = full
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, preemption.STOPPED), (signal.SIGINT, preemption.INTERRUPTED)]
+)
+def test_a_signal_to_one_of_two_then_one_goes_on(tmp_path, whole, number, code):
+    directory = tmp_path / "two"
+    pair = joined(directory)
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    pair[1].send_signal(number)
+    codes = [process.wait(timeout=PATIENCE) for process in pair]
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    step = checkpoints.committed_steps(directory / "checkpoints")[-1]
+    assert codes == [code] * 2 and all(f"at step {step}, which is saved" in text for text in texts), texts
+    to_the_end(directory)
+    close_to(directory, whole)
+    figure(f"{number.name} to one of two: both saved step {step} and ended with {codes}; one process went on")
+
+
+def test_a_peer_that_never_joins(tmp_path):
+    directory = tmp_path / "alone"
+    began = time.monotonic()
+    more = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", "--join_timeout=10"]
+    process = launch(directory, *more, "--process_id=0")
+    code = process.wait(timeout=PATIENCE)
+    text = pathlib.Path(directory.with_suffix(".log")).read_text()
+    figure(f"a peer that never joins: exit code {code} after {time.monotonic() - began:.0f} s")
+    assert code == preemption.LOST and "the others did not come within 10 s" in text, text

@@ -1,0 +1,105 @@
+"""Two processes of two devices each, and other numbers of devices: the losses of one, the data in the same order, and a run
+that goes on with fewer than it began with."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+from diffusion_jax.evaluation import metrics
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.train import train
+from helpers.configs import tiny_config
+from helpers.digits_features import by_hand
+from helpers.paths import ROOT
+from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
+from helpers.work_directories import lines
+
+pytestmark = pytest.mark.whole
+
+# main.py, and then what else it can do, in the same processes: a launch costs more than its steps.
+ALL_MODES = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
+
+cli.main()
+command = cli.parse(sys.argv[1:])
+for run in (sample, evaluate):
+    run(command.config, command.workdir)
+"""
+
+
+def together(program, *flags):
+    """Two processes with two devices each, to their end."""
+    joined = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    pair = [start(*flags, *joined, f"--process_id={i}", program=str(program), XLA_FLAGS=TWO_DEVICES) for i in range(2)]
+    outputs = [finish(process) for process in pair]
+    assert all(code == 0 for code, _, _ in outputs), outputs
+    assert "on 4 cpu devices" in outputs[0][1]
+    assert not any(word in outputs[1][1] for word in ("jax ", "Training", "Sampling"))  # the first alone speaks
+
+
+OVERRIDES = {"model.num_classes": 10, "sampling.preview_samples": 0, "training.log_every": 1, "sampling.num_samples": 4}
+OVERRIDES |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
+OVERRIDES |= {"evaluation.num_samples": 10}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Four steps by two processes, their samples and their bound."""
+    directory = tmp_path_factory.mktemp("two")
+    program = directory.with_suffix(".py")
+    program.write_text(ALL_MODES)
+    together(program, *tiny_flags(directory, **OVERRIDES))
+    return directory
+
+
+def close(one, two):
+    """Losses agree up to the order of sums: the mean over a batch is one of partial means."""
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
+
+
+def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
+    train(tiny_config(**OVERRIDES), tmp_path)
+    close(lines(tmp_path), lines(two))
+    evaluate(tiny_config(**OVERRIDES), tmp_path)
+    reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
+    assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
+    for path in (tmp_path, two):  # each judged its own samples
+        (record,) = json.loads((path / "metrics.json").read_text())
+        drawn = np.load(path / "samples" / "step4_ema_ddpm2_seed0_n10.npz")["arr_0"]
+        digits = data.Digits("train", (8, 8), 1)
+        moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))[0], drawn)]
+        assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    sample(tiny_config(**OVERRIDES), tmp_path)
+    for path in (tmp_path, two):
+        with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
+            assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
+    for path in (tmp_path, two):  # one device; before, four
+        train(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
+    close(lines(tmp_path), lines(two))
+
+
+def test_eight_devices_then_four(tmp_path):
+    overrides = {"training.log_every": 1, "sampling.preview_samples": 0}
+    for devices, steps in ((8, 2), (4, 4)):
+        flags = tiny_flags(tmp_path / "fewer", **overrides, **{"training.num_steps": steps})
+        count = f"--xla_force_host_platform_device_count={devices}"
+        code, out, err = finish(start(*flags, XLA_FLAGS=count))
+        assert code == 0 and f"on {devices} cpu devices" in out, err
+    assert "Continuing from step 2" in out
+    train(tiny_config(**overrides), tmp_path / "one")
+    close(lines(tmp_path / "one"), lines(tmp_path / "fewer"))
+
+
+def test_addresses_that_do_not_go_together(tmp_path):
+    code, _, err = finish(start("--config=configs/digits.py", f"--workdir={tmp_path}", "--num_processes=2"))
+    assert code == 2 and "go together" in err and len(err.strip().splitlines()) == 1, err
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,164 @@
+"""Meshes: the rule that splits a state, what its program sends, the same numbers on any mesh, and relaunches on another."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import cifar10
+from diffusion_jax import training
+from diffusion_jax.distributed import collectives, sharding
+from helpers.configs import tiny_config
+from helpers.paths import ROOT
+
+
+def on_eight_devices(*arguments):
+    """What helpers/eight_devices.py found."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "helpers.eight_devices", *arguments]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return on_eight_devices()
+
+
+def test_a_leaf_is_split_along_its_longest_axis_that_divides():
+    assert sharding.split_axis((3, 3, 128, 256), 8) == 3
+    assert sharding.split_axis((3, 3, 256, 128), 8) == 2
+    assert sharding.split_axis((3, 3, 256, 256), 8) == 3  # the last of equally long ones
+    assert sharding.split_axis((1001, 512), 8) == 1
+    assert sharding.split_axis((257, 511), 8) is None
+    assert sharding.split_axis((256,), 8) is None and sharding.split_axis((3, 3, 128, 256), 1) is None
+
+
+def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devices():
+    """By the rule alone: parameters, moments and EMA have the same shapes."""
+    config = cifar10.get_config()
+    shapes = jax.eval_shape(training.setup(config).init)
+    leaves = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
+    parts = [1 if sharding.split_axis(leaf.shape, 8) is None else 8 for leaf in leaves]
+    held = sum(leaf.size / part for leaf, part in zip(leaves, parts, strict=True))
+    assert held <= 1.1 / 8 * sum(leaf.size for leaf in leaves)
+
+
+def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters_gradients(measured):
+    """Bytes counted from the leaves: parameters, two moments and the EMA; two gathers and, on CPUs, an all-reduce."""
+    program = measured["program"]
+    split = program["params"] - program["whole"]
+    state = 4 * (split / 8 + program["whole"])
+    np.testing.assert_allclose(program["held"], state, rtol=1e-5)  # Adam's step counter, too
+    assert program["held"] <= program["arguments"] <= 1.01 * state  # and the batch and the running sums
+    assert state <= 1.15 * 4 * program["params"] / 8  # a small network: more of it is biases and norms
+    assert program["init_temporary"] < program["params"]  # not even one of the four copies was whole on a device
+    assert program["kinds"] == ["all-gather", "all-reduce"]
+    ideal = program["ideal"]
+    assert ideal == 3 * program["params"] * 7 / 8
+    assert program["ring"] <= 1.4 * ideal
+    assert program["ring"] >= 1.3 * split / program["params"] * ideal  # gathered twice: not kept for the backward pass
+    # Each leaf by itself, and nothing but leaves: gathers of activations would come on top.
+    assert max(program["gathers"]) <= program["largest"]
+    assert split < sum(program["gathers"]) <= 2 * split
+
+
+def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
+    """model.remat: the first convolution of each of the five blocks once more."""
+    without, with_remat = measured["program"]["convolutions"]
+    assert with_remat >= without + 5
+
+
+def test_the_losses_are_the_same_on_any_mesh(measured):
+    """The same draws and rows, so the same losses up to the order of float32 sums.
+
+    A loss is a mean of some 500 numbers: another order changes it by a few 6e-8. Adam's first steps pass on the errors of
+    the gradients' smallest numbers whole, as steps of the learning rate's size, which is 2e-3 here: hence 1e-5 after four.
+    """
+    expected = measured["trajectories"]["losses"]["1x1"]
+    assert len(set(expected)) == 4 and measured["trajectories"]["same_init"]
+    assert all(rows == list(range(8)) for rows in measured["trajectories"]["rows"])  # the order that data is read in
+    for mesh, losses in measured["trajectories"]["losses"].items():
+        np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6, err_msg=mesh)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
+
+
+def test_a_checkpoint_continues_on_another_mesh(measured):
+    for mesh, (whole, loss) in measured["relaunches"].items():
+        assert whole, mesh
+        np.testing.assert_allclose(loss, measured["trajectories"]["losses"]["1x1"][1], rtol=1e-5, err_msg=mesh)
+
+
+@pytest.mark.slow
+def test_other_losses_types_and_networks_on_a_split_state():
+    """Two minutes. The hybrid loss with importance sampling, accumulation and remat; bfloat16; an upsampler."""
+    found = on_eight_devices("slow")
+    kinds, over_least = found["labeled"]
+    assert kinds == ["all-gather", "all-reduce"] and over_least <= 1.4
+    for name, (whole, split) in found["variants"].items():
+        # bfloat16 has eight bits: kernels that are split otherwise round otherwise.
+        np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
+
+
+def test_pictures_samples_and_bounds_of_a_split_state(measured):
+    assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
+    numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh.fsdp": 3}, "mesh.fsdp=3 must divide the number of devices, 8; use one of 1, 2, 4, 8"),
+        ({"mesh.fsdp": 0}, "use one of 1, 2, 4, 8"),
+        ({"mesh.data": 4}, "mesh.data=4 times mesh.fsdp=1 must be the number of devices, 8; use mesh.data=8, or -1"),
+        ({"mesh.data": 8, "mesh.fsdp": 2}, "use mesh.data=4"),
+    ],
+)
+def test_meshes_that_are_not_the_devices(overrides, words, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    with pytest.raises(ValueError, match=words):
+        sharding.make_mesh(tiny_config(**overrides).mesh)
+
+
+def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
+    small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+    assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
+    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 a device, in 1 part)" in out.stdout
+    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
+    assert all(word in out.stdout for word in words)
+    refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr
+
+
+HLO = """
+  %ag = f32[3,128]{1,0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %ar = (f32[128]{0}, /*index=1*/bf16[3,3]{1,0}) all-reduce(%b, %c), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %rs = f32[16]{0} reduce-scatter(%d), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  %cp = u8[10]{0} collective-permute(%e), source_target_pairs={{0,1},{1,0}}
+  %aa = pred[8]{0} all-to-all(%f), replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x', 'y':(1)2}
+  %no = f32[8]{0} add(%all-gather.3, %g)
+"""
+
+
+def test_collectives_are_read_from_hlo():
+    found = collectives.read(HLO)
+    assert [(c.kind, c.bytes, c.largest, c.devices, c.ring_bytes) for c in found] == [
+        ("all-gather", 1536, 1536, 4, 1152.0),
+        ("all-reduce", 530, 512, 2, 530.0),
+        ("reduce-scatter", 64, 64, 4, 192.0),
+        ("collective-permute", 10, 10, 2, 10.0),
+        ("all-to-all", 8, 8, 4, 6.0),
+    ]
+    assert collectives.table(found)[0] == ("all-gather", 1, 1536, 1152.0)
+    with pytest.raises(ValueError, match="all-gather-start"):
+        collectives.read("%x = (f32[1], f32[8]) all-gather-start(%a), replica_groups=[1,8]<=[8]")

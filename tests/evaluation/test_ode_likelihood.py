@@ -1,0 +1,255 @@
+"""The probability-flow ODE's likelihood on Gaussian data, whose density at every step is known, and beside the bound."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from diffusion_jax import likelihood, process, schedules
+from diffusion_jax.evaluation import ode_likelihood
+
+SCHEDULE = schedules.from_betas(schedules.betas("linear", 1000))
+M, S2 = 0.2, 0.16
+V = SCHEDULE.alpha_bar * S2 + 1 - SCHEDULE.alpha_bar
+
+
+def gaussian_eps(x, time, mean, covariance):
+    """The exact eps of N(mean, covariance) at fractional times: sigma Cov_t^-1 (x - alpha mean)."""
+    log_snr = SCHEDULE.log_snr(time)[0]
+    a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    at_t = a * covariance + s2 * jnp.eye(len(covariance))
+    return jnp.sqrt(s2) * jnp.linalg.solve(at_t, (x - jnp.sqrt(a) * mean).T).T
+
+
+def exact(x, time):
+    return gaussian_eps(x, time, M, S2 * jnp.eye(x.shape[-1]))
+
+
+def exact_as(prediction):
+    def denoise_fn(x, time):
+        log_snr = SCHEDULE.log_snr(time)[:, None]
+        alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+        eps = exact(x, time)
+        x_0 = (x - sigma * eps) / alpha
+        return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma}[prediction]
+
+    return denoise_fn
+
+
+def data(n, d=4):
+    return M + np.sqrt(S2) * jax.random.normal(jax.random.key(0), (n, d))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "score"])
+def test_the_density_of_a_gaussian(prediction):
+    """Within 1e-3 nats a dimension of log N(x; m, s^2); the noise of index 0 and the tolerance leave less than that."""
+    x = data(64)
+    run = jax.jit(
+        lambda x: ode_likelihood.log_density(
+            jax.random.key(1), SCHEDULE, exact_as(prediction), x, prediction=prediction
+        )
+    )
+    density = run(x)
+    expected = scipy.stats.norm(M, np.sqrt(S2)).logpdf(x).sum(-1)
+    assert abs(np.mean(density.log_density - expected)) / 4 < 1e-3
+    # Every example, against what the ODE must give: N(0, I) pushed through its closed-form map.
+    scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
+    pushed = scipy.stats.norm(a[0] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
+    np.testing.assert_allclose(density.log_density, pushed, atol=4e-4)
+    mapped = a[-1] * M + (np.asarray(x) - a[0] * M) / scale
+    np.testing.assert_allclose(density.x_T, mapped, atol=2e-4)
+    assert 5 < density.num_steps < 200
+
+
+def test_exact_and_hutchinson_s_trace_of_a_correlated_gaussian():
+    covariance = jnp.array([[0.3, 0.2, 0.0], [0.2, 0.4, -0.1], [0.0, -0.1, 0.2]])
+    network = functools.partial(gaussian_eps, mean=M, covariance=covariance)
+    x = jax.random.multivariate_normal(jax.random.key(0), jnp.full(3, M), covariance, (1,))
+    # The map is a stretch along each eigenvector.
+    eigenvalues, basis = np.linalg.eigh(covariance)
+    first, last = (a * eigenvalues + 1 - a for a in SCHEDULE.alpha_bar[[0, -1]])
+    stretch, a = np.sqrt(first / last), SCHEDULE.sqrt_alpha_bar
+    mean = (a[0] - stretch * a[-1]) * (basis.T @ np.full(3, M))
+    expected = scipy.stats.norm(mean, stretch).logpdf(np.asarray(x) @ basis).sum()
+    assert abs(expected - scipy.stats.multivariate_normal(np.full(3, M), covariance).logpdf(x)) < 6e-3
+    run = functools.partial(ode_likelihood.log_density, schedule=SCHEDULE, denoise_fn=network)
+    got = run(jax.random.key(0), x=x, trace="exact").log_density
+    assert abs(got[0] - expected) < 4e-4
+    many = run(jax.random.key(1), x=jnp.repeat(x, 4000, axis=0)).log_density
+    error = many.std() / np.sqrt(4000)
+    assert 0.001 < error < 0.02 and abs(many.mean() - got[0]) < 4 * error
+    assert run(jax.random.key(1), x=jnp.repeat(x, 4000, axis=0), probes=16).log_density.std() < 0.4 * many.std()
+
+
+def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
+    """Continuous data and the exact score. The bound is 1/2 ln(2 pi e s^2) plus KL(q(x_T) || N(0, I)) of the marginal; the
+    ODE pushes N(0, I) through its map, whose density is known as well."""
+    x_0 = data(20_000)
+    bound_gap = 0.5 * (V[-1] + SCHEDULE.alpha_bar[-1] * M**2 - 1 - np.log(V[-1])) / np.log(2)
+    variance = SCHEDULE.betas * np.append(S2, V[:-1]) / V
+    small = SCHEDULE.posterior_log_variance
+    fraction = (np.log(variance) - small) / (np.log(SCHEDULE.betas) - small)
+
+    def with_variance(x_t, time):
+        eps = exact(x_t, time)
+        value = process.lookup(2 * fraction - 1, time.astype(int), x_t)
+        return jnp.concatenate([eps, jnp.broadcast_to(value, eps.shape)], axis=-1)
+
+    bits = jax.jit(
+        lambda x_0: (
+            likelihood.bits_per_dim(
+                jax.random.key(0),
+                SCHEDULE,
+                with_variance,
+                x_0,
+                variance="learned_range",
+                clip=False,
+                gray_levels=None,
+                tables=False,
+            ).total
+        )
+    )(x_0)
+    ode, _ = jax.jit(
+        lambda x_0: ode_likelihood.bits_per_dim(
+            jax.random.key(0), SCHEDULE, with_variance, x_0, dequantization="none", trace="exact"
+        )
+    )(x_0)
+    scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
+    pushed = scipy.stats.norm(a[0] * M - scale * a[-1] * M, scale)
+    ode_expected = -pushed.logpdf(x_0).mean() / np.log(2)
+    assert abs(float(ode.mean()) - ode_expected) < 2e-4
+    difference = np.asarray(bits - ode, np.float64)
+    entropy_of_the_draws = -scipy.stats.norm(M, np.sqrt(S2)).logpdf(x_0).mean() / np.log(2)
+    error = difference.std() / np.sqrt(len(x_0))
+    assert abs(difference.mean() - (entropy_of_the_draws + bound_gap - ode_expected)) < 4 * error
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("dequantization", ["uniform", "variational"])
+def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequantization):
+    """Images of 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
+    levels, width = 17, 2 / 16
+    grid = np.arange(levels) * width - 1
+    log_p = np.asarray(likelihood.decoder_log_prob(grid, np.full(levels, M), np.full(levels, np.log(S2)), levels))
+    x_0 = np.random.default_rng(0).choice(grid, p=np.exp(log_p) / np.exp(log_p).sum(), size=(20_000, 4))
+    run = functools.partial(
+        ode_likelihood.bits_per_dim,
+        schedule=SCHEDULE,
+        denoise_fn=exact,
+        dequantization=dequantization,
+        gray_levels=levels,
+        trace="exact",
+        variance="fixed_small",
+    )
+    bits, _ = jax.jit(lambda x: run(jax.random.key(0), x_0=x))(x_0.astype(np.float32))
+    scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
+    m = a[0] * M - scale * a[-1] * M
+    if dequantization == "uniform":
+        squares, offset = (x_0 - m) ** 2 + width**2 / 12, -np.log(width)
+    else:  # the decoder is sure of the cell: noise of 0.01 against a half width of 0.0625
+        noise = SCHEDULE.sqrt_one_minus_alpha_bar[0]
+        squares, offset = (a[0] * x_0 - m) ** 2 + noise**2, -0.5 * np.log(2 * np.pi * np.e * noise**2)
+    nats = offset + 0.5 * np.log(2 * np.pi * scale**2) + squares / (2 * scale**2)
+    difference = np.asarray(bits, np.float64) - nats.mean(1) / np.log(2)
+    error = difference.std() / np.sqrt(len(x_0))
+    assert abs(difference.mean()) < 4 * error + 1e-4 and error < 0.01
+    entropy = -log_p[np.round((x_0 + 1) / width).astype(int)].mean() / np.log(2)
+    assert bits.mean() > entropy
+
+
+def test_the_decoder_of_variational_dequantization():
+    """256 levels, where x_1 leaves the cell open: the decoder's nats, by SciPy on draws of its own, at two variances."""
+    n, width, t0 = 40_000, 2 / 255, 0
+    rng = np.random.default_rng(1)
+    x_0 = np.clip(np.round((M + np.sqrt(S2) * rng.standard_normal((n, 1)) + 1) / width), 1, 254) * width - 1
+    scale, a, noise = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar[t0]
+    m = a[0] * M - scale * a[-1] * M
+    squares = (a[0] * x_0 - m) ** 2 + noise**2
+    density = 0.5 * np.log(2 * np.pi * scale**2) + squares / (2 * scale**2)
+    entropy = -0.5 * np.log(2 * np.pi * np.e * noise**2)
+    x_1 = a[0] * x_0 + noise * rng.standard_normal((n, 1))
+    mean = M + a[0] * S2 / V[0] * (x_1 - a[0] * M)
+    for variance, sd in (
+        ("fixed_small", np.exp(0.5 * SCHEDULE.posterior_log_variance[0])),
+        ("learned", 0.02),
+    ):
+
+        def network(x, time, variance=variance, sd=sd):
+            eps = exact(x, time)
+            return eps if variance == "fixed_small" else jnp.concatenate([eps, jnp.full_like(eps, 2 * np.log(sd))], -1)
+
+        cell = scipy.stats.norm.cdf((x_0 + width / 2 - mean) / sd) - scipy.stats.norm.cdf((x_0 - width / 2 - mean) / sd)
+        expected = (density + entropy - np.log(cell)) / np.log(2)
+        bits, _ = ode_likelihood.bits_per_dim(
+            jax.random.key(0),
+            SCHEDULE,
+            network,
+            x_0.astype(np.float32),
+            dequantization="variational",
+            trace="exact",
+            variance=variance,
+        )
+        error = np.sqrt((np.var(np.asarray(bits)) + expected.var()) / n)
+        # The draws of x_0 are shared, so this is an upper bound of the standard error.
+        assert abs(bits.mean() - expected.mean()) < 4 * error and -np.log(cell).mean() > 0.5
+
+
+def test_images_a_rounding_off_their_level_count_as_it():
+    """The digits' 17 levels, as uint8 has them."""
+    levels = np.round(np.arange(17) * 255 / 16)
+    run = lambda x: ode_likelihood.bits_per_dim(  # noqa: E731
+        jax.random.key(0), SCHEDULE, exact, x, gray_levels=17, trace="exact"
+    )[0]
+    stored, even = (levels / 127.5 - 1)[:, None], (np.arange(17) / 8 - 1)[:, None]
+    assert abs(stored - even).max() > 1e-3
+    np.testing.assert_allclose(run(stored.astype(np.float32)), run(even.astype(np.float32)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
+    full = schedules.from_betas(np.append(SCHEDULE.betas, 1.0))
+    run = lambda s: ode_likelihood.log_density(  # noqa: E731
+        jax.random.key(1), s, exact_as("v"), data(8), prediction="v"
+    )
+    np.testing.assert_allclose(run(full).log_density, run(SCHEDULE).log_density, atol=1e-3)
+
+
+def test_a_solver_that_gives_up_says_nan():
+    density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, data(4), max_steps=3)
+    assert np.isnan(density.log_density).all()
+
+
+def test_bad_arguments():
+    x = jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match="known: hutchinson, exact"):
+        ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, trace="full")
+    with pytest.raises(ValueError, match="known: uniform, variational, none"):
+        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantization="flow")
+    with pytest.raises(ValueError, match="gray_levels=None"):
+        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, gray_levels=None)
+    for tolerance in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="above 0"):
+            ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)
+    with pytest.raises(ValueError, match="x_prev"):
+        ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, prediction="x_prev")
+
+
+def test_float32_data_under_x64():
+    """Crashed in the solver; the same numbers as without x64."""
+    x, found = np.asarray(data(8), np.float32), []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, jnp.asarray(x))
+            assert density.log_density.dtype == density.x_T.dtype == jnp.float32
+            found.append(np.asarray(density.log_density))
+            for dequantization in ode_likelihood.DEQUANTIZATIONS:
+                bits = jax.eval_shape(
+                    lambda x, d=dequantization: ode_likelihood.bits_per_dim(
+                        jax.random.key(1), SCHEDULE, exact, x, dequantization=d
+                    )[0],
+                    jax.ShapeDtypeStruct((2, 4), jnp.bfloat16),
+                )
+                assert bits.dtype == jnp.float32
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

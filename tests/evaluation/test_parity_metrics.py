@@ -1,0 +1,167 @@
+"""The metrics beside torch-fidelity's, on the same features; and the FID Inception beside pytorch-fid's and torch-fidelity's,
+with the same weights. Run by `make parity`.
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from diffusion_jax.evaluation import feature_extractors, metrics
+from helpers import inception_peer
+
+pytestmark = pytest.mark.parity
+
+
+def features(seed, n, dimensions=96, shift=0.0):
+    """Skewed, positive and correlated, as pooled activations are."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(shift, 1, (n, dimensions)) @ np.random.default_rng(9).normal(size=(dimensions, dimensions))
+    return np.maximum(mixed, -2) / 4
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return features(0, 700), features(1, 600, shift=0.05)
+
+
+def tensors(*arrays):
+    import torch
+
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def test_frechet_distance(pair):
+    """torch-fidelity's, and the formula with SciPy's root of the product, which is that of pytorch-fid and ADM."""
+    from torch_fidelity import metric_fid
+
+    ours = metrics.frechet_distance(*map(metrics.moments, pair))
+    theirs = [metric_fid.fid_features_to_statistics(t) for t in tensors(*pair)]
+    expected = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
+    assert ours == pytest.approx(expected, rel=1e-6)
+    (mu, sigma), (other_mu, other_sigma) = ((moments["mu"], moments["sigma"]) for moments in theirs)
+    root = scipy.linalg.sqrtm(sigma @ other_sigma).real
+    expected = ((mu - other_mu) ** 2).sum() + np.trace(sigma + other_sigma - 2 * root)
+    assert ours == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_fewer_images_than_dimensions():
+    """Where the eigenvalues of a product stray, and ours, checked against the closed form elsewhere, do not."""
+    from torch_fidelity import metric_fid
+
+    pair = features(0, 60), features(1, 50, shift=0.2)
+    theirs = [metric_fid.fid_features_to_statistics(t) for t in tensors(*pair)]
+    expected = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
+    assert metrics.frechet_distance(*map(metrics.moments, pair)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kid(pair):
+    from torch_fidelity import metric_kid
+
+    reference, samples = pair
+    theirs = metric_kid.kid_features_to_metric(
+        *tensors(samples, reference), kid_subsets=20, kid_subset_size=300, verbose=False
+    )
+    ours = metrics.kid(reference, samples, subsets=20, subset_size=300)
+    assert ours.mean == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_MEAN], rel=1e-6)
+    assert ours.std == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_STD], rel=1e-6)
+
+
+def test_inception_score(pair):
+    """Its splits are ten, of images that it shuffles."""
+    from torch_fidelity import metric_isc
+
+    logits = pair[0]
+    theirs = metric_isc.isc_features_to_metric(*tensors(logits), splits=10, shuffle=True, rng_seed=2020)
+    shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
+    ours = metrics.inception_score(shuffled, split_size=len(logits) // 10)
+    assert ours.mean == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_MEAN], rel=1e-6)
+    assert ours.std == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_STD], rel=1e-6)
+
+
+def test_precision_and_recall(pair):
+    from torch_fidelity import metric_prc
+
+    reference, samples = pair
+    theirs = metric_prc.prc_features_to_metric(
+        *tensors(samples, reference), prc_neighborhood=3, prc_batch_size=256, save_cpu_ram=False, verbose=False
+    )
+    ours = metrics.precision_recall(reference, samples, k=3)
+    assert ours.precision == pytest.approx(theirs[metric_prc.KEY_METRIC_PRECISION], rel=1e-6)
+    assert ours.recall == pytest.approx(theirs[metric_prc.KEY_METRIC_RECALL], rel=1e-6)
+    assert 0.1 < ours.precision < 0.99
+
+
+# ---- the Inception network
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """A state dict with the port's names and shapes."""
+    import torch
+
+    path = tmp_path_factory.mktemp("inception") / "redrawn.pth"
+    torch.save(
+        {name: torch.from_numpy(value) for name, value in inception_peer.as_port(inception_peer.redrawn()).items()},
+        path,
+    )
+    return path
+
+
+@pytest.fixture(scope="module", params=[(47, 33), (299, 299), (400, 301)], ids=["odd", "299", "larger"])
+def images(request):
+    return inception_peer.images(*request.param, 3)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape and theirs.std() > 1e-3 * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def ours(path, images, resize):
+    extractor = feature_extractors.inception(path, resize)
+    found = extractor.function(extractor.params, images)
+    return found, np.asarray(found.pool) @ extractor.head
+
+
+def test_pytorch_fid(weights_file, images, monkeypatch):
+    """Its network with the resize inside, its fully connected layer, and its Mixed_6d for the spatial features."""
+    import pytorch_fid.inception as theirs
+    import torch
+
+    monkeypatch.setattr(
+        theirs, "load_state_dict_from_url", lambda *_, **__: torch.load(weights_file, weights_only=True)
+    )
+    made, build = [], theirs.fid_inception_v3
+    monkeypatch.setattr(theirs, "fid_inception_v3", lambda: made.append(build()) or made[0])
+    network = theirs.InceptionV3([3]).eval()
+    seen = {}
+    made[0].Mixed_6d.register_forward_hook(lambda _, __, out: seen.update(spatial=out))
+    with torch.no_grad():
+        (pool,) = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        pool = pool[:, :, 0, 0]
+        logits = made[0].fc(pool)
+    found, unbiased = ours(weights_file, images, "pytorch")
+    close(found.pool, pool)
+    close(unbiased + made[0].fc.bias.detach().numpy(), logits)
+    spatial = seen["spatial"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1)
+    close(found.spatial, spatial)
+
+
+def test_torch_fidelity(weights_file, images):
+    """Which resizes as TensorFlow 1 did."""
+    theirs = inception_peer.torch_fidelity(weights_file, images)
+    found, unbiased = ours(weights_file, images, "tf1")
+    close(found.pool, theirs["pool"])
+    close(found.spatial, theirs["spatial"])
+    close(unbiased, theirs["logits"])
+    if images.shape[1:3] != (299, 299):
+        assert np.abs(np.asarray(found.pool) - np.asarray(ours(weights_file, images, "pytorch")[0].pool)).max() > 1e-4
+
+
+def test_clean_fid_s_resize(images):
+    from cleanfid.resize import build_resizer
+
+    theirs = np.stack([build_resizer("clean")(image) for image in images])
+    found = (np.asarray(feature_extractors.to_inception(images.astype(np.float32), "clean")) + 1) * 128
+    np.testing.assert_allclose(found, theirs, atol=0.01)  # of 255: Pillow rounds between its two passes

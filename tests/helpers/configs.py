@@ -1,0 +1,51 @@
+"""Configs of runs that take seconds."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax.config import default_classifier, experiment
+
+TINY_CLASSIFIER = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": ()}
+TINY_CLASSIFIER |= {"num_groups": 4, "head_channels": 4, "num_classes": 3}
+T = 20
+CONDITIONAL = {"diffusion.num_timesteps": T, "model.num_classes": 10, "model.label_dropout": 0.1}
+DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 5, "sampling.trajectory": 0}
+
+
+def digits_config() -> ConfigDict:
+    return experiment("digits")
+
+
+def tiny_config(**overrides):
+    config = experiment("digits")
+    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
+    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
+    config.optimizer.warmup_steps = 0
+    config.evaluation.num_samples = 0
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def a_batch(config, key=0, batch_size=None):
+    rng = np.random.default_rng(key)
+    shape = (batch_size or config.training.batch_size, 8, 8, 1)
+    return {"image": rng.integers(0, 256, shape, dtype=np.uint8), "label": np.zeros(shape[0], np.int32)}
+
+
+def classifier_config(**overrides):
+    """The tiny config, as a classifier."""
+    config = tiny_config()
+    config.model = default_classifier().model
+    config.model.update(TINY_CLASSIFIER | {"num_classes": 10})
+    config.diffusion.loss = "classify"
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def upsampler_config(**overrides):
+    return tiny_config(**{"data.low_resolution": 4, **overrides})
+
+
+def conditional(**overrides):
+    return tiny_config(**{**CONDITIONAL, **DRAWN, **overrides})

@@ -1,0 +1,165 @@
+"""What test_sharding.py measures on eight virtual devices: `python -m helpers.eight_devices [slow]` prints JSON."""
+
+import functools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax
+import numpy as np
+
+from diffusion_jax import training
+from diffusion_jax.distributed import sharding
+from diffusion_jax.runs import plan
+from diffusion_jax.runs.measure_likelihood import evaluate
+from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.train import train
+from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.configs import a_batch, tiny_config
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
+# All that draws: flips, timesteps, noise, dropout, dropped labels.
+DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
+
+
+def on(data: int, fsdp: int, **overrides):
+    return tiny_config(
+        **{"mesh.data": data, "mesh.fsdp": fsdp, "model.channel_multipliers": (1,), **DRAWING, **overrides}
+    )
+
+
+@functools.cache
+def setup(data: int, fsdp: int) -> training.Setup:
+    """On the first data * fsdp devices, as if there were no others."""
+    with mock.patch("jax.device_count", lambda: data * fsdp):
+        return training.setup(on(data, fsdp))
+
+
+def trajectories():
+    """The losses of four steps on each mesh, and whether (2, 4) begins with what one device does."""
+    out, begun = {}, jax.device_get(setup(1, 1).init())
+    split = jax.device_get(setup(2, 4).init())
+    for mesh in MESHES:
+        built, losses = setup(*mesh), []
+        state = jax.device_put(begun, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state))
+        for i in range(4):
+            state, metrics = built.train_step(state, a_batch(on(*mesh), i))
+            losses.append(float(metrics["loss"]))
+        out["x".join(map(str, mesh))] = losses
+    rows = [sharding.process_rows(8, setup(*mesh).mesh).tolist() for mesh in MESHES]
+    # Two programs draw the same bits, but may round what they make of them differently.
+    same = functools.partial(np.allclose, rtol=1e-6, atol=1e-6)
+    return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(same, begun, split)))}
+
+
+def relaunches():
+    """A state after a step, restored on another mesh: {"mesh to mesh": [to the bit and in its place, the next loss]}."""
+    out = {}
+    for begun, others in (((2, 4), [(1, 4), (8, 1), (1, 1)]), ((8, 1), [(2, 4)])):
+        state, _ = setup(*begun).train_step(setup(*begun).init(), a_batch(on(*begun), 0))
+        with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
+            checkpoints.save(1, state)
+            checkpoints.finish(1)
+            for mesh in others:
+                restored = checkpoints.restore(setup(*mesh).abstract_state)
+                same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
+                placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
+                _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
+                out[f"{begun} to {mesh}"] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
+    return out
+
+
+VARIANTS = {
+    "everything": {
+        "diffusion.loss": "hybrid",
+        "diffusion.variance": "learned_range",
+        "diffusion.timestep_sampler": "loss_second_moment",
+        "training.accumulation_steps": 2,
+        "training.batch_size": 16,
+        "model.remat": True,
+    },
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "upsampler": {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.2},
+}
+
+
+def variants():
+    """{variant: the losses and gradient norms of three steps on (1, 1) and on (2, 4)}."""
+    out = {}
+    for name, overrides in VARIANTS.items():
+        out[name] = []
+        for mesh in ((1, 1), (2, 4)):
+            config = on(*mesh, **overrides)
+            with mock.patch("jax.device_count", lambda mesh=mesh: mesh[0] * mesh[1]):
+                built = training.setup(config)
+            state, seen = built.init(), []
+            for i in range(3):
+                state, metrics = built.train_step(state, a_batch(config, i))
+                seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            out[name].append(seen)
+    return out
+
+
+def labeled_program():
+    """What the program of a network with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
+    config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
+    config.model.num_classes = 40  # an embedding large enough to be split
+    found = plan.measure(config)
+    return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.ideal]
+
+
+def runs():
+    """Training with pictures, sampling and evaluation on a mesh of both axes: the names of the pictures, and the bound."""
+    config = on(2, 4, **{"training.num_steps": 2, "training.sample_every": 2, "evaluation.num_examples": 8})
+    config.evaluation.update(strata=1, batch_size=8)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        for run in (train, sample, evaluate):
+            run(config, directory)
+        bound = json.loads((directory / "likelihood.json").read_text())
+        return {"pictures": sorted(path.name for path in directory.glob("samples/*.png")), "bound": bound}
+
+
+def program():
+    """The plan of a network of 1.6 million parameters with fsdp=8, beside what its leaves say."""
+    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
+    built, found = training.setup(config), plan.measure(config)
+    params = jax.tree.leaves(built.abstract_state.params)
+    return {
+        "params": sum(leaf.size for leaf in params) * 4,
+        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
+        "largest": max(leaf.size for leaf in params) * 4,
+        "held": found.params + found.ema + found.optimizer,
+        "arguments": found.arguments,
+        "init_temporary": built.init.lower().compile().memory_analysis().temp_size_in_bytes,
+        "kinds": sorted({c.kind for c in found.collectives}),
+        "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
+        "ring": found.ring_bytes,
+        "ideal": found.ideal,
+        "convolutions": [_convolutions(remat) for remat in (False, True)],
+    }
+
+
+def _convolutions(remat: bool) -> int:
+    """How many convolutions a train step with fsdp=8 has."""
+    config = on(1, 8, **{"model.remat": remat})
+    built = training.setup(config)
+    return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
+
+
+if __name__ == "__main__":
+    output = sys.stdout
+    sys.stdout = sys.stderr  # what runs say
+    slow = sys.argv[1:] == ["slow"]
+    found = {"labeled": labeled_program()} if slow else {"program": program()}
+    sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
+    if slow:
+        found |= {"variants": variants()}
+    else:
+        found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
+    print(json.dumps(found), file=output)

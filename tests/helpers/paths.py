@@ -1,0 +1,6 @@
+"""Where things are."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"

@@ -1,0 +1,46 @@
+"""main.py as a person starts it."""
+
+import os
+import socket
+import subprocess
+import sys
+
+from diffusion_jax.runs import workdir
+from helpers.configs import digits_config, tiny_config
+from helpers.paths import ROOT
+
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+
+
+def tiny_flags(directory, **overrides):
+    config, base = (
+        workdir.flatten(workdir.to_dict(tiny_config(**overrides))),
+        workdir.flatten(workdir.to_dict(digits_config())),
+    )
+    changed = {key: value for key, value in config.items() if value != base[key]}
+    as_flag = {key: f"({','.join(map(str, v))},)" if isinstance(v, list) else v for key, v in changed.items()}
+    return [f"--workdir={directory}", "--config=configs/digits.py", *(f"--config.{k}={v}" for k, v in as_flag.items())]
+
+
+def start(*arguments, program="main.py", start_new_session=False, **variables):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
+    return subprocess.Popen(
+        [sys.executable, program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,38 @@
+"""Work directories: made without training, and what a run left in its own."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import training
+from diffusion_jax.runs import workdir
+from diffusion_jax.training.checkpoints import Checkpoints
+
+SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
+
+
+def untrained(directory, config):
+    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
+    built = training.setup(config)
+    state = built.init()
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, moved)
+    directory.mkdir()
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(1, state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
+        checkpoints.finish(1)
+    workdir.write_config(config, directory)
+    return directory
+
+
+def lines(directory, without=SPEED):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def last_state(config, directory):
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.restore(training.setup(config).abstract_state)

@@ -1,0 +1,249 @@
+"""The classifier of noisy images: its network and loss against NumPy, and its training as a person starts it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import imagenet_classifier
+from diffusion_jax import errors, losses, models, schedules, timesteps, training
+from diffusion_jax.models import classifier
+from diffusion_jax.models.layers import LayerFactory
+from diffusion_jax.runs import stored_config, workdir
+from diffusion_jax.runs.train import train
+from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
+from helpers.networks import redraw
+from helpers.program import finish, start
+from helpers.work_directories import lines
+
+
+def parameters(width, depth, multipliers, size, classes):
+    """How many ADM's classifier has, counted layer by layer as its paper and code describe them."""
+    embedded = 4 * width
+
+    def layer(inputs, outputs, kernel=1):
+        return inputs * outputs * kernel * kernel + outputs
+
+    def norm(c):
+        return 2 * c
+
+    def block(c, out):
+        skip = layer(c, out) if c != out else 0
+        return norm(c) + layer(c, out, 3) + layer(embedded, 2 * out) + norm(out) + layer(out, out, 3) + skip
+
+    def attention(c):
+        return norm(c) + 3 * layer(c, c) + layer(c, c)
+
+    c = int(multipliers[0] * width)
+    total = layer(width, embedded) + layer(embedded, embedded) + layer(3, c, 3)
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(depth):
+            total += block(c, int(multiplier * width))
+            c = int(multiplier * width)
+            total += attention(c) if size >> level in (32, 16, 8) else 0
+        if level < len(multipliers) - 1:
+            total += block(c, c)
+    last = size >> (len(multipliers) - 1)
+    pool = (last**2 + 1) * c + 3 * layer(c, c) + layer(c, classes)
+    return total + 2 * block(c, c) + attention(c) + norm(c) + pool
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 65_438_568), (128, 42_568_040), (256, 54_096_360), (512, 54_448_360)])
+def test_parameter_counts_of_adm(size, count):
+    config = imagenet_classifier.get_config(str(size))
+    shapes = jax.eval_shape(training.setup(config).init).params
+    depth = 4 if size == 64 else 2
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    assert parameters(128, depth, config.model.channel_multipliers, size, 1000) == count
+    assert (config.model.num_res_blocks, config.optimizer.weight_decay, config.optimizer.schedule) == (
+        depth,
+        0.05,
+        "linear",
+    )
+
+
+def test_the_defaults_are_adm_s_at_128_pixels():
+    assert models.from_config(imagenet_classifier.get_config().model, models.Classifier) == models.Classifier()
+    with pytest.raises(ValueError, match="known are 64, 128, 256, 512"):
+        imagenet_classifier.get_config("32")
+
+
+def test_attention_pooling_in_numpy():
+    """float64: the mean before the others, places added, and for each head a softmax over all, by the mean's query alone."""
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    pool = classifier.AttentionPool(features=5, num_heads=1, head_channels=2, layers=layers)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
+    params = jax.tree.map(lambda leaf: 3 * leaf, redraw(pool.init(jax.random.key(1), x)["params"]))
+    out = pool.apply({"params": params}, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    for image, got in zip(np.asarray(x, np.float64), out, strict=True):
+        positions = image.reshape(8, 6)
+        tokens = np.vstack([positions.mean(0), positions]) + p["position"]
+        q, k, v = (tokens @ p[name]["kernel"] + p[name]["bias"] for name in "qkv")
+        found = []
+        for head in range(3):
+            own = slice(2 * head, 2 * head + 2)
+            logits = q[0, own] @ k[:, own].T / np.sqrt(2)
+            weights = np.exp(logits - logits.max())
+            found.append(weights / weights.sum() @ v[:, own])
+        np.testing.assert_allclose(
+            got, np.concatenate(found) @ p["proj"]["kernel"] + p["proj"]["bias"], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_embedding_of_places_starts_as_adm_s():
+    """Normal of variance 1 / C, (H W + 1) x C."""
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    pool = classifier.AttentionPool(2, 1, None, layers)
+    position = pool.init(jax.random.key(0), jnp.zeros((1, 8, 16, 64)))["params"]["position"]
+    assert position.shape == (129, 64) and abs(position.std() - 1 / 8) < 4 / 8 / (2 * position.size) ** 0.5
+
+
+@functools.cache
+def a_network():
+    model = models.Classifier(**TINY_CLASSIFIER, dropout=0.5)
+    shape = (2, 4, 8, 1)
+    params = redraw(jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(2))["params"])
+    return model, params, jax.random.normal(jax.random.key(1), shape)
+
+
+def test_logits_depend_on_image_and_time_and_on_every_parameter():
+    model, params, x = a_network()
+
+    def run(params, x, time):
+        return model.apply({"params": params}, x, time)
+
+    time = jnp.array([3.0, 700.0])
+    logits = jax.jit(run)(params, x, time)
+    assert logits.shape == (2, 3) and logits.dtype == jnp.float32
+    assert abs(logits - jax.jit(run)(params, x, time[::-1])).max() > 1e-3
+    grads, of_image = jax.jit(jax.grad(lambda *args: (run(*args, time) ** 2).sum(), argnums=(0, 1)))(params, x)
+    assert (abs(of_image) > 0).all()  # what guidance uses
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        if "['k']['bias']" not in jax.tree_util.keystr(path):  # a constant added to every logit moves no softmax
+            assert abs(leaf).max() > 1e-7, jax.tree_util.keystr(path)
+
+
+def test_what_the_network_refuses():
+    model, params, _ = a_network()
+    with pytest.raises(ValueError, match=r"end in 8 positions, not 4x4"):
+        model.apply({"params": params}, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    with pytest.raises(ValueError, match="Classifier of 2 levels needs a height and width that 2 divides"):
+        model.init(jax.random.key(0), jnp.zeros((1, 5, 4, 1)), jnp.zeros(1))
+    for fields, words in [
+        ({"num_classes": 1}, "at least 2 classes"),
+        ({"head_channels": 5}, "head_channels=5 does not"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            models.Classifier(**{**TINY_CLASSIFIER, **fields}).init(
+                jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1)
+            )
+
+
+SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))
+
+
+def test_the_loss_is_the_cross_entropy_at_x_t(x64):
+    """Logits that are linear in x_t and in time, in NumPy."""
+    x_0, y = jax.random.normal(jax.random.key(0), (6, 2, 2, 1)), jnp.array([0, 2, 1, 1, 0, 2])
+    w = jax.random.normal(jax.random.key(1), (4, 3))
+
+    def logits_fn(x_t, time):
+        return x_t.reshape(-1, 4) @ w + time[:, None] * jnp.arange(3)
+
+    loss, parts = losses.classify(jax.random.key(2), SCHEDULE, logits_fn, x_0, y)
+    t, x_t = np.asarray(parts.t), np.asarray(parts.x_t)
+    assert len(set(t.tolist())) > 2 and t.min() >= 0 and t.max() < 10
+    eps = (x_t - np.sqrt(SCHEDULE.alpha_bar[t])[:, None, None, None] * x_0) / np.sqrt(1 - SCHEDULE.alpha_bar[t])[
+        :, None, None, None
+    ]
+    assert abs(np.mean(eps)) < 4 / 24**0.5 and abs(np.std(eps) - 1) < 4 / 48**0.5
+    logits = x_t.reshape(-1, 4) @ np.asarray(w) + t[:, None] * np.arange(3)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(loss, -np.log(p[np.arange(6), y]), rtol=1e-10)
+    np.testing.assert_array_equal(parts.accuracy, p.argmax(1) == np.asarray(y))
+    assert (parts.importance == 1).all()
+
+
+def test_the_loss_under_importance_sampling_and_out_of_range():
+    x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
+    logits_fn = lambda x_t, time: x_t @ jnp.ones((2, 3))  # noqa: E731
+    loss, _ = jax.jit(lambda y: losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y))(y)
+    np.testing.assert_allclose(loss[:2], np.log(3), rtol=1e-5)
+    assert np.isnan(loss[2:]).all()  # never a neighbor's
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\.\. 2, got 3"):
+        losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y)
+    with pytest.raises(ValueError, match="labels must be int"):
+        losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y.astype(float))
+    y = jnp.array([0, 1, 2, 2])
+    twice = lambda key, n, total: (timesteps.uniform(key, n, total)[0], 2 * jnp.ones(n))  # noqa: E731
+    loss, _ = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y, timestep_sampler=twice)
+    np.testing.assert_allclose(loss[:2], 2 * np.log(3), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must give \[B, K\]"):
+        losses.classify(jax.random.key(0), SCHEDULE, lambda x_t, time: x_t[None], x_0, y)
+    with pytest.raises(ValueError, match="must be float"):
+        losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0.astype(int), y)
+
+
+def test_it_learns_in_one_program():
+    """Bright images are of class 1, dark ones of class 0, and the noise is small: soon all are told apart."""
+    config = classifier_config(
+        **{"diffusion.beta_end": 1e-3, "diffusion.schedule": "linear", "optimizer.learning_rate": 3e-3}
+    )
+    state, train_step = training.create(config)
+    batch = a_batch(config)
+    batch["label"][4:] = 1
+    batch["image"] = (40 + 170 * batch["label"][:, None, None, None] + batch["image"] % 40).astype(np.uint8)
+    seen = []
+    for _ in range(30):
+        state, metrics = train_step(state, batch)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    assert seen[0]["loss"] > 1.5 and np.mean([row["loss"] for row in seen[-5:]]) < 0.5
+    assert np.mean([row["accuracy"] for row in seen[-5:]]) > 0.9 and "mse" not in seen[0]
+    assert train_step._cache_size() == 1
+
+
+def test_a_run_and_its_relaunch(tmp_path, capsys):
+    """2 steps, then to 4, against 4 in one go, to the bit; no pictures; and its own config brings it back."""
+    for steps in (2, 4):
+        train(classifier_config(**{"training.num_steps": steps, "training.sample_every": 1}), tmp_path / "broken")
+    out = capsys.readouterr().out
+    assert "Continuing from step 2" in out and "Sample with --mode=sample" not in out
+    train(classifier_config(), tmp_path / "whole")
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])
+    assert not (tmp_path / "broken" / "samples").exists()
+    again = stored_config.from_workdir(tmp_path / "whole")
+    assert workdir.to_dict(again) == workdir.to_dict(classifier_config())
+    assert training.model_from_config(again) == training.model_from_config(classifier_config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model.num_classes": 3}, "the data has 10 classes"),
+        ({"model.num_classes": 1}, "at least 2 classes"),
+        ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
+        ({"data.image_size": 9}, "that 2 divides"),
+    ],
+)
+def test_training_that_cannot_start(overrides, words, tmp_path):
+    with pytest.raises(errors.UserError, match=words):
+        train(classifier_config(**overrides), tmp_path)
+
+
+def test_the_wrong_mode_is_one_line(tmp_path):
+    """By the programs' own names: each mode of what the config does not train."""
+    workdir.write_config(classifier_config(), tmp_path)
+    cases = [
+        (["--config=configs/digits.py", "--mode=train_classifier"], "use --mode=train"),
+        ([], "use --mode=train_classifier"),
+        (["--mode=sample"], "is for diffusion models, and this config is a classifier's"),
+        (["--mode=evaluate"], "is for diffusion models, and this config is a classifier's"),
+        (["--mode=progressive"], "is for diffusion models, and this config is a classifier's"),
+    ]
+    for flags, words in cases:
+        code, _, err = finish(start(f"--workdir={tmp_path}", *flags))
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err

@@ -1,0 +1,170 @@
+"""Networks that enlarge: what they are given, checked in closed form, and their training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models, training
+from diffusion_jax.models import upsampling
+from diffusion_jax.runs.train import train
+from diffusion_jax.training import step
+from helpers.configs import a_batch, classifier_config, upsampler_config
+from helpers.networks import TINY, redraw
+from helpers.program import finish, start
+
+
+def test_downsampling_takes_means():
+    x = np.arange(2 * 4 * 8 * 3, dtype=np.float32).reshape(2, 4, 8, 3)
+    low = upsampling.downsample(x, 2)
+    assert low.shape == (2, 2, 4, 3)
+    np.testing.assert_allclose(low[1, 0, 3, 2], x[1, :2, 6:, 2].mean(), rtol=1e-6)
+    np.testing.assert_allclose(low.mean((1, 2)), x.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(upsampling.downsample(x, 4), x)
+    for height in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"resolution of {height} pixels does not divide images of 4x8"):
+            upsampling.downsample(x, height)
+    with pytest.raises(ValueError, match="does not divide images of 4x6"):
+        upsampling.downsample(x[:, :, :6], 1)
+
+
+def test_constant_and_linear_images_survive_both_ways():
+    """Means over squares put a line's value at each square's center, where bilinear interpolation finds it again."""
+    y, x = np.mgrid[:8, :16] + 0.5
+    image = jnp.float32((3 + 0.5 * x - 0.25 * y)[None, :, :, None])
+    low = upsampling.downsample(image, 4)
+    again = upsampling.enlarge(low, (8, 16))
+    np.testing.assert_allclose(again[:, 1:-1, 1:-1], image[:, 1:-1, 1:-1], rtol=1e-5)
+    np.testing.assert_allclose(again[0, 0, 0], low[0, 0, 0], rtol=1e-6)  # beyond the outermost centers: their value
+    constant = jnp.full((1, 8, 8, 3), 0.3)
+    np.testing.assert_allclose(upsampling.enlarge(upsampling.downsample(constant, 2), (8, 8)), constant, rtol=1e-6)
+
+
+def test_what_the_network_is_given():
+    x_t = jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
+    low, std = jax.random.normal(jax.random.key(1), (2, 2, 4, 3)), jnp.array([0.1, 0.7])
+    given = upsampling.condition(x_t, low, std)
+    assert given.shape == (2, 4, 8, 7)
+    np.testing.assert_array_equal(given[..., :3], x_t)
+    large = upsampling.enlarge(low, (4, 8))
+    np.testing.assert_allclose(given[..., 3:6], large, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(given[..., 6], std[:, None, None].repeat(4, 1).repeat(8, 2))
+    again = upsampling.condition(x_t, large)  # as enlarged already
+    np.testing.assert_array_equal(again[..., 3:], large)
+    np.testing.assert_array_equal(again[..., :3], x_t)
+    for wrong in (low[:1], low[..., :1]):
+        with pytest.raises(ValueError, match="needs as many small images with as many channels"):
+            upsampling.condition(x_t, wrong)
+
+
+def test_noise_has_the_standard_deviation_that_is_told():
+    std = jnp.array([0.0, 0.5, 2.0])
+    noisy = upsampling.augment(jax.random.key(0), jnp.ones((3, 64, 64, 1)), std)
+    np.testing.assert_allclose((noisy - 1).std((1, 2, 3)), std, rtol=4 / (2 * 64**2) ** 0.5)
+
+
+class Spy:
+    """A network that remembers what it is given; its output is its one parameter."""
+
+    num_classes = 0
+    seen: list
+
+    def __init__(self):
+        self.seen = []
+
+    def apply(self, variables, x, time, train, rngs):
+        jax.debug.callback(lambda x: self.seen.append(np.asarray(x)), x)
+        return x[..., :1] * variables["params"]["w"]
+
+
+@pytest.mark.parametrize("most", [0.0, 0.8])
+def test_training_gives_the_small_version_of_x_0(most):
+    """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""
+    config = upsampler_config(**{"diffusion.conditioning_noise": most})
+    spy, n = Spy(), 512
+    objective = step._objective(config, spy, training.schedule_from_config(config.diffusion))
+    x_0 = jax.random.normal(jax.random.key(0), (n, 8, 8, 1))
+    objective({"w": jnp.ones(())}, None, jax.random.key(1), x_0, jnp.zeros(n, int))
+    jax.effects_barrier()
+    given, exact = spy.seen[0], np.asarray(upsampling.enlarge(upsampling.downsample(x_0, 4), (8, 8)))[..., 0]
+    assert given.shape == (n, *training.input_shape(config)) == (n, 8, 8, 3 if most else 2)
+    if not most:
+        np.testing.assert_allclose(given[..., 1], exact, atol=1e-6)
+        return
+    std = given[:, 0, 0, 2]
+    np.testing.assert_array_equal(given[..., 2], std[:, None, None].repeat(8, 1).repeat(8, 2))
+    assert 0 <= std.min() and std.max() < most
+    assert abs(std.mean() - most / 2) < 4 * most / (12 * n) ** 0.5
+    # The enlargement of white noise of deviation 1 has a mean square that the same enlargement of one pixel tells.
+    pixels = upsampling.enlarge(jnp.eye(16).reshape(16, 4, 4, 1), (8, 8))
+    ratio = ((given[..., 1] - exact) ** 2).mean((1, 2)) / std**2 / ((pixels**2).sum(0).mean())
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5
+
+
+def test_the_gradient_reaches_the_small_image():
+    model = models.UNet(**TINY, out_channels=3)
+    x_t, low = jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3))
+    params = redraw(jax.jit(model.init)(jax.random.key(1), upsampling.condition(x_t, low), jnp.zeros(1))["params"])
+
+    def run(low):
+        out = model.apply({"params": params}, upsampling.condition(x_t, low), jnp.zeros(1))
+        assert out.shape == x_t.shape
+        return (out**2).sum()
+
+    assert (abs(jax.jit(jax.grad(run))(low)) > 0).all()
+
+
+def test_an_upsampler_learns_from_the_small_image():
+    """x_0 is white noise at the low resolution, which the small image tells whole and x_t hardly.
+
+    From x_t alone the least error of x_0 is s^2 v / (s^2 alpha_bar + v), with s^2 = 1/3 of uniform pixels and the noise
+    v = (1 - alpha_bar) / 4 of means over four: in the noisiest quarter, where alpha_bar < 0.15, more than 0.27.
+    """
+    config = upsampler_config(
+        **{"diffusion.prediction": "x_0", "optimizer.learning_rate": 3e-3, "training.batch_size": 32}
+    )
+    state, train_step = training.create(config)
+    assert state.params["conv_in"]["kernel"].shape[2] == 2 and state.params["conv_out"]["kernel"].shape[3] == 1
+    rng, last = np.random.default_rng(0), []
+    for i in range(150):
+        batch = a_batch(config)
+        batch["image"] = rng.integers(0, 256, (32, 4, 4, 1), dtype=np.uint8).repeat(2, 1).repeat(2, 2)
+        state, metrics = train_step(state, batch)
+        if i == 0:
+            first = float(metrics["loss"])
+        last.append(float(metrics["loss_q4"]))
+    assert train_step._cache_size() == 1
+    assert first > 0.3 and np.mean(last[-20:]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data.low_resolution": 3}, "data.low_resolution=3: smaller images of that height must divide those of 8x8"),
+        ({"data.low_resolution": 8}, "data.low_resolution=8"),
+        ({"data.low_resolution": -4}, "data.low_resolution=-4"),
+        ({"diffusion.conditioning_noise": -1.0}, "diffusion.conditioning_noise=-1.0 must be at least 0"),
+        ({"data.low_resolution": 0, "diffusion.conditioning_noise": 0.1}, "is for upsamplers"),
+    ],
+)
+def test_upsamplers_that_cannot_be_built(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        training.setup(upsampler_config(**overrides))
+
+
+def test_a_classifier_enlarges_nothing():
+    with pytest.raises(ValueError, match="a classifier .* takes none"):
+        training.setup(classifier_config(**{"data.low_resolution": 4}))
+
+
+def test_a_run_makes_no_pictures_and_is_not_evaluated(tmp_path):
+    config = upsampler_config(
+        **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}
+    )
+    train(config, tmp_path)
+    assert not (tmp_path / "samples").exists()
+    for mode in ("edit", "evaluate", "progressive"):
+        code, _, err = finish(start(f"--workdir={tmp_path}", f"--mode={mode}"))
+        assert code == 2 and "enlarges images (data.low_resolution=4)" in err and len(err.strip().splitlines()) == 1, (
+            err
+        )

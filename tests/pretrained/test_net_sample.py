@@ -1,0 +1,116 @@
+"""`net.sample`: a loaded network that draws, compiled once, against the core with the same keys."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import editing, guidance, models, pretrained, sampling, schedules
+from diffusion_jax.pretrained import description
+
+KEY = jax.random.key(0)
+FIELDS = {"channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_levels": (), "num_groups": 4}
+
+
+def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields):
+    model = models.UNet(**FIELDS | {"out_channels": 2 if variance.startswith("learned") else 1} | fields)
+    diffusion = {"schedule": "cosine", "num_timesteps": 100, "prediction": prediction, "variance": variance}
+    found = description.make_description("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
+    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
+    x = jnp.zeros((1, 4, 4, found.in_channels))
+    params = jax.jit(model.init)(jax.random.key(1), x, jnp.zeros(1), y)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = jax.tree.unflatten(
+        tree, [leaf + 0.05 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return pretrained.Pretrained(**values, params=params)
+
+
+def by_hand(net, schedule, denoise_fn, sampler, n):
+    key_noise, key_steps = jax.random.split(KEY)
+    x_T = jax.random.normal(key_noise, (n, 4, 4, 1))
+    return jax.jit(lambda x: sampling.sample(key_steps, schedule, denoise_fn, x, sampler))(x_T)
+
+
+def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
+    net = net_of("v", "learned_range", num_classes=3, label_dropout=0.1)
+    sampler = lambda: sampling.dpm_solver_pp(2)  # noqa: E731
+    images = net.sample(KEY, 4, y=[0, 1, 2, 1], sampler=sampler(), steps=4, guidance_scale=2.0)
+    assert images.shape == (4, 4, 4, 1) and images.dtype == jnp.float32 and abs(images).max() <= 1
+    apply = lambda x, time, y: net.denoise_fn(x, time, y)  # noqa: E731
+    guided = guidance.classifier_free(apply, jnp.array([0, 1, 2, 1]), 3, 2.0)
+    schedule = schedules.respace(net.schedule, 4, "trailing")
+    fitted = sampling.dpm_solver_pp(2, prediction="v", variance="learned_range")
+    np.testing.assert_allclose(images, by_hand(net, schedule, guided, fitted, 4), atol=2e-4)
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        again = net.sample(KEY, 4, y=[0, 1, 2, 1], sampler=sampler(), steps=4, guidance_scale=2.0)
+        other = net.sample(jax.random.key(5), 4, y=np.int64(2), sampler=sampler(), steps=4, guidance_scale=3)
+        moved = dataclasses.replace(net, params=jax.tree.map(lambda leaf: leaf * 1.1, net.params))
+        others = moved.sample(KEY, 4, y=[0, 1, 2, 1], sampler=sampler(), steps=4, guidance_scale=2.0)
+    compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
+    assert not [line for line in compiled if "_draw" in line], compiled
+    np.testing.assert_array_equal(again, images)
+    assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
+
+
+def test_what_a_net_draws_by_default():
+    net = net_of()
+    images = net.sample(KEY, 2)
+    expected = by_hand(net, net.schedule, net.denoise_fn, sampling.ddpm("fixed_large"), 2)
+    np.testing.assert_allclose(images, expected, atol=2e-3)  # a hundred steps of rounding
+    heun = net.sample(KEY, 2, sampler=sampling.heun(), steps=15)
+    schedule = schedules.respace(net.schedule, 15, "log_snr")  # what suits heun
+    np.testing.assert_allclose(heun, by_hand(net, schedule, net.denoise_fn, sampling.heun(), 2), atol=2e-4)
+
+
+def test_an_upsampler_draws():
+    net = net_of(low_resolution=2)
+    low = jnp.linspace(-1, 1, 8).reshape(2, 2, 2, 1)
+    images = net.sample(KEY, 2, low=low, sampler=sampling.ddim(), steps=2)
+    schedule = schedules.respace(net.schedule, 2, "trailing")
+    expected = by_hand(net, schedule, lambda x, time: net.denoise_fn(x, time, low=low), sampling.ddim(), 2)
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+
+
+def test_a_sampler_inside_of_another_is_fitted_too():
+    net, x_0 = net_of("v"), jnp.zeros((1, 4, 4, 1))
+    nothing_known = editing.replacement(sampling.ddim(), x_0, np.zeros((4, 4, 1)))
+    wrapped = net.sample(KEY, 2, sampler=nothing_known, steps=3)
+    np.testing.assert_allclose(wrapped, net.sample(KEY, 2, sampler=sampling.ddim(), steps=3), atol=1e-5)
+    heun = editing.replacement(sampling.heun(), x_0, np.zeros((4, 4, 1)))
+    assert sampling.default_spacing(heun, net.schedule) == "log_snr"
+    assert sampling.find_problem(heun, schedules.respace(net.schedule, 5, "trailing"))
+
+
+def test_what_does_not_fit_a_net_is_one_line():
+    plain, conditional = net_of(), net_of(num_classes=3)
+    for net, options, words in (
+        (plain, {"y": 1}, "has no classes, got y=1; leave y out"),
+        (conditional, {}, "has 3 classes: give y, a label or 2 of them"),
+        (conditional, {"y": 3}, r"labels must lie in 0 \.\.\. 2, got 3"),
+        (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
+        (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each image; got shape \(3,\)"),
+        (conditional, {"y": 0.5}, "labels must be int"),
+        (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
+        (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "needed by networks that enlarge images"),
+        (plain, {"noise_std": 0.1}, "noise_std= is for networks that enlarge images"),
+        (plain, {"spacing": "leading"}, "spacing='leading' is for a number of steps"),
+        (plain, {"sampler": "ddim"}, r"must be a sampler such as sampling.ddim\(\), got 'ddim'"),
+        (plain, {"sampler": sampling.ddim}, "must be a sampler such as"),
+        (net_of(low_resolution=2), {}, "needed by networks that enlarge images"),
+        (
+            plain,
+            {"sampler": sampling.heun(), "steps": 5, "spacing": "trailing"},
+            "would be noise; use spacing='log_snr'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            net.sample(KEY, 2, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        plain.sample(KEY, 0)

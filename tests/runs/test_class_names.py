@@ -1,0 +1,271 @@
+"""What a folder of images says of itself, and class names from there to samples and their pictures."""
+
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from diffusion_jax import data, training
+from diffusion_jax.errors import UserError
+from diffusion_jax.runs import pictures, sampling_setup, workdir
+from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.train import check_source
+from helpers.configs import conditional
+from helpers.paths import ROOT
+from helpers.work_directories import untrained
+
+BASE = {"dataset": "folder", "split": "train", "image_size": 8, "channels": 3, "memory_mb": 100, "workers": 0}
+
+
+def write(path, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = (8, 8, len(mode)) if len(mode) > 1 else (8, 8)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(pixels, mode=None).save(path, **options)
+
+
+def load(folder, **more):
+    said = []
+    return data.load({**BASE, "data_dir": str(folder), **more}, say=said.append), said
+
+
+@pytest.fixture
+def pets(tmp_path):
+    for name in ("cats", "birds", "dogs"):
+        for i in range(2):
+            write(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_a_folder_tells_its_classes(pets):
+    source, said = load(pets)
+    assert said == ["6 images of 3 classes: 0 birds, 1 cats, 2 dogs."]
+    assert source.class_names == ("birds", "cats", "dogs") and source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert load(pets, memory_mb=0)[1] == said
+
+
+def test_many_classes_are_shortened(tmp_path):
+    for i in range(30):
+        write(tmp_path / f"kind{i:02d}" / "a.png")
+    assert load(tmp_path)[1] == [
+        "30 images of 30 classes: 0 kind00, 1 kind01, 2 kind02, 3 kind03, 4 kind04, 5 kind05, ..., 29 kind29."
+    ]
+
+
+def test_what_is_skipped_and_dropped(pets):
+    frames = [Image.fromarray(np.full((8, 8, 3), 100 * i, np.uint8)) for i in range(2)]
+    frames[0].save(pets / "cats" / "moves.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(pets / "cats" / "moves.webp", save_all=True, append_images=frames[1:], lossless=True)
+    (pets / "dogs" / "notes.txt").write_text("no image")
+    (pets / "dogs" / "LICENSE").write_text("no image")
+    (pets / "dogs" / ".hidden").write_text("left out without a word")
+    write(pets / "dogs" / "clear.png", "RGBA")
+    Image.fromarray(np.zeros((8, 8), np.uint8), "L").convert("P").save(pets / "dogs" / "key.png", transparency=0)
+    source, said = load(pets)
+    assert said == [
+        "9 images of 3 classes: 0 birds, 1 cats, 2 dogs.",
+        "Skipped other files: 1 without a suffix, 1 .gif (may be animated: convert them to PNG), 1 .txt.",
+        "Dropped the transparency of dogs/clear.png, dogs/key.png.",
+        "Read only the first frame of cats/moves.webp.",
+    ]
+    np.testing.assert_array_equal(source.images[4], 0)  # cats/moves.webp
+    with pytest.raises(data.DataError, match=r"found only 1 \.gif"):
+        (pets / "other").mkdir()
+        frames[0].save(pets / "other" / "a.gif")
+        load(pets / "other")
+
+
+def test_a_stray_image_is_named(pets):
+    write(pets / "cover.png")
+    source, said = load(pets)
+    advice = "cover.png is outside the subfolders; move every image into one, the name of its class"
+    assert said == ["7 images without classes.", f"No classes: {advice}."] and source.class_names == ()
+    with pytest.raises(UserError, match=r"has no labels \(cover.png is outside the subfolders; .*\); use model.num_cl"):
+        check_source(conditional(), source)
+    for i in range(5):
+        write(pets / f"stray{i}.png")
+    assert "cover.png, stray0.png, stray1.png and 3 more are outside" in load(pets)[1][1]
+
+
+def test_a_folder_without_subfolders(tmp_path):
+    write(tmp_path / "a.png")
+    source, said = load(tmp_path)
+    assert said == ["1 image without classes."]
+    with pytest.raises(UserError, match=r"no labels \(.* has no subfolders; put the images of each class into a"):
+        check_source(conditional(), source)
+
+
+def test_all_damaged_images_in_one_refusal(pets):
+    whole = (pets / "cats" / "0.png").read_bytes()
+    (pets / "birds" / "0.png").write_bytes(whole[:60])  # the first of all
+    (pets / "dogs" / "0.png").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match="^cannot read 2 images: .*birds/0.png: .*; .*dogs/0.png: not an image"):
+        load(pets)
+    for i in range(300):  # in two chunks
+        (pets / "cats" / f"bad{i}.jpg").write_bytes(b"")
+    with pytest.raises(
+        data.DataError, match="^cannot read 302 images: .* and 297 more; repair or remove them$"
+    ) as error:
+        load(pets)
+    assert "\n" not in str(error.value) and len(error.value.failures) == 302
+    streamed, _ = load(pets, memory_mb=0)
+    with pytest.raises(data.UnreadableError) as error:
+        streamed.read([0, 1, 4, 5])
+    assert len(error.value.failures) == 3
+    copy = pickle.loads(pickle.dumps(error.value))  # as from a worker process
+    assert str(copy) == str(error.value) and copy.failures == error.value.failures
+
+
+def test_class_names_are_kept_with_the_run_and_must_stay(pets, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")  # without a checkpoint nothing is compared
+    workdir.check_data(load(pets)[0], run)
+    stored = json.loads((run / "data.json").read_text())
+    assert stored["classes"] == ["birds", "cats", "dogs"]
+    workdir.check_data(load(pets)[0], run)
+    (run / "data.json").write_text(json.dumps({k: v for k, v in stored.items() if k != "classes"}))  # of version 0.1
+    workdir.check_data(load(pets)[0], run)
+    assert json.loads((run / "data.json").read_text()) == stored
+    (pets / "cats").rename(pets / "cots")
+    with pytest.raises(UserError, match="classes birds, cats, dogs then, birds, cots, dogs now.*remove .*data.json"):
+        workdir.check_data(load(pets)[0], run)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = untrained(tmp_path_factory.mktemp("named") / "run", conditional())
+    names = [*"0123456", "tabby cat", "9", "fox"]
+    (directory / "data.json").write_text(json.dumps({"images": 1, "sha256_of_some": "", "classes": names}))
+    return directory, names
+
+
+def chosen(trained, label, part="classes"):
+    directory, _ = trained
+    config = conditional(**{"sampling.label": label})
+    built = training.setup(config)
+    names = workdir.class_names(config, directory)
+    return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
+
+
+@pytest.mark.parametrize(
+    ("label", "classes"),
+    [
+        ("fox", (9,)),
+        ("tabby cat", (7,)),
+        ("(fox,tabby cat)", (9, 7)),
+        ("('fox', 3)", (9, 3)),
+        ("fox,3", (9, 3)),
+        (("fox", 7), (9, 7)),
+        ("9", (8,)),  # a name, quoted
+        (3, (3,)),
+        (7, (7,)),
+    ],
+)
+def test_classes_by_name(trained, label, classes):
+    assert chosen(trained, label) == classes
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("cats", "cats"), ("(cats,dogs)", "(cats,dogs)"), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
+)
+def test_the_command_line_takes_names(text, value):
+    """What `chosen` above is given is what the flag gives."""
+    values = flags.FlagValues()
+    path = str(ROOT / "configs" / "digits_conditional.py")
+    defined = config_flags.DEFINE_config_file("config", path, flag_values=values, lock_config=True)
+    argv, sys.argv = sys.argv, ["main.py", f"--config={path}", f"--config.sampling.label={text}"]
+    try:
+        values(sys.argv)
+    finally:
+        sys.argv = argv
+    assert defined.value.sampling.label == value
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("fix", r"sampling.class='fix' is no class of this run; did you mean fox\?"),
+        ("zzz", "its classes are 0, 1, 2, .*, tabby cat, 9, fox"),
+        (9, "sampling.class=9 is ambiguous: 'fox' is class 9, and '9' is the name of class 8; give the name"),
+        (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
+        ("(fox,)x", "is no class of this run"),
+        ((), "must be classes"),
+        (2.5, "must be classes"),
+    ],
+)
+def test_classes_that_are_not_there(trained, label, message):
+    with pytest.raises(UserError, match=message):
+        chosen(trained, label)
+
+
+def test_where_names_come_from(trained, tmp_path):
+    directory, names = trained
+    assert workdir.class_names(conditional(), directory) == tuple(names)
+    assert workdir.class_names(conditional(), tmp_path) == ()
+    assert workdir.class_names(conditional(init_from=str(directory)), tmp_path) == tuple(names)
+    plain = conditional(**{"model.num_classes": 0, "model.label_dropout": 0.0, "sampling.classifier": str(directory)})
+    assert workdir.class_names(plain, tmp_path) == tuple(names)
+
+
+def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
+    directory, _ = trained
+    captions = []
+    real = pictures.grid
+    monkeypatch.setattr(
+        pictures, "grid", lambda *args, **options: captions.append(options["captions"]) or real(*args, **options)
+    )
+    drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
+    assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
+    assert captions == [["9: fox", "7: tabby cat"] * 3]
+    assert "_classfox+7_" in drawn.path.name
+    assert sampling_setup.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("fox", "classfox"),
+        (7, "class7"),  # "tabby cat"
+        ("9", "class8"),  # a name that looks like a number, which stands for a number in other files
+        ((3, 5), "class3-5"),
+        ("(fox,3)", "classfox+3"),
+    ],
+)
+def test_the_class_in_the_name_of_a_file(trained, label, name):
+    assert chosen(trained, label, "name") == f"ddpm5_{name}"
+
+
+def test_names_that_two_classes_share_are_not_of_a_file(tmp_path):
+    config = conditional(**{"sampling.label": 1})
+    built = training.setup(config)
+    for names, told in ((("crane", "Crane"), "class1"), (("crane", "x" * 21), "class1"), (("a", "a/b"), "class1")):
+        assert (
+            sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_with_captions(channels):
+    """The images are where they are without captions, but for the rows of text; every tile's text is its own."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
+    plain, captioned = pictures.grid(images), pictures.grid(images, captions=["1 cat", "", "x" * 50, "1 cat", "2 dog"])
+    rows, columns = 2, 3
+    below = (len(captioned) - len(plain)) // rows
+    assert captioned.shape[1:] == plain.shape[1:] and below > 8
+    tile, width = 64 + pictures.GAP, 64 + pictures.GAP
+    texts = []
+    for i in range(5):
+        top, left = i // columns * (tile + below) + pictures.GAP, i % columns * width + pictures.GAP
+        np.testing.assert_array_equal(captioned[top : top + 64, left : left + 64 : 8][::8], images[i])
+        texts.append(captioned[top + 64 : top + 64 + below, left : left + 64])
+    assert (texts[0] == texts[3]).all() and (texts[0] != texts[4]).any() and (texts[1] == texts[1][0, 0]).all()
+    assert all((text > 150).any() for text in (texts[0], texts[2], texts[4]))
+    gaps = np.concatenate([captioned[:, : pictures.GAP].ravel(), captioned[:, -pictures.GAP :].ravel()])
+    assert (gaps == captioned[0, 0, 0]).all()  # nothing runs over

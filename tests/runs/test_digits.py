@@ -1,0 +1,45 @@
+"""The demo's promise, on the demo's own config: plainly digits, all ten, and no copies. Minutes, so marked slow."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from configs import digits_conditional
+from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.train import train
+from helpers.configs import digits_config
+from helpers.paths import ROOT
+
+
+@pytest.mark.slow
+def test_the_demo_s_digits_are_digits(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from digits_quality import quality
+
+    config = digits_config()
+    config.sampling.update(num_samples=512, batch_size=128, trajectory=0)
+    train(config, tmp_path)
+    sample(config, tmp_path)
+    with np.load(tmp_path / "samples" / f"step{config.training.num_steps}_ema_ddpm250_seed0_n512.npz") as arrays:
+        figures = quality(arrays["arr_0"])
+    print(figures)
+    assert figures["confident"] > 0.6 and figures["rarest"] > 0.02 and figures["distance"] >= 1.0
+
+
+@pytest.mark.slow
+def test_the_digit_asked_for_is_the_digit_drawn(tmp_path):
+    """configs/digits_conditional.py with classifier-free guidance, judged by a classifier of real digits."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from digits_quality import agreement
+
+    config = digits_conditional.get_config()
+    config.sampling.update(num_samples=500, batch_size=250, trajectory=0, guidance_scale=2.0)
+    config.sampling.update(sampler="dpm_solver_pp", steps=50, spacing="log_snr")
+    train(config, tmp_path)
+    sample(config, tmp_path)
+    (path,) = (tmp_path / "samples").glob("*guided2*.npz")
+    with np.load(path) as arrays:
+        found = agreement(arrays["arr_0"], arrays["arr_1"])
+    print(found)
+    assert found >= 0.95

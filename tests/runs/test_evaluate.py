@@ -1,0 +1,267 @@
+"""--mode=evaluate and --mode=progressive on a tiny conditional run with a learned variance."""
+
+import csv
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from diffusion_jax import data, errors, likelihood, training
+from diffusion_jax.runs import measure_likelihood, trained_model, workdir
+from diffusion_jax.runs.sample import trajectory_picture
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.configs import tiny_config
+
+T = 20
+OVERRIDES = {
+    "diffusion.num_timesteps": T,
+    "diffusion.loss": "hybrid",
+    "diffusion.variance": "learned_range",
+    "model.num_classes": 10,
+    "evaluation.num_examples": 10,
+    "evaluation.batch_size": 4,
+    "evaluation.progressive_examples": 5,
+    "evaluation.progressive_columns": 3,
+}
+
+
+def config_with(**overrides):
+    return tiny_config(**{**OVERRIDES, **overrides})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
+    directory, built = tmp_path_factory.mktemp("run"), training.setup(config_with())
+    state = built.init()
+
+    def moved(params, seed):
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, moved)
+
+    state = state.replace(params=moved(state.params, 1), ema_params=moved(state.params, 2))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(2, state)
+        checkpoints.finish(2)
+    workdir.write_config(config_with(), directory)
+    return directory
+
+
+def report(directory):
+    return json.loads((directory / "likelihood.json").read_text())
+
+
+def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
+    """The same images, batches and keys, through the core alone."""
+    built = training.setup(config)
+    _, params = trained_model.load(config, directory, built.model, built.mesh, use_ema)
+    source = data.load(ConfigDict({**config.data, "split": split}))
+
+    @jax.jit
+    def bound(key, images, labels):
+        denoise_fn = lambda x_t, time: built.model.apply({"params": params}, x_t, time, labels)  # noqa: E731
+        x_0 = images.astype(np.float32) / 127.5 - 1
+        return likelihood.bits_per_dim(
+            key, built.schedule, denoise_fn, x_0, variance="learned_range", gray_levels=17, **options
+        )
+
+    found = []
+    for batch, places in enumerate([range(0, 4), range(4, 8), [8, 9, 9, 9]]):
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
+        bits, kept = bound(key, *source.read(np.array(places))), min(4, 10 - 4 * batch)
+        found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], bits))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+
+def test_the_report_is_the_core_s_bound(trained):
+    measure_likelihood.evaluate(config_with(), trained)
+    expected, got = bound_by_hand(config_with(), trained), report(trained)
+    assert got["num_examples"] == 10 and got["weights"] == "ema" and got["step"] == 2 and got["levels"] == 17
+    np.testing.assert_allclose(got["bits_per_dim"], expected.total.mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["bits_per_dim_standard_error"], expected.total.std(ddof=1) / 10**0.5, rtol=1e-3)
+    np.testing.assert_allclose(got["decoder"], expected.decoder.mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["prior"] + got["transitions"] + got["decoder"], got["bits_per_dim"], rtol=1e-6)
+    with np.load(trained / "likelihood.npz") as arrays:
+        assert (arrays["count"] == 10).all() and arrays["example_total"].shape == (10,)
+        for name in ("vlb", "mse", "x_0_mse"):
+            values = getattr(expected, name)
+            np.testing.assert_allclose(arrays[name], values.mean(0), rtol=1e-3)
+            np.testing.assert_allclose(
+                arrays[f"{name}_standard_error"], values.std(0, ddof=1) / 10**0.5, rtol=2e-2, atol=1e-6
+            )
+        rate, distortion = likelihood.rate_distortion(expected.prior.mean(), arrays["vlb"], arrays["x_0_mse"])
+        np.testing.assert_allclose(arrays["rate"], rate, rtol=1e-4)
+        np.testing.assert_allclose(arrays["distortion"], distortion, rtol=1e-4)
+    for name in ("likelihood_terms.png", "rate_distortion.png"):
+        with Image.open(trained / name) as picture:
+            assert picture.size == (840, 540)
+    assert not list(trained.glob(".likelihood_*")) and not list(trained.glob("*partial*"))
+    measure_likelihood.evaluate(config_with(**{"evaluation.use_ema": False}), trained)
+    raw = report(trained)
+    assert raw["weights"] == "raw" and raw["bits_per_dim"] != got["bits_per_dim"]
+
+
+@pytest.mark.whole
+def test_the_options_reach_the_core(trained):
+    """Another split, seed, cdf and clip; and the ODE's with both of its dequantizations."""
+    options = {"split": "train", "seed": 3, "cdf": "tanh", "clip": False}
+    measure_likelihood.evaluate(config_with(**{f"evaluation.{key}": value for key, value in options.items()}), trained)
+    got = report(trained)
+    expected = bound_by_hand(config_with(), trained, **options)
+    np.testing.assert_allclose(got["bits_per_dim"], expected.total.mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["decoder"], expected.decoder.mean(), rtol=1e-5)
+    for other, part in (({"seed": 0}, "total"), ({"cdf": "exact"}, "decoder"), ({"clip": True}, "total")):
+        without = getattr(bound_by_hand(config_with(), trained, **{**options, **other}), part).mean()
+        assert abs(without / getattr(expected, part).mean() - 1) > 1e-4, other
+    found = {}
+    for dequantization in ("uniform", "variational"):
+        ode = {"ode": True, "ode_tolerance": 1e-2, "ode_dequantization": dequantization, "num_examples": 4, "strata": 1}
+        measure_likelihood.evaluate(config_with(**{f"evaluation.{key}": value for key, value in ode.items()}), trained)
+        found[dequantization] = report(trained)["ode_bits_per_dim"]
+    assert abs(found["uniform"] - found["variational"]) > 0.01
+
+
+def test_the_split_may_lie_elsewhere(trained, monkeypatch):
+    asked = []
+
+    def load(where, *_):
+        asked.append((where["data_dir"], where["split"]))
+        raise data.DataError("far enough")
+
+    monkeypatch.setattr(measure_likelihood.data, "load", load)
+    with pytest.raises(data.DataError, match="far enough"):
+        measure_likelihood.evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
+    assert asked == [("elsewhere", "test")]
+
+
+def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
+    measure_likelihood.evaluate(config_with(), trained)
+    whole = report(trained)
+    made, save = [], measure_likelihood.Parts.save
+
+    def second_breaks(self, i, **arrays):
+        made.append(i)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        save(self, i, **arrays)
+
+    monkeypatch.setattr(measure_likelihood.Parts, "save", second_breaks)
+    with pytest.raises(KeyboardInterrupt):
+        measure_likelihood.evaluate(config_with(), trained)
+    assert len(list(trained.glob(".likelihood_*"))) == 1
+    measure_likelihood.evaluate(config_with(), trained)
+    assert made == [0, 1, 1, 2]  # the first batch was kept
+    assert report(trained) == whole
+
+
+def test_what_was_measured_outlives_a_failure_to_write_and_is_of_its_own_options(trained, monkeypatch):
+    """A full disk at the plots costs no measuring; another seed starts anew."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    made, save = [], measure_likelihood.Parts.save
+    monkeypatch.setattr(
+        measure_likelihood.Parts, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(measure_likelihood.pictures, "plot_terms", full)
+        with pytest.raises(OSError, match="No space"):
+            measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2, "evaluation.seed": 1}), trained)
+    assert made == [0, 1, 2, 0, 1, 2]
+    measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    assert made == [0, 1, 2, 0, 1, 2] and not list(trained.glob(".likelihood_*"))
+    with pytest.raises(errors.UserError, match="unknown"):
+        measure_likelihood.progressive(config_with(**{"sampling.sampler": "foo"}), trained)
+    assert len(made) == 6  # refused before measuring
+
+
+def test_strata_and_the_ode_are_reported(trained):
+    overrides = {"evaluation.strata": 4, "evaluation.ode": True, "evaluation.ode_tolerance": 1e-3}
+    measure_likelihood.evaluate(config_with(**overrides), trained)
+    got = report(trained)
+    assert got["strata"] == 4 and got["ode_dequantization"] == "uniform"
+    assert np.isfinite(got["ode_bits_per_dim"]) and got["ode_bits_per_dim_standard_error"] > 0
+    with np.load(trained / "likelihood.npz") as arrays:
+        assert arrays["count"].sum() == 10 * 9 and arrays["count"][0] == 10
+        assert np.isfinite(arrays["rate"]).all() and (np.diff(arrays["rate"]) <= 0).all()
+
+
+def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
+    measure_likelihood.progressive(config_with(), trained)
+    with (trained / "progressive.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["known_x_t"]) for row in rows] == list(range(T, -1, -1))
+    rates = [float(row["rate_bits_per_dim"]) for row in rows]
+    assert rates == sorted(rates) and float(rows[-1]["rmse_0_255"]) == 0 and float(rows[0]["rmse_0_255"]) > 20
+    with Image.open(trained / "progressive.png") as picture:
+        assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)  # two sampling steps
+        built = training.setup(config_with())
+        _, params = trained_model.load(config_with(), trained, built.model, built.mesh, True)
+        drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
+        by_show = {
+            show: trajectory_picture(jax.random.key(0), config_with(), drawn, params, 3, show=show)
+            for show in ("x_0", "x_t")
+        }
+        np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])
+        assert (by_show["x_0"] != by_show["x_t"]).any()
+    with Image.open(trained / "progressive_coding.png") as picture:
+        assert picture.size == (3 * 68 + 4, 14 + 4 * 68 + 4)
+        source = data.load(ConfigDict({**config_with().data, "split": "test"}))
+        last = np.asarray(picture)[18:82:8, 2 * 68 + 4 : 2 * 68 + 68 : 8]
+        np.testing.assert_array_equal(last, source.read(np.array([0]))[0][0, :, :, 0])
+    assert "RMSE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"evaluation.batch_size": 0}, "evaluation.batch_size=0"),
+        ({"evaluation.seed": 2**32}, "evaluation.seed=4294967296 must lie in 0"),
+        ({"evaluation.ode": True, "evaluation.ode_tolerance": 0.0}, "tolerance=0.0 must be above 0"),
+        ({"evaluation.strata": T}, f"strata={T} must lie in 1 ... {T - 1}"),
+        ({"evaluation.cdf": "erf"}, "known: exact, tanh"),
+        ({"evaluation.ode": True, "evaluation.ode_dequantization": "flow"}, "known: uniform, variational"),
+        ({"evaluation.ode": True, "evaluation.ode_trace": "full"}, "known: hutchinson, exact"),
+        ({"diffusion.num_timesteps": 30}, "holds another run"),
+    ],
+)
+def test_evaluations_that_cannot_start(trained, overrides, words):
+    with pytest.raises(errors.UserError, match=words):
+        measure_likelihood.evaluate(config_with(**overrides), trained)
+
+
+@pytest.mark.whole
+def test_an_ode_that_cannot_be_solved_is_no_figure(trained):
+    overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
+    with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):
+        measure_likelihood.evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
+
+
+def test_images_of_other_gray_levels_are_refused():
+    digits = data.load(tiny_config().data).read(np.arange(100))[0]
+    data.check_levels(digits, 17)
+    data.check_levels(digits, 256)
+    for levels in (2, 16, 18, 100):
+        with pytest.raises(data.DataError, match=f"data.levels={levels}, but the images have gray"):
+            data.check_levels(digits, levels)
+
+
+def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):
+    with pytest.raises(errors.UserError, match="train first"):
+        measure_likelihood.evaluate(config_with(), tmp_path)
+    with pytest.raises(data.DataError, match="'train' and 'test'"):
+        measure_likelihood.evaluate(config_with(**{"evaluation.split": "validation"}), trained)
+    monkeypatch.delitem(sys.modules, "diffusion_jax.evaluation.ode_likelihood", raising=False)
+    monkeypatch.delattr("diffusion_jax.evaluation.ode_likelihood", raising=False)
+    monkeypatch.setitem(sys.modules, "diffrax", None)
+    with pytest.raises(errors.UserError, match=r"needs diffrax .*pip install '\.\[ode\]'"):
+        measure_likelihood.evaluate(config_with(**{"evaluation.ode": True}), trained)

@@ -1,0 +1,90 @@
+"""What plots show: every point inside the axes, every line told apart, and what the axes are."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from diffusion_jax.runs import pictures
+from helpers.paths import ROOT
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, in place of their files."""
+    figures = []
+    monkeypatch.setattr(pictures, "_save_figure", lambda path, figure: figures.append(figure))
+    return figures
+
+
+def labeled(axes):
+    assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+    return {text.get_text(): line for text, line in zip(axes.get_legend().get_texts(), axes.get_lines(), strict=True)}
+
+
+@pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 3.4e-5, 1e-12, 0.0, -1e-9])
+def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
+    """Where it is far below the other terms, an arrow on the axis stands for it, and the legend has its value."""
+    terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
+    pictures.plot_terms("", terms, "digits")
+    (axes,) = drawn[0].axes
+    lines = labeled(axes)
+    (label,) = (label for label in lines if "decoder" in label)
+    assert f"{decoder:.3g}" in label and ("below the axis" in label) == (decoder < 1e-5)
+    (x,), (y,) = lines[label].get_data()
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left < x < right and low <= y < high and x == 1
+    assert y == decoder or lines[label].get_marker() == "v"
+    assert low <= 1e-4 and high >= 2
+    radius = lines[label].get_markersize() / 2 * drawn[0].dpi / 72  # in pixels
+    assert axes.transData.transform((x, y))[1] - radius > axes.bbox.y0
+
+
+def test_a_chain_of_one_step_has_its_decoder_alone(drawn):
+    for decoder in (3.0, 0.0):
+        pictures.plot_terms("", np.array([decoder]), "digits")
+        assert drawn[-1].axes[0].get_ylim()[0] > 0
+
+
+def test_grids_have_headers_and_captions():
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    plain, headed = (
+        pictures.grid(images, columns=3, headers=headers) for headers in (None, ["t = 999", "t = 0", "image"])
+    )
+    np.testing.assert_array_equal(headed[14:], plain)
+    words = [headed[:14, 68 * i + 4 : 68 * i + 68] for i in range(3)]
+    assert all(word.max() > 150 for word in words) and (words[0] != words[1]).any()
+    assert pictures.time_headers([949.5, 50.0]) == ["t = 949.5", "t = 50", "image"]
+
+
+def test_lines_against_steps_differ(drawn):
+    pictures.plot_against_steps("", {f"sampler {i}": {10: 3.0 + i, 20: 2.0} for i in range(30)}, "FID")
+    looks = {(line.get_color(), line.get_marker()) for line in labeled(drawn[0].axes[0]).values()}
+    assert len(looks) == 30
+
+
+def test_neighbors_have_captions(drawn):
+    """Gray and color."""
+    for channels in (1, 3):
+        image = np.zeros((8, 8, channels), np.uint8)
+        rows = [("sample 7", image, image[None].repeat(2, axis=0)), ("sample 3", image, image[None].repeat(2, axis=0))]
+        pictures.plot_neighbors("", rows, np.array([[0.5, 1.5], [0.75, 2.5]]), "samples of x")
+        figure = drawn[-1]
+        assert figure.get_suptitle() == "samples of x"
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts[:3] == ["sample", "nearest", "nearest no. 2"]
+        assert texts[3:] == ["sample 7", "0.5", "1.5", "sample 3", "0.75", "2.5"]
+
+
+def test_solvers_have_a_color_and_a_marker_each():
+    """In the plot of docs/sampling.md."""
+    path = ROOT / "benchmarks" / "samplers.py"
+    spec = importlib.util.spec_from_file_location("samplers_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    figure = benchmark.plot({name: [1.0, 0.5] for name in benchmark.SOLVERS}, [10, 20], "karras")
+    assert isinstance(figure, Figure)
+    lines = labeled(figure.axes[0]).values()
+    assert len(lines) == len(benchmark.SOLVERS) == len({line.get_color() for line in lines})
+    assert len({line.get_marker() for line in lines}) == len(lines)

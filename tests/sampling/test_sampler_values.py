@@ -1,0 +1,269 @@
+"""Samplers as values: equality, hash and repr, dtypes with and without x64, and where a walk starts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import editing, process, sampling, schedules
+from helpers.gaussian_mixtures import FULL, mixture
+
+KEY = jax.random.key(0)
+MAKERS = {  # every sampler with every option off its default
+    "ddpm": lambda **k: sampling.ddpm(**k),
+    "ddpm small": lambda **k: sampling.ddpm("fixed_small", **k),
+    "ddpm shifted": lambda **k: sampling.ddpm(mean_shift=shift, **k),
+    "ddim": lambda **k: sampling.ddim(**k),
+    "ddim eta": lambda **k: sampling.ddim(np.float64(0.5), **k),
+    "ddim own eps": lambda **k: sampling.ddim(clipped_eps=False, **k),
+    "euler": lambda **k: sampling.euler(**k),
+    "euler_ancestral": lambda **k: sampling.euler_ancestral(**k),
+    "heun": lambda **k: sampling.heun(**k),
+    "heun churn": lambda **k: sampling.heun(
+        churn=np.float64(5.0), churn_range=(np.float64(0.1), 20.0), churn_noise=np.float64(1.1), **k
+    ),
+    "pndm": lambda **k: sampling.pndm(**k),
+    "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
+}
+for order in (1, 2, 3):
+    MAKERS |= {
+        f"dpm_solver_pp {order}": lambda n=order, **k: sampling.dpm_solver_pp(n, **k),
+        f"dpm_solver_pp {order} sde": lambda n=order, **k: sampling.dpm_solver_pp(n, sde=True, **k),
+        f"dpm_solver_pp {order} singlestep": lambda n=order, **k: sampling.dpm_solver_pp(n, singlestep=True, **k),
+        f"dpm_solver_pp {order} all": lambda n=order, **k: sampling.dpm_solver_pp(
+            n, sde=True, singlestep=True, lower_order_final=False, **k
+        ),
+        f"deis {order}": lambda n=order, **k: sampling.deis(n, **k),
+        f"deis {order} full": lambda n=order, **k: sampling.deis(n, lower_order_final=False, **k),
+        f"unipc {order}": lambda n=order, **k: sampling.unipc(n, **k),
+        f"unipc {order} bh1": lambda n=order, **k: sampling.unipc(n, variant="bh1", lower_order_final=False, **k),
+    }
+
+
+def shift(x_t, time):
+    return 0.1 * x_t * time[:, None]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_equal_options_make_equal_samplers(name):
+    make = MAKERS[name]
+    a, b = make(), make()
+    assert a == b and hash(a) == hash(b) and a is not b
+    assert make(prediction="v") != a and make(clip=False) != a
+    assert make(clip=process.dynamic_threshold()) == make(clip=process.dynamic_threshold(0.995))
+    assert make(clip=process.dynamic_threshold(0.9)) != make(clip=process.dynamic_threshold())
+    namespace = {"inf": float("inf"), "ddpm": sampling.ddpm} | vars(sampling)
+    if name != "ddpm shifted":  # a function's repr cannot be read back
+        assert eval(repr(a), namespace) == a  # the repr shows every option
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.clip = False
+
+
+def test_reprs_and_signatures():
+    assert repr(sampling.ddim(np.float32(0.5))) == (
+        "ddim(eta=0.5, prediction='eps', variance='fixed_large', clip=True, clipped_eps=True)"
+    )
+    assert "dynamic_threshold(quantile=0.9)" in repr(sampling.heun(clip=process.dynamic_threshold(0.9)))
+    assert sampling.euler() == sampling.ddim(0.0) and sampling.euler_ancestral() == sampling.ddim(eta=1)
+    assert sampling.dpm_solver_pp() != sampling.dpm_solver_pp(3) != sampling.deis(3)
+    for make, positional in (
+        (sampling.ddpm, ("fixed_small", "eps")),
+        (sampling.ddim, (0.5, "eps")),
+        (sampling.dpm_solver_pp, (2, True)),
+        (sampling.deis, (2, True)),
+        (sampling.unipc, (2, "bh1")),
+        (sampling.heun, (0.0,)),
+        (sampling.pndm, (True,)),
+        (sampling.euler, ("eps",)),
+        (sampling.euler_ancestral, ("eps",)),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            make(*positional)
+    for options, words in (
+        ({"variance": "x_0"}, "unknown variance 'x_0'; known: fixed_small"),
+        ({"prediction": "noise"}, "unknown prediction 'noise'; known: eps"),
+    ):
+        for make in (sampling.ddpm, sampling.ddim, sampling.heun, sampling.pndm, sampling.unipc):
+            with pytest.raises(ValueError, match=words):
+                make(**options)
+    with pytest.raises(NotImplementedError, match="defines no step"):
+        sampling.sample(KEY, FULL, mixture(), jnp.ones((1, 1)), sampling.Sampler())
+
+
+def test_a_static_sampler_does_not_compile_again():
+    """`jax.jit` of `sample` itself, with the sampler and the network static: the second call traces nothing."""
+    traces = []
+    network = mixture()
+
+    def counted(x, time):
+        traces.append(1)
+        return network(x, time)
+
+    draw = jax.jit(sampling.sample, static_argnames=("denoise_fn", "sampler", "start"))
+    schedule, x_T = schedules.respace(FULL, 3, "log_snr"), jax.random.normal(KEY, (2, 1))
+    first = draw(KEY, schedule, counted, x_T, sampler=sampling.ddim(0.0, clip=process.dynamic_threshold()))
+    count = len(traces)
+    again = draw(KEY, schedule, counted, x_T, sampler=sampling.ddim(0.0, clip=process.dynamic_threshold()))
+    assert count and len(traces) == count
+    np.testing.assert_array_equal(first, again)
+    draw(KEY, schedule, counted, x_T, sampler=sampling.ddim(0.5))
+    assert len(traces) > count
+
+
+def test_sample_reads_the_network_anew_at_every_call():
+    """Called outside jit, parameters that were changed in place must not be those of an earlier call."""
+    schedule, x_T = schedules.respace(FULL, 2, "log_snr"), jnp.ones((1, 1))
+    scale = {"value": 0.1}
+    network = lambda x, time: scale["value"] * x  # noqa: E731
+    first = sampling.sample(KEY, schedule, network, x_T, sampling.ddim(clip=False))
+    scale["value"] = 0.5
+    assert abs(sampling.sample(KEY, schedule, network, x_T, sampling.ddim(clip=False)) - first).max() > 0.1
+
+
+def test_a_sampler_of_one_s_own():
+    """The example of `Sampler`'s docstring: equal, hashable, and run by the loop."""
+
+    @dataclasses.dataclass(frozen=True)
+    class shrunk_ddim(sampling.Sampler):
+        factor: float = 0.9
+        prediction: str = "eps"
+
+        def step(self, key, schedule, denoise_fn, x_t, t, memory):
+            new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, memory)
+            return sampling.Step(self.factor * new.x_prev, new.x_0)
+
+    schedule, x_T = schedules.respace(FULL, [500]), jnp.array([[0.3], [-1.0]])
+    assert shrunk_ddim(0.5) == shrunk_ddim(0.5) != shrunk_ddim()
+    whole = sampling.sample(KEY, schedule, mixture(), x_T, sampling.ddim())
+    np.testing.assert_allclose(sampling.sample(KEY, schedule, mixture(), x_T, shrunk_ddim(0.5)), 0.5 * whole, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ dtypes
+
+
+def network(prediction, noise_in_another_dtype):
+    """A network that computes in another dtype than x_t's."""
+    return lambda x, time: mixture(prediction)(x, time).astype(noise_in_another_dtype)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_samplers_keep_float32_and_float64(name):
+    schedule, predictions = schedules.respace(FULL, 5, "log_snr"), ("eps", "x_0", "v", "score")
+    cases = [(False, dtype, "bfloat16", "eps") for dtype in ("float16", "bfloat16", "float32")]
+    cases += [(True, dtype, "float64", "eps") for dtype in ("float16", "bfloat16")]
+    cases += [
+        (True, dtype, its, p) for dtype, its in (("float32", "float64"), ("float64", "float32")) for p in predictions
+    ]
+    for x64, dtype, its, prediction in cases:
+        expected, seen = np.dtype("float64" if dtype == "float64" else "float32"), set()
+
+        def denoise_fn(x, time, prediction=prediction, its=its, seen=seen):
+            seen.add((x.dtype, time.dtype))
+            return network(prediction, its)(x, time)
+
+        run = functools.partial(sampling.sample, KEY, schedule, denoise_fn, trajectory=True)
+        sampler = MAKERS[name](prediction=prediction)
+        with jax.enable_x64(x64):
+            out, kept = jax.eval_shape(functools.partial(run, sampler=sampler), jax.ShapeDtypeStruct((2, 3), dtype))
+        assert out.dtype == kept.x_t.dtype == kept.x_0.dtype == expected, (x64, dtype, prediction)
+        assert seen == {(expected, expected)}
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if " 1" not in name])
+def test_float32_samples_are_the_same_under_x64(name):
+    """And float64 ones agree with both to float32's rounding. Without jit, so that single operations are compiled once."""
+    schedule = schedules.respace(FULL, 5, "log_snr")
+    x_T = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
+    network = lambda x, time: jnp.tanh(0.8 * x) * (0.5 + time[:, None] / 2000)  # noqa: E731
+    outs = []
+    for x64, dtype in ((False, np.float32), (True, np.float32), (True, np.float64)):
+        with jax.enable_x64(x64), jax.disable_jit():
+            sampler = MAKERS[name](clip=False)
+            outs.append(np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T.astype(dtype), sampler)))
+    assert [out.dtype for out in outs] == [np.float32, np.float32, np.float64]
+    scale = abs(outs[0]).max()
+    np.testing.assert_allclose(outs[1], outs[0], atol=1e-5 * scale)
+    deterministic = not any(word in name for word in ("ddpm", "eta", "ancestral", "churn", "sde", "all"))
+    if deterministic:  # noise of another dtype is another draw
+        np.testing.assert_allclose(outs[2], outs[0], atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "score"])
+def test_encode_keeps_float32_and_float64(order, prediction):
+    schedule = schedules.respace(FULL, 4, "log_snr")
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            for dtype in ("float16", "bfloat16", "float32") + ("float64",) * x64:
+                for its in ("bfloat16", "float32") + ("float64",) * x64:
+                    f = network(prediction, its)
+                    encode = functools.partial(sampling.encode, order=order, prediction=prediction)
+                    out = jax.eval_shape(
+                        lambda x, f=f, e=encode: e(schedule, f, x), jax.ShapeDtypeStruct((2, 3), dtype)
+                    )
+                    assert out.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+
+
+def test_images_that_are_not_float_are_refused():
+    for dtype in (np.uint8, np.int32, bool):
+        x = np.ones((2, 4), dtype)
+        with pytest.raises(ValueError, match=f"x_T must be float; got {np.dtype(dtype)}"):
+            sampling.sample(KEY, FULL, mixture(), x, sampling.ddim())
+        with pytest.raises(ValueError, match=f"x_0 must be float; got {np.dtype(dtype)}"):
+            sampling.encode(FULL, mixture(), x)
+
+
+# ------------------------------------------------------------------------------------------------- zero terminal SNR
+
+ZERO = schedules.from_betas([0.02, 0.1, 0.3, 0.5, 0.7, 1.0])
+SHORT = schedules.from_betas([0.02, 0.1, 0.3, 0.5, 0.7])
+
+
+def one_gaussian(x, time):
+    """A smooth eps that needs no tables, finite at every time and NaN where alpha_bar is 0."""
+    return jnp.where(time[:, None] < 4.5, 0.5 * jnp.tanh(x) + 0.05 * time[:, None], jnp.nan)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_start_below_pure_noise_never_sees_it(name):
+    """From T - 2 of a chain that ends at alpha_bar = 0, an eps network's samples are those of the chain without that step."""
+    x = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
+    sampler = MAKERS[name](clip=False)
+    if "churn" in name:  # which stops at the training grid's largest noise level
+        sampler = dataclasses.replace(sampler, churn_range=(0.0, 1.0))
+    with jax.disable_jit():
+        whole = sampling.sample(KEY, SHORT, one_gaussian, x, sampler)
+        if "churn" in name:
+            rate = dataclasses.replace(sampler, churn=sampler.churn * 6 / 5)  # churn is divided by the number of steps
+            part = sampling.sample(KEY, ZERO, one_gaussian, x, rate, start=4)
+        else:
+            part = sampling.sample(KEY, ZERO, one_gaussian, x, sampler, start=4)
+    assert np.isfinite(whole).all()
+    np.testing.assert_allclose(part, whole, rtol=2e-5, atol=1e-5)
+
+
+def test_pure_noise_is_refused_where_it_is_visited():
+    x = jnp.ones((1, 2))
+    for start in (None, 5):
+        for prediction in ("eps", "score"):
+            with pytest.raises(ValueError, match="alpha_bar is 0 at index 5"):
+                sampling.sample(KEY, ZERO, one_gaussian, x, sampling.ddim(prediction=prediction), start=start)
+    edited = editing.sdedit(KEY, ZERO, one_gaussian, x, sampling.ddim(), strength=0.8)
+    assert np.isfinite(edited).all()
+    with pytest.raises(ValueError, match="alpha_bar is 0"):
+        editing.sdedit(KEY, ZERO, one_gaussian, x, sampling.ddim(), strength=1.0)
+    slope = jax.grad(lambda x: sampling.sample(KEY, ZERO, one_gaussian, x, sampling.deis(3), start=4).sum())(x)
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_encoding_stops_below_pure_noise(order):
+    x = jnp.array([[0.3, -0.8]])
+    np.testing.assert_allclose(
+        sampling.encode(ZERO, one_gaussian, x, order=order, start=4),
+        sampling.encode(SHORT, one_gaussian, x, order=order),
+        rtol=1e-6,
+    )

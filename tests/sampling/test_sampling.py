@@ -1,0 +1,287 @@
+"""Samplers against the closed forms of Gaussian data, where the network, every step's variance and the map are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import process, sampling, schedules
+from helpers.jaxprs import calls, equations, loops
+
+NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+S2 = 0.25
+KEY = jax.random.key(0)
+
+
+def thousand(name):
+    return schedules.from_betas(schedules.betas(name, 1000))
+
+
+def denoiser(schedule, prediction="x_0"):
+    """E[x_0 | x_t] of N(0, S2) data, as x_0 or as v (network time is the index of the full schedule)."""
+
+    def denoise_fn(x_t, time):
+        alpha_bar = jnp.exp(jax.nn.log_sigmoid(schedule.log_snr(time)))[:, None]
+        x_0 = jnp.sqrt(alpha_bar) * S2 * x_t / (alpha_bar * S2 + 1 - alpha_bar)
+        if prediction == "x_0":
+            return x_0
+        eps = (x_t - jnp.sqrt(alpha_bar) * x_0) / jnp.sqrt(1 - alpha_bar)
+        return eps if prediction == "eps" else jnp.sqrt(alpha_bar) * eps - jnp.sqrt(1 - alpha_bar) * x_0
+
+    return denoise_fn
+
+
+def ancestral_variance(schedule, variance):
+    """The variance that ancestral sampling ends with: V <- A^2 V + sigma^2 (float64 NumPy)."""
+    v = schedule.alpha_bar * S2 + 1 - schedule.alpha_bar
+    sigma2 = schedule.betas if variance == "fixed_large" else schedule.posterior_variance
+    total = 1.0
+    for t in range(schedule.num_timesteps - 1, -1, -1):
+        a2 = (
+            schedule.posterior_mean_coef_x_0[t] * np.sqrt(schedule.alpha_bar[t]) * S2 / v[t]
+            + schedule.posterior_mean_coef_x_t[t]
+        )
+        total = a2**2 * total + (sigma2[t] if t > 0 else 0.0)
+    return total
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ancestral_final_variance(name, variance):
+    full = thousand(name)
+    schedule = schedules.respace(full, 50, spacing="trailing")
+    n = 100_000
+    sampler = sampling.ddpm(prediction="x_0", variance=variance, clip=False)
+    x_T = jax.random.normal(jax.random.key(1), (n, 1))
+    x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, denoiser(full), x, sampler))(KEY, x_T)
+    expected = ancestral_variance(schedule, variance)
+    assert abs(x_0.mean()) < 4 * np.sqrt(expected / n)
+    assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / n) + 1e-5
+
+
+@pytest.mark.parametrize("steps", ["25", "ddim50", 400])
+def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
+    """Improved DDPM section 4: the network's fraction, trained at T = 4000, interpolates between the respaced bounds."""
+    full = schedules.from_betas(schedules.betas("cosine", 4000), np.arange(4000) * 0.25)
+    schedule = schedules.respace(full, steps)
+    assert 0 <= schedule.timesteps[0] < schedule.timesteps[-1] <= 999.75  # the network's own unit
+    fraction = 0.5 + 0.4 * np.sin(np.arange(4000) / 1500)
+
+    def network(x_t, time):
+        value = jnp.interp(time, jnp.asarray(full.timesteps), jnp.asarray(2 * fraction - 1))[:, None]
+        return jnp.concatenate([denoiser(full)(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
+
+    n = 100_000
+    x_T = jax.random.normal(jax.random.key(1), (n, 1))
+    sampler = sampling.ddpm("learned_range", prediction="x_0", clip=False)
+    x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
+    f = np.interp(schedule.timesteps, full.timesteps, fraction)
+    alpha_bar, before = schedule.alpha_bar, np.append(1.0, schedule.alpha_bar[:-1])
+    beta = 1 - alpha_bar / before  # the respaced ones, from their definition
+    small = beta * (1 - before) / (1 - alpha_bar)
+    total = 1.0
+    for t in range(schedule.num_timesteps - 1, -1, -1):
+        shrink = np.sqrt(1 - beta[t]) * (1 - before[t]) / (1 - alpha_bar[t]) + beta[t] * np.sqrt(before[t]) * np.sqrt(
+            alpha_bar[t]
+        ) * S2 / ((1 - alpha_bar[t]) * (alpha_bar[t] * S2 + 1 - alpha_bar[t]))
+        noise = beta[t] ** f[t] * small[t] ** (1 - f[t]) if t else 0.0
+        total = shrink**2 * total + noise
+    assert abs(x_0.var() - total) < 4 * total * np.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ddim_spread_is_its_own_closed_form(name, x64):
+    """Each step multiplies x / sqrt(alpha_bar) by (s^2 + sigma sigma') / (s^2 + sigma^2); the last leaves E[x_0 | x_1]."""
+    full = thousand(name)
+    schedule = schedules.respace(full, 20, spacing="linspace" if name != "jsd" else "leading")
+    sigma = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
+    before = np.append(0.0, sigma[:-1])
+    factor = np.prod((S2 + sigma * before) / (S2 + sigma**2)) / np.sqrt(schedule.alpha_bar[-1])
+    x_T = jnp.array([[1.0], [-0.4]])
+    x_0 = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddim(prediction="x_0", clip=False))
+    np.testing.assert_allclose(x_0, factor * x_T, rtol=1e-6)
+
+
+def test_ddim_converges_to_the_probability_flow(x64):
+    full = thousand("cosine")
+    truth = np.sqrt(S2 / (full.alpha_bar[-1] * S2 + 1 - full.alpha_bar[-1]))
+    errors = []
+    for steps in (50, 100, 200):
+        schedule = schedules.respace(full, steps, spacing="linspace")
+        x_0 = sampling.sample(
+            KEY, schedule, denoiser(full), jnp.ones((1, 1)), sampling.ddim(prediction="x_0", clip=False)
+        )
+        errors.append(abs(float(x_0[0, 0]) - truth))
+    assert errors[0] > 1.6 * errors[1] > 2.5 * errors[2] and errors[2] < 0.02
+
+
+def test_predictions_give_the_same_samples(x64):
+    full = thousand("linear")
+    schedule, x_T = schedules.respace(full, "ddim25"), jnp.array([[0.7]])
+    for make in (sampling.ddpm, sampling.ddim):
+        outs = [
+            sampling.sample(KEY, schedule, denoiser(full, p), x_T, make(prediction=p, clip=False))
+            for p in ("x_0", "eps", "v")
+        ]
+        np.testing.assert_allclose(outs[1:], [outs[0]] * 2, rtol=1e-9)
+
+
+def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
+    """Step by step from the same noise, the clip included."""
+    full = thousand("linear")
+    schedule, x_T = schedules.respace(full, "ddim50"), 3 * jax.random.normal(KEY, (5, 1))
+    wide = lambda x_t, time: 4 * denoiser(full)(x_t, time)  # noqa: E731  # so that the clip acts
+    _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("fixed_small", prediction="x_0"), trajectory=True)
+    _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0, prediction="x_0"), trajectory=True)
+    np.testing.assert_allclose(a.x_t, b.x_t, rtol=1e-7, atol=1e-9)
+    assert abs(a.x_0).max() == 1.0
+
+
+def test_two_point_data_ends_at_the_points():
+    schedule = thousand("linear")
+
+    def denoise_fn(x_t, time):  # E[x_0 | x_t] for x_0 = +-1
+        alpha_bar = process.lookup(schedule.alpha_bar, time.astype(jnp.int32), x_t)
+        return jnp.tanh(jnp.sqrt(alpha_bar) * x_t / (1 - alpha_bar))
+
+    x_T = jax.random.normal(jax.random.key(1), (2000, 1))
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoise_fn, x, sampling.ddpm(prediction="x_0")))(x_T)
+    np.testing.assert_allclose(abs(x_0), 1.0, atol=1e-3)
+    assert abs((x_0 > 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
+
+
+def test_mean_shift_moves_by_variance_times_gradient(x64):
+    """With a Gaussian classifier log p(y|x) linear in x, each step moves by sigma^2 g, the last included."""
+    full = thousand("linear")
+    schedule = schedules.respace(full, [499])
+    keep = lambda x_t, time: 0 * x_t  # noqa: E731
+    x_T, g = jnp.ones((1, 2)), jnp.array([[0.5, -2.0]])
+    plain = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0"))
+    moved = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0", mean_shift=lambda x_t, time: g))
+    np.testing.assert_allclose(moved - plain, schedule.fixed_large_variance[0] * g, rtol=1e-9)
+
+
+def test_trajectory_holds_every_step():
+    full = thousand("linear")
+    schedule, x_T = schedules.respace(full, "ddim25"), jnp.ones((2, 3))
+    plain = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"))
+    x_0, kept = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=True)
+    # Programs that keep different things may round differently, by a few 2^-24 in each of 25 steps.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(plain, x_0)
+    np.testing.assert_array_equal(kept.t, np.arange(24, -1, -1))
+    assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
+    np.testing.assert_array_equal(kept.x_t[0], x_T)
+    close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
+    x_0, some = sampling.sample(
+        KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[0, 24, 7]
+    )
+    np.testing.assert_array_equal(some.t, [24, 7, 0])
+    close(some.x_t, kept.x_t[np.array([0, 17, 24])])
+    close(some.x_0, kept.x_0[np.array([0, 17, 24])])
+    with pytest.raises(ValueError, match="keeps indices in 0"):
+        sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[25])
+
+
+def test_memory_is_flat_in_the_number_of_steps():
+    full = thousand("linear")
+
+    def temporary_bytes(steps, **kwargs):
+        schedule = schedules.respace(full, steps)
+        run = jax.jit(
+            lambda x: sampling.sample(KEY, schedule, denoiser(full), x, sampling.ddim(prediction="x_0"), **kwargs)
+        )
+        analysis = run.lower(jnp.zeros((512, 512))).compile().memory_analysis()
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+    assert temporary_bytes(1000) < 1.05 * temporary_bytes(10)
+    assert temporary_bytes(1000, trajectory=True) > 50 * temporary_bytes(1000)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        sampling.ddpm(),
+        sampling.ddim(0.5),
+        sampling.dpm_solver_pp(2),
+        sampling.dpm_solver_pp(3, sde=True, singlestep=True),
+        sampling.deis(3),
+    ],
+)
+def test_one_loop_calls_the_network_once_a_step_and_never_the_host(sampler):
+    schedule, x_T = schedules.respace(thousand("linear"), 20), jnp.zeros((2, 3))
+
+    @jax.jit
+    def network(x_t, time):
+        return 0.1 * x_t
+
+    def program(progress=None):
+        draw = lambda x: sampling.sample(KEY, schedule, network, x, sampler, progress=progress)  # noqa: E731
+        return jax.make_jaxpr(draw)(x_T).jaxpr
+
+    (loop,) = [loop for loop in loops(program()) if calls(loop.params["jaxpr"], "network")]
+    assert loop.params["length"] == 20
+    assert len(calls(program(), "network")) == len(calls(loop.params["jaxpr"], "network")) == 1
+    # What asks the host has an effect, and progress is the only such thing; GPUs also wait for the host where they branch.
+    assert not program().effects and program(progress=print).effects
+    assert not [e for e in equations(program()) if "callback" in e.primitive.name or e.primitive.name == "cond"]
+
+
+def test_works_under_jit_vmap_and_grad_with_a_schedule_as_argument():
+    full = thousand("cosine")
+    schedule = schedules.respace(full, 5, spacing="trailing")
+    run = lambda s, x: sampling.sample(KEY, s, lambda x, time: 0.1 * x, x, sampling.ddim(prediction="v"))  # noqa: E731
+    x_T = jnp.ones((3, 2))
+    eager = run(schedule, x_T)
+    np.testing.assert_allclose(jax.jit(run)(schedule, x_T), eager, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda x: run(schedule, x[None])[0])(x_T), eager, rtol=1e-5)
+    slope = jax.grad(lambda x: run(schedule, x).sum())(0.1 * x_T)
+    assert np.isfinite(slope).all() and (slope != 0).all()
+
+
+def test_states_are_float32_whatever_the_network_computes_in():
+    full = thousand("linear")
+    schedule = schedules.respace(full, "ddim10")
+    half = lambda x_t, time: (0.1 * x_t).astype(jnp.bfloat16)  # noqa: E731
+    for sampler in (sampling.ddpm(), sampling.ddim(0.5)):
+        assert sampling.sample(KEY, schedule, half, jnp.ones((1, 2), jnp.bfloat16), sampler).dtype == jnp.float32
+
+
+def test_refusals():
+    jsd = thousand("jsd")
+    for sampler in (sampling.ddpm(), sampling.ddim()):
+        with pytest.raises(ValueError, match="predict v or x_0"):
+            jax.jit(lambda s, x, sampler=sampler: sampling.sample(KEY, s, lambda x, time: x, x, sampler))(
+                jsd, jnp.ones((1, 1))
+            )
+    v = sampling.sample(
+        KEY, schedules.respace(jsd, 10, "trailing"), lambda x, time: x, jnp.ones((1, 1)), sampling.ddim(prediction="v")
+    )
+    assert np.isfinite(v).all()
+    for eta in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="eta"):
+            sampling.ddim(eta=eta)
+    with pytest.raises(ValueError, match="twice the channels"):
+        sampling.sample(
+            KEY, thousand("linear"), lambda x, time: x, jnp.ones((1, 1)), sampling.ddim(variance="learned_range")
+        )
+
+
+def test_conversions_meet_a_public_yardstick():
+    """diffusers' own published numbers for DDIM with 10 steps on its dummy model: sum and mean of |x|."""
+    betas = schedules.betas("linear", 1000)
+    schedule = schedules.respace(schedules.from_betas(betas), 10, spacing="leading")
+    sample = (np.arange(4 * 3 * 8 * 8) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2)
+    model = lambda x, time: x * (time / (time + 1)).reshape(-1, 1, 1, 1)  # noqa: E731
+    for prediction, total, mean in [("eps", 172.0067, 0.223967), ("v", 52.5302, 0.0684)]:
+        # diffusers keeps the network's eps after its clip; ours derives eps again, so its step is written here.
+        x = jnp.asarray(sample, jnp.float32)
+        for t in range(9, -1, -1):
+            index, time = jnp.full(4, t), jnp.full(4, schedule.timesteps[t])
+            output = model(x, time)
+            x_0 = jnp.clip(process.to_x_0(schedule, output, x, index, prediction), -1, 1)
+            eps = process.to_eps(schedule, output, x, index, prediction)
+            x = np.sqrt(schedule.alpha_bar_prev[t]) * x_0 + schedule.sqrt_one_minus_alpha_bar_prev[t] * eps
+        assert abs(float(jnp.abs(x).sum()) - total) < 1e-2 and abs(float(jnp.abs(x).mean()) - mean) < 1e-3

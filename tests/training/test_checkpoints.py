@@ -1,0 +1,191 @@
+"""Checkpoints that were damaged are found out by their digests, named, set aside, and the one before is restored."""
+
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import training
+from diffusion_jax.distributed import preemption
+from diffusion_jax.training import checkpoints, digests
+from helpers.configs import tiny_config
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """(directory with steps 1 and 2, abstract state, {step: state})."""
+    directory = tmp_path_factory.mktemp("run")
+    built = training.setup(tiny_config())
+    state = built.init()
+    states = {}
+    with checkpoints.Checkpoints(directory) as saved:
+        for step in (1, 2):
+            state = state.replace(
+                step=jnp.int32(step), params=jax.tree.map(lambda x, n=step: x + jnp.float32(n), state.params)
+            )
+            saved.save(step, state)
+            states[step] = jax.device_get(state)
+        saved.finish(2)
+    return directory, built.abstract_state, states
+
+
+def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
+    """What stops a program while it reads a checkpoint must not have the checkpoint set aside."""
+    directory, abstract, _ = two_steps
+    shutil.copytree(directory, tmp_path / "run")
+
+    def stopped(*_):
+        raise preemption.Stopped(signal.SIGTERM, "")
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
+    with pytest.raises(preemption.Stopped):
+        restore(tmp_path / "run", abstract)
+    assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
+
+
+def restore(directory, abstract):
+    with checkpoints.Checkpoints(directory) as saved:
+        return saved.restore(abstract)
+
+
+def files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def flip(path: pathlib.Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DATA = "params/ocdbt.process_0/d"
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "words"),
+    [
+        (DATA, lambda path: flip(path, 801), "was changed"),
+        (DATA, truncate, "bytes, not"),
+        (DATA, pathlib.Path.unlink, "is missing"),
+        ("rest/_METADATA", lambda path: flip(path, 0), "rest/_METADATA was changed"),
+        ("ema_params", shutil.rmtree, "is missing"),
+        ("digests.json", pathlib.Path.unlink, "digests.json is missing"),
+        ("digests.json", lambda path: flip(path, 5), "digests.json cannot be read"),
+        ("_CHECKPOINT_METADATA", lambda path: path.write_text("{"), "_CHECKPOINT_METADATA cannot be read"),
+        ("_CHECKPOINT_METADATA", pathlib.Path.unlink, "_CHECKPOINT_METADATA is missing"),
+    ],
+)
+def test_damage_is_named_and_the_step_before_restored(two_steps, tmp_path, capsys, part, damage, words):
+    source, abstract, states = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    target = directory / "2" / part
+    damage(max(files(target), key=lambda path: path.stat().st_size) if part == DATA else target)
+    state = restore(directory, abstract)
+    out = capsys.readouterr().out
+    assert "The checkpoint of step 2 is damaged" in out and words in out, out
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[1])
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2.unreadable"]
+    with checkpoints.Checkpoints(directory) as saved:
+        saved.save(2, state)  # the way is clear
+        saved.finish(2)
+
+
+def test_weights_fall_back_as_well_and_change_nothing(two_steps, tmp_path, capsys):
+    source, abstract, states = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)
+    (directory / "7").mkdir()
+    before = {path: path.read_bytes() for path in files(directory)}
+    for ema, step in ((True, 1), (False, 2)):  # the raw weights' files are whole
+        with checkpoints.Checkpoints(directory, read_only=True) as saved:
+            found, params = saved.restore_weights(abstract.params, ema)
+        assert found == step
+        name = "ema_params" if ema else "params"
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), getattr(states[step], name))
+    assert "step 2 is damaged: ema_params/" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in files(directory)} == before
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_start_from_zero(two_steps, tmp_path):
+    source, abstract, _ = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    for step in "12":
+        (directory / step / "rest" / "manifest.ocdbt").unlink()
+    with pytest.raises(checkpoints.CheckpointError, match=r"none of the checkpoints \[2, 1\]"):
+        restore(directory, abstract)
+    assert checkpoints.committed_steps(directory) == [1, 2]  # nothing was renamed
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used(two_steps, tmp_path, capsys):
+    source, abstract, states = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    (directory / "2" / digests.NAME).unlink()
+    metadata = directory / "2" / digests.COMMITTED
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"custom_metadata": {}}))
+    state = restore(directory, abstract)
+    assert "step 2 has no digests" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[2])
+
+
+def test_another_state_is_refused_and_nothing_set_aside(two_steps):
+    directory, abstract, _ = two_steps
+    as_integers = abstract.replace(
+        params=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.int32, sharding=s.sharding), abstract.params)
+    )
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"step 2 .* another state: params/\S+ is float32.*, here int32"
+    ):
+        restore(directory, as_integers)
+    wider = training.setup(tiny_config(**{"model.channels": 16})).abstract_state
+    with pytest.raises(checkpoints.CheckpointError, match="another state"):
+        restore(directory, wider)
+    assert checkpoints.committed_steps(directory) == [1, 2]
+
+
+def test_every_flipped_bit_of_a_listed_file_is_found(two_steps, tmp_path):
+    source, _, _ = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    rng = np.random.default_rng(0)
+    items = ("params", "ema_params", "rest")
+    for path in files(directory / "2"):
+        if path.name not in (digests.COMMITTED, "commit_success.txt") or path.parent != directory / "2":
+            content = path.read_bytes()
+            flip(path, int(rng.integers(8 * len(content))))
+            assert digests.find_corruption(directory / "2", items), path
+            path.write_bytes(content)
+    assert digests.find_corruption(directory / "2", items) is None
+
+
+def test_digests_are_written_before_the_commit(two_steps, tmp_path, monkeypatch, capsys):
+    """A save that ends between the files and the commit leaves no step, and the one before whole."""
+    source, abstract, states = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    state = restore(directory, abstract)
+
+    def killed(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(digests, "write", killed)
+    saved = checkpoints.Checkpoints(directory)
+    saved.save(3, state)
+    with pytest.raises(checkpoints.SaveError, match="No space left.*checkpoint of step 2 is kept"):
+        saved.finish(3)
+    monkeypatch.undo()
+    assert any("tmp" in path.name for path in directory.iterdir())
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restore(directory, abstract)), states[2])
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]

@@ -1,0 +1,233 @@
+"""Runs that begin with weights of others: --pretrained, init_from, and classifiers and upsamplers of others behind them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import errors, models, pretrained, sampling, schedules, training
+from diffusion_jax.pretrained import parameters
+from diffusion_jax.runs import pictures, trained_model, workdir
+from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs.stored_config import from_weights
+from diffusion_jax.runs.train import train
+from helpers.configs import tiny_config
+from helpers.program import finish, start
+from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
+from helpers.work_directories import untrained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """diffusers' narrow network of three classes."""
+    parts = stored("unet_improved_narrow")
+    config = json.loads(str(parts[1]["config"])) | {"sample_size": 16}
+    return write_folder(
+        tmp_path_factory.mktemp("weights") / "narrow",
+        config,
+        parts[0],
+        {**SCHEDULER, "variance_type": "learned_range"},
+    )
+
+
+def small(config, **leaves):
+    with config.unlocked():
+        config.sampling.update(num_samples=2, batch_size=2, steps=3, sampler="ddim")
+        for key, value in leaves.items():
+            group, leaf = key.split(".")
+            config[group][leaf] = value
+    return config
+
+
+def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
+    """--pretrained: the same images as by pretrained.load and the core. The directory then names them by itself."""
+    flags = [f"--{name}" for name in ("mode=sample", f"pretrained={folder}", f"workdir={tmp_path / 'out'}")]
+    flags += [f"--config.sampling.{leaf}" for leaf in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")]
+    code, out, err = finish(start(*flags))
+    assert code == 0 and "from narrow (EMA weights)" in out, err
+    (path,) = (tmp_path / "out" / "samples").glob("narrow_ema_ddim3_*.npz")
+    with np.load(path) as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    np.testing.assert_array_equal(labels, [0, 1])
+    net = pretrained.load(folder)
+    key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+    x_T = jax.random.normal(key_noise, (2, 16, 16, 3))
+    short = schedules.respace(net.schedule, 3, "trailing")
+    network = lambda x, time: net.denoise_fn(x, time, jnp.array([0, 1]))  # noqa: E731
+    x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
+    assert abs(images.astype(int) - np.asarray(pictures.to_uint8(x)).astype(int)).max() <= 1
+    path.unlink()
+    code, out, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}"))
+    assert code == 0 and "Sampling 2 images from narrow" in out, err
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], images)
+
+
+def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
+    """The config that is kept is the newest launch's, until there is a checkpoint."""
+    for steps in (3, 2):
+        config = small(from_weights(str(folder)), **{"sampling.steps": steps})
+        sample(config, tmp_path / "out")
+        assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
+    (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    config.sampling.steps = 7
+    workdir.keep_config(config, tmp_path / "out")
+    assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
+
+
+def test_training_begins_with_published_weights(folder, tmp_path):
+    config = from_weights(str(folder))
+    config.data.update(dataset="digits", data_dir=None)
+    config = small(config, **{"training.num_steps": 1, "training.batch_size": 2, "training.sample_every": 0})
+    config.training.update(log_every=1, checkpoint_every=1)
+    with pytest.raises(errors.UserError, match="the data has 10 classes"):
+        train(config, tmp_path / "refused")
+    net = pretrained.load(folder)
+    built = training.setup(config)
+    from diffusion_jax.runs.train import _begin_with
+
+    state = _begin_with(config, built, built.init(), *trained_model.initial(config, built.model))
+    for tree in (state.params, state.ema_params):
+        jax.tree.map(np.testing.assert_array_equal, tree, net.params)
+    leaves = jax.tree.leaves((state.params, state.ema_params))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)  # donated, each once
+
+
+@pytest.mark.whole
+def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
+    """One step, from weights of a run of ours; its own checkpoints are what is sampled then."""
+    base = {
+        "training.num_steps": 1,
+        "training.checkpoint_every": 1,
+        "training.log_every": 1,
+        "training.sample_every": 0,
+    }
+    config = tiny_config(**base)
+    first = untrained(tmp_path / "first", config)
+    config.init_from = str(first)
+    step, params = trained_model.load(
+        config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
+    )
+    assert step == 0
+    jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(first).params)
+    train(config, tmp_path / "second")
+    step, params = trained_model.load(
+        config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
+    )
+    assert step == 1
+    longer = ("--config.training.num_steps=2", "--mode=train")
+    code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
+    assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
+    other = untrained(tmp_path / "other", tiny_config())
+    code, _, err = finish(start("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}"))
+    assert code == 2 and "begins a run, and" in err and len(err.strip().splitlines()) == 1
+
+
+def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
+    first = untrained(tmp_path / "first", tiny_config())
+    config = tiny_config(**{"model.num_heads": 2, "model.norm_epsilon": 1e-5})
+    config.init_from = str(first)
+    with pytest.raises(
+        errors.UserError, match=r"model.norm_epsilon: 1e-06 there, 1e-05 here; model.num_heads: 1 there, 2 here"
+    ):
+        trained_model.initial(config, training.model_from_config(config))
+    config.init_from = str(tmp_path / "nothing")
+    with pytest.raises(pretrained.PretrainedError, match="no such file or folder"):
+        trained_model.initial(config, training.model_from_config(config))
+    config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
+    config.init_from = str(first)
+    assert trained_model.initial(config, training.model_from_config(config))[1] == []
+    config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
+    config.init_from = str(first)
+    model, mesh = training.model_from_config(config), training.setup(config).mesh
+    assert trained_model.initial(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
+    with pytest.raises(errors.UserError, match="was trained for another diffusion"):
+        trained_model.load(config, tmp_path / "none", model, mesh, True)
+
+
+def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
+    for flags, words in (
+        ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
+        ([f"--pretrained={folder}", "--pretrained_flags=adm_lsun"], "fields of the scheduler's config"),
+        ([f"--pretrained={folder}", "--config.sampling.color=1"], "unknown config key config.sampling.color"),
+        (["--config=configs/digits.py", f"--pretrained={folder}"], "is another network"),
+    ):
+        code, _, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}", *flags))
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+def openai_upsampler(directory):
+    """An upsampler of OpenAI's form from 8 to 16 pixels, with classes, as a file of its names."""
+    model = models.UNet(
+        **{**models.presets.OPENAI, "channels": 32, "channel_multipliers": (1,), "num_res_blocks": 1},
+        scale_shift_norm=True,
+        attention_levels=(),
+        num_classes=4,
+        out_channels=6,
+    )
+    rng = np.random.default_rng(0)
+    made = {}
+    for path, shape in parameters.parameter_shapes(model, (16, 16), 6).items():
+        value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
+        made[parameters.OPENAI(path, model)] = value
+    for name in [name for name in made if ".q." in name]:
+        parts = [made.pop(name.replace(".q.", f".{layer}.")) for layer in "qkv"]
+        joined = np.concatenate(parts)
+        made[name.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined
+    flags = "--large_size 16 --small_size 8 --num_heads 1 --diffusion_steps 1000 --noise_schedule linear"
+    return write(directory / "upsampler.safetensors", made), flags
+
+
+def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
+    path, flags = openai_upsampler(tmp_path)
+    low = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 2]))
+    config = small(from_weights(str(path), flags), **{"sampling.num_samples": 4})
+    assert config.data.low_resolution == 8 and config.diffusion.variance == "learned_range"
+    config.sampling.low_resolution = str(tmp_path / "low.npz")
+    sample(config, tmp_path / "out")
+    (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
+    with np.load(found) as arrays:
+        np.testing.assert_array_equal(arrays["arr_1"], [3, 1, 2, 3])
+        images = arrays["arr_0"]
+    found.unlink()
+    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 0]))
+    sample(config, tmp_path / "out")
+    (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
+    with np.load(found) as arrays:
+        assert (arrays["arr_0"][2] != images[2]).any() and (arrays["arr_0"][:2] == images[:2]).all()
+    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 4]))
+    with pytest.raises(errors.UserError, match=r"must be classes in 0 \.\.\. 3"):
+        sample(config, tmp_path / "out")
+    np.savez(tmp_path / "low.npz", low, np.array([3, 1]))
+    with pytest.raises(errors.UserError, match="3 images and labels of shape"):
+        sample(config, tmp_path / "out")
+
+
+def test_classifiers_of_openai_s_guide(tmp_path):
+    """openai_classifier_narrow, of 10 classes at 8x8, guides a model of ours on the same schedule."""
+    path = write(tmp_path / "classifier.safetensors", stored("openai_classifier_narrow")[0])
+    flags = json.dumps({**CLASSIFIER_FLAGS, "noise_schedule": "linear"})
+    leaves = {"data.channels": 3, "diffusion.num_timesteps": 1000, "diffusion.schedule": "linear"}
+    leaves |= {"sampling.num_samples": 2, "sampling.batch_size": 2, "sampling.steps": 3, "sampling.trajectory": 0}
+    run = untrained(tmp_path / "run", tiny_config(**leaves))
+    drawn = []
+    for scale in (0.0, 20.0):
+        guided = {
+            "sampling.classifier": str(path),
+            "sampling.classifier_flags": flags,
+            "sampling.classifier_scale": scale,
+        }
+        sample(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run)
+        (found,) = (run / "samples").glob(f"step1_*classifier{scale:g}_*.npz")
+        with np.load(found) as arrays:
+            drawn.append(arrays["arr_0"])
+    assert (drawn[0] != drawn[1]).any()
+    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not say"):
+        sample(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
+    wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
+    with pytest.raises(errors.UserError, match="another noise schedule"):
+        sample(tiny_config(**{**leaves, **wrong}), run)

@@ -1,0 +1,349 @@
+"""The train step alone, with networks of one parameter whose losses are known in closed form, and what it refuses."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import losses, timesteps, training
+from diffusion_jax.training import optimizer, step
+from helpers.configs import a_batch, classifier_config, tiny_config
+
+LABELS = {"model.num_classes": 10}
+
+
+class Recorder:
+    """A network of one parameter, which keeps what it is called with; the step is run without jit, so these are numbers."""
+
+    num_classes = 0
+
+    def __init__(self, output, num_classes=0):
+        self.calls, self.num_classes, self._output = [], num_classes, output
+
+    @staticmethod
+    def init(key, x_t, time, *labels):
+        return {"params": {"w": jnp.ones(())}}
+
+    def apply(self, variables, x_t, time, *labels, train, rngs):
+        self.calls.append(SimpleNamespace(x_t=x_t, time=time, labels=labels, train=train, **rngs))
+        return self._output(variables["params"]["w"], x_t, time)
+
+
+def recorded(config, output, num_classes=0):
+    """(network, a state whose parameter is 1, the train step without jit)."""
+    network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
+    state = step.initial_state(config, network, tx, (8, 8, 1)).replace(ema_params={"w": jnp.full((), 5.0)})
+    rate = optimizer.learning_rate(config.optimizer)
+    return network, state, step.make_train_step(config, network, schedule_of(config), tx, rate)
+
+
+def schedule_of(config):
+    return training.schedule_from_config(config.diffusion)
+
+
+def floats(seed=0, batch_size=8):
+    return np.random.default_rng(seed).normal(size=(batch_size, 8, 8, 1)).astype(np.float32)
+
+
+def test_every_step_draws_anew_and_a_relaunch_draws_the_same():
+    """Of a step's noise and of its timesteps nothing is repeated in the next; they depend on the seed and the step alone."""
+    config = tiny_config()
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    first = state
+    for _ in range(3):
+        state, _ = run(state, {"x": np.zeros((8, 8, 8, 1), np.float32)})
+    noise = [np.ravel(call.x_t / np.std(call.x_t, axis=(1, 2, 3), keepdims=True)) for call in network.calls]
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert abs(np.corrcoef(noise[a], noise[b])[0, 1]) < 5 / np.sqrt(noise[a].size)
+        assert (network.calls[a].time != network.calls[b].time).any()
+    run(first.replace(step=jnp.int32(2)), {"x": np.zeros((8, 8, 8, 1), np.float32)})
+    np.testing.assert_array_equal(network.calls[3].x_t, network.calls[2].x_t)
+
+
+@pytest.mark.parametrize("loss", ["simple", "classify"])
+def test_no_key_is_used_twice(loss):
+    """Flips, timesteps, noise, dropout and an upsampler's noise each have a key of their own (jax's checker, by tracing)."""
+    overrides = {"data.random_flip": True, "data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
+    config = tiny_config(**overrides) if loss == "simple" else classifier_config(**{"data.random_flip": True})
+
+    def output(w, x_t, time):
+        drawn = jax.random.normal(network.calls[-1].dropout, x_t.shape[:3] + (1,))
+        return w * drawn if loss == "simple" else w * drawn[:, 0, 0] * jnp.ones(10)
+
+    network, state, run = recorded(config, output, num_classes=10 if loss == "classify" else 0)
+    with jax.debug_key_reuse(True):
+        jax.eval_shape(jax.jit(run), state, {"x": floats(), "label": np.zeros(8, np.int32)})
+
+
+def test_dropout_is_independent_of_the_noise():
+    """Drawn with dropout's key in every way that a loss draws, nothing is the loss's noise."""
+    config = tiny_config()
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    run(state, {"x": np.zeros((8, 8, 8, 1), np.float32)})
+    (call,) = network.calls
+    eps = np.ravel(call.x_t / np.std(call.x_t, axis=(1, 2, 3), keepdims=True))
+    for key in (call.dropout, *jax.random.split(call.dropout), *jax.random.split(call.dropout, 3)):
+        drawn = np.ravel(jax.random.normal(key, call.x_t.shape))
+        assert abs(np.corrcoef(eps, drawn)[0, 1]) < 5 / np.sqrt(eps.size)
+    assert call.train is True
+
+
+def test_quarters_are_of_the_noise_levels_from_the_cleanest_on():
+    """With x_0 = 0 the noise is x_t / sqrt(1 - alpha_bar), so a network off by c(t) has the loss c(t)^2."""
+    config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "uniform"})
+    schedule = schedule_of(config)
+    scale = jnp.asarray(schedule.sqrt_one_minus_alpha_bar, jnp.float32)
+
+    def output(w, x_t, time):
+        t = time.astype(int)
+        return x_t / scale[t][:, None, None, None] + (1.0 + t)[:, None, None, None] * w
+
+    network, state, run = recorded(config, output)
+    seen = []
+    for _ in range(4):
+        state, metrics = run(state.replace(params={"w": jnp.ones(())}), {"x": np.zeros((8, 8, 8, 1), np.float32)})
+        t = np.asarray(network.calls[-1].time)
+        for quarter, name in enumerate(step.QUARTERS):
+            of_quarter = (1 + t[t.astype(int) // 2 == quarter]) ** 2
+            np.testing.assert_allclose(metrics[name], of_quarter.mean() if of_quarter.size else np.nan, rtol=1e-4)
+            seen.append(of_quarter.size)
+        np.testing.assert_allclose(metrics["loss"], ((1 + t) ** 2).mean(), rtol=1e-4)
+    assert 0 in seen
+
+
+def test_the_rate_the_norms_and_the_average_are_those_of_this_step():
+    """A loss with a known gradient in one parameter, in the fifth step: Adam's update, both norms, the EMA with warm-up."""
+    config = tiny_config(**{"optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 20, "optimizer.grad_clip": 1e-3})
+    config.ema.update(decay=0.9999, warmup=True)
+    schedule = schedule_of(config)
+    scale = jnp.asarray(schedule.sqrt_one_minus_alpha_bar, jnp.float32)
+
+    def output(w, x_t, time):  # off by 3 w: the loss is 9 w^2, its gradient 18 w
+        return x_t / scale[time.astype(int)][:, None, None, None] + 3 * w
+
+    _, state, run = recorded(config, output)
+    for _ in range(5):
+        before = state
+        state, metrics = run(before, {"x": np.zeros((8, 8, 8, 1), np.float32)})
+    w = float(before.params["w"])
+    np.testing.assert_allclose(metrics["loss"], 9 * w**2, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], 18 * w, rtol=1e-4)  # before clipping
+    np.testing.assert_allclose(metrics["param_norm"], state.params["w"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.1 * 4 / 20, rtol=1e-6)
+    # A clipped gradient that is always the same: Adam moves by the learning rate, whatever the gradient's size.
+    np.testing.assert_allclose(w - float(state.params["w"]), 0.1 * 4 / 20, rtol=1e-3)
+    decay = (1 + 4) / (10 + 4)
+    average = decay * float(before.ema_params["w"]) + (1 - decay) * float(state.params["w"])
+    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)
+    assert int(state.step) == 5
+
+
+def test_half_of_the_images_are_mirrored_left_to_right():
+    """One step with next to no noise shows the network the images themselves."""
+    config = tiny_config(**{"data.random_flip": True, "diffusion.num_timesteps": 1, "diffusion.schedule": "linear"})
+    config.diffusion.update(beta_start=1e-8, beta_end=1e-8)
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    mirrored = 0
+    for i in range(4):
+        x = floats(i, batch_size=64)
+        state, _ = run(state, {"x": x})
+        shown = np.asarray(network.calls[-1].x_t)
+        as_given = abs(shown - x).max((1, 2, 3)) < 1e-2
+        turned = abs(shown - x[:, :, ::-1]).max((1, 2, 3)) < 1e-2
+        assert (as_given ^ turned).all() and 0 < turned.sum() < 64  # each image by itself
+        mirrored += turned.sum()
+    assert abs(mirrored - 128) < 5 * np.sqrt(256) / 2
+    config.data.random_flip = False
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    run(state, {"image": np.tile(np.array([0, 51, 255, 204], np.uint8), (8, 8, 2))[..., None]})
+    np.testing.assert_allclose(network.calls[0].x_t[:, :, :4, 0], np.tile([-1, -0.6, 1, 0.6], (8, 8, 1)), atol=1e-3)
+
+
+def test_the_first_step_that_is_not_finite_stays_marked():
+    config = tiny_config()
+    _, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    good, bad = floats(), np.full((8, 8, 8, 1), np.nan, np.float32)
+    for x, marked in ((good, -1), (good, -1), (bad, 3), (bad, 3), (good, 3)):
+        state, _ = run(state, {"x": x})
+        assert int(state.window["nonfinite_step"]) == marked
+    # The loss and its gradient are finite, and the new parameters are not.
+    _, state, run = recorded(tiny_config(**{"optimizer.learning_rate": 3e38}), lambda w, x_t, time: w * x_t)
+    state, metrics = run(state, {"x": good})
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert int(state.window["nonfinite_step"]) == 1
+    # The square of the gradient overflows, and after clipping by an infinite norm the parameters are finite.
+    _, state, run = recorded(config, lambda w, x_t, time: x_t + 1e12 * w)
+    state, metrics = run(state, {"x": good})
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
+    # The loss alone overflows.
+    _, state, run = recorded(config, lambda w, x_t, time: 1e20 + 1e-10 * w + 0 * x_t)
+    state, metrics = run(state, {"x": good})
+    assert not np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
+
+
+BOUND = {"variance": "learned_range", "gray_levels": 17, "prediction": "v"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("simple", {"prediction": "v", "weighting": "min_snr"}),
+        ("vlb", BOUND),
+        ("hybrid", {**BOUND, "weighting": "p2", "vlb_weight": 0.1}),
+    ],
+)
+def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
+    """Every option other than the default, against the core called by hand with the step's first key."""
+    config = tiny_config(**{"diffusion.num_timesteps": 10, "diffusion.loss": name, "data.levels": 17})
+    config.diffusion.update({leaf: value for leaf, value in options.items() if leaf != "gray_levels"})
+    channels = 1 if name == "simple" else 2
+    output = lambda w, x_t, time: w * jnp.concatenate([jnp.tanh(x_t + time[:, None, None, None] / 5)] * channels, -1)  # noqa: E731
+    network, _, _ = recorded(config, output)
+    objective, schedule, key = (
+        step._objective(config, network, schedule_of(config)),
+        schedule_of(config),
+        jax.random.key(3),
+    )
+    x_0 = jnp.clip(floats(), -1, 1)
+    found, _ = objective({"w": jnp.float32(0.7)}, None, key, x_0, None)
+    by_hand, _ = getattr(losses, name)(
+        jax.random.split(key, 3)[0],
+        schedule,
+        lambda x, time: output(0.7, x, time),
+        x_0,
+        timestep_sampler=timesteps.stratified,
+        **options,
+    )
+    np.testing.assert_allclose(found, by_hand, rtol=1e-5)
+
+
+def test_quarters_of_weighted_losses_are_weighted_means():
+    """Importance sampling: the weights of a quarter's examples are divided out."""
+    config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
+    scale = jnp.asarray(schedule_of(config).sqrt_one_minus_alpha_bar, jnp.float32)
+
+    def output(w, x_t, time):
+        return x_t / scale[time.astype(int)][:, None, None, None] + (1 + time)[:, None, None, None] * w
+
+    network, state, run = recorded(config, output)
+    kept = jnp.tile(jnp.arange(1.0, 9.0)[:, None], (1, 10))
+    state = state.replace(loss_history=timesteps.LossHistory(kept, jnp.full(8, 10, jnp.int32)))
+    p = 0.999 * np.arange(1, 9) / 36 + 0.001 / 8
+    after, metrics = run(state, {"x": np.zeros((8, 8, 8, 1), np.float32)})
+    t = np.asarray(network.calls[0].time).astype(int)
+    weight, loss = 1 / (8 * p[t]), (1.0 + t) ** 2
+    np.testing.assert_allclose(metrics["loss"], (weight * loss).mean(), rtol=1e-4)
+    for quarter, name in enumerate(step.QUARTERS):
+        here = t // 2 == quarter
+        mean = (weight * loss)[here].sum() / weight[here].sum() if here.any() else np.nan
+        np.testing.assert_allclose(metrics[name], mean, rtol=1e-4)
+    drawn = np.bincount(t, minlength=8)
+    np.testing.assert_array_equal(after.loss_history.counts, 10 + drawn)
+    np.testing.assert_allclose(after.loss_history.losses[t[0]].max(), max(loss[0], t[0] + 1), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def traced(config, batch):
+    """The metrics' shapes: the batch is checked when the step is traced, so nothing is compiled."""
+    classifies = config.diffusion.loss == "classify"
+    output = lambda w, x_t, time: w * (x_t[:, 0, 0] * jnp.ones(10) if classifies else x_t)  # noqa: E731
+    _, state, run = recorded(config, output, config.model.num_classes)
+    return jax.eval_shape(jax.jit(run), state, batch)[1]
+
+
+def test_labels_are_needed_only_where_something_takes_them():
+    image = a_batch(tiny_config())["image"]
+    for config in (tiny_config(), tiny_config(**{"training.accumulation_steps": 2})):
+        assert traced(config, {"image": image})["loss"].dtype == jnp.float32
+        assert traced(config, {"image": image, "label": np.zeros(3)})
+    for config in (tiny_config(**LABELS), classifier_config()):
+        with pytest.raises(ValueError, match=r'a batch must have "label", int \[8\].*got \'image\''):
+            traced(config, {"image": image})
+        assert traced(config, {"image": image, "label": np.zeros(8, np.int64)})
+
+
+def test_several_steps_in_one_call_take_the_same_batches():
+    built = training.setup(tiny_config())
+    stacked = {"x": np.zeros((3, 8, 8, 8, 1), np.float32)}
+    many = training.scan_steps(built.train_step.__wrapped__)
+    assert jax.eval_shape(many, built.abstract_state, stacked)[1]["loss"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_float_data_are_taken_as_they_are(dtype):
+    """The same step as with the uint8 images that they stand for, where the numbers are the same."""
+    config = tiny_config(**{"data.random_flip": True})
+    levels = np.array([0, 255], np.uint8)  # -1 and 1, which every type holds
+    image = np.random.default_rng(0).choice(levels, (8, 8, 8, 1))
+    x = jnp.asarray(image / 127.5 - 1, dtype)
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    of_image, of_x = (run(state, batch)[1] for batch in ({"image": image}, {"x": x}))
+    assert of_x["loss"].dtype == jnp.float32 and network.calls[1].x_t.dtype == jnp.float32
+    # Two programs: x_t is a sum of two products, the loss a mean of squares, rounded to 2^-24 each time.
+    np.testing.assert_allclose(network.calls[0].x_t, network.calls[1].x_t, rtol=1e-5, atol=1e-6)
+    assert float(of_image["loss"]) == pytest.approx(float(of_x["loss"]), rel=1e-5)
+
+
+IMAGE = np.zeros((8, 8, 8, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.*got float(32|64); give float data.* as "x"'),
+        ({"image": IMAGE.astype(np.int32)}, r'batch\["image"\] must be uint8.*got int32; convert it to uint8'),
+        ({"image": IMAGE > 0}, r"got bool"),
+        ({"x": IMAGE}, r'batch\["x"\] must be float.*got uint8; give it as "image"'),
+        ({"x": IMAGE.astype(np.int32)}, r'batch\["x"\] must be float.*got int32'),
+        ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
+        ({"images": IMAGE}, "either .*got 'images'"),
+        ({}, "got nothing"),
+        (IMAGE, "must be a dictionary"),
+        ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[B, 8, 8, 1\].*data.channels.*got \[8, 8, 8, 3\]"),
+        ({"image": np.zeros((8, 8, 10, 1), np.uint8)}, r"shape \[B, 8, 8, 1\].*got \[8, 8, 10, 1\]"),
+        ({"image": np.zeros((8, 8, 8), np.uint8)}, r"got \[8, 8, 8\]"),
+        ({"x": np.zeros((8, 4, 4, 1))}, r'batch\["x"\] must have shape'),
+        ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
+        ({"x": [[[[0.0]]]]}, r'batch\["x"\] must be an array; got list'),
+        ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
+        ({"image": IMAGE, "label": np.zeros(8)}, r'batch\["label"\] must be int of shape \[8\]; got float'),
+        ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
+        ({"image": IMAGE, "label": np.zeros((8, 1), np.int32)}, r"got int32 \[8, 1\]"),
+    ],
+)
+def test_a_wrong_batch_is_refused_in_one_line(batch, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        step.read_batch(batch, (8, 8, 1), takes_labels=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_compiled_step_refuses_it_too():
+    built = training.setup(tiny_config(**{"training.accumulation_steps": 2}))
+    for batch, words in (
+        ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
+        ({"image": IMAGE[:6]}, None),
+        ({"image": IMAGE[:7]}, "a batch of 7 must be a multiple of training.accumulation_steps=2"),
+    ):
+        if words is None:
+            jax.eval_shape(built.train_step, built.abstract_state, batch)
+            continue
+        with pytest.raises(ValueError, match=words):
+            built.train_step.trace(built.abstract_state, batch)
+
+
+def test_a_state_and_its_metrics_are_float32_with_x64(x64):
+    """Every float of the state and the metrics; float64 data, too."""
+    upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
+    for overrides in ({"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, upsampler):
+        built = training.setup(tiny_config(**overrides))
+        after = jax.eval_shape(built.train_step, built.abstract_state, {"x": np.zeros((8, 8, 8, 1))})
+        floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        assert {leaf.dtype.name for leaf in floats} == {"float32"}
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype, built.abstract_state, after[0])
+        assert all(jax.tree.leaves(same))

@@ -1,0 +1,335 @@
+"""The train step: its parts against optax and NumPy written here, one program, sharding, and steps in one call."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax import likelihood, training
+from diffusion_jax.config import default
+from diffusion_jax.distributed import sharding
+from diffusion_jax.training import optimizer, step
+from helpers.configs import a_batch, tiny_config
+
+
+def test_create_gives_a_state_and_a_step_that_learns():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+    batch, losses = a_batch(config), []
+    for _ in range(60):
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert int(state.step) == 60 and train_step._cache_size() == 1  # compiled once
+    window = training.window_means(jax.device_get(state.window))
+    np.testing.assert_allclose(window["loss"], np.mean(losses[-2:]), rtol=1e-5)  # since the last multiple of log_every
+
+
+def test_the_same_seed_gives_the_same_run_and_another_not():
+    def losses(seed):
+        config = tiny_config(seed=seed)
+        state, train_step = training.create(config)
+        out = []
+        for i in range(3):
+            state, metrics = train_step(state, a_batch(config, i))
+            out.append(float(metrics["loss"]))
+        return out
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+def test_the_state_is_donated():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    new, _ = train_step(state, a_batch(config))
+    assert state.params["conv_in"]["kernel"].is_deleted() and not new.params["conv_in"]["kernel"].is_deleted()
+
+
+def test_one_step_is_adam_and_ema_in_numpy():
+    """From the gradient that Adam's own first moment tells: the update, the clip and the EMA."""
+    config = tiny_config(
+        **{"optimizer.learning_rate": 0.01, "optimizer.grad_clip": 0.5, "ema.warmup": False, "ema.decay": 0.9}
+    )
+    state, train_step = training.create(config)
+    before = jax.device_get(state)
+    after, metrics = train_step(state, a_batch(config))
+    after = jax.device_get(after)
+    adam = next(s for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    clipped = jax.tree.map(lambda m: m / 0.1, adam.mu)  # mu = 0.1 g after one step
+    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(clipped)))
+    np.testing.assert_allclose(norm, min(0.5, float(metrics["grad_norm"])), rtol=1e-4)
+    moved = jax.tree.map(lambda p, g: p - 0.01 * g / (np.abs(g) + 1e-8), before.params, clipped)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after.params, moved)
+    ema = jax.tree.map(lambda p, q: 0.9 * p + 0.1 * q, before.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema_params, ema)
+
+
+def test_quarters_average_to_the_loss():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    _, metrics = train_step(state, a_batch(config))  # stratified timesteps: two of eight in each quarter
+    quarters = [float(metrics[name]) for name in step.QUARTERS]
+    np.testing.assert_allclose(np.mean(quarters), metrics["loss"], rtol=1e-5)
+
+
+def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
+    config = tiny_config(**{"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"})
+    state, train_step = training.create(config)
+    assert state.params["conv_out"]["kernel"].shape[-1] == 2 and state.loss_history is None
+    _, metrics = train_step(state, a_batch(config))
+    np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
+
+
+def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_given():
+    """A chain of one step, whose only term is the decoder's."""
+    overrides = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 1}
+    config = tiny_config(**overrides, **{"diffusion.vlb_weight": 0.5, "data.levels": 17, "diffusion.beta_end": 0.02})
+    built = training.setup(config)
+    objective = step._objective(config, built.model, built.schedule)
+    x_0 = jnp.asarray(a_batch(config)["image"], jnp.float32) / 127.5 - 1
+    loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
+    says = {"prediction": "eps", "variance": "learned_range", "clip": False}
+    by_levels = {
+        levels: likelihood.bound_term(built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **says)[0]
+        for levels in (17, 256)
+    }
+    np.testing.assert_allclose(parts.vlb, by_levels[17], rtol=1e-5)
+    assert (by_levels[256] > 1.005 * by_levels[17]).all()
+    np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-5)
+
+
+def test_importance_sampling_records_the_unweighted_losses():
+    """The history holds what the steps saw; once it is full, rarely drawn steps weigh more, and the loss stays one of T."""
+    config = tiny_config(
+        **{
+            "diffusion.loss": "vlb",
+            "diffusion.variance": "learned_range",
+            "diffusion.timestep_sampler": "loss_second_moment",
+            "diffusion.num_timesteps": 3,
+            "optimizer.learning_rate": 1e-9,
+        }
+    )
+    state, train_step = training.create(config)
+    vlbs = []
+    for _ in range(20):
+        state, metrics = train_step(state, a_batch(config))
+        vlbs.append(float(metrics["vlb"]))
+        assert np.isclose(metrics["loss"], metrics["vlb"], rtol=1e-5)
+    assert state.loss_history.counts.sum() == 160
+    # The network stands still, so the mean of the weighted losses is 1/3 of the sum over the steps of the mean losses.
+    by_step = np.asarray(state.loss_history.losses).mean(1)
+    assert by_step.max() > 2 * by_step.min()
+    assert abs(np.mean(vlbs) - by_step.mean()) < 0.15 * by_step.mean()
+
+
+def test_flips_differ_per_image():
+    """A batch of one asymmetric image, seen through the noise: some are mirrored and some are not."""
+    config = tiny_config(**{"data.random_flip": True, "training.batch_size": 64})
+    built = training.setup(config)
+    image = np.zeros((64, 8, 8, 1), np.uint8)
+    image[:, :, :3] = 255
+    seen = []
+
+    class Spy:
+        num_classes = 0
+
+        @staticmethod
+        def apply(variables, x_t, time, train, rngs):
+            jax.debug.callback(lambda x, t: seen.append((np.asarray(x), np.asarray(t))), x_t, time)
+            return x_t * variables["params"]["w"]
+
+    rate = optimizer.learning_rate(config.optimizer)
+    tx = optimizer.from_config(config.optimizer)
+    params = {"w": jnp.ones(())}
+    window = built.init().window
+    state = step.TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params), window)
+    run = step.make_train_step(config, Spy, built.schedule, tx, rate)
+    jax.jit(run)(state, {"image": image, "label": np.zeros(64, np.int32)})
+    jax.effects_barrier()
+    x_t, time = seen[0]
+    clean = time < 200  # little noise: the bright side is visible
+    left = x_t[clean, :, :3].mean((1, 2, 3)) > x_t[clean, :, 5:].mean((1, 2, 3))
+    assert clean.sum() > 5 and 0 < left.sum() < clean.sum()
+
+
+def test_several_steps_in_one_program_equal_single_ones():
+    config = tiny_config()
+    state, train_step = training.create(config)
+    batches = [a_batch(config, i) for i in range(3)]
+    built = training.setup(config)
+    single = jax.tree.map(jnp.copy, state)
+    for batch in batches:
+        single, metrics = train_step(single, batch)
+    raw = step.make_train_step(
+        config,
+        built.model,
+        built.schedule,
+        optimizer.from_config(config.optimizer),
+        optimizer.learning_rate(config.optimizer),
+    )
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    many, last = jax.jit(training.scan_steps(raw))(state, stacked)
+    np.testing.assert_allclose(last["loss"], metrics["loss"], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), many.params, single.params)
+    assert int(many.step) == 3
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """The same draws, dropout and dropped labels included, so the same step up to the order of float32 sums."""
+    drawing = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.5}
+    bound = {"loss": "hybrid", "variance": "learned_range", "timestep_sampler": "loss_second_moment"}
+    after = []
+    for parts in (1, 2):
+        config = tiny_config(**drawing, **{"model.channel_multipliers": (1,), "training.accumulation_steps": parts})
+        config.diffusion.update(bound)
+        state, train_step = training.create(config)
+        state, metrics = train_step(state, a_batch(config))
+        after.append((metrics, state.loss_history, optax.tree.get(state.opt_state, "mu")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *after)
+
+
+def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
+    config = tiny_config(**{"model.num_classes": 10, "model.label_dropout": 0.5})
+    state, train_step = training.create(config)
+    assert state.params["class"]["embedding"].shape == (11, 32)
+    before = np.asarray(state.params["class"]["embedding"])
+    batch = a_batch(config)
+    batch["label"][:] = 3
+    for _ in range(3):
+        state, _ = train_step(state, batch)
+    changed = abs(np.asarray(state.params["class"]["embedding"]) - before).max(axis=1) > 0
+    assert np.flatnonzero(changed).tolist() == [3, 10]
+
+
+def test_a_loss_that_is_not_finite_is_marked_with_its_step():
+    config = tiny_config(**{"optimizer.learning_rate": 1e20, "optimizer.grad_clip": 0.0})
+    state, train_step = training.create(config)
+    for i in range(6):
+        state, metrics = train_step(state, a_batch(config, i))
+        marked = int(state.window["nonfinite_step"])
+        if not np.isfinite(float(metrics["loss"])) or marked >= 0:
+            break
+    assert 1 <= marked <= i + 1
+
+
+def test_learning_rates():
+    options = default().optimizer
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4], rtol=1e-6)
+    options.update(schedule="cosine", decay_steps=15_000)
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
+    options.schedule = "linear"
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
+    options.update(warmup_steps=0, decay_steps=300_000)
+    np.testing.assert_allclose(optimizer.learning_rate(options)(100_000), 2e-4 * (1 - 1 / 3), rtol=1e-6)
+    for wrong, words in [
+        ({"schedule": "step"}, "'constant', 'linear' or 'cosine'"),
+        ({"decay_steps": 10}, "exceed"),
+        ({"name": "sgd"}, "adamw"),
+    ]:
+        bad = default().optimizer
+        bad.update({"schedule": "cosine", **wrong})
+        with pytest.raises(ValueError, match=words):
+            optimizer.from_config(bad)
+    bad = default().optimizer
+    bad.weight_decay = 0.1
+    with pytest.raises(ValueError, match="adamw"):
+        optimizer.from_config(bad)
+
+
+def test_ema_warmup():
+    warm = {"decay": 0.999, "warmup": True}
+    np.testing.assert_allclose([step.ema_decay(s, warm) for s in (0, 90, 10**6)], [0.1, 0.91, 0.999], rtol=1e-6)
+    assert step.ema_decay(0, {"decay": 0.999, "warmup": False}) == 0.999
+
+
+def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
+    from diffusion_jax.distributed import compiler
+
+    compiler.options.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
+    assert compiler.options() == {}
+    compiler.options.cache_clear()
+    monkeypatch.delenv("XLA_FLAGS")
+    assert set(compiler.options()) <= {"xla_cpu_experimental_ynn_fusion_type"}
+    assert compiler.options(deterministic=True) == compiler.options()  # CPUs need nothing for it
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
+    compiler.options.cache_clear()
+    assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler.options() == {}
+    compiler.options.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh.data": 3}, "number of devices"),
+        ({"mesh.fsdp": 2}, "mesh.fsdp=2 must divide"),
+        ({"training.accumulation_steps": 0}, "at least 1"),
+        ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
+        ({"training.batch_size": 0}, "training.batch_size=0 must be at least 1"),
+        ({"model.dtype": "float16"}, "model.dtype='float16'"),
+        ({"diffusion.schedule": "line"}, "known: linear"),
+        ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
+        ({"diffusion.prediction": "noise"}, "known: eps"),
+        ({"diffusion.variance": "fixed"}, "known: fixed_small"),
+        ({"diffusion.variance": "learned_range"}, "untrained"),
+        ({"diffusion.loss": "kl"}, "known: simple, vlb, hybrid, classify"),
+        ({"diffusion.loss": "hybrid"}, "use learned_range"),
+        ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
+        ({"diffusion.loss": "vlb", "model.out_channels": 2}, "need 1"),
+        ({"data.levels": 1}, "data.levels=1"),
+        ({"diffusion.weighting": "p3"}, "known: none"),
+        ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
+        ({"optimizer.name": "sgd"}, "adamw"),
+        ({"model.num_groups": 3}, "num_groups=3"),
+        ({"model.label_dropout": 0.1}, "needs labels to drop"),
+        ({"diffusion.loss": "classify"}, "is not a field of models.Classifier"),
+        ({"data.image_size": 9}, "that 2 divides"),
+    ],
+)
+def test_configs_that_cannot_be_built(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        training.create(tiny_config(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "words"),
+    [
+        ("training.num_steps", 1e4, "training.num_steps=10000.0 must be a whole number; write 10000"),
+        ("training.batch_size", 8.5, "training.batch_size=8.5 must be a whole number$"),
+        ("training.log_every", "100", "training.log_every='100' must be a whole number"),
+        ("training.steps_per_call", True, "training.steps_per_call=True must be a whole number"),
+        ("model.num_res_blocks", 2.0, "model.num_res_blocks=2.0 .* write 2"),
+        ("diffusion.num_timesteps", 1e3, "diffusion.num_timesteps=1000.0 .* write 1000"),
+        ("seed", 0.5, "seed=0.5"),
+    ],
+)
+def test_counts_are_whole_numbers(leaf, value, words):
+    """In a dictionary, which unlike a ConfigDict takes a value of any type."""
+    config = json.loads(tiny_config().to_json())
+    group, _, name = leaf.rpartition(".")
+    (config[group] if group else config)[name] = value
+    with pytest.raises(ValueError, match=words):
+        training.create(config)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest():
+    mesh = dataclasses.make_dataclass("Mesh", ["size"])(8)
+    with pytest.raises(ValueError, match="nearest: 8 or 16"):
+        sharding.check_divides(12, mesh, "training.batch_size")
+    with pytest.raises(ValueError, match="nearest: 8$"):
+        sharding.check_divides(3, mesh, "training.batch_size")
+    with pytest.raises(
+        ValueError, match=r"multiple of 32, the 8 devices times training.accumulation_steps=4; nearest: 32$"
+    ):
+        sharding.check_divides(16, mesh, "training.batch_size", 4)
