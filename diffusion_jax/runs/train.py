@@ -131,7 +131,7 @@ def check_source(config: ConfigDict, source) -> None:
         raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes; use that, or 0")
     if classes and not source.num_classes:
         advice = "a classifier needs labeled images" if training.is_classifier(config) else "use model.num_classes=0"
-        reason = getattr(source, "no_labels", "")
+        reason = getattr(source, "no_labels_reason", "")
         raise UserError(
             f"model.num_classes={classes}, but the data has no labels{f' ({reason})' if reason else ''}; {advice}"
         )

@@ -272,7 +272,9 @@ def test_statistics_of_others(tmp_path):
     alone = image_sets.open_image_set(str(tmp_path / "alone.npz"))
     assert alone.images is None and alone.statistics.spatial is None
     np.testing.assert_array_equal(alone.statistics.moments.covariance, sigma)
-    both = image_sets.open_image_set(save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma))
+    both = image_sets.open_image_set(
+        save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+    )
     assert len(both.images) == 9 and both.statistics.spatial is not None
 
 
@@ -309,7 +311,9 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
-    extraction = feature_extraction.FeaturePipeline(feature_extractors.from_function(judge_images, "mine", "1"), mesh(), 20, Bar)
+    extraction = feature_extraction.FeaturePipeline(
+        feature_extractors.from_function(judge_images, "mine", "1"), mesh(), 20, Bar
+    )
     source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).images
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set("x", source, tmp_path / "parts")
@@ -327,7 +331,9 @@ def test_features_that_are_none(tmp_path):
         (lambda x: np.zeros((1, 2)), r"4 images features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
-        extraction = feature_extraction.FeaturePipeline(feature_extractors.from_function(function, "mine", "1"), mesh(), 4, Bar)
+        extraction = feature_extraction.FeaturePipeline(
+            feature_extractors.from_function(function, "mine", "1"), mesh(), 4, Bar
+        )
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
 
@@ -340,7 +346,10 @@ def test_names_of_metrics():
         "inception_score",
     ]
     assert metric_suite.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
-    assert metric_suite.reported_name("fid", published._replace(resize="clean", published=False)) == "frechet_distance_clean"
+    assert (
+        metric_suite.reported_name("fid", published._replace(resize="clean", published=False))
+        == "frechet_distance_clean"
+    )
     for substitute in (published._replace(published=False), feature_extractors.digits()):
         assert metric_suite.reported_name("fid", substitute) == "frechet_distance"
 
@@ -350,7 +359,9 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
     extractor = feature_extractors.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
-    sets = [feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
+    sets = [
+        feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools
+    ]
     said = []
     found = metric_suite.compute_metrics(*sets, extractor, metric_suite.METRICS, said.append)
     assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
@@ -370,7 +381,10 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         "density_coverage",
         "memorization",
     ]
-    assert list(metric_suite.unavailable_metrics(False, False, feature_extractors.digits(), metric_suite.METRICS)) == ["sfid", "is"]
+    assert list(metric_suite.unavailable_metrics(False, False, feature_extractors.digits(), metric_suite.METRICS)) == [
+        "sfid",
+        "is",
+    ]
 
 
 def test_copies_are_found():
