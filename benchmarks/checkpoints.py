@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/cifar10.py")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    devices.quiet()
+    devices.silence_libraries()
     abstract = training.setup(runpy.run_path(options.config)["get_config"]()).abstract_state
     rng = np.random.default_rng(0)
 

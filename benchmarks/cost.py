@@ -79,7 +79,7 @@ def main() -> None:
 
     def kept(size: int) -> float:
         config.data.image_size = size
-        return plan.kept_per_image(config)
+        return plan.activations_per_image(config)
 
     by_batch = [seconds(call, params, images(count)) for count in BATCHES]
     rows = [[count, taken, taken / count] for count, taken in zip(BATCHES, by_batch, strict=True)]

@@ -25,7 +25,7 @@ import numpy as np
 from configs import cifar10
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs import pictures
+from diffusion_jax.images import to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.step import initial_params
 
@@ -68,10 +68,10 @@ class Ours:
     def sampler(self, name: str, steps: int):
         """() -> uint8 images."""
         self._config.sampling.update(sampler=name, steps=steps)
-        recipe = SamplingSetup(self._config, self._model, self._schedule, mesh=None)
+        setup = SamplingSetup(self._config, self._model, self._schedule, mesh=None)
 
         def draw(params, seed):
-            return pictures.to_uint8(recipe.draw(params, None, jax.random.key(seed), self._shape))
+            return to_uint8(setup.draw(params, None, jax.random.key(seed), self._shape))
 
         compiled = self._compiled(draw, self._params, np.uint32(0))
         return lambda: np.asarray(compiled(self._params, np.uint32(0)))

@@ -37,7 +37,7 @@ from diffusion_jax import cli
 from diffusion_jax import data, training
 from diffusion_jax.runs import devices, train
 mark("import")
-devices.quiet()
+devices.silence_libraries()
 devices.start()
 mark("devices")
 from configs import digits

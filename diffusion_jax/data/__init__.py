@@ -51,8 +51,8 @@ def check_levels(images: np.ndarray, levels: int) -> None:
     wrong = images[is_between[images]]
     if wrong.size:
         raise DataError(
-            f"data.levels={levels}, but the images contain the value {wrong[0]}, which is not one of {levels} even gray levels "
-            "(resized images have others); use data.levels=256, in a new --workdir"
+            f"data.levels={levels}, but the images contain the value {wrong[0]}, which is not one of {levels} even gray "
+            "levels (resized images have others); use data.levels=256, in a new --workdir"
         )
 
 

@@ -61,7 +61,7 @@ def _moments(features: np.ndarray) -> Moments:
 def merge(one: Moments, other: Moments) -> Moments:
     """The moments of the union of two sets, so that a large set needs no array of all its features (Chan et al. 1979).
 
-    Raises: ValueError for different dimensions, or for moments without the number of their images (as in files of statistics).
+    Raises: ValueError for different dimensions, or for moments without a number of images (as in files of statistics).
     """
     _check_moments(one, other)
     if min(one.count, other.count) < 1:

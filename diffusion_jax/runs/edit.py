@@ -61,7 +61,9 @@ class _Context:
         """Samples from noise."""
         key_noise, key_steps = jax.random.split(key)
         x_T = jax.random.normal(key_noise, (self.num_samples, *self.shape))
-        return sampling.sample(key_steps, self.setup.schedule, denoise_fn, x_T, sampler)
+        x_0 = sampling.sample(key_steps, self.setup.schedule, denoise_fn, x_T, sampler)
+        assert isinstance(x_0, jax.Array)  # a trajectory is not requested
+        return x_0
 
     def read_masked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The image, the mask, and both as `_Edit.given`. Raises: UserError."""

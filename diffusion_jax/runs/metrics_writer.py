@@ -10,6 +10,7 @@ import pathlib
 import threading
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
 from diffusion_jax.errors import UserError
@@ -19,7 +20,12 @@ __all__ = ["MetricsWriter", "import_writers"]
 
 
 def import_writers() -> None:
-    """Starts a thread that imports the libraries of `MetricsWriter`: that takes seconds, which overlap with a compilation."""
+    """Starts a thread that imports the libraries of `MetricsWriter`, on process 0 only.
+
+    That takes seconds, which overlap with a compilation.
+    """
+    if jax.process_index() != 0:
+        return
 
     def import_library():
         with contextlib.suppress(ImportError):  # raised again where the writers are used

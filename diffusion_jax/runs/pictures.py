@@ -136,7 +136,7 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
 def plot_rate_distortion(
     path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
 ) -> None:
-    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and the rate of the lossless code."""
+    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and the lossless rate."""
     figure, axes = _axes(f"Rate and distortion: {title}")
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
     axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")

@@ -61,26 +61,29 @@ def measure(config: Mapping) -> Plan:
     # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
     config.model.convolution = "xla"
     setup = training.setup(config)
+    assert isinstance(setup.train_step, jax.stages.Wrapped)
     batch_size, state = config["training"]["batch_size"], setup.abstract_state
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    options = compiler.options() | compiler.least_memory()
+    options = compiler.options() | compiler.low_memory_options()
     compiled = setup.train_step.lower(state, batch).compile(compiler_options=options)
-    memory, num_devices = compiled.memory_analysis(), setup.mesh.size
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert memory is not None and cost is not None and text is not None  # the CPU compiler has all of them
+    num_devices = setup.mesh.size
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     data_size, fsdp_size = setup.mesh.shape["data"], setup.mesh.shape["fsdp"]
     return Plan(
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        flops_per_image=compiled.cost_analysis()["flops"] / (batch_size / num_devices),
+        flops_per_image=cost["flops"] / (batch_size / num_devices),
         activations_per_image=activations_per_image(config),
         params=_bytes_per_device(state.params),
         ema=_bytes_per_device(state.ema_params),
         optimizer=_bytes_per_device(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=collectives.read(compiled.as_text()),
+        collectives=collectives.parse(text),
         minimum_sent=params_bytes * (3 * (fsdp_size - 1) / fsdp_size + 2 * (data_size - 1) / data_size / fsdp_size),
     )
 
@@ -135,7 +138,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
         "program)"
     )
     log(f"  sent per device     {_megabytes(plan.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring_bytes in collectives.table(plan.collectives):
+    for kind, count, size, ring_bytes in collectives.summarize(plan.collectives):
         log(f"    {kind:<18}{_megabytes(ring_bytes)} in {count}, {_megabytes(size)} in total")
     if plan.minimum_sent:
         log(

@@ -23,9 +23,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
     """
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
-    reason = file.why_not_reused()
-    if reason:
-        log(f"Drawing anew: {file.path} {reason}.")
     file.draw()
     if config.sampling.trajectory and jax.process_index() == 0:
         log("Compiling the sampler of the trajectory ...")

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.artifacts import ChunkStore, options_digest, save_npz
@@ -79,12 +79,16 @@ class SampleFile:
         self.path = workdir / "samples" / f"{self.name}.npz"
         self.settings = self._settings({"images": small.images, "labels": small.labels})
 
-    def why_not_reused(self) -> str | None:
-        """Why the file does not hold these samples; "" if there is no file, None if it holds them."""
-        return broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+    def draw(self, reuse: bool = False) -> None:
+        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
 
-    def draw(self) -> None:
-        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one."""
+        reuse: does nothing if the file already holds samples of these settings.
+        """
+        reason = broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+        if reuse and reason is None:
+            return
+        if reason:
+            log(f"Drawing anew: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
         weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
         log(f"Sampling {options.num_samples} images from {weights}.")
@@ -101,7 +105,7 @@ class SampleFile:
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler, and the first batch ...")
-            for i in preemption.over_batches(missing, self.config.training.stall_timeout):
+            for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
                     images = generator(self.trained.params, options.seed, i)
                 chunks.save(i, images=images)

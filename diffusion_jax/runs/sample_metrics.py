@@ -90,11 +90,7 @@ def _draw_samples(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
     options = config.evaluation
     sampling_config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
     file = SampleFile(sampling_config, workdir)
-    reason = file.why_not_reused()
-    if reason:
-        log(f"Drawing anew: {file.path} {reason}.")
-    if reason is not None:
-        file.draw()
+    file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     return file
 

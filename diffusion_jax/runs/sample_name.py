@@ -54,8 +54,8 @@ def _steps_in_name(options: Mapping, spacing: str) -> list[str]:
     steps = options["steps"]
     if steps is None or spacing == "trailing":
         return []
-    has_sections = spacing == "openai" and not isinstance(steps, int)
-    return [spacing + ("-".join(map(str, steps)) if has_sections else "")]
+    sections = steps if spacing == "openai" and isinstance(steps, tuple | list) else ()
+    return [spacing + "-".join(map(str, sections))]
 
 
 def _sampler_options(options: Mapping) -> list[str]:

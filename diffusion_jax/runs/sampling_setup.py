@@ -252,7 +252,7 @@ class SamplingSetup:
         *,
         constrain: Callable = lambda x: x,
         **options: Any,
-    ):
+    ) -> Any:
         """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` returns with `options`; pure.
 
         shape: (B, H, W, C). y, low: as in `network`. constrain: applied to x_T, to place it on a mesh.

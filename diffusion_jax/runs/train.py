@@ -1,421 +1,308 @@
-"""`--mode=train` and `train_classifier`: one run from its config to its last checkpoint, or from its last one onwards."""
+"""`--mode=train` and `train_classifier`: trains a config from scratch, or from its last checkpoint on."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.distributed import preemption, sharding
 from diffusion_jax.distributed.file_lock import locked
+from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.runs import pictures, trained_model
-from diffusion_jax.runs import workdir as work
-from diffusion_jax.runs.console import Bar, bar_over, compiling, say
-from diffusion_jax.runs.sample import Generator, check_options
-from diffusion_jax.runs.sample_metrics import TrainingFid, check_sample_metrics
-from diffusion_jax.runs.sampling_setup import SamplingSetup, class_captions
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.runs.batch_feed import BatchFeed
+from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
+from diffusion_jax.runs.data_source import check_source
+from diffusion_jax.runs.metric_options import check_metric_options
+from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
+from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
+from diffusion_jax.runs.step_timing import LoopTimer, StepTimes, TraceProfile
+from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
+from diffusion_jax.runs.training_fid import TrainingFid
+from diffusion_jax.runs.workdir import check_data, check_identity, check_seed, read_class_names, write_config
+from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
+
+__all__ = ["run"]
 
 
-def train(config: ConfigDict, directory: pathlib.Path) -> None:
-    """Trains until `training.num_steps`, leaving checkpoints, metrics and pictures in `directory`.
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
-    Raises: UserError for a config that cannot be run, a directory that holds another run, or a loss that is not finite.
+    Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
+    DataError, PretrainedError, CheckpointError, SaveError; distributed.preemption.Stopped after a signal.
     """
-    _check(config)
-    work.check_identity(config, directory)
+    _check_options(config)
+    check_identity(config, workdir)
     with as_user_error("config"):
-        built = training.setup(config)
-        _check_sampling(config, built, work.class_names(config, directory))
-        preview = _drawing(config, built, config.sampling.preview_samples)
-        judging = _drawing(config, built, config.sampling.batch_size) if config.evaluation.every else None
-    if config.evaluation.every and not judging:
+        setup = training.setup(config)
+        check_sampling(config, setup, read_class_names(config, workdir))
+        preview_sampler = make_preview_sampler(config, setup, config.sampling.preview_samples)
+        fid_sampler = None
+        if config.evaluation.every:
+            fid_sampler = make_preview_sampler(config, setup, config.sampling.batch_size)
+    if config.evaluation.every and not fid_sampler:
         raise UserError(
-            f"evaluation.every={config.evaluation.every} is for models that draw images from nothing; use 0"
+            f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use evaluation.every=0"
         )
-    options = config.training
-    if _is_finished(config, directory):
+    if _is_finished(config, workdir):
         return
-    source = data.load(config.data, bar_over("Reading the images"), say)
+    source = data.load(config.data, progress_over("Reading the images"), log)
     check_source(config, source)
+    class_names = getattr(source, "class_names", ())
     with as_user_error("config"):
-        _check_sampling(config, built, getattr(source, "class_names", ()), named=True)
-    begun = broadcast_from_process_0(lambda: committed_steps(directory / "checkpoints"))
-    beginning = trained_model.initial(config, built.model) if config.init_from and not begun else None
-    broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-    distance = judging and TrainingFid(config, directory, judging)
-    keeping = (options.checkpoints_kept, options.checkpoint_keep_every)
+        check_sampling(config, setup, class_names, are_names_final=True)
+    initial_weights = None
+    if config.init_from and not _checkpoint_steps(workdir):
+        initial_weights = load_initial_weights(config, setup.model)
+    broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
+    training_fid = TrainingFid(config, workdir, fid_sampler) if fid_sampler else None
+    preview = None
+    if preview_sampler:
+        preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)
+    kept = (config.training.checkpoints_kept, config.training.checkpoint_keep_every)
     with (
-        locked(directory / ".lock", f"is training in {directory}"),
-        Checkpoints(directory / "checkpoints", *keeping) as checkpoints,
+        locked(workdir / ".lock", f"is training in {workdir}"),
+        Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
-        broadcast_from_process_0(lambda: work.check_data(source, directory))
-        state = checkpoints.restore(built.abstract_state)
-        step = 0 if state is None else int(state.step)
-        if state is None:
-            with compiling("the initialization"):
-                state = built.init()
-            if beginning:
-                state = _begin_with(config, built, state, *beginning)
-        del beginning  # as large as the network
-        broadcast_from_process_0(lambda: work.write_config(config, directory))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        say(f"{len(source):,} images, {parameters:,} parameters, batch {options.batch_size}.")
-        say(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _Loop(config, directory, built, checkpoints, preview, distance).run(state, step, source)
-    then = "Sample with --mode=sample."
-    if training.is_upsampler(config):
-        then = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
-    elif training.is_classifier(config):
-        then = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={directory}."
-    say(f"Done: {options.num_steps} steps, in {directory}. {then}")
+        broadcast_from_process_0(lambda: check_data(source, workdir))
+        state = _restore_or_initialize(config, setup, checkpoints, initial_weights)
+        del initial_weights  # as large as the network
+        broadcast_from_process_0(lambda: write_config(config, workdir))
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        log(f"{len(source):,} images, {num_parameters:,} parameters, batch {config.training.batch_size}.")
+        step = int(state.step)
+        log(f"Continuing from step {step}." if step else "Starting from step 0.")
+        _train(config, workdir, setup, checkpoints, state, source, preview, training_fid)
+    log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
 
-def _is_finished(config: ConfigDict, directory: pathlib.Path) -> bool:
-    """Whether the last step is there, and whole; says so."""
-    num_steps = config.training.num_steps
-    if max(broadcast_from_process_0(lambda: committed_steps(directory / "checkpoints")), default=0) < num_steps:
-        return False
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.whole_step() or 0
-    if newest < num_steps:
-        return False
-    say(f"This run is finished: {directory} holds step {newest} of {num_steps}. Nothing to do.")
-    return True
-
-
-def _begin_with(
-    config: ConfigDict, built: training.Setup, state: training.TrainState, params, differing: list[str]
-) -> training.TrainState:
-    """A fresh state with the weights that `config.init_from` names, and their average the same."""
-    say(f"The weights are those of {config.init_from}.")
-    if differing:
-        say(f"Note: they were trained for another diffusion ({'; '.join(differing)}).")
-    copies = [
-        jax.tree.map(lambda leaf, place: jax.device_put(jnp.copy(leaf), place.sharding), params, places)
-        for places in (built.abstract_state.params, built.abstract_state.ema_params)
-    ]
-    return state.replace(params=copies[0], ema_params=copies[1])
-
-
-def _check(config: ConfigDict) -> None:
-    """What can be seen to be wrong before anything is built."""
+def _check_options(config: ConfigDict) -> None:
+    """Checks that need neither a model nor data. Raises: UserError."""
     options = config.training
     with as_user_error("config"):
         training.check_whole_numbers(config)
     if not options.stall_timeout >= 0:
         raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
-    work.check_seed("seed", config.seed)
-    check_sample_metrics(config)
+    check_seed("seed", config.seed)
+    check_metric_options(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
         if interval % options.steps_per_call:
             raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
 
 
-def check_source(config: ConfigDict, source) -> None:
-    """Raises: UserError or DataError where labels do not fit the network, or gray levels the bound that is trained."""
-    if config.diffusion.loss in ("vlb", "hybrid"):
-        data.check_levels(source.read(np.arange(min(64, len(source))))[0], config.data.levels)
-    classes = config.model.num_classes
-    if classes and source.num_classes > classes:
-        raise UserError(f"model.num_classes={classes}, but the data has {source.num_classes} classes; use that, or 0")
-    if classes and not source.num_classes:
-        advice = "a classifier needs labeled images" if training.is_classifier(config) else "use model.num_classes=0"
-        reason = getattr(source, "no_labels_reason", "")
+def _checkpoint_steps(workdir: pathlib.Path) -> list[int]:
+    return broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
+
+
+def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether there is an intact checkpoint of the last step, which is logged."""
+    num_steps = config.training.num_steps
+    if max(_checkpoint_steps(workdir), default=0) < num_steps:
+        return False
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.whole_step() or 0
+    if newest < num_steps:
+        return False
+    log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")
+    return True
+
+
+def _restore_or_initialize(
+    config: ConfigDict, setup: training.Setup, checkpoints: Checkpoints, initial_weights: InitialWeights | None
+) -> training.TrainState:
+    """The state of the newest checkpoint, otherwise a new one, with `initial_weights` if there are any."""
+    state = checkpoints.restore(setup.abstract_state)
+    if state is not None:
+        return state
+    with log_compilation("the initialization"):
+        state = setup.init()
+    if initial_weights is None:
+        return state
+    log(f"Starting from the weights of {config.init_from}.")
+    if initial_weights.differences:
+        log(f"Note: they were trained for another diffusion ({'; '.join(initial_weights.differences)}).")
+    return set_params(state, setup.abstract_state, initial_weights.params)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    setup: training.Setup,
+    checkpoints: Checkpoints,
+    state: training.TrainState,
+    source,
+    preview: PreviewPictures | None,
+    training_fid: TrainingFid | None,
+) -> None:
+    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, distributed.preemption.Stopped."""
+    options, is_writer = config.training, jax.process_index() == 0
+    step = logged_step = int(state.step)
+    feed = BatchFeed(config, setup, source, step)
+    batch, count = feed.next(step)
+    import_writers()
+    programs = _Programs(setup)
+    with log_compilation("the train step"):
+        programs.get(count, state, batch)
+
+    preemption = Preemption(functools.partial(resume_hint, workdir))
+    watchdog = Watchdog(options.stall_timeout)
+    profile = TraceProfile(workdir if options.profile and is_writer else None)
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
+        bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
+        for context in (feed, preemption.install_handler(), watchdog, profile):
+            stack.enter_context(context)
+        timer = LoopTimer()
+        while step < options.num_steps:
+            with profile.annotate(step):
+                state, _ = programs.get(count, state, batch)(state, batch)
+            watchdog.beat()
+            step += count
+            profile.count_call(state)
+            is_last, must_stop = step == options.num_steps, preemption.requested()
+            if not (is_last or must_stop):
+                with timer.measure("data_wait"):
+                    batch, count = feed.next(step)
+            note = ""
+            if step % options.log_every == 0 or is_last:
+                means = training.window_means(_finite_window(state, checkpoints))
+                watchdog.beat()
+                times = timer.restart()
+                with timer.measure("logging"):
+                    note = _log_metrics(config, metrics, step, step - logged_step, means, times)
+                logged_step = step
+            with timer.measure("logging"):
+                checkpoints.check()
+                bar.update(step, note)
+                # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
+                if preview and _is_due(step, options.sample_every, is_last):
+                    _draw_preview(preview, state, step, metrics, watchdog)
+                if training_fid and _is_due(step, config.evaluation.every, is_last):
+                    _log_fid(training_fid, state, step, metrics, watchdog)
+                if must_stop or _is_due(step, options.checkpoint_every, is_last):
+                    _save(checkpoints, state, step, metrics, watchdog)
+            if must_stop:
+                break
+        with watchdog.paused():
+            checkpoints.finish(step)
+            stopped = preemption.stopped(step) if step < options.num_steps else None
+        if stopped:
+            raise stopped
+
+
+def _is_due(step: int, interval: int, is_last: bool) -> bool:
+    """Whether something is due at its interval or at the last step; an interval of 0 is never."""
+    return interval > 0 and (is_last or step % interval == 0)
+
+
+class _Programs:
+    """The compiled train steps, by the number of steps of a call."""
+
+    def __init__(self, setup: training.Setup):
+        self._setup, self._compiled = setup, {}
+
+    def get(self, count: int, state: training.TrainState, batch) -> Callable:
+        """The program of `count` steps, compiled at the first request."""
+        if count not in self._compiled:
+            function = self._setup.train_step if count == 1 else self._setup.train_steps
+            assert isinstance(function, jax.stages.Wrapped)
+            self._compiled[count] = function.lower(state, batch).compile()
+        return self._compiled[count]
+
+
+def _finite_window(state: training.TrainState, checkpoints: Checkpoints):
+    """The sums of the steps since the last line of the log. Raises: UserError if a loss or gradient was not finite."""
+    window = jax.device_get(state.window)
+    if window["nonfinite_step"] >= 0:
+        steps = checkpoints.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
         raise UserError(
-            f"model.num_classes={classes}, but the data has no labels{f' ({reason})' if reason else ''}; {advice}"
+            f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
+            "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
+            "optimizer.grad_clip=1.0, or model.dtype=float32",
+            exit_code=1,
         )
+    return window
 
 
-def _check_sampling(config: ConfigDict, built: training.Setup, class_names: Sequence[str], named: bool = False) -> None:
-    """Raises what --mode=sample would, but for what weights of a guiding classifier decide.
-
-    named: whether `class_names` are all that there will be: else the data, not read yet, may name the classes asked for.
-    """
-    if training.is_classifier(config):
-        return
-    check_options(config)
-    label = config.sampling.label
-    spelled = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
-    if spelled and built.model.num_classes and not (named or class_names):
-        config = config.copy_and_resolve_references()
-        config.sampling.label = None
-    SamplingSetup(config, built.model, built.schedule, built.mesh, class_names, load_classifier=False)
-
-
-def _drawing(config: ConfigDict, built: training.Setup, count: int) -> Generator | None:
-    """A sampler for the time of training, of about `count` images: DDIM, few steps. None where none is possible."""
-    if count < 1 or training.is_classifier(config) or training.is_upsampler(config):
-        return None
-    options = work.to_dict(config)
-    options["sampling"] |= {
-        "sampler": "ddim",
-        "steps": min(config.sampling.preview_steps, built.schedule.num_timesteps),
-        "spacing": "trailing",
-        "eta": 0.0,
-        "guidance_scale": 1.0,
-        "classifier": "",
-        "label": None,
+def _log_metrics(
+    config: ConfigDict,
+    metrics: MetricsWriter | None,
+    step: int,
+    num_steps: int,
+    means: dict[str, float],
+    times: StepTimes,
+) -> str:
+    """Writes the means of the last `num_steps` steps, and their speed; returns a note for the progress bar."""
+    options = config.training
+    training_seconds = times.seconds * (1 - times.logging)  # the speed is that of training alone
+    speed = {
+        "images_per_second": num_steps * options.batch_size / training_seconds,
+        "seconds_left": (options.num_steps - step) * times.seconds / num_steps,
+        "step_seconds": times.seconds / num_steps,
+        "compute": times.compute,
+        "data_wait": times.data_wait,
+        "logging": times.logging,
     }
-    config = ConfigDict(options)
-    recipe = SamplingSetup(config, built.model, built.schedule, built.mesh)
-    devices = built.mesh.size
-    return Generator(config, recipe, built.mesh, max(1, count // devices) * devices)
+    if metrics:
+        metrics.write_scalars(step, means | speed)
+    return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
 
 
-class _Times:
-    """Where the time since the last line of the log went."""
-
-    def __init__(self):
-        self._restart()
-
-    def _restart(self) -> None:
-        self._began, self._spent = time.perf_counter(), {"data_wait": 0.0, "logging": 0.0}
-
-    @contextlib.contextmanager
-    def spent(self, on: str) -> Iterator[None]:
-        """Counts what is done inside as time spent on that."""
-        start = time.perf_counter()
-        yield
-        self._spent[on] += time.perf_counter() - start
-
-    def split(self) -> dict[str, float]:
-        """{"seconds": since the last call, and the fractions of them: "data_wait" (the loop waited for data), "logging"
-        (lines, pictures and checkpoints), "compute" (the rest, in which the devices do the steps)}."""
-        seconds = time.perf_counter() - self._began
-        fractions = {name: spent / seconds for name, spent in self._spent.items()}
-        self._restart()
-        return {"seconds": seconds, "compute": 1 - sum(fractions.values()), **fractions}
+def _draw_preview(
+    preview: PreviewPictures,
+    state: training.TrainState,
+    step: int,
+    metrics: MetricsWriter | None,
+    watchdog: Watchdog,
+) -> None:
+    """Writes a grid of samples of the EMA weights."""
+    with watchdog.paused():
+        images = preview.draw(state.ema_params)
+    if metrics:
+        preview.write(step, images, metrics)
 
 
-class _Profile:
-    """Traces the sixth to the tenth call of the train step into `directory`, for XProf; None for never."""
-
-    _CALLS = range(5, 10)  # after those that fill the caches
-
-    def __init__(self, directory: pathlib.Path | None):
-        self._directory, self._call, self._tracing = directory, 0, False
-
-    def __enter__(self) -> _Profile:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._tracing:  # the run ended before the tenth call
-            self._stop()
-
-    def step(self, step: int):
-        """The context of one call."""
-        if self._directory and self._call == self._CALLS.start:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def after(self, state) -> None:
-        """The call was made."""
-        self._call += 1
-        if self._tracing and self._call == self._CALLS.stop:
-            jax.block_until_ready(state)
-            self._stop()
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._tracing = False
-        say(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")
+def _log_fid(
+    training_fid: TrainingFid,
+    state: training.TrainState,
+    step: int,
+    metrics: MetricsWriter | None,
+    watchdog: Watchdog,
+) -> None:
+    """Logs the Frechet distance of samples of the EMA weights."""
+    with watchdog.paused():
+        distance = training_fid(state.ema_params)
+    log(f"{training_fid.name} {distance:.4g} at step {step}")
+    if metrics:
+        metrics.write_scalars(step, {training_fid.name: distance})
 
 
-class _Loop:
-    """The training loop and what it does at its intervals."""
+def _save(
+    checkpoints: Checkpoints,
+    state: training.TrainState,
+    step: int,
+    metrics: MetricsWriter | None,
+    watchdog: Watchdog,
+) -> None:
+    """Saves a checkpoint of a finite state."""
+    _finite_window(state, checkpoints)
+    if metrics:
+        metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
+    with watchdog.paused():
+        checkpoints.save(step, state)
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        directory: pathlib.Path,
-        built: training.Setup,
-        checkpoints: Checkpoints,
-        preview: Generator | None,
-        distance: TrainingFid | None,
-    ):
-        self._config, self._directory, self._built = config, directory, built
-        self._checkpoints, self._preview, self._distance = checkpoints, preview, distance
-        self._metrics: work.Metrics | None = None
-        self._programs: dict = {}
-        self._pictured = False
-        self._class_names: tuple[str, ...] = ()
 
-    def run(self, state: training.TrainState, step: int, source) -> None:
-        """From `step` to the end."""
-        self._class_names = getattr(source, "class_names", ())
-        options = self._config.training
-        rows = sharding.process_rows(options.batch_size, self._built.mesh)
-        batches = data.Batches(source, self._config.seed, options.batch_size, options.num_steps, rows)
-        workers = 0 if isinstance(source, data.InMemory) else self._config.data.workers
-        stream = data.stream(batches, step, workers)
-        if options.steps_per_call > 1 and not self._built.train_steps:
-            say(f"On the CPU, the {options.steps_per_call} steps of a call are made one by one: that is faster there.")
-        batch, count = self._next(stream, step)
-        if jax.process_index() == 0:
-            work.import_writers()
-        with compiling("the train step"):
-            self._program(count, state, batch)
-
-        stopping, self._watchdog = preemption.Preemption(self._directory), preemption.Watchdog(options.stall_timeout)
-        profile = _Profile(self._directory if options.profile and jax.process_index() == 0 else None)
-        with contextlib.ExitStack() as during:
-            if jax.process_index() == 0:
-                self._metrics = during.enter_context(work.Metrics(self._directory, step))
-            bar = during.enter_context(Bar("Training", options.num_steps, step))
-            if workers:  # or the memory that they share is reported as leaked
-                during.enter_context(contextlib.closing(stream))
-            for context in (stopping.handled(), self._watchdog, profile):
-                during.enter_context(context)
-            times, logged = _Times(), step
-            while step < options.num_steps:
-                with profile.step(step):
-                    state, _ = self._program(count, state, batch)(state, batch)
-                self._watchdog.beat()
-                step += count
-                profile.after(state)
-                last, asked = step == options.num_steps, stopping.asked()
-                if not (last or asked):
-                    with times.spent("data_wait"):
-                        batch, count = self._next(stream, step)
-                note = ""
-                if step % options.log_every == 0 or last:
-                    means = training.window_means(self._finite(state))
-                    self._watchdog.beat()
-                    split = times.split()
-                    with times.spent("logging"):
-                        note = self._log(step, step - logged, means, split)
-                    logged = step
-                with times.spent("logging"):
-                    self._checkpoints.check()
-                    bar.update(step, note)
-                    # The picture first: a run that ends after its checkpoint would not come back for it.
-                    if options.sample_every and (last or step % options.sample_every == 0):
-                        self._picture(state, step)
-                    every = self._config.evaluation.every
-                    if self._distance and (last or step % every == 0):
-                        self._judge(state, step)
-                    if step % options.checkpoint_every == 0 or last or asked:
-                        self._save(state, step)
-                if asked and not last:
-                    with self._watchdog.paused():
-                        self._checkpoints.finish(step)
-                        stopped = stopping.stopped(step)
-                    raise stopped
-            with self._watchdog.paused():
-                self._checkpoints.finish(step)
-
-    def _program(self, count: int, state, batch):
-        """The compiled program of `count` steps."""
-        if count not in self._programs:
-            function = self._built.train_step if count == 1 else self._built.train_steps
-            self._programs[count] = function.lower(state, batch).compile()
-        return self._programs[count]
-
-    def _log(self, step: int, steps: int, means: dict[str, float], split: dict[str, float]) -> str:
-        """Writes the means of the steps since the last line, and the speed; returns a note for the bar."""
-        options = self._config.training
-        seconds = split.pop("seconds")
-        training_seconds = seconds * (1 - split["logging"])  # the speed is that of training alone
-        speed = {
-            "images_per_second": steps * options.batch_size / training_seconds,
-            "seconds_left": (options.num_steps - step) * seconds / steps,
-            "step_seconds": seconds / steps,
-            **split,
-        }
-        if self._metrics:
-            self._metrics.scalars(step, means | speed)
-        return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
-
-    def _next(self, stream, step: int):
-        """The next batch on the devices, and how many steps it is for.
-
-        Several steps make one call where they end at a multiple of `steps_per_call`, so that no interval is stepped over
-        after a relaunch with another `steps_per_call`; the steps up to there, and a rest at the end, are single.
-        """
-        options = self._config.training
-        count = options.steps_per_call
-        if not self._built.train_steps or step % count or step + count > options.num_steps:
-            return self._place(self._read(stream), 0), 1
-        several = [self._read(stream) for _ in range(count)]
-        return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *several), 1), count
-
-    @staticmethod
-    def _read(stream):
-        """Raises: UserError where a process that decodes was killed."""
-        try:
-            return next(stream)
-        except RuntimeError as error:  # Grain's
-            if "Worker process was terminated" not in str(error):
-                raise
-            raise UserError(
-                "a process that reads the data was killed: for want of memory? (data.workers=N decides how many there are); "
-                "the same command goes on from the last checkpoint",
-                preemption.LOST,
-            ) from error
-
-    def _place(self, batch, leading: int):
-        place = sharding.batch_sharding(self._built.mesh, leading)
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(place, leaf), batch)
-
-    def _finite(self, state):
-        """The fetched window. Raises: UserError where a loss or gradient was not finite."""
-        window = jax.device_get(state.window)
-        if window["nonfinite_step"] >= 0:
-            saved = self._checkpoints.steps()
-            kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there was no checkpoint yet"
-            raise UserError(
-                f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
-                "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
-                "optimizer.grad_clip=1.0, or model.dtype=float32",
-                exit_code=1,
-            )
-        return window
-
-    def _save(self, state, step: int) -> None:
-        self._finite(state)
-        if self._metrics:
-            self._metrics.flush()  # what is logged up to here must outlive the checkpoint that continues from here
-        with self._watchdog.paused():
-            self._checkpoints.save(step, state)
-
-    def _judge(self, state, step: int) -> None:
-        """Logs the Frechet distance of a few samples, drawn with the EMA weights."""
-        with self._watchdog.paused():
-            figure = self._distance(state.ema_params)
-        say(f"{self._distance.name} {figure:.4g} at step {step}")
-        if self._metrics:
-            self._metrics.scalars(step, {self._distance.name: figure})
-
-    def _picture(self, state, step: int) -> None:
-        """A grid drawn with the EMA weights, as PNG and among TensorBoard's images."""
-        preview = self._preview
-        if preview is None:
-            return
-        if not self._pictured:
-            say("Compiling the sampler of the pictures ...")
-            self._pictured = True
-        with self._watchdog.paused():
-            images = preview(state.ema_params, self._config.sampling.seed)
-        if not self._metrics:
-            return
-        labels = preview.recipe.labels(np.arange(len(images)))
-        captions = None if labels is None else class_captions(labels, self._class_names)
-        picture = pictures.grid(images, captions=captions)
-        try:
-            (self._directory / "samples").mkdir(exist_ok=True)
-            pictures.save_png(self._directory / "samples" / f"train_step{step:08d}.png", picture)
-        except OSError as error:  # a picture is not worth the run
-            say(f"Note: the picture of step {step} could not be written: {error}.")
-        self._metrics.picture(step, "samples", picture)
+def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
+    if training.is_upsampler(config):
+        return "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
+    if training.is_classifier(config):
+        return f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
+    return "Sample with --mode=sample."

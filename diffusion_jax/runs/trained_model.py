@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names
-from diffusion_jax.training import input_shape, model_from_config, schedule_from_config
+from diffusion_jax.training import TrainState, input_shape, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.step import initial_params
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_initial_weights",
     "load_weights",
     "params_digest",
+    "set_params",
     "weights_name",
 ]
 
@@ -195,3 +197,12 @@ def _diffusion_differences(config: Mapping, net) -> list[str]:
     ):
         differences.append("another noise schedule")
     return differences
+
+
+def set_params(state: TrainState, abstract_state: TrainState, params) -> TrainState:
+    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
+
+    def place(shapes):
+        return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)
+
+    return dataclasses.replace(state, params=place(abstract_state.params), ema_params=place(abstract_state.ema_params))

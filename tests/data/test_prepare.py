@@ -21,8 +21,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from diffusion_jax import data
 from diffusion_jax.data import preparation
-from diffusion_jax.runs import workdir
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import train, workdir
 from helpers.configs import tiny_config
 from helpers.fruit_dataset import NAMES, LocalFruit, archive, config
 from helpers.paths import ROOT
@@ -118,7 +117,7 @@ def test_a_missing_set_is_downloaded_and_prepared_once(server, tmp_path, capsys)
 
 def test_training_prepares_its_data(server, tmp_path, capsys):
     own = {f"data.{leaf}": value for leaf, value in config(tmp_path / "tfds").items()} | {"sampling.preview_samples": 0}
-    train(tiny_config(**own), tmp_path / "run")
+    train.run(tiny_config(**own), tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["step"] == 4
     said = capsys.readouterr().out
     assert said.index("Prepared 'local_fruit'") < said.index("12 images of 2 classes: 0 apple, 1 pear.")

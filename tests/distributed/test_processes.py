@@ -9,13 +9,11 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import metrics
-from diffusion_jax.runs.measure_likelihood import evaluate
-from diffusion_jax.runs.sample import sample
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import sample, train
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
-from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
+from helpers.program import TWO_DEVICES, evaluate, finish, free_port, start, tiny_flags
 from helpers.work_directories import lines
 
 pytestmark = pytest.mark.whole
@@ -25,13 +23,12 @@ ALL_MODES = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.runs.measure_likelihood import evaluate
-from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
 
 cli.main()
 command = cli.parse(sys.argv[1:])
-for run in (sample, evaluate):
-    run(command.config, command.workdir)
+for mode in (sample, measure_likelihood, sample_metrics):
+    mode.run(command.config, command.workdir)
 """
 
 
@@ -67,7 +64,7 @@ def close(one, two):
 
 
 def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
-    train(tiny_config(**OVERRIDES), tmp_path)
+    train.run(tiny_config(**OVERRIDES), tmp_path)
     close(lines(tmp_path), lines(two))
     evaluate(tiny_config(**OVERRIDES), tmp_path)
     reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
@@ -78,12 +75,12 @@ def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
         digits = data.Digits("train", (8, 8), 1)
         moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))[0], drawn)]
         assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
-    sample(tiny_config(**OVERRIDES), tmp_path)
+    sample.run(tiny_config(**OVERRIDES), tmp_path)
     for path in (tmp_path, two):
         with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
             assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
     for path in (tmp_path, two):  # one device; before, four
-        train(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
+        train.run(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
     close(lines(tmp_path), lines(two))
 
 
@@ -95,7 +92,7 @@ def test_eight_devices_then_four(tmp_path):
         code, out, err = finish(start(*flags, XLA_FLAGS=count))
         assert code == 0 and f"on {devices} cpu devices" in out, err
     assert "Continuing from step 2" in out
-    train(tiny_config(**overrides), tmp_path / "one")
+    train.run(tiny_config(**overrides), tmp_path / "one")
     close(lines(tmp_path / "one"), lines(tmp_path / "fewer"))
 
 

@@ -14,12 +14,10 @@ import numpy as np
 
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
-from diffusion_jax.runs import plan
-from diffusion_jax.runs.measure_likelihood import evaluate
-from diffusion_jax.runs.sample import sample
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import plan, sample, train
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import a_batch, tiny_config
+from helpers.program import evaluate
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
@@ -110,7 +108,7 @@ def labeled_program():
     config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
     config.model.num_classes = 40  # an embedding large enough to be split
     found = plan.measure(config)
-    return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.ideal]
+    return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.minimum_sent]
 
 
 def runs():
@@ -119,7 +117,7 @@ def runs():
     config.evaluation.update(strata=1, batch_size=8)
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
-        for run in (train, sample, evaluate):
+        for run in (train.run, sample.run, evaluate):
             run(config, directory)
         bound = json.loads((directory / "likelihood.json").read_text())
         return {"pictures": sorted(path.name for path in directory.glob("samples/*.png")), "bound": bound}
@@ -140,7 +138,7 @@ def program():
         "kinds": sorted({c.kind for c in found.collectives}),
         "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
         "ring": found.ring_bytes,
-        "ideal": found.ideal,
+        "ideal": found.minimum_sent,
         "convolutions": [_convolutions(remat) for remat in (False, True)],
     }
 
@@ -157,7 +155,7 @@ if __name__ == "__main__":
     sys.stdout = sys.stderr  # what runs say
     slow = sys.argv[1:] == ["slow"]
     found = {"labeled": labeled_program()} if slow else {"program": program()}
-    sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
+    sharding.MIN_SPLIT_SIZE = 64  # the tiny network's leaves, too, are split from here on
     if slow:
         found |= {"variants": variants()}
     else:

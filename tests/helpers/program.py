@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-from diffusion_jax.runs import workdir
+from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
 from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
 
@@ -44,3 +44,9 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def evaluate(config, directory):
+    """--mode=evaluate, in this process."""
+    measure_likelihood.run(config, directory)
+    sample_metrics.run(config, directory)

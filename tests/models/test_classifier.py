@@ -11,8 +11,7 @@ from configs import imagenet_classifier
 from diffusion_jax import errors, losses, models, schedules, timesteps, training
 from diffusion_jax.models import classifier
 from diffusion_jax.models.layers import LayerFactory
-from diffusion_jax.runs import stored_config, workdir
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import stored_config, train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
 from helpers.program import finish, start
@@ -181,7 +180,7 @@ def test_the_loss_under_importance_sampling_and_out_of_range():
     twice = lambda key, n, total: (timesteps.uniform(key, n, total)[0], 2 * jnp.ones(n))  # noqa: E731
     loss, _ = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y, timestep_sampler=twice)
     np.testing.assert_allclose(loss[:2], 2 * np.log(3), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"must give \[B, K\]"):
+    with pytest.raises(ValueError, match=r"must return \[B, K\]"):
         losses.classify(jax.random.key(0), SCHEDULE, lambda x_t, time: x_t[None], x_0, y)
     with pytest.raises(ValueError, match="must be float"):
         losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0.astype(int), y)
@@ -208,10 +207,10 @@ def test_it_learns_in_one_program():
 def test_a_run_and_its_relaunch(tmp_path, capsys):
     """2 steps, then to 4, against 4 in one go, to the bit; no pictures; and its own config brings it back."""
     for steps in (2, 4):
-        train(classifier_config(**{"training.num_steps": steps, "training.sample_every": 1}), tmp_path / "broken")
+        train.run(classifier_config(**{"training.num_steps": steps, "training.sample_every": 1}), tmp_path / "broken")
     out = capsys.readouterr().out
     assert "Continuing from step 2" in out and "Sample with --mode=sample" not in out
-    train(classifier_config(), tmp_path / "whole")
+    train.run(classifier_config(), tmp_path / "whole")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])
     assert not (tmp_path / "broken" / "samples").exists()
@@ -231,7 +230,7 @@ def test_a_run_and_its_relaunch(tmp_path, capsys):
 )
 def test_training_that_cannot_start(overrides, words, tmp_path):
     with pytest.raises(errors.UserError, match=words):
-        train(classifier_config(**overrides), tmp_path)
+        train.run(classifier_config(**overrides), tmp_path)
 
 
 def test_the_wrong_mode_is_one_line(tmp_path):

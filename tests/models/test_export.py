@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs.sample import Generator
-from diffusion_jax.runs.sampling_setup import SAMPLERS, SamplingSetup
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.sampler_config import SAMPLERS
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from helpers.configs import a_batch, tiny_config
 
 PLATFORMS = ("tpu", "cuda")

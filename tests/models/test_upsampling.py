@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import models, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import train
 from diffusion_jax.training import step
 from helpers.configs import a_batch, classifier_config, upsampler_config
 from helpers.networks import TINY, redraw
@@ -161,7 +161,7 @@ def test_a_run_makes_no_pictures_and_is_not_evaluated(tmp_path):
     config = upsampler_config(
         **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}
     )
-    train(config, tmp_path)
+    train.run(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     for mode in ("edit", "evaluate", "progressive"):
         code, _, err = finish(start(f"--workdir={tmp_path}", f"--mode={mode}"))

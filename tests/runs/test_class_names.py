@@ -2,21 +2,16 @@
 
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
-from diffusion_jax import data, training
+from diffusion_jax import config, data, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs import pictures, sampling_setup, workdir
-from diffusion_jax.runs.sample import sample
-from diffusion_jax.runs.train import check_source
+from diffusion_jax.runs import class_labels, pictures, sample, sampling_setup, workdir
+from diffusion_jax.runs.data_source import check_source
 from helpers.configs import conditional
-from helpers.paths import ROOT
 from helpers.work_directories import untrained
 
 BASE = {"dataset": "folder", "split": "train", "image_size": 8, "channels": 3, "memory_mb": 100, "workers": 0}
@@ -149,7 +144,7 @@ def chosen(trained, label, part="classes"):
     directory, _ = trained
     config = conditional(**{"sampling.label": label})
     built = training.setup(config)
-    names = workdir.class_names(config, directory)
+    names = workdir.read_class_names(config, directory)
     return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
 
 
@@ -177,15 +172,7 @@ def test_classes_by_name(trained, label, classes):
 )
 def test_the_command_line_takes_names(text, value):
     """What `chosen` above is given is what the flag gives."""
-    values = flags.FlagValues()
-    path = str(ROOT / "configs" / "digits_conditional.py")
-    defined = config_flags.DEFINE_config_file("config", path, flag_values=values, lock_config=True)
-    argv, sys.argv = sys.argv, ["main.py", f"--config={path}", f"--config.sampling.label={text}"]
-    try:
-        values(sys.argv)
-    finally:
-        sys.argv = argv
-    assert defined.value.sampling.label == value
+    assert config.override(config.experiment("digits_conditional"), {"sampling.label": text}).sampling.label == value
 
 
 @pytest.mark.parametrize(
@@ -207,11 +194,11 @@ def test_classes_that_are_not_there(trained, label, message):
 
 def test_where_names_come_from(trained, tmp_path):
     directory, names = trained
-    assert workdir.class_names(conditional(), directory) == tuple(names)
-    assert workdir.class_names(conditional(), tmp_path) == ()
-    assert workdir.class_names(conditional(init_from=str(directory)), tmp_path) == tuple(names)
+    assert workdir.read_class_names(conditional(), directory) == tuple(names)
+    assert workdir.read_class_names(conditional(), tmp_path) == ()
+    assert workdir.read_class_names(conditional(init_from=str(directory)), tmp_path) == tuple(names)
     plain = conditional(**{"model.num_classes": 0, "model.label_dropout": 0.0, "sampling.classifier": str(directory)})
-    assert workdir.class_names(plain, tmp_path) == tuple(names)
+    assert workdir.read_class_names(plain, tmp_path) == tuple(names)
 
 
 def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
@@ -221,11 +208,11 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
     monkeypatch.setattr(
         pictures, "grid", lambda *args, **options: captions.append(options["captions"]) or real(*args, **options)
     )
-    drawn = sample(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
+    drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
     assert captions == [["9: fox", "7: tabby cat"] * 3]
     assert "_classfox+7_" in drawn.path.name
-    assert sampling_setup.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
 
 
 @pytest.mark.parametrize(

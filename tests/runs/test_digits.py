@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from configs import digits_conditional
-from diffusion_jax.runs.sample import sample
-from diffusion_jax.runs.train import train
+from diffusion_jax.runs import sample, train
 from helpers.configs import digits_config
 from helpers.paths import ROOT
 
@@ -19,8 +18,8 @@ def test_the_demo_s_digits_are_digits(tmp_path):
 
     config = digits_config()
     config.sampling.update(num_samples=512, batch_size=128, trajectory=0)
-    train(config, tmp_path)
-    sample(config, tmp_path)
+    train.run(config, tmp_path)
+    sample.run(config, tmp_path)
     with np.load(tmp_path / "samples" / f"step{config.training.num_steps}_ema_ddpm250_seed0_n512.npz") as arrays:
         figures = quality(arrays["arr_0"])
     print(figures)
@@ -36,8 +35,8 @@ def test_the_digit_asked_for_is_the_digit_drawn(tmp_path):
     config = digits_conditional.get_config()
     config.sampling.update(num_samples=500, batch_size=250, trajectory=0, guidance_scale=2.0)
     config.sampling.update(sampler="dpm_solver_pp", steps=50, spacing="log_snr")
-    train(config, tmp_path)
-    sample(config, tmp_path)
+    train.run(config, tmp_path)
+    sample.run(config, tmp_path)
     (path,) = (tmp_path / "samples").glob("*guided2*.npz")
     with np.load(path) as arrays:
         found = agreement(arrays["arr_0"], arrays["arr_1"])

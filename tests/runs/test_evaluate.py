@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
-from diffusion_jax.runs import measure_likelihood, trained_model, workdir
-from diffusion_jax.runs.sample import trajectory_picture
+from diffusion_jax.runs import artifacts, measure_likelihood, progressive, trained_model, workdir
+from diffusion_jax.runs.image_generator import trajectory_picture
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config
+from helpers.program import evaluate
 
 T = 20
 OVERRIDES = {
@@ -61,7 +62,7 @@ def report(directory):
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.setup(config)
-    _, params = trained_model.load(config, directory, built.model, built.mesh, use_ema)
+    _, params = trained_model.load_weights(config, directory, built.model, built.mesh, use_ema)
     source = data.load(ConfigDict({**config.data, "split": split}))
 
     @jax.jit
@@ -81,7 +82,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
 
 
 def test_the_report_is_the_core_s_bound(trained):
-    measure_likelihood.evaluate(config_with(), trained)
+    evaluate(config_with(), trained)
     expected, got = bound_by_hand(config_with(), trained), report(trained)
     assert got["num_examples"] == 10 and got["weights"] == "ema" and got["step"] == 2 and got["levels"] == 17
     np.testing.assert_allclose(got["bits_per_dim"], expected.total.mean(), rtol=1e-4)
@@ -103,7 +104,7 @@ def test_the_report_is_the_core_s_bound(trained):
         with Image.open(trained / name) as picture:
             assert picture.size == (840, 540)
     assert not list(trained.glob(".likelihood_*")) and not list(trained.glob("*partial*"))
-    measure_likelihood.evaluate(config_with(**{"evaluation.use_ema": False}), trained)
+    evaluate(config_with(**{"evaluation.use_ema": False}), trained)
     raw = report(trained)
     assert raw["weights"] == "raw" and raw["bits_per_dim"] != got["bits_per_dim"]
 
@@ -112,7 +113,7 @@ def test_the_report_is_the_core_s_bound(trained):
 def test_the_options_reach_the_core(trained):
     """Another split, seed, cdf and clip; and the ODE's with both of its dequantizations."""
     options = {"split": "train", "seed": 3, "cdf": "tanh", "clip": False}
-    measure_likelihood.evaluate(config_with(**{f"evaluation.{key}": value for key, value in options.items()}), trained)
+    evaluate(config_with(**{f"evaluation.{key}": value for key, value in options.items()}), trained)
     got = report(trained)
     expected = bound_by_hand(config_with(), trained, **options)
     np.testing.assert_allclose(got["bits_per_dim"], expected.total.mean(), rtol=1e-4)
@@ -123,7 +124,7 @@ def test_the_options_reach_the_core(trained):
     found = {}
     for dequantization in ("uniform", "variational"):
         ode = {"ode": True, "ode_tolerance": 1e-2, "ode_dequantization": dequantization, "num_examples": 4, "strata": 1}
-        measure_likelihood.evaluate(config_with(**{f"evaluation.{key}": value for key, value in ode.items()}), trained)
+        evaluate(config_with(**{f"evaluation.{key}": value for key, value in ode.items()}), trained)
         found[dequantization] = report(trained)["ode_bits_per_dim"]
     assert abs(found["uniform"] - found["variational"]) > 0.01
 
@@ -137,14 +138,14 @@ def test_the_split_may_lie_elsewhere(trained, monkeypatch):
 
     monkeypatch.setattr(measure_likelihood.data, "load", load)
     with pytest.raises(data.DataError, match="far enough"):
-        measure_likelihood.evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
+        evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
     assert asked == [("elsewhere", "test")]
 
 
 def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
-    measure_likelihood.evaluate(config_with(), trained)
+    evaluate(config_with(), trained)
     whole = report(trained)
-    made, save = [], measure_likelihood.Parts.save
+    made, save = [], artifacts.ChunkStore.save
 
     def second_breaks(self, i, **arrays):
         made.append(i)
@@ -152,11 +153,11 @@ def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
             raise KeyboardInterrupt
         save(self, i, **arrays)
 
-    monkeypatch.setattr(measure_likelihood.Parts, "save", second_breaks)
+    monkeypatch.setattr(artifacts.ChunkStore, "save", second_breaks)
     with pytest.raises(KeyboardInterrupt):
-        measure_likelihood.evaluate(config_with(), trained)
+        evaluate(config_with(), trained)
     assert len(list(trained.glob(".likelihood_*"))) == 1
-    measure_likelihood.evaluate(config_with(), trained)
+    evaluate(config_with(), trained)
     assert made == [0, 1, 1, 2]  # the first batch was kept
     assert report(trained) == whole
 
@@ -167,26 +168,26 @@ def test_what_was_measured_outlives_a_failure_to_write_and_is_of_its_own_options
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    made, save = [], measure_likelihood.Parts.save
+    made, save = [], artifacts.ChunkStore.save
     monkeypatch.setattr(
-        measure_likelihood.Parts, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
+        artifacts.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
     )
     with monkeypatch.context() as patch:
         patch.setattr(measure_likelihood.pictures, "plot_terms", full)
         with pytest.raises(OSError, match="No space"):
-            measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2}), trained)
-    measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2, "evaluation.seed": 1}), trained)
+            evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    evaluate(config_with(**{"evaluation.strata": 2, "evaluation.seed": 1}), trained)
     assert made == [0, 1, 2, 0, 1, 2]
-    measure_likelihood.evaluate(config_with(**{"evaluation.strata": 2}), trained)
+    evaluate(config_with(**{"evaluation.strata": 2}), trained)
     assert made == [0, 1, 2, 0, 1, 2] and not list(trained.glob(".likelihood_*"))
     with pytest.raises(errors.UserError, match="unknown"):
-        measure_likelihood.progressive(config_with(**{"sampling.sampler": "foo"}), trained)
+        progressive.run(config_with(**{"sampling.sampler": "foo"}), trained)
     assert len(made) == 6  # refused before measuring
 
 
 def test_strata_and_the_ode_are_reported(trained):
     overrides = {"evaluation.strata": 4, "evaluation.ode": True, "evaluation.ode_tolerance": 1e-3}
-    measure_likelihood.evaluate(config_with(**overrides), trained)
+    evaluate(config_with(**overrides), trained)
     got = report(trained)
     assert got["strata"] == 4 and got["ode_dequantization"] == "uniform"
     assert np.isfinite(got["ode_bits_per_dim"]) and got["ode_bits_per_dim_standard_error"] > 0
@@ -196,7 +197,7 @@ def test_strata_and_the_ode_are_reported(trained):
 
 
 def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
-    measure_likelihood.progressive(config_with(), trained)
+    progressive.run(config_with(), trained)
     with (trained / "progressive.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["known_x_t"]) for row in rows] == list(range(T, -1, -1))
@@ -205,7 +206,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     with Image.open(trained / "progressive.png") as picture:
         assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)  # two sampling steps
         built = training.setup(config_with())
-        _, params = trained_model.load(config_with(), trained, built.model, built.mesh, True)
+        _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {
             show: trajectory_picture(jax.random.key(0), config_with(), drawn, params, 3, show=show)
@@ -236,14 +237,14 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
 )
 def test_evaluations_that_cannot_start(trained, overrides, words):
     with pytest.raises(errors.UserError, match=words):
-        measure_likelihood.evaluate(config_with(**overrides), trained)
+        evaluate(config_with(**overrides), trained)
 
 
 @pytest.mark.whole
 def test_an_ode_that_cannot_be_solved_is_no_figure(trained):
     overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
     with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):
-        measure_likelihood.evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
+        evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
 
 
 def test_images_of_other_gray_levels_are_refused():
@@ -257,11 +258,11 @@ def test_images_of_other_gray_levels_are_refused():
 
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):
     with pytest.raises(errors.UserError, match="train first"):
-        measure_likelihood.evaluate(config_with(), tmp_path)
+        evaluate(config_with(), tmp_path)
     with pytest.raises(data.DataError, match="'train' and 'test'"):
-        measure_likelihood.evaluate(config_with(**{"evaluation.split": "validation"}), trained)
+        evaluate(config_with(**{"evaluation.split": "validation"}), trained)
     monkeypatch.delitem(sys.modules, "diffusion_jax.evaluation.ode_likelihood", raising=False)
     monkeypatch.delattr("diffusion_jax.evaluation.ode_likelihood", raising=False)
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(errors.UserError, match=r"needs diffrax .*pip install '\.\[ode\]'"):
-        measure_likelihood.evaluate(config_with(**{"evaluation.ode": True}), trained)
+        evaluate(config_with(**{"evaluation.ode": True}), trained)

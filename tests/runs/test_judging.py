@@ -27,13 +27,17 @@ from diffusion_jax.evaluation import (
     metrics,
 )
 from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs import measure_likelihood, sample, sample_metrics, sampling_setup, train, trained_model, workdir
-from diffusion_jax.runs.console import Bar
+from diffusion_jax.runs import sample, sample_metrics, sampling_setup, train, trained_model, workdir
+from diffusion_jax.runs.console import ProgressBar
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.preview import make_preview_sampler
+from diffusion_jax.runs.sample_files import SampleFile, read_settings
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers import inception_peer
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
+from helpers.program import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +173,7 @@ def test_features_of_inception(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
     extractor = feature_extractors.inception(port)
     stored = np.load(inception_peer.FIXTURE)
-    extraction = feature_extraction.FeaturePipeline(extractor, mesh(), 2, Bar)
+    extraction = feature_extraction.FeaturePipeline(extractor, mesh(), 2, ProgressBar)
     found = extraction(stored["images"])
     for ours, theirs in (
         (found.pool, stored["pool"]),
@@ -291,8 +295,8 @@ def test_the_digits_network_reads_digits():
 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_no_figure_depends_on_the_batch_size_and_no_image_is_lost(batch_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "CHUNK", 50)
-    extraction = feature_extraction.FeaturePipeline(feature_extractors.digits(), mesh(), batch_size, Bar)
+    monkeypatch.setattr(feature_extraction, "CHUNK", 50)
+    extraction = feature_extraction.FeaturePipeline(feature_extractors.digits(), mesh(), batch_size, ProgressBar)
     source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).images
     found = extraction.extract_set("x", source, tmp_path / str(batch_size))
     expected = by_hand(all_digits()[:151])
@@ -302,7 +306,7 @@ def test_no_figure_depends_on_the_batch_size_and_no_image_is_lost(batch_size, tm
 
 
 def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "CHUNK", 20)
+    monkeypatch.setattr(feature_extraction, "CHUNK", 20)
     calls = []
 
     def judge_images(batch):
@@ -312,7 +316,7 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
     extraction = feature_extraction.FeaturePipeline(
-        feature_extractors.from_function(judge_images, "mine", "1"), mesh(), 20, Bar
+        feature_extractors.from_function(judge_images, "mine", "1"), mesh(), 20, ProgressBar
     )
     source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).images
     with pytest.raises(KeyboardInterrupt):
@@ -332,7 +336,7 @@ def test_features_that_are_none(tmp_path):
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
         extraction = feature_extraction.FeaturePipeline(
-            feature_extractors.from_function(function, "mine", "1"), mesh(), 4, Bar
+            feature_extractors.from_function(function, "mine", "1"), mesh(), 4, ProgressBar
         )
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
@@ -495,7 +499,7 @@ def test_messages_say_where_inception_s_weights_are(tmp_path, capsys):
     assert url in refused(capsys, "digits", good, "--features=inception")
     assert url in refused(capsys, "digits", good, "--inception=x.pth", "--features=inception")
     with pytest.raises(UserError, match=url):
-        sample_metrics.judge(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
+        sample_metrics.run(tiny_config(**OVERRIDES, **{"evaluation.features": "inception"}), tmp_path)
 
 
 def a_function(batch):
@@ -632,7 +636,7 @@ def run(untrained, tmp_path):
 
 
 def test_evaluate_judges_samples(run, capsys, monkeypatch):
-    measure_likelihood.evaluate(tiny_config(**OVERRIDES), run)
+    evaluate(tiny_config(**OVERRIDES), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     (path,) = (run / "samples").glob("*.npz")
     drawn = np.load(path)["arr_0"]
@@ -642,16 +646,23 @@ def test_evaluate_judges_samples(run, capsys, monkeypatch):
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
     assert record["sampling"]["use_ema"] is True
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
-    monkeypatch.setattr(sample_metrics.Generator, "__call__", None)  # nothing is drawn twice
-    measure_likelihood.evaluate(tiny_config(**OVERRIDES), run)
+    monkeypatch.setattr(Generator, "__call__", None)  # nothing is drawn twice
+    evaluate(tiny_config(**OVERRIDES), run)
     assert not list(run.glob("*steps.png"))
     monkeypatch.undo()
-    measure_likelihood.evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
+    evaluate(tiny_config(**OVERRIDES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     assert Image.open(run / "frechet_distance_against_steps.png").width > 100
 
 
 DRAWN = OVERRIDES | {"sampling.num_samples": 20}
+
+
+def reuse_or_draw(config, directory):
+    """The samples as --mode=evaluate gets them."""
+    file = SampleFile(config, directory)
+    file.draw(reuse=True)
+    return file
 
 
 @pytest.fixture
@@ -663,7 +674,7 @@ def drawn(monkeypatch):
         calls.append((seed, batch))
         return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
 
-    monkeypatch.setattr(sample.Generator, "__call__", draw)
+    monkeypatch.setattr(Generator, "__call__", draw)
     return calls
 
 
@@ -676,12 +687,12 @@ def store_settings(path, change):
 
 
 def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
-    sample.sample(tiny_config(**DRAWN), run, again=False)
+    reuse_or_draw(tiny_config(**DRAWN), run)
     assert len(drawn) == 3
     for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
-        sample.sample(tiny_config(**DRAWN | free), run, again=False)
+        reuse_or_draw(tiny_config(**DRAWN | free), run)
     assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
-    sample.sample(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
+    sample.run(tiny_config(**DRAWN), run)  # --mode=sample draws whatever is there
     assert len(drawn) == 6
 
 
@@ -697,21 +708,21 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
 def test_samples_of_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
     """Though their files have one name."""
     config = {"sampling.batch_size": 3}
-    one = sample.sample(tiny_config(**config), run, again=False)
+    one = reuse_or_draw(tiny_config(**config), run)
     before = len(drawn)
-    other = sample.sample(tiny_config(**config | overrides), run, again=False)
+    other = reuse_or_draw(tiny_config(**config | overrides), run)
     assert other.path == one.path and len(drawn) > before
     assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
-    assert sample.read_settings(one.path)["settings"]["batch_size"] == other.batch_size
-    sample.sample(tiny_config(**config), run)  # --mode=sample, too
+    assert read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+    sample.run(tiny_config(**config), run)  # --mode=sample, too
     assert f"Drawing anew: {one.path} was drawn with other settings" in capsys.readouterr().out
 
 
 def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     config = tiny_config(**DRAWN)
-    path = sample.sample(config, run, again=False).path
+    path = reuse_or_draw(config, run).path
     store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
-    sample.sample(config, run, again=False)
+    reuse_or_draw(config, run)
     assert len(drawn) == 6
     out = capsys.readouterr().out
     assert re.search(
@@ -719,40 +730,40 @@ def test_samples_of_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
     )
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
-    sample.sample(config, run, again=False)
+    reuse_or_draw(config, run)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
 
 
 def test_what_a_spacing_stands_for_is_a_setting(run, drawn, capsys, monkeypatch):
     """The same config may stand for other times in another version."""
-    sample.sample(tiny_config(**DRAWN), run, again=False)
-    respaced = sampling_setup.respaced
+    reuse_or_draw(tiny_config(**DRAWN), run)
+    respace = sampling_setup.respace
     other = {"steps": 2, "spacing": "leading"}
     monkeypatch.setattr(
-        sampling_setup, "respaced", lambda schedule, options, *more: respaced(schedule, {**options, **other}, *more)
+        sampling_setup, "respace", lambda schedule, options, *more: respace(schedule, {**options, **other}, *more)
     )
-    sample.sample(tiny_config(**DRAWN), run, again=False)
+    reuse_or_draw(tiny_config(**DRAWN), run)
     assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
 def test_samples_that_do_not_say_how_they_were_drawn_are_drawn_anew(run, drawn, capsys):
     config = tiny_config(**DRAWN)
-    path = sample.sample(config, run, again=False).path
+    path = reuse_or_draw(config, run).path
     for write in (
         lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
         lambda: path.write_bytes(b"PK\x03\x04 torn"),
     ):
         write()
-        sample.sample(config, run, again=False)
+        reuse_or_draw(config, run)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
-        assert "does not say with which settings" in line and str(path) in line
+        assert "does not store the settings" in line and str(path) in line
         with np.load(path) as arrays:
             assert arrays["arr_0"].max() == 2
     assert len(drawn) == 9
 
 
 def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, monkeypatch):
-    draw, config = sample.Generator.__call__, tiny_config(**DRAWN)
+    draw, config = Generator.__call__, tiny_config(**DRAWN)
 
     def second_breaks(self, params, seed, batch=0):
         if batch == 2:
@@ -760,37 +771,37 @@ def test_unfinished_samples_of_other_settings_are_not_gone_on_with(run, drawn, m
         return draw(self, params, seed, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sample.Generator, "__call__", second_breaks)
+        patched.setattr(Generator, "__call__", second_breaks)
         with pytest.raises(KeyboardInterrupt):
-            sample.sample(config, run)
+            sample.run(config, run)
     assert [batch for _, batch in drawn] == [0, 1]
-    sample.sample(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
+    sample.run(tiny_config(**DRAWN | {"sampling.clip_quantile": 0.9}), run)
     assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
-    sample.sample(tiny_config(**DRAWN), run)
+    sample.run(tiny_config(**DRAWN), run)
     assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
 
 
 def test_weights_are_told_apart_by_what_they_hold():
     tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
     same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
-    assert trained_model.digest(tree) == trained_model.digest(same)
+    assert trained_model.params_digest(tree) == trained_model.params_digest(same)
     for other in (
         {**tree, "b": np.float32(4)},
         {**tree, "b": np.float64(3)},
         {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
         {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
     ):
-        assert trained_model.digest(other) != trained_model.digest(tree)
+        assert trained_model.params_digest(other) != trained_model.params_digest(tree)
 
 
 def test_a_record_is_of_the_settings_that_the_samples_were_drawn_with(run, drawn):
     config = tiny_config(**DRAWN)
-    path = sample.sample(tiny_config(**DRAWN), run, again=False).path
+    path = reuse_or_draw(tiny_config(**DRAWN), run).path
     with np.load(path) as arrays:
         stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
     stored["drawn_with"] = {"jax": "0.0.1"}
     np.savez(path, images, settings=np.array(json.dumps(stored)))
-    measure_likelihood.evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    evaluate(tiny_config(**DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
     assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
@@ -801,22 +812,22 @@ def test_a_record_is_of_the_settings_that_the_samples_were_drawn_with(run, drawn
 def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
     asked = []
 
-    def sample(config, *_, **__):
+    def sample_file(config, directory):
         asked.append((config.sampling.use_ema, config.sampling.num_samples))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_metrics, "sample", sample)
+    monkeypatch.setattr(sample_metrics, "SampleFile", sample_file)
     with pytest.raises(KeyboardInterrupt):
-        measure_likelihood.evaluate(tiny_config(**OVERRIDES | {"evaluation.use_ema": use_ema}), run)
+        evaluate(tiny_config(**OVERRIDES | {"evaluation.use_ema": use_ema}), run)
     assert asked == [(use_ema, 20)]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"evaluation.features": "inception"}, "nothing can judge the samples: evaluation.inception=PATH"),
+        ({"evaluation.features": "inception"}, "metrics of samples need features: set evaluation.inception=PATH"),
         ({"evaluation.features": "inception", "evaluation.inception": "none.pth"}, "none.pth: no such file"),
-        ({"evaluation.num_samples": 7}, "num_samples=7 is too few: the metrics asked for need 8"),
+        ({"evaluation.num_samples": 7}, "num_samples=7 is too few: these metrics need at least 8"),
         ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
         ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
         ({"evaluation.every": -1}, "must be at least 0"),
@@ -825,27 +836,27 @@ def test_the_weights_that_are_asked_for_are_judged(run, use_ema, monkeypatch):
 )
 def test_judging_that_cannot_be(run, overrides, words):
     with pytest.raises((UserError, PretrainedError), match=words):
-        measure_likelihood.evaluate(tiny_config(**OVERRIDES | overrides), run)
+        evaluate(tiny_config(**OVERRIDES | overrides), run)
     assert not (run / "samples").exists()
 
 
 def test_training_logs_a_distance(tmp_path):
     config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
-    train.train(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
     built = training.setup(config)
-    _, params = trained_model.load(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
-    generator = train._drawing(config, built, config.sampling.batch_size)
+    _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
+    generator = make_preview_sampler(config, built, config.sampling.batch_size)
     drawn = np.concatenate([generator(params, 0, i) for i in range(5)])
     moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
     assert logged[4] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):
         config = tiny_config(**{"evaluation.every": 2, "training.steps_per_call": 4, "training.log_every": 4})
         config.training.checkpoint_every = 4
-        train.train(config, tmp_path / "other")
+        train.run(config, tmp_path / "other")
 
 
 DEVICES = """

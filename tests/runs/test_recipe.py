@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, editing, errors, guidance, pretrained, process, sampling, schedules, training
+from diffusion_jax.images import to_uint8
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import pictures, sampling_setup, trained_model
-from diffusion_jax.runs.edit import edit
-from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs import edit, sample, sampler_config, sampling_setup, trained_model
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.program import finish, start
 from helpers.work_directories import untrained
@@ -33,7 +32,7 @@ def root(tmp_path_factory):
 def parts_of(config, directory, steps=5, spacing="trailing"):
     """(schedule to walk, whole schedule, apply(x, time, *y)) of a work directory."""
     built = training.setup(config)
-    _, params = trained_model.load(config, directory, built.model, built.mesh, True)
+    _, params = trained_model.load_weights(config, directory, built.model, built.mesh, True)
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 
@@ -60,7 +59,7 @@ def drawn(directory):
 
 def agree(images, x, distinct=20):
     """uint8 images and what they were made from, but for the rounding of values half-way."""
-    assert abs(images.astype(int) - np.asarray(pictures.to_uint8(x)).astype(int)).max() <= 1
+    assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     assert len(np.unique(images)) > distinct
 
 
@@ -74,7 +73,7 @@ def test_guided_samples_are_the_core_s(root):
         "sampling.guidance_rescale": 0.5,
         "sampling.sampler": "dpm_solver_pp",
     }
-    sample(conditional(**overrides), directory)
+    sample.run(conditional(**overrides), directory)
     images, labels = drawn(directory)
     np.testing.assert_array_equal(labels, [3, 5, 3, 5, 3, 5])
     walked, _, model, params = parts_of(conditional(), directory)
@@ -85,7 +84,7 @@ def test_guided_samples_are_the_core_s(root):
         return guidance.classifier_free(apply, y, model.null_label, 2.5, interval=(4, 15), rescale=0.5)
 
     agree(images, by_hand(network, walked, lambda batch: sampling.dpm_solver_pp(2))[:6])
-    sample(conditional(**{**overrides, "sampling.guidance_scale": 1.0}), directory)
+    sample.run(conditional(**{**overrides, "sampling.guidance_scale": 1.0}), directory)
     unguided, _ = drawn(directory)
     assert (unguided != images).any()
 
@@ -100,7 +99,7 @@ def test_guided_samples_are_the_core_s(root):
 def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
     """These ask at times that no table of the steps' times holds."""
     base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
-    sample(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
+    sample.run(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
     images, _ = drawn(root / "plain")
     walked, _, model, params = parts_of(tiny_config(**base), root / "plain", 8, "log_snr")  # what suits these samplers
     network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
@@ -124,13 +123,13 @@ def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
             "sampling.label": 7,
         }
     )
-    sample(config, directory)
+    sample.run(config, directory)
     images, labels = drawn(directory)
     np.testing.assert_array_equal(labels, [7] * 6)
     walked, full, model, params = parts_of(base(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = trained_model.load(its, root / "classifier", classifier, training.setup(its).mesh, True)
+    _, guide = trained_model.load_weights(its, root / "classifier", classifier, training.setup(its).mesh, True)
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
 
@@ -154,7 +153,7 @@ def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
         Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
     config = lambda **o: upsampler_config(**{**DRAWN, "diffusion.conditioning_noise": 0.2, **o})  # noqa: E731
     options = {"sampling.low_resolution_noise": 0.1, "sampling.sampler": "ddim"}
-    sample(config(**{"sampling.low_resolution": str(tmp_path / "low.npz"), **options}), directory)
+    sample.run(config(**{"sampling.low_resolution": str(tmp_path / "low.npz"), **options}), directory)
     images, _ = drawn(directory)
     walked, _, model, params = parts_of(config(), directory)
 
@@ -165,7 +164,7 @@ def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
         )
 
     agree(images, by_hand(network, walked, lambda batch: sampling.ddim())[:6])
-    sample(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
+    sample.run(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
     np.testing.assert_array_equal(drawn(directory)[0], images)
     np.savez(tmp_path / "wrong.npz", low[:, :2])
     np.savez(tmp_path / "empty.npz", low[:0])
@@ -176,7 +175,7 @@ def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
         (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
     ):
         with pytest.raises(errors.UserError, match=words):
-            sample(config(**{"sampling.low_resolution": path}), directory)
+            sample.run(config(**{"sampling.low_resolution": path}), directory)
 
 
 OPTIONS = {  # every option of every sampler, off its usual value
@@ -209,7 +208,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    assert {name.split()[0] for name in OPTIONS} == set(sampling_setup.SAMPLERS)
+    assert {name.split()[0] for name in OPTIONS} == set(sampler_config.SAMPLERS)
     options, made = OPTIONS[name]
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
@@ -221,7 +220,7 @@ def test_every_sampler_of_a_config(name):
 
     def configured(**leaves):
         leaves = {f"sampling.{leaf}": value for leaf, value in {"sampler": name.split()[0], **leaves}.items()}
-        return run(sampling_setup.sampler_from_config(conditional(**leaves).sampling, diffusion))
+        return run(sampler_config.sampler_from_config(conditional(**leaves).sampling, diffusion))
 
     np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
     for leaf in options:
@@ -239,7 +238,7 @@ def test_every_clip_of_a_config():
         ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
     ):
         options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
-        sampler = sampling_setup.sampler_from_config(options.sampling, diffusion)
+        sampler = sampler_config.sampler_from_config(options.sampling, diffusion)
         x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
 
@@ -247,9 +246,9 @@ def test_every_clip_of_a_config():
 def test_given_steps_are_network_times():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(sampling_setup.respaced(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
+    np.testing.assert_allclose(sampler_config.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
     with pytest.raises(ValueError, match="needs sampling.steps="):
-        sampling_setup.respaced(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+        sampler_config.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
 
 
 @pytest.mark.parametrize(
@@ -263,7 +262,7 @@ def test_given_steps_are_network_times():
 )
 def test_openai_s_spacings_have_names(options, same):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    found = sampling_setup.respaced(schedule, options, sampling.ddpm())
+    found = sampler_config.respace(schedule, options, sampling.ddpm())
     np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
 
 
@@ -284,7 +283,7 @@ def test_openai_s_spacings_have_names(options, same):
 def test_steps_that_name_no_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
-        sampling_setup.respaced(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+        sampler_config.respace(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
     assert "\n" not in str(caught.value)
 
 
@@ -404,13 +403,13 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
     if name == "plain":
         config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **overrides})
     with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
-        sample(config, root / name)
+        sample.run(config, root / name)
     assert "\n" not in str(caught.value)
 
 
 def test_leaves_that_change_nothing_are_named():
     """Each alone, beside what reads it and beside what does not."""
-    assert sampling_setup.ignored(tiny_config().sampling) == []
+    assert sampler_config.unused_leaves(tiny_config().sampling) == []
     for leaf, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
         ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
@@ -423,8 +422,8 @@ def test_leaves_that_change_nothing_are_named():
         ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
     ):
         options = dict(tiny_config().sampling) | {leaf: value}
-        assert sampling_setup.ignored(options | reader) == []
-        (line,) = sampling_setup.ignored(options | other)
+        assert sampler_config.unused_leaves(options | reader) == []
+        (line,) = sampler_config.unused_leaves(options | other)
         assert line.startswith(f"sampling.{leaf}={value!r} (only ")
 
 
@@ -463,7 +462,7 @@ def test_edits(root, files, task):
     overrides = {"editing.task": task, "editing.factor": 2, "sampling.label": 4}
     if task == "interpolate":
         overrides |= {"sampling.sampler": "ddim", "sampling.clip": False, "sampling.steps": None}
-    edit(editing_config(files, **overrides), directory)
+    edit.run(editing_config(files, **overrides), directory)
     (path,) = (directory / "samples").glob(f"edit_{task}_*.npz")
     with np.load(path) as arrays:
         images = arrays["arr_0"]
@@ -495,7 +494,7 @@ def test_edits_are_the_core_s(root, files):
     walked, full, model, params = parts_of(conditional(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = trained_model.load(its, root / "classifier", classifier, built.mesh, True)
+    _, guide = trained_model.load_weights(its, root / "classifier", classifier, built.mesh, True)
     y = jnp.full(3, 4)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
     plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
@@ -520,7 +519,7 @@ def test_edits_are_the_core_s(root, files):
             (by_classifier, guided, sampling.ddpm(**small)),
             (by_classifier | {"sampling.classifier_form": "mean"}, plain, sampling.ddpm(mean_shift=shift, **small)),
         ):
-            edit(editing_config(files, **{**leaves, "editing.task": task}), directory)
+            edit.run(editing_config(files, **{**leaves, "editing.task": task}), directory)
             (path,) = set((directory / "samples").glob(f"edit_{task}_*.npz")) - made
             made.add(path)
             with np.load(path) as arrays:
@@ -559,7 +558,7 @@ def test_edits_that_cannot_be(root, files):
         ),
     ):
         with pytest.raises(errors.UserError, match=words):
-            edit(editing_config(files, **overrides), root / "conditional")
+            edit.run(editing_config(files, **overrides), root / "conditional")
 
 
 def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
@@ -570,7 +569,7 @@ def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
     for name, array in kinds.items():
         path = files / f"zero_one_{name}.png"
         Image.fromarray(array).save(path)
-        edit(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
+        edit.run(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
         out = capsys.readouterr().out
         assert "The mask keeps its white pixels, 32 of 64 (50%), and the model paints the black ones, 32 (50%)." in out
         written = pathlib.Path(out.split("the results alone: ")[1].strip())
@@ -583,7 +582,7 @@ def test_colors_come_back_to_what_was_gray(tmp_path, files):
     config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
     untrained(tmp_path / "run", config)
     config.editing.update(task="colorize", image=str(files / "image.png"), num_samples=2)
-    edit(config, tmp_path / "run")
+    edit.run(config, tmp_path / "run")
     (path,) = (tmp_path / "run" / "samples").glob("edit_colorize_*.npz")
     with np.load(path) as arrays:
         images = arrays["arr_0"].astype(int)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -14,12 +13,12 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
-from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.file_lock import HeldError
-from diffusion_jax.runs import pictures, workdir
-from diffusion_jax.runs.sample import sample
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
+from diffusion_jax.images import to_uint8
+from diffusion_jax.runs import metrics_writer, pictures, sample, train, workdir
+from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.stored_config import from_weights
-from diffusion_jax.runs.train import train
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
@@ -48,7 +47,7 @@ def event_scalars(directory):
 def trained(tmp_path_factory):
     """A run of 4 steps, which no test may change."""
     directory = tmp_path_factory.mktemp("run")
-    train(tiny_config(), directory)
+    train.run(tiny_config(), directory)
     return directory
 
 
@@ -63,7 +62,7 @@ def test_a_run_leaves_what_the_contract_says(trained):
 
 
 def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
-    train(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
+    train.run(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         f"train_step0000000{step}.png" for step in (3, 4)
     ]
@@ -73,7 +72,7 @@ def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
 
 def test_a_finished_run_says_so(trained, capsys):
     before = lines(trained, without=())
-    train(tiny_config(), trained)
+    train.run(tiny_config(), trained)
     assert "This run is finished" in capsys.readouterr().out
     assert lines(trained, without=()) == before
 
@@ -82,9 +81,9 @@ def test_a_finished_run_says_so(trained, capsys):
 def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
     """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
     for steps in (4, 7, 10):
-        train(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
+        train.run(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
     assert "Continuing from step 7" in capsys.readouterr().out
-    train(tiny_config(**{"training.num_steps": 10, "training.log_every": 5}), tmp_path / "whole")
+    train.run(tiny_config(**{"training.num_steps": 10, "training.log_every": 5}), tmp_path / "whole")
     by_step = {row["step"]: row for row in lines(tmp_path / "broken")}
     assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
     scalars = event_scalars(tmp_path / "broken")
@@ -93,13 +92,13 @@ def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
-    train(tiny_config(), tmp_path)
-    metrics = workdir.Metrics(tmp_path, step=4)
-    metrics.scalars(5, {"loss": 9.0})
+    train.run(tiny_config(), tmp_path)
+    metrics = metrics_writer.MetricsWriter(tmp_path, step=4)
+    metrics.write_scalars(5, {"loss": 9.0})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    train(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
     rows = lines(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < 9
     scalars = event_scalars(tmp_path)
@@ -111,7 +110,7 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
 def test_another_identity_is_refused_and_the_rest_may_change(trained):
     other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
     with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
-        train(other, trained)
+        train.run(other, trained)
     free = {"training.num_steps": 9, "training.log_every": 3, "sampling.seed": 7, "data.data_dir": "x", "mesh.data": 1}
     workdir.check_identity(tiny_config(**free), trained)
     with pytest.raises(errors.UserError, match="training.batch_size"):
@@ -123,26 +122,26 @@ def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(train
     """The command's config is that of the run, but for the rate; it begins with the run's weights."""
     with pytest.raises(errors.UserError, match="holds another run") as caught:
         workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
-    command = str(caught.value).split("to begin a new run with its weights: ")[1].split()
+    command = str(caught.value).split("to start a new run from its weights: ")[1].split()
     changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
     assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
     config = from_weights(str(trained))
     expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
     assert workdir.flatten(workdir.to_dict(config)) == expected
     config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
-    train(config, tmp_path / "new")
+    train.run(config, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
 
 
 def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tmp_path, monkeypatch):
     """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
     with monkeypatch.context() as broken:
-        broken.setattr("diffusion_jax.runs.train._Loop.run", lambda *_: 1 / 0)
+        broken.setattr("diffusion_jax.runs.train._train", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
+            train.run(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
     assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
     other = tiny_config(**{"data.split": "test", "training.num_steps": 2})
-    train(other, tmp_path)
+    train.run(other, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == workdir.to_dict(other)
     assert [row["step"] for row in lines(tmp_path)] == [2]
     with pytest.raises(errors.UserError, match="holds another run"):
@@ -150,8 +149,8 @@ def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tm
 
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
-    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    train(tiny_config(), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    train.run(tiny_config(), tmp_path)
     (
         tmp_path / "checkpoints" / "6"
     ).mkdir()  # an empty directory is no checkpoint, and must not keep step 6 from being saved
@@ -159,7 +158,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
         if file.is_file() and "ocdbt.process" in str(file):
             file.unlink()
-    train(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
     out = capsys.readouterr().out
     assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
@@ -167,10 +166,10 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
 
 
 def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(tmp_path):
-    train(tiny_config(), tmp_path)
+    train.run(tiny_config(), tmp_path)
     before = lines(tmp_path)
     (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
-    train(tiny_config(), tmp_path)
+    train.run(tiny_config(), tmp_path)
     assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
 
 
@@ -187,49 +186,24 @@ time.sleep(60)
 
 def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
     """Another process holds the lock; killed, it holds it no longer."""
-    train(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / ".lock").write_text("")
     command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(HeldError, match="process 1 of there is training in .*second launch"):
-            train(tiny_config(), tmp_path)
+            train.run(tiny_config(), tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
         holder.kill()
-    train(tiny_config(), tmp_path)
-
-
-def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
-    ended = threading.Event()
-    said = []
-    monkeypatch.setattr(preemption, "end", lambda message, code: (said.append((message, code)), ended.set()))
-    with preemption.Watchdog(0.2) as watchdog:
-        with watchdog.paused():  # a compilation
-            assert not ended.wait(0.6)
-        watchdog.beat()
-        assert ended.wait(20)
-    assert said[0][1] == preemption.LOST and "training.stall_timeout" in said[0][0]
-
-
-def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
-    ended = threading.Event()
-    monkeypatch.setattr(preemption, "end", lambda *_: ended.set())
-    assert (
-        list(preemption.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
-    )  # alone: there is none to wait for
-    monkeypatch.setattr(preemption, "is_multiprocess", lambda: True)
-    seen = []
-    for batch in preemption.over_batches(range(2), 0.2):
-        seen.append(ended.wait(0.5 if batch == 0 else 20))
-    assert seen == [False, True]  # five times what the first took: 2.5 s
+    train.run(tiny_config(), tmp_path)
 
 
 @pytest.mark.whole
 def test_a_profile_holds_the_steps(tmp_path):
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-    train(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
     (path,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard's profiler looks
     space = xplane_pb2.XSpace.FromString(path.read_bytes())
     names = [metadata.name for plane in space.planes for metadata in plane.event_metadata.values()]
@@ -244,7 +218,7 @@ def test_the_time_of_a_step_is_split(trained):
 
 def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the directory should be")
-    train(tiny_config(**{"training.sample_every": 4}), tmp_path)
+    train.run(tiny_config(**{"training.sample_every": 4}), tmp_path)
     assert "the picture of step 4 could not be written" in capsys.readouterr().out
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
@@ -254,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(**{"training.num_steps": 40, "training.checkpoint_every": 1})
     config.optimizer.update(learning_rate=1e12, grad_clip=0.0)
     with pytest.raises(errors.UserError, match=r"not finite at step \d+ .*a lower optimizer.learning_rate") as caught:
-        train(config, tmp_path)
+        train.run(config, tmp_path)
     assert caught.value.exit_code == 1
     step = int(str(caught.value).split("at step ")[1].split()[0])
     assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()] == list(range(1, step))[
@@ -263,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_sampling_writes_a_grid_and_an_npz(trained):
-    sample(tiny_config(), trained)
+    sample.run(tiny_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
     with np.load(f"{path}.npz") as arrays:
         assert arrays.files == ["arr_0", "settings"]
@@ -274,7 +248,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     raw = tiny_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
-    sample(raw, trained)
+    sample.run(raw, trained)
     (path,) = (trained / "samples").glob("step4_raw_ddim2_seed0_n3.npz")
     with np.load(path) as arrays:
         assert (arrays["arr_0"] != images).any()
@@ -283,16 +257,14 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
 
 
 def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
-    from diffusion_jax.runs import sample
-
     config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
     whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
-    sample(config, trained)
+    sample.run(config, trained)
     with np.load(whole) as arrays:
         expected = arrays["arr_0"]
     whole.unlink()
     made = []
-    draw = sample.Generator.__call__
+    draw = Generator.__call__
 
     def third_breaks(self, *args):
         made.append(1)
@@ -300,14 +272,14 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
             raise KeyboardInterrupt
         return draw(self, *args)
 
-    monkeypatch.setattr(sample.Generator, "__call__", third_breaks)
+    monkeypatch.setattr(Generator, "__call__", third_breaks)
     with pytest.raises(KeyboardInterrupt):
-        sample(config, trained)
+        sample.run(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(sample.Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
-    sample(config, trained)
+    monkeypatch.setattr(Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
+    sample.run(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left
     with np.load(whole) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], expected)
@@ -317,8 +289,8 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
 @pytest.mark.whole
 def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
     config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
-    train(config, tmp_path)
-    sample(config, tmp_path)
+    train.run(config, tmp_path)
+    sample.run(config, tmp_path)
     with np.load(tmp_path / "samples" / "step2_ema_ddpm2_seed0_n3.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2]
 
@@ -349,10 +321,10 @@ def test_training_that_cannot_start(overrides, words, tmp_path):
     overrides = dict(overrides)
     if "sampling.sampler" in overrides:
         with pytest.raises(errors.UserError, match=words):
-            sample(tiny_config(**overrides), tmp_path)
+            sample.run(tiny_config(**overrides), tmp_path)
         return
     with pytest.raises(errors.UserError, match=words):
-        train(tiny_config(**overrides), tmp_path)
+        train.run(tiny_config(**overrides), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -382,9 +354,9 @@ def test_other_images_are_refused(tmp_path):
 
 def test_sampling_without_a_run(tmp_path):
     with pytest.raises(errors.UserError, match="train first"):
-        sample(tiny_config(), tmp_path)
+        sample.run(tiny_config(), tmp_path)
     with pytest.raises(errors.UserError, match="num_samples=0"):
-        sample(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
+        sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
 
 
 def test_grids_and_text():
@@ -394,7 +366,7 @@ def test_grids_and_text():
     assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
     assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
     assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
-    np.testing.assert_array_equal(pictures.to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
+    np.testing.assert_array_equal(to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
     text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
     assert text == "  @@    @@"
 
@@ -489,7 +461,7 @@ def test_a_damaged_config_json_is_one_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     for named in ([], ["--config=configs/digits.py"]):
         code, _, err = launch(f"--workdir={tmp_path}", *named)
-        assert code == 2 and "config.json is no config" in err and len(err.strip().splitlines()) == 1, err
+        assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_a_run_s_own_config_is_used_where_none_is_named(trained):
@@ -504,7 +476,7 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_stops_sampling_at_once_and_its_parts_are_kept(tmp_path, number):
-    train(tiny_config(), tmp_path)
+    train.run(tiny_config(), tmp_path)
     process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
     deadline = time.time() + 120
     while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
@@ -559,7 +531,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
     assert err.startswith(
         "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
     )
@@ -576,78 +548,9 @@ def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
     )
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
-    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
     (path,) = (tmp_path / "checkpoints").iterdir()
     assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
-
-
-COMPILING = f"""
-import hashlib, pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.runs import watch
-
-preemption._GRACE = float(sys.argv[1])
-with preemption.stopping_at_once(pathlib.Path(sys.argv[2])):
-    print("compiling", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
-"""
-
-
-@pytest.mark.parametrize(
-    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
-)
-def test_what_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
-    """As a compilation before the first step."""
-    process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
-    assert process.stdout.readline() == "compiling\n"
-    for number in numbers:
-        process.send_signal(number)
-        time.sleep(0.3)  # signals that come together are one
-    code, _, err = finish(process)
-    why, exit_code = STOPPING[numbers[0]]
-    why = why if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
-    assert code == exit_code and err == f"error: {why}; nothing was saved yet\n"
-
-
-WHERE_NOTHING_CAN_BE_RAISED = f"""
-import atexit, gc, os, pathlib, sys, time
-from multiprocessing import shared_memory
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.runs import devices, watch
-
-devices.quiet()
-of_data_workers = shared_memory.SharedMemory(create=True, size=64)
-
-
-def collecting(phase, info):
-    print("collecting", flush=True)
-    time.sleep(60)
-
-
-preemption._GRACE = 60
-atexit.register(os.abort)  # as libraries do whose threads still compute
-with preemption.stopping_at_once(pathlib.Path(sys.argv[1])):
-    gc.callbacks.append(collecting)
-    gc.collect()
-"""
-
-
-@pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
-    """What a callback of the garbage collector raises is printed and lost, and Python's own end can crash in a library."""
-    process = start("-c", WHERE_NOTHING_CAN_BE_RAISED, str(tmp_path), program="-u")
-    assert process.stdout.readline() == "collecting\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    why, exit_code = STOPPING[number]
-    assert process.returncode == exit_code and err == f"error: {why}; nothing was saved yet\n"
-
-
-def test_the_advice_of_the_first_ctrl_c_is_given_once(tmp_path, capfd):
-    with preemption.Preemption(tmp_path).handled():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            signal.getsignal(number)(number, None)
-    assert capfd.readouterr().out.count("Press it again") == 1
 
 
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
@@ -659,10 +562,10 @@ def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
         raw = built.train_step.__wrapped__
         return built._replace(train_steps=jax.jit(training.scan_steps(raw)))
 
-    train(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
-    train(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
+    train.run(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
+    train.run(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
     monkeypatch.setattr(training, "setup", on_an_accelerator)
-    train(
+    train.run(
         tiny_config(
             **{
                 "training.num_steps": 10,

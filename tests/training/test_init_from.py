@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax import errors, models, pretrained, sampling, schedules, training
+from diffusion_jax.images import to_uint8
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.runs import pictures, trained_model, workdir
-from diffusion_jax.runs.sample import sample
+from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.stored_config import from_weights
-from diffusion_jax.runs.train import train
 from helpers.configs import tiny_config
 from helpers.program import finish, start
 from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
@@ -57,7 +56,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     short = schedules.respace(net.schedule, 3, "trailing")
     network = lambda x, time: net.denoise_fn(x, time, jnp.array([0, 1]))  # noqa: E731
     x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
-    assert abs(images.astype(int) - np.asarray(pictures.to_uint8(x)).astype(int)).max() <= 1
+    assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     path.unlink()
     code, out, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}"))
     assert code == 0 and "Sampling 2 images from narrow" in out, err
@@ -69,12 +68,12 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     """The config that is kept is the newest launch's, until there is a checkpoint."""
     for steps in (3, 2):
         config = small(from_weights(str(folder)), **{"sampling.steps": steps})
-        sample(config, tmp_path / "out")
+        sample.run(config, tmp_path / "out")
         assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
     (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "out" / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
     config.sampling.steps = 7
-    workdir.keep_config(config, tmp_path / "out")
+    workdir.write_config_if_untrained(config, tmp_path / "out")
     assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
 
 
@@ -84,12 +83,11 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     config = small(config, **{"training.num_steps": 1, "training.batch_size": 2, "training.sample_every": 0})
     config.training.update(log_every=1, checkpoint_every=1)
     with pytest.raises(errors.UserError, match="the data has 10 classes"):
-        train(config, tmp_path / "refused")
+        train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
     built = training.setup(config)
-    from diffusion_jax.runs.train import _begin_with
-
-    state = _begin_with(config, built, built.init(), *trained_model.initial(config, built.model))
+    weights = trained_model.load_initial_weights(config, built.model)
+    state = trained_model.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))
@@ -108,13 +106,13 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    step, params = trained_model.load(
+    step, params = trained_model.load_weights(
         config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
     )
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(first).params)
-    train(config, tmp_path / "second")
-    step, params = trained_model.load(
+    train.run(config, tmp_path / "second")
+    step, params = trained_model.load_weights(
         config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
     )
     assert step == 1
@@ -133,19 +131,19 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     with pytest.raises(
         errors.UserError, match=r"model.norm_epsilon: 1e-06 there, 1e-05 here; model.num_heads: 1 there, 2 here"
     ):
-        trained_model.initial(config, training.model_from_config(config))
+        trained_model.load_initial_weights(config, training.model_from_config(config))
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(pretrained.PretrainedError, match="no such file or folder"):
-        trained_model.initial(config, training.model_from_config(config))
+        trained_model.load_initial_weights(config, training.model_from_config(config))
     config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
     config.init_from = str(first)
-    assert trained_model.initial(config, training.model_from_config(config))[1] == []
+    assert trained_model.load_initial_weights(config, training.model_from_config(config))[1] == []
     config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
     config.init_from = str(first)
     model, mesh = training.model_from_config(config), training.setup(config).mesh
-    assert trained_model.initial(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
+    assert trained_model.load_initial_weights(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        trained_model.load(config, tmp_path / "none", model, mesh, True)
+        trained_model.load_weights(config, tmp_path / "none", model, mesh, True)
 
 
 def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
@@ -188,23 +186,23 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
     config = small(from_weights(str(path), flags), **{"sampling.num_samples": 4})
     assert config.data.low_resolution == 8 and config.diffusion.variance == "learned_range"
     config.sampling.low_resolution = str(tmp_path / "low.npz")
-    sample(config, tmp_path / "out")
+    sample.run(config, tmp_path / "out")
     (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
     with np.load(found) as arrays:
         np.testing.assert_array_equal(arrays["arr_1"], [3, 1, 2, 3])
         images = arrays["arr_0"]
     found.unlink()
     np.savez(tmp_path / "low.npz", low, np.array([3, 1, 0]))
-    sample(config, tmp_path / "out")
+    sample.run(config, tmp_path / "out")
     (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
     with np.load(found) as arrays:
         assert (arrays["arr_0"][2] != images[2]).any() and (arrays["arr_0"][:2] == images[:2]).all()
     np.savez(tmp_path / "low.npz", low, np.array([3, 1, 4]))
     with pytest.raises(errors.UserError, match=r"must be classes in 0 \.\.\. 3"):
-        sample(config, tmp_path / "out")
+        sample.run(config, tmp_path / "out")
     np.savez(tmp_path / "low.npz", low, np.array([3, 1]))
     with pytest.raises(errors.UserError, match="3 images and labels of shape"):
-        sample(config, tmp_path / "out")
+        sample.run(config, tmp_path / "out")
 
 
 def test_classifiers_of_openai_s_guide(tmp_path):
@@ -221,13 +219,13 @@ def test_classifiers_of_openai_s_guide(tmp_path):
             "sampling.classifier_flags": flags,
             "sampling.classifier_scale": scale,
         }
-        sample(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run)
+        sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run)
         (found,) = (run / "samples").glob(f"step1_*classifier{scale:g}_*.npz")
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
     with pytest.raises(errors.UserError, match="sampling.classifier=.*do not say"):
-        sample(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
+        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
     wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
     with pytest.raises(errors.UserError, match="another noise schedule"):
-        sample(tiny_config(**{**leaves, **wrong}), run)
+        sample.run(tiny_config(**{**leaves, **wrong}), run)

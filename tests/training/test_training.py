@@ -96,7 +96,9 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
     says = {"prediction": "eps", "variance": "learned_range", "clip": False}
     by_levels = {
-        levels: likelihood.bound_term(built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **says)[0]
+        levels: likelihood.bound_term(
+            built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **says
+        )[0]
         for levels in (17, 256)
     }
     np.testing.assert_allclose(parts.vlb, by_levels[17], rtol=1e-5)
