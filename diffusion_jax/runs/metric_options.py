@@ -9,10 +9,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import features as extractors
-from diffusion_jax.evaluation import images
-from diffusion_jax.evaluation.extract import cache_directory
-from diffusion_jax.pretrained.inception import WHERE
+from diffusion_jax.evaluation import feature_extractors, image_sets
+from diffusion_jax.evaluation.feature_extraction import cache_directory
+from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs.console import progress_over
 from diffusion_jax.runs.data_source import rename_leaves_in_errors
 
@@ -25,7 +24,7 @@ __all__ = [
     "load_reference",
 ]
 
-HOW_TO_GET_INCEPTION = f"evaluation.inception=PATH, the weights of FID's Inception ({WHERE})"
+HOW_TO_GET_INCEPTION = f"evaluation.inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES})"
 
 
 def check_evaluation_options(config: ConfigDict) -> None:
@@ -46,21 +45,21 @@ def lacks_inception(config: ConfigDict) -> bool:
     return _features_name(config) == "inception" and not config.evaluation.inception
 
 
-def load_extractor(config: ConfigDict) -> extractors.Extractor:
+def load_extractor(config: ConfigDict) -> feature_extractors.FeatureExtractor:
     """The feature extractor. Raises: UserError, PretrainedError."""
     options = config.evaluation
     with as_user_error("config.evaluation"):
-        return extractors.named(_features_name(config), options.inception, options.resize)
+        return feature_extractors.from_name(_features_name(config), options.inception, options.resize)
 
 
-def load_reference(config: ConfigDict) -> images.ImageSet:
+def load_reference(config: ConfigDict) -> image_sets.ImageSet:
     """The images of `evaluation.reference_split`, those of the training split by default. Raises: DataError."""
     own_split = config.evaluation.reference_split
     split = own_split or config.data.split
     with rename_leaves_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
         source = data.load(ConfigDict({**config.data, "split": split}), progress_over("Reading the images"))
     name = config.data.data_dir if config.data.dataset == "folder" else f"{config.data.dataset}:{split}"
-    return images.ImageSet(name, source)
+    return image_sets.ImageSet(name, source)
 
 
 def features_cache(workdir: pathlib.Path) -> pathlib.Path:

@@ -198,7 +198,7 @@ class SamplingSetup:
         if calls_between_steps(options):
             apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
         else:
-            apply = models.tabulate(self._model, params, self.schedule.timesteps)
+            apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
         conditional = apply if low is None else self._conditioned_on(low, apply)
 
         if self.is_guided:
