@@ -190,11 +190,11 @@ def test_the_command_line_takes_names(text, value):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("fix", r"sampling.class='fix' is no class of this run; did you mean fox\?"),
+        ("fix", r"sampling.class='fix' is not a class of this run; did you mean fox\?"),
         ("zzz", "its classes are 0, 1, 2, .*, tabby cat, 9, fox"),
         (9, "sampling.class=9 is ambiguous: 'fox' is class 9, and '9' is the name of class 8; give the name"),
         (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
-        ("(fox,)x", "is no class of this run"),
+        ("(fox,)x", "is not a class of this run"),
         ((), "must be classes"),
         (2.5, "must be classes"),
     ],
