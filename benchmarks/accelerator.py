@@ -85,7 +85,7 @@ OPTIONS = (
         "ten steps a call",
         ("train",),
         "little, as calls are asynchronous; more where a step is shorter than its launch from Python",
-        place="configs/default.py: training.steps_per_call",
+        place="diffusion_jax/config: training.steps_per_call",
         changes={"steps_per_call": 10},
         gpu_only=False,
     ),

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import os
 import pathlib
 import signal
@@ -23,7 +24,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
-from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed import preemption, processes
+from diffusion_jax.distributed.launch import join_processes
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 
@@ -225,12 +228,13 @@ def check_mode(mode: str, config: ConfigDict) -> None:
 def run(command: Command) -> None:
     """Runs the mode of a command."""
     from diffusion_jax.runs import edit, measure_likelihood, plan, progressive, sample, sample_metrics, train
+    from diffusion_jax.training.checkpoints import resume_hint
 
     config, workdir = command.config, command.workdir
     check_mode(command.mode, config)
     if workdir is None or command.mode == "plan":
         devices.start_virtual(plan.num_virtual_devices(config))
-        with preemption.stopping_at_once(None, only_interrupts=False):
+        with preemption.exit_on_signals():
             plan.run(config)
         return
     modules = {
@@ -242,16 +246,14 @@ def run(command: Command) -> None:
         "progressive": [progressive],
     }[command.mode]
     trains = train in modules
-    checkpointed = workdir if trains else None
-    with preemption.stopping_at_once(checkpointed, only_interrupts=True):
-        devices.join_processes(
-            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
-        )
+    hint = functools.partial(resume_hint, workdir) if trains else preemption.continue_hint
+    with preemption.exit_on_signals(hint, only_interrupts=True):
+        join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
     devices.start(command.verbose)
-    with preemption.stopping_at_once(checkpointed, only_interrupts=trains and preemption.is_multiprocess()):
+    with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
         for module in modules:
             module.run(config, workdir)
-    preemption.barrier()
+    processes.barrier()
 
 
 def _exit_before_the_run(number: int, _) -> None:
@@ -264,7 +266,7 @@ def _exit_before_the_run(number: int, _) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line (of this process where `arguments` is None); an error ends in one line and an exit code.
 
-    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `preemption.LOST`.
+    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `EXIT_PEER_LOST`.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_before_the_run)
@@ -282,10 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     """Ends the program with the exit code of an error; one that nobody expects is raised again."""
-    if isinstance(error, SaveError) and preemption.is_multiprocess():  # the others may be in the middle of a step
-        preemption.abort_process(str(error), error.exit_code)
-    if not isinstance(error, UserError | SaveError) and preemption.is_peer_failure(error):
-        preemption.abort_process(f"{_PEER_FAILURE} ({error})", preemption.LOST)
+    if isinstance(error, SaveError) and processes.is_multiprocess():  # the others may be in the middle of a step
+        processes.abort_process(str(error), error.exit_code)
+    if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
+        processes.abort_process(f"{_PEER_FAILURE} ({error})", EXIT_PEER_LOST)
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
@@ -293,17 +295,17 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)
-    if preemption.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
+    if processes.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
         import jax
 
         traceback.print_exc()
-        preemption.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
+        processes.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
     raise error
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     """One line on standard error, and the end."""
-    if preemption.is_multiprocess():
-        preemption.abort_process(message, exit_code)
+    if processes.is_multiprocess():
+        processes.abort_process(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

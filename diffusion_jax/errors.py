@@ -74,5 +74,7 @@ def as_user_error(where: str) -> Iterator[None]:
     """Turns the errors that a wrong value raises while a config is built into a UserError that starts with `where`."""
     try:
         yield
+    except DiffusionJaxError:
+        raise
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise UserError(f"{where}: {error}") from error

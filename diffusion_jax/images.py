@@ -7,6 +7,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+__all__ = ["to_model_range", "to_uint8"]
 
 Images = TypeVar("Images", jax.Array, np.ndarray)
 
@@ -21,6 +24,6 @@ def to_model_range(images: Images) -> Images:
     return images.astype(np.float32) / 127.5 - 1.0
 
 
-def to_uint8(x: jax.Array | np.ndarray) -> jax.Array:
+def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
     """uint8 images of arrays in [-1, 1]: rounded, and clipped to 0 ... 255."""
     return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

@@ -1,6 +1,6 @@
-"""Class labels, checked before a gather would take another class for a wrong one.
+"""Class labels, with a check of their range: a gather would silently clamp a wrong label to another class.
 
-Imports nothing else from this package: the losses, the guidance and the networks read labels.
+Imports nothing else from this package.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float, Integer
+
+__all__ = ["in_range", "log_prob"]
 
 
-def in_range(y, num_classes: int, null_label: bool = False) -> jax.Array:
-    """y as an int array, where labels outside 0 ... num_classes - 1 are `num_classes`: beyond the end, so gathers give NaN.
+def in_range(y: Integer[ArrayLike, "*shape"], num_classes: int, null_label: bool = False) -> Integer[Array, "*shape"]:
+    """y, with labels outside 0 ... num_classes - 1 replaced by num_classes, so that a gather with mode "fill" gives NaN.
 
-    null_label: whether the last of the num_classes labels is the null label; error messages then name it as such.
-    Raises: ValueError for a y that is not int, and for labels outside the range unless y is traced, so that its values are
+    null_label: whether the last of the num_classes labels is the null label, which error messages then mention.
+    Raises: ValueError for a y that is not int, and for labels out of range unless y is traced, because its values are then
       unknown.
     """
-    if not isinstance(y, jax.core.Tracer):
+    if not isinstance(y, Tracer):
         y = np.asarray(y)
     allowed = (
         f"0 ... {num_classes - 2} (or {num_classes - 1}, the null label)" if null_label else f"0 ... {num_classes - 1}"
@@ -31,10 +35,10 @@ def in_range(y, num_classes: int, null_label: bool = False) -> jax.Array:
     return jnp.where(outside, num_classes, y)
 
 
-def log_prob(logits, y) -> jax.Array:
-    """log p(y) of each row, [B], from logits float [B, K] and labels y int [B] in 0 ... K - 1; NaN for a traced y outside.
+def log_prob(logits: Float[Array, "B K"], y: Integer[ArrayLike, "B"]) -> Float[Array, "B"]:
+    """log p(y) of each row, from logits and labels in 0 ... K - 1; NaN for a traced label out of range.
 
-    Raises: ValueError as `in_range`, and for labels that are not one for each row.
+    Raises: ValueError as `in_range`, and if the number of labels is not that of the rows.
     """
     y = in_range(y, logits.shape[-1])
     if y.shape != logits.shape[:1]:

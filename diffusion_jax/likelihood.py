@@ -3,8 +3,8 @@
     E_q[ KL(q(x_T | x_0) || p(x_T))  +  sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))  -  log p(x_0 | x_1) ]
          L_T, the prior                 L_{t-1}, the transitions                              L_0, the decoder
 
-(DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Everything public is in bits per dimension, nats / (D ln 2)
-for D numbers in an example, but `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
+(DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Results are in bits per dimension, nats / (D ln 2) for D
+numbers in an example, except those of `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
 L_t for the 0-based t: L_0 is the decoder, index t >= 1 the transition from x_{t+1} to x_t of the papers.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
@@ -13,43 +13,60 @@ Results are float32, or float64 for float64 arrays under x64; lower precisions a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from diffusion_jax import process
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import Clip, DenoiseFn, Index
+
+__all__ = [
+    "CDFS",
+    "BitsPerDim",
+    "bits_per_dim",
+    "bound_term",
+    "decoder_log_prob",
+    "gaussian_kl",
+    "prior_term",
+    "rate_distortion",
+]
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
-_LEAST_LOG_VARIANCE = -60.0
+_MIN_LOG_VARIANCE = -60.0
 CDFS = ("exact", "tanh")
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each example, in bits per dimension, and its parts; [B], tables [B, K], K = T unless strata are drawn.
+    """The bound of each example in bits per dimension, its terms, and tables with K columns: K = T, or less with strata.
 
-    total: prior + decoder + the transitions (their estimate, where strata are drawn).
+    total: prior + decoder + the transitions, or their estimate with strata.
     prior: L_T. decoder: L_0.
-    standard_error: of `total` by the choice of steps; None where every step was visited.
-    t: int32 [B, K], the index of each column of the tables. vlb: L_t there. mse, x_0_mse: mean squared errors of eps and of
-      x_0, of the x_0 that the bound used (clipped, where it clips). All None where tables were not asked for.
+    standard_error: of `total`, from the choice of steps; None if every step was visited.
+    t: the index of each column of the tables. vlb: L_t there. mse, x_0_mse: mean squared errors of eps and x_0, computed from
+      the x_0 that the bound uses (after the clip). All None with tables=False.
     """
 
-    total: jax.Array
-    prior: jax.Array
-    decoder: jax.Array
-    standard_error: jax.Array | None
-    t: jax.Array | None
-    vlb: jax.Array | None
-    mse: jax.Array | None
-    x_0_mse: jax.Array | None
+    total: Float[Array, "B"]
+    prior: Float[Array, "B"]
+    decoder: Float[Array, "B"]
+    standard_error: Float[Array, "B"] | None
+    t: Int[Array, "B K"] | None
+    vlb: Float[Array, "B K"] | None
+    mse: Float[Array, "B K"] | None
+    x_0_mse: Float[Array, "B K"] | None
 
 
-def gaussian_kl(mean_1, log_variance_1, mean_2, log_variance_2) -> jax.Array:
+def gaussian_kl(
+    mean_1: Float[ArrayLike, "*#shape"],
+    log_variance_1: Float[ArrayLike, "*#shape"],
+    mean_2: Float[ArrayLike, "*#shape"],
+    log_variance_2: Float[ArrayLike, "*#shape"],
+) -> Float[Array, "*shape"]:
     """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of every element, in nats; shapes broadcast."""
     arrays = (mean_1, log_variance_1, mean_2, log_variance_2)
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
@@ -66,8 +83,8 @@ def _log_cdf(z):
 
 @_log_cdf.defjvp
 def _log_cdf_jvp(primals, tangents):
-    # The derivative phi(z) / Phi(z) is a difference of logarithms of size z^2 / 2, which leaves no digits in float32 far
-    # below 0; there its expansion takes over.
+    # The derivative phi(z) / Phi(z) is a difference of logarithms of size z^2 / 2, which has no digits left in float32 far
+    # below 0; its asymptotic expansion replaces it there.
     (z,), (tangent,) = primals, tangents
     value = _log_cdf(z)
     far = jnp.minimum(z, -30.0)
@@ -77,22 +94,28 @@ def _log_cdf_jvp(primals, tangents):
 
 
 def _tanh_cdf(z):
-    """OpenAI's approximation of the standard normal CDF; at most 1.8e-4 off."""
+    """OpenAI's approximation of the standard normal CDF; its error is at most 1.8e-4."""
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None = 256, cdf: str = "exact") -> jax.Array:
+def decoder_log_prob(
+    x_0: Float[ArrayLike, "*#shape"],
+    mean: Float[ArrayLike, "*#shape"],
+    log_variance: Float[ArrayLike, "*#shape"],
+    gray_levels: int | None = 256,
+    cdf: str = "exact",
+) -> Float[Array, "*shape"]:
     """log p(x_0 | x_1) of every element, in nats: the Gaussian's mass in the bin of each gray level (DDPM eq. 13).
 
-    Level k of `gray_levels` is x_0 = 2 k / (gray_levels - 1) - 1, and its bin reaches half way to its neighbors, the outermost ones
-    to infinity, so the probabilities of all gray_levels sum to 1.
+    With L gray levels, level k is x_0 = 2 k / (L - 1) - 1. Its bin reaches halfway to its neighbors and the outermost bins
+    reach to infinity, so the probabilities of all levels sum to 1.
 
     Args:
-      x_0, mean, log_variance: float, of one shape; a variance below exp(-60) counts as that.
-      gray_levels: how many values the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest. None for
-        continuous data: the log density of N(mean, variance) at x_0.
-      cdf: "exact", or "tanh" for OpenAI's approximation with its floor of log 1e-12, to reproduce their figures.
-    Raises: ValueError for fewer than 2 gray_levels, an unknown cdf, or arrays that are not float.
+      log_variance: values below -60 count as -60.
+      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest.
+        None for continuous data: the log density of N(mean, variance) at x_0.
+      cdf: "exact", or "tanh" for OpenAI's approximation with its lower bound of log 1e-12, to reproduce their numbers.
+    Raises: ValueError for fewer than 2 gray levels, an unknown cdf, or arrays that are not float.
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
     if gray_levels is None:
@@ -101,12 +124,12 @@ def decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None = 256, cdf
         raise ValueError(f"gray_levels={gray_levels} must be at least 2, or None for continuous data")
     if cdf not in CDFS:
         raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
-    log_variance = jnp.maximum(log_variance, _LEAST_LOG_VARIANCE)
+    log_variance = jnp.maximum(log_variance, _MIN_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (gray_levels - 1)
     level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, gray_levels - 1)
-    # Edges come from the whole number of the level, so that neighbors share theirs to the bit: edges made from x_0 leave
-    # gaps, which at a standard deviation of 1e-3 let the sum of probabilities miss 1 by 5e-5 in float32.
+    # Edges are computed from the integer k, so that neighboring bins share bit-identical edges: with edges computed from x_0
+    # and a standard deviation of 1e-3 the sum of probabilities is off by 5e-5 in float32.
     lower = ((2 * level - 1) * half - 1 - mean) * inverse_sd
     upper = ((2 * level + 1) * half - 1 - mean) * inverse_sd
     first, last = level == 0, level == gray_levels - 1
@@ -114,11 +137,11 @@ def decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None = 256, cdf
         mass = jnp.where(last, 1.0, _tanh_cdf(upper)) - jnp.where(first, 0.0, _tanh_cdf(lower))
         return jnp.log(jnp.maximum(mass, 1e-12))
 
-    # Mirrored to the side where the CDF is small and keeps its digits.
+    # Mirrored to the side where the CDF is small, because a CDF near 1 loses digits.
     mirrored = jnp.where(first, False, jnp.where(last, True, lower + upper > 0))
     a, b = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
     edge = first | last
-    # Each branch sees arguments that keep it finite where another one is taken, or its gradient would be NaN.
+    # Arguments of a branch that is not taken are replaced by finite ones, or its gradient would be NaN.
     log_b = _log_cdf(b)
     middle, width = 0.5 * (a + b), 2 * half * inverse_sd
     narrow = width * (1 + jnp.abs(middle)) < 0.05  # a difference of CDFs would cancel: the midpoint rule, to width^4
@@ -132,12 +155,12 @@ def decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None = 256, cdf
 
 
 def _bits(nats):
-    """Mean over everything but the batch, in bits."""
+    """Mean over all axes except the batch, in bits."""
     return jnp.mean(nats, axis=range(1, jnp.ndim(nats))) / math.log(2)
 
 
-def prior_term(schedule: Schedule, x_0) -> jax.Array:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension; x_0 [B, ...] -> [B]. Nothing in it is learned."""
+def prior_term(schedule: Schedule, x_0: Float[ArrayLike, "B *shape"]) -> Float[Array, "B"]:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, which does not depend on the network."""
     x_0 = process.as_float("x_0", x_0)
     alpha_bar = jnp.asarray(schedule.alpha_bar[-1], x_0.dtype)
     return _bits(0.5 * (alpha_bar * jnp.square(x_0) - alpha_bar - jnp.log1p(-alpha_bar)))
@@ -145,63 +168,62 @@ def prior_term(schedule: Schedule, x_0) -> jax.Array:
 
 def bound_term(
     schedule: Schedule,
-    output,
-    x_0,
-    x_t,
-    t,
+    output: Float[ArrayLike, "B *output_shape"],
+    x_0: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
-    clip: bool | Callable = True,
+    clip: Clip = True,
     gray_levels: int | None = 256,
     cdf: str = "exact",
-) -> tuple[jax.Array, process.Reverse]:
+) -> tuple[Float[Array, "B"], process.Reverse]:
     """One term of the bound, from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
-    output: [B, ..., C], twice the channels for a learned variance; x_0, x_t: [B, ..., C]; t: int32 [B]; prediction, variance,
-    clip: as `process.p_mean_variance`; gray_levels, cdf: as `decoder_log_prob`.
-    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) it was made with).
+    output: with twice the channels of x_t for a learned variance. prediction, variance, clip: as `process.p_mean_variance`.
+    gray_levels, cdf: as `decoder_log_prob`.
+    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) that they belong to).
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
-    # A network's own log variance may fall to where float32 has no exponential, here or in the branch not taken.
-    log_variance = jnp.maximum(reverse.log_variance, _LEAST_LOG_VARIANCE)
+    # A learned log variance can be so small that its exponential is 0 in float32, also in the branch that is not taken.
+    log_variance = jnp.maximum(reverse.log_variance, _MIN_LOG_VARIANCE)
     kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
     decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
     return jnp.where(t == 0, _bits(decoder), _bits(kl)), reverse
 
 
 def bits_per_dim(
-    key,
+    key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: Callable,
-    x_0,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
-    clip: bool | Callable = True,
+    clip: Clip = True,
     gray_levels: int | None = 256,
     cdf: str = "exact",
     strata: int | None = None,
     tables: bool = True,
 ) -> BitsPerDim:
-    """The variational bound on -log2 p(x_0) / D of every example (DDPM eq. 5; OpenAI's calc_bpd_loop), one draw of noise a
-    step, in one scan.
+    """The variational bound on -log2 p(x_0) / D of every example (DDPM eq. 5; OpenAI's calc_bpd_loop).
+
+    It draws noise once for each step, in one scan.
 
     Args:
-      key: the noise of every step, and the steps where strata are drawn.
-      denoise_fn: (x_t [B, ...], network time float [B]) -> output.
-      x_0: float [B, ...], images in [-1, 1].
-      prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's figures clip.
-      gray_levels, cdf: as `decoder_log_prob`; None gray_levels for continuous data, whose "bits" are of a density and may be negative.
-      strata: None visits all T steps. A number S visits 1 + 2 S of them: L_0, and two in each of S parts of the others (short
-        ones where t is small and terms are large), drawn for each example on its own. The estimate is unbiased, and
-        `standard_error` comes from the differences of those pairs.
-      tables: False leaves the tables out, for memory that does not grow with T.
-    Returns: BitsPerDim.
-    Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; where eps or the score is predicted and alpha_bar
-      ends at 0; for strata outside 1 ... T - 1; for an x_0 that is not float.
+      key: draws the noise of every step, and the steps with strata.
+      x_0: images in [-1, 1], or other data.
+      prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip.
+      gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits are of a density and may be negative.
+      strata: None visits all T steps. A number S visits 1 + 2 S of them: index 0, and two in each of S intervals of the
+        others (short ones where t is small and terms are large), drawn for each example. The estimate is unbiased, and
+        `standard_error` is computed from the differences of these pairs.
+      tables: False omits the tables, so that memory does not grow with T.
+    Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; for prediction eps or score if alpha_bar ends at
+      0; for strata outside 1 ... T - 1; for an x_0 that is not float.
     """
     process.check_terminal_snr(schedule, prediction)
     x_0 = process.as_float("x_0", x_0)
@@ -211,7 +233,7 @@ def bits_per_dim(
         steps = jnp.broadcast_to(jnp.arange(total_steps, dtype=jnp.int32)[:, None], (total_steps, batch))
         sizes = jnp.ones(total_steps)
     else:
-        steps, sizes = _drawn_steps(key_t, total_steps, strata, batch)
+        steps, sizes = _draw_stratified_steps(key_t, total_steps, strata, batch)
 
     def step(carry, row):
         total, squared_error, decoder, previous = carry
@@ -233,7 +255,7 @@ def bits_per_dim(
             cdf=cdf,
         )
         eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")
-        # Rows 1 and 2, 3 and 4, ... are the pairs of one stratum, whose sum is estimated by size (first + second) / 2.
+        # Rows 1 and 2, 3 and 4, ... are the pairs of one stratum, whose sum is estimated as size (first + second) / 2.
         second = (i > 0) & (i % 2 == 0)
         squared_error += jnp.where(second, jnp.square(size * (term - previous)), 0.0)
         carry = (total + size * term, squared_error, jnp.where(i == 0, term, decoder), term)
@@ -244,37 +266,37 @@ def bits_per_dim(
     rows = (jnp.arange(len(sizes)), steps, sizes.astype(x_0.dtype))
     (total, squared_error, decoder, _), columns = jax.lax.scan(step, (zeros,) * 4, rows)
     prior = prior_term(schedule, x_0)
-    return BitsPerDim(
-        prior + total,
-        prior,
-        decoder,
-        None if strata is None else jnp.sqrt(squared_error),
-        *([steps.T, *(column.T for column in columns)] if tables else [None] * 4),
-    )
+    standard_error = None if strata is None else jnp.sqrt(squared_error)
+    if columns is None:
+        return BitsPerDim(prior + total, prior, decoder, standard_error, None, None, None, None)
+    vlb, mse, x_0_mse = (column.T for column in columns)
+    return BitsPerDim(prior + total, prior, decoder, standard_error, steps.T, vlb, mse, x_0_mse)
 
 
-def rate_distortion(prior, vlb, x_0_mse) -> tuple[jax.Array, jax.Array]:
-    """Progressive coding (DDPM section 4.3): what is paid until x_t is known, and how well it tells x_0.
+def rate_distortion(
+    prior: Float[ArrayLike, "*batch"], vlb: Float[ArrayLike, "*batch T"], x_0_mse: Float[ArrayLike, "*batch T"]
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    """The rate and distortion of progressive coding (DDPM section 4.3).
 
-    Rate at index t: L_T + sum_{s > t} L_s, bits per dimension. Distortion: the root mean squared error of the x_0 predicted
-    from x_t, on the 0-255 scale. The rest, L_t and below, makes the code lossless.
+    Rate at index t: the bits per dimension received until x_t is known, L_T + sum_{s > t} L_s; the remaining terms, L_t and
+    below, make the code lossless. Distortion: the root mean squared error of the x_0 predicted from x_t, on the 0-255 scale.
 
-    Args: prior [...]; vlb, x_0_mse [..., T], every step's, of examples or averaged over them.
-    Returns: (rate, distortion) [..., T].
+    The tables hold every step, for each example or averaged over them.
+    Returns: (rate, distortion).
     """
     prior, vlb, x_0_mse = process.promote(prior=prior, vlb=vlb, x_0_mse=x_0_mse)
     after = jnp.flip(jnp.cumsum(jnp.flip(vlb, -1), -1), -1) - vlb
     return prior[..., None] + after, 127.5 * jnp.sqrt(x_0_mse)
 
 
-def _drawn_steps(key, total_steps: int, strata: int, batch: int):
-    """Index 0, then two draws of each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
+def _draw_stratified_steps(key, total_steps: int, strata: int, batch: int):
+    """Index 0, then two draws in each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
     if not 1 <= strata <= total_steps - 1:
         raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
-    # Terms fall off roughly as 1 / t, so parts of equal ratio, not of equal length, have sums of like size.
+    # Terms decrease roughly as 1 / t, so strata of equal ratio, not of equal length, have sums of similar size.
     edges = [1]
-    for left in range(strata, 0, -1):
-        ratio = (total_steps / edges[-1]) ** (1 / left)
+    for remaining in range(strata, 0, -1):
+        ratio = (total_steps / edges[-1]) ** (1 / remaining)
         edges.append(max(edges[-1] + 1, round(edges[-1] * ratio)))
     low, size = np.repeat(edges[:-1], 2), np.repeat(np.diff(edges), 2)
     drawn = jax.random.randint(key, (2 * strata, batch), low[:, None], (low + size)[:, None], jnp.int32)

@@ -1,217 +1,246 @@
 """Training losses, as pure functions of a key, a schedule and any callable `denoise_fn(x_t, time) -> output`.
 
-Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, and the parts
-that went into it: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's sum of both, which
-trains a learned variance). `classify` trains a classifier of noisy images instead, from labels.
+Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, together with a
+`LossAux` of its intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
+sum of both, which trains a learned variance). `classify` trains a classifier of noisy images from labels.
 
-Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, also the
-network's output.
+Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, including
+that of the network's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 from diffusion_jax import labels, likelihood, process, timesteps
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import Clip, DenoiseFn, LogitsFn, TimestepSampler
+
+__all__ = [
+    "LOSSES",
+    "WEIGHTINGS",
+    "ClassifyAux",
+    "LossAux",
+    "classify",
+    "hybrid",
+    "min_snr_weight",
+    "p2_weight",
+    "simple",
+    "snr_weight",
+    "truncated_snr_weight",
+    "vlb",
+]
 
 LOSSES = ("simple", "vlb", "hybrid", "classify")
 
 
-class Parts(NamedTuple):
-    """What a loss saw.
+class LossAux(NamedTuple):
+    """The intermediate values of a loss.
 
-    t: int32 [B]. importance: [B], the weight of the timestep sampler, already in the loss. mse: [B], the unweighted error of
-    what is predicted. vlb: [B], T times the bound's term at t, in bits per dimension (an estimate of the whole bound but its
-    constant L_T); None for `simple`. eps, x_t, output: as the images.
+    t: the drawn indices. importance: the weight of the timestep sampler, already in the loss. mse: the unweighted error of
+    the predicted quantity. vlb: T times the bound's term at t, in bits per dimension (an estimate of the bound without
+    L_T); None for `simple`. output: the network's, with twice the channels for a learned variance.
     """
 
-    t: jax.Array
-    importance: jax.Array
-    mse: jax.Array
-    vlb: jax.Array | None
-    eps: jax.Array
-    x_t: jax.Array
-    output: jax.Array
+    t: Int[Array, "B"]
+    importance: Float[Array, "B"]
+    mse: Float[Array, "B"]
+    vlb: Float[Array, "B"] | None
+    eps: Float[Array, "B *shape"]
+    x_t: Float[Array, "B *shape"]
+    output: Float[Array, "B *output_shape"]
 
 
-class ClassifyParts(NamedTuple):
-    """What `classify` saw.
+class ClassifyAux(NamedTuple):
+    """The intermediate values of `classify`.
 
-    t, importance: as in `Parts`. accuracy: [B], 1 where the largest logit is the label's, else 0. x_t: as the images.
-    logits: [B, K].
+    t, importance: as in `LossAux`. accuracy: 1 where the largest logit is the label's, else 0.
     """
 
-    t: jax.Array
-    importance: jax.Array
-    accuracy: jax.Array
-    x_t: jax.Array
-    logits: jax.Array
+    t: Int[Array, "B"]
+    importance: Float[Array, "B"]
+    accuracy: Float[Array, "B"]
+    x_t: Float[Array, "B *shape"]
+    logits: Float[Array, "B K"]
 
 
-def snr_weight(snr):
+# A weight of the eps error as a function of the SNR, elementwise.
+WeightFn: TypeAlias = Callable[[Float[Array, "*shape"]], Float[ArrayLike, "*shape"]]
+
+
+def snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Weight 1 on the eps error, which is SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
     return jnp.ones_like(process.as_float("snr", snr))
 
 
-def min_snr_weight(snr, gamma: float = 5.0):
+def min_snr_weight(snr: Float[ArrayLike, "*shape"], gamma: float = 5.0) -> Float[Array, "*shape"]:
     """Weight min(1, gamma / SNR) on the eps error, which is min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
     return jnp.minimum(1.0, gamma / process.as_float("snr", snr))
 
 
-def truncated_snr_weight(snr):
+def truncated_snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Weight max(1, 1 / SNR) on the eps error, which is max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
     return jnp.maximum(1.0, 1.0 / process.as_float("snr", snr))
 
 
-def p2_weight(snr, k: float = 1.0, gamma: float = 1.0):
+def p2_weight(snr: Float[ArrayLike, "*shape"], k: float = 1.0, gamma: float = 1.0) -> Float[Array, "*shape"]:
     """Weight 1 / (k + SNR)^gamma on the eps error (Choi et al. 2022, P2)."""
     return (k + process.as_float("snr", snr)) ** -gamma
 
 
-WEIGHTINGS = {"snr": snr_weight, "min_snr": min_snr_weight, "truncated_snr": truncated_snr_weight, "p2": p2_weight}
+WEIGHTINGS: dict[str, WeightFn] = {
+    "snr": snr_weight,
+    "min_snr": min_snr_weight,
+    "truncated_snr": truncated_snr_weight,
+    "p2": p2_weight,
+}
 
 
 def simple(
-    key,
+    key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: Callable,
-    x_0,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
     *,
     prediction: str = "eps",
-    weighting: str | Callable | None = None,
-    timestep_sampler: str | Callable = timesteps.uniform,
-) -> tuple[jax.Array, Parts]:
+    weighting: str | WeightFn | None = None,
+    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+) -> tuple[Float[Array, "B"], LossAux]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
     The square is a mean over pixels and channels, as in DDPM's and OpenAI's code (DDIM's sums).
 
     Args:
       key: draws t and eps.
-      denoise_fn: (x_t [B, ...], network time float [B]) -> output with the shape of x_t. A second half of the channels (a
-        learned variance) is left out of this loss.
-      x_0: float [B, ...], images in [-1, 1].
-      prediction: what the output stands for: eps, x_0, v, x_prev or score.
-      weighting: None or "none": the plain squared error of whatever is predicted, as OpenAI's code does; for eps this is
-        L_simple. Otherwise a weight of the **eps error**, whatever is predicted (the eps error is SNR times the x_0 error
-        and SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their
-        published constants) or a function SNR [B] -> weight [B].
-      timestep_sampler: a name in `timesteps.SAMPLERS`, or any function of that form.
-    Returns: (loss float [B], Parts).
+      denoise_fn: its output has the shape of x_t. A second half of the channels (a learned variance) is not in this loss.
+      x_0: images in [-1, 1], or other data.
+      prediction: the quantity that the network predicts: eps, x_0, v, x_prev or score.
+      weighting: None or "none": the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
+        L_simple. Otherwise a weight of the **eps error** for any prediction (the eps error is SNR times the x_0 error and
+        SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their published
+        constants) or a function SNR [B] -> weight [B].
+      timestep_sampler: a name in `timesteps.SAMPLERS`, or a `TimestepSampler`.
+    Returns: (loss [B], LossAux).
     Raises: ValueError for an unknown prediction, weighting or timestep sampler, an output of another shape, an x_0 that is
-      not float, or a "truncated_snr" weight, which is infinite, for eps or score where alpha_bar ends at 0.
+      not float, or a "truncated_snr" weight, which is infinite, for eps or score if alpha_bar ends at 0.
     """
     if weighting == "truncated_snr":
         process.check_terminal_snr(schedule, prediction)
-    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    return parts.importance * _weight_of_target(schedule, parts, prediction, weighting) * parts.mse, parts
+    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    return aux.importance * _weight_of_target(schedule, aux, prediction, weighting) * aux.mse, aux
 
 
 def vlb(
-    key,
+    key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: Callable,
-    x_0,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
     *,
     prediction: str = "eps",
     variance: str = "learned_range",
-    clip: bool | Callable = False,
+    clip: Clip = False,
     gray_levels: int | None = 256,
-    timestep_sampler: str | Callable = timesteps.uniform,
-) -> tuple[jax.Array, Parts]:
-    """The variational bound (DDPM eq. 5) but its constant L_T, in bits per dimension: T times the term of one drawn step.
+    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+) -> tuple[Float[Array, "B"], LossAux]:
+    """The variational bound (DDPM eq. 5) without its constant L_T, in bits per dimension: T times the term of one drawn step.
 
-    Its mean estimates `likelihood.bits_per_dim(...).total - .prior` without bias. The noise of that estimate is what
-    `timesteps.loss_second_moment` is for (Improved DDPM section 3.3).
+    Its mean is an unbiased estimate of `likelihood.bits_per_dim(...).total - .prior`. `timesteps.loss_second_moment` reduces
+    the variance of that estimate (Improved DDPM section 3.3).
 
     Args:
       key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
-      variance, clip: as `process.p_mean_variance`; training does not clip, as in OpenAI's code (Ho's does).
+      variance, clip: as `process.p_mean_variance`; by default training does not clip, as in OpenAI's code (Ho's clips).
       gray_levels: as `likelihood.decoder_log_prob`.
-    Returns: (loss float [B], Parts).
-    Raises: ValueError as `simple`, for an output whose channels do not fit `variance`, and for eps or score where alpha_bar
+    Returns: (loss [B], LossAux).
+    Raises: ValueError as `simple`, for an output whose channels do not match `variance`, and for eps or score if alpha_bar
       ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
-    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    bound = _bound(schedule, parts, parts.output, x_0, prediction, variance, clip, gray_levels)
-    return parts.importance * bound, parts._replace(vlb=bound)
+    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    bound = _bound(schedule, aux, aux.output, x_0, prediction, variance, clip, gray_levels)
+    return aux.importance * bound, aux._replace(vlb=bound)
 
 
 def hybrid(
-    key,
+    key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: Callable,
-    x_0,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
     *,
     prediction: str = "eps",
     variance: str = "learned_range",
-    clip: bool | Callable = False,
+    clip: Clip = False,
     gray_levels: int | None = 256,
-    weighting: str | Callable | None = None,
+    weighting: str | WeightFn | None = None,
     vlb_weight: float = 0.001,
-    timestep_sampler: str | Callable = timesteps.uniform,
-) -> tuple[jax.Array, Parts]:
-    """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains the variance alone.
+    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+) -> tuple[Float[Array, "B"], LossAux]:
+    """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains only the variance.
 
-    In the bound the first half of the output, which makes the mean, is a constant (`stop_gradient`): its gradient is that of
-    L_simple. The bound is in bits per dimension and its weight is on the whole of it, whatever T; published: 0.001 (OpenAI's
-    code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False by 1, which is a weight of 1 / T).
+    In the bound the first half of the output, which determines the mean, is a constant (`stop_gradient`): its gradient is
+    that of L_simple. The bound is in bits per dimension, a sum over all T steps, and `vlb_weight` multiplies this sum.
+    Published: 0.001 (OpenAI's code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False by 1, which
+    is a weight of 1 / T).
 
     Args: as `simple` and `vlb`.
-    Returns: (loss float [B], Parts).
-    Raises: as `vlb`, and ValueError for a fixed variance, which leaves the bound nothing to train.
+    Returns: (loss [B], LossAux).
+    Raises: ValueError as `vlb`, and for a fixed variance, where the bound has nothing to train.
     """
     if not variance.startswith("learned"):
         raise ValueError(
-            f"variance={variance!r}: the hybrid loss trains a learned variance; use simple, or learned_range"
+            f"variance={variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
         )
     process.check_terminal_snr(schedule, prediction)
-    parts = _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    mean, values = process.split_variance(parts.output, parts.x_t, variance)
+    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    mean, values = process.split_variance(aux.output, aux.x_t, variance)
+    assert values is not None  # the variance is learned
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
-    bound = _bound(schedule, parts, detached, x_0, prediction, variance, clip, gray_levels)
-    weight = _weight_of_target(schedule, parts, prediction, weighting)
-    return parts.importance * (weight * parts.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), parts._replace(
-        vlb=bound
-    )
+    bound = _bound(schedule, aux, detached, x_0, prediction, variance, clip, gray_levels)
+    weight = _weight_of_target(schedule, aux, prediction, weighting)
+    return aux.importance * (weight * aux.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), aux._replace(vlb=bound)
 
 
 def classify(
-    key, schedule: Schedule, logits_fn: Callable, x_0, y, *, timestep_sampler: str | Callable = timesteps.uniform
-) -> tuple[jax.Array, ClassifyParts]:
+    key: Key[Array, ""],
+    schedule: Schedule,
+    logits_fn: LogitsFn,
+    x_0: Float[ArrayLike, "B *shape"],
+    y: Integer[ArrayLike, "B"],
+    *,
+    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+) -> tuple[Float[Array, "B"], ClassifyAux]:
     """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
 
     Args:
       key: draws t and eps.
-      logits_fn: (x_t [B, ...], network time float [B]) -> logits [B, K].
-      x_0: float [B, ...], images in [-1, 1].
-      y: int [B] in 0 ... K - 1. The loss of a traced label outside is NaN.
+      x_0: images in [-1, 1], or other data.
+      y: labels in 0 ... K - 1. The loss of a traced label outside of this range is NaN.
       timestep_sampler: as `simple`.
-    Returns: (loss float [B], ClassifyParts).
-    Raises: ValueError for logits of another shape, an x_0 that is not float, or labels that are not int or not in the range.
+    Returns: (loss [B], ClassifyAux).
+    Raises: ValueError for logits of another shape, an x_0 that is not float, or labels that are not int or out of range.
     """
-    x_0, t, importance, _, x_t, time = _noise(key, schedule, x_0, timestep_sampler)
+    x_0, t, importance, _, x_t, time = _draw_noise(key, schedule, x_0, timestep_sampler)
     logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_0.shape[0]:
         raise ValueError(
-            f"logits_fn gave {logits.shape} for x_t {x_t.shape}; it must give [B, K], a logit for each class"
+            f"logits_fn returned {logits.shape} for x_t {x_t.shape}; it must return [B, K], a logit for each class"
         )
     loss = -labels.log_prob(logits, y)
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
-    return importance * loss, ClassifyParts(t, importance, accuracy, x_t, logits)
+    return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
 
 
-def _timestep_sampler(sampler: str | Callable) -> Callable:
+def _timestep_sampler(sampler: str | TimestepSampler) -> TimestepSampler:
     if callable(sampler):
         return sampler
     if sampler == "loss_second_moment":
         raise ValueError(
-            "timestep_sampler='loss_second_moment' needs the losses seen so far; give "
+            "timestep_sampler='loss_second_moment' needs a history of the losses; use "
             "timesteps.loss_second_moment(history), with a history from timesteps.loss_history"
         )
     if sampler not in timesteps.SAMPLERS:
@@ -222,8 +251,8 @@ def _timestep_sampler(sampler: str | Callable) -> Callable:
     return timesteps.SAMPLERS[sampler]
 
 
-def _noise(key, schedule, x_0, timestep_sampler):
-    """Draws t and eps: (x_0 promoted, t, importance, eps, x_t, network time)."""
+def _draw_noise(key, schedule, x_0, timestep_sampler):
+    """Draws t and eps. Returns (x_0 promoted, t, importance, eps, x_t, network time)."""
     x_0 = process.as_float("x_0", x_0)
     if x_0.ndim == 0:
         raise ValueError("x_0 must have a batch axis [B, ...], got a single number")
@@ -234,30 +263,39 @@ def _noise(key, schedule, x_0, timestep_sampler):
     return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
 
 
-def _draw(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> Parts:
-    """Draws t and eps, calls the network and compares its prediction with the target."""
-    x_0, t, importance, eps, x_t, time = _noise(key, schedule, x_0, timestep_sampler)
+def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> LossAux:
+    """Draws t and eps, calls the network and computes the error of its prediction."""
+    x_0, t, importance, eps, x_t, time = _draw_noise(key, schedule, x_0, timestep_sampler)
     target = _target(schedule, x_0, x_t, t, eps, prediction)
     output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
         raise ValueError(
-            f"denoise_fn gave {output.shape} for x_t {x_t.shape}; it must keep the shape of x_t, or double its last axis "
-            "for a learned variance"
+            f"denoise_fn returned {output.shape} for x_t {x_t.shape}; it must return the shape of x_t, or twice its "
+            "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    return Parts(t, importance, mse, None, eps, x_t, output)
+    return LossAux(t, importance, mse, None, eps, x_t, output)
 
 
-def _bound(schedule, parts, output, x_0, prediction, variance, clip, gray_levels):
-    """T times the bound's term at the drawn step, [B]."""
+def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
+    """T times the bound's term at the drawn steps, [B]."""
     term, _ = likelihood.bound_term(
-        schedule, output, x_0, parts.x_t, parts.t, prediction=prediction, variance=variance, clip=clip, gray_levels=gray_levels
+        schedule,
+        output,
+        x_0,
+        aux.x_t,
+        aux.t,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+        gray_levels=gray_levels,
     )
     return schedule.num_timesteps * term
 
 
 def _target(schedule, x_0, x_t, t, eps, prediction):
+    """The quantity that the network is trained to predict."""
     a, s = (
         process.lookup(schedule.sqrt_alpha_bar, t, x_0),
         process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_0),
@@ -275,18 +313,18 @@ def _target(schedule, x_0, x_t, t, eps, prediction):
     raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
 
 
-def _weight_of_target(schedule, parts, prediction, weighting):
-    """A weight of the eps error, [B], turned into the weight of the predicted quantity's error."""
+def _weight_of_target(schedule, aux, prediction, weighting):
+    """The weight of the predicted quantity's error, [B], from a weight of the eps error."""
     if weighting is None or weighting == "none":
         return 1.0
     if not callable(weighting) and weighting not in WEIGHTINGS:
         raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
-    weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]
+    weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
     def table(values):
-        return process.lookup(values, parts.t, parts.mse)
+        return process.lookup(values, aux.t, aux.mse)
 
-    # A floor keeps 1 / SNR finite where alpha_bar is 0, so that its product with a v error stays what it tends to.
+    # A lower bound keeps 1 / SNR finite where alpha_bar is 0, so that its product with the factor of v has its limit.
     snr = jnp.maximum(table(schedule.snr), 1e-20)
     eps_error_per_error = {
         "eps": 1.0,
@@ -295,4 +333,4 @@ def _weight_of_target(schedule, parts, prediction, weighting):
         "x_prev": snr / table(schedule.posterior_mean_coef_x_0) ** 2,
         "score": table(schedule.sqrt_one_minus_alpha_bar) ** 2,
     }
-    return jnp.asarray(weighting(snr), snr.dtype) * eps_error_per_error[prediction]
+    return jnp.asarray(weight_fn(snr), snr.dtype) * eps_error_per_error[prediction]

@@ -57,9 +57,9 @@ def test_repaint_nears_the_conditional_mean_and_its_spread_falls_short():
     assert found[20][1] < variance  # said in the docstring
 
 
-def test_the_walk_of_repaint():
+def test_the_steps_of_repaint():
     """The published example's rules, counted: every stretch as often as asked, each climb back to where it fell from."""
-    downs, climbs = editing._walk(12, 3, 4)
+    downs, climbs = editing._repaint_steps(12, 3, 4)
     np.testing.assert_array_equal(downs[:4], [11, 10, 9, 8])
     assert {j: int((climbs == j).sum()) for j in set(climbs.tolist()) - {-1}} == {4: 2, 8: 2}
     level = 11
@@ -67,7 +67,7 @@ def test_the_walk_of_repaint():
         assert t == level
         level = t - 1 if climb < 0 else climb
     assert level == -1
-    plain, never = editing._walk(12, 1, 4)
+    plain, never = editing._repaint_steps(12, 1, 4)
     np.testing.assert_array_equal(plain, np.arange(11, -1, -1))
     assert (never == -1).all()
 
@@ -192,7 +192,7 @@ def test_known_pixels_are_drawn_one_step_earlier():
     schedule = schedules.respace(FULL, 10)
     x_0, x_prev = jnp.tile(jnp.array([KNOWN, 5.0]), (N, 1)), jnp.tile(jnp.array([9.0, -3.0]), (N, 1))
     for t in (9, 4, 1, 0):
-        x = editing._with_known(KEY, schedule, x_prev, x_0, MASK, jnp.int32(t))
+        x = editing._replace_known(KEY, schedule, x_prev, x_0, MASK, jnp.int32(t))
         np.testing.assert_array_equal(x[:, 1], -3.0)
         a = schedule.alpha_bar[t - 1] if t else 1.0
         assert abs(x[:, 0].mean() - np.sqrt(a) * KNOWN) < 4 * np.sqrt((1 - a) / N) + 1e-6
@@ -212,7 +212,7 @@ def test_repaint_climbs_to_the_spread_of_its_level():
     sampler = sampling.ddpm(variance="fixed_large", clip=False)
     x = editing.repaint(KEY, schedule, white, jnp.zeros((N, 2)), nothing, sampler, resamplings=3, jump=4)
     jax.block_until_ready(x)
-    assert len(seen) == len(editing._walk(12, 3, 4)[0])
+    assert len(seen) == len(editing._repaint_steps(12, 3, 4)[0])
     for x in seen:
         assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
 
@@ -242,7 +242,7 @@ def test_noise_of_the_known_pixels_is_their_own():
         return independent(x, time)
 
     jax.block_until_ready(editing.repaint(KEY, schedule, watching, x_0, MASK, sampler, resamplings=2, jump=4))
-    downs, climbs = editing._walk(12, 2, 4)
+    downs, climbs = editing._repaint_steps(12, 2, 4)
     for i, climb in enumerate(climbs[:-1]):
         if climb >= 0:  # the climbed pixel against the one before the climb's own step: independent white noise
             kept = schedule.alpha_bar[climb] / (schedule.alpha_bar[downs[i] - 1] if downs[i] else 1.0)
@@ -264,7 +264,7 @@ def test_a_clip_comes_before_the_projection():
 def test_edits_that_cannot_be():
     x_0 = jnp.zeros((1, 2))
     schedule = schedules.respace(FULL, 10)
-    with pytest.raises(ValueError, match="sampler with a memory cannot; use ddpm"):
+    with pytest.raises(ValueError, match="which has a state; use ddpm"):
         editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp(), jump=3)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=0)

@@ -16,9 +16,7 @@ from diffusion_jax import data, training
 from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
 
-CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"
-)
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
 def test_import_loads_only_jax_numpy_and_jaxtyping():
@@ -70,6 +68,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
+    {"config"},
     {"distributed"},
     {"data", "models"},
     {"training"},
@@ -83,9 +82,7 @@ def test_nothing_imports_upward():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
     for path in (ROOT / "diffusion_jax").rglob("*.py"):
         layer = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
-        if (
-            layer == "__init__" or path == ROOT / "diffusion_jax" / "evaluation" / "__main__.py"
-        ):  # an entry point, as main.py
+        if layer in ("__init__", "cli") or path.name == "__main__.py":  # the package itself, and entry points
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
@@ -97,6 +94,13 @@ def test_nothing_imports_upward():
                 continue
             for name in used:
                 assert level[name] <= level[layer], f"{path} imports {name}"
+
+
+def test_experiments_import_the_config_package_alone():
+    for path in (ROOT / "configs").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Import), path
+            assert not isinstance(node, ast.ImportFrom) or node.module == "diffusion_jax.config", path
 
 
 @pytest.mark.parametrize("name", CONFIGS)

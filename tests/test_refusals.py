@@ -241,7 +241,7 @@ def test_timestep_samplers_by_name():
             by_name, by_function = (loss(KEY, FULL, f, X, timestep_sampler=s)[1].t for s in (name, sampler))
             np.testing.assert_array_equal(by_name, by_function)
         losses.classify(KEY, FULL, logits, X, jnp.array([0, 1]), timestep_sampler=name)
-    with pytest.raises(ValueError, match=r"needs the losses seen so far; give timesteps.loss_second_moment\(history\)"):
+    with pytest.raises(ValueError, match=r"needs a history of the losses; use timesteps.loss_second_moment\(history\)"):
         losses.simple(KEY, FULL, network, X, timestep_sampler="loss_second_moment")
     with pytest.raises(ValueError, match="unknown timestep_sampler 'even'; known: uniform, antithetic, stratified"):
         losses.simple(KEY, FULL, network, X, timestep_sampler="even")

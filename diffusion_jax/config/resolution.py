@@ -78,7 +78,7 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
         evaluation["ode_dequantization"] = evaluation.pop("ode_dequantisation")
     if isinstance(evaluation.get("metrics"), list | tuple):
         translated = {"memorisation": "memorization"}
-        evaluation["metrics"] = tuple(translated.get(metric, metric) for metric in evaluation["metrics"])
+        evaluation["metrics"] = [translated.get(metric, metric) for metric in evaluation["metrics"]]
     if editing.get("task") == "colourise":
         editing["task"] = "colorize"
     steps = sampling.get("steps")
@@ -110,6 +110,9 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
     inside = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
     if inside:
         raise ConfigError(f"{name} is a group; set one of its leaves, such as {inside[0]}")
+    parent = name.rpartition(".")[0]
+    if parent in leaves:
+        raise ConfigError(f"unknown leaf {name}; {parent} is a leaf itself, not a group")
     if name in LEAVES:
         raise ConfigError(
             f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it"

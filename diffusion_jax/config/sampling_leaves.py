@@ -32,7 +32,7 @@ class _Steps(OneOf):
         counts = value.removeprefix("ddim").replace(" ", "")
         spacing = "openai_ddim" if value.startswith("ddim") else "openai"
         if not all(count.isdecimal() for count in counts.split(",")):
-            counts, spacing = "50", "NAME"
+            return ""
         return f"type --config.sampling.steps={counts} --config.sampling.spacing={spacing}"
 
 
@@ -40,7 +40,7 @@ SAMPLING: dict[str, Leaf] = {
     "sampler": Leaf(
         "ddpm",
         Choice("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm_solver_pp", "unipc", "deis", "pndm", "plms"),
-        "Sampler.",
+        "Algorithm that draws the samples.",
     ),
     "steps": Leaf(
         None,

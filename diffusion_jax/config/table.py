@@ -82,9 +82,33 @@ def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
     return max(names, key=likeness)
 
 
+_INTRODUCTION = """# Configuration
+
+A config is a nested mapping of leaves, `group.leaf`. An experiment of `configs/` differs from the defaults in some leaves,
+and so may any mapping:
+
+    from diffusion_jax import config, training
+
+    cfg = config.experiment("digits")                                   # or config.default(), DDPM on CIFAR-10
+    state, train_step = training.create({"data": {"dataset": "digits", "image_size": 8, "channels": 1}})
+
+`config.resolve(mapping)` completes a mapping with the defaults and checks it: an unknown leaf, or a value that its leaf does
+not allow, raises `ConfigError` with one line that gives the value, what is allowed and what to type. On the command line,
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` where it
+is allowed.
+
+A leaf with the identity "yes" decides the numbers of a run, so a relaunch in the same work directory must not change it. The
+others may change between launches.
+
+This document is the output of `config.reference()`:
+
+    python -c "from diffusion_jax import config; print(config.reference(), end='')" > docs/configuration.md
+"""
+
+
 def reference() -> str:
-    """The reference of all leaves in Markdown, as docs/configuration.md has it."""
-    return "\n".join(_reference_lines()) + "\n"
+    """The reference of all leaves in Markdown: docs/configuration.md."""
+    return "\n".join([_INTRODUCTION, *_reference_lines()])
 
 
 def _reference_lines() -> Iterator[str]:

@@ -132,9 +132,10 @@ class Integer:
     def check(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ValueError
-        if not (self.minimum is None or value >= self.minimum) or not (self.maximum is None or value <= self.maximum):
+        number = int(value)
+        if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
             raise ValueError
-        return int(value)
+        return number
 
     def parse(self, text: str) -> int:
         try:
@@ -174,15 +175,16 @@ class Number:
     def check(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError
+        number = float(value)
         inside = (
-            (self.minimum is None or value >= self.minimum)
-            and (self.maximum is None or value <= self.maximum)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
+            (self.minimum is None or number >= self.minimum)
+            and (self.maximum is None or number <= self.maximum)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
         )
         if not inside:
             raise ValueError
-        return float(value)
+        return number
 
     def parse(self, text: str) -> float:
         return float(text)
@@ -304,7 +306,7 @@ class OneOf:
 
     @property
     def example(self) -> str:
-        return next((kind.example for kind in self.kinds if kind.example), "")
+        return ""
 
     def check(self, value: Any) -> Any:
         for kind in self.kinds:

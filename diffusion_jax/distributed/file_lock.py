@@ -1,53 +1,69 @@
-"""A lock on a directory that a second launch does not get."""
+"""A lock on a directory for one launch at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import socket
+import sys
 from collections.abc import Iterator
+from typing import IO
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 
+__all__ = ["HeldError", "locked"]
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO) -> None:
+        """Locks one byte behind the text: locks are mandatory here, and others read the text."""
+        file.seek(2**30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: IO) -> None:
+        """Takes a POSIX record lock, which a data worker that outlives its parent does not inherit, unlike `flock`'s."""
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 class HeldError(OSError):
-    """Another launch holds the lock: one line that says which."""
+    """Another launch holds the lock; the message names it in one line."""
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, what: str) -> Iterator[None]:
-    """Holds a lock on a file, made where it is missing, that no second launch gets; it ends with the process, however that
-    ends. Process 0 holds it for all. Raises: HeldError where another launch holds it, OSError.
+def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`, which is created if missing, for all processes of this launch.
 
-    POSIX record locks, because a data worker that outlives its parent does not inherit them.
+    Process 0 holds the lock, and it ends with that process, however that ends. activity: completes the message "process 1 of
+    HOST ...", for example "is training in DIR". Raises: HeldError if another launch holds the lock, OSError.
     """
-    files = []
+    with contextlib.ExitStack() as files:
 
-    def acquire() -> str | None:
-        file = path.open("a+")
-        files.append(file)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a mounted bucket, NFS without its lock daemon
-                note = f"Note: no locks below {path.parent} ({error.strerror}): a second launch there would not be refused."
-                print(note, flush=True)
-                return None
-            file.seek(0)
-            return file.read().strip() or "another process"
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        return None
+        def acquire() -> str | None:
+            """Takes the lock; returns the name of the process that holds it, None if it is this one."""
+            file = files.enter_context(path.open("a+"))
+            try:
+                _lock(file)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a mounted bucket, or NFS without a lock daemon
+                    print(
+                        f"Note: {path.parent} does not support locks ({error.strerror}): a second launch is not refused.",
+                        flush=True,
+                    )
+                    return None
+                file.seek(0)
+                return file.read().strip() or "another process"
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            return None
 
-    try:
         holder = broadcast_from_process_0(acquire)
         if holder:
-            raise HeldError(f"{holder} {what}: a second launch must wait for its end, or use another --workdir")
+            raise HeldError(f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir")
         yield
-    finally:
-        for file in files:
-            file.close()

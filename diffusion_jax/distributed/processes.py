@@ -1,42 +1,93 @@
-"""What process 0 finds out alone, told to all: the same file system may show itself to each process at another moment."""
+"""Several processes that work together: agreement between them, and the loss of one of them."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.distributed import termination
 
-def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """The value of `function()`, called by process 0 alone and given to every process, as JSON; its exception likewise.
+__all__ = [
+    "abort_process",
+    "all_processes_agree",
+    "barrier",
+    "broadcast_from_process_0",
+    "is_multiprocess",
+    "is_peer_failure",
+]
 
-    Raises: on process 0 what `function` raised, elsewhere an OSError with the same words.
+T = TypeVar("T")
+
+_ABORT_DELAY = 5.0  # seconds
+
+
+def is_multiprocess() -> bool:
+    """Whether this process works together with others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def broadcast_from_process_0(function: Callable[[], T]) -> T:
+    """The value of `function()`, which process 0 alone calls: file systems may show each process another state.
+
+    The value is passed as JSON. Raises: on process 0 what `function` raised, elsewhere an OSError with the same message.
     """
     if jax.process_count() == 1:
         return function()
-    raised, told = None, {}
+    error, result = None, {}
     if jax.process_index() == 0:
         try:
-            told = {"value": function()}
-        except Exception as error:
-            raised, told = error, {"error": str(error)}
-    text = json.dumps(told).encode()
+            result = {"value": function()}
+        except Exception as raised:
+            error, result = raised, {"error": str(raised)}
+    text = json.dumps(result).encode()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.zeros(length, np.uint8)
     if jax.process_index() == 0:
         padded[:] = np.frombuffer(text, np.uint8)
-    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
-    if raised:
-        raise raised
-    if "error" in told:
-        raise OSError(told["error"])
-    return told["value"]
+    result = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if error:
+        raise error
+    if "error" in result:
+        raise OSError(result["error"])
+    return result["value"]
 
 
-def all_processes_agree(yes: bool) -> bool:
-    """Whether every process says yes."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+def all_processes_agree(value: bool) -> bool:
+    """Whether `value` is true on every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def barrier() -> None:
+    """Waits for all processes: the last files of process 0 may take longer than JAX's own barrier at exit allows."""
+    if is_multiprocess():
+        multihost_utils.sync_global_devices("the end")
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error, or its cause, is what JAX raises when another process is gone."""
+    if not is_multiprocess():
+        return False
+    for raised in (error, error.__cause__):
+        # The coordination service has status codes for a lost process. Collectives have none: Gloo fails with UNKNOWN or
+        # INTERNAL, as any other error does, so only its message shows the reason.
+        code = getattr(raised, "error_code_string", None)
+        if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or any(word in str(raised) for word in ("Gloo", "Connection")):
+            return True
+    return False
+
+
+def abort_process(message: str, exit_code: int) -> None:
+    """Ends one process of several with one line, without JAX's barrier at exit, which the others may never reach.
+
+    The end of process 0 aborts the others, so it first gives them time to write their own line.
+    """
+    termination.write_last_line(message)
+    if jax.process_index() == 0:
+        time.sleep(_ABORT_DELAY)
+    termination.exit_without_cleanup(exit_code)

@@ -131,7 +131,7 @@ def bits_per_dim(
 ) -> tuple[jax.Array, jax.Array]:
     """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
 
-    Images have `gray_levels` values, w = 2 / (gray_levels - 1) apart in [-1, 1], to the nearest of which x_0 is rounded, and D numbers;
+    Images have D numbers with L = `gray_levels` values, w = 2 / (L - 1) apart in [-1, 1]; x_0 is rounded to the nearest, and
     p is the density at index 0.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
@@ -153,7 +153,9 @@ def bits_per_dim(
     x_0 = process.as_float("x_0", x_0)
     if dequantization != "none":
         if gray_levels is None or gray_levels < 2:
-            raise ValueError(f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels")
+            raise ValueError(
+                f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels"
+            )
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)

@@ -13,7 +13,6 @@ from diffusion_jax.types import Index
 
 __all__ = ["PREDICTIONS", "check_terminal_snr", "eps_at", "to_eps", "to_score", "to_v", "to_x_0"]
 
-
 PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.distributed import preemption, sharding
+from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 
@@ -59,7 +60,7 @@ class BatchFeed:
             raise UserError(
                 "a process that reads the data was killed, possibly for lack of memory: reduce data.workers and rerun the "
                 "same command to resume from the last checkpoint",
-                preemption.LOST,
+                EXIT_PEER_LOST,
             ) from error
 
     def _place(self, batch, leading_axes: int):

@@ -1,26 +1,21 @@
-"""Setup of a process before its first array: other processes, devices, the compilation cache, and log output of libraries."""
+"""Setup of a process before its first array: devices, the compilation cache, and log output of libraries."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import pathlib
-import threading
 import warnings
 
 import absl.logging
 import jax
 
 from diffusion_jax.distributed import compiler
-from diffusion_jax.distributed.preemption import LOST, end
-from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 
-__all__ = ["join_processes", "silence_libraries", "start", "start_virtual"]
+__all__ = ["silence_libraries", "start", "start_virtual"]
 
 _CACHE_OPTION = "jax_compilation_cache_dir"
-_HEARTBEAT_SECONDS = 30  # a process that is silent for this long counts as lost
 
 
 def silence_libraries() -> None:
@@ -37,57 +32,6 @@ def silence_libraries() -> None:
     for name in ("jax", "orbax", "grain", "tensorflow", "absl"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="(orbax|flax|tensorflow|tensorflow_datasets|keras).*")
-
-
-def join_processes(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int
-) -> None:
-    """Connects to the other processes of the run, before anything uses a device.
-
-    They are described by the arguments, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by srun, or by a
-    TPU pod, which jax detects itself. timeout: seconds to wait for them, after which the program ends. Raises: UserError.
-    """
-    address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    num_processes = _flag_or_variable("--num_processes", num_processes, "JAX_NUM_PROCESSES")
-    process_id = _flag_or_variable("--process_id", process_id, "JAX_PROCESS_ID")
-    values = (address, num_processes, process_id)
-    by_address = any(value is not None for value in values)
-    if by_address and (None in values or ":" not in (address or "")):
-        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id must be given together")
-    by_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # set by srun in each of its tasks
-    if not (by_address or by_slurm or importlib.util.find_spec("libtpu")):
-        return
-    name = f"process {process_id if by_address else os.environ.get('SLURM_PROCID', '')}"
-    message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
-    timer = threading.Timer(timeout, end, (message, LOST))
-    timer.daemon = True
-    timer.start()
-    try:
-        jax.distributed.initialize(
-            address,
-            num_processes,
-            process_id,
-            cluster_detection_method="deactivate" if by_address else None,
-            initialization_timeout=timeout + 60,  # jax itself would abort with a message that few users understand
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * _HEARTBEAT_SECONDS,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        end(f"{name} cannot connect to the others: {error}", LOST)
-    except (ValueError, RuntimeError) as error:
-        if by_address or by_slurm:
-            raise UserError(f"cannot connect to the other processes: {error}") from None
-        # libtpu on a single TPU host, or without a TPU: this machine belongs to no pod
-    finally:
-        timer.cancel()
-
-
-def _flag_or_variable(flag: str, value: int | None, variable: str) -> int | None:
-    text = os.environ.get(variable)
-    try:
-        return value if value is not None else None if text is None else int(text)
-    except ValueError:
-        raise UserError(f"{variable}={text!r} must be a whole number; correct it, or give {flag}") from None
 
 
 def start(verbose: bool = False) -> None:

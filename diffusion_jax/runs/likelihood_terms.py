@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood
-from diffusion_jax.distributed import compiler, preemption, sharding
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
 from diffusion_jax.runs.artifacts import ChunkStore, options_digest
@@ -85,7 +86,7 @@ class LikelihoodRun:
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the bound, and the first batch ...")
-            for i in preemption.over_batches(missing, self.config.training.stall_timeout):
+            for i in watch_batches(missing, self.config.training.stall_timeout):
                 # The last batch is padded with copies of its last image, which are dropped again.
                 images, labels = self.read(np.minimum(i * batch_size + own_rows, num_examples - 1))
                 placed = [jax.make_array_from_process_local_data(by_rows, array) for array in (images, labels)]

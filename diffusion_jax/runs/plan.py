@@ -67,7 +67,7 @@ def measure(config: Mapping) -> Plan:
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    options = compiler.options() | compiler.least_memory()
+    options = compiler.options() | compiler.low_memory_options()
     compiled = setup.train_step.lower(state, batch).compile(compiler_options=options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and cost is not None and text is not None  # the CPU compiler has all of them
@@ -83,7 +83,7 @@ def measure(config: Mapping) -> Plan:
         optimizer=_bytes_per_device(state.opt_state),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=collectives.read(text),
+        collectives=collectives.parse(text),
         minimum_sent=params_bytes * (3 * (fsdp_size - 1) / fsdp_size + 2 * (data_size - 1) / data_size / fsdp_size),
     )
 
@@ -138,7 +138,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
         "program)"
     )
     log(f"  sent per device     {_megabytes(plan.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring_bytes in collectives.table(plan.collectives):
+    for kind, count, size, ring_bytes in collectives.summarize(plan.collectives):
         log(f"    {kind:<18}{_megabytes(ring_bytes)} in {count}, {_megabytes(size)} in total")
     if plan.minimum_sent:
         log(

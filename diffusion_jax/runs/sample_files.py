@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.artifacts import ChunkStore, options_digest, save_npz
@@ -105,7 +105,7 @@ class SampleFile:
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler, and the first batch ...")
-            for i in preemption.over_batches(missing, self.config.training.stall_timeout):
+            for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
                     images = generator(self.trained.params, options.seed, i)
                 chunks.save(i, images=images)

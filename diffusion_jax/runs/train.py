@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -10,9 +11,10 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.file_lock import locked
+from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_feed import BatchFeed
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
@@ -24,7 +26,7 @@ from diffusion_jax.runs.step_timing import LoopTimer, StepTimes, TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.workdir import check_data, check_identity, check_seed, read_class_names, write_config
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
 __all__ = ["run"]
 
@@ -33,7 +35,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
-    DataError, PretrainedError, CheckpointError, SaveError; preemption.Stopped after a signal.
+    DataError, PretrainedError, CheckpointError, SaveError; distributed.preemption.Stopped after a signal.
     """
     _check_options(config)
     check_identity(config, workdir)
@@ -139,7 +141,7 @@ def _train(
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:
-    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, preemption.Stopped."""
+    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, distributed.preemption.Stopped."""
     options, is_writer = config.training, jax.process_index() == 0
     step = logged_step = int(state.step)
     feed = BatchFeed(config, setup, source, step)
@@ -149,12 +151,13 @@ def _train(
     with log_compilation("the train step"):
         programs.get(count, state, batch)
 
-    stop, watchdog = preemption.Preemption(workdir), preemption.Watchdog(options.stall_timeout)
+    preemption = Preemption(functools.partial(resume_hint, workdir))
+    watchdog = Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if options.profile and is_writer else None)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        for context in (feed, stop.handled(), watchdog, profile):
+        for context in (feed, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
         timer = LoopTimer()
         while step < options.num_steps:
@@ -163,7 +166,7 @@ def _train(
             watchdog.beat()
             step += count
             profile.count_call(state)
-            is_last, must_stop = step == options.num_steps, stop.asked()
+            is_last, must_stop = step == options.num_steps, preemption.requested()
             if not (is_last or must_stop):
                 with timer.measure("data_wait"):
                     batch, count = feed.next(step)
@@ -189,7 +192,7 @@ def _train(
                 break
         with watchdog.paused():
             checkpoints.finish(step)
-            stopped = stop.stopped(step) if step < options.num_steps else None
+            stopped = preemption.stopped(step) if step < options.num_steps else None
         if stopped:
             raise stopped
 
@@ -258,7 +261,7 @@ def _draw_preview(
     state: training.TrainState,
     step: int,
     metrics: MetricsWriter | None,
-    watchdog: preemption.Watchdog,
+    watchdog: Watchdog,
 ) -> None:
     """Writes a grid of samples of the EMA weights."""
     with watchdog.paused():
@@ -272,7 +275,7 @@ def _log_fid(
     state: training.TrainState,
     step: int,
     metrics: MetricsWriter | None,
-    watchdog: preemption.Watchdog,
+    watchdog: Watchdog,
 ) -> None:
     """Logs the Frechet distance of samples of the EMA weights."""
     with watchdog.paused():
@@ -287,7 +290,7 @@ def _save(
     state: training.TrainState,
     step: int,
     metrics: MetricsWriter | None,
-    watchdog: preemption.Watchdog,
+    watchdog: Watchdog,
 ) -> None:
     """Saves a checkpoint of a finite state."""
     _finite_window(state, checkpoints)

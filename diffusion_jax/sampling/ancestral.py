@@ -1,40 +1,52 @@
-"""Ancestral sampling and DDIM: the samplers that read nothing but the model's own Gaussian."""
+"""Ancestral sampling and DDIM: the samplers that use only p(x_{t-1} | x_t)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
-from diffusion_jax.sampling import noise_levels
 from diffusion_jax.sampling.driver import Sampler, Step
+from diffusion_jax.sampling.noise_levels import call_network
+from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import Clip, DenoiseFn
+
+__all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ddpm(Sampler):
-    """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with its code's clip).
+    """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, and the clip of its code).
 
     prediction, variance, clip: as `process.p_mean_variance`.
-    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) such as
-      `guidance.log_prob_gradient` gives; the mean moves by the variance times g, after the clip (ADM Algorithm 1).
+    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) as from
+      `guidance.log_prob_gradient`; the mean is shifted by the variance times g, after the clip (ADM Algorithm 1).
     Raises: ValueError for an unknown prediction or variance.
     """
 
     variance: str = "fixed_large"
     _: dataclasses.KW_ONLY
     prediction: str = "eps"
-    clip: bool | Callable = True
-    mean_shift: Callable | None = None
+    clip: Clip = True
+    mean_shift: DenoiseFn | None = None
 
-    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
-        output = noise_levels.call(schedule, denoise_fn, x_t, t)
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: PyTree,
+    ) -> Step:
+        output = call_network(schedule, denoise_fn, x_t, t)
         reverse = process.p_mean_variance(schedule, output, x_t, t, self.prediction, self.variance, self.clip)
         mean = reverse.mean
         if self.mean_shift is not None:
-            mean = mean + reverse.variance * noise_levels.call(schedule, self.mean_shift, x_t, t)
+            mean = mean + reverse.variance * call_network(schedule, self.mean_shift, x_t, t)
         noise = jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean + jnp.where(t > 0, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
 
@@ -46,9 +58,10 @@ class ddim(Sampler):
     sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
     the ancestral sampler with the fixed small variance.
 
-    prediction, clip: as `process.p_mean_variance`. variance only says whether the output has a second half to leave out.
-    clipped_eps: True derives eps again from the clipped x_0, as OpenAI's code does; False keeps the network's own, as
-      diffusers does unless told (DDIM's own code never clips: clip=False).
+    prediction, clip: as `process.p_mean_variance`. variance: a learned one means that the output has a second half of the
+      channels, which is ignored.
+    clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own, which is the
+      default of diffusers (DDIM's own code never clips: clip=False).
     Raises: ValueError for an eta outside [0, 1], or an unknown prediction or variance.
     """
 
@@ -56,7 +69,7 @@ class ddim(Sampler):
     _: dataclasses.KW_ONLY
     prediction: str = "eps"
     variance: str = "fixed_large"
-    clip: bool | Callable = True
+    clip: Clip = True
     clipped_eps: bool = True
 
     def __post_init__(self):
@@ -65,30 +78,40 @@ class ddim(Sampler):
             raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {self.eta}")
         self._floats("eta")
 
-    def step(self, key, schedule, denoise_fn, x_t, t, memory) -> Step:
-        output, _ = process.split_variance(noise_levels.call(schedule, denoise_fn, x_t, t), x_t, self.variance)
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: PyTree,
+    ) -> Step:
+        output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
-        eps_of = (x_0, x_t, t, "x_0") if self.clipped_eps else (output, x_t, t, self.prediction)
-        eps = process.to_eps(schedule, *eps_of)
-        # eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
+        if self.clipped_eps:
+            eps = process.to_eps(schedule, x_0, x_t, t, "x_0")
+        else:
+            eps = process.to_eps(schedule, output, x_t, t, self.prediction)
+        # sigma of eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
         # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
         sigma = self.eta * jnp.sqrt(process.lookup(schedule.posterior_variance, t, x_t))
-        noise_share = (
+        noise_fraction = (
             process.lookup(schedule.betas, t, x_t) / process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
         )
-        kept = jnp.sqrt(jnp.maximum(1 - self.eta**2 * noise_share, 0.0))
-        direction = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * kept
+        direction_scale = jnp.sqrt(jnp.maximum(1 - self.eta**2 * noise_fraction, 0.0))
+        direction = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * direction_scale
         mean = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, x_t)) * x_0 + direction * eps
         if self.eta > 0:
             mean = mean + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
         return Step(mean, x_0)
 
 
-def euler(*, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+def euler(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
     """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022): it is DDIM with eta = 0."""
     return ddim(0.0, prediction=prediction, variance=variance, clip=clip)
 
 
-def euler_ancestral(*, prediction: str = "eps", variance: str = "fixed_large", clip: bool | Callable = True) -> Sampler:
+def euler_ancestral(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
     """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"): it is DDIM with eta = 1."""
     return ddim(1.0, prediction=prediction, variance=variance, clip=clip)

@@ -1,46 +1,51 @@
-"""The one loop that every sampler runs in.
+"""The loop of every sampler.
 
 A `Sampler` has two pure methods and no loop; `sample` runs any of them from the noisiest index to 0 with `lax.scan`: one
-compiled program, and memory that does not grow with the number of steps unless the trajectory is asked for.
+compiled program, and memory that does not grow with the number of steps unless the trajectory is returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from diffusion_jax.process import PREDICTIONS, VARIANCES, as_float, check_terminal_snr
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import DenoiseFn
+
+__all__ = ["Sampler", "Step", "Trajectory", "sample"]
 
 
 class Step(NamedTuple):
-    """One step's result: x_prev [B, ...], the x_0 predicted on the way, and the sampler's own memory."""
+    """The result of one step: x_{t-1}, the predicted x_0, and the sampler's state for the next step."""
 
-    x_prev: jax.Array
-    x_0: jax.Array
-    memory: Any = ()
+    x_prev: Float[Array, "B *shape"]
+    x_0: Float[Array, "B *shape"]
+    state: PyTree = ()
 
 
 class Sampler:
-    """How x_t becomes x_{t-1}: a value, equal to another with the same options, that hashes and prints them.
+    """The step from x_t to x_{t-1}, as a value: samplers with equal options are equal and have equal hashes.
 
-    The samplers of this package are frozen dataclasses, so that one can be a static argument of `jax.jit`. For a sampler of
-    your own, derive another and define `step`, and `start` if it carries a memory:
+    The samplers of this package are frozen dataclasses, so that one can be a static argument of `jax.jit`. To write your own,
+    derive a class and define `step`, and `init_state` if it has a state:
 
         @dataclasses.dataclass(frozen=True)
         class shrunk_ddim(sampling.Sampler):
             factor: float = 0.9
+            _: dataclasses.KW_ONLY
             prediction: str = "eps"
 
-            def step(self, key, schedule, denoise_fn, x_t, t, memory):
-                new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, memory)
+            def step(self, key, schedule, denoise_fn, x_t, t, state):
+                new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, state)
                 return sampling.Step(self.factor * new.x_prev, new.x_0)
 
-    prediction: what the network's output stands for; `sample` refuses what the schedule cannot serve.
+    prediction: the quantity that the network predicts; `sample` raises ValueError if it does not suit the schedule.
     """
 
     prediction: str = "eps"
@@ -54,42 +59,76 @@ class Sampler:
             raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
 
     def _floats(self, *names: str) -> None:
-        """Makes numbers Python floats: a NumPy float64 would promote float32 arrays under x64."""
+        """Converts fields to Python floats, because a NumPy float64 would promote float32 arrays under x64."""
         for name in names:
             object.__setattr__(self, name, float(getattr(self, name)))
 
-    def start(self, schedule: Schedule, x_T: jax.Array, num_steps: int) -> Any:
-        """The memory before the first of `num_steps` steps, a pytree of arrays; () for a sampler without one."""
+    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
+        """The state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
         return ()
 
-    def step(self, key, schedule: Schedule, denoise_fn: Callable, x_t: jax.Array, t: jax.Array, memory: Any) -> Step:
-        """One step from x_t float [B, ...] at index t, int32 []; it calls the network as often as it needs."""
-        raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, memory)")
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: PyTree,
+    ) -> Step:
+        """One step from x_t at index t, with any number of network calls."""
+        raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
 
 
 class Trajectory(NamedTuple):
-    """The kept steps in the order they were taken: t int32 [K]; x_t [K, B, ...] before each step; x_0 predicted there."""
+    """The kept steps in sampling order: the index t, x_t before each step, and the x_0 predicted there."""
 
-    t: jax.Array
-    x_t: jax.Array
-    x_0: jax.Array
+    t: Int[Array, "K"]
+    x_t: Float[Array, "K B *shape"]
+    x_0: Float[Array, "K B *shape"]
 
 
+@overload
 def sample(
-    key,
+    key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: Callable,
-    x_T,
+    denoise_fn: DenoiseFn,
+    x_T: Float[ArrayLike, "B *shape"],
     sampler: Sampler,
     *,
     start: int | None = None,
     final_step: bool = True,
-    trajectory: bool | Sequence[int] = False,
+    trajectory: Literal[False] = False,
     progress: Callable[[int], None] | None = None,
-):
-    """Draws x_0 from x_T by walking every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
+) -> Float[Array, "B *shape"]: ...
+@overload
+def sample(
+    key: Key[Array, ""],
+    schedule: Schedule,
+    denoise_fn: DenoiseFn,
+    x_T: Float[ArrayLike, "B *shape"],
+    sampler: Sampler,
+    *,
+    start: int | None = None,
+    final_step: bool = True,
+    trajectory: Literal[True] | Sequence[int],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Array, "B *shape"], Trajectory]: ...
+def sample(
+    key: Key[Array, ""],
+    schedule: Schedule,
+    denoise_fn: DenoiseFn,
+    x_T: Float[ArrayLike, "B *shape"],
+    sampler: Sampler,
+    *,
+    start: int | None = None,
+    final_step: bool = True,
+    trajectory: bool | np.bool_ | Sequence[int] = False,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Array, "B *shape"] | tuple[Float[Array, "B *shape"], Trajectory]:
+    """Draws x_0 from x_T with every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
 
-    Called outside `jax.jit` it compiles its loop at every call. Compile it once instead, with all that changes as arguments:
+    Outside of `jax.jit` every call compiles the loop again. Compile it once, with everything that changes as an argument:
 
         @jax.jit
         def draw(key, params, x_T):
@@ -97,56 +136,55 @@ def sample(
             return sampling.sample(key, schedule, denoise_fn, x_T, sampler)
 
     Args:
-      key: the noise of step t comes from `fold_in(key, t)`.
-      schedule: T steps; `schedules.respace` makes it shorter.
-      denoise_fn: (x_t float [B, ...], network time float [B]) -> output.
-      x_T: float [B, ...], usually N(0, I).
+      key: the noise of step t is drawn with `fold_in(key, t)`.
+      schedule: T steps; `schedules.respace` returns a shorter one.
+      x_T: usually N(0, I).
       sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on.
-      start: the index whose noise level x_T has; T - 1 unless given.
+      start: the index whose noise level x_T has; the default is T - 1.
       final_step: False stops at the noise level of index 0 instead of denoising it to x_0.
-      trajectory: also return x_t and the predicted x_0 at every step (True) or at chosen indices t; memory for those only.
-      progress: called on the host with the number of steps taken, as they finish (out of order, perhaps); None puts nothing
-        into the program.
-    Returns: x_0 float32 [B, ...] (float64 for a float64 x_T), or (x_0, Trajectory).
-    Raises: ValueError for an x_T that is not float, where the network predicts eps or the score and the first step has
-      alpha_bar = 0, or for a start or a kept index outside of what is walked.
+      trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, which use the memory.
+      progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
+    Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
+    Raises: ValueError for an x_T that is not float, for prediction eps or score if the first step has alpha_bar = 0, or for a
+      start or a kept index outside of the steps.
     """
     x_T = as_float("x_T", x_T)
-
     total = schedule.num_timesteps
     first, last = total - 1 if start is None else start, 0 if final_step else 1
     if not isinstance(first, int | np.integer) or not 0 <= first < total:
         raise ValueError(f"start={start} must be an index of the schedule, 0 ... {total - 1}")
-    if first == total - 1:  # the one step where alpha_bar may be 0
+    if first == total - 1:  # the only step where alpha_bar may be 0
         check_terminal_snr(schedule, sampler.prediction)
     if isinstance(trajectory, bool | np.bool_):
-        trajectory = range(last, first + 1) if trajectory else None
-    kept = np.unique(np.array(() if trajectory is None else trajectory, np.int32))[::-1]
+        indices = range(last, first + 1) if trajectory else None
+    else:
+        indices = trajectory
+    kept = np.unique(np.array(() if indices is None else indices, np.int32))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
-    # Where each step's values go; the last + 1, which is dropped, for steps that are not kept.
+    # The row of each step's values; steps that are not kept have an index beyond the end, where a scatter drops them.
     row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)
 
     def step(carry, t):
-        x_t, memory, (all_x_t, all_x_0) = carry
-        new = sampler.step(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, memory)
+        x_t, state, (all_x_t, all_x_0) = carry
+        new = sampler.step(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, state)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")
         if progress is not None:
             jax.debug.callback(progress, first + 1 - t)
-        # What a loop carries keeps its dtype, whatever a sampler computed in.
-        x_prev, memory = jax.tree.map(_as_before, (new.x_prev, new.memory), (x_t, memory))
-        return (x_prev, memory, (all_x_t, all_x_0)), None
+        # The carry of a scan must keep its dtype, whatever dtype a sampler computes in.
+        x_prev, state = jax.tree.map(_cast_like, (new.x_prev, new.state), (x_t, state))
+        return (x_prev, state, (all_x_t, all_x_0)), None
 
     steps = jnp.arange(first, last - 1, -1, dtype=jnp.int32)
     (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(
-        step, (x_T, sampler.start(schedule, x_T, first + 1 - last), (empty, empty)), steps
+        step, (x_T, sampler.init_state(schedule, x_T, first + 1 - last), (empty, empty)), steps
     )
-    return x_0 if trajectory is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
+    return x_0 if indices is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
 
 
-def _as_before(new, old):
+def _cast_like(new, old):
     return new.astype(old.dtype) if jnp.issubdtype(old.dtype, jnp.floating) else new

@@ -1,80 +1,84 @@
 """Exponential integrators in lambda = log(alpha / sigma): DPM-Solver++, UniPC and DEIS.
 
-Along the probability-flow ODE a linear part is solved exactly, and what the network predicts is a smooth function of lambda
-that is interpolated through its last values. From lambda to lambda' = lambda + h, with D the x_0 prediction,
+They solve the linear part of the probability-flow ODE exactly and interpolate the network's prediction, a smooth function of
+lambda, through its last values. From lambda to lambda' = lambda + h, with D the x_0 prediction,
 
     x' = (sigma'/sigma) x + alpha' int_0^h e^{-(h - u)} D(lambda + u) du            (DPM-Solver++ eq. 9; UniPC)
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
-so that every method here is one choice of polynomial, and of order at most the number of values it has seen. A step to x_0
-itself is of order 1: it returns the x_0 predicted.
+Each method here is one choice of polynomial, whose order is at most the number of values so far. The step to x_0 is of
+order 1: it returns the predicted x_0.
 
-What they all take: `order`, 1 to 3; `lower_order_final`, True for at most order n in the n-th step from the end, which few
-steps need; `prediction`, `variance` and `clip` as `ddim`. All raise ValueError for another order.
+Common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in the n-th step from the end, which is
+necessary with few steps; `prediction`, `variance` and `clip` as `ddim`. All raise ValueError for another order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32, Key, PyTree
 
 from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.noise_levels import denoise, level, level_before
+from diffusion_jax.sampling.noise_levels import denoise, noise_level, previous_noise_level
+from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import Clip, DenoiseFn
+
+__all__ = ["History", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
 
 
 class History(NamedTuple):
-    """taken, left: steps so far and to go, int32 []; values: the network's last ones, newest first; more: a method's own."""
+    """The state of a multistep method: the network's last predictions, newest first, and values of the method's own."""
 
-    taken: jax.Array
-    left: jax.Array
-    values: tuple[jax.Array, ...]
-    more: Any = ()
-
-
-def empty_history(x_T, num_steps: int, num_values: int, more: Any = ()) -> History:
-    """What is known before the first of `num_steps` steps."""
-    return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, more)
+    steps_taken: Int32[Array, ""]
+    steps_left: Int32[Array, ""]
+    values: tuple[Float[Array, "B *shape"], ...]
+    extra: PyTree = ()
 
 
-def push(history: History, value, more: Any = ()) -> History:
-    """The history after a step."""
+def empty_history(x_T: Float[Array, "B *shape"], num_steps: int, num_values: int, extra: PyTree = ()) -> History:
+    """The history before the first of `num_steps` steps."""
+    return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, extra)
+
+
+def push(history: History, value: Float[Array, "B *shape"], extra: PyTree = ()) -> History:
+    """The history after a step with this prediction."""
     values = (value, *history.values)[: len(history.values)]
-    return History(history.taken + 1, history.left - 1, values, more)
+    return History(history.steps_taken + 1, history.steps_left - 1, values, extra)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Multistep(Sampler):
-    """The options that all of this file take."""
+    """The options of all samplers in this module."""
 
     order: int = 2
     _: dataclasses.KW_ONLY
     lower_order_final: bool = True
     prediction: str = "eps"
     variance: str = "fixed_large"
-    clip: bool | Callable = True
+    clip: Clip = True
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.order, bool) or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
 
-    def start(self, schedule, x_T, num_steps: int) -> History:
+    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         return empty_history(x_T, num_steps, self.order - 1)
 
 
-def _order(order: int, history: History, t, lower_order_final: bool):
-    """The order of this step, int []: what was asked for, what the values seen allow, and what is left to go."""
-    order = jnp.minimum(order, history.taken + 1)
-    return jnp.minimum(order, history.left) if lower_order_final else jnp.where(t > 0, order, 1)
+def _step_order(max_order: int, history: History, t, lower_order_final: bool) -> jax.Array:
+    """The order of this step, int []: limited by `max_order`, the values so far and the steps left."""
+    order = jnp.minimum(max_order, history.steps_taken + 1)
+    return jnp.minimum(order, history.steps_left) if lower_order_final else jnp.where(t > 0, order, 1)
 
 
 def _slopes(values, gaps):
-    """First and second derivative in lambda at values[0] of the line or parabola through two or three values.
+    """First and second derivative in lambda, at values[0], of the line or parabola through two or three values.
 
     gaps[i]: lambda of values[i] minus that of values[i + 1].
     """
@@ -86,26 +90,26 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    """Between neighbors; 1 between equal ones, which stand for steps that were never taken: their values are left out."""
+    """Differences of lambda; 1 between equal ones, which belong to steps before the first, whose values are unused."""
     gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
 def _choose(index, candidates: list):
-    """candidates[index], all of them computed: an accelerator's program waits for the host where it branches."""
+    """candidates[index], with all of them computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
 
 
 @dataclasses.dataclass(frozen=True)
 class dpm_solver_pp(_Multistep):
-    """DPM-Solver++ (Lu et al. 2022): polynomials through x_0 predictions; one network call a step.
+    """DPM-Solver++ (Lu et al. 2022): polynomials through x_0 predictions; one network call for each step.
 
-    order: 1 is DDIM (with sde, eta = 1). 2 multistep is "2M", with the authors' h/2 (1 - e^-h) for its second term. 3 has the
-      exact integral of the parabola; the authors' code has half of the last term, which costs it the order.
+    order: 1 is DDIM (with sde, eta = 1). 2 multistep is "2M", with the authors' h/2 (1 - e^-h) for its second term. 3 is the
+      exact integral of the parabola; the authors' code has half of the last term, which reduces the order.
     sde: the reverse SDE instead of the ODE: the integrand's rate doubles, and noise of variance sigma'^2 (1 - e^{-2h}) is
       added ("SDE-DPM-Solver++").
-    singlestep: steps in groups of `order`; inside a group each starts from the group's first x with all values seen since.
-      Order 3 needs steps of about one length in lambda, which any smooth spacing has. The noise of a group is one path.
+    singlestep: steps in groups of `order`; each step of a group starts from the group's first x and uses all values since.
+      Order 3 needs steps of similar length in lambda, as any smooth spacing has. The steps of a group share one noise path.
     """
 
     _: dataclasses.KW_ONLY
@@ -116,84 +120,100 @@ class dpm_solver_pp(_Multistep):
     def _rate(self) -> float:
         return 2.0 if self.sde else 1.0
 
-    def _integral(self, here, there, values, nodes):
-        """alpha' rate int_0^h e^{-rate (h - u)} D(u) du, D the polynomial through `values` at `nodes`; nodes[0] = here."""
-        rate, h = self._rate, there.lam - here.lam
+    def _integral(self, current, target, values, nodes):
+        """alpha' rate int_0^h e^{-rate (h - u)} D(u) du, D the polynomial through `values` at `nodes`; nodes[0] = current."""
+        rate, h = self._rate, target.lam - current.lam
         zeroth = -jnp.expm1(-rate * h)
         total = zeroth * values[0]
         if len(values) > 1:
             slope, curve = _slopes(values, _gaps(nodes))
             first = zeroth * h / 2 if len(values) == 2 else h - zeroth / rate
             total += first * slope
-        if len(values) > 2:
-            total += (h**2 / 2 - first / rate) * curve
-        return there.alpha * total
+            if len(values) > 2:
+                total += (h**2 / 2 - first / rate) * curve
+        return target.alpha * total
 
-    def step(self, key, schedule, denoise_fn, x_t, t, history) -> Step:
-        order, here, there = self.order, level(schedule, t, x_t), level_before(schedule, t, x_t)
-        h = there.lam - here.lam
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: History,
+    ) -> Step:
+        order, current, target = self.order, noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
+        h = target.lam - current.lam
         x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
-        values = (x_0, *history.values)
-        kept, noise = there.sigma / here.sigma, 0.0
+        values = (x_0, *state.values)
+        kept, noise = target.sigma / current.sigma, 0.0
         if self.sde:
             kept = kept * jnp.exp(-h)
-            noise = there.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
+            noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
 
         if not self.singlestep:
-            nodes = [level(schedule, t + i, x_t) for i in range(order)]
-            drifts = [self._integral(here, there, values[:n], nodes[:n]) for n in range(1, order + 1)]
-            drift = _choose(_order(order, history, t, self.lower_order_final) - 1, drifts)
-            return Step(kept * x_t + drift + noise, x_0, push(history, x_0))
+            nodes = [noise_level(schedule, t + i, x_t) for i in range(order)]
+            drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
+            drift = _choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
+            return Step(kept * x_t + drift + noise, x_0, push(state, x_0))
 
-        x_first, path = history.more
-        alone = (history.left == 1) if self.lower_order_final else (t == 0)  # the last step, as a group of its own
-        place = jnp.where(alone, 0, history.taken % order)
-        x_first, path = jnp.where(place == 0, x_t, x_first), kept * jnp.where(place == 0, 0.0, path) + noise
+        x_first, path = state.extra
+        is_last = (state.steps_left == 1) if self.lower_order_final else (t == 0)  # the last step is its own group
+        position = jnp.where(is_last, 0, state.steps_taken % order)
+        x_first, path = jnp.where(position == 0, x_t, x_first), kept * jnp.where(position == 0, 0.0, path) + noise
 
         def from_first(n):
-            nodes = [level(schedule, t + n - 1 - i, x_t) for i in range(n)]  # as the group saw them
-            h = there.lam - nodes[0].lam
-            kept = there.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
-            return kept * x_first + self._integral(nodes[0], there, values[:n][::-1], nodes)
+            nodes = [noise_level(schedule, t + n - 1 - i, x_t) for i in range(n)]
+            h = target.lam - nodes[0].lam
+            kept = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
+            return kept * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
 
-        x_prev = _choose(place, [from_first(n) for n in range(1, order + 1)]) + path
-        return Step(x_prev, x_0, push(history, x_0, (x_first, path)))
+        x_prev = _choose(position, [from_first(n) for n in range(1, order + 1)]) + path
+        return Step(x_prev, x_0, push(state, x_0, (x_first, path)))
 
-    def start(self, schedule, x_T, num_steps: int) -> History:
-        more = (x_T, jnp.zeros_like(x_T)) if self.singlestep else ()
-        return empty_history(x_T, num_steps, self.order - 1, more)
+    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
+        extra = (x_T, jnp.zeros_like(x_T)) if self.singlestep else ()
+        return empty_history(x_T, num_steps, self.order - 1, extra)
 
 
 @dataclasses.dataclass(frozen=True)
 class deis(_Multistep):
-    """DEIS (Zhang & Chen 2023, "log-rho"): polynomials in lambda through eps, integrated exactly; one network call a step.
+    """DEIS (Zhang & Chen 2023, "log-rho"): polynomials in lambda through eps, integrated exactly.
 
-    Order 1 is DDIM.
+    One network call for each step. Order 1 is DDIM.
     """
 
-    def step(self, key, schedule, denoise_fn, x_t, t, history) -> Step:
-        here, there = level(schedule, t, x_t), level_before(schedule, t, x_t)
-        h = there.lam - here.lam
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: History,
+    ) -> Step:
+        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
+        h = target.lam - current.lam
         denoised = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip)
-        values = (denoised.eps, *history.values)
+        values = (denoised.eps, *state.values)
         first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; the next with u^2 / 2
 
-        def beyond_ddim(n):
-            slope, curve = _slopes(values[:n], _gaps([level(schedule, t + i, x_t) for i in range(n)]))
-            return there.sigma * (first * slope + (first - h**2 / 2) * curve)
+        def higher_order_terms(n):
+            slope, curve = _slopes(values[:n], _gaps([noise_level(schedule, t + i, x_t) for i in range(n)]))
+            return target.sigma * (first * slope + (first - h**2 / 2) * curve)
 
-        changes = [jnp.zeros_like(x_t), *(beyond_ddim(n) for n in range(2, self.order + 1))]
-        change = _choose(_order(self.order, history, t, self.lower_order_final) - 1, changes)
-        x_prev = there.alpha * denoised.x_0 + there.sigma * denoised.eps - change
-        return Step(x_prev, denoised.x_0, push(history, denoised.eps))
+        changes = [jnp.zeros_like(x_t), *(higher_order_terms(n) for n in range(2, self.order + 1))]
+        change = _choose(_step_order(self.order, state, t, self.lower_order_final) - 1, changes)
+        x_prev = target.alpha * denoised.x_0 + target.sigma * denoised.eps - change
+        return Step(x_prev, denoised.x_0, push(state, denoised.eps))
 
 
 @dataclasses.dataclass(frozen=True)
 class unipc(_Multistep):
-    """UniPC (Zhao et al. 2023), predictor and corrector in x_0 predictions; one network call a step.
+    """UniPC (Zhao et al. 2023), predictor and corrector in x_0 predictions; one network call for each step.
 
-    Each call serves twice: it corrects the x it was made at (order + 1 there), and predicts the next. Order 3 and "bh2" suit
-    few steps without guidance; order 2 is what its authors use with guidance. The last x_0 is predicted, not corrected.
+    Each call is used twice: it corrects the x that it was called with (to order + 1), and predicts the next x. Order 3 with
+    "bh2" is for few steps without guidance; its authors use order 2 with guidance. The last x_0 is predicted, not corrected.
 
     variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1). Raises: ValueError for another.
     """
@@ -206,21 +226,21 @@ class unipc(_Multistep):
         if self.variant not in ("bh1", "bh2"):
             raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
 
-    def _update(self, p, corrector, here, there, nodes, x, values, new):
-        """x at `there` with p values, and with the one at `there` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
-        h = here.lam - there.lam
+    def _update(self, p, corrector, current, target, nodes, x, values, new):
+        """x at `target` with p values, and with the one at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
+        h = current.lam - target.lam
         zeroth = jnp.expm1(h)
         scale = h if self.variant == "bh1" else zeroth
-        places = [(here.lam - nodes[i].lam) / h for i in range(1, p)]
-        differences = [(values[i] - values[0]) / places[i - 1] for i in range(1, p)]
+        positions = [(current.lam - nodes[i].lam) / h for i in range(1, p)]
+        differences = [(values[i] - values[0]) / positions[i - 1] for i in range(1, p)]
         if corrector:
-            differences, places = [*differences, new - values[0]], [*places, 1.0]
-        unknowns = len(places)
+            differences, positions = [*differences, new - values[0]], [*positions, 1.0]
+        unknowns = len(positions)
         change = 0.0
         if unknowns == 1:
-            change = 0.5 * differences[0]  # what the system below tends to, and the authors take instead
+            change = 0.5 * differences[0]  # the limit of the system below, which the authors use
         elif unknowns:
-            system = jnp.stack([jnp.array(places) ** i for i in range(unknowns)])
+            system = jnp.stack([jnp.array(positions) ** i for i in range(unknowns)])
             right, phi, factorial = [], zeroth / h - 1, 1
             for i in range(1, unknowns + 1):
                 right.append(phi * factorial / scale)
@@ -228,27 +248,35 @@ class unipc(_Multistep):
                 phi = phi / h - 1 / factorial
             weights = jnp.linalg.solve(system, jnp.stack(right))
             change = sum(weights[i] * differences[i] for i in range(unknowns))
-        return there.sigma / here.sigma * x - there.alpha * (zeroth * values[0] + scale * change)
+        return target.sigma / current.sigma * x - target.alpha * (zeroth * values[0] + scale * change)
 
-    def step(self, key, schedule, denoise_fn, x_t, t, history) -> Step:
-        order, (last_x, last_order) = self.order, history.more
-        here, there = level(schedule, t, x_t), level_before(schedule, t, x_t)
-        nodes = [level(schedule, t + i, x_t) for i in range(order + 1)]
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: History,
+    ) -> Step:
+        order, (last_x, last_order) = self.order, state.extra
+        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
+        nodes = [noise_level(schedule, t + i, x_t) for i in range(order + 1)]
         x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
 
         def correct(p):
-            return lambda: self._update(p, True, nodes[1], here, nodes[1:], last_x, history.values, x_0)
+            return lambda: self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
 
         corrected = jax.lax.switch(last_order, [lambda: x_t] + [correct(p) for p in range(1, order + 1)])
-        now = _order(order, history, t, self.lower_order_final)
-        values = (x_0, *history.values)
+        now = _step_order(order, state, t, self.lower_order_final)
+        values = (x_0, *state.values)
 
         def predict(p):
-            return lambda: self._update(p, False, here, there, nodes, corrected, values, None)
+            return lambda: self._update(p, False, current, target, nodes, corrected, values, None)
 
         x_prev = jax.lax.switch(now - 1, [predict(p) for p in range(1, order + 1)])
-        return Step(x_prev, x_0, push(history, x_0, (corrected, now)))
+        return Step(x_prev, x_0, push(state, x_0, (corrected, now)))
 
-    def start(self, schedule, x_T, num_steps: int) -> History:
-        # One value more than a predictor needs: the corrector looks back from the step before.
+    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
+        # One value more than a predictor needs, because the corrector starts from the previous step.
         return empty_history(x_T, num_steps, self.order, (x_T, jnp.int32(0)))

@@ -259,7 +259,7 @@ def setup(config: Mapping) -> Setup:
     whole, states = sharding.replicated(mesh), sharding.state_sharding(mesh, shapes)
 
     def gathering(loss_fn):
-        return sharding.gathering(loss_fn, mesh, model.dtype, models.REMAT_NAME if model.remat else None)
+        return sharding.gather_params(loss_fn, mesh, model.dtype, models.REMAT_NAME if model.remat else None)
 
     train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gathering)
 
@@ -280,7 +280,7 @@ def setup(config: Mapping) -> Setup:
         mesh=mesh,
         model=model,
         schedule=schedule,
-        init=jax.jit(init, out_shardings=states, compiler_options=compiler.quick()),
+        init=jax.jit(init, out_shardings=states, compiler_options=compiler.fast_compile_options()),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if many else None,
         abstract_state=jax.tree.map(

@@ -71,6 +71,14 @@ def _leaves(tree) -> dict[str, str]:
     return {key(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
+def resume_hint(directory: pathlib.Path) -> str:
+    """How to resume a training run in `directory`, as the end of a message."""
+    steps = committed_steps(directory / "checkpoints")
+    if not steps:
+        return "nothing was saved yet"
+    return f"step {steps[-1]} is saved; rerun the same command to resume from it"
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `kept`, and every `keep_every`-th step (0 for none) for good.
 

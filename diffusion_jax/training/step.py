@@ -241,7 +241,7 @@ def make_train_step(
     in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy, grad_norm
     (before clipping), param_norm, learning_rate. Under importance sampling losses are weighted, so that means are unbiased.
 
-    gathering: of the loss as a function of the parameters first, where these are split over devices: `sharding.gathering`.
+    gathering: applied to the loss where parameters are split over devices: `sharding.gather_params`.
     """
     diffusion, seed, log_every = config["diffusion"], config["seed"], config["training"]["log_every"]
     count = config["training"]["accumulation_steps"]

@@ -18,7 +18,7 @@ import pytest
 
 from configs import digits
 from diffusion_jax import training
-from diffusion_jax.distributed import preemption
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.training import checkpoints, digests
 from helpers.paths import ROOT
 from helpers.program import TWO_DEVICES, free_port
@@ -159,7 +159,7 @@ def test_sigterm(tmp_path, whole):
 
     runs = disturbed(tmp_path, whole, 10, terminate)
     # A signal that comes before Python has read main.py ends it by the system's own hand.
-    assert all(code in (0, preemption.STOPPED, -signal.SIGTERM) for code in codes)
+    assert all(code in (0, EXIT_PREEMPTED, -signal.SIGTERM) for code in codes)
     figure(
         f"10 SIGTERMs over {runs} runs: exit codes {codes}, at most {max(seconds):.1f} s to save and stop; equal to the bit"
     )
@@ -275,7 +275,7 @@ def test_a_killed_process_of_two(tmp_path, victim):
     code = pair[1 - victim].wait(timeout=PATIENCE)
     seconds = time.monotonic() - began
     text = directory.with_suffix(f".{1 - victim}.log").read_text()
-    assert code in (preemption.LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
+    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
     pair[victim].wait()
     figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
 
@@ -289,7 +289,7 @@ def test_a_stuck_process_of_two(tmp_path):
     began = time.monotonic()
     codes = [process.wait(timeout=300) for process in pair]
     texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
-    assert all(code in (preemption.LOST, -signal.SIGABRT) for code in codes) and preemption.LOST in codes, texts
+    assert all(code in (EXIT_PEER_LOST, -signal.SIGABRT) for code in codes) and EXIT_PEER_LOST in codes, texts
     assert any("no step has finished for 20 s" in text for text in texts), texts
     figure(
         f"process 1 of two stuck: both ended, exit codes {codes}, {time.monotonic() - began:.0f} s after their launch"
@@ -326,9 +326,7 @@ def test_a_commit_of_two_that_fails(tmp_path):
     began = time.monotonic()
     codes = [process.wait(timeout=PATIENCE) for process in pair]
     texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
-    assert codes[0] == 1 and "is the disk full?" in texts[0] and codes[1] in (1, preemption.LOST, -signal.SIGABRT), (
-        texts
-    )
+    assert codes[0] == 1 and "is the disk full?" in texts[0] and codes[1] in (1, EXIT_PEER_LOST, -signal.SIGABRT), texts
     kept = checkpoints.committed_steps(directory / "checkpoints")
     assert kept and kept[-1] < 30
     figure(f"two processes, no room at the third commit: exit codes {codes} after {time.monotonic() - began:.0f} s")
@@ -354,9 +352,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, preemption.STOPPED), (signal.SIGINT, preemption.INTERRUPTED)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)])
 def test_a_signal_to_one_of_two_then_one_goes_on(tmp_path, whole, number, code):
     directory = tmp_path / "two"
     pair = joined(directory)
@@ -379,4 +375,4 @@ def test_a_peer_that_never_joins(tmp_path):
     code = process.wait(timeout=PATIENCE)
     text = pathlib.Path(directory.with_suffix(".log")).read_text()
     figure(f"a peer that never joins: exit code {code} after {time.monotonic() - began:.0f} s")
-    assert code == preemption.LOST and "the others did not come within 10 s" in text, text
+    assert code == EXIT_PEER_LOST and "the other processes did not connect within 10 s" in text, text

@@ -151,7 +151,7 @@ HLO = """
 
 
 def test_collectives_are_read_from_hlo():
-    found = collectives.read(HLO)
+    found = collectives.parse(HLO)
     assert [(c.kind, c.bytes, c.largest, c.devices, c.ring_bytes) for c in found] == [
         ("all-gather", 1536, 1536, 4, 1152.0),
         ("all-reduce", 530, 512, 2, 530.0),
@@ -159,6 +159,6 @@ def test_collectives_are_read_from_hlo():
         ("collective-permute", 10, 10, 2, 10.0),
         ("all-to-all", 8, 8, 4, 6.0),
     ]
-    assert collectives.table(found)[0] == ("all-gather", 1, 1536, 1152.0)
+    assert collectives.summarize(found)[0] == ("all-gather", 1, 1536, 1152.0)
     with pytest.raises(ValueError, match="all-gather-start"):
-        collectives.read("%x = (f32[1], f32[8]) all-gather-start(%a), replica_groups=[1,8]<=[8]")
+        collectives.parse("%x = (f32[1], f32[8]) all-gather-start(%a), replica_groups=[1,8]<=[8]")

@@ -155,7 +155,7 @@ if __name__ == "__main__":
     sys.stdout = sys.stderr  # what runs say
     slow = sys.argv[1:] == ["slow"]
     found = {"labeled": labeled_program()} if slow else {"program": program()}
-    sharding.SMALL = 64  # the tiny network's leaves, too, are split from here on
+    sharding.MIN_SPLIT_SIZE = 64  # the tiny network's leaves, too, are split from here on
     if slow:
         found |= {"variants": variants()}
     else:

@@ -13,7 +13,7 @@ import traceback
 from helpers.paths import ROOT
 
 _PRELOAD = (
-    "ml_collections.config_flags",
+    "diffusion_jax.cli",
     "diffusion_jax.runs.train",
     "diffusion_jax.runs.edit",
     "diffusion_jax.runs.measure_likelihood",

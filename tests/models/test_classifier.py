@@ -179,7 +179,7 @@ def test_the_loss_under_importance_sampling_and_out_of_range():
     twice = lambda key, n, total: (timesteps.uniform(key, n, total)[0], 2 * jnp.ones(n))  # noqa: E731
     loss, _ = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y, timestep_sampler=twice)
     np.testing.assert_allclose(loss[:2], 2 * np.log(3), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"must give \[B, K\]"):
+    with pytest.raises(ValueError, match=r"must return \[B, K\]"):
         losses.classify(jax.random.key(0), SCHEDULE, lambda x_t, time: x_t[None], x_0, y)
     with pytest.raises(ValueError, match="must be float"):
         losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0.astype(int), y)

@@ -2,20 +2,16 @@
 
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
-from diffusion_jax import data, training
+from diffusion_jax import config, data, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs import class_labels, pictures, sample, sampling_setup, workdir
 from diffusion_jax.runs.data_source import check_source
 from helpers.configs import conditional
-from helpers.paths import ROOT
 from helpers.work_directories import untrained
 
 BASE = {"dataset": "folder", "split": "train", "image_size": 8, "channels": 3, "memory_mb": 100, "workers": 0}
@@ -176,15 +172,7 @@ def test_classes_by_name(trained, label, classes):
 )
 def test_the_command_line_takes_names(text, value):
     """What `chosen` above is given is what the flag gives."""
-    values = flags.FlagValues()
-    path = str(ROOT / "configs" / "digits_conditional.py")
-    defined = config_flags.DEFINE_config_file("config", path, flag_values=values, lock_config=True)
-    argv, sys.argv = sys.argv, ["main.py", f"--config={path}", f"--config.sampling.label={text}"]
-    try:
-        values(sys.argv)
-    finally:
-        sys.argv = argv
-    assert defined.value.sampling.label == value
+    assert config.override(config.experiment("digits_conditional"), {"sampling.label": text}).sampling.label == value
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -14,8 +13,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
-from diffusion_jax.distributed import preemption
 from diffusion_jax.distributed.file_lock import HeldError
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import metrics_writer, pictures, sample, train, workdir
 from diffusion_jax.runs.image_generator import Generator
@@ -198,31 +197,6 @@ def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
         holder.kill()
     train.run(tiny_config(), tmp_path)
-
-
-def test_where_nothing_moves_the_watchdog_ends_the_program(monkeypatch):
-    ended = threading.Event()
-    said = []
-    monkeypatch.setattr(preemption, "end", lambda message, code: (said.append((message, code)), ended.set()))
-    with preemption.Watchdog(0.2) as watchdog:
-        with watchdog.paused():  # a compilation
-            assert not ended.wait(0.6)
-        watchdog.beat()
-        assert ended.wait(20)
-    assert said[0][1] == preemption.LOST and "training.stall_timeout" in said[0][0]
-
-
-def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
-    ended = threading.Event()
-    monkeypatch.setattr(preemption, "end", lambda *_: ended.set())
-    assert (
-        list(preemption.over_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
-    )  # alone: there is none to wait for
-    monkeypatch.setattr(preemption, "is_multiprocess", lambda: True)
-    seen = []
-    for batch in preemption.over_batches(range(2), 0.2):
-        seen.append(ended.wait(0.5 if batch == 0 else 20))
-    assert seen == [False, True]  # five times what the first took: 2.5 s
 
 
 @pytest.mark.whole
@@ -557,7 +531,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
     assert err.startswith(
         "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
     )
@@ -574,79 +548,9 @@ def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
     )
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
-    assert code == preemption.INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
     (path,) = (tmp_path / "checkpoints").iterdir()
     assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
-
-
-COMPILING = f"""
-import hashlib, pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed import preemption
-
-preemption._GRACE = float(sys.argv[1])
-with preemption.stopping_at_once(pathlib.Path(sys.argv[2])):
-    print("compiling", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
-"""
-
-
-@pytest.mark.parametrize(
-    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
-)
-def test_what_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
-    """As a compilation before the first step."""
-    process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
-    assert process.stdout.readline() == "compiling\n"
-    for number in numbers:
-        process.send_signal(number)
-        time.sleep(0.3)  # signals that come together are one
-    code, _, err = finish(process)
-    why, exit_code = STOPPING[numbers[0]]
-    why = why if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
-    assert code == exit_code and err == f"error: {why}; nothing was saved yet\n"
-
-
-WHERE_NOTHING_CAN_BE_RAISED = f"""
-import atexit, gc, os, pathlib, sys, time
-from multiprocessing import shared_memory
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed import preemption
-from diffusion_jax.runs import devices
-
-devices.silence_libraries()
-of_data_workers = shared_memory.SharedMemory(create=True, size=64)
-
-
-def collecting(phase, info):
-    print("collecting", flush=True)
-    time.sleep(60)
-
-
-preemption._GRACE = 60
-atexit.register(os.abort)  # as libraries do whose threads still compute
-with preemption.stopping_at_once(pathlib.Path(sys.argv[1])):
-    gc.callbacks.append(collecting)
-    gc.collect()
-"""
-
-
-@pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
-    """What a callback of the garbage collector raises is printed and lost, and Python's own end can crash in a library."""
-    process = start("-c", WHERE_NOTHING_CAN_BE_RAISED, str(tmp_path), program="-u")
-    assert process.stdout.readline() == "collecting\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    why, exit_code = STOPPING[number]
-    assert process.returncode == exit_code and err == f"error: {why}; nothing was saved yet\n"
-
-
-def test_the_advice_of_the_first_ctrl_c_is_given_once(tmp_path, capfd):
-    with preemption.Preemption(tmp_path).handled():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            signal.getsignal(number)(number, None)
-    assert capfd.readouterr().out.count("Press it again") == 1
 
 
 def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):

@@ -131,8 +131,8 @@ def test_a_sampler_of_one_s_own():
         factor: float = 0.9
         prediction: str = "eps"
 
-        def step(self, key, schedule, denoise_fn, x_t, t, memory):
-            new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, memory)
+        def step(self, key, schedule, denoise_fn, x_t, t, state):
+            new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, state)
             return sampling.Step(self.factor * new.x_prev, new.x_0)
 
     schedule, x_T = schedules.respace(FULL, [500]), jnp.array([[0.3], [-1.0]])

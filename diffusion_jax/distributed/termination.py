@@ -1,0 +1,42 @@
+"""Ends the process at once with one line on standard error and an exit code.
+
+The exit codes, beside 0 (finished), 1 (the run failed) and 2 (bad input), mean that rerunning the same command resumes the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+
+__all__ = ["EXIT_INTERRUPTED", "EXIT_PEER_LOST", "EXIT_PREEMPTED", "exit_now"]
+
+EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: what shells report for SIGINT
+EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE of sysexits.h
+
+_LAST_LINE = threading.Lock()  # acquired by the writer of the last line and never released
+
+
+def exit_now(message: str, exit_code: int) -> None:
+    """Ends the process from any thread or signal handler with one line; nothing is cleaned up, as after SIGKILL."""
+    write_last_line(message)
+    exit_without_cleanup(exit_code)
+
+
+def write_last_line(message: str) -> None:
+    """Writes the line with `os.write`, because a signal may have interrupted `print`; only the first call writes."""
+    if _LAST_LINE.acquire(blocking=False):
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
+        os.write(2, f"error: {' '.join(message.split())}\n".encode())
+
+
+def exit_without_cleanup(exit_code: int) -> None:
+    """Ends the process and its data workers, which would otherwise wait for it."""
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    os._exit(exit_code)

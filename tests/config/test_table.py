@@ -1,0 +1,121 @@
+"""The table of leaves: every leaf refuses a wrong type and a wrong value, and the table agrees with what reads it."""
+
+import dataclasses
+
+import pytest
+
+from diffusion_jax import config, likelihood, losses, models, process, schedules, timesteps
+from diffusion_jax.config import values
+from diffusion_jax.evaluation import compare, features, ode_likelihood
+from diffusion_jax.runs import edit, sampling_setup
+from helpers.paths import ROOT
+
+
+def wrong_value(kind):
+    """A value of the right type that a kind does not allow; None where it allows all of that type."""
+    match kind:
+        case values.OneOf():
+            found = [wrong_value(one) for one in kind.kinds]
+            return next((value for value in found if value is not None and not allows(kind, value)), None)
+        case values.Integer():
+            return None if kind.minimum is None else kind.minimum - 1
+        case values.Number():
+            low = kind.minimum if kind.minimum is not None else kind.above
+            return float("nan") if low is None else low - 1.0
+        case values.Choice():
+            return "no such choice" if isinstance(kind.choices[0], str) else max(kind.choices) + 1
+        case values.Tuple():
+            return () if kind.minimum_length else (wrong_value(kind.item),)
+        case values.Interval():
+            return (2.0, 1.0)
+        case _:
+            return None
+
+
+def allows(kind, value):
+    try:
+        kind.check(value)
+    except ValueError:
+        return False
+    return True
+
+
+def nested(name, value):
+    group, _, leaf = name.rpartition(".")
+    return {group: {leaf: value}} if group else {leaf: value}
+
+
+@pytest.mark.parametrize("name", config.LEAVES)
+def test_every_leaf_refuses_a_wrong_type_and_a_wrong_value(name):
+    """The line has the leaf, the value and what is allowed."""
+    kind = config.LEAVES[name].kind
+    wrong = [b"bytes"]  # no leaf takes them
+    if (value := wrong_value(kind)) is not None:
+        wrong.append(value)
+    for value in wrong:
+        with pytest.raises(config.ConfigError) as caught:
+            config.resolve(nested(name, value))
+        line = str(caught.value)
+        assert line.startswith(f"{name}={value!r} must be {kind.allowed}; "), line
+        assert len(line.splitlines()) == 1 and len(line) < 500, line
+        assert isinstance(caught.value, ValueError) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", config.LEAVES)
+def test_every_default_is_allowed_as_a_value_and_as_text(name):
+    leaf = config.LEAVES[name]
+    assert leaf.kind.check(leaf.default) == leaf.default
+    if leaf.default != ():
+        assert leaf.kind.check(leaf.kind.parse(str(leaf.default))) == leaf.default
+    assert (leaf.meaning.endswith(".") and leaf.meaning[0].isupper()) or leaf.meaning[:2] == "S_"
+
+
+def test_only_strings_and_booleans_have_no_wrong_value():
+    unlimited = {name for name, leaf in config.LEAVES.items() if wrong_value(leaf.kind) is None}
+    kinds = {type(config.LEAVES[name].kind) for name in unlimited}
+    assert kinds == {values.Text, values.Boolean}
+
+
+def test_the_model_leaves_are_the_fields_of_the_networks():
+    for network, leaves in ((models.UNet, config.LEAVES), (models.Classifier, config.CLASSIFIER_LEAVES)):
+        fields = {
+            field.name: field.default for field in dataclasses.fields(network) if field.name not in ("parent", "name")
+        }
+        stored = {name.removeprefix("model."): leaf for name, leaf in leaves.items() if name.startswith("model.")}
+        assert {name: leaf.default for name, leaf in stored.items()} == fields
+
+
+def test_allowed_names_are_those_of_the_functions_that_read_them():
+    def names(leaf):
+        kind = config.LEAVES[leaf].kind
+        kind = kind.item if isinstance(kind, values.Tuple) else kind
+        kind = kind.kinds[0] if isinstance(kind, values.OneOf) else kind
+        return kind.choices
+
+    for name in names("diffusion.schedule"):
+        assert schedules.betas(name, 10).shape == (10,)
+    assert names("diffusion.prediction") == process.PREDICTIONS
+    assert names("diffusion.variance") == process.VARIANCES
+    assert names("diffusion.loss") == losses.LOSSES
+    assert names("diffusion.weighting") == ("none", *losses.WEIGHTINGS)
+    assert names("diffusion.timestep_sampler")[:-1] == tuple(timesteps.SAMPLERS)
+    assert names("sampling.sampler") == tuple(sampling_setup.SAMPLERS)
+    assert names("sampling.spacing")[:-2] == schedules.SPACINGS
+    assert names("editing.task") == edit.TASKS
+    assert names("evaluation.cdf") == likelihood.CDFS
+    assert names("evaluation.metrics") == compare.METRICS
+    assert names("evaluation.resize") == features.RESIZES
+    assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
+
+
+def test_identity_is_what_decides_the_numbers_of_a_run():
+    identity = config.identity(config.default())
+    groups = {name.partition(".")[0] for name in identity}
+    assert groups == {"seed", "data", "model", "diffusion", "optimizer", "ema", "training"}
+    assert [name for name in identity if name.startswith("training.")] == ["training.batch_size"]
+    free = {name for name in config.LEAVES if name.partition(".")[0] in groups - {"training"}} - set(identity)
+    assert free == {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "model.convolution"}
+
+
+def test_the_reference_is_in_the_documents():
+    assert (ROOT / "docs" / "configuration.md").read_text() == config.reference()

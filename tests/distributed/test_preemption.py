@@ -1,0 +1,112 @@
+"""Signals and the watchdog, without a run."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from diffusion_jax.distributed import watchdog
+from diffusion_jax.distributed.preemption import Preemption
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from helpers.paths import ROOT
+from helpers.program import finish, start
+
+ENDINGS = {
+    signal.SIGTERM: ("stopped by SIGTERM", EXIT_PREEMPTED),
+    signal.SIGINT: ("interrupted by Ctrl-C", EXIT_INTERRUPTED),
+}
+
+
+def test_the_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
+    ended = threading.Event()
+    calls = []
+    monkeypatch.setattr(watchdog, "exit_now", lambda message, code: (calls.append((message, code)), ended.set()))
+    with watchdog.Watchdog(0.2) as dog:
+        with dog.paused():  # a compilation
+            assert not ended.wait(0.6)
+        dog.beat()
+        assert ended.wait(20)
+    assert calls[0][1] == EXIT_PEER_LOST and "training.stall_timeout" in calls[0][0]
+
+
+def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "exit_now", lambda *_: ended.set())
+    # A single process waits for no other.
+    assert list(watchdog.watch_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
+    monkeypatch.setattr(watchdog, "is_multiprocess", lambda: True)
+    seen = []
+    for batch in watchdog.watch_batches(range(2), 0.2):
+        seen.append(ended.wait(0.5 if batch == 0 else 20))
+    assert seen == [False, True]  # five times the duration of the first: 2.5 s
+
+
+COMPILING = f"""
+import functools, hashlib, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax.distributed.preemption import exit_on_signals
+from diffusion_jax.training.checkpoints import resume_hint
+
+with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[2])), grace=float(sys.argv[1])):
+    print("compiling", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
+)
+def test_a_call_that_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
+    """For example a compilation before the first step."""
+    process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
+    assert process.stdout.readline() == "compiling\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.3)  # signals that come together are one
+    code, _, err = finish(process)
+    reason, exit_code = ENDINGS[numbers[0]]
+    reason = reason if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
+    assert code == exit_code and err == f"error: {reason}; nothing was saved yet\n"
+
+
+IN_A_CALLBACK = f"""
+import atexit, functools, gc, os, pathlib, sys, time
+from multiprocessing import shared_memory
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax.distributed.preemption import exit_on_signals
+from diffusion_jax.runs import devices
+from diffusion_jax.training.checkpoints import resume_hint
+
+devices.silence_libraries()
+of_data_workers = shared_memory.SharedMemory(create=True, size=64)
+
+
+def collecting(phase, info):
+    print("collecting", flush=True)
+    time.sleep(60)
+
+
+atexit.register(os.abort)  # as libraries do whose threads still compute
+with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[1])), grace=60):
+    gc.callbacks.append(collecting)
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
+    """Python discards exceptions in a callback of the garbage collector, and a regular exit can crash in a library."""
+    process = start("-c", IN_A_CALLBACK, str(tmp_path), program="-u")
+    assert process.stdout.readline() == "collecting\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    reason, exit_code = ENDINGS[number]
+    assert process.returncode == exit_code and err == f"error: {reason}; nothing was saved yet\n"
+
+
+def test_the_first_ctrl_c_prints_its_advice_once(capfd):
+    with Preemption().install_handler():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.getsignal(number)(number, None)
+    assert capfd.readouterr().out.count("Press it again") == 1
