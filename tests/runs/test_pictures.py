@@ -24,7 +24,7 @@ def labeled(axes):
 
 
 @pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 3.4e-5, 1e-12, 0.0, -1e-9])
-def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
+def test_the_decoder_term_is_inside_the_axes(drawn, decoder):
     """Where it is far below the other terms, an arrow on the axis stands for it, and the legend has its value."""
     terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
     pictures.plot_terms("", terms, "digits")
@@ -41,7 +41,7 @@ def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
     assert axes.transData.transform((x, y))[1] - radius > axes.bbox.y0
 
 
-def test_a_chain_of_one_step_has_its_decoder_alone(drawn):
+def test_the_plot_of_one_step_has_only_the_decoder_term(drawn):
     for decoder in (3.0, 0.0):
         pictures.plot_terms("", np.array([decoder]), "digits")
         assert drawn[-1].axes[0].get_ylim()[0] > 0
@@ -77,7 +77,7 @@ def test_neighbors_have_captions(drawn):
         assert texts[3:] == ["sample 7", "0.5", "1.5", "sample 3", "0.75", "2.5"]
 
 
-def test_solvers_have_a_color_and_a_marker_each():
+def test_every_solver_has_its_own_color_and_marker():
     """In the plot of docs/sampling.md."""
     path = ROOT / "benchmarks" / "samplers.py"
     spec = importlib.util.spec_from_file_location("samplers_benchmark", path)

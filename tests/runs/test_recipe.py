@@ -63,7 +63,7 @@ def agree(images, x, distinct=20):
     assert len(np.unique(images)) > distinct
 
 
-def test_guided_samples_are_the_core_s(root):
+def test_guided_samples_equal_those_of_the_core(root):
     """Two classes in turn, classifier-free guidance with an interval and a rescale, DPM-Solver++."""
     directory = root / "conditional"
     overrides = {
@@ -96,7 +96,7 @@ def test_guided_samples_are_the_core_s(root):
         ({"sampler": "heun", "churn": 2.0}, sampling.heun(churn=2.0)),
     ],
 )
-def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
+def test_samplers_that_call_the_network_between_steps_work(root, options, sampler):
     """These ask at times that no table of the steps' times holds."""
     base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
     sample.run(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
@@ -108,7 +108,7 @@ def test_calls_between_the_steps_find_the_network_too(root, options, sampler):
 
 @pytest.mark.whole
 @pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
-def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
+def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name):
     directory = root / name
     base = (
         conditional
@@ -142,7 +142,7 @@ def test_samples_guided_by_a_classifier_are_the_core_s(root, form, name):
     agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
 
 
-def test_an_upsampler_enlarges_what_it_is_given(root, tmp_path):
+def test_an_upsampler_enlarges_given_images(root, tmp_path):
     """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
     directory = root / "upsampler"
     low = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
@@ -206,7 +206,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_sampler_of_a_config(name):
+def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
     assert {name.split()[0] for name in OPTIONS} == set(sampler_config.SAMPLERS)
     options, made = OPTIONS[name]
@@ -228,7 +228,7 @@ def test_every_sampler_of_a_config(name):
         assert (configured(**without) != configured(**options)).any(), leaf
 
 
-def test_every_clip_of_a_config():
+def test_every_clip_of_a_config_changes_the_predicted_x_0():
     x = 3 * jax.random.normal(jax.random.key(2), (1, 50))
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 2, "log_snr")
     diffusion = ConfigDict({"prediction": "x_0", "variance": "fixed_large"})
@@ -260,7 +260,7 @@ def test_given_steps_are_network_times():
         ({"steps": 50, "spacing": "openai_ddim"}, "ddim50"),
     ],
 )
-def test_openai_s_spacings_have_names(options, same):
+def test_openai_spacings_can_be_given_by_name(options, same):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     found = sampler_config.respace(schedule, options, sampling.ddpm())
     np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
@@ -280,7 +280,7 @@ def test_openai_s_spacings_have_names(options, same):
         (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai_ddim, given"),
     ],
 )
-def test_steps_that_name_no_spacing_are_refused(steps, spacing, words):
+def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
         sampler_config.respace(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
@@ -294,7 +294,7 @@ def of(leaves, **diffusion):
     return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
 
 
-def test_file_names_tell_requests_apart(root):
+def test_different_sampling_options_have_different_file_names(root):
     """Options are spelled; a digest stands for paths and for what is long."""
     names = {
         "ddpm5": {},
@@ -342,7 +342,7 @@ def test_file_names_tell_requests_apart(root):
     assert len(digested) == 6 and all(len(name.split("_")[-1]) == 6 for name in digested)
 
 
-def test_steps_that_draw_noise_are_refused():
+def test_steps_on_which_a_sampler_fails_are_refused():
     """With no spacing given heun, pndm and plms take one that works; the others that are known to fail are one line."""
     cosine = {"schedule": "cosine", "num_timesteps": 1000}
     for sampler in ("heun", "pndm", "plms"):
@@ -395,7 +395,7 @@ def test_steps_that_draw_noise_are_refused():
         ),
     ],
 )
-def test_wrong_combinations_are_one_line(root, name, overrides, words):
+def test_invalid_combinations_of_options_are_refused(root, name, overrides, words):
     overrides = dict(overrides)
     if "sampling.classifier" in overrides:
         overrides["sampling.classifier"] = str(root / overrides["sampling.classifier"])
@@ -407,7 +407,7 @@ def test_wrong_combinations_are_one_line(root, name, overrides, words):
     assert "\n" not in str(caught.value)
 
 
-def test_leaves_that_change_nothing_are_named():
+def test_leaves_without_effect_are_listed():
     """Each alone, beside what reads it and beside what does not."""
     assert sampler_config.unused_leaves(tiny_config().sampling) == []
     for leaf, value, reader, other in (
@@ -457,7 +457,7 @@ def editing_config(files, **overrides):
 
 
 @pytest.mark.parametrize("task", ["inpaint", "replace", "sdedit", "super_resolution", "interpolate"])
-def test_edits(root, files, task):
+def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
     directory = root / "conditional"
     overrides = {"editing.task": task, "editing.factor": 2, "sampling.label": 4}
     if task == "interpolate":
@@ -487,7 +487,7 @@ def test_edits(root, files, task):
 
 
 @pytest.mark.whole
-def test_edits_are_the_core_s(root, files):
+def test_edits_equal_those_of_the_core(root, files):
     """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
     directory = root / "conditional"
     built = training.setup(conditional())
@@ -528,7 +528,7 @@ def test_edits_are_the_core_s(root, files):
         path.unlink()
 
 
-def test_edits_that_cannot_be(root, files):
+def test_invalid_editing_options_are_refused(root, files):
     for overrides, words in (
         ({"editing.task": "foo"}, "known: inpaint, replace"),
         ({"editing.task": "colorize"}, "needs a model of color images"),
@@ -561,7 +561,7 @@ def test_edits_that_cannot_be(root, files):
             edit.run(editing_config(files, **overrides), root / "conditional")
 
 
-def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
+def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys):
     """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
     with Image.open(files / "zero_one.png") as mask:
         values = np.asarray(mask)
@@ -578,7 +578,7 @@ def test_a_mask_of_zeros_and_ones_keeps_its_ones(root, files, capsys):
             np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
-def test_colors_come_back_to_what_was_gray(tmp_path, files):
+def test_colorization_keeps_the_gray_values(tmp_path, files):
     config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
     untrained(tmp_path / "run", config)
     config.editing.update(task="colorize", image=str(files / "image.png"), num_samples=2)
@@ -592,7 +592,7 @@ def test_colors_come_back_to_what_was_gray(tmp_path, files):
     assert abs(images.mean(-1) - gray)[inside].max() <= 1 and (np.ptp(images, axis=-1) > 5).any()
 
 
-def test_the_command_line_takes_a_class(root):
+def test_the_command_line_accepts_a_class(root):
     flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
     code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
     assert code == 0, err

@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
     return directory
 
 
-def test_a_run_leaves_what_the_contract_says(trained):
+def test_a_run_writes_the_documented_files(trained):
     assert json.loads((trained / "config.json").read_text()) == workdir.to_dict(tiny_config())
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     rows = lines(trained)
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_contract_says(trained):
     assert not (trained / "samples").exists()  # training.sample_every is 0: never
 
 
-def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
+def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
     train.run(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         f"train_step0000000{step}.png" for step in (3, 4)
@@ -70,7 +70,7 @@ def test_pictures_are_drawn_at_their_interval_and_at_the_end(tmp_path):
         assert picture.size == (2 * 68 + 4, 68 + 4) and picture.mode == "L"
 
 
-def test_a_finished_run_says_so(trained, capsys):
+def test_rerunning_a_finished_run_does_nothing(trained, capsys):
     before = lines(trained, without=())
     train.run(tiny_config(), trained)
     assert "This run is finished" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_finished_run_says_so(trained, capsys):
 
 
 @pytest.mark.whole
-def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
     """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
     for steps in (4, 7, 10):
         train.run(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
@@ -90,7 +90,7 @@ def test_a_longer_relaunch_equals_an_unbroken_run(tmp_path, capsys):
     assert {step: scalars[step]["loss"] for step in scalars} == pytest.approx({s: by_step[s]["loss"] for s in by_step})
 
 
-def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
     train.run(tiny_config(), tmp_path)
     metrics = metrics_writer.MetricsWriter(tmp_path, step=4)
@@ -107,7 +107,7 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
         assert scalars[row["step"]]["loss"] == pytest.approx(row["loss"])
 
 
-def test_another_identity_is_refused_and_the_rest_may_change(trained):
+def test_leaves_that_identify_a_run_must_not_change(trained):
     other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
     with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
         train.run(other, trained)
@@ -118,7 +118,7 @@ def test_another_identity_is_refused_and_the_rest_may_change(trained):
 
 
 @pytest.mark.whole
-def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(trained, tmp_path):
+def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(trained, tmp_path):
     """The command's config is that of the run, but for the rate; it begins with the run's weights."""
     with pytest.raises(errors.UserError, match="holds another run") as caught:
         workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
@@ -133,7 +133,7 @@ def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(train
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
 
 
-def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tmp_path, monkeypatch):
+def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
     """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
     with monkeypatch.context() as broken:
         broken.setattr("diffusion_jax.runs.train._train", lambda *_: 1 / 0)
@@ -148,7 +148,7 @@ def test_a_launch_without_a_checkpoint_leaves_the_directory_to_another_config(tm
         workdir.check_identity(tiny_config(), tmp_path)
 
 
-def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
+def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     train.run(tiny_config(), tmp_path)
     (
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
 
-def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(tmp_path):
+def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
     train.run(tiny_config(), tmp_path)
     before = lines(tmp_path)
     (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
@@ -184,7 +184,7 @@ time.sleep(60)
 """
 
 
-def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
     """Another process holds the lock; killed, it holds it no longer."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -200,7 +200,7 @@ def test_a_second_launch_is_refused_until_the_first_is_gone(tmp_path):
 
 
 @pytest.mark.whole
-def test_a_profile_holds_the_steps(tmp_path):
+def test_a_profile_contains_the_train_steps(tmp_path):
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     train.run(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
@@ -210,13 +210,13 @@ def test_a_profile_holds_the_steps(tmp_path):
     assert "train" in names
 
 
-def test_the_time_of_a_step_is_split(trained):
+def test_the_logged_fractions_of_time_add_up_to_one(trained):
     for row in lines(trained, without=()):
         assert row["compute"] + row["data_wait"] + row["logging"] == pytest.approx(1) and row["step_seconds"] > 0
         assert all(0 <= row[name] <= 1 for name in ("compute", "data_wait", "logging"))
 
 
-def test_a_picture_that_cannot_be_written_is_not_worth_the_run(tmp_path, capsys):
+def test_a_picture_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the directory should be")
     train.run(tiny_config(**{"training.sample_every": 4}), tmp_path)
     assert "the picture of step 4 could not be written" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)
 
 
-def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
+def test_interrupted_sampling_resumes(trained, monkeypatch):
     config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
     whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
     sample.run(config, trained)
@@ -287,7 +287,7 @@ def test_sampling_goes_on_where_it_stopped(trained, monkeypatch):
 
 
 @pytest.mark.whole
-def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
+def test_a_conditional_run_samples_all_classes_in_turn(tmp_path):
     config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
     train.run(config, tmp_path)
     sample.run(config, tmp_path)
@@ -317,7 +317,7 @@ def test_a_conditional_run_samples_its_classes_in_turn(tmp_path):
         ({"sampling.preview_steps": 0}, "whole number in 1"),
     ],
 )
-def test_training_that_cannot_start(overrides, words, tmp_path):
+def test_invalid_training_options_are_refused(overrides, words, tmp_path):
     overrides = dict(overrides)
     if "sampling.sampler" in overrides:
         with pytest.raises(errors.UserError, match=words):
@@ -352,14 +352,14 @@ def test_other_images_are_refused(tmp_path):
             workdir.check_data(other, run)
 
 
-def test_sampling_without_a_run(tmp_path):
+def test_sampling_without_a_run_is_refused(tmp_path):
     with pytest.raises(errors.UserError, match="train first"):
         sample.run(tiny_config(), tmp_path)
     with pytest.raises(errors.UserError, match="num_samples=0"):
         sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
 
 
-def test_grids_and_text():
+def test_grids_and_text_show_the_images():
     images = np.zeros((5, 2, 3, 1), np.uint8)
     images[4] = 255
     picture = pictures.grid(images, columns=3)
@@ -395,7 +395,7 @@ STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interru
         (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
     ],
 )
-def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, ends):
+def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps, ends):
     """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
     to the bit."""
     overrides = {
@@ -451,20 +451,20 @@ def test_killed_and_relaunched_logs_the_same_losses(tmp_path, loss, num_steps, e
         ([], "--config=configs/NAME.py is needed"),
     ],
 )
-def test_wrong_flags_are_one_line_and_exit_code_2(arguments, words, tmp_path):
+def test_wrong_flags_end_with_one_line_and_exit_code_2(arguments, words, tmp_path):
     code, _, err = launch(f"--workdir={tmp_path}", *arguments)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"seed": 0', ""])
-def test_a_damaged_config_json_is_one_line(text, tmp_path):
+def test_an_invalid_config_json_ends_with_one_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     for named in ([], ["--config=configs/digits.py"]):
         code, _, err = launch(f"--workdir={tmp_path}", *named)
         assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
 
 
-def test_a_run_s_own_config_is_used_where_none_is_named(trained):
+def test_the_stored_config_is_used_if_none_is_given(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # of a run in progress: sampling must leave it alone
     flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
     code, out, err = finish(start("--workdir", str(trained), *flags))
@@ -475,7 +475,7 @@ def test_a_run_s_own_config_is_used_where_none_is_named(trained):
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_stops_sampling_at_once_and_its_parts_are_kept(tmp_path, number):
+def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path, number):
     train.run(tiny_config(), tmp_path)
     process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
     deadline = time.time() + 120
@@ -538,7 +538,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
+def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
     """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
     streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
     flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
@@ -553,7 +553,7 @@ def test_ctrl_c_leaves_the_processes_that_read_data_alone(tmp_path):
     assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
 
 
-def test_steps_per_call_may_change_on_relaunch(tmp_path, monkeypatch):
+def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
     setup = training.setup
 
