@@ -136,7 +136,7 @@ def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
         asked.append((where["data_dir"], where["split"]))
         raise data.DataError("far enough")
 
-    monkeypatch.setattr(measure_likelihood.data, "load", load)
+    monkeypatch.setattr(data, "load", load)
     with pytest.raises(data.DataError, match="far enough"):
         evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
     assert asked == [("elsewhere", "test")]

@@ -17,6 +17,7 @@ from diffusion_jax.distributed.file_lock import HeldError
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import metrics_writer, pictures, sample, train, workdir
+from diffusion_jax.runs.batch_feed import BatchFeed
 from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.stored_config import from_weights
 from helpers.configs import tiny_config
@@ -136,7 +137,7 @@ def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(t
 def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
     """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
     with monkeypatch.context() as broken:
-        broken.setattr("diffusion_jax.runs.train._train", lambda *_: 1 / 0)
+        broken.setattr(BatchFeed, "next", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.run(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
     assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
