@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import pictures
 from helpers.paths import ROOT
 
@@ -88,3 +89,15 @@ def test_every_solver_has_its_own_color_and_marker():
     lines = labeled(figure.axes[0]).values()
     assert len(lines) == len(benchmark.SOLVERS) == len({line.get_color() for line in lines})
     assert len({line.get_marker() for line in lines}) == len(lines)
+
+
+def test_grids_and_text_show_the_images():
+    images = np.zeros((5, 2, 3, 1), np.uint8)
+    images[4] = 255
+    picture = pictures.grid(images, columns=3)
+    assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
+    assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
+    assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
+    np.testing.assert_array_equal(to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
+    text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
+    assert text == "  @@    @@"

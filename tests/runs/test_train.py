@@ -1,11 +1,8 @@
-"""Runs as a person starts them: train, relaunch, sample, and what goes wrong in one line."""
+"""--mode=train: files, resuming, corrupted checkpoints, and options that cannot be trained."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -14,17 +11,11 @@ from PIL import Image
 
 from diffusion_jax import data, errors, training
 from diffusion_jax.distributed.file_lock import HeldError
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
-from diffusion_jax.images import to_uint8
-from diffusion_jax.runs import metrics_writer, pictures, sample, train, workdir
+from diffusion_jax.runs import metrics_writer, sample, train, workdir
 from diffusion_jax.runs.batch_feed import BatchFeed
-from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.stored_config import from_weights
 from helpers.configs import tiny_config
-from helpers.launcher import launch
-from helpers.paths import ROOT
-from helpers.program import finish, start, tiny_flags
-from helpers.work_directories import last_state, lines
+from helpers.work_directories import lines
 
 
 def event_scalars(directory):
@@ -42,14 +33,6 @@ def event_scalars(directory):
                 assert tag not in points, f"{tag} twice at step {event.step}"
                 points[tag] = float(tensor_util.make_ndarray(event.tensor_proto))
     return found
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of 4 steps, which no test may change."""
-    directory = tmp_path_factory.mktemp("run")
-    train.run(tiny_config(), directory)
-    return directory
 
 
 def test_a_run_writes_the_documented_files(trained):
@@ -237,65 +220,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ]
 
 
-def test_sampling_writes_a_grid_and_an_npz(trained):
-    sample.run(tiny_config(), trained)
-    path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
-    with np.load(f"{path}.npz") as arrays:
-        assert arrays.files == ["arr_0", "settings"]
-        images = arrays["arr_0"]
-    assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
-    with Image.open(f"{path}.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[4:68:8, 4:68:8], images[0, :, :, 0])
-    raw = tiny_config(
-        **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
-    )
-    sample.run(raw, trained)
-    (path,) = (trained / "samples").glob("step4_raw_ddim2_seed0_n3.npz")
-    with np.load(path) as arrays:
-        assert (arrays["arr_0"] != images).any()
-    with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
-        assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)
-
-
-def test_interrupted_sampling_resumes(trained, monkeypatch):
-    config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
-    whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
-    sample.run(config, trained)
-    with np.load(whole) as arrays:
-        expected = arrays["arr_0"]
-    whole.unlink()
-    made = []
-    draw = Generator.__call__
-
-    def third_breaks(self, *args):
-        made.append(1)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return draw(self, *args)
-
-    monkeypatch.setattr(Generator, "__call__", third_breaks)
-    with pytest.raises(KeyboardInterrupt):
-        sample.run(config, trained)
-    monkeypatch.undo()
-    (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
-    (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
-    sample.run(config, trained)
-    assert len(made) == 5  # two before, the broken one, and the two that were left
-    with np.load(whole) as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"], expected)
-    assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.whole
-def test_a_conditional_run_samples_all_classes_in_turn(tmp_path):
-    config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
-    train.run(config, tmp_path)
-    sample.run(config, tmp_path)
-    with np.load(tmp_path / "samples" / "step2_ema_ddpm2_seed0_n3.npz") as arrays:
-        assert arrays["arr_1"].tolist() == [0, 1, 2]
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -351,207 +275,6 @@ def test_other_images_are_refused(tmp_path):
     for other in (source(6), source(5, seed=1)):
         with pytest.raises(errors.UserError, match="images are not those that .* remove .*data.json"):
             workdir.check_data(other, run)
-
-
-def test_sampling_without_a_run_is_refused(tmp_path):
-    with pytest.raises(errors.UserError, match="train first"):
-        sample.run(tiny_config(), tmp_path)
-    with pytest.raises(errors.UserError, match="num_samples=0"):
-        sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
-
-
-def test_grids_and_text_show_the_images():
-    images = np.zeros((5, 2, 3, 1), np.uint8)
-    images[4] = 255
-    picture = pictures.grid(images, columns=3)
-    assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
-    assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
-    assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
-    np.testing.assert_array_equal(to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
-    text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
-    assert text == "  @@    @@"
-
-
-# ------------------------------------------------------------------------------------ as processes
-
-
-IMPORTANCE_SAMPLED = {
-    "diffusion.loss": "vlb",
-    "diffusion.variance": "learned_range",
-    "diffusion.timestep_sampler": "loss_second_moment",
-    "diffusion.num_timesteps": 5,
-    "diffusion.schedule": "linear",
-    "diffusion.beta_end": 0.5,
-}
-
-
-STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interrupted by Ctrl-C", 130)}
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    ("loss", "num_steps", "ends"),
-    [
-        ({}, 150, {10: signal.SIGKILL, 40: signal.SIGTERM, 80: signal.SIGINT}),
-        (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
-    ],
-)
-def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps, ends):
-    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
-    to the bit."""
-    overrides = {
-        "training.num_steps": num_steps,
-        "training.log_every": 1,
-        "training.checkpoint_every": 7,
-        "training.sample_every": num_steps // 3,
-        **loss,
-    }
-    flags = tiny_flags(tmp_path / "killed", **overrides)
-    for after, end in ends.items():
-        process = start(*flags)
-        path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 300
-        while time.time() < deadline and process.poll() is None:
-            if path.exists() and path.read_text().count("\n") > after:
-                break
-            time.sleep(0.05)
-        process.send_signal(end)
-        _, err = process.communicate(timeout=120)
-        if end != signal.SIGKILL:
-            why, exit_code = STOPPING[end]
-            step = int(err.split(f"error: {why} at step ")[1].split(", which is saved; rerun")[0])
-            assert process.returncode == exit_code and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
-            assert len(err.strip().splitlines()) == 1
-    code, out, err = finish(start(*flags))
-    assert code == 0, err
-    assert "Continuing from step" in out
-    code, _, err = finish(start(*tiny_flags(tmp_path / "whole", **overrides)))
-    assert code == 0 and not err.strip(), err
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert len(lines(tmp_path / "whole")) == num_steps
-    for directory in ("killed", "whole"):
-        assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
-    killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, killed, whole)
-    if loss:  # long past its warm-up
-        assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
-        (["--config=configs/digit.py"], "no such file"),
-        (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
-        (["--config=configs/digits.py", "leftover"], "unexpected argument"),
-        (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
-        (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
-        (["--config=configs/digits.py", "--config.data.image_size=wide"], "data.image_size=wide"),
-        ([], "--config=configs/NAME.py is needed"),
-    ],
-)
-def test_wrong_flags_end_with_one_line_and_exit_code_2(arguments, words, tmp_path):
-    code, _, err = launch(f"--workdir={tmp_path}", *arguments)
-    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
-
-
-@pytest.mark.parametrize("text", ["[1]", '{"seed": 0', ""])
-def test_an_invalid_config_json_ends_with_one_line(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    for named in ([], ["--config=configs/digits.py"]):
-        code, _, err = launch(f"--workdir={tmp_path}", *named)
-        assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
-
-
-def test_the_stored_config_is_used_if_none_is_given(trained):
-    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # of a run in progress: sampling must leave it alone
-    flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
-    code, out, err = finish(start("--workdir", str(trained), *flags))
-    assert code == 0, err
-    assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a grid:" in out
-    assert not err.strip()
-    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
-
-
-@pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path, number):
-    train.run(tiny_config(), tmp_path)
-    process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
-    deadline = time.time() + 120
-    while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    why, exit_code = STOPPING[number]
-    assert process.returncode == exit_code and err.startswith(f"error: {why}; rerun the same command to continue"), err
-    assert len(err.strip().splitlines()) == 1 and all(path.exists() for path in parts)
-
-
-def until(condition, process):
-    deadline = time.time() + 300
-    while not condition():
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
-
-
-STUCK = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
-from diffusion_jax.data import pipeline
-
-read = pipeline.Batches.__getitem__
-
-
-def stuck(self, step):
-    while step >= 5:
-        time.sleep(1)
-    return read(self, step)
-
-
-pipeline.Batches.__getitem__ = stuck
-cli.main()
-"""
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    """The data of step 6 never come: the first Ctrl-C waits for the step, the second does not."""
-    program, run = tmp_path / "stuck.py", tmp_path / "run"
-    program.write_text(STUCK)
-    flags = tiny_flags(run, **{"training.num_steps": 9, "training.log_every": 1})
-    process = start(*flags, program=str(program))
-    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") == 4, process)
-    until((run / "checkpoints" / "4").is_dir, process)
-    process.send_signal(signal.SIGINT)
-    for line in process.stdout:
-        if "Press it again to stop at once" in line:
-            break
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
-    assert err.startswith(
-        "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
-    )
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
-
-
-def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
-    """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
-    streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
-    flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
-    process = start(*flags, start_new_session=True)
-    until(
-        lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n"), process
-    )
-    os.killpg(process.pid, signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
-    (path,) = (tmp_path / "checkpoints").iterdir()
-    assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err
 
 
 def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
