@@ -136,7 +136,7 @@ def test_invalid_editing_options_are_refused(root, files):
         ({"editing.num_samples": 0}, "is too few"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
-        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "is of one class: give sampling.class"),
+        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single class: give sampling.class"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),

@@ -143,7 +143,7 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
     np.savez(tmp_path / "wrong.npz", low[:, :2])
     np.savez(tmp_path / "empty.npz", low[:0])
     for path, words in (
-        ("", "name them by sampling.low_resolution"),
+        ("", "set sampling.low_resolution to an .npz"),
         (str(tmp_path / "none.npz"), "neither a folder nor an .npz"),
         (str(tmp_path / "empty.npz"), "holds no images"),
         (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
