@@ -40,9 +40,7 @@ def quarter_sums(examples: Mapping[str, jax.Array], num_timesteps: int) -> Sums:
 
 def empty_window(names: Sequence[str]) -> dict[str, Any]:
     """A window without steps."""
-    window: dict[str, Any] = {
-        name: {part: jnp.zeros((), jnp.float32) for part in ("total", "count")} for name in names
-    }
+    window: dict[str, Any] = {name: {part: jnp.zeros((), jnp.float32) for part in ("total", "count")} for name in names}
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
     return window
 
