@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
+from diffusion_jax.config import flatten
 from diffusion_jax.distributed.file_lock import HeldError
 from diffusion_jax.runs import metrics_writer, sample, train, workdir
 from diffusion_jax.runs.batch_feed import BatchFeed
@@ -110,8 +111,8 @@ def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(t
     changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
     assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
     config = from_weights(str(trained))
-    expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
-    assert workdir.flatten(workdir.to_dict(config)) == expected
+    expected = {**flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
+    assert flatten(workdir.to_dict(config)) == expected
     config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
     train.run(config, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
