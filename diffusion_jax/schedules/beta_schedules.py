@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64
 
-__all__ = ["betas"]
+__all__ = ["SCHEDULES", "betas"]
 
 
 def _linear(num_timesteps, beta_start, beta_end):
@@ -53,6 +53,7 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "warmup10": _warmup(0.1),
     "warmup50": _warmup(0.5),
 }
+SCHEDULES = tuple(_BETAS)  # the names that `betas` takes
 
 
 def betas(
