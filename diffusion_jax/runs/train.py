@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -85,8 +86,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _check_options(config: ConfigDict) -> None:
     """Checks that need neither a model nor data. Raises: UserError."""
     options = config.training
-    with as_user_error("config"):
-        training.check_whole_numbers(config)
+    resolve(config)
     if not options.stall_timeout >= 0:
         raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
     check_seed("seed", config.seed)
@@ -107,7 +107,7 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if max(_checkpoint_steps(workdir), default=0) < num_steps:
         return False
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.whole_step() or 0
+        newest = checkpoints.newest_intact_step() or 0
     if newest < num_steps:
         return False
     log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")

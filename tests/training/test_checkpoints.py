@@ -146,7 +146,7 @@ def test_another_state_is_refused_and_nothing_set_aside(two_steps):
         params=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.int32, sharding=s.sharding), abstract.params)
     )
     with pytest.raises(
-        checkpoints.CheckpointError, match=r"step 2 .* another state: params/\S+ is float32.*, here int32"
+        checkpoints.CheckpointError, match=r"step 2 .* another state: params/\S+ is float32.*, expected int32"
     ):
         restore(directory, as_integers)
     wider = training.setup(tiny_config(**{"model.channels": 16})).abstract_state
