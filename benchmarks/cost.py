@@ -100,7 +100,7 @@ def main() -> None:
         schedule = schedules.respace(whole, steps, "trailing")
 
         def draw(params, x_T):
-            network = models.tabulate(model, params, schedule.timesteps)
+            network = models.precompute_time_embeddings(model, params, schedule.timesteps)
             return sampling.sample(jax.random.key(0), schedule, network, x_T, sampling.ddim())
 
         return draw
