@@ -146,8 +146,7 @@ def _train(
     with log_compilation("the train step"):
         programs.get(count, state, batch)
 
-    preemption = Preemption(functools.partial(resume_hint, workdir))
-    watchdog = Watchdog(options.stall_timeout)
+    preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if options.profile and is_writer else None)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None

@@ -244,7 +244,9 @@ def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypat
 def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
     classes = {"model.num_classes": 10, "model.label_dropout": 0.1}
     for label in ("seven", "(3,seven)"):
-        with pytest.raises(UserError, match="'seven' is no class of this run; its classes are|sampling.class=.*seven"):
+        with pytest.raises(
+            UserError, match="'seven' is not a class of this run; its classes are|sampling.class=.*seven"
+        ):
             train.run(tiny_config(**classes, **{"sampling.label": label}), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

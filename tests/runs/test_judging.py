@@ -454,7 +454,7 @@ def test_the_table_has_bits_per_dimension(tmp_path, capsys):
     assert columns["step"] == ["500", "500", "500", "400", "500"]
     assert columns["weights"] == ["ema", "raw", "ema", "ema", "raw"] and "prior" not in columns
     (tmp_path / "both" / "likelihood.json").write_text("[]")
-    assert "both/likelihood.json is no likelihood.json" in refused(capsys, "table", tmp_path / "both")
+    assert "both/likelihood.json is not a valid likelihood.json" in refused(capsys, "table", tmp_path / "both")
 
 
 def test_pictures_go_beside_the_record_and_stay(tmp_path, capsys):
@@ -600,7 +600,7 @@ def test_what_the_command_refuses(tmp_path, capsys):
         ((good, wider), "8x8 gray images and .*wider.npz 16x16 gray ones: .* not comparable; .*--image_size"),
         (("digits", good, "--output=bare.npy"), "bare.npy is a file; name a folder, or a file that ends in .json"),
         (("digits", good, "--output=bare.npy/place.json"), "bare.npy is a file"),
-        ((good, good, "--features=digits", "--output=text.json"), "is no metrics.json"),
+        ((good, good, "--features=digits", "--output=text.json"), "is not a valid metrics.json"),
         ((color, color, "--features=digits"), "gray images of 8x8 pixels, not 8x8x3; .*--channels=1"),
         ((wider, wider, "--features=digits"), "gray images of 8x8 pixels, not 16x16x1; .*--image_size=8"),
     ):

@@ -1,0 +1,27 @@
+"""Work directories that the tests of several modes use."""
+
+import pytest
+
+from diffusion_jax.runs import train
+from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
+from helpers.work_directories import untrained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 4 steps, which no test may change."""
+    directory = tmp_path_factory.mktemp("run")
+    train.run(tiny_config(), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Untrained networks of several kinds, each in a work directory."""
+    root = tmp_path_factory.mktemp("runs")
+    untrained(root / "conditional", conditional())
+    untrained(root / "plain", tiny_config(**{"diffusion.num_timesteps": T, **DRAWN}))
+    untrained(root / "classifier", classifier_config(**{"diffusion.num_timesteps": T}))
+    untrained(root / "other_classifier", classifier_config(**{"diffusion.num_timesteps": 2 * T}))
+    untrained(root / "upsampler", upsampler_config(**DRAWN, **{"diffusion.conditioning_noise": 0.2}))
+    return root
