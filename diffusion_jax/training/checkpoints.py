@@ -28,7 +28,7 @@ from diffusion_jax.training import digests
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.state import TrainState
 
-__all__ = ["CheckpointError", "Checkpoints", "SaveError", "committed_steps", "resume_hint"]
+__all__ = ["Checkpoints", "committed_steps", "resume_hint"]
 
 _WEIGHTS = ("params", "ema_params")
 

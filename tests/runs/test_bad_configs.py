@@ -10,10 +10,9 @@ from PIL import Image
 
 from diffusion_jax import cli, config
 from diffusion_jax.data import DataError
-from diffusion_jax.errors import ConfigError, UserError
+from diffusion_jax.errors import CheckpointError, ConfigError, UserError
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.runs import console, devices, stored_config, train, workdir
-from diffusion_jax.training.checkpoints import CheckpointError
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
 from helpers.program import finish, start, tiny_flags
