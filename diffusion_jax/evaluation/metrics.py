@@ -88,7 +88,7 @@ def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), between the Gaussians of two moments (Heusel et al. 2017, eq. 6).
 
-    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact to rounding also where the
+    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact up to rounding even if the
     covariances are singular (fewer images than dimensions); eigenvalues of C_1 C_2, their squares, lose half the digits.
     Raises: ValueError for moments of different dimensions, that are not finite, or that are not covariances.
     """
@@ -247,9 +247,9 @@ def nearest_neighbors(
     features, or k others, in the reference.
     """
     reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
-    own = np.arange(len(queries)) if others else np.full(len(queries), -1)
+    excluded = np.arange(len(queries)) if others else np.full(len(queries), -1)
     indices = _compare(
-        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), own, devices=devices
+        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded, devices=devices
     )
     # From the differences, because the products that gave the indices cancel for a query that is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
@@ -266,9 +266,9 @@ def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
     return _compare(radius, features, features, np.zeros(1), np.arange(len(features)), devices=devices)
 
 
-def _smallest(d, k: int, own):
-    """The k smallest of d [N], without its element `own`, in order: (values, indices)."""
-    values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == own, jnp.inf, d), k)
+def _smallest(d, k: int, excluded):
+    """(values, indices) of the k smallest of d [N] in order, without the element at index `excluded`."""
+    values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == excluded, jnp.inf, d), k)
     return -values, indices
 
 
