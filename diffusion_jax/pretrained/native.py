@@ -19,7 +19,7 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
 from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 __all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import feature_extractors, image_sets, metric_suite
+from diffusion_jax.evaluation import feature_extractors, image_sets
 from diffusion_jax.evaluation.feature_extraction import cache_directory
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs.console import progress_over
@@ -18,7 +18,6 @@ from diffusion_jax.runs.data_source import rename_leaves_in_errors
 __all__ = [
     "HOW_TO_GET_INCEPTION",
     "check_evaluation_options",
-    "check_metric_options",
     "features_cache",
     "lacks_inception",
     "load_extractor",
@@ -28,31 +27,8 @@ __all__ = [
 HOW_TO_GET_INCEPTION = f"evaluation.inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES})"
 
 
-def check_metric_options(config: ConfigDict) -> None:
-    """Raises: UserError for options of the sample metrics that cannot be used, before anything is drawn."""
-    options = config.evaluation
-    for leaf in ("num_samples", "every", "every_samples"):
-        if options[leaf] < 0:
-            raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least 0")
-    if options.batch_size < 1:
-        raise UserError(f"evaluation.batch_size={options.batch_size} must be at least 1")
-    unknown = sorted(set(options.metrics) - set(metric_suite.METRICS))
-    if unknown:
-        raise UserError(f"evaluation.metrics: {unknown[0]!r} is unknown; known: {', '.join(metric_suite.METRICS)}")
-    if not options.metrics:
-        raise UserError(
-            f"evaluation.metrics={tuple(options.metrics)} is empty; use some of {', '.join(metric_suite.METRICS)}, or "
-            "evaluation.num_samples=0"
-        )
-    if options.resize not in feature_extractors.RESIZES:
-        raise UserError(
-            f"evaluation.resize={options.resize!r} is unknown; known: {', '.join(feature_extractors.RESIZES)}"
-        )
-
-
 def check_evaluation_options(config: ConfigDict) -> None:
-    """`check_metric_options`, and that --mode=evaluate has something to measure. Raises: UserError."""
-    check_metric_options(config)
+    """Raises: UserError if --mode=evaluate has nothing to measure."""
     if not (config.evaluation.likelihood or config.evaluation.num_samples):
         raise UserError(
             "evaluation.likelihood=False and evaluation.num_samples=0 leave nothing to measure; set either of them"

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
@@ -38,6 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises: UserError, DataError, PretrainedError.
     """
+    config = resolve(config)
     check_evaluation_options(config)
     if not config.evaluation.num_samples or _is_skipped(config):
         return

@@ -16,7 +16,6 @@ from diffusion_jax.runs.console import ProgressBar
 from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
-    check_metric_options,
     features_cache,
     lacks_inception,
     load_extractor,
@@ -34,10 +33,7 @@ class TrainingFid:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, generator: Generator):
         """Computes the features of the reference. Raises: UserError, DataError, PretrainedError."""
-        check_metric_options(config)
         options = config.evaluation
-        if options.every_samples < 2:
-            raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
         if lacks_inception(config):
             raise UserError(f"evaluation.every needs {HOW_TO_GET_INCEPTION}")
         extractor, self._seed, self._num_samples = load_extractor(config), options.seed, options.every_samples

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
+from diffusion_jax.config import flatten
 from diffusion_jax.distributed.file_lock import HeldError
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
 from diffusion_jax.images import to_uint8
@@ -126,8 +127,8 @@ def test_another_learning_rate_is_refused_with_the_command_that_fine_tunes(train
     changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
     assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
     config = from_weights(str(trained))
-    expected = {**workdir.flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
-    assert workdir.flatten(workdir.to_dict(config)) == expected
+    expected = {**flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
+    assert flatten(workdir.to_dict(config)) == expected
     config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
     train.run(config, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
