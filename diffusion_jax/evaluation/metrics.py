@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,12 +194,12 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(reference, samples, k: int = 3, devices: Sequence[jax.Device] | None = None) -> PrecisionRecall:
+def precision_recall(reference, samples, k: int = 3, devices: Sequence[Any] | None = None) -> PrecisionRecall:
     """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
 
     A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
     its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
-    inside. devices: used for the comparisons, by default all of this process. Raises: ValueError for fewer than k + 1 images.
+    inside. devices: of JAX, for the comparisons; by default all of this process. Raises: ValueError for fewer than k + 1 images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
@@ -216,7 +216,7 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
-def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Device] | None = None) -> DensityCoverage:
+def density_coverage(reference, samples, k: int = 5, devices: Sequence[Any] | None = None) -> DensityCoverage:
     """The mean number of the reference's balls that contain a sample, over k, and the share of balls that contain a sample
     (Naeem et al. 2020, eq. 4 and 6). Arguments and errors: as `precision_recall`.
     """
@@ -239,7 +239,7 @@ class Neighbors(NamedTuple):
 
 
 def nearest_neighbors(
-    reference, queries, k: int = 1, others: bool = False, devices: Sequence[jax.Device] | None = None
+    reference, queries, k: int = 1, others: bool = False, devices: Sequence[Any] | None = None
 ) -> Neighbors:
     """The k nearest reference features of each query.
 
