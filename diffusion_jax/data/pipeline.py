@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import signal
+
 import grain
 import numpy as np
 from absl import flags

@@ -199,7 +199,8 @@ def precision_recall(reference, samples, k: int = 3, devices: Sequence[Any] | No
 
     A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
     its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
-    inside. devices: of JAX, for the comparisons; by default all of this process. Raises: ValueError for fewer than k + 1 images.
+    inside. devices: of JAX, for the comparisons; by default all of this process. Raises: ValueError for fewer than k + 1
+    images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
