@@ -165,7 +165,7 @@ SECOND_LAUNCHES = [
     ),
     # weights
     (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
-    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is no .npz", "numpy.savez"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is not an .npz", "numpy.savez"]),
     (["-m", "diffusion_jax.evaluation", "{}/junk.npz"], ["samples", "--help"]),
     (["-m", "diffusion_jax.evaluation", "table", "{}/run"], ["nothing has been measured there", "--mode=evaluate"]),
     (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),

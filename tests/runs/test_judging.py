@@ -130,7 +130,7 @@ def test_wrong_weight_files(port, tmp_path):
     tensors = load_file(port)
     for name, change, words in (
         ("torchvision", {"fc.weight": np.zeros((1000, 2048), np.float32)}, "torchvision's InceptionV3"),
-        ("more", {"AuxLogits.fc.weight": np.zeros(3, np.float32)}, "1 are left over .AuxLogits.fc.weight"),
+        ("more", {"AuxLogits.fc.weight": np.zeros(3, np.float32)}, "1 are unexpected .AuxLogits.fc.weight"),
         ("shape", {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 9, 1, 1), np.float32)}, "1 shapes differ"),
         ("nan", {"fc.bias": np.full(1008, np.nan, np.float32)}, "not finite"),
     ):
@@ -518,7 +518,7 @@ def test_the_command_takes_a_function_and_statistics(tmp_path, capsys):
     exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     assert (
-        "precision" not in record and "precision_recall (the reference is statistics alone)" in capsys.readouterr().out
+        "precision" not in record and "precision_recall (the reference has statistics only)" in capsys.readouterr().out
     )
     # Of a file with both, as ADM's reference batches, the statistics make the distance, and the images the rest.
     both = save(tmp_path / "both.npz", drawn[:100], mu=reference.mean, sigma=reference.covariance)
@@ -581,15 +581,15 @@ def test_what_the_command_refuses(tmp_path, capsys):
         (("digits", flat), r"uint8 \[8, 8, 1\], not uint8 \[N, H, W, 1 or 3\]"),
         (("digits", one), "one.npz: 1 images are too few for fid, which needs 2"),
         (("digits", five), "five.npz: 5 images are too few for kid, which needs 8"),
-        (("digits", tmp_path / "torn.npz"), "torn.npz is no .npz"),
-        (("digits", tmp_path / "bare.npy"), "bare.npy is no .npz"),
+        (("digits", tmp_path / "torn.npz"), "torn.npz is not an .npz"),
+        (("digits", tmp_path / "bare.npy"), "bare.npy is not an .npz"),
         (("digits", tmp_path / "none.npz"), "none.npz: no such file"),
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
         ((wide, good, "--features=digits"), "statistics of 3 dimensions, and features of digits have 64"),
-        ((negative, good, "--features=digits"), "a covariance with the eigenvalue -1 is none"),
+        ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
-        (("digits", good, "--features=sys:path"), "cannot be imported|is no function"),
-        (("digits", good, "--features=test_judging:mesh_shape"), "is no function, but a tuple"),
+        (("digits", good, "--features=sys:path"), "cannot be imported|must be a function"),
+        (("digits", good, "--features=test_judging:mesh_shape"), "must be a function, not a tuple"),
         (("digits", tmp_path / "empty"), "no images below"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
         (("digits", good, "--batch_size=0"), "must be at least 1"),
