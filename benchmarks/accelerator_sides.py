@@ -25,7 +25,8 @@ from configs import cifar10, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, models, sampling, schedules, training
 from diffusion_jax.config import default
 from diffusion_jax.distributed import compiler
-from diffusion_jax.models import convolution, unet
+from diffusion_jax.models import convolution
+from diffusion_jax.models.layers import GroupNorm
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
 NETWORKS = tuple(_CONFIGS)
@@ -144,7 +145,7 @@ def _sample(case: Case) -> tuple[training.Setup, Callable, tuple]:
     short = schedules.respace(built.schedule, case.steps)
 
     def generate(params, x_T, y):
-        network = models.tabulate(built.model, params, short.timesteps)
+        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
 
         def denoise_fn(x_t, time):
             return network(x_t, time, y if built.model.num_classes else None)
@@ -315,7 +316,7 @@ def read(case: Case) -> dict:
 
 def _conv(inputs: int, outputs: int) -> Callable:
     def make(batch: int, side: int):
-        return convolution.xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
+        return convolution.convolve_xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
 
     return make
 
@@ -325,7 +326,7 @@ def _norm(batch: int, side: int):
 
     def layer(x, scale):
         params = {"norm": {"scale": scale, "bias": jnp.zeros_like(scale)}}
-        return jax.nn.silu(unet.GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
+        return jax.nn.silu(GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
 
     return layer, ((batch, side, side, 128), (128,))
 

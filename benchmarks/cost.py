@@ -26,7 +26,7 @@ from configs import cifar10, imagenet_adm
 from diffusion_jax import models, sampling, schedules, training
 from diffusion_jax.distributed import compiler
 from diffusion_jax.runs import plan
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 BATCHES, SIZES, STEPS, DEVICES = (1, 2, 4, 8, 16, 32), (16, 24, 32, 48, 64), (5, 10, 20, 50), (1, 2, 4, 8, 16, 32, 64)
 COUNTED_SIZES = (*SIZES, 128, 256)
@@ -100,7 +100,7 @@ def main() -> None:
         schedule = schedules.respace(whole, steps, "trailing")
 
         def draw(params, x_T):
-            network = models.tabulate(model, params, schedule.timesteps)
+            network = models.precompute_time_embeddings(model, params, schedule.timesteps)
             return sampling.sample(jax.random.key(0), schedule, network, x_T, sampling.ddim())
 
         return draw

@@ -19,7 +19,7 @@ import optax
 from safetensors.numpy import save_file
 
 from diffusion_jax.data import Digits
-from diffusion_jax.evaluation.digits import PATH, DigitsNetwork
+from diffusion_jax.evaluation.digits_classifier import PATH, DigitsNetwork
 
 STEPS, BATCH = 3000, 128
 

@@ -36,29 +36,31 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     from safetensors.numpy import save_file
 
     from diffusion_jax import models
-    from diffusion_jax.pretrained import diffusers, ho, layers, openai
-    from diffusion_jax.pretrained.description import describe
+    from diffusion_jax.pretrained import ho, openai, parameters
+    from diffusion_jax.pretrained.description import make_description
+    from diffusion_jax.pretrained.diffusers_scheduler import scheduler_to_config
+    from diffusion_jax.pretrained.diffusers_unet import unet_to_config
 
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:
         size, diffusion = ho.PRESETS[name]
-        found = describe("", model, size, diffusion)
+        found = make_description("", model, size, diffusion)
         folder = directory / name
         (folder / "unet").mkdir(parents=True)
-        unet, scheduler = diffusers.config_of(found)
+        unet, scheduler = unet_to_config(found), scheduler_to_config(found)
         (folder / "unet" / "config.json").write_text(json.dumps(unet))
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
-        naming, path, flags = layers.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
+        naming, path, flags = parameters.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
     else:
         size, low, diffusion = openai.PRESETS[name]
-        found = describe("", model, size, diffusion, low_resolution=low)
-        naming, folder, flags = layers.OPENAI, None, name
+        found = make_description("", model, size, diffusion, low_resolution=low)
+        naming, folder, flags = parameters.OPENAI, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}
-    for place, shape in layers.shapes_of(model, found.image_size, found.in_channels).items():
+    for place, shape in parameters.parameter_shapes(model, found.image_size, found.in_channels).items():
         value = rng.standard_normal(shape, np.float32)
-        tensors[naming(place, model)] = layers.to_torch(value, place)
-    if naming is layers.OPENAI:
+        tensors[naming(place, model)] = parameters.to_torch(value, place)
+    if naming is parameters.OPENAI:
         for query in [one for one in tensors if ".q." in one]:
             joined = np.concatenate([tensors.pop(query.replace(".q.", f".{layer}.")) for layer in "qkv"])
             tensors[query.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined

@@ -27,7 +27,7 @@ from diffusion_jax import training
 from diffusion_jax.distributed import compiler
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 STEPS = {"ddim": 50, "dpm_solver_pp": 20}
 SIZE, NARROW, FEW = 32, 32, 5

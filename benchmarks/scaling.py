@@ -21,7 +21,7 @@ from configs import imagenet_adm
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import devices, plan
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 BATCH = 256  # ADM's, of all devices together
 GMACS = {"256": 1119.8, "512": 1982.3}  # of one call of the network for one image, convolutions and products counted

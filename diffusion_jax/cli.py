@@ -225,35 +225,46 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
 
 
+def _functions_of_modes() -> dict[str, tuple[Callable[[ConfigDict, pathlib.Path], object], ...]]:
+    """What each mode calls, one after the other. The imports take seconds, so they come after the flags are checked."""
+    from diffusion_jax.runs import edit, measure_likelihood, progressive, sample, sample_metrics, train
+
+    return {
+        "train": (train.run,),
+        "train_classifier": (train.run,),
+        "sample": (sample.run,),
+        "edit": (edit.run,),
+        "evaluate": (measure_likelihood.run, sample_metrics.run),
+        "progressive": (progressive.run,),
+    }
+
+
 def run(command: Command) -> None:
     """Runs the mode of a command."""
-    from diffusion_jax.runs import edit, measure_likelihood, plan, progressive, sample, sample_metrics, train
+    check_mode(command.mode, command.config)
+    if command.workdir is None or command.mode == "plan":
+        _run_plan(command)
+        return
     from diffusion_jax.training.checkpoints import resume_hint
 
-    config, workdir = command.config, command.workdir
-    check_mode(command.mode, config)
-    if workdir is None or command.mode == "plan":
-        devices.start_virtual(plan.num_virtual_devices(config))
-        with preemption.exit_on_signals():
-            plan.run(config)
-        return
-    modules = {
-        "train": [train],
-        "train_classifier": [train],
-        "sample": [sample],
-        "edit": [edit],
-        "evaluate": [measure_likelihood, sample_metrics],
-        "progressive": [progressive],
-    }[command.mode]
-    trains = train in modules
-    hint = functools.partial(resume_hint, workdir) if trains else preemption.continue_hint
+    functions = _functions_of_modes()[command.mode]
+    trains = command.mode in ("train", "train_classifier")
+    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
     devices.start(command.verbose)
     with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-        for module in modules:
-            module.run(config, workdir)
+        for function in functions:
+            function(command.config, command.workdir)
     processes.barrier()
+
+
+def _run_plan(command: Command) -> None:
+    from diffusion_jax.runs import plan
+
+    devices.start_virtual(plan.num_virtual_devices(command.config))
+    with preemption.exit_on_signals():
+        plan.run(command.config)
 
 
 def _exit_before_the_run(number: int, _) -> None:

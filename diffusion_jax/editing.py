@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
 from diffusion_jax import process, sampling
 from diffusion_jax.sampling import EncodeOptions, Sampler, Step
@@ -106,8 +106,8 @@ class replacement(Sampler):
     """
 
     sampler: Sampler
-    x_0: Float[Array, "B *shape"]
-    mask: Bool[Array, "..."]
+    x_0: Float[ArrayLike, "B *shape"]
+    mask: Shaped[ArrayLike, "..."]
     prediction: str = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -119,7 +119,15 @@ class replacement(Sampler):
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
+    def step(
+        self,
+        key: Key[Array, ""],
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x_t: Float[Array, "B *shape"],
+        t: Int[Array, ""],
+        state: PyTree,
+    ) -> Step:
         new = self.sampler.step(key, schedule, denoise_fn, x_t, t, state)
         x_prev = _replace_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.state)
@@ -287,7 +295,7 @@ def interpolate(
     weights: Sequence[float] | Float[ArrayLike, "W"],
     sampler: Sampler,
     *,
-    t: int | None = None,
+    t: int | np.integer | None = None,
     **encoding: Unpack[EncodeOptions],
 ) -> Float[Array, "W B *shape"]:
     """Images between x (weight 0) and y (weight 1).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 
@@ -21,6 +22,23 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory beside `path` for the block to fill.
+
+    It replaces `path`, which may be an empty directory, when the block ends, and is removed if the block raises.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted write
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

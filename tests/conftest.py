@@ -1,11 +1,19 @@
-"""Settings of all tests: a persistent compilation cache, shared with the programs that tests start."""
+"""Settings of all tests: checks of the core's annotations, and a persistent compilation cache.
+
+Programs that tests start share the cache and run without the checks.
+"""
 
 import os
 import pathlib
 import tempfile
 
 import jax
+import jaxtyping
 import pytest
+
+from helpers import type_checks
+
+type_checks.import_core_with_checks()
 
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(tempfile.gettempdir()) / "diffusion_jax_tests")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start share it
@@ -18,3 +26,11 @@ def x64():
     """float64 for the duration of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """Calls with wrong types reach the package's own errors for the duration of a test."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -187,12 +187,11 @@ NO_ARRAYS = {
 
 
 def public_functions():
-    """module.function of the core, found by looking; classes in lower case are called like functions."""
-    for module in (process, schedules, losses, likelihood, guidance, editing, timesteps):
-        for name, value in vars(module).items():
-            if callable(value) and name.islower() and value.__module__ == module.__name__ and name[0] != "_":
-                yield f"{module.__name__.removeprefix('diffusion_jax.')}.{name}"
-    yield from (f"sampling.{name}" for name in sampling.__all__ if name.islower())
+    """module.function for every public name of the core; classes in lower case are called like functions."""
+    for module in (process, schedules, losses, likelihood, guidance, editing, timesteps, sampling):
+        yield from (
+            f"{module.__name__.removeprefix('diffusion_jax.')}.{name}" for name in module.__all__ if name.islower()
+        )
 
 
 def test_every_public_function_has_a_row():

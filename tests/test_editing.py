@@ -46,7 +46,7 @@ def repainted(resamplings):
     return x[:, 1].mean(), x[:, 1].var()
 
 
-def test_repaint_nears_the_conditional_mean_and_its_spread_falls_short():
+def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
     found = {r: repainted(r) for r in (1, 5, 20)}
     errors = {r: abs(m - mean) for r, (m, _) in found.items()}
@@ -83,7 +83,7 @@ def test_replacement_returns_the_known_pixels_with_any_sampler():
         assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn toward what is known
 
 
-def test_what_is_below_the_mask_does_not_matter():
+def test_repaint_ignores_the_unknown_pixels_of_its_input():
     schedule = schedules.respace(FULL, 10, "trailing")
     a = jnp.tile(jnp.array([KNOWN, -9.0]), (3, 1))
     b = jnp.tile(jnp.array([KNOWN, 4.0]), (3, 1))
@@ -91,7 +91,7 @@ def test_what_is_below_the_mask_does_not_matter():
     np.testing.assert_array_equal(run(a), run(b))
 
 
-def test_sdedit_keeps_what_its_strength_leaves():
+def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
     """From x_0 through q(x_t | x_0) and back along DDIM: mean and variance in closed form."""
     n, value = 50_000, 1.2
     x_0 = jnp.full((n, 1), value)
@@ -120,7 +120,7 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_projection_meets_the_measurement_and_leaves_the_rest(name, x64):
+def test_projection_changes_only_the_measured_part(name, x64):
     linear = OPERATORS[name]
     image, other = jax.random.uniform(KEY, (2, 3, 8, 8, 3), minval=-1)
     y = linear.measure(image)
@@ -133,7 +133,7 @@ def test_projection_meets_the_measurement_and_leaves_the_rest(name, x64):
 
 
 @pytest.mark.parametrize("name", ["gray", "average_pool"])
-def test_restored_images_fit_what_was_measured(name):
+def test_restored_images_agree_with_the_measurement(name):
     """Independent Gaussian pixels: the measured means come back, the rest keeps its spread."""
     linear = OPERATORS[name]
     image = np.sqrt(S2) * jax.random.normal(jax.random.key(5), (200, 8, 8, 3))
@@ -199,7 +199,7 @@ def test_known_pixels_are_drawn_one_step_earlier():
         assert abs(x[:, 0].var() - (1 - a)) < 4 * (1 - a) * np.sqrt(2 / N) + 1e-9
 
 
-def test_repaint_climbs_to_the_spread_of_its_level():
+def test_repaint_noises_back_to_the_variance_of_its_index():
     """White data, nothing known: every level has variance 1, after climbs too; and its noises are not one another's."""
     schedule = schedules.respace(FULL, 12, "log_snr")
     nothing = jnp.array([False, False])
@@ -217,7 +217,7 @@ def test_repaint_climbs_to_the_spread_of_its_level():
         assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
 
 
-def test_noise_of_the_known_pixels_is_their_own():
+def test_known_pixels_have_independent_noise():
     """Not the solver's, nor the climb's: a known pixel's noise tells nothing of the unknown ones'."""
     schedule = schedules.respace(FULL, 12, "log_snr")
     x_0 = jnp.zeros((N, 2))
@@ -261,7 +261,7 @@ def test_a_clip_comes_before_the_projection():
     np.testing.assert_allclose(moved, clipped + linear.invert(y - linear.measure(clipped)), atol=1e-6)
 
 
-def test_edits_that_cannot_be():
+def test_editing_refuses_wrong_arguments():
     x_0 = jnp.zeros((1, 2))
     schedule = schedules.respace(FULL, 10)
     with pytest.raises(ValueError, match="which has a state; use ddpm"):

@@ -115,7 +115,7 @@ def test_interval_and_rescale():
     np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-5)
 
 
-def test_rescaling_leaves_constant_outputs_as_they_are_and_computes_no_nan():
+def test_rescaling_does_not_change_constant_outputs():
     x, y = jnp.ones((2, 4, 4, 1)), jnp.array([0, 2])
 
     def constant(x, time, y):
@@ -145,7 +145,7 @@ def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x
     np.testing.assert_allclose(doubled[:, 2:], jnp.sin(unconditional(X_T, schedule_time)), rtol=1e-12)
 
 
-def test_guided_samplers_end_in_the_class_asked_for():
+def test_guided_samplers_generate_the_requested_class():
     """Every way of guiding an unconditional or conditional network, with several samplers."""
     schedule, n = schedules.respace(FULL, 60, "log_snr"), 3000
     y = jnp.arange(n) % 3
@@ -186,7 +186,7 @@ def test_mean_shift_is_the_eps_shift_to_first_order(x64):
     assert gaps[1] < 0.02 and gaps[1] < 0.2 * gaps[0]
 
 
-def test_guidance_refusals():
+def test_guidance_refuses_wrong_arguments():
     with pytest.raises(ValueError, match="y has 5 rows but x_t has 2"):
         guidance.classifier_free(network(), Y, NULL, 1.0)(X_T[:2], TIME[:2])
     log_prob = guidance.class_log_prob(class_logits, Y)
@@ -195,7 +195,7 @@ def test_guidance_refusals():
             guidance.classifier(network(), log_prob, FULL, prediction=prediction)
 
 
-def test_a_scale_keeps_its_digits_beside_a_network_in_bfloat16():
+def test_a_scale_keeps_its_precision_with_a_bfloat16_network():
     """1.01 is 1.0078 in bfloat16. Conditional 1 and unconditional 0 make the mixture the scale itself."""
 
     def halves(x, time, y):
@@ -209,7 +209,7 @@ def test_a_scale_keeps_its_digits_beside_a_network_in_bfloat16():
 
 @pytest.mark.parametrize("x64_on", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_classifier_guidance_where_nothing_is_left_of_x_0(prediction, x64_on):
+def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
     """At alpha_bar = 0, x_t tells nothing of y and shifts neither x_0 nor v, however large the gradient is."""
     with jax.enable_x64(x64_on):
         jsd = schedules.from_betas(schedules.betas("jsd", 10))

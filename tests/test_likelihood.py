@@ -233,7 +233,7 @@ def test_the_discretized_decoder_term_by_quadrature():
     assert abs(measured - expected) < 4 * error and error < 0.01 * expected
 
 
-def test_with_the_fixed_small_variance_terms_are_snr_drops(x64):
+def test_with_the_fixed_small_variance_terms_are_snr_differences(x64):
     """L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x0hat||^2 (Kingma et al. 2021), whatever the network says."""
     x_0 = jax.random.uniform(jax.random.key(0), (5, 3), minval=-1)
     bits = likelihood.bits_per_dim(
@@ -244,7 +244,7 @@ def test_with_the_fixed_small_variance_terms_are_snr_drops(x64):
 
 
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_what_is_predicted_does_not_matter(prediction, x64):
+def test_the_bound_does_not_depend_on_the_prediction(prediction, x64):
     def denoise_fn(x_t, time):
         t = time.astype(jnp.int32)
         x_0 = 0.8 * x_t
@@ -286,7 +286,7 @@ def test_rate_and_distortion_of_a_gaussian():
 
 
 @pytest.mark.parametrize("strata", [1, 7, 49])
-def test_strata_estimate_the_whole_without_bias(strata):
+def test_strata_are_an_unbiased_estimate(strata):
     x_0 = gaussian_data(20_000, 5)
     bits = evaluate(optimal("learned_range"), "learned_range", x_0, key=2, gray_levels=None, strata=strata)
     assert bits.vlb.shape == (20_000, 1 + 2 * strata) and (bits.t[:, 0] == 0).all()
@@ -301,7 +301,7 @@ def test_strata_estimate_the_whole_without_bias(strata):
     assert abs(np.mean(np.square(bits.standard_error, dtype=np.float64)) / spread - 1) < 0.07
 
 
-def test_more_strata_are_more_exact():
+def test_more_strata_have_a_smaller_standard_error():
     x_0 = gaussian_data(2000, 5)
     errors = [
         float(evaluate(optimal("fixed_small"), "fixed_small", x_0, gray_levels=None, strata=s).standard_error.mean())
@@ -323,7 +323,7 @@ def test_without_tables_the_memory_does_not_grow_with_t():
     assert memory(1000) < 1.05 * memory(10)
 
 
-def test_tables_change_nothing_and_jit_nothing():
+def test_tables_and_jit_do_not_change_the_bound():
     x_0 = gaussian_data(8)
     for strata in (None, 3):
         run = functools.partial(evaluate, optimal("fixed_small"), "fixed_small", x_0, strata=strata)
@@ -373,7 +373,7 @@ def test_gradients_are_finite_at_any_learned_log_variance(levels):
             assert np.isfinite(value) and np.isfinite(slope).all(), (log_variance, t)
 
 
-def test_a_chain_that_ends_in_noise_has_no_prior_term():
+def test_the_prior_term_is_0_at_zero_terminal_snr():
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     x_0 = jnp.ones((2, 3))
     bits = likelihood.bits_per_dim(
@@ -395,7 +395,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_every_level_is_found_from_its_rounded_value(dtype, levels):
+def test_every_gray_level_is_recovered_from_its_rounded_value(dtype, levels):
     """A mean at level k makes that bin the likeliest of all; x_0 is level k in the dtype's own rounding."""
     k = np.arange(levels)
     exact = 2 * k / (levels - 1) - 1

@@ -39,7 +39,7 @@ def mean_and_error(values):
 
 
 @pytest.mark.parametrize("sampler", timesteps.SAMPLERS)
-def test_least_eps_loss(sampler):
+def test_the_exact_network_attains_the_minimum_of_the_eps_loss(sampler):
     """The optimal network's loss is the mean over t of alpha_bar s^2 / v_t."""
     draw = jax.jit(
         lambda key, x_0: losses.simple(key, SCHEDULE, optimal("eps"), x_0, timestep_sampler=timesteps.SAMPLERS[sampler])
@@ -61,7 +61,7 @@ EPS_WEIGHTS = {
 
 @pytest.mark.parametrize("weighting", EPS_WEIGHTS)
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_a_weighting_is_one_of_the_eps_error_whatever_is_predicted(weighting, prediction):
+def test_a_weighting_applies_to_the_eps_error_for_every_prediction(weighting, prediction):
     """With any output, the weighted loss is w(SNR) times the error of the eps that the output stands for."""
     x_0 = jax.random.normal(jax.random.key(0), (64, 3))
     off = lambda x_t, time: 1.1 * optimal(prediction)(x_t, time) + 0.1  # noqa: E731
@@ -72,7 +72,7 @@ def test_a_weighting_is_one_of_the_eps_error_whatever_is_predicted(weighting, pr
     np.testing.assert_allclose(loss, EPS_WEIGHTS[weighting](SCHEDULE.snr[t]) * error, rtol=2e-3, atol=1e-5)
 
 
-def test_without_weighting_the_error_of_what_is_predicted():
+def test_without_weighting_the_loss_is_the_error_of_the_prediction():
     x_0 = gaussian_data(20_000)
     a, one_minus = SCHEDULE.alpha_bar, 1 - SCHEDULE.alpha_bar
     least_x_0 = S2 * one_minus / (a * S2 + one_minus)
@@ -140,7 +140,7 @@ def test_the_network_sees_network_time_and_its_gradient_flows():
     assert np.isfinite(grad) and grad != 0
 
 
-def test_learned_variance_channels_do_not_enter():
+def test_learned_variance_channels_do_not_change_the_simple_loss():
     x_0 = gaussian_data(8)
     plain, _ = losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: 0.3 * x, x_0)
     doubled, _ = losses.simple(jax.random.key(0), SCHEDULE, lambda x, time: jnp.concatenate([0.3 * x, x + 7], -1), x_0)
@@ -203,7 +203,7 @@ def test_the_vlb_loss_estimates_the_bound(variance):
 
 
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
+def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """With respect to the output: the mean's gradient is that of L_simple, the variance's that of the weighted vlb."""
     x_0 = gaussian_data(16)
 
@@ -227,7 +227,7 @@ def test_in_the_hybrid_the_bound_trains_the_variance_alone(prediction):
     np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-6)
 
 
-def test_importance_weights_are_on_the_whole_of_the_hybrid():
+def test_importance_weights_multiply_both_terms_of_the_hybrid():
     thrice = lambda key, batch, total: (jnp.arange(batch), 3.0 + jnp.arange(batch))  # noqa: E731
     loss, parts = losses.hybrid(
         jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, timestep_sampler=thrice
@@ -235,14 +235,14 @@ def test_importance_weights_are_on_the_whole_of_the_hybrid():
     np.testing.assert_allclose(loss, (3 + np.arange(16)) * (parts.mse + 0.5 * parts.vlb), rtol=1e-6)
 
 
-def test_a_weighting_is_on_the_hybrid_s_error_alone():
+def test_a_weighting_applies_only_to_the_hybrid_s_squared_error():
     loss, parts = losses.hybrid(
         jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, weighting=lambda snr: 7.0 + 0 * snr
     )
     np.testing.assert_allclose(loss, 7 * parts.mse + 0.5 * parts.vlb, rtol=1e-6)
 
 
-def test_the_published_weight_is_on_the_whole_bound():
+def test_the_published_vlb_weight_multiplies_the_sum_over_steps():
     """Improved DDPM's code: MSE + one term in bits times T / 1000."""
     x_0 = gaussian_data(16)
     loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0)
@@ -355,7 +355,7 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
     np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
 
 
-def test_importance_sampling_is_unbiased_and_steadier():
+def test_importance_sampling_is_unbiased_and_has_less_variance():
     """The weighted estimate of the bound equals the uniform one within error bars, with less variance."""
     x_0 = gaussian_data(60_000)
     run = jax.jit(

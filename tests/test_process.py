@@ -120,7 +120,7 @@ def test_conversions_in_float32_under_vmap():
         np.testing.assert_allclose(out, values["x_0"], atol=2e-6)
 
 
-def test_the_step_without_signal_is_refused_for_eps():
+def test_eps_is_refused_at_a_step_without_signal():
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
     for prediction in ("eps", "score"):
         for convert in (process.to_x_0, process.to_v, process.p_mean_variance):
@@ -234,7 +234,7 @@ def test_gradients_are_finite():
         assert np.isfinite(jax.grad(total)(jnp.full((1, 4), 0.3), jnp.array([t]))).all()
 
 
-def test_low_precision_is_promoted_before_any_arithmetic():
+def test_low_precision_is_promoted_before_arithmetic():
     """Every function of bfloat16 arrays gives what it gives of the same values in float32."""
     schedule, t = SCHEDULES["linear"], jnp.array([0, 300, 999])
     x, other = (jnp.asarray(draw((3, 50), seed), jnp.bfloat16) for seed in (6, 7))
@@ -259,7 +259,7 @@ def test_low_precision_is_promoted_before_any_arithmetic():
             np.testing.assert_allclose(mixed, exact, rtol=1e-6, err_msg=name)
 
 
-def test_a_dynamic_threshold_is_of_each_whole_example():
+def test_the_dynamic_threshold_uses_all_axes_of_each_example():
     """Images: s is the quantile over height, width and channels, 1 at least, and not over some of these axes."""
     x_0 = draw((3, 5, 4, 2), 8) * np.array([0.1, 1.0, 4.0])[:, None, None, None]
     s = np.maximum([np.quantile(abs(one).ravel(), 0.9) for one in x_0], 1.0)[:, None, None, None]
@@ -269,7 +269,7 @@ def test_a_dynamic_threshold_is_of_each_whole_example():
     )
 
 
-def test_the_step_before_the_last_is_no_last_one():
+def test_zero_terminal_snr_affects_only_the_last_step():
     """A schedule that ends at alpha_bar = 0 serves eps at every other step, and none where the last is among them."""
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
     assert np.isfinite(process.to_x_0(schedule, x, x, jnp.array([0, 998]))).all()

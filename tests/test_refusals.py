@@ -7,6 +7,8 @@ import pytest
 
 from diffusion_jax import editing, guidance, labels, likelihood, losses, models, process, sampling, schedules, timesteps
 
+pytestmark = pytest.mark.usefixtures("unchecked_annotations")
+
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 20))
 JSD = schedules.from_betas(schedules.betas("jsd", 20))
@@ -123,7 +125,7 @@ def test_labels_of_class_log_prob():
 
 
 @pytest.mark.parametrize(("dtype", "num_classes"), [("uint8", 256), ("uint8", 1000), ("int8", 128), ("uint16", 256)])
-def test_labels_of_few_bits_keep_their_classes(dtype, num_classes):
+def test_labels_of_8_and_16_bits_keep_their_classes(dtype, num_classes):
     y = np.array([0, 5, 100, 127], dtype)
     for found in (labels.in_range(y, num_classes), jax.jit(lambda y: labels.in_range(y, num_classes))(y)):
         np.testing.assert_array_equal(found, [0, 5, 100, 127])
@@ -133,7 +135,7 @@ def test_labels_of_few_bits_keep_their_classes(dtype, num_classes):
         )
 
 
-def test_the_only_class_is_not_that_of_other_labels():
+def test_labels_out_of_range_give_nan_with_a_single_class():
     model = models.UNet(
         channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), num_groups=4, num_classes=1
     )
@@ -143,7 +145,7 @@ def test_the_only_class_is_not_that_of_other_labels():
     np.testing.assert_array_equal(np.isnan(output).any((1, 2, 3)), [False, True, True])
 
 
-def test_labels_of_another_shape_are_no_losses():
+def test_labels_of_another_shape_are_refused():
     for y in (np.array([1]), np.array([0, 1, 2]), np.array([[0], [1]])):
         with pytest.raises(ValueError, match="give each a label"):
             losses.classify(KEY, FULL, logits, X, y)
@@ -176,7 +178,7 @@ def test_counts_orders_and_starts_are_whole_numbers():
         (5, "", "unknown spacing ''"),
     ],
 )
-def test_a_spacing_that_would_be_ignored(steps, spacing, words):
+def test_a_spacing_for_explicit_steps_is_refused(steps, spacing, words):
     with pytest.raises(ValueError, match=words):
         schedules.respace(FULL, steps, spacing)
 
@@ -188,7 +190,7 @@ def test_openai_s_spacing_by_name_is_the_string():
     np.testing.assert_array_equal(schedules.respace(FULL, 5).timesteps, schedules.respace(FULL, 5, "leading").timesteps)
 
 
-def test_options_of_an_encoding_that_is_not_made():
+def test_encoding_options_with_an_index_are_refused():
     for options in ({"ordr": 7}, {"order": 2}):
         with pytest.raises(ValueError, match=rf"interpolate does not take {next(iter(options))} with t=3"):
             editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), t=3, **options)
@@ -197,7 +199,7 @@ def test_options_of_an_encoding_that_is_not_made():
 
 
 @pytest.mark.parametrize("mask", [np.array([0, 255, 0], np.uint8), np.array([0.0, 0.5, 1.0])])
-def test_a_mask_of_other_values(mask):
+def test_a_mask_with_other_values_than_0_and_1_is_refused(mask):
     with pytest.raises(ValueError, match="a mask holds 1 where pixels are known and 0 elsewhere, got"):
         editing.repaint(KEY, FULL, network, X, mask, jump=5)
     with pytest.raises(ValueError, match="a mask holds 1"):
@@ -207,7 +209,7 @@ def test_a_mask_of_other_values(mask):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "score"])
-def test_a_bound_at_zero_terminal_snr(prediction):
+def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(prediction):
     """x_0 of eps is unknown at the last step; under jit, where t cannot be seen, that was NaN."""
 
     def doubled(x, time):
@@ -230,7 +232,7 @@ def test_a_bound_at_zero_terminal_snr(prediction):
 def test_a_terminal_step_that_is_not_visited():
     process.check_terminal_snr(JSD, "eps", 18)
     for first in (None, 19):
-        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps says nothing"):
+        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps does not determine x_0"):
             process.check_terminal_snr(JSD, "eps", first)
 
 

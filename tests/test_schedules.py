@@ -29,7 +29,7 @@ NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup1
         ),
     ],
 )
-def test_published_end_points(name, first, last):
+def test_the_first_and_last_beta_are_as_published(name, first, last):
     betas = schedules.betas(name, 1000)
     assert betas.dtype == np.float64 and betas.shape == (1000,)
     np.testing.assert_allclose(betas[[0, -1]], [first, last], rtol=1e-12)
@@ -179,7 +179,7 @@ def test_the_gaussian_spacing_is_the_best_for_ddim_on_gaussian_data(thousand):
         assert error(sigmas(schedules.respace(thousand, 8, name))) > error(levels)
 
 
-def test_network_times_of_your_own(thousand):
+def test_respacing_to_explicit_network_times(thousand):
     schedule = schedules.respace(thousand, [700.0, 0.5, 31.25])
     np.testing.assert_allclose(schedule.timesteps, [0.5, 31.25, 700])
     log = np.log(thousand.alpha_bar)
@@ -191,7 +191,7 @@ def test_network_times_of_your_own(thousand):
     np.testing.assert_allclose(again.alpha_bar, schedules.respace(thousand, 7, "log_snr").alpha_bar, rtol=1e-12)
 
 
-def test_spacings_of_the_noise_level_need_one():
+def test_spacings_of_the_noise_level_need_a_finite_one():
     jsd = schedules.from_betas(schedules.betas("jsd", 100))
     for name in ("karras", "log_snr", "gaussian"):
         with pytest.raises(ValueError, match="alpha_bar ends at 0; use 'trailing'"):
@@ -260,7 +260,7 @@ def test_log_snr_extends_the_table_and_is_invertible(thousand, x64):
     np.testing.assert_allclose(thousand.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
 
 
-def test_a_schedule_is_a_pytree_that_crosses_jit(thousand):
+def test_a_schedule_is_a_pytree_that_jit_accepts_and_returns(thousand):
     @jax.jit
     def snr_of(schedule, t):
         return jnp.asarray(schedule.snr)[t]
@@ -270,7 +270,7 @@ def test_a_schedule_is_a_pytree_that_crosses_jit(thousand):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_respacing_a_schedule_that_crossed_jit(name):
+def test_respacing_a_schedule_that_jit_returned(name):
     """Its tables are float32, yet every table of the shorter schedule keeps float32's digits, as those of the original."""
     schedule = schedules.from_betas(schedules.betas(name, 1000))
     crossed = jax.jit(lambda schedule: schedule)(schedule)
@@ -303,7 +303,7 @@ def test_the_log_snr_has_the_dtype_of_its_time(thousand):
                 np.testing.assert_allclose(thousand.log_snr(time), np.log(thousand.snr[[0, 500]]), rtol=1e-5)
 
 
-def test_the_ends_of_the_betas_lie_above_0_and_up_to_1():
+def test_beta_start_and_beta_end_must_be_in_0_to_1():
     for start, end in ((0.0, 0.5), (-0.5, 0.5), (1.5, 0.5), (0.5, 0.0), (0.5, -0.5), (0.5, 1.5)):
         with pytest.raises(ValueError, match=rf"must lie in \(0, 1\], got {start} and {end}"):
             schedules.betas("linear", 10, beta_start=start, beta_end=end)

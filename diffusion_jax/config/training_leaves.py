@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from diffusion_jax import losses, process, timesteps
+from diffusion_jax import losses, process, schedules, timesteps
 from diffusion_jax.config.leaf import Leaf
 from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf, Text, Tuple, optional
 
 __all__ = ["CLASSIFIER_MODEL", "DATA", "DIFFUSION", "EMA", "MESH", "MODEL", "OPTIMIZER", "ROOT", "SEED", "TRAINING"]
 
 _IdentityLeaf = functools.partial(Leaf, identity=True)
-_SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50")
 SEED = Integer(0, 2**32 - 1)
 
 ROOT: dict[str, Leaf] = {
@@ -151,7 +150,7 @@ CLASSIFIER_MODEL: dict[str, Leaf] = {
 } | {"num_classes": _IdentityLeaf(1000, Integer(2), "Number of classes.")}
 
 DIFFUSION: dict[str, Leaf] = {
-    "schedule": _IdentityLeaf("linear", Choice(*_SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "schedule": _IdentityLeaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
     "num_timesteps": _IdentityLeaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
     "beta_start": _IdentityLeaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
     "beta_end": _IdentityLeaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),

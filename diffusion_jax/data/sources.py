@@ -1,8 +1,6 @@
-"""Where images come from: TFDS by name, a folder of the user's own, or the digits that ship with scikit-learn.
+"""The data sources: a data set of TFDS, a folder of images, the digits of scikit-learn, and any of them in memory.
 
-A source has a length, `num_classes` (0 if there are no labels), `class_names` (() if they are not known) and
-`read(indices) -> (images uint8 [n, H, W, C], labels int32 [n])`, random access from any process. It is picklable; files are
-opened where they are read. Those of this module also have `notes()`, lines about the images for a person.
+All of them implement `data.Source`.
 """
 
 from __future__ import annotations
@@ -12,22 +10,26 @@ import functools
 import importlib.util
 import io
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_jax.data.preparation import command
+from diffusion_jax.data.preparation import preparation_command
+from diffusion_jax.data.source import Source
 from diffusion_jax.data.tfrecords import TfRecords
-from diffusion_jax.errors import DataError, UnreadableError
+from diffusion_jax.errors import DataError, UnreadableError, list_names
+
+__all__ = ["Digits", "Folder", "InMemory", "Tfds", "fit", "make_builder", "natural_shape"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
-    """An image as uint8 [H, W, C] of the wanted size: resized to cover it (antialiased, bicubic) and center-cropped."""
-    if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip, not scale
+    """An image as uint8 [H, W, C] of size (H, W): resized to cover it (antialiased, bicubic) and center-cropped."""
+    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip instead of scaling
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
@@ -37,16 +39,16 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels of gray. Every sixth is held out as "test"."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth is held out as "test"."""
 
     num_classes, class_names = 10, tuple("0123456789")
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
             raise DataError(f"data.split={split!r}: the digits have 'train' and 'test'")
-        sklearn = importlib.util.find_spec("sklearn")  # only found, for its import would take most of a second
-        if sklearn is None:
-            raise DataError("the digits are scikit-learn's: pip install scikit-learn")
+        sklearn = importlib.util.find_spec("sklearn")  # not imported, because that would take most of a second
+        if sklearn is None or sklearn.origin is None:
+            raise DataError("data.dataset='digits' needs scikit-learn: pip install scikit-learn")
         table = np.loadtxt(pathlib.Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
         table = table[(np.arange(len(table)) % 6 == 5) == (split == "test")]
         gray = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -56,37 +58,34 @@ class Digits:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._images[indices], self._labels[indices]
-
-    def notes(self) -> list[str]:
-        return []
 
 
 class Folder:
-    """Every image file below a folder, in order of its path; if all are in subfolders, each subfolder is a class.
+    """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
 
-    Hidden files and folders are left out; transparency is dropped, and of an animation the first frame is read.
-    `stray`: the images outside the subfolders, because of which there are no classes.
+    Hidden files and folders are skipped; transparency is dropped, and only the first frame of an animation is read.
+    images_outside: the images that are not in a subfolder although others are, so that there are no classes.
     """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
         root = pathlib.Path(directory).expanduser()
         if not directory or not root.is_dir():
-            raise DataError(f"data.data_dir={directory!r} is no folder; give the one that holds your images")
+            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
         self._root, self._size, self._channels = root, image_size, channels
-        found = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
-        found = [p for p in found if not any(part.startswith(".") for part in p.parts)]
-        files = sorted(p for p in found if p.suffix.lower() in _SUFFIXES)
+        paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
+        paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
+        files = sorted(p for p in paths if p.suffix.lower() in _SUFFIXES)
         self._skipped: collections.Counter = collections.Counter(
-            p.suffix.lower() for p in found if p.suffix.lower() not in _SUFFIXES
+            p.suffix.lower() for p in paths if p.suffix.lower() not in _SUFFIXES
         )
         if not files:
-            skipped = f"; found only {self._skipped_files()}" if self._skipped else ""
-            raise DataError(f"no images below {directory!r}; looked for {', '.join(sorted(_SUFFIXES))}{skipped}")
+            skipped = f"; it has only {self._skipped_files()}" if self._skipped else ""
+            raise DataError(f"no images below {directory!r}; known: {', '.join(sorted(_SUFFIXES))}{skipped}")
         outside = [str(p) for p in files if len(p.parts) == 1]
         self.class_names = () if outside else tuple(sorted({p.parts[0] for p in files}))
-        self.stray = outside if len(outside) < len(files) else []
+        self.images_outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
         self._class_index = {name: i for i, name in enumerate(self.class_names)}
         self.num_classes = len(self.class_names)
@@ -102,82 +101,78 @@ class Folder:
         return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
 
     def notes(self) -> list[str]:
-        """What was skipped and, of the images that were read, what was dropped."""
+        """Lines about skipped files and, for the images that were read, dropped transparency and frames."""
         notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
-        if self.stray:
-            notes.append(f"No classes: {self.no_labels}.")
+        if self.images_outside:
+            notes.append(f"No classes: {self.no_labels_reason}.")
         if self._transparent:
-            notes.append(f"Dropped the transparency of {_shortened(self._transparent)}.")
+            notes.append(f"Dropped the transparency of {list_names(sorted(self._transparent), 3)}.")
         if self._animated:
-            notes.append(f"Read only the first frame of {_shortened(self._animated)}.")
+            notes.append(f"Read only the first frame of {list_names(sorted(self._animated), 3)}.")
         return notes
 
     @property
-    def no_labels(self) -> str:
-        """Why there are no classes, and what to do; "" if there are."""
+    def no_labels_reason(self) -> str:
+        """The reason why there are no classes, with advice; "" if there are classes."""
         if self.class_names:
             return ""
-        if not self.stray:
+        if not self.images_outside:
             return f"{self._root} has no subfolders; put the images of each class into a subfolder"
-        verb = "is" if len(self.stray) == 1 else "are"
-        return (
-            f"{_shortened(self.stray)} {verb} outside the subfolders; move every image into one, the name of its class"
-        )
+        verb = "is" if len(self.images_outside) == 1 else "are"
+        names = list_names(sorted(self.images_outside), 3)
+        return f"{names} {verb} outside the subfolders; move every image into the subfolder of its class"
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Raises: UnreadableError with all of these images that cannot be read."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raises: UnreadableError with every image that cannot be read."""
         files = [self._files[i] for i in indices]
         labels = [self._class_index.get(pathlib.PurePath(file).parts[0], 0) for file in files]
         images, failures = [], []
         for file in files:
             try:
-                images.append(self._image(file))
+                images.append(self._read_image(file))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: some PNGs
-                known = isinstance(error, UnidentifiedImageError)
-                failures.append((str(self._root / file), "not an image, or damaged" if known else str(error)))
+                reason = "not an image, or corrupted" if isinstance(error, UnidentifiedImageError) else str(error)
+                failures.append((str(self._root / file), reason))
         if failures:
             raise UnreadableError(failures)
         return np.stack(images), np.array(labels, np.int32)
 
-    def _image(self, file: str) -> np.ndarray:
+    def _read_image(self, file: str) -> np.ndarray:
         with Image.open(self._root / file) as image:
             if image.has_transparency_data:
                 self._transparent.add(file)
             if getattr(image, "is_animated", False):
                 self._animated.add(file)
-            return self._fit(self._root / file, ImageOps.exif_transpose(image))
+            return self._resize(self._root / file, ImageOps.exif_transpose(image))
 
-    def _fit(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
+    def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
         return fit(image, self._size, self._channels)
 
 
-def _shortened(names: Collection[str]) -> str:
-    """The first three of some names, and how many more there are."""
-    shown = sorted(names)[:3]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more:,} more" if more else "")
-
-
-def make_builder(name: str, data_dir: str | None):
-    """TFDS's builder of a data set. Raises: DataError for a name that TFDS does not know."""
-    import tensorflow_datasets as tfds  # half a second, and only this source needs it
+def make_builder(name: str, data_dir: str | None) -> Any:
+    """TFDS's builder of a data set. Raises: DataError for an unknown name."""
+    import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
 
     try:
         return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {str(error).partition(chr(10))[0]}"
         raise DataError(
-            f"data.dataset={name!r} is neither a TFDS data set nor 'digits' nor 'folder' (with data.data_dir){reason}"
+            f"data.dataset={name!r} must be a TFDS data set, 'digits', or 'folder' (with data.data_dir){reason}"
         ) from None
 
 
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
-    """((H, W), channels) of a TFDS data set's images, (None, channels) where they differ in size. Raises: DataError."""
+    """((H, W), channels) of a TFDS data set's images, (None, channels) if they differ in size. Raises: DataError."""
     features = make_builder(name, data_dir).info.features
-    if "image" not in features:
-        raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+    _check_has_images(name, features)
     height, width, channels = features["image"].shape
     return (height, width) if height and width else None, channels or 3
+
+
+def _check_has_images(name: str, features: Iterable[str]) -> None:
+    if "image" not in features:
+        raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
 
 
 class Tfds:
@@ -189,39 +184,35 @@ class Tfds:
         builder = make_builder(name, data_dir)
         where = f"in {builder.data_path.parent}"
         if not builder.is_prepared():
-            how = command(name, data_dir)
-            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or prepare it with: {how}")
-        found = builder.info.file_format.value
-        if found not in ("array_record", "tfrecord"):
+            command = preparation_command(name, data_dir)
+            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or prepare it with: {command}")
+        file_format = builder.info.file_format.value
+        if file_format not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
             raise DataError(
-                f"the data set {name!r} {where} is in {found} format, not array_record or tfrecord; prepare it with: "
-                f"{command(name, other)} and set data.data_dir={other}"
+                f"the data set {name!r} {where} is in {file_format} format, not array_record or tfrecord; prepare it with: "
+                f"{preparation_command(name, other)} and set data.data_dir={other}"
             )
         try:
-            chosen = builder.info.splits[split]
-            self._length, instructions = chosen.num_examples, chosen.file_instructions
+            info = builder.info.splits[split]
+            self._length, instructions = info.num_examples, info.file_instructions
         except (KeyError, ValueError):
             raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}") from None
         features = builder.info.features
-        if "image" not in features:
-            raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+        _check_has_images(name, features)
         self._has_label = "label" in features
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if self._has_label else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
-        self._tfrecords = TfRecords(instructions) if found == "tfrecord" else None
+        self._tfrecords = TfRecords(instructions) if file_format == "tfrecord" else None
 
     def __len__(self) -> int:
         return self._length
-
-    def notes(self) -> list[str]:
-        return []
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key not in ("_records", "_features")}
 
     @functools.cached_property
-    def _records(self):
+    def _records(self) -> Any:
         import tensorflow_datasets as tfds
 
         return tfds.data_source(
@@ -229,7 +220,7 @@ class Tfds:
         )
 
     @functools.cached_property
-    def _features(self):
+    def _features(self) -> Any:
         return make_builder(self._name, self._data_dir).info.features
 
     def _examples(self, indices: list[int]) -> Sequence[dict]:
@@ -240,27 +231,27 @@ class Tfds:
         raw = {"image": tfds.decode.SkipDecoding()}
         return [self._features.deserialize_example_np(self._tfrecords[i], decoders=raw) for i in indices]
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
             records = self._examples([int(i) for i in indices])
             images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
         except (OSError, SyntaxError, ValueError) as error:
-            where = f"examples {indices[0]} ... {indices[-1]}"
-            raise DataError(f"cannot read {where} of {self._name!r} {self._split!r}: {error}") from None
+            examples = f"examples {indices[0]} ... {indices[-1]}"
+            raise DataError(f"cannot read {examples} of {self._name!r} {self._split!r}: {error}") from None
         labels = [record["label"] for record in records] if self._has_label else np.zeros(len(indices))
         return np.stack(images), np.array(labels, np.int32)
 
 
-class Memory:
-    """Any source, decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
+class InMemory:
+    """A source that is decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
 
-    def __init__(self, source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
-        """progress: (sizes of the decoded chunks, number of images) -> sizes, to show how many images are decoded.
+    def __init__(self, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
+        """progress: (sizes of the decoded chunks, number of images) -> sizes, to show the number of decoded images.
 
-        Raises: UnreadableError with all damaged images.
+        Raises: UnreadableError with all corrupted images.
         """
-        self.num_classes, self.class_names = source.num_classes, getattr(source, "class_names", ())
-        self.no_labels = getattr(source, "no_labels", "")
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.no_labels_reason = getattr(source, "no_labels_reason", "")
         n, failures = len(source), {}
         try:
             shape = source.read([0])[0].shape[1:]
@@ -288,5 +279,5 @@ class Memory:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]

@@ -1,1 +1,1 @@
-"""Measures of trained models that need more than jax and numpy; each is imported by its name."""
+"""Metrics of samples and likelihoods of trained models; each module is imported by its name."""

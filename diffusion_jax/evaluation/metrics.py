@@ -1,12 +1,13 @@
 """Metrics of samples against a reference, as pure functions of arrays of features.
 
-Sums and matrix roots are float64 NumPy, whatever the accelerator; what compares every sample with every reference image runs
-on the devices, in blocks. Features are [N, D], of any extractor; only those of the published Inception make a Frechet
-distance the FID.
+Sums and matrix roots are float64 NumPy on every backend; comparisons of every sample with every reference image run on the
+devices, in blocks. Features are [N, D], of any extractor; a Frechet distance is the FID only for features of the published
+Inception.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,10 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+__all__ = [
+    "DensityCoverage",
+    "Estimate",
+    "Moments",
+    "Neighbors",
+    "PrecisionRecall",
+    "density_coverage",
+    "frechet_distance",
+    "inception_score",
+    "kid",
+    "merge",
+    "moments",
+    "moments_of_chunks",
+    "nearest_neighbors",
+    "precision_recall",
+]
+
 _BLOCK = 512  # rows whose distances to all others a device holds at once
 
 
-class Moments(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
     """Mean [D] and covariance [D, D] (unbiased) of `count` features, float64."""
 
     mean: np.ndarray
@@ -28,7 +47,7 @@ class Moments(NamedTuple):
 
 
 def moments(features) -> Moments:
-    """Of features [N, D]. Raises: ValueError for fewer than two, or for numbers that are not finite."""
+    """The moments of features [N, D]. Raises: ValueError for fewer than two, or for values that are not finite."""
     return _moments(_checked(features, 2))
 
 
@@ -40,9 +59,9 @@ def _moments(features: np.ndarray) -> Moments:
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of both sets together, so that a large set needs no array of all its features (Chan et al. 1979).
+    """The moments of the union of two sets, so that a large set needs no array of all its features (Chan et al. 1979).
 
-    Raises: ValueError for other dimensions, or for moments that do not give the number of their images (as files of others).
+    Raises: ValueError for different dimensions, or for moments without a number of images (as in files of statistics).
     """
     _check_moments(one, other)
     if min(one.count, other.count) < 1:
@@ -56,12 +75,14 @@ def merge(one: Moments, other: Moments) -> Moments:
 
 
 def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
-    """Of features that come in chunks [n, D]. Raises: as `moments`."""
-    parts = (_moments(_checked(chunk, 1)) for chunk in chunks)
-    found = functools.reduce(lambda one, other: merge(one, other) if one else other, parts, None)
-    if found is None or found.count < 2:
-        raise ValueError(f"{found.count if found else 0} images are too few: a covariance needs 2")
-    return found
+    """The moments of features in chunks [n, D]. Raises: as `moments`."""
+    merged: Moments | None = None
+    for chunk in chunks:
+        chunk_moments = _moments(_checked(chunk, 1))
+        merged = chunk_moments if merged is None else merge(merged, chunk_moments)
+    if merged is None or merged.count < 2:
+        raise ValueError(f"{merged.count if merged else 0} images are too few: a covariance needs 2")
+    return merged
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
@@ -69,7 +90,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
     tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact to rounding also where the
     covariances are singular (fewer images than dimensions); eigenvalues of C_1 C_2, their squares, lose half the digits.
-    Raises: ValueError for moments of different dimensions, that are not finite, or that are no covariances.
+    Raises: ValueError for moments of different dimensions, that are not finite, or that are not covariances.
     """
     _check_moments(one, other)
     shift = one.mean - other.mean
@@ -81,15 +102,15 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 def _check_moments(one: Moments, other: Moments) -> None:
     if one.mean.shape != other.mean.shape:
         raise ValueError(f"moments of {len(one.mean)} and of {len(other.mean)} dimensions are of different features")
-    for mean, covariance, _ in (one, other):
+    for mean, covariance in ((one.mean, one.covariance), (other.mean, other.covariance)):
         if covariance.shape != mean.shape * 2:
             raise ValueError(
                 f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} are not [D] and [D, D]"
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("moments are not finite; were the features?")
+            raise ValueError("moments are not finite; check the features")
         if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
-            raise ValueError("a covariance that is not symmetric is none")
+            raise ValueError("the covariance is not symmetric")
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -97,13 +118,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
     if values[0] < -1e-6 * max(values[-1], 0) or values[-1] < 0:
-        raise ValueError(f"a covariance with the eigenvalue {values[0]:.3g} is none")
-    kept = values > rounding
-    return vectors[:, kept] * np.sqrt(values[kept])
+        raise ValueError(f"the covariance has the eigenvalue {values[0]:.3g}; its eigenvalues must be at least 0")
+    nonzero = values > rounding
+    return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
 
 class Estimate(NamedTuple):
-    """A mean over subsets of the images, the standard deviation over these, and what the mean is uncertain by."""
+    """A mean over subsets of the images, its standard deviation over the subsets, and its standard error."""
 
     mean: float
     std: float
@@ -113,9 +134,9 @@ class Estimate(NamedTuple):
 def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Estimate:
     """Kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Averaged over random subsets of both sets, drawn as torch-fidelity draws them. Those overlap, which the standard
-    error allows for; it is NaN where a subset is all there is. Raises: ValueError for fewer images than a subset has, or
-    for no subsets.
+    Averaged over random subsets of both sets, drawn as torch-fidelity draws them. The standard error takes into
+    account that subsets overlap; it is NaN if a subset is a whole set. Raises: ValueError for fewer images than a subset
+    has, or for no subsets.
     """
     reference, samples = _checked(reference, 2), _checked(samples, 2)
     _check_widths(reference, samples)
@@ -126,16 +147,16 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
         raise ValueError(f"subsets={subsets} for the KID must be at least 1")
     # NumPy's legacy generator, whose streams are frozen, and torch-fidelity's order of draws: sample set first.
     rng = np.random.RandomState(seed)
-    found = np.empty(subsets)
+    values = np.empty(subsets)
     for i in range(subsets):
         x = samples[rng.choice(len(samples), subset_size, replace=False)]
         y = reference[rng.choice(len(reference), subset_size, replace=False)]
-        found[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
-    # Two random subsets of n images share m/n of theirs, and correlate by as much (by less where there is nothing to tell
-    # the sets apart, and the error is then too large): their scatter shows only the rest.
-    std, share = found.std(), subset_size / fewest
+        values[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
+    # Two random subsets of m of n images share m/n of theirs, and their correlation is m/n (smaller for equal distributions,
+    # whose error is then too large): the variance over subsets lacks that share.
+    std, share = values.std(), subset_size / fewest
     error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
-    return Estimate(found.mean(), std, error)
+    return Estimate(values.mean(), std, error)
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -159,7 +180,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
     scores = []
     for start in range(0, len(logits), split_size):
         part = log_p[start : start + split_size]
-        # The logarithm of the mean probability, where that itself is too small for a float64.
+        # The logarithm of the mean probability, which may itself be too small for float64.
         log_mean = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
         divergence = (np.exp(part) * (part - log_mean)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
@@ -176,9 +197,9 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(reference, samples, k: int = 3, devices: Sequence[jax.Device] | None = None) -> PrecisionRecall:
     """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
 
-    A set's manifold is the union of the balls about its members that reach to their k-th nearest other member. Distances that
-    are equal to rounding count as equal, so that repeated points and members of both sets lie inside. devices: that share the
-    work; all of this process's unless given. Raises: ValueError where a set has no k others.
+    A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
+    its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
+    inside. devices: used for the comparisons, by default all of this process. Raises: ValueError for fewer than k + 1 images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
@@ -196,8 +217,8 @@ class DensityCoverage(NamedTuple):
 
 
 def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Device] | None = None) -> DensityCoverage:
-    """How many of the reference's balls a sample lies in, over k, and the share of balls that hold a sample
-    (Naeem et al. 2020, eq. 4 and 6). Arguments and what raises: as `precision_recall`.
+    """The mean number of the reference's balls that contain a sample, over k, and the share of balls that contain a sample
+    (Naeem et al. 2020, eq. 4 and 6). Arguments and errors: as `precision_recall`.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k, devices)
@@ -206,12 +227,12 @@ def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Devic
     def covered(d, slack, _, radius):
         return (d <= radius + slack).any()
 
-    held = _compare(covered, reference, samples, np.zeros(1), radii, devices=devices)
-    return DensityCoverage(float(np.mean(balls) / k), float(np.mean(held)))
+    is_covered = _compare(covered, reference, samples, np.zeros(1), radii, devices=devices)
+    return DensityCoverage(float(np.mean(balls) / k), float(np.mean(is_covered)))
 
 
 class Neighbors(NamedTuple):
-    """Of each query, its nearest reference features, nearest first: indices int [N, k] and distances [N, k]."""
+    """The nearest reference features of each query, nearest first: indices int [N, k] and distances [N, k]."""
 
     indices: np.ndarray
     distances: np.ndarray
@@ -220,23 +241,24 @@ class Neighbors(NamedTuple):
 def nearest_neighbors(
     reference, queries, k: int = 1, others: bool = False, devices: Sequence[jax.Device] | None = None
 ) -> Neighbors:
-    """The k nearest reference features of each query. others: the queries are the reference; none is its own neighbor.
+    """The k nearest reference features of each query.
 
-    Raises: ValueError where the reference has no k features, or no k others.
+    others: whether the queries are the reference, and none is its own neighbor. Raises: ValueError for fewer than k
+    features, or k others, in the reference.
     """
-    reference, queries, scale = _for_distances(reference, queries, k, least=(k + 1 if others else k, 1))
+    reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
     own = np.arange(len(queries)) if others else np.full(len(queries), -1)
     indices = _compare(
         lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), own, devices=devices
     )
-    # From the differences themselves: the products that found them cancel where a query is a copy.
+    # From the differences, because the products that gave the indices cancel for a query that is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
 
 
 def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
-    """Squared distance to the k-th nearest other."""
+    """Squared distance [N] to the k-th nearest other."""
 
     def radius(d, slack, _, number):
         return _smallest(d, k, number)[0][-1]
@@ -250,13 +272,15 @@ def _smallest(d, k: int, own):
     return -values, indices
 
 
-def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, *numbers, devices=None) -> np.ndarray:
-    """function(squared distances of a row to all columns, slack, beside, *number of the row) of every row, a block at a time.
+def _compare(
+    function: Callable, rows: np.ndarray, columns: np.ndarray, column_values, *row_values, devices=None
+) -> np.ndarray:
+    """function(squared distances of a row to all columns, slack, column_values, *row_values) of every row, in blocks.
 
-    slack: by how much two such distances may differ by rounding. The rows are spread over the devices, each of which holds
-    all columns.
+    column_values: array for all columns. row_values: arrays with one value for each row. slack: the rounding error of the
+    difference of two such distances. The rows are sharded over the devices, each of which holds all columns.
     """
-    # What the products and sums of D terms lose, of two distances; measured, it is below a half of this.
+    # A bound of the rounding of products and sums of D terms, of two distances; the measured error is below half of it.
     slack = float(np.finfo(rows.dtype).eps) * (8 + rows.shape[1] ** 0.5)
     mesh = jax.make_mesh(
         (len(devices or jax.local_devices()),),
@@ -264,38 +288,39 @@ def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, beside, 
         devices=devices or jax.local_devices(),
         axis_types=(AxisType.Auto,),
     )
-    split, whole = PartitionSpec("rows"), PartitionSpec()
+    sharded, replicated = PartitionSpec("rows"), PartitionSpec()
     count, padding = len(rows), -len(rows) % mesh.size
-    rows = tuple(np.concatenate([a, a[:1].repeat(padding, axis=0)]) for a in (rows, *numbers))
+    padded = tuple(np.concatenate([a, a[:1].repeat(padding, axis=0)]) for a in (rows, *row_values))
 
-    def each(row, columns, norms, beside):
-        u, *number = row
+    def compare_row(row, columns, norms, column_values):
+        u, *values = row
         both = (u * u).sum() + norms
         d = jnp.maximum(both - 2 * jnp.dot(columns, u, precision="highest"), 0)
-        return function(d, slack * both, beside, *number)
+        return function(d, slack * both, column_values, *values)
 
-    def block(rows, columns, beside):
+    def compare_block(rows, columns, column_values):
         norms = (columns**2).sum(axis=1)
-        return jax.lax.map(lambda row: each(row, columns, norms, beside), rows, batch_size=_BLOCK)
+        return jax.lax.map(lambda row: compare_row(row, columns, norms, column_values), rows, batch_size=_BLOCK)
 
-    spread = jax.shard_map(block, mesh=mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False)
-    placed = jax.device_put((rows, columns, beside), tuple(NamedSharding(mesh, spec) for spec in (split, whole, whole)))
-    return np.asarray(jax.jit(spread)(*placed))[:count]
+    specs = (sharded, replicated, replicated)
+    program = jax.shard_map(compare_block, mesh=mesh, in_specs=specs, out_specs=sharded, check_vma=False)
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return np.asarray(jax.jit(program)(*jax.device_put((padded, columns, column_values), shardings)))[:count]
 
 
 def _for_distances(
-    reference, samples, k: int, least: tuple[int, int] | None = None
+    reference, samples, k: int, minimums: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(reference, samples, unit): both minus the reference's mean and divided by the largest entry, on the devices' floats.
+    """(reference, samples, scale): both minus the reference's mean and divided by scale, the largest entry, as device floats.
 
-    Products lose least there, and no square leaves the range of float32. least: how many images each must have; k + 1 unless
-    given. Raises: ValueError.
+    Products are most accurate there, and no square leaves the range of float32. minimums: of the numbers of images, k + 1 by
+    default. Raises: ValueError.
     """
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k={k!r} must be a whole number of neighbors, at least 1")
     reference, samples = _checked(reference, 1), _checked(samples, 1)
     _check_widths(reference, samples)
-    for features, count in zip((reference, samples), least or (k + 1, k + 1), strict=True):
+    for features, count in zip((reference, samples), minimums or (k + 1, k + 1), strict=True):
         if len(features) < count:
             raise ValueError(f"{len(features)} images are too few: this needs {count}, for k={k}")
     center, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
@@ -306,15 +331,15 @@ def _for_distances(
     return (reference / scale).astype(dtype), (samples / scale).astype(dtype), scale
 
 
-def _checked(features, least: int) -> np.ndarray:
-    """[N, D] real numbers of at least `least` images, in float32 or better."""
+def _checked(features, minimum: int) -> np.ndarray:
+    """Features [N, D] of at least `minimum` images, as real numbers in float32 or better. Raises: ValueError."""
     features = np.asarray(features)
     if features.ndim != 2 or not features.shape[1]:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")
     if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
         raise ValueError(f"features are {features.dtype}; they must be real numbers, float32 for instance")
-    if len(features) < least:
-        raise ValueError(f"{len(features)} images are too few: this needs {least}")
+    if len(features) < minimum:
+        raise ValueError(f"{len(features)} images are too few: this needs {minimum}")
     if features.dtype.itemsize < 4:
         features = features.astype(np.float32)
     if not np.isfinite(features).all():

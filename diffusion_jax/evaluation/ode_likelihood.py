@@ -1,15 +1,15 @@
 """Exact likelihood by the probability-flow ODE (Song et al. 2021, section 4.3), solved adaptively by diffrax.
 
-The ODE carries x_0 to noise without drawing any, and the density follows by the instantaneous change of variables. With
+The ODE maps x_0 to noise deterministically, and the density follows by the instantaneous change of variables. With
 x = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1, and l = log(sigma / alpha) = -log_snr / 2 as its time, it is
 
     dx/dl = sigma (eps_theta(x) - sigma x),      d log p(x) / dl = -div = sigma^2 D - sigma tr(d eps_theta / dx),
 
 in which no beta appears and every term is of order 1. It runs from the schedule's first noise level to its last one with a
-signal, where the density is N(0, I); so what it gives is the density of **x_t at index 0** (sigma 0.01 for linear-1000),
-which the discrete likelihoods below turn into one of the images.
+signal, where the density is N(0, I). The result is the density of **x_t at index 0** (sigma 0.01 for linear-1000),
+from which `bits_per_dim` computes the likelihood of the images.
 
-This is the likelihood of another model than the ancestral chain's: neither bounds the other. Needs the extra `ode`.
+The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import numpy as np
 from diffusion_jax import likelihood, process
 from diffusion_jax.schedules import Schedule
 
+__all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
+
 DEQUANTIZATIONS = ("uniform", "variational", "none")
 
 
 class OdeDensity(NamedTuple):
-    """log_density: nats [B], NaN where the solver gave up; x_T: the noise x was carried to; num_steps: of the solver."""
+    """log_density: nats [B], NaN if the solver failed; x_T: the noise at the end [B, ...]; num_steps: of the solver."""
 
     log_density: jax.Array
     x_T: jax.Array
@@ -53,12 +55,12 @@ def log_density(
 
     Args:
       key: the probes of the trace.
-      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output; channels beyond those of x are left out.
+      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output; channels beyond those of x are ignored.
       x: float [B, ...]. All examples share the solver's steps.
       prediction: eps, x_0, v or score.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
-      tolerance: of the solver, relative and absolute. max_steps: after which it gives up.
+      tolerance: of the solver, relative and absolute. max_steps: the solver fails after that many.
     Returns: OdeDensity.
     Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, or eps or score where alpha_bar
       ends at 0.
@@ -88,11 +90,11 @@ def log_density(
 
         eps, jacobian = jax.linearize(eps_fn, x)
 
-        def along(vector):
+        def directional(vector):
             vector = jnp.broadcast_to(vector, x.shape)
             return jnp.sum(vector * jacobian(vector), axis=range(1, x.ndim))
 
-        eps_trace = scale * jnp.sum(jax.lax.map(along, vectors), axis=0)
+        eps_trace = scale * jnp.sum(jax.lax.map(directional, vectors), axis=0)
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
     # A chain whose last alpha_bar is 0 has no finite log SNR there and ends one step before.
@@ -109,6 +111,7 @@ def log_density(
         max_steps=max_steps,
         throw=False,
     )
+    assert solution.ys is not None
     x_T, divergence = (leaf[0] for leaf in solution.ys)
     log_prior = -0.5 * jnp.sum(jnp.square(x_T), axis=range(1, x.ndim)) - 0.5 * dimensions * math.log(2 * math.pi)
     solved = solution.result == diffrax.RESULTS.successful
@@ -131,8 +134,8 @@ def bits_per_dim(
 ) -> tuple[jax.Array, jax.Array]:
     """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
 
-    Images have D numbers with L = `gray_levels` values, w = 2 / (L - 1) apart in [-1, 1]; x_0 is rounded to the nearest, and
-    p is the density at index 0.
+    Images have D numbers of `gray_levels` values, w = 2 / (gray_levels - 1) apart in [-1, 1], to the nearest of which x_0 is
+    rounded; p is the density at index 0.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
@@ -140,8 +143,8 @@ def bits_per_dim(
       in [-1, 1), where they scale by 2/256 and not 2/255).
     variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
-      - log2 P(x_0 | x_1)], and there is no offset: the decoder's cells have it.
-    none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 standing for x_1.
+      - log2 P(x_0 | x_1)], and there is no offset, because the decoder includes it.
+    none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1.
 
     Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
       gray_levels: may be None for continuous data with dequantization "none".
@@ -160,8 +163,9 @@ def bits_per_dim(
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
-    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # where the density is read, and what the dequantization costs
+    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # the argument of the density, and the cost of the dequantization
     if dequantization == "uniform":
+        assert gray_levels is not None
         width = 2 / (gray_levels - 1)
         x = x_0 + width * jax.random.uniform(key_x, x_0.shape, x_0.dtype, minval=-0.5, maxval=0.5)
         nats = nats - dimensions * math.log(width)

@@ -1,6 +1,6 @@
-"""A classifier of noisy images: what classifier guidance takes its gradients from (ADM, Dhariwal & Nichol 2021, section 4).
+"""A classifier of noisy images, for the gradients of classifier guidance (ADM, Dhariwal & Nichol 2021, section 4).
 
-The way down of the U-Net, told the noise level as the U-Net is, and an attention pooling over what is left of the image.
+It is the downsampling path of the U-Net, with the same time embedding, and attention pooling over the remaining positions.
 """
 
 from __future__ import annotations
@@ -11,30 +11,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.models.unet import Encoder, _Layers, split_heads
+from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.models.encoder import Encoder
+from diffusion_jax.models.layers import LayerFactory
+
+__all__ = ["AttentionPool", "Classifier"]
 
 
 class AttentionPool(nn.Module):
-    """[B, H, W, C] -> [B, features]: what the mean of all positions finds among them and itself, as in CLIP.
+    """[B, H, W, C] -> [B, features]: attention of the mean of all positions to them and to itself, as in CLIP.
 
-    The mean stands before the H W positions, each of the H W + 1 tokens has a learned embedding of its place, and one
-    attention layer with the mean as its only query is projected to `features`.
+    The mean precedes the H W positions, each of the H W + 1 tokens has a learned position embedding, and one attention
+    layer with the mean as its only query is projected to `features`.
     """
 
     features: int
     num_heads: int
     head_channels: int | None
-    layers: _Layers
+    layers: LayerFactory
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
+        """x: [B, H, W, C]; returns [B, features]. Raises: ValueError for another H W than at initialization."""
         b, height, width, c = x.shape
         heads, tokens = split_heads(c, self.num_heads, self.head_channels), height * width + 1
         if self.has_variable("params", "position") and self.get_variable("params", "position").shape[0] != tokens:
             known = self.get_variable("params", "position").shape[0] - 1
             raise ValueError(
-                f"this classifier was made for images that end in {known} positions, not {height}x{width}: its embedding "
-                "of places fixes the image size"
+                f"the position embedding of this classifier fixes the image size: it has {known} positions after "
+                f"downsampling, and these images have {height}x{width}; resize the images"
             )
         position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)
         x = x.reshape(b, height * width, c)
@@ -50,9 +55,9 @@ class Classifier(Encoder):
     """Logits of an image's class from x_t and its network time; the defaults are ADM's classifier of 128x128 ImageNet.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
-    probabilities. The height and width at initialization are the only ones it takes. Fields: `Encoder`'s, and
+    probabilities. It accepts only the height and width at initialization. Fields: `Encoder`'s, and
 
-    num_classes: how many classes it tells apart.
+    num_classes: the number of classes.
     """
 
     channel_multipliers: tuple[float, ...] = (1, 1, 2, 3, 4)
@@ -70,14 +75,14 @@ class Classifier(Encoder):
 
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
-        """x_t: [B, H, W, C]; time: float [B]; train: whether dropout acts.
+        """x_t: [B, H, W, C]; time: float [B]; train: whether dropout is active.
 
-        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or that it was not initialized with.
+        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or other than at initialization.
         """
-        self.check(x_t)
+        self.check_input(x_t)
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
-        h, _ = self.encode(x_t, self.embed(time), train)
-        exact = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
-        h = nn.silu(exact.norm("norm_out")(h))
-        return AttentionPool(self.num_classes, self.num_heads, self.head_channels, exact, name="pool")(h)
+        h, _ = self.encode(x_t, self.embed_time(time), train)
+        layers = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
+        h = nn.silu(layers.norm("norm_out")(h))
+        return AttentionPool(self.num_classes, self.num_heads, self.head_channels, layers, name="pool")(h)

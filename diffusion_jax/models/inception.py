@@ -1,6 +1,6 @@
-"""The Inception network that FID is defined by: the InceptionV3 of 2015-12-05, in inference.
+"""The Inception network of the FID: the InceptionV3 of 2015-12-05, for inference.
 
-It is not torchvision's: average pools leave the padding out of their means, the last block pools by maxima, and there are
+It is not torchvision's: average pools exclude the padding from their means, the last block uses max pooling, and there are
 1008 classes. Layers are named as in its PyTorch port; `pretrained.inception` loads that and the original TensorFlow graph.
 """
 
@@ -12,17 +12,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-SIZE = 299  # pixels in height and width
-_SPATIAL = "Mixed_6d"  # TensorFlow's mixed_6
+__all__ = ["IMAGE_SIZE", "Activations", "Inception"]
+
+IMAGE_SIZE = 299  # pixels in height and width
+_SPATIAL_BLOCK = "Mixed_6d"  # TensorFlow's mixed_6
 _SPATIAL_CHANNELS = 7
-_PRECISION = jax.lax.Precision.HIGHEST  # float32 also where accelerators would take less for products
+_PRECISION = jax.lax.Precision.HIGHEST  # float32 also on accelerators whose default for products is lower
 
 
 class Activations(NamedTuple):
-    """What metrics are computed from.
+    """The activations from which metrics are computed.
 
-    pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of its mixed_6/conv at 17x17 places.
-    logits: [B, 1008]; logits_unbiased: the same without the last layer's bias, as Inception Scores take them.
+    pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of its mixed_6/conv at 17x17 positions.
+    logits: [B, 1008]; logits_unbiased: the same without the last layer's bias, as Inception Scores use them.
     """
 
     pool: jax.Array
@@ -32,7 +34,7 @@ class Activations(NamedTuple):
 
 
 class Conv(nn.Module):
-    """A convolution, batch normalization by stored statistics, ReLU. The norm is folded into the kernel as it is used."""
+    """A convolution, batch normalization by stored statistics, ReLU. The norm is folded into the kernel at each call."""
 
     features: int
     kernel: tuple[int, int]
@@ -40,7 +42,7 @@ class Conv(nn.Module):
     padding: str = "SAME"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         ones, zeros, c = nn.initializers.ones, nn.initializers.zeros, self.features
         kernel = self.param("kernel", nn.initializers.he_normal(), (*self.kernel, x.shape[-1], c))
         scale, bias = self.param("scale", ones, (c,)), self.param("bias", zeros, (c,))
@@ -51,53 +53,53 @@ class Conv(nn.Module):
         return nn.relu(x + (bias - mean * factor))
 
 
-def _average(x):
+def _average_pool(x):
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
-def _maximum(x, strides: int, padding: str):
+def _max_pool(x, strides: int, padding: str):
     return nn.max_pool(x, (3, 3), (strides, strides), padding)
 
 
-def _join(*branches):
+def _concatenate(*branches):
     return jnp.concatenate(branches, axis=-1)
 
 
 class BlockA(nn.Module):
-    """35x35: 1x1, 5x5, twice 3x3, and a pool of `pool_features`."""
+    """35x35: branches of 1x1, 5x5, two 3x3, and a pool with `pool_features` channels."""
 
     pool_features: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         five = Conv(48, (1, 1), name="branch5x5_1")(x)
         five = Conv(64, (5, 5), name="branch5x5_2")(five)
         twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
         twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
         twice = Conv(96, (3, 3), name="branch3x3dbl_3")(twice)
-        pool = Conv(self.pool_features, (1, 1), name="branch_pool")(_average(x))
-        return _join(Conv(64, (1, 1), name="branch1x1")(x), five, twice, pool)
+        pool = Conv(self.pool_features, (1, 1), name="branch_pool")(_average_pool(x))
+        return _concatenate(Conv(64, (1, 1), name="branch1x1")(x), five, twice, pool)
 
 
 class BlockB(nn.Module):
-    """35x35 to 17x17."""
+    """35x35 to 17x17 positions."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         three = Conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
         twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
         twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
         twice = Conv(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(twice)
-        return _join(three, twice, _maximum(x, 2, "VALID"))
+        return _concatenate(three, twice, _max_pool(x, 2, "VALID"))
 
 
 class BlockC(nn.Module):
-    """17x17: 1x1, 7x7 as 1x7 and 7x1, the same twice, and a pool. `width`: channels within."""
+    """17x17: branches of 1x1, 7x7 as 1x7 and 7x1, two such 7x7, and a pool. `width`: channels inside the branches."""
 
     width: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         width = self.width
         seven = Conv(width, (1, 1), name="branch7x7_1")(x)
         seven = Conv(width, (1, 7), name="branch7x7_2")(seven)
@@ -107,38 +109,38 @@ class BlockC(nn.Module):
         twice = Conv(width, (1, 7), name="branch7x7dbl_3")(twice)
         twice = Conv(width, (7, 1), name="branch7x7dbl_4")(twice)
         twice = Conv(192, (1, 7), name="branch7x7dbl_5")(twice)
-        pool = Conv(192, (1, 1), name="branch_pool")(_average(x))
-        return _join(Conv(192, (1, 1), name="branch1x1")(x), seven, twice, pool)
+        pool = Conv(192, (1, 1), name="branch_pool")(_average_pool(x))
+        return _concatenate(Conv(192, (1, 1), name="branch1x1")(x), seven, twice, pool)
 
 
 class BlockD(nn.Module):
-    """17x17 to 8x8."""
+    """17x17 to 8x8 positions."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         three = Conv(192, (1, 1), name="branch3x3_1")(x)
         three = Conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
         seven = Conv(192, (1, 1), name="branch7x7x3_1")(x)
         seven = Conv(192, (1, 7), name="branch7x7x3_2")(seven)
         seven = Conv(192, (7, 1), name="branch7x7x3_3")(seven)
         seven = Conv(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
-        return _join(three, seven, _maximum(x, 2, "VALID"))
+        return _concatenate(three, seven, _max_pool(x, 2, "VALID"))
 
 
 class BlockE(nn.Module):
-    """8x8: branches that fork at their end. maximum: how the last of them pools, in the network's last block alone."""
+    """8x8: branches that fork at their end. max_pool: whether the last branch uses max pooling, as in the last block."""
 
-    maximum: bool
+    max_pool: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> jax.Array:
         three = Conv(384, (1, 1), name="branch3x3_1")(x)
         fork = (Conv(384, (1, 3), name="branch3x3_2a")(three), Conv(384, (3, 1), name="branch3x3_2b")(three))
         twice = Conv(448, (1, 1), name="branch3x3dbl_1")(x)
         twice = Conv(384, (3, 3), name="branch3x3dbl_2")(twice)
         forks = (Conv(384, (1, 3), name="branch3x3dbl_3a")(twice), Conv(384, (3, 1), name="branch3x3dbl_3b")(twice))
-        pool = Conv(192, (1, 1), name="branch_pool")(_maximum(x, 1, "SAME") if self.maximum else _average(x))
-        return _join(Conv(320, (1, 1), name="branch1x1")(x), *fork, *forks, pool)
+        pool = Conv(192, (1, 1), name="branch_pool")(_max_pool(x, 1, "SAME") if self.max_pool else _average_pool(x))
+        return _concatenate(Conv(320, (1, 1), name="branch1x1")(x), *fork, *forks, pool)
 
 
 class Inception(nn.Module):
@@ -146,11 +148,12 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> Activations:
+        """x: float32 [B, 299, 299, 3]."""
         x = Conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = Conv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
-        x = _maximum(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x), 2, "VALID")
+        x = _max_pool(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x), 2, "VALID")
         x = Conv(80, (1, 1), name="Conv2d_3b_1x1")(x)
-        x = _maximum(Conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x), 2, "VALID")
+        x = _max_pool(Conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x), 2, "VALID")
         blocks = {
             "Mixed_5b": BlockA(32, name="Mixed_5b"),
             "Mixed_5c": BlockA(64, name="Mixed_5c"),
@@ -164,10 +167,10 @@ class Inception(nn.Module):
             "Mixed_7b": BlockE(False, name="Mixed_7b"),
             "Mixed_7c": BlockE(True, name="Mixed_7c"),
         }
+        outputs = {}
         for name, block in blocks.items():
-            x = block(x)
-            if name == _SPATIAL:
-                spatial = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
+            x = outputs[name] = block(x)
+        spatial = outputs[_SPATIAL_BLOCK][..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
         pool = x.mean(axis=(1, 2))
         unbiased = nn.Dense(1008, use_bias=False, precision=_PRECISION, name="fc")(pool)
         return Activations(pool, spatial, unbiased + self.param("fc_bias", nn.initializers.zeros, (1008,)), unbiased)

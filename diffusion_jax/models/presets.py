@@ -22,7 +22,7 @@
 | adm_classifier256 | 54,096,360 | |
 | adm_classifier512 | 54,448,360 | |
 
-Upsamplers take six channels: see `models.upsampling`.
+Super-resolution networks take six channels: see `models.upsampling`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ __all__ = ["OPENAI", "PRESETS", "preset", "preset_fields"]
 
 
 def preset(name: str) -> UNet | Classifier:
-    """A published network by name: its table is at the head of this file. Raises: ValueError for an unknown name."""
+    """A published network by name, one of the table above. Raises: ValueError for an unknown name."""
     fields = preset_fields(name)
     return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**fields)

@@ -1,7 +1,7 @@
 """Conditioning of a network on a smaller image: super-resolution as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
 
-The small image is enlarged to the size of x_t and stands beside it in the channels. With noise augmentation (Ho et al. 2021,
-Cascaded Diffusion Models, section 4) it is noisy, and the network is told how much by one channel more.
+The small image is resized to the size of x_t and concatenated to its channels. With noise augmentation (Ho et al. 2021,
+Cascaded Diffusion Models, section 4) it is noisy, and one more channel holds the standard deviation of the noise.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+__all__ = ["augment", "condition", "downsample", "enlarge"]
+
 
 def downsample(x_0, height: int) -> jax.Array:
     """Images [B, H, W, C] at a smaller height, the width in proportion: means over squares of H / height pixels.
 
-    Raises: ValueError where the squares do not divide the image.
+    Raises: ValueError if the squares do not divide the image.
     """
     b, h, w, c = x_0.shape
     if not 1 <= height <= h or h % height or w % (h // height):
@@ -28,15 +30,15 @@ def augment(key, low, noise_std) -> jax.Array:
 
 
 def enlarge(low, shape: tuple[int, int]) -> jax.Array:
-    """Images [B, h, w, C] at another (H, W), bilinear between the centers of pixels, as ADM's upsamplers take them."""
+    """Images [B, h, w, C] at another (H, W), bilinear between pixel centers, as ADM's super-resolution networks do."""
     return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
 
 
 def condition(x_t, low, noise_std=None) -> jax.Array:
-    """What a network that enlarges takes: x_t, the enlarged small image, and a constant channel of its noise, if any.
+    """The input of a super-resolution network: x_t, the resized small image, and a constant channel of its noise, if any.
 
-    x_t: [B, H, W, C]. low: [B, h, w, C], in [-1, 1] but for its noise; at H x W it is taken as enlarged already. noise_std:
-    float [B], the standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
+    x_t: [B, H, W, C]. low: [B, h, w, C], in [-1, 1] plus its noise; at H x W it is not resized. noise_std: float [B], the
+    standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
     Returns: [B, H, W, 2 C], or 2 C + 1 channels. Raises: ValueError for images whose batch or channels differ.
     """
     if low.shape[0] != x_t.shape[0] or low.shape[-1] != x_t.shape[-1]:

@@ -1,11 +1,11 @@
-"""Weights of others, in and out: every published DDPM, Improved DDPM and ADM.
+"""Pretrained weights, read and written: every published DDPM, Improved DDPM and ADM.
 
     from diffusion_jax import pretrained, sampling
 
     net = pretrained.load("64x64_diffusion.pt")
     images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
-`python -m diffusion_jax.pretrained inspect PATH` says what a file is.
+`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_jax.errors import PretrainedError
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai
 from diffusion_jax.pretrained.description import Description, Pretrained
-from diffusion_jax.pretrained.files import is_tensorflow, open_tensors
+from diffusion_jax.pretrained.summary import format_summary
+from diffusion_jax.pretrained.tensors import is_tensorflow_checkpoint, open_tensors
 
 __all__ = [
     "Description",
@@ -29,6 +30,7 @@ __all__ = [
     "PretrainedError",
     "config_leaves",
     "describe",
+    "format_summary",
     "is_workdir",
     "load",
     "read_flags",
@@ -40,119 +42,122 @@ Flags = str | Mapping[str, Any] | None
 
 
 def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pretrained:
-    """Published weights, with the network, the schedule and all else that they need.
+    """Pretrained weights with their network, schedule and settings.
 
     path: one of
-      - a folder of diffusers' (a DDPMPipeline's; UNet2DModel with a scheduler's config);
-      - OpenAI's .pt, at its published name or with flags;
+      - a folder of diffusers (of a DDPMPipeline; UNet2DModel with a scheduler's config);
+      - OpenAI's .pt, with its published name or with flags;
       - a TensorFlow checkpoint of Ho et al.'s code, by its prefix .../model.ckpt-N, or its PyTorch port's .ckpt;
       - a work directory, or a file of `save_safetensors`.
-    flags: of OpenAI's files, a preset's name ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as text
-      ("--num_heads 4 --noise_schedule cosine ..."); of Ho et al.'s, a preset's name or leaves of `config.diffusion` and
-      image_size, for networks that were not published; of a diffusers folder without one, the scheduler's config.
-    ema: of TensorFlow checkpoints and work directories, the moving average of the weights, or else the weights themselves.
-    Raises: PretrainedError, one line, for anything that does not fit: tensors that are missing, left over, of another shape
-    or not finite; fields that our networks do not have; what the file does not say; a file that is none.
+    flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
+      text ("--num_heads 4 --noise_schedule cosine ..."); for Ho et al.'s, the name of a preset or leaves of
+      `config.diffusion` and image_size, for networks that were not published; for a diffusers folder without a scheduler,
+      the fields of its config.
+    ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories.
+    Raises: PretrainedError, one line, for tensors that are missing, unexpected, of another shape or not finite; fields that
+    `models` does not support; flags that are missing; a file that is not readable.
     """
-    found, params = _read_or_refuse(path, flags, ema, with_params=True)
-    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    description, params = _read_or_raise(path, flags, ema, with_params=True)
+    values = {field.name: getattr(description, field.name) for field in dataclasses.fields(description)}
     return Pretrained(**values, params=params)
 
 
 def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Description:
-    """What `load` would load, without reading the weights. Raises: as `load`, but for what is wrong with the numbers."""
-    return _read_or_refuse(path, flags, ema, with_params=False)[0]
+    """The description of the weights that `load` would load, without reading them. Raises: as `load`, except for values."""
+    return _read_or_raise(path, flags, ema, with_params=False)[0]
 
 
-def _read_or_refuse(path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
-    """As `_read`, for files that may hold anything at all."""
+def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
+    """As `_read`, with every error of an invalid file as a PretrainedError."""
     try:
         return _read(pathlib.Path(path).expanduser(), flags, ema, with_params)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PretrainedError(
-            f"{path} cannot be loaded: something in it, or in its flags, is not as it should be "
-            f"({type(error).__name__}: {reason})"
+            f"{path} cannot be loaded: its content or the flags are invalid ({type(error).__name__}: {reason}); "
+            "`python -m diffusion_jax.pretrained inspect PATH` shows what is read"
         ) from error
 
 
 def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
     if path.is_dir():
         if native.is_workdir(path):
-            _no_flags(path, flags)
+            _check_no_flags(path, flags)
             return native.load_workdir(path, ema, with_params)
-        if diffusers.find(path):
+        if diffusers.find_configs(path):
             return diffusers.load_diffusers(path, flags, with_params)
         raise PretrainedError(
             f"{path} is neither a diffusers folder (model_index.json, unet/config.json) nor a work directory with checkpoints"
         )
-    if not path.exists() and not is_tensorflow(path):
+    if not path.exists() and not is_tensorflow_checkpoint(path):
         raise PretrainedError(f"{path}: no such file or folder")
     tensors = open_tensors(path, ema)
     if native.is_native(tensors):
-        _no_flags(path, flags)
+        _check_no_flags(path, flags)
         return native.load_file(path, tensors, with_params)
     if ho.is_ho(tensors):
         return ho.load_ho(path, tensors, flags, with_params)
     if openai.is_openai(tensors):
-        found, new_order = openai.describe_openai(path, tensors, flags)
-        return found, openai.load_params(path, tensors, found, new_order) if with_params else None
+        description, new_order = openai.describe_openai(path, tensors, flags)
+        return description, openai.load_params(path, tensors, description, new_order) if with_params else None
     if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
-        raise PretrainedError(f"{path} is diffusers': name its folder, whose configs say what the tensors do not")
+        raise PretrainedError(f"{path} is a file of diffusers: give its folder, whose configs describe the network")
     raise PretrainedError(
-        f"{path} holds {len(tensors)} tensors of no network known here ({', '.join(list(tensors)[:3])})"
+        f"{path} contains {len(tensors)} tensors of an unknown network ({list_names(tensors, 3)}); known: Ho et al.'s, "
+        "OpenAI's, diffusers' and this package's"
     )
 
 
 def is_workdir(path: str | os.PathLike) -> bool:
-    """Whether a path is a work directory of this program, with its config and checkpoints."""
+    """Whether a path is a work directory with a config and checkpoints."""
     return native.is_workdir(pathlib.Path(path).expanduser())
 
 
 def read_flags(text: str | None) -> Flags:
-    """Flags as a command line has them: JSON where they begin with "{". Raises: PretrainedError."""
+    """The flags in a command-line argument: JSON if the text starts with "{". Raises: PretrainedError."""
     if not text or not text.startswith("{"):
         return text or None
     try:
         return json.loads(text)
     except ValueError as error:
-        raise PretrainedError(f"flags={text!r} are no JSON: {error}") from None
+        raise PretrainedError(f"flags={text!r} are not valid JSON: {error}") from None
 
 
-def config_leaves(found: Description) -> dict[str, dict[str, Any]]:
+def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
     """Leaves of a config that build the same network, schedule and images. Raises: PretrainedError."""
-    if found.diffusion is None or not isinstance(found.clip, bool):
+    if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
-            "no config says these weights' table of betas, or the range of their clip; use pretrained.load in a program"
+            "a config cannot describe these weights' table of betas, or the range of their clip; use pretrained.load in a "
+            "program"
         )
-    learned = found.variance.startswith("learned")
-    loss = "classify" if isinstance(found.model, Classifier) else "hybrid" if learned else "simple"
-    height, width = found.image_size
+    is_learned = description.variance.startswith("learned")
+    loss = "classify" if isinstance(description.model, Classifier) else "hybrid" if is_learned else "simple"
+    height, width = description.image_size
     return {
-        "model": fields_of(found.model),
-        "diffusion": dict(found.diffusion) | {"loss": loss, "conditioning_noise": found.conditioning_noise},
+        "model": fields_of(description.model),
+        "diffusion": dict(description.diffusion) | {"loss": loss, "conditioning_noise": description.conditioning_noise},
         "data": {
             "image_size": height if height == width else (height, width),
-            "channels": found.channels,
-            "low_resolution": found.low_resolution,
+            "channels": description.channels,
+            "low_resolution": description.low_resolution,
         },
-        "sampling": {"clip": found.clip},
+        "sampling": {"clip": description.clip},
     }
 
 
-def _no_flags(path: pathlib.Path, flags: Flags) -> None:
+def _check_no_flags(path: pathlib.Path, flags: Flags) -> None:
     if flags:
-        raise PretrainedError(f"flags={flags!r}: {path} says all of itself; leave them out")
+        raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
 
 
 def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
-    """A folder that diffusers' `DDPMPipeline.from_pretrained` loads: safetensors and both configs.
+    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs.
 
-    Raises: PretrainedError that names the field which diffusers cannot say, before anything is written; OSError.
+    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
     """
     diffusers.write_folder(net, net.params, pathlib.Path(folder).expanduser())
 
 
 def save_safetensors(net: Pretrained, path: str | os.PathLike) -> None:
-    """One file with the weights and all that is known of them, for any network. Raises: PretrainedError, OSError."""
+    """Writes one file with the weights of any network and their description. Raises: PretrainedError, OSError."""
     native.write_file(net, net.params, pathlib.Path(path).expanduser())

@@ -1,4 +1,4 @@
-"""What is known of a set of weights beside its numbers."""
+"""The description of pretrained weights: the network, the schedule, and everything else that is needed to use them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
-from diffusion_jax.models import Classifier, UNet, upsampling
+from diffusion_jax.models import Classifier, UNet, apply_network, upsampling
 
-# The leaves of `config.diffusion` that say what weights were trained for, with Ho et al.'s values.
-DIFFUSION: dict[str, Any] = {
+__all__ = ["DIFFUSION_DEFAULTS", "Description", "Pretrained", "make_clip", "make_description"]
+
+# The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
+DIFFUSION_DEFAULTS: dict[str, Any] = {
     "schedule": "linear",
     "num_timesteps": 1000,
     "beta_start": 1e-4,
@@ -28,12 +30,13 @@ DIFFUSION: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Everything about published weights but the weights.
+    """Everything about pretrained weights except the parameters.
 
-    family: whose they are, in words. model: the network. channels: of an image. image_size: (height, width). schedule: the
-    one they were trained on; its timesteps are the network's times. prediction, variance, clip: as the samplers take them.
-    low_resolution: of an upsampler, the height of the images that it enlarges, else 0. conditioning_noise: of an upsampler,
-    the most noise on these. diffusion: leaves of `config.diffusion`; None where no config says them (a given table of betas).
+    family: a text that names the source. model: the network. channels: of an image. image_size: (height, width). schedule:
+    the one of training; its timesteps are the network times. prediction, variance, clip: as the samplers take them.
+    low_resolution: height of the small images of a super-resolution network, else 0. conditioning_noise: the largest
+    standard deviation of the noise on these. diffusion: leaves of `config.diffusion`; None if the schedule is a table of
+    betas, which no leaves describe.
     """
 
     family: str
@@ -50,18 +53,18 @@ class Description:
 
     @property
     def in_channels(self) -> int:
-        """Of the network: an image, and for an upsampler the smaller one and the channel of its noise."""
+        """Input channels of the network: an image, and for super-resolution the small image and the channel of its noise."""
         return self.channels * (2 if self.low_resolution else 1) + (1 if self.conditioning_noise else 0)
 
     @property
     def num_classes(self) -> int:
-        """How many labels the network knows; 0 for none."""
+        """The number of classes; 0 for an unconditional network."""
         return self.model.num_classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained(Description):
-    """Weights and all that is known of them: what `pretrained.load` gives.
+    """Pretrained weights with their description, as returned by `pretrained.load`.
 
     params: the tree for `model.apply({"params": params}, x_t, time)`, float32.
     """
@@ -69,19 +72,19 @@ class Pretrained(Description):
     params: Any = dataclasses.field(default=None, repr=False)
 
     def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None) -> jax.Array:
-        """The network as samplers and losses call it, or with labels y int [B].
+        """The output [B, H, W, channels or 2 channels] of the network, as samplers and losses call it.
 
-        low: for an upsampler, the smaller images [B, h, w, C] in [-1, 1]; noise_std: [B], that of their noise. Under jit its
-        weights are constants of the program; a large network is better called as `model.apply`, its params an argument.
-        Raises: TypeError for a classifier.
+        y: labels int [B] of a conditional network. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
+        network; noise_std: [B], that of their noise. Under jit the parameters are constants of the program; for a large
+        network use `model.apply` with the parameters as an argument. Raises: TypeError for a classifier.
         """
         if isinstance(self.model, Classifier):
-            raise TypeError("these weights are a classifier's: use logits(x_t, time)")
+            raise TypeError("these weights are a classifier; use logits(x_t, time)")
         if self.low_resolution:
             if low is None:
-                raise TypeError("this model enlarges images: give low=, the small ones")
+                raise TypeError("this is a super-resolution network: give low=, the small images")
             x_t = upsampling.condition(x_t, low, noise_std)
-        return self.model.apply({"params": self.params}, x_t, time, y)
+        return apply_network(self.model, self.params, x_t, time, y)
 
     def sample(
         self,
@@ -96,86 +99,89 @@ class Pretrained(Description):
         low=None,
         noise_std=None,
     ) -> jax.Array:
-        """Images float32 [N, H, W, C] in [-1, 1] (wider where nothing clips x_0); `(x + 1) * 127.5` rounds to uint8.
+        """Images float32 [N, H, W, C] in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them.
 
-        The first call compiles one program, with the weights as an argument. Later calls with the same sampler and numbers of
-        images and steps use it again, whatever the key and labels, and whatever the guidance scale but 1.
+        The first call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of
+        images and steps reuse it for every key, every labels and every guidance scale other than 1.
 
         Args:
-          num_images: N, drawn in one batch.
-          y: of a conditional network, a label for all images or int [N].
-          sampler: the ancestral `sampling.ddpm` unless given. Its prediction is set to the network's, and its variance where
-            the network's is learned; its clip stays what it is.
-          steps, spacing: as `schedules.respace`; all of the schedule, and for a number the spacing that suits the sampler,
-            unless given.
+          num_images: N, sampled in one batch.
+          y: a label for all images or int [N], for a conditional network.
+          sampler: the ancestral `sampling.ddpm` by default. Its prediction is set to the network's, and so is its variance if
+            the network's is learned; its clip does not change.
+          steps, spacing: as `schedules.respace`; by default the whole schedule, and for a number of steps the spacing that
+            suits the sampler.
           guidance_scale: of classifier-free guidance; 1 for none.
-          low, noise_std: of an upsampler, the images to enlarge [N, h, w, C] in [-1, 1], and [N], that of their noise.
-        Raises: ValueError for labels, guidance or small images that do not fit the network, or steps on which the sampler is
+          low, noise_std: the images to enlarge [N, h, w, C] in [-1, 1] and the standard deviation [N] of their noise, for a
+            super-resolution network.
+        Raises: ValueError for labels, guidance or small images that do not fit the network, or steps for which the sampler is
           known to fail; TypeError for a classifier.
         """
         if isinstance(self.model, Classifier):
-            raise TypeError("these weights are a classifier's: use logits(x_t, time)")
+            raise TypeError("these weights are a classifier; use logits(x_t, time)")
         if not isinstance(num_images, int | np.integer) or num_images < 1:
             raise ValueError(f"num_images must be a whole number of at least 1, got {num_images}")
         if sampler is not None and not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
         if steps is None and spacing is not None:
-            raise ValueError(f"spacing={spacing!r} is for a number of steps; give steps, or leave it out")
+            raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if guidance_scale != 1 and self.model.null_label is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a network trained with label_dropout; use 1")
         if (low is not None) != bool(self.low_resolution):
-            raise ValueError("low= is needed by networks that enlarge images, and by no other")
+            raise ValueError("low= is required by super-resolution networks and allowed for no other")
         if noise_std is not None and not self.conditioning_noise:
-            raise ValueError("noise_std= is for networks that enlarge images and were trained with conditioning_noise")
-        sampler = self._fitted(sampler)
+            raise ValueError("noise_std= needs a super-resolution network that was trained with conditioning_noise")
+        sampler = self._configure_sampler(sampler)
         schedule = self.schedule
         if steps is not None:
-            if spacing is None and isinstance(steps, int | np.integer):
+            if isinstance(steps, np.integer):
+                steps = int(steps)
+            if spacing is None and isinstance(steps, int):
                 spacing = sampling.default_spacing(sampler, schedule)
             schedule = schedules.respace(schedule, steps, spacing)
         problem = sampling.find_problem(sampler, schedule)
         if problem:
             raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
-        return _draw(
+        return _sample(
             self.params,
             key,
             schedule,
-            self._labels(y, num_images),
+            self._check_labels(y, num_images),
             jnp.float32(guidance_scale),
             low,
             noise_std,
             model=self.model,
             sampler=sampler,
             shape=(int(num_images), *self.image_size, self.channels),
-            guided=guidance_scale != 1,
+            use_guidance=guidance_scale != 1,
         )
 
-    def _fitted(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
-        """The sampler with what the network's output stands for."""
+    def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
+        """The sampler with the network's prediction, and its variance if that is learned."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
         fields = {field.name for field in dataclasses.fields(sampler)} if dataclasses.is_dataclass(sampler) else set()
-        inner = getattr(sampler, "sampler", None)
-        if "sampler" in fields and isinstance(inner, sampling.Sampler):  # one that wraps another
-            sampler = dataclasses.replace(sampler, sampler=self._fitted(inner))
-        facts = {"prediction": self.prediction}
+        changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
-            facts["variance"] = self.variance
-        sampler = dataclasses.replace(sampler, **{name: fact for name, fact in facts.items() if name in fields})
+            changes["variance"] = self.variance
+        inner = getattr(sampler, "sampler", None)
+        if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
+            changes["sampler"] = self._configure_sampler(inner)
+        sampler = _replace(sampler, {name: value for name, value in changes.items() if name in fields})
         if sampler.prediction != self.prediction:
             raise ValueError(
-                f"{sampler} takes the prediction {sampler.prediction!r}, and this network gives {self.prediction!r}"
+                f"{sampler} needs the prediction {sampler.prediction!r}, and this network predicts {self.prediction!r}"
             )
         return sampler
 
-    def _labels(self, y, num_images: int):
+    def _check_labels(self, y, num_images: int) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network. Raises: ValueError."""
         if not self.num_classes:
             if y is not None:
-                raise ValueError(f"this network has no classes, got y={y}; leave y out")
+                raise ValueError(f"this network has no classes, got y={y}; omit y")
             return None
         if y is None:
-            raise ValueError(f"this network has {self.num_classes} classes: give y, a label or {num_images} of them")
+            raise ValueError(f"this network has {self.num_classes} classes: give y, one label or {num_images}")
         if np.shape(y) not in ((), (num_images,)):
             raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {np.shape(y)}")
         null_label = self.model.null_label is not None
@@ -183,15 +189,19 @@ class Pretrained(Description):
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
-        """Of a classifier: [B, num_classes]. Raises: TypeError for a diffusion model."""
+        """The logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
         if isinstance(self.model, UNet):
-            raise TypeError("these weights are a diffusion model's: use denoise_fn(x_t, time)")
-        return self.model.apply({"params": self.params}, x_t, time)
+            raise TypeError("these weights are a diffusion model; use denoise_fn(x_t, time)")
+        return apply_network(self.model, self.params, x_t, time)
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "shape", "guided"))
-def _draw(params, key, schedule, y, guidance_scale, low, noise_std, *, model, sampler, shape, guided):
-    """The program of `Pretrained.sample`, shared by networks of one model; what it computes is in its arguments alone."""
+def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
+    return dataclasses.replace(sampler, **changes)
+
+
+@partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))
+def _sample(params, key, schedule, y, guidance_scale, low, noise_std, *, model, sampler, shape, use_guidance):
+    """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
     key_noise, key_steps = jax.random.split(key)
 
     def network(x_t, time, y=None):
@@ -199,21 +209,21 @@ def _draw(params, key, schedule, y, guidance_scale, low, noise_std, *, model, sa
             copies = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
             noise = None if noise_std is None else jnp.tile(jnp.broadcast_to(noise_std, low.shape[:1]), copies)
             x_t = upsampling.condition(x_t, jnp.tile(low, (copies, 1, 1, 1)), noise)
-        return model.apply({"params": params}, x_t, time, y)
+        return apply_network(model, params, x_t, time, y)
 
     denoise_fn = lambda x_t, time: network(x_t, time, y)  # noqa: E731
-    if guided:
+    if use_guidance:
         denoise_fn = guidance.classifier_free(network, y, model.null_label, guidance_scale)
     x_T = jax.random.normal(key_noise, shape, jnp.float32)
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler)
 
 
-def clip_to(clip: bool | float) -> bool | Callable:
+def make_clip(clip: bool | float) -> bool | Callable:
     """A clip of x_0 as samplers take it: True for [-1, 1], False for none, or a number for another range."""
     return clip if isinstance(clip, bool) else partial(jnp.clip, min=-clip, max=clip)
 
 
-def describe(
+def make_description(
     family: str,
     model: UNet | Classifier,
     image_size,
@@ -223,8 +233,8 @@ def describe(
     clip: bool | Callable = True,
     low_resolution: int = 0,
 ) -> Description:
-    """A Description from leaves of `config.diffusion`, those of `DIFFUSION` where they are not given. Raises: ValueError."""
-    leaves = DIFFUSION | dict(diffusion)
+    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`. Raises: ValueError."""
+    leaves = DIFFUSION_DEFAULTS | dict(diffusion)
     return Description(
         family=family,
         model=model,

@@ -1,4 +1,4 @@
-"""The weights of the Inception network that FID is defined by: its PyTorch port's file, or the original TensorFlow graph."""
+"""The weights of the FID's Inception network: its PyTorch port's file, or the original TensorFlow graph."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax.errors import PretrainedError
-from diffusion_jax.models.inception import SIZE, Inception
-from diffusion_jax.pretrained import layers
-from diffusion_jax.pretrained.files import Tensors, import_or_refuse, open_tensors
+from diffusion_jax.models.inception import IMAGE_SIZE, Inception
+from diffusion_jax.pretrained import parameters
+from diffusion_jax.pretrained.tensors import Tensors, open_tensors, require_module
 
-# Digests of the two files that all figures are made with.
+__all__ = ["DOWNLOAD_SOURCES", "InceptionWeights", "load_inception"]
+
+# Digests of the two files with which published FIDs are computed.
 _PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
-# Where the two files can be had, for messages.
-WHERE = (
+# The sources of the two files, for messages.
+DOWNLOAD_SOURCES = (
     "pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, "
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth, or "
     "classify_image_graph_def.pb, out of TensorFlow's inception-2015-12-05.tgz"
@@ -61,8 +62,8 @@ _BLOCKS = {
 
 
 class InceptionWeights(NamedTuple):
-    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether that is one of the two files
-    that everybody compares with.
+    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether it is one of the two files
+    with which published FIDs are computed.
     """
 
     params: Any
@@ -71,14 +72,14 @@ class InceptionWeights(NamedTuple):
 
 
 def load_inception(path: str | os.PathLike) -> InceptionWeights:
-    """From `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), its tensors as
-    safetensors, or `classify_image_graph_def.pb`.
+    """The weights in `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), in its
+    tensors as safetensors, or in `classify_image_graph_def.pb`.
 
-    Raises: PretrainedError, one line, for a file that is not there, or of another network.
+    Raises: PretrainedError, one line, for a file that does not exist or is of another network.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
-        raise PretrainedError(f"{path}: no such file; the weights of FID's Inception are {WHERE}")
+        raise PretrainedError(f"{path}: no such file; download the weights of FID's Inception, {DOWNLOAD_SOURCES}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
@@ -89,27 +90,28 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
     names = {name for name in tensors if not name.endswith("num_batches_tracked")}
     if "fc.weight" in names and tensors.shapes["fc.weight"][0] == 1000:
         raise PretrainedError(
-            f"{path} holds torchvision's InceptionV3 (1000 classes), which is another network than FID's (1008)"
+            f"{path} contains torchvision's InceptionV3 (1000 classes), not FID's network (1008); use {DOWNLOAD_SOURCES}"
         )
-    tree = jax.eval_shape(Inception().init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree["params"]).items()}
+    image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
+    tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
+    shapes = parameters.flat_shapes(tree["params"])
 
     def read(name, path, shape):
-        return tensors[name] if is_graph else layers.from_torch(tensors[name], path, shape)
+        return tensors[name] if is_graph else parameters.from_torch(tensors[name], path, shape)
 
-    params = layers.fill(str(path), shapes, names, name_of, read)
+    params = parameters.build_params(str(path), shapes, names, name_of, read)
     return InceptionWeights(params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5)
 
 
-def _torch_name(path: layers.Path) -> str:
+def _torch_name(path: parameters.Path) -> str:
     if path[0].startswith("fc"):
         return "fc.bias" if path == ("fc_bias",) else "fc.weight"
     *module, leaf = path
     return ".".join((*module, _LEAVES[leaf]))
 
 
-def _graph_name(path: layers.Path) -> str:
-    """TensorFlow numbers what it makes: conv, conv_1 ... in a scope; towers within a block, mixed, mixed_1 ..."""
+def _graph_name(path: parameters.Path) -> str:
+    """The name in the graph, where TensorFlow numbers layers in a scope (conv, conv_1 ...), towers and blocks (mixed ...)."""
     if path[0].startswith("fc"):
         return "softmax/biases" if path == ("fc_bias",) else "softmax/weights"
     module, *branch, leaf = path
@@ -125,17 +127,19 @@ def _numbered(name: str, i: int) -> str:
 
 
 def _tower(branch: str, towers: tuple[str, ...]) -> str:
-    """A branch's scope within its block: a single convolution stands outside of the towers, which are chains or pools."""
-    name, place, fork = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch).groups()
+    """A branch's scope in its block: a single convolution is outside of the towers, which are chains or pools."""
+    match = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch)
+    assert match is not None  # every branch of `models.inception` has such a name
+    name, position, fork = match.groups()
     if name not in towers:
         return "conv"
-    conv = "mixed/" + _numbered("conv", "ab".index(fork)) if fork else _numbered("conv", int(place or 1) - 1)
+    conv = "mixed/" + _numbered("conv", "ab".index(fork)) if fork else _numbered("conv", int(position or 1) - 1)
     return f"{_numbered('tower', towers.index(name))}/{conv}"
 
 
 def _read_graph(path: pathlib.Path) -> Tensors:
-    """The variables of a frozen TensorFlow graph, which are constants in it. Raises: PretrainedError."""
-    tf = import_or_refuse("tensorflow", "TensorFlow")
+    """The variables of a frozen TensorFlow graph, which are its constants. Raises: PretrainedError."""
+    tf = require_module("tensorflow", "TensorFlow")
     graph = tf.compat.v1.GraphDef()
     try:
         graph.ParseFromString(path.read_bytes())

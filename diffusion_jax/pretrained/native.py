@@ -1,4 +1,4 @@
-"""This project's own weights: work directories, and one .safetensors file with all that is known of them."""
+"""Weights of this package: work directories, and single .safetensors files that include their description."""
 
 from __future__ import annotations
 
@@ -14,118 +14,126 @@ import numpy as np
 
 from diffusion_jax import data, models, schedules, training
 from diffusion_jax.config import migrate, resolve
-from diffusion_jax.errors import PretrainedError
-from diffusion_jax.pretrained import layers
-from diffusion_jax.pretrained.description import DIFFUSION, Description, clip_to, describe
-from diffusion_jax.pretrained.files import Tensors, read_json, save_tensors
+from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
+from diffusion_jax.pretrained import parameters
+from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
+from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
-_KEY = "diffusion_jax"
+__all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
+
+_METADATA_KEY = "diffusion_jax"
 
 
 def is_workdir(path: pathlib.Path) -> bool:
-    """Whether a directory holds a run of ours."""
+    """Whether a directory is a work directory with a config and checkpoints."""
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
 def is_native(tensors: Tensors) -> bool:
-    """Whether a safetensors file is one that `write_file` made."""
-    return _KEY in tensors.metadata
+    """Whether a safetensors file was written by `write_file`."""
+    return _METADATA_KEY in tensors.metadata
 
 
-def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, dict | None]:
-    """The newest checkpoint of a run. Raises: PretrainedError."""
+def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
+    """The description and parameters of a run's newest checkpoint; without parameters None. Raises: PretrainedError."""
     stored = read_json(path / "config.json")
     try:
         config = resolve(migrate(stored))
         model, shape = training.model_from_config(config), training.input_shape(config)
         height, width, channels = data.image_shape(config["data"])
         diffusion = config["diffusion"]
-        found = dataclasses.replace(
-            describe(
+        description = dataclasses.replace(
+            make_description(
                 "diffusion_jax, a work directory",
                 model,
                 (height, width),
-                {name: diffusion[name] for name in DIFFUSION},
+                {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
                 channels=channels,
                 clip=bool(config["sampling"]["clip"]),
                 low_resolution=config["data"]["low_resolution"],
             ),
             conditioning_noise=diffusion["conditioning_noise"],
         )
-    except (KeyError, ValueError, TypeError, data.DataError) as error:
-        raise PretrainedError(f"{path / 'config.json'} is no config of this version: {error}") from None
+    except (KeyError, ValueError, TypeError, DataError) as error:
+        raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
     if not with_params:
-        return found, None
+        return description, None
     abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
-    whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
     try:
         with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
             restored = saved.restore_weights(abstract, ema)
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         raise PretrainedError(str(error)) from None
     if restored is None:
-        raise PretrainedError(f"{path} holds no finished checkpoint yet")
-    if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored[1])):
-        raise PretrainedError(f"{path} holds values that are not finite, in the checkpoint of step {restored[0]}")
-    return found, restored[1]
+        raise PretrainedError(f"{path} contains no finished checkpoint yet")
+    step, params = restored
+    if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+        raise PretrainedError(f"{path}: the checkpoint of step {step} contains values that are not finite")
+    return description, params
 
 
-def write_file(found: Description, params, path: pathlib.Path) -> None:
-    """One .safetensors: tensors by their paths here, in Flax's layout, and a JSON description. Raises: PretrainedError."""
-    clip = found.clip if isinstance(found.clip, bool) else getattr(found.clip, "keywords", {}).get("max")
+def write_file(description: Description, params, path: pathlib.Path) -> None:
+    """Writes one .safetensors: tensors by their paths, in Flax's layout, and the description as JSON metadata.
+
+    Raises: PretrainedError, OSError.
+    """
+    clip = description.clip
+    clip = clip if isinstance(clip, bool) else getattr(clip, "keywords", {}).get("max")
     if clip is None:
-        raise PretrainedError("clip: only True, False and a range have a place in the file's description")
-    schedule, diffusion = found.schedule, found.diffusion
-    if diffusion is None:  # a table, which no config can say
-        diffusion = {"prediction": found.prediction, "variance": found.variance}
+        raise PretrainedError("clip: a file can store only True, False and a range")
+    schedule, diffusion = description.schedule, description.diffusion
+    if diffusion is None:  # a table of betas, which is not in the leaves of a config
+        diffusion = {"prediction": description.prediction, "variance": description.variance}
         diffusion |= {"betas": schedule.betas.tolist(), "timesteps": schedule.timesteps.tolist()}
-    description = {
-        "kind": type(found.model).__name__,
-        "model": models.fields_of(found.model),
-        "image_size": found.image_size,
-        "channels": found.channels,
+    stored = {
+        "kind": type(description.model).__name__,
+        "model": models.fields_of(description.model),
+        "image_size": description.image_size,
+        "channels": description.channels,
         "diffusion": dict(diffusion),
         "clip": clip,
-        "low_resolution": found.low_resolution,
-        "conditioning_noise": found.conditioning_noise,
+        "low_resolution": description.low_resolution,
+        "conditioning_noise": description.conditioning_noise,
     }
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, {_KEY: json.dumps(description)})
+    save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 
 
 def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[Description, dict | None]:
-    """What `write_file` wrote. Raises: PretrainedError."""
+    """The description and, if `with_params`, the parameters of a file of `write_file`. Raises: PretrainedError."""
     try:
-        stored: Mapping[str, Any] = json.loads(tensors.metadata[_KEY])
+        stored: Mapping[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
         diffusion = stored["diffusion"]
         kind = {"UNet": models.UNet, "Classifier": models.Classifier}[stored["kind"]]
-        found = dataclasses.replace(
-            describe(
+        description = dataclasses.replace(
+            make_description(
                 "diffusion_jax, one file",
                 models.from_config(stored["model"], kind),
                 stored["image_size"],
                 {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
                 channels=stored["channels"],
-                clip=clip_to(stored["clip"]),
+                clip=make_clip(stored["clip"]),
                 low_resolution=stored["low_resolution"],
             ),
             conditioning_noise=stored["conditioning_noise"],
         )
         if "betas" in diffusion:
             table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
-            found = dataclasses.replace(found, schedule=table, diffusion=None)
+            description = dataclasses.replace(description, schedule=table, diffusion=None)
     except (KeyError, ValueError, TypeError) as error:
         raise PretrainedError(
-            f"{path}: its description cannot be read ({error}); was it written by another version?"
+            f"{path}: its description cannot be read ({error}); it may be of another version: convert it with that version"
         ) from None
     if not with_params:
-        return found, None
-    shapes = layers.shapes_of(found.model, found.image_size, found.in_channels)
-    return found, layers.fill(
+        return description, None
+    shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
+    params = parameters.build_params(
         str(path), shapes, tensors, ".".join, lambda name, parameter, shape: np.asarray(tensors[name])
     )
+    return description, params

@@ -71,7 +71,7 @@ class dynamic_threshold:
     s, of each example, is the quantile of |x_0|, at least 1. Raises: ValueError for a quantile outside (0, 1].
     """
 
-    quantile: float = 0.995
+    quantile: float | np.floating = 0.995
 
     def __post_init__(self):
         if not 0 < self.quantile <= 1:

@@ -24,7 +24,7 @@ class BatchFeed:
         self._options, self._mesh = config.training, setup.mesh
         rows = sharding.process_rows(self._options.batch_size, setup.mesh)
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
-        self._workers = 0 if isinstance(source, data.Memory) else config.data.workers
+        self._workers = 0 if isinstance(source, data.InMemory) else config.data.workers
         self._stream = data.stream(batches, step, self._workers)
         self._can_join_steps = setup.train_steps is not None
         if self._options.steps_per_call > 1 and not self._can_join_steps:

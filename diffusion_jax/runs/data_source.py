@@ -29,7 +29,7 @@ def check_source(config: ConfigDict, source) -> None:
         )
     if num_classes and not source.num_classes:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
-        reason = getattr(source, "no_labels", "")
+        reason = getattr(source, "no_labels_reason", "")
         because = f" ({reason})" if reason else ""
         raise UserError(f"model.num_classes={num_classes}, but the data has no labels{because}; {advice}")
 

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, editing, sampling
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range, to_uint8
@@ -23,7 +24,7 @@ from diffusion_jax.runs.console import log
 from diffusion_jax.runs.edit_images import open_image, read_image, read_mask
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel
-from diffusion_jax.runs.workdir import check_seed, to_dict
+from diffusion_jax.runs.workdir import to_dict
 
 __all__ = ["TASKS", "run"]
 
@@ -189,11 +190,8 @@ TASKS = {
 def _make_edit(config: ConfigDict, setup: SamplingSetup) -> _Edit:
     """The edit of a config, its images read. Raises: UserError."""
     task, num_samples = config.editing.task, config.editing.num_samples
-    if task not in TASKS:
-        raise UserError(f"editing.task={task!r} is unknown; known: {', '.join(TASKS)}")
-    minimum = 2 if task == "interpolate" else 1
-    if num_samples < minimum:
-        raise UserError(f"editing.num_samples={num_samples} is too few: it must be at least {minimum}")
+    if task == "interpolate" and num_samples < 2:
+        raise UserError(f"editing.num_samples={num_samples} is too few for interpolate: it must be at least 2")
     return TASKS[task](_Context(config, setup))
 
 
@@ -210,7 +208,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises: UserError, PretrainedError.
     """
-    check_seed("sampling.seed", config.sampling.seed)
+    config = resolve(config)
     trained = TrainedModel.open(config, workdir, config.sampling.use_ema)
     with as_user_error("config"):
         setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)

@@ -23,7 +23,7 @@ from diffusion_jax.runs.artifacts import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.data_source import check_source, rename_leaves_in_errors
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
-from diffusion_jax.runs.workdir import check_seed, to_dict
+from diffusion_jax.runs.workdir import to_dict
 
 __all__ = ["LikelihoodRun", "Terms", "mean_and_standard_error", "rate_distortion"]
 
@@ -50,7 +50,6 @@ class LikelihoodRun:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         """Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
-        _check_options(options)
         self.config, self.workdir = config, workdir
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.step, self.params = self.trained.weights
@@ -179,15 +178,6 @@ class LikelihoodRun:
             num_examples,
             batch_size,
         )
-
-
-def _check_options(options: ConfigDict) -> None:
-    for leaf, minimum in (("num_examples", 0), ("batch_size", 1), ("progressive_examples", 1)):
-        if options[leaf] < minimum:
-            raise UserError(f"evaluation.{leaf}={options[leaf]} must be at least {minimum}")
-    check_seed("evaluation.seed", options.seed)
-    if type(options.strata) not in (int, type(None)):
-        raise UserError(f"evaluation.strata={options.strata!r} must be a whole number, or None for all steps")
 
 
 def _load_source(config: ConfigDict):

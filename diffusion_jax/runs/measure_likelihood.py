@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax.config import resolve
 from diffusion_jax.files import write_text
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.artifacts import save_npz
@@ -31,6 +32,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises: UserError, also for options of the sample metrics, which follow; DataError, PretrainedError.
     """
+    config = resolve(config)
     check_evaluation_options(config)
     if not config.evaluation.likelihood:
         return

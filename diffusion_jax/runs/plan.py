@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 __all__ = ["Plan", "activations_per_image", "measure", "num_virtual_devices", "run"]
 
@@ -57,7 +58,7 @@ def num_virtual_devices(config: Mapping) -> int:
 
 def measure(config: Mapping) -> Plan:
     """Compiles the train step of a config on the present devices. Raises: as `training.setup`."""
-    config = ConfigDict(config)
+    config = resolve(config)
     # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
     config.model.convolution = "xla"
     setup = training.setup(config)
@@ -118,6 +119,7 @@ def _bytes_per_device(tree) -> int:
 def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
     """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
     del workdir
+    config = resolve(config)
     with as_user_error("config"), log_compilation("the train step"):
         plan = measure(config)
     mesh, batch_size = config.mesh, config.training.batch_size

@@ -16,8 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import process
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
@@ -33,10 +34,9 @@ _LOGGED_ROWS = 11
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the table and the pictures. Raises: UserError, DataError, PretrainedError."""
+    config = resolve(config)
     likelihood_run = LikelihoodRun(config, workdir)
     options, trained = config.evaluation, likelihood_run.trained
-    if options.progressive_columns < 2:
-        raise UserError(f"evaluation.progressive_columns={options.progressive_columns} must be at least 2")
     with as_user_error("config.sampling"):
         setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
     num_examples = min(options.progressive_examples, len(likelihood_run.source))

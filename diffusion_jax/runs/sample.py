@@ -7,6 +7,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
+from diffusion_jax.config import resolve
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.image_generator import trajectory_picture
@@ -21,6 +22,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
 
     A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
     """
+    config = resolve(config)
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
     file.draw()

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
+from diffusion_jax.config import flatten
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
@@ -25,7 +26,7 @@ from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.low_resolution import read_small_images
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
-from diffusion_jax.runs.workdir import check_seed, flatten, to_dict
+from diffusion_jax.runs.workdir import to_dict
 
 __all__ = ["SampleFile", "check_sampling_options", "read_settings"]
 
@@ -37,14 +38,8 @@ _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a te
 
 
 def check_sampling_options(config: ConfigDict) -> None:
-    """Raises: UserError for numbers of images, seeds and pictures of `config.sampling` that cannot be drawn."""
+    """Raises: UserError for small images that the model does not take."""
     options = config.sampling
-    for leaf in ("num_samples", "batch_size"):
-        if options[leaf] < 1:
-            raise UserError(f"sampling.{leaf}={options[leaf]} must be at least 1")
-    check_seed("sampling.seed", options.seed)
-    if options.trajectory < 0 or options.trajectory == 1:
-        raise UserError(f"sampling.trajectory={options.trajectory} must be 0, or at least 2 columns")
     if options.low_resolution and not config.data.low_resolution:
         raise UserError(
             f"sampling.low_resolution={options.low_resolution!r} is for models that enlarge images (data.low_resolution)"

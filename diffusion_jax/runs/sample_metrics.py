@@ -10,11 +10,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import compare, images
-from diffusion_jax.evaluation import features as extractors
+from diffusion_jax.evaluation import feature_extractors, image_sets, metric_suite
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metric_options import (
@@ -39,14 +39,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises: UserError, DataError, PretrainedError.
     """
+    config = resolve(config)
     check_evaluation_options(config)
     if not config.evaluation.num_samples or _is_skipped(config):
         return
     options, extractor = config.evaluation, load_extractor(config)
     with as_user_error("config.evaluation"):
-        extractors.check(extractor, data.image_shape(config.data))
+        feature_extractors.feature_dimension(extractor, data.image_shape(config.data))
     reference = load_reference(config)
-    minimum = max(compare.LEAST[metric] for metric in options.metrics)
+    minimum = max(metric_suite.MIN_IMAGES[metric] for metric in options.metrics)
     if options.num_samples < minimum:
         raise UserError(
             f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}"
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     try:
         measure(
             reference,
-            images.ImageSet(str(file.path), images.Npz(file.path)),
+            image_sets.ImageSet(str(file.path), image_sets.NpzImages(file.path)),
             extractor,
             options.metrics,
             sharding.make_mesh(config.mesh),
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     if jax.process_index() == 0:
-        _plot_against_steps(workdir, compare.name_of("fid", extractor))
+        _plot_against_steps(workdir, metric_suite.reported_name("fid", extractor))
     write_config_if_untrained(config, workdir)
 
 

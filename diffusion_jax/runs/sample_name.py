@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from diffusion_jax.runs.artifacts import options_digest
 from diffusion_jax.runs.class_labels import ClassLabels
-from diffusion_jax.runs.sampler_config import parse_interval
 
 __all__ = ["sample_name"]
 
@@ -32,7 +31,7 @@ def sample_name(options: Mapping, num_steps: int, spacing: str, labels: ClassLab
         parts.append(name)
     if options["guidance_scale"] != 1:
         parts.append(f"guided{_number(options['guidance_scale'])}")
-        interval = parse_interval("guidance_interval", options["guidance_interval"])
+        interval = options["guidance_interval"]
         if interval:
             parts.append("interval" + "-".join(map(_number, interval)))
         if options["guidance_rescale"]:
@@ -71,7 +70,7 @@ def _sampler_options(options: Mapping) -> list[str]:
     if sampler == "ddim" and options["eta"]:
         parts.append(f"eta{_number(options['eta'])}")
     if sampler == "heun" and options["churn"]:
-        interval = parse_interval("churn_range", options["churn_range"])
+        interval = options["churn_range"]
         parts.append(f"churn{_number(options['churn'])}")
         parts += ["range" + "-".join(map(_number, interval))] if interval else []
         parts += [f"noise{_number(options['churn_noise'])}"] * (options["churn_noise"] != 1)

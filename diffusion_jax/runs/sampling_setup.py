@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.models import upsampling
@@ -20,7 +20,6 @@ from diffusion_jax.runs.sample_name import sample_name
 from diffusion_jax.runs.sampler_config import (
     calls_between_steps,
     is_stochastic,
-    parse_interval,
     resolve_spacing,
     respace,
     sampler_from_config,
@@ -57,8 +56,9 @@ class SamplingSetup:
         """class_names: names that `sampling.label` may use. load_classifier: False to only check the config; classes are
         then checked only if no classifier guides. mesh: None for a single device without a classifier.
 
-        Raises: UserError or ValueError for values that do not fit the model or one another.
+        Raises: UserError or ValueError for values that are not allowed, or do not fit the model or one another.
         """
+        config = resolve(config)
         self._config, self._model, self._full_schedule = config, model, schedule
         options = self._options = config["sampling"]
         sampler = sampler_from_config(options, config["diffusion"])
@@ -68,7 +68,7 @@ class SamplingSetup:
         self.classifier_params = None if self._classifier is None else self._classifier.params
         self.labels = ClassLabels(self._parse_classes(class_names, load_classifier), class_names)
         self.is_guided = options["guidance_scale"] != 1
-        self._interval = parse_interval("guidance_interval", options["guidance_interval"])
+        self._interval = options["guidance_interval"] or None
         self._check_guidance()
         self._shifts_mean = bool(options["classifier"]) and options["classifier_form"] == "mean"
         if self._shifts_mean and options["sampler"] != "ddpm":
@@ -131,19 +131,12 @@ class SamplingSetup:
                 f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
                 "model.label_dropout above 0; use 1, or sampling.classifier"
             )
-        for leaf in ("guidance_scale", "classifier_scale"):
-            if not math.isfinite(options[leaf]):
-                raise UserError(f"sampling.{leaf}={options[leaf]} must be a finite number")
-        if not 0 <= options["guidance_rescale"] <= 1:
-            raise UserError(f"sampling.guidance_rescale={options['guidance_rescale']} must lie in [0, 1]")
         noise, maximum = options["low_resolution_noise"], self._config["diffusion"]["conditioning_noise"]
-        if not 0 <= noise <= maximum:
+        if noise > maximum:
             raise UserError(
                 f"sampling.low_resolution_noise={noise} must lie in 0 ... {maximum}, the noise that the model was trained "
                 "with (diffusion.conditioning_noise)"
             )
-        if options["classifier_form"] not in ("eps", "mean"):
-            raise UserError(f"sampling.classifier_form={options['classifier_form']!r} must be 'eps' or 'mean'")
 
     def _advice_on_steps(self) -> str:
         """What to type if the sampler fails on these steps."""
@@ -205,7 +198,7 @@ class SamplingSetup:
         if calls_between_steps(options):
             apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
         else:
-            apply = models.tabulate(self._model, params, self.schedule.timesteps)
+            apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
         conditional = apply if low is None else self._conditioned_on(low, apply)
 
         if self.is_guided:

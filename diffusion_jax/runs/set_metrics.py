@@ -13,11 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 import diffusion_jax
-from diffusion_jax.evaluation import compare
-from diffusion_jax.evaluation import features as extractors
-from diffusion_jax.evaluation.extract import Extraction, Features, cache_directory
-from diffusion_jax.evaluation.features import Extractor
-from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation import feature_extractors, metric_suite
+from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
+from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
+from diffusion_jax.evaluation.image_sets import ImageSet
 from diffusion_jax.evaluation.metrics import Neighbors
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import ProgressBar, log
@@ -33,7 +32,7 @@ _EXPECTED_CLOSE_SHARE = 0.01  # of images that the model was not trained on
 def measure(
     reference: ImageSet,
     samples: ImageSet,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     metric_names: Sequence[str],
     mesh: Mesh,
     batch_size: int,
@@ -48,17 +47,19 @@ def measure(
     """
     metric_names = _possible_metrics(reference, samples, extractor, metric_names)
     read_records(output)
-    extraction, cache = Extraction(extractor, mesh, batch_size, ProgressBar), cache or cache_directory()
+    extraction, cache = FeaturePipeline(extractor, mesh, batch_size, ProgressBar), cache or cache_directory()
     reference_features = _features(extraction, reference, cache / "references")
     # Samples are rarely measured again: their features are kept only until the record is written.
     sample_features = _features(extraction, samples, cache / "samples")
     if jax.process_index() != 0:
         return
     log("Comparing ...")
-    results: dict[str, Any] = compare.compare(reference_features, sample_features, extractor, metric_names, log)
+    results: dict[str, Any] = metric_suite.compute_metrics(
+        reference_features, sample_features, extractor, metric_names, log
+    )
     if "memorization" in metric_names:
         assert reference_features.pool is not None and sample_features.pool is not None
-        report, neighbors = compare.memorization(reference_features.pool, sample_features.pool, _NEIGHBORS)
+        report, neighbors = metric_suite.memorization_report(reference_features.pool, sample_features.pool, _NEIGHBORS)
         picture = _neighbors_path(output, samples, extractor, reference_features, sample_features)
         results["memorization"] = {**report, "picture": picture.name}
         _draw_neighbors(picture, reference, samples, neighbors, f"distances of {extractor.name} features")
@@ -94,7 +95,7 @@ def _log_results(results: Mapping[str, Any]) -> None:
 
 
 def _possible_metrics(
-    reference: ImageSet, samples: ImageSet, extractor: Extractor, metric_names: Sequence[str]
+    reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor, metric_names: Sequence[str]
 ) -> list[str]:
     """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
     if samples.images is None:
@@ -102,7 +103,7 @@ def _possible_metrics(
     check_comparable(reference, samples)
     statistics = reference.statistics
     has_spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
-    missing = compare.left_out(reference.images is None, has_spatial, extractor, metric_names)
+    missing = metric_suite.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
     if missing:
         log(f"Left out: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
     metric_names = [metric for metric in metric_names if metric not in missing]
@@ -112,10 +113,10 @@ def _possible_metrics(
         log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
     for images in (reference, samples):
         for metric in metric_names:
-            if images.images is not None and len(images.images) < compare.LEAST[metric]:
+            if images.images is not None and len(images.images) < metric_suite.MIN_IMAGES[metric]:
                 message = f"{images.name}: {len(images.images)} images are too few for {metric}"
-                raise ValueError(f"{message}, which needs {compare.LEAST[metric]}")
-    dimensions = extractors.check(extractor, samples.images.read(np.arange(1))[0].shape[1:])
+                raise ValueError(f"{message}, which needs {metric_suite.MIN_IMAGES[metric]}")
+    dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))[0].shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
             f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
@@ -140,11 +141,11 @@ def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
         )
 
 
-def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> Features:
+def _features(extraction: FeaturePipeline, images: ImageSet, cache: pathlib.Path) -> SetFeatures:
     """Features of a set. Statistics that its file holds replace those of its images, which may be fewer."""
     features = None
     if images.images is not None:
-        features = extraction.of(pathlib.Path(images.name).name, images.images, cache)
+        features = extraction.extract_set(pathlib.Path(images.name).name, images.images, cache)
     if not images.statistics:
         assert features is not None
         return features
@@ -154,15 +155,15 @@ def _features(extraction: Extraction, images: ImageSet, cache: pathlib.Path) -> 
         if part is not None:
             digest.update(part.mean.tobytes() + part.covariance.tobytes())
     pool, parts = (None, None) if features is None else (features.pool, features.parts)
-    return Features(pool, moments, spatial, digest.hexdigest(), parts)
+    return SetFeatures(pool, moments, spatial, digest.hexdigest(), parts)
 
 
 def _neighbors_path(
     output: pathlib.Path,
     samples: ImageSet,
-    extractor: Extractor,
-    reference_features: Features,
-    sample_features: Features,
+    extractor: FeatureExtractor,
+    reference_features: SetFeatures,
+    sample_features: SetFeatures,
 ) -> pathlib.Path:
     """A path of its own for each comparison."""
     key = (reference_features.digest, sample_features.digest, extractor.digest, extractor.resize)

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -19,13 +20,12 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_feed import BatchFeed
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source
-from diffusion_jax.runs.metric_options import check_metric_options
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
 from diffusion_jax.runs.step_timing import LoopTimer, StepTimes, TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
 from diffusion_jax.runs.training_fid import TrainingFid
-from diffusion_jax.runs.workdir import check_data, check_identity, check_seed, read_class_names, write_config
+from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
 __all__ = ["run"]
@@ -37,7 +37,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; distributed.preemption.Stopped after a signal.
     """
-    _check_options(config)
+    config = resolve(config)
+    _check_intervals(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         setup = training.setup(config)
@@ -82,15 +83,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
 
-def _check_options(config: ConfigDict) -> None:
-    """Checks that need neither a model nor data. Raises: UserError."""
+def _check_intervals(config: ConfigDict) -> None:
+    """Raises: UserError for intervals that end inside a call of several steps."""
     options = config.training
-    with as_user_error("config"):
-        training.check_whole_numbers(config)
-    if not options.stall_timeout >= 0:
-        raise UserError(f"training.stall_timeout={options.stall_timeout} must be at least 0 seconds (0 for never)")
-    check_seed("seed", config.seed)
-    check_metric_options(config)
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
         if interval % options.steps_per_call:

@@ -21,7 +21,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, input_shape, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
-from diffusion_jax.training.step import initial_params
+from diffusion_jax.training.state import initial_params
 
 __all__ = [
     "InitialWeights",

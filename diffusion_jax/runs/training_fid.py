@@ -10,13 +10,12 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import compare, metrics
-from diffusion_jax.evaluation.extract import CHUNK, Extraction
+from diffusion_jax.evaluation import metric_suite, metrics
+from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
 from diffusion_jax.runs.console import ProgressBar
 from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
-    check_metric_options,
     features_cache,
     lacks_inception,
     load_extractor,
@@ -34,22 +33,19 @@ class TrainingFid:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, generator: Generator):
         """Computes the features of the reference. Raises: UserError, DataError, PretrainedError."""
-        check_metric_options(config)
         options = config.evaluation
-        if options.every_samples < 2:
-            raise UserError(f"evaluation.every_samples={options.every_samples} must be at least 2")
         if lacks_inception(config):
             raise UserError(f"evaluation.every needs {HOW_TO_GET_INCEPTION}")
         extractor, self._seed, self._num_samples = load_extractor(config), options.seed, options.every_samples
         self._generator = generator
-        self._extraction = Extraction(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
+        self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
         reference = load_reference(config)
         try:
-            features = self._extraction.of(reference.name, reference.images, features_cache(workdir))
+            features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
         self._reference = features.moments
-        metric, num_steps = compare.name_of("fid", extractor), generator.setup.schedule.num_timesteps
+        metric, num_steps = metric_suite.reported_name("fid", extractor), generator.setup.schedule.num_timesteps
         self.name = f"{metric}_{self._num_samples}_ddim{num_steps}"
 
     def __call__(self, params: Any) -> float:

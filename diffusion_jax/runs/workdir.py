@@ -6,11 +6,11 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax.config import identity
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import write_text
@@ -19,9 +19,6 @@ from diffusion_jax.training.digests import committed_steps
 __all__ = [
     "check_data",
     "check_identity",
-    "check_seed",
-    "flatten",
-    "identity",
     "read_class_names",
     "read_config",
     "to_dict",
@@ -29,31 +26,7 @@ __all__ = [
     "write_config_if_untrained",
 ]
 
-# Two launches are the same run if these leaves agree; the others (lengths, intervals, devices, sampling, paths) may change.
-_IDENTITY_GROUPS = ("model", "diffusion", "optimizer", "ema", "data")
-_NOT_IDENTITY = {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "model.convolution"}
 _NUM_HASHED_IMAGES = 64
-
-
-def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested leaves as {"group.leaf": value}."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def identity(config: Mapping) -> dict[str, Any]:
-    """The leaves that must agree between the launches of one run."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key in ("seed", "training.batch_size")
-        or (key.split(".")[0] in _IDENTITY_GROUPS and key not in _NOT_IDENTITY)
-    }
 
 
 def to_dict(config: ConfigDict) -> dict:
@@ -95,12 +68,6 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
         advice += f"; to start a new run from its weights: --pretrained={workdir} --workdir=NEW {changed}"
     raise UserError(f"{workdir} holds another run ({listed}); {advice}")
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Raises: UserError for a seed that does not fit in 32 bits."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{name}={seed} must lie in 0 ... {2**32 - 1}")
 
 
 def check_data(source, workdir: pathlib.Path) -> None:

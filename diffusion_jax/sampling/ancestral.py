@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
@@ -65,7 +66,7 @@ class ddim(Sampler):
     Raises: ValueError for an eta outside [0, 1], or an unknown prediction or variance.
     """
 
-    eta: float = 0.0
+    eta: float | np.floating = 0.0
     _: dataclasses.KW_ONLY
     prediction: str = "eps"
     variance: str = "fixed_large"

@@ -96,7 +96,7 @@ def sample(
     x_T: Float[ArrayLike, "B *shape"],
     sampler: Sampler,
     *,
-    start: int | None = None,
+    start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: Literal[False] = False,
     progress: Callable[[int], None] | None = None,
@@ -109,9 +109,9 @@ def sample(
     x_T: Float[ArrayLike, "B *shape"],
     sampler: Sampler,
     *,
-    start: int | None = None,
+    start: int | np.integer | None = None,
     final_step: bool = True,
-    trajectory: Literal[True] | Sequence[int],
+    trajectory: Literal[True] | Sequence[int] | Int[np.ndarray, "K"],
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B *shape"], Trajectory]: ...
 def sample(
@@ -121,9 +121,9 @@ def sample(
     x_T: Float[ArrayLike, "B *shape"],
     sampler: Sampler,
     *,
-    start: int | None = None,
+    start: int | np.integer | None = None,
     final_step: bool = True,
-    trajectory: bool | np.bool_ | Sequence[int] = False,
+    trajectory: bool | np.bool_ | Sequence[int] | Int[np.ndarray, "K"] = False,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Array, "B *shape"] | tuple[Float[Array, "B *shape"], Trajectory]:
     """Draws x_0 from x_T with every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
@@ -142,7 +142,7 @@ def sample(
       sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on.
       start: the index whose noise level x_T has; the default is T - 1.
       final_step: False stops at the noise level of index 0 instead of denoising it to x_0.
-      trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, which use the memory.
+      trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, whose values need memory.
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
     Raises: ValueError for an x_T that is not float, for prediction eps or score if the first step has alpha_bar = 0, or for a

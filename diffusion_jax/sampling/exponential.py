@@ -146,27 +146,27 @@ class dpm_solver_pp(_Multistep):
         h = target.lam - current.lam
         x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
         values = (x_0, *state.values)
-        kept, noise = target.sigma / current.sigma, 0.0
+        x_scale, noise = target.sigma / current.sigma, 0.0
         if self.sde:
-            kept = kept * jnp.exp(-h)
+            x_scale = x_scale * jnp.exp(-h)
             noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
 
         if not self.singlestep:
             nodes = [noise_level(schedule, t + i, x_t) for i in range(order)]
             drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
             drift = _choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
-            return Step(kept * x_t + drift + noise, x_0, push(state, x_0))
+            return Step(x_scale * x_t + drift + noise, x_0, push(state, x_0))
 
         x_first, path = state.extra
         is_last = (state.steps_left == 1) if self.lower_order_final else (t == 0)  # the last step is its own group
         position = jnp.where(is_last, 0, state.steps_taken % order)
-        x_first, path = jnp.where(position == 0, x_t, x_first), kept * jnp.where(position == 0, 0.0, path) + noise
+        x_first, path = jnp.where(position == 0, x_t, x_first), x_scale * jnp.where(position == 0, 0.0, path) + noise
 
         def from_first(n):
             nodes = [noise_level(schedule, t + n - 1 - i, x_t) for i in range(n)]
             h = target.lam - nodes[0].lam
-            kept = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
-            return kept * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
+            x_scale = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
+            return x_scale * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
 
         x_prev = _choose(position, [from_first(n) for n in range(1, order + 1)]) + path
         return Step(x_prev, x_0, push(state, x_0, (x_first, path)))
@@ -268,14 +268,14 @@ class unipc(_Multistep):
             return lambda: self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
 
         corrected = jax.lax.switch(last_order, [lambda: x_t] + [correct(p) for p in range(1, order + 1)])
-        now = _step_order(order, state, t, self.lower_order_final)
+        step_order = _step_order(order, state, t, self.lower_order_final)
         values = (x_0, *state.values)
 
         def predict(p):
             return lambda: self._update(p, False, current, target, nodes, corrected, values, None)
 
-        x_prev = jax.lax.switch(now - 1, [predict(p) for p in range(1, order + 1)])
-        return Step(x_prev, x_0, push(state, x_0, (corrected, now)))
+        x_prev = jax.lax.switch(step_order - 1, [predict(p) for p in range(1, order + 1)])
+        return Step(x_prev, x_0, push(state, x_0, (corrected, step_order)))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         # One value more than a predictor needs, because the corrector starts from the previous step.

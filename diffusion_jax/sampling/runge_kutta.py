@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax.sampling.driver import Sampler, Step
@@ -40,9 +41,9 @@ class heun(Sampler):
       the steps of a schedule.
     """
 
-    churn: float = 0.0
+    churn: float | np.floating = 0.0
     churn_range: tuple[float, float] = (0.0, float("inf"))
-    churn_noise: float = 1.0
+    churn_noise: float | np.floating = 1.0
     prediction: str = "eps"
     variance: str = "fixed_large"
     clip: Clip = True

@@ -8,8 +8,8 @@ Two times are never mixed. The index `t` (int32, 0-based, index 0 is the papers'
 time (float, the unit the network was trained on) is `schedule.timesteps[t]` and is all that a `denoise_fn` ever sees.
 """
 
-from diffusion_jax.schedules.beta_schedules import betas
+from diffusion_jax.schedules.beta_schedules import SCHEDULES, betas
 from diffusion_jax.schedules.respacing import SPACINGS, respace
 from diffusion_jax.schedules.schedule import Schedule, cast_table, from_betas
 
-__all__ = ["SPACINGS", "Schedule", "betas", "cast_table", "from_betas", "respace"]
+__all__ = ["SCHEDULES", "SPACINGS", "Schedule", "betas", "cast_table", "from_betas", "respace"]

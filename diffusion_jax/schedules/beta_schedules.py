@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64
 
-__all__ = ["betas"]
+__all__ = ["SCHEDULES", "betas"]
 
 
 def _linear(num_timesteps, beta_start, beta_end):
@@ -53,10 +53,11 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "warmup10": _warmup(0.1),
     "warmup50": _warmup(0.5),
 }
+SCHEDULES = tuple(_BETAS)  # the names that `betas` takes
 
 
 def betas(
-    name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+    name: str, num_timesteps: int | np.integer, *, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Float64[np.ndarray, "T"]:
     """The variances beta_t of q(x_t | x_{t-1}) for t = 1 ... T.
 

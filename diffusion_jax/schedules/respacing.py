@@ -163,7 +163,7 @@ def _interpolated_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.nda
 
 def respace(
     schedule: Schedule,
-    steps: str | int | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
+    steps: str | int | np.integer | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
     spacing: str | None = None,
 ) -> Schedule:
     """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).

@@ -23,7 +23,7 @@ from diffusion_jax.distributed.processes import all_processes_agree, broadcast_f
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import digests
 from diffusion_jax.training.digests import committed_steps
-from diffusion_jax.training.step import TrainState
+from diffusion_jax.training.state import TrainState
 
 _WEIGHTS = ("params", "ema_params")
 

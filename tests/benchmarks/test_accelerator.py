@@ -24,7 +24,7 @@ from diffusion_jax import models, training
 )
 def test_multiplications_are_those_counted_by_others(name, pixels, gmac):
     model = models.preset(name)
-    # Others convolve the doubled image where ours takes 4 products for 9 (models.convolution.doubled).
+    # Others convolve the doubled image where ours takes 4 products for 9 (models.convolution.convolve_upsampled).
     levels = range(1, len(model.channel_multipliers))
     saved = sum(5 * (model.width(level) * (pixels >> (level - 1))) ** 2 for level in levels)
     counted = (roofline.forward_macs(model, (pixels, pixels, 3)) + saved) / 1e9

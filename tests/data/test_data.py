@@ -50,7 +50,7 @@ def test_every_example_once_an_epoch_and_none_lost():
 def test_memory_gives_the_same_batches_and_rows_split_them():
     source = Numbers(10)
     whole = data.Batches(source, 3, 4, 20)
-    memory = data.Batches(data.Memory(source), 3, 4, 20)
+    memory = data.Batches(data.InMemory(source), 3, 4, 20)
     halves = [data.Batches(source, 3, 4, 20, rows) for rows in (slice(0, 2), slice(2, 4))]
     for step in (0, 2, 7, 19):
         for name in ("image", "label"):

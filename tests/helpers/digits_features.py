@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from diffusion_jax.evaluation import digits
+from diffusion_jax.evaluation import digits_classifier
 
 
 def by_hand(drawn):
-    params, _ = digits.load()
-    return np.asarray(digits.DigitsNetwork().apply({"params": params}, drawn).features)
+    params, _ = digits_classifier.load()
+    return np.asarray(digits_classifier.DigitsNetwork().apply({"params": params}, drawn).features)

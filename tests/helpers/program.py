@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+from diffusion_jax.config import flatten
 from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
 from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
@@ -14,8 +15,8 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 def tiny_flags(directory, **overrides):
     config, base = (
-        workdir.flatten(workdir.to_dict(tiny_config(**overrides))),
-        workdir.flatten(workdir.to_dict(digits_config())),
+        flatten(workdir.to_dict(tiny_config(**overrides))),
+        flatten(workdir.to_dict(digits_config())),
     )
     changed = {key: value for key, value in config.items() if value != base[key]}
     as_flag = {key: f"({','.join(map(str, v))},)" if isinstance(v, list) else v for key, v in changed.items()}

@@ -9,7 +9,8 @@ import pytest
 
 from configs import imagenet_classifier
 from diffusion_jax import errors, losses, models, schedules, timesteps, training
-from diffusion_jax.models import classifier, unet
+from diffusion_jax.models import classifier
+from diffusion_jax.models.layers import LayerFactory
 from diffusion_jax.runs import stored_config, train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
@@ -70,7 +71,7 @@ def test_the_defaults_are_adm_s_at_128_pixels():
 
 def test_attention_pooling_in_numpy():
     """float64: the mean before the others, places added, and for each head a softmax over all, by the mean's query alone."""
-    layers = unet._Layers(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = classifier.AttentionPool(features=5, num_heads=1, head_channels=2, layers=layers)
     x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
     params = jax.tree.map(lambda leaf: 3 * leaf, redraw(pool.init(jax.random.key(1), x)["params"]))
@@ -93,7 +94,7 @@ def test_attention_pooling_in_numpy():
 
 def test_embedding_of_places_starts_as_adm_s():
     """Normal of variance 1 / C, (H W + 1) x C."""
-    layers = unet._Layers(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = classifier.AttentionPool(2, 1, None, layers)
     position = pool.init(jax.random.key(0), jnp.zeros((1, 8, 16, 64)))["params"]["position"]
     assert position.shape == (129, 64) and abs(position.std() - 1 / 8) < 4 / 8 / (2 * position.size) ** 0.5

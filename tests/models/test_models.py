@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models import convolution, unet
+from diffusion_jax.models import convolution
+from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
+from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
 from helpers.jaxprs import equations
 from helpers.networks import TINY, redraw
 
@@ -190,16 +192,16 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("resample", [unet.halve, unet.double])
+@pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
 def test_a_resampling_block_is_adm_s(resample):
     """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
-    layers = unet._Layers(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
-    block = unet.ResBlock(6, 0.0, True, layers, resample)
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    block = ResBlock(6, 0.0, True, layers, resample)
     x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
     params = redraw(block.init(jax.random.key(2), x, embedding, False)["params"])
     out = block.apply({"params": params}, x, embedding, False)
     x, embedding, p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, embedding, params))
-    if resample is unet.halve:
+    if resample is downsample_2x:
         resized = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4  # noqa: E731
     else:
         resized = lambda a: np.kron(a, np.ones((1, 2, 2, 1)))  # noqa: E731
@@ -237,7 +239,7 @@ def test_a_tabulated_network_is_the_network_without_the_products_of_the_time(fie
     y = jnp.array([2, 0]) if model.num_classes else None
     params = redraw(init(model, y=y if y is None else y[:1]))
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([700.0, 250.5])
-    tabulated = jax.jit(lambda p, x, time: models.tabulate(model, p, times)(x, time, y))
+    tabulated = jax.jit(lambda p, x, time: models.precompute_time_embeddings(model, p, times)(x, time, y))
     reference = apply(model, params, x, time, y)
     # The same sums, in another order perhaps; in bfloat16 a rounding of 0.4% then grows as in the test of remat below.
     tolerance = 0.05 if model.dtype == "bfloat16" else 1e-5
@@ -254,7 +256,7 @@ def test_a_tabulated_network_is_the_network_without_the_products_of_the_time(fie
     products, casts = count(lambda x, time, y: model.apply({"params": params}, x, time, y))
     blocks = sum("time_proj" in own for own in params.values())
     assert products == 2 + blocks and (casts > 0) == (model.dtype == "bfloat16")
-    assert count(models.tabulate(model, params, times)) == (blocks if model.num_classes else 0, 0)
+    assert count(models.precompute_time_embeddings(model, params, times)) == (blocks if model.num_classes else 0, 0)
 
 
 def test_heads_by_their_channels_equal_heads_by_their_number():
@@ -273,20 +275,22 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
 def test_convolutions_as_products(size, padding):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (2, 6, 4, 5)), jax.random.normal(keys[1], (*size, 5, 3))
-    y = convolution.xla(x, kernel, padding)
+    y = convolution.convolve_xla(x, kernel, padding)
     g = jax.random.normal(keys[2], y.shape).astype(jnp.bfloat16).astype(jnp.float32)
 
     def both(convolve, *inputs):
         y, pullback = jax.vjp(lambda x, kernel: convolve(x, kernel, padding), *inputs)
         return y, *pullback(g)
 
-    for mine, true in zip(both(convolution.products, x, kernel), both(convolution.xla, x, kernel), strict=True):
+    for mine, true in zip(
+        both(convolution.convolve_matmul, x, kernel), both(convolution.convolve_xla, x, kernel), strict=True
+    ):
         np.testing.assert_allclose(mine, true, rtol=1e-5, atol=1e-5)
     # In bfloat16 operands are rounded and sums are not: the same as of rounded numbers, gradients rounded once more.
     low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
-    computed = both(convolution.products, *low)
+    computed = both(convolution.convolve_matmul, *low)
     assert [a.dtype for a in computed] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    true = both(convolution.xla, *(a.astype(jnp.float32) for a in low))
+    true = both(convolution.convolve_xla, *(a.astype(jnp.float32) for a in low))
     for mine, exact, rtol in zip(computed, true, (1e-5, 2**-8, 2**-8), strict=True):
         np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=rtol, atol=1e-5)
 
@@ -294,29 +298,29 @@ def test_convolutions_as_products(size, padding):
 def test_a_doubled_convolution_adds_its_kernel_up_before_it_rounds():
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, 8, 8, 64)), jax.random.normal(keys[1], (3, 3, 64, 64))
-    low, true = x.astype(jnp.bfloat16), convolution.xla(unet.double(x), kernel)
+    low, true = x.astype(jnp.bfloat16), convolution.convolve_xla(upsample_2x(x), kernel)
 
     def error(y):
         return np.linalg.norm(y.astype(np.float32) - true) / np.linalg.norm(true)
 
-    plain, first = convolution.products(unet.double(low), kernel), kernel.astype(jnp.bfloat16)
-    for products, convolve in ((True, convolution.products), (False, convolution.xla)):
-        layers = unet._Layers(4, 1e-6, "ho", jnp.dtype("bfloat16"), products)
+    plain, first = convolution.convolve_matmul(upsample_2x(low), kernel), kernel.astype(jnp.bfloat16)
+    for products, convolve in ((True, convolution.convolve_matmul), (False, convolution.convolve_xla)):
+        layers = LayerFactory(4, 1e-6, "ho", jnp.dtype("bfloat16"), products)
         params = {"params": {"kernel": kernel, "bias": jnp.zeros(64)}}
-        y = layers.conv(64, "up", doubled=True).apply(params, low)
+        y = layers.conv(64, "up", upsample=True).apply(params, low)
         # As of the doubled image itself; with kernels that are rounded before they are added up 1.25 times that.
         assert error(y) < 1.05 * error(plain.astype(jnp.bfloat16))
-        assert error(convolution.doubled(convolve, low, first).astype(jnp.bfloat16)) > 1.2 * error(y)
+        assert error(convolution.convolve_upsampled(convolve, low, first).astype(jnp.bfloat16)) > 1.2 * error(y)
 
 
-@pytest.mark.parametrize("convolve", [convolution.xla, convolution.products])
+@pytest.mark.parametrize("convolve", [convolution.convolve_xla, convolution.convolve_matmul])
 @pytest.mark.parametrize("size", [(4, 6), (1, 1)])
 def test_a_convolution_of_a_doubled_image(convolve, size):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (2, *size, 5)), jax.random.normal(keys[1], (3, 3, 5, 3))
     g = jax.random.normal(keys[2], (2, 2 * size[0], 2 * size[1], 3))
-    y, pullback = jax.vjp(lambda x, kernel: convolution.doubled(convolve, x, kernel), x, kernel)
-    true, true_pullback = jax.vjp(lambda x, kernel: convolution.xla(unet.double(x), kernel), x, kernel)
+    y, pullback = jax.vjp(lambda x, kernel: convolution.convolve_upsampled(convolve, x, kernel), x, kernel)
+    true, true_pullback = jax.vjp(lambda x, kernel: convolution.convolve_xla(upsample_2x(x), kernel), x, kernel)
     for mine, exact in zip((y, *pullback(g)), (true, *true_pullback(g)), strict=True):
         np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
 
@@ -348,18 +352,18 @@ def test_a_network_of_products_is_the_same_network():
 def test_products_are_for_bfloat16_on_one_cpu(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     monkeypatch.setattr("jax.device_count", lambda: 1)
-    assert models.UNet(dtype="bfloat16").layers.products
-    assert not models.UNet().layers.products
-    assert not models.UNet(dtype="bfloat16", convolution="xla").layers.products
+    assert models.UNet(dtype="bfloat16").layers.use_matmul
+    assert not models.UNet().layers.use_matmul
+    assert not models.UNet(dtype="bfloat16", convolution="xla").layers.use_matmul
     monkeypatch.setattr("jax.device_count", lambda: 8)  # laying out would gather images from all of them
-    assert not models.UNet(dtype="bfloat16").layers.products
+    assert not models.UNet(dtype="bfloat16").layers.use_matmul
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert not models.UNet(dtype="bfloat16").layers.products
+    assert not models.UNet(dtype="bfloat16").layers.use_matmul
 
 
 def test_group_norm_in_float64_and_its_derivatives():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
-    norm = unet.GroupNorm(2, 1e-6, jnp.dtype("float32"))
+    norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
     params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))
     scale, bias = (np.float64(params["params"]["norm"][name]) for name in ("scale", "bias"))
     groups = x.reshape(2, 16, 2, 3)
@@ -382,7 +386,7 @@ def test_group_norm_in_float64_and_its_derivatives():
 
 def test_dropout_in_bfloat16_rounds_once():
     x = jnp.full((1, 1, 1, 64), 3.0, jnp.bfloat16)
-    y = unet.Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    y = Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     assert y.dtype == jnp.bfloat16
     assert y.max() == jnp.bfloat16(3.0 / (1 - round(0.1 * 2**16) / 2**16))
 
@@ -391,7 +395,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
 
     def drop(key, rate=0.1):
-        return unet.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
+        return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
 
     y = drop(jax.random.key(0))
     error = np.sqrt(0.09 / x.size)
@@ -401,7 +405,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     together = (dropped[..., 0] & dropped[..., 1]).mean()  # the two halves of one draw
     assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
     assert (drop(jax.random.key(1)) != y).any()
-    np.testing.assert_array_equal(unet.Dropout(0.1).apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(Dropout(0.1).apply({}, x, deterministic=True), x)
 
 
 def test_remat_changes_nothing_and_bfloat16_little():

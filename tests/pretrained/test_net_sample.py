@@ -17,7 +17,7 @@ FIELDS = {"channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "atte
 def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields):
     model = models.UNet(**FIELDS | {"out_channels": 2 if variance.startswith("learned") else 1} | fields)
     diffusion = {"schedule": "cosine", "num_timesteps": 100, "prediction": prediction, "variance": variance}
-    found = description.describe("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
+    found = description.make_description("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
     y = jnp.zeros(1, jnp.int32) if model.num_classes else None
     x = jnp.zeros((1, 4, 4, found.in_channels))
     params = jax.jit(model.init)(jax.random.key(1), x, jnp.zeros(1), y)["params"]

@@ -11,8 +11,8 @@ import pytest
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
-from diffusion_jax.pretrained import PretrainedError, diffusers, layers, openai
-from diffusion_jax.pretrained.files import Tensors
+from diffusion_jax.pretrained import PretrainedError, diffusers, openai, parameters
+from diffusion_jax.pretrained.tensors import Tensors
 from helpers import torch_networks
 from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
@@ -215,11 +215,11 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
 
     model = torch_networks.diffusers(torch_networks.PUBLISHED)
     net = pretrained.load(write_folder(tmp_path / "f", {**torch_networks.PUBLISHED}, weights_of(model)))
-    shapes = layers.shapes_of(net.model, (32, 32), 3)
+    shapes = parameters.parameter_shapes(net.model, (32, 32), 3)
     import flax.traverse_util
 
     flat = flax.traverse_util.flatten_dict(net.params)
-    port = {layers.HO(path, net.model): layers.to_torch(np.asarray(flat[path]), path) for path in shapes}
+    port = {parameters.HO(path, net.model): parameters.to_torch(np.asarray(flat[path]), path) for path in shapes}
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         made = [
             tf.compat.v1.get_variable(f"{name}{suffix}", initializer=value)
@@ -294,4 +294,4 @@ def test_diffusers_older_files(tmp_path):
     print(f"35.7M parameters in {time.perf_counter() - start:.2f} s")
     x, times = inputs(32)
     agree("diffusers, .bin", ours(net, x, times), torch_networks.run(model, x, times))
-    assert diffusers.find(tmp_path)[0] == tmp_path
+    assert diffusers.find_configs(tmp_path)[0] == tmp_path

@@ -11,9 +11,17 @@ import pytest
 import safetensors.numpy
 
 from diffusion_jax import models, pretrained, schedules
-from diffusion_jax.pretrained import PretrainedError, __main__, description, ho, layers, openai
-from diffusion_jax.pretrained import diffusers as folders
-from diffusion_jax.pretrained.files import Tensors
+from diffusion_jax.pretrained import (
+    PretrainedError,
+    __main__,
+    description,
+    diffusers_scheduler,
+    diffusers_unet,
+    ho,
+    openai,
+    parameters,
+)
+from diffusion_jax.pretrained.tensors import Tensors
 from helpers import torch_networks
 from helpers.configs import tiny_config
 from helpers.published_files import (
@@ -157,9 +165,9 @@ def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
 def named(model, size, channels, naming):
     """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
     shapes = {}
-    for path, shape in layers.shapes_of(model, (size, size), channels).items():
-        name, shape = naming(path, model), layers.torch_shape(shape, path)
-        if naming is layers.OPENAI:
+    for path, shape in parameters.parameter_shapes(model, (size, size), channels).items():
+        name, shape = naming(path, model), parameters.torch_shape(shape, path)
+        if naming is parameters.OPENAI:
             name = name.replace("out.2.proj_out", "out.2.c_proj")
             for layer in ("k", "v"):
                 if f".{layer}." in name:
@@ -178,7 +186,7 @@ def named(model, size, channels, naming):
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """What is seen from a file and told by flags is the preset, to the field; and so is what the file's own name says."""
     size, low, _ = openai.PRESETS[name]
-    shapes = named(models.preset(name), min(size, 256), 6 if low else 3, layers.OPENAI)
+    shapes = named(models.preset(name), min(size, 256), 6 if low else 3, parameters.OPENAI)
     if "classifier" in name:
         tokens = (size >> len(models.preset(name).channel_multipliers) - 1) ** 2 + 1
         shapes["out.2.positional_embedding"] = (shapes["out.2.positional_embedding"][0], tokens)
@@ -238,7 +246,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_presets_have_the_published_numbers_of_parameters(name):
     size, low, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
-    shapes = layers.shapes_of(models.preset(name), (size, size), 6 if low else 3)
+    shapes = parameters.parameter_shapes(models.preset(name), (size, size), 6 if low else 3)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
     assert f"| {name} | {COUNTS[name]:,} |" in models.presets.__doc__
     with pytest.raises(ValueError, match="unknown preset"):
@@ -247,7 +255,7 @@ def test_presets_have_the_published_numbers_of_parameters(name):
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
     for name, (size, diffusion) in ho.PRESETS.items():
-        shapes = named(models.preset(name), size, 3, layers.HO)
+        shapes = named(models.preset(name), size, 3, parameters.HO)
         found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
         assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
@@ -261,7 +269,7 @@ def test_published_networks_of_ho_are_recognized(tmp_path):
 
 def test_a_config_that_does_not_name_a_field_means_diffusers_default():
     """The silent trap: the published shapes load with the library's own values, which are others."""
-    bare = folders.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
+    bare = diffusers_unet.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
     assert (bare.embedding_cos_first, bare.embedding_freq_shift, bare.norm_epsilon, bare.head_channels) == (
         True,
         0,
@@ -269,12 +277,12 @@ def test_a_config_that_does_not_name_a_field_means_diffusers_default():
         8,
     )
     assert bare.downsample_padding == (1, 1) and bare.attention_levels == (1, 2, 3)
-    published = folders.unet_from_config(torch_networks.PUBLISHED)
+    published = diffusers_unet.unet_from_config(torch_networks.PUBLISHED)
     assert published == models.preset("ddpm_cifar10").clone(dropout=0.0)
-    assert folders.unet_from_config(torch_networks.LARGE) == models.preset("ddpm_256")
+    assert diffusers_unet.unet_from_config(torch_networks.LARGE) == models.preset("ddpm_256")
     for field in ("downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps", "attention_head_dim"):
         without = {key: value for key, value in torch_networks.PUBLISHED.items() if key != field}
-        assert folders.unet_from_config(without) != published, field
+        assert diffusers_unet.unet_from_config(without) != published, field
 
 
 @pytest.mark.parametrize(
@@ -297,16 +305,16 @@ def test_a_config_that_does_not_name_a_field_means_diffusers_default():
 )
 def test_fields_that_cannot_be_had_are_named(field, value):
     with pytest.raises(PretrainedError, match=field):
-        folders.unet_from_config({**torch_networks.PUBLISHED, field: value})
+        diffusers_unet.unet_from_config({**torch_networks.PUBLISHED, field: value})
 
 
 def test_scale_shift_without_a_norm_in_the_middle_is_named():
     with pytest.raises(PretrainedError, match="attn_norm_num_groups=None"):
-        folders.unet_from_config({**torch_networks.IMPROVED, "attn_norm_num_groups": None})
+        diffusers_unet.unet_from_config({**torch_networks.IMPROVED, "attn_norm_num_groups": None})
 
 
 def test_schedulers():
-    leaves, table, clip = folders.scheduler_from_config({})
+    leaves, table, clip = diffusers_scheduler.scheduler_from_config({})
     assert (leaves["schedule"], leaves["variance"], leaves["prediction"], table, clip) == (
         "linear",
         "fixed_small",
@@ -314,15 +322,15 @@ def test_schedulers():
         None,
         True,
     )
-    leaves, table, clip = folders.scheduler_from_config(
+    leaves, table, clip = diffusers_scheduler.scheduler_from_config(
         {"trained_betas": [0.1, 0.2], "clip_sample_range": 2.0, "prediction_type": "v_prediction"}
         | {"variance_type": "fixed_large_log", "beta_schedule": "scaled_linear"}
     )
     assert (leaves["prediction"], leaves["variance"], leaves["num_timesteps"]) == ("v", "fixed_large", 2)
     np.testing.assert_array_equal(table, [0.1, 0.2])
     np.testing.assert_array_equal(clip(jnp.array([-3.0, 1.5])), [-2.0, 1.5])
-    assert folders.scheduler_from_config({"clip_sample": False})[2] is False
-    assert folders.scheduler_from_config({"_class_name": "PNDMScheduler", "steps_offset": 1})[2] is False
+    assert diffusers_scheduler.scheduler_from_config({"clip_sample": False})[2] is False
+    assert diffusers_scheduler.scheduler_from_config({"_class_name": "PNDMScheduler", "steps_offset": 1})[2] is False
     for field, value in (
         ("beta_schedule", "laplace"),
         ("prediction_type", "flow"),
@@ -334,7 +342,7 @@ def test_schedulers():
         ("_class_name", "CMStochasticIterativeScheduler"),
     ):
         with pytest.raises(PretrainedError, match=field):
-            folders.scheduler_from_config({field: value})
+            diffusers_scheduler.scheduler_from_config({field: value})
 
 
 # ------------------------------------------------------------------------------------------------------------ in and out
@@ -350,12 +358,12 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
     for key in before:
         np.testing.assert_array_equal(before[key], after[key])
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
-    assert folders.unet_from_config(config) == net.model
+    assert diffusers_unet.unet_from_config(config) == net.model
     with pytest.raises(PretrainedError, match="exists already and is not empty"):
         pretrained.save_diffusers(net, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-    assert folders.scheduler_from_config(scheduler)[0].items() <= dict(net.diffusion).items()
+    assert diffusers_scheduler.scheduler_from_config(scheduler)[0].items() <= dict(net.diffusion).items()
     again = pretrained.load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
 
@@ -409,7 +417,7 @@ def test_diffusions_that_diffusers_cannot_say_are_refused_by_field(fields, words
 def test_unusual_diffusions_come_back_from_diffusers(tmp_path):
     net, _ = load(tmp_path, "port_narrow")
     leaves = dict(net.diffusion) | {"schedule": "quadratic", "beta_end": 0.015, "beta_start": 2e-4, "prediction": "v"}
-    changed = description.describe("x", net.model, (16, 16), leaves, clip=False)
+    changed = description.make_description("x", net.model, (16, 16), leaves, clip=False)
     pretrained.save_diffusers(pretrained.Pretrained(**vars(changed), params=net.params), tmp_path / "out")
     again = pretrained.load(tmp_path / "out")
     assert (again.clip, again.prediction, again.variance) == (False, "v", "fixed_small")
@@ -424,7 +432,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     np.testing.assert_allclose(net.schedule.betas, [0.01, 0.02, 0.5])
     pretrained.save_diffusers(net, tmp_path / "out")
     np.testing.assert_array_equal(pretrained.load(tmp_path / "out").schedule.betas, net.schedule.betas)
-    net = pretrained.Pretrained(**{**vars(net), "clip": description.clip_to(1.5)})
+    net = pretrained.Pretrained(**{**vars(net), "clip": description.make_clip(1.5)})
     pretrained.save_safetensors(net, tmp_path / "x.safetensors")
     again = pretrained.load(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
@@ -625,12 +633,12 @@ def test_upsamplers_take_their_small_images(tmp_path):
     from diffusion_jax.models import upsampling
 
     model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
-    shapes = layers.shapes_of(model, (8, 8), 6)
+    shapes = parameters.parameter_shapes(model, (8, 8), 6)
     rng = np.random.default_rng(0)
     params = flax.traverse_util.unflatten_dict(
         {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
     )
-    described = openai.describe("x", model, 8, {}, low_resolution=4)
+    described = description.make_description("x", model, 8, {}, low_resolution=4)
     net = pretrained.Pretrained(**vars(described), params=params)
     x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
     expected = model.apply({"params": params}, upsampling.condition(jnp.float32(x), jnp.float32(low)), time)

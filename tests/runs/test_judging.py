@@ -18,7 +18,14 @@ from diffusion_jax import data, training
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import __main__ as command
-from diffusion_jax.evaluation import compare, digits, extract, features, images, metrics
+from diffusion_jax.evaluation import (
+    digits_classifier,
+    feature_extraction,
+    feature_extractors,
+    image_sets,
+    metric_suite,
+    metrics,
+)
 from diffusion_jax.pretrained import PretrainedError, inception
 from diffusion_jax.runs import sample, sample_metrics, sampling_setup, train, trained_model, workdir
 from diffusion_jax.runs.console import ProgressBar
@@ -137,7 +144,7 @@ def test_wrong_weight_files(port, tmp_path):
     with pytest.raises(PretrainedError, match="no such file; .*6726825d"):
         inception.load_inception(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="resize='bilinear' is unknown; known: tf1, pytorch, clean"):
-        features.inception(port, "bilinear")
+        feature_extractors.inception(port, "bilinear")
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])
@@ -148,7 +155,7 @@ def test_the_resize_is_tensorflow_1_s(shape):
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
     theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
-    ours = np.asarray(features.to_inception(drawn, "tf1")) * 128 + 128
+    ours = np.asarray(feature_extractors.to_inception(drawn, "tf1")) * 128 + 128
     np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
 
 
@@ -158,15 +165,15 @@ def test_the_clean_resize_is_pillow_s():
         drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
         channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
         theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
-        ours = np.asarray(features.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        ours = np.asarray(feature_extractors.to_inception(drawn[None], "clean"))[0] * 128 + 128
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
 def test_features_of_inception(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
-    extractor = features.inception(port)
+    extractor = feature_extractors.inception(port)
     stored = np.load(inception_peer.FIXTURE)
-    extraction = extract.Extraction(extractor, mesh(), 2, ProgressBar)
+    extraction = feature_extraction.FeaturePipeline(extractor, mesh(), 2, ProgressBar)
     found = extraction(stored["images"])
     for ours, theirs in (
         (found.pool, stored["pool"]),
@@ -188,10 +195,10 @@ def test_npz_files_are_read_as_they_are_asked_for(tmp_path):
     plain, packed = save(tmp_path / "plain.npz", drawn, arr_1=np.arange(9)), tmp_path / "packed.npz"
     np.savez_compressed(packed, drawn)
     for path in (plain, str(packed)):
-        source = images.open_set(path).images
+        source = image_sets.open_image_set(path).images
         assert len(source) == 9
         np.testing.assert_array_equal(source.read(np.array([7, 2]))[0], drawn[[7, 2]])
-    assert isinstance(images.open_set(plain).images._images, np.memmap)
+    assert isinstance(image_sets.open_image_set(plain).images._images, np.memmap)
 
 
 def test_a_folder_is_read_as_it_is(tmp_path):
@@ -200,16 +207,16 @@ def test_a_folder_is_read_as_it_is(tmp_path):
     drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
     for i, image in enumerate(drawn):
         Image.fromarray(image).save(folder / f"{i}.png")
-    np.testing.assert_array_equal(images.open_set(str(folder)).images.read(np.arange(3))[0], drawn)
+    np.testing.assert_array_equal(image_sets.open_image_set(str(folder)).images.read(np.arange(3))[0], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
     with pytest.raises(data.DataError, match="z.png is 9x5, and the first image 9x6"):
-        images.open_set(str(folder)).images.read(np.arange(4))
-    assert images.open_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
+        image_sets.open_image_set(str(folder)).images.read(np.arange(4))
+    assert image_sets.open_image_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
     turned = Image.fromarray(drawn[0])
     turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
     turned.save(folder / "z.png", exif=turned.getexif())
     with pytest.raises(data.DataError, match="z.png is 6x9"):
-        images.open_set(str(folder)).images.read(np.arange(4))
+        image_sets.open_image_set(str(folder)).images.read(np.arange(4))
 
 
 def test_a_gray_folder_never_loses_colors(tmp_path):
@@ -217,12 +224,12 @@ def test_a_gray_folder_never_loses_colors(tmp_path):
     folder.mkdir()
     drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(drawn[..., 0]).save(folder / "a.png")
-    assert images.open_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
-    assert images.open_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
+    assert image_sets.open_image_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
+    assert image_sets.open_image_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
     Image.fromarray(drawn).save(folder / "b.png")
     expected = drawn[..., :1].repeat(3, axis=2), drawn
     for first in ("a.png", "b.png"):  # whichever comes first
-        found = images.open_set(str(folder)).images.read(np.arange(2))[0]
+        found = image_sets.open_image_set(str(folder)).images.read(np.arange(2))[0]
         assert found.shape == (2, 8, 8, 3)
         np.testing.assert_array_equal(
             sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
@@ -246,7 +253,7 @@ def test_the_channels_that_are_asked_for(tmp_path, channels):
         (gray, drawn[..., :1].repeat(channels, axis=3)),
         ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
     ):
-        found = images.open_set(what, channels=channels).images.read(np.arange(2))[0]
+        found = image_sets.open_image_set(what, channels=channels).images.read(np.arange(2))[0]
         np.testing.assert_array_equal(found, expected)
 
 
@@ -255,21 +262,23 @@ def test_a_run_s_newest_samples(tmp_path):
     run.mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a run without samples"):
-        images.open_set(str(run.parent))
+        image_sets.open_image_set(str(run.parent))
     for i, name in enumerate(("b.npz", "a.npz", "edit_inpaint.npz", "c.partial.npz")):
         save(run / name, all_digits()[:2])
         os.utime(run / name, (i, i))
-    assert images.open_set(str(run.parent)).name == str(run / "a.npz")
+    assert image_sets.open_image_set(str(run.parent)).name == str(run / "a.npz")
 
 
 def test_statistics_of_others(tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 64))
     mu, sigma = x.mean(0), np.cov(x, rowvar=False)
     np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)
-    alone = images.open_set(str(tmp_path / "alone.npz"))
+    alone = image_sets.open_image_set(str(tmp_path / "alone.npz"))
     assert alone.images is None and alone.statistics.spatial is None
     np.testing.assert_array_equal(alone.statistics.moments.covariance, sigma)
-    both = images.open_set(save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma))
+    both = image_sets.open_image_set(
+        save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+    )
     assert len(both.images) == 9 and both.statistics.spatial is not None
 
 
@@ -277,19 +286,19 @@ def test_statistics_of_others(tmp_path):
 
 
 def test_the_digits_network_reads_digits():
-    params, _ = digits.load()
+    params, _ = digits_classifier.load()
     source = data.Digits("test", (8, 8), 1)
     drawn, labels = source.read(np.arange(len(source)))
-    judged = digits.DigitsNetwork().apply({"params": params}, drawn)
+    judged = digits_classifier.DigitsNetwork().apply({"params": params}, drawn)
     assert (judged.logits.argmax(-1) == labels).mean() > 0.98
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_no_figure_depends_on_the_batch_size_and_no_image_is_lost(batch_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "CHUNK", 50)
-    extraction = extract.Extraction(features.digits_network(), mesh(), batch_size, ProgressBar)
-    source = images.open_set(save(tmp_path / "x.npz", all_digits()[:151])).images
-    found = extraction.of("x", source, tmp_path / str(batch_size))
+    monkeypatch.setattr(feature_extraction, "CHUNK", 50)
+    extraction = feature_extraction.FeaturePipeline(feature_extractors.digits(), mesh(), batch_size, ProgressBar)
+    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).images
+    found = extraction.extract_set("x", source, tmp_path / str(batch_size))
     expected = by_hand(all_digits()[:151])
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
     assert found.moments.count == 151 and found.spatial is None
@@ -297,7 +306,7 @@ def test_no_figure_depends_on_the_batch_size_and_no_image_is_lost(batch_size, tm
 
 
 def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "CHUNK", 20)
+    monkeypatch.setattr(feature_extraction, "CHUNK", 20)
     calls = []
 
     def judge_images(batch):
@@ -306,13 +315,15 @@ def test_an_interrupted_extraction_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
-    extraction = extract.Extraction(features.of_function(judge_images, "mine", "1"), mesh(), 20, ProgressBar)
-    source = images.open_set(save(tmp_path / "x.npz", all_digits()[:90])).images
+    extraction = feature_extraction.FeaturePipeline(
+        feature_extractors.from_function(judge_images, "mine", "1"), mesh(), 20, ProgressBar
+    )
+    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).images
     with pytest.raises(KeyboardInterrupt):
-        extraction.of("x", source, tmp_path / "parts")
-    found = extraction.of("x", source, tmp_path / "parts")
+        extraction.extract_set("x", source, tmp_path / "parts")
+    found = extraction.extract_set("x", source, tmp_path / "parts")
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
-    extraction.of("x", source, tmp_path / "parts")
+    extraction.extract_set("x", source, tmp_path / "parts")
     assert len(calls) == 6  # all of them now
     found.delete_cache()
     assert not any((tmp_path / "parts").iterdir())
@@ -324,32 +335,39 @@ def test_features_that_are_none(tmp_path):
         (lambda x: np.zeros((1, 2)), r"4 images features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
-        extraction = extract.Extraction(features.of_function(function, "mine", "1"), mesh(), 4, ProgressBar)
+        extraction = feature_extraction.FeaturePipeline(
+            feature_extractors.from_function(function, "mine", "1"), mesh(), 4, ProgressBar
+        )
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
 
 
 def test_names_of_metrics():
-    published = features.Extractor("inception", "0", None, resize="tf1", published=True)
-    assert [compare.name_of(metric, published) for metric in ("fid", "sfid", "is")] == [
+    published = feature_extractors.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
+    assert [metric_suite.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
         "fid",
         "sfid",
         "inception_score",
     ]
-    assert compare.name_of("fid", published._replace(resize="clean")) == "fid_clean"
-    assert compare.name_of("fid", published._replace(resize="clean", published=False)) == "frechet_distance_clean"
-    for substitute in (published._replace(published=False), features.digits_network()):
-        assert compare.name_of("fid", substitute) == "frechet_distance"
+    assert metric_suite.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
+    assert (
+        metric_suite.reported_name("fid", published._replace(resize="clean", published=False))
+        == "frechet_distance_clean"
+    )
+    for substitute in (published._replace(published=False), feature_extractors.digits()):
+        assert metric_suite.reported_name("fid", substitute) == "frechet_distance"
 
 
 def test_published_inception_has_all_metrics_and_others_have_fewer():
     """On arrays in place of features: which figures there are, and that each is its own function's."""
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
-    extractor = features.Extractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
-    sets = [extract.Features(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
+    extractor = feature_extractors.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
+    sets = [
+        feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools
+    ]
     said = []
-    found = compare.compare(*sets, extractor, compare.METRICS, said.append)
+    found = metric_suite.compute_metrics(*sets, extractor, metric_suite.METRICS, said.append)
     assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
     assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
     assert found["kid"] == metrics.kid(*pools, 100, 10).mean and found["kid_subset_size"] == 10
@@ -359,27 +377,30 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
     assert not said
     assert found["inception_score_std"] == 0 and found["inception_score_split_size"] == 5000
     assert found["kid_standard_error"] == metrics.kid(*pools, 100, 10).standard_error
-    assert not compare.left_out(False, True, extractor, compare.METRICS)
-    assert list(compare.left_out(True, False, extractor, compare.METRICS)) == [
+    assert not metric_suite.unavailable_metrics(False, True, extractor, metric_suite.METRICS)
+    assert list(metric_suite.unavailable_metrics(True, False, extractor, metric_suite.METRICS)) == [
         "sfid",
         "kid",
         "precision_recall",
         "density_coverage",
         "memorization",
     ]
-    assert list(compare.left_out(False, False, features.digits_network(), compare.METRICS)) == ["sfid", "is"]
+    assert list(metric_suite.unavailable_metrics(False, False, feature_extractors.digits(), metric_suite.METRICS)) == [
+        "sfid",
+        "is",
+    ]
 
 
 def test_copies_are_found():
     reference = np.random.default_rng(0).normal(size=(500, 8))
     fresh = np.random.default_rng(1).normal(size=(400, 8))
-    report, _ = compare.memorization(reference, fresh)
+    report, _ = metric_suite.memorization_report(reference, fresh)
     assert report["close_share"] < 0.05
     fresh[:100] = reference[200:300] + 1e-3
-    report, near = compare.memorization(reference, fresh)
+    report, near = metric_suite.memorization_report(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
     reference[10:20] = reference[:10]  # duplicates of its own must not hide them
-    assert compare.memorization(reference, reference[:300])[0]["close_share"] == 1
+    assert metric_suite.memorization_report(reference, reference[:300])[0]["close_share"] == 1
 
 
 # ---- the command

@@ -34,7 +34,7 @@ def move(x, eps, t, to=None):
 
 
 @pytest.mark.parametrize("runge_kutta", [False, True])
-def test_pndm_is_its_paper_s_recursion(runge_kutta, x64):
+def test_pndm_is_the_recursion_of_its_paper(runge_kutta, x64):
     """Liu et al. 2022, algorithm 2 and eq. 12 (its first steps: Runge-Kutta, or the improved Euler of PLMS) and eq. 10."""
     x, seen = X, []
     for t in range(5, -1, -1):
@@ -76,7 +76,7 @@ def first_order(x, x_0, t, to):
 
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("singlestep", [False, True])
-def test_the_last_step_of_the_second_order_is_of_the_first_only_where_asked(singlestep, lower_order_final, x64):
+def test_lower_order_final_reduces_the_order_of_the_last_step(singlestep, lower_order_final, x64):
     """DPM-Solver++ 2M and 2S over two steps that stop at a noise level: the second is of order 2, or of order 1."""
     d_2 = x_0_of(X, 2)
     x_1 = first_order(X, d_2, 2, 1)
@@ -95,7 +95,7 @@ def test_the_last_step_of_the_second_order_is_of_the_first_only_where_asked(sing
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("name", ["dpm_solver_pp", "singlestep", "sde", "deis", "unipc"])
-def test_the_step_to_x_0_returns_the_x_0_predicted(name, order, lower_order_final, x64):
+def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final, x64):
     """Whatever its place in a group, and of the first order even where the final steps are not lowered."""
     options = {"lower_order_final": lower_order_final, "clip": False}
     make = {

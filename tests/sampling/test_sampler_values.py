@@ -113,7 +113,7 @@ def test_a_static_sampler_does_not_compile_again():
     assert len(traces) > count
 
 
-def test_sample_reads_the_network_anew_at_every_call():
+def test_sample_traces_the_network_at_every_call():
     """Called outside jit, parameters that were changed in place must not be those of an earlier call."""
     schedule, x_T = schedules.respace(FULL, 2, "log_snr"), jnp.ones((1, 1))
     scale = {"value": 0.1}
@@ -123,7 +123,7 @@ def test_sample_reads_the_network_anew_at_every_call():
     assert abs(sampling.sample(KEY, schedule, network, x_T, sampling.ddim(clip=False)) - first).max() > 0.1
 
 
-def test_a_sampler_of_one_s_own():
+def test_a_custom_sampler():
     """The example of `Sampler`'s docstring: equal, hashable, and run by the loop."""
 
     @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def one_gaussian(x, time):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_start_below_pure_noise_never_sees_it(name):
+def test_a_start_below_pure_noise_accepts_every_prediction(name):
     """From T - 2 of a chain that ends at alpha_bar = 0, an eps network's samples are those of the chain without that step."""
     x = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
     sampler = MAKERS[name](clip=False)
@@ -260,7 +260,7 @@ def test_pure_noise_is_refused_where_it_is_visited():
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_encoding_stops_below_pure_noise(order):
+def test_encoding_to_an_index_below_pure_noise(order):
     x = jnp.array([[0.3, -0.8]])
     np.testing.assert_allclose(
         sampling.encode(ZERO, one_gaussian, x, order=order, start=4),

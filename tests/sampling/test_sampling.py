@@ -92,7 +92,7 @@ def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ddim_spread_is_its_own_closed_form(name, x64):
+def test_the_variance_of_ddim_samples_has_its_closed_form(name, x64):
     """Each step multiplies x / sqrt(alpha_bar) by (s^2 + sigma sigma') / (s^2 + sigma^2); the last leaves E[x_0 | x_1]."""
     full = thousand(name)
     schedule = schedules.respace(full, 20, spacing="linspace" if name != "jsd" else "leading")
@@ -139,7 +139,7 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
     assert abs(a.x_0).max() == 1.0
 
 
-def test_two_point_data_ends_at_the_points():
+def test_samples_of_two_point_data_are_the_points():
     schedule = thousand("linear")
 
     def denoise_fn(x_t, time):  # E[x_0 | x_t] for x_0 = +-1
@@ -210,7 +210,7 @@ def test_memory_is_flat_in_the_number_of_steps():
         sampling.deis(3),
     ],
 )
-def test_one_loop_calls_the_network_once_a_step_and_never_the_host(sampler):
+def test_the_loop_calls_the_network_once_for_each_step_and_never_the_host(sampler):
     schedule, x_T = schedules.respace(thousand("linear"), 20), jnp.zeros((2, 3))
 
     @jax.jit
@@ -241,7 +241,7 @@ def test_works_under_jit_vmap_and_grad_with_a_schedule_as_argument():
     assert np.isfinite(slope).all() and (slope != 0).all()
 
 
-def test_states_are_float32_whatever_the_network_computes_in():
+def test_samples_are_float32_with_a_network_of_any_dtype():
     full = thousand("linear")
     schedule = schedules.respace(full, "ddim10")
     half = lambda x_t, time: (0.1 * x_t).astype(jnp.bfloat16)  # noqa: E731
@@ -269,7 +269,7 @@ def test_refusals():
         )
 
 
-def test_conversions_meet_a_public_yardstick():
+def test_conversions_agree_with_published_numbers():
     """diffusers' own published numbers for DDIM with 10 steps on its dummy model: sum and mean of |x|."""
     betas = schedules.betas("linear", 1000)
     schedule = schedules.respace(schedules.from_betas(betas), 10, spacing="leading")

@@ -74,7 +74,7 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_the_map_of_a_gaussian(name, x64):
+def test_solvers_converge_to_the_flow_of_a_gaussian(name, x64):
     """x_s - a_s m = sqrt(v_s / v_t) (x_t - a_t m), which every solver tends to."""
     sampler, least = DETERMINISTIC[name]
     a = np.exp(np.interp([LOW, TOP], FULL.grid_timesteps, FULL.grid_log_alpha_bar))
@@ -85,7 +85,7 @@ def test_the_map_of_a_gaussian(name, x64):
     assert errors[1] < 0.01 / 20 ** (least > 1) and errors[0] / errors[1] > 1.7
 
 
-def test_the_halved_last_term_costs_the_third_order(truth_of_the_mixture, x64, monkeypatch):
+def test_the_halved_last_term_reduces_the_third_order(truth_of_the_mixture, x64, monkeypatch):
     """Why dpm_solver_pp(3) differs from its authors' code."""
     from diffusion_jax.sampling import exponential
 
@@ -287,7 +287,7 @@ STOCHASTIC = {
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_noise_has_the_mean_and_variance_of_its_own_recursion(name):
+def test_stochastic_samplers_have_the_mean_and_variance_of_their_recursion(name):
     schedule, n = schedules.respace(FULL, 15, "karras"), 200_000
     x_T = jax.random.normal(jax.random.key(1), (n, 1))
     x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, gaussian(), x, STOCHASTIC[name]))(x_T)
@@ -332,7 +332,7 @@ YARDSTICKS = {  # diffusers' scheduler tests: (sampler, the levels walked, mean 
 
 
 @pytest.mark.parametrize("name", YARDSTICKS)
-def test_public_yardsticks(name):
+def test_solvers_agree_with_published_numbers(name):
     """They end at the noise level of index 0; with Karras's and Lu's levels diffusers ends there twice."""
     sampler, steps, mean = YARDSTICKS[name]
     x = sampling.sample(KEY, schedules.respace(FULL, *steps), dummy_model, SAMPLE, sampler, final_step=False)
@@ -348,7 +348,7 @@ def test_public_yardsticks(name):
         ("eps", 0.01, False, 149.0784, 0.1941),
     ],
 )
-def test_ddim_yardsticks(prediction, beta_start, to_one, total, mean):
+def test_ddim_agrees_with_published_numbers(prediction, beta_start, to_one, total, mean):
     full = schedules.from_betas(schedules.betas("linear", 1000, beta_start=beta_start))
     schedule = schedules.respace(full, 10, "leading")
     if not to_one:  # the last step leads to the level of index 0 instead of to x_0
@@ -365,13 +365,13 @@ def test_ddim_yardsticks(prediction, beta_start, to_one, total, mean):
 
 
 @pytest.mark.parametrize(("prediction", "total"), [("eps", 671.6816), ("v", 1394.2185)])
-def test_inverse_ddim_yardsticks(prediction, total):
+def test_inverse_ddim_agrees_with_published_numbers(prediction, total):
     schedule = schedules.respace(FULL, 10, "leading")
     x_T = sampling.encode(schedule, dummy_model, SAMPLE, prediction=prediction, clip=True)
     assert abs(sum_and_mean(x_T)[0] - total) < 1e-2
 
 
-def test_the_best_solver_is_far_ahead_of_ddim_on_a_sharp_mixture(x64):
+def test_the_best_solver_is_much_more_accurate_than_ddim_on_a_sharp_mixture(x64):
     """Karras spacing, 40 calls, against the exact map: at least five times closer."""
     x_T = jax.random.normal(jax.random.key(1), (benchmark.POINTS, 2))
     truth = benchmark.exact_map(x_T)
@@ -425,7 +425,7 @@ def test_every_prediction_inverts_to_the_same_noise(x64):
     np.testing.assert_allclose(again, x_0, atol=0.1)
 
 
-def test_inversions_that_cannot_be(x64):
+def test_encode_refuses_wrong_arguments(x64):
     schedule, x_0 = schedules.respace(FULL, 10), jnp.ones((1, 1))
     for words, options in {
         "order must be 1 or 2": {"order": 3},
@@ -528,7 +528,7 @@ def test_every_solver_from_pure_noise(name):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x_0"])
-def test_levels_between_steps_reach_down_to_noise_alone(prediction):
+def test_noise_levels_between_steps_include_pure_noise(prediction):
     """x_0 there needs no division by alpha, and neither does its gradient."""
     zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
     network = lambda x, time: 0.3 * x + 0.1  # noqa: E731
@@ -551,7 +551,7 @@ def test_levels_between_steps_reach_down_to_noise_alone(prediction):
 
 
 @pytest.mark.parametrize("name", ["pndm", "heun churn"])
-def test_whole_schedules_from_pure_noise_are_finite(name):
+def test_full_schedules_from_pure_noise_are_finite(name):
     """With half-way points between alpha_bar = 0 and the next level."""
     zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
     sampler = sampling.pndm(prediction="v") if name == "pndm" else sampling.heun(churn=5.0, prediction="v")
@@ -560,7 +560,7 @@ def test_whole_schedules_from_pure_noise_are_finite(name):
     assert np.isfinite(x_0).all()
 
 
-def test_the_covariance_of_correlated_data_comes_out_as_its_axes_say():
+def test_samples_have_the_covariance_of_correlated_data():
     """A stochastic sampler acts on each axis of the data's covariance as the recursion says, and mixes none."""
     angle, spreads = 0.6, np.array([1.0, 3.0])  # of S2
     axes = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -583,7 +583,7 @@ def test_the_covariance_of_correlated_data_comes_out_as_its_axes_say():
         assert 2 < covariance[1, 1] / variance < 3.5
 
 
-def test_learned_variances_leave_solvers_alone():
+def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
 
     def doubled(x, time):
@@ -649,7 +649,7 @@ def test_memory_of_every_solver_is_flat_in_the_number_of_steps():
         assert temporary_bytes(ALL[name], 1000) < 1.05 * temporary_bytes(ALL[name], 10), name
 
 
-def test_impossible_solvers():
+def test_solvers_refuse_wrong_options():
     for order in (0, 4):
         for make in (sampling.dpm_solver_pp, sampling.deis, sampling.unipc):
             with pytest.raises(ValueError, match="order must be 1, 2 or 3"):

@@ -101,23 +101,23 @@ def check_at_few_steps(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_is_not_refused_is_near_the_data(name):
+def test_accepted_steps_give_samples_near_the_data(name):
     check_at_few_steps(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_what_is_not_refused_is_near_the_data_with_the_other_samplers(name):
+def test_accepted_steps_give_samples_near_the_data_with_the_other_samplers(name):
     check_at_few_steps(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS | SLOW)
-def test_what_is_not_refused_is_nearer_with_more_steps(name):
+def test_accepted_steps_give_samples_nearer_to_the_data_with_more_steps(name):
     check((SAMPLERS | SLOW)[name], 25, 0.35)
 
 
-def test_what_is_known_to_fail_is_refused():
+def test_steps_that_fail_are_refused():
     """Each of these draws noise, with exact networks: distances of 0.6 to 1e6 were measured."""
     cosine, warmup = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "warmup50"))
     for make in (sampling.heun, sampling.pndm, lambda: sampling.pndm(runge_kutta=False)):

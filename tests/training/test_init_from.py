@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import errors, models, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.pretrained import layers
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.stored_config import from_weights
 from helpers.configs import tiny_config
@@ -168,9 +168,9 @@ def openai_upsampler(directory):
     )
     rng = np.random.default_rng(0)
     made = {}
-    for path, shape in layers.shapes_of(model, (16, 16), 6).items():
-        value = layers.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
-        made[layers.OPENAI(path, model)] = value
+    for path, shape in parameters.parameter_shapes(model, (16, 16), 6).items():
+        value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
+        made[parameters.OPENAI(path, model)] = value
     for name in [name for name in made if ".q." in name]:
         parts = [made.pop(name.replace(".q.", f".{layer}.")) for layer in "qkv"]
         joined = np.concatenate(parts)

@@ -2,9 +2,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import config_dict as config_dict
-from ml_collections import config_flags as config_flags
-
 class ConfigDict(Mapping[str, Any]):
     def __init__(
         self, initial_dictionary: Mapping[str, Any] | None = ..., type_safe: bool = ..., convert_dict: bool = ...

@@ -1,7 +1,7 @@
-"""Reading tensors out of files that strangers made, never by running what they hold: safetensors, PyTorch's archives through
+"""Tensors of files from untrusted sources, read without executing their contents: safetensors, PyTorch's archives through
 its weights-only loader, and TensorFlow's checkpoints.
 
-What a file is, is seen from its first bytes, not from its name.
+The format is detected from a file's first bytes, not from its name.
 """
 
 from __future__ import annotations
@@ -15,25 +15,33 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.errors import PretrainedError
+from diffusion_jax.files import atomic_write
+
+__all__ = ["Tensors", "is_tensorflow_checkpoint", "open_tensors", "read_json", "require_module", "save_tensors"]
 
 _NOT_WEIGHTS = {
-    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",
-    b"<!DOCTYPE": "a web page; was the download refused?",
-    b"<html": "a web page; was the download refused?",
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; run git lfs pull",
+    b"<!DOCTYPE": "a web page, not weights; download the file again",
+    b"<html": "a web page, not weights; download the file again",
 }
 
 
 class Tensors(Mapping):
-    """Tensors by name, each read when it is asked for, which may be done once; `shapes` are known at once."""
+    """Tensors by name. Each is read at its first use, and may be read once only.
+
+    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: of all tensors, known without reading them. metadata: of a
+    safetensors file.
+    """
 
     def __init__(
-        self, source: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], metadata=None
+        self, framework: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], metadata=None
     ):
-        self.source, self.shapes, self.metadata = source, dict(shapes), dict(metadata or {})
+        self.framework, self.shapes, self.metadata = framework, dict(shapes), dict(metadata or {})
         self._read = read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        self.shapes[name]  # a KeyError for a name that is not there
+        if name not in self.shapes:
+            raise KeyError(name)
         return self._read(name)
 
     def __contains__(self, name: object) -> bool:  # a Mapping's own would read it
@@ -46,24 +54,24 @@ class Tensors(Mapping):
         return len(self.shapes)
 
 
-def is_tensorflow(path: pathlib.Path) -> bool:
-    """Whether a path is a TensorFlow checkpoint's: .../model.ckpt-N, beside which lies model.ckpt-N.index."""
+def is_tensorflow_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a path is the prefix of a TensorFlow checkpoint: .../model.ckpt-N, if model.ckpt-N.index exists."""
     return path.with_name(path.name + ".index").is_file()
 
 
 def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
     """The tensors of a file, or of a TensorFlow checkpoint's prefix. Raises: PretrainedError."""
-    if is_tensorflow(path):
+    if is_tensorflow_checkpoint(path):
         return _open_tensorflow(path, ema)
     if not path.is_file():
         raise PretrainedError(f"{path}: no such file")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(32)
-    for start, what in _NOT_WEIGHTS.items():
+    for start, explanation in _NOT_WEIGHTS.items():
         if head.startswith(start):
-            raise PretrainedError(f"{path} is {what}")
-    length = int.from_bytes(head[:8], "little")  # may begin as a pickle does: this is looked at first
+            raise PretrainedError(f"{path} is {explanation}")
+    length = int.from_bytes(head[:8], "little")  # its first byte may be that of a pickle, so this is checked first
     if head[8:9] == b"{" and length < 2**30:
         if 8 + length > size:
             raise PretrainedError(f"{path} is a truncated safetensors file; download it again")
@@ -71,18 +79,18 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _open_torch(path)
     raise PretrainedError(
-        f"{path} ({size:,} bytes) is no file of weights: neither safetensors nor PyTorch's; a TensorFlow checkpoint is named "
+        f"{path} ({size:,} bytes) is not a file of weights: neither safetensors nor PyTorch's; give a TensorFlow checkpoint "
         "by its prefix, .../model.ckpt-N"
     )
 
 
 def _open_safetensors(path: pathlib.Path) -> Tensors:
-    safetensors = import_or_refuse("safetensors", "safetensors")
+    safetensors = require_module("safetensors", "safetensors")
     try:
         file = safetensors.safe_open(str(path), framework="numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise PretrainedError(f"{path} is a damaged safetensors file ({error}); download it again") from None
+        raise PretrainedError(f"{path} is a corrupted safetensors file ({error}); download it again") from None
 
     def read(name):
         try:
@@ -96,74 +104,75 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. Raises: PretrainedError, OSError."""
+    """Writes a safetensors file completely or not at all. Raises: PretrainedError, OSError."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file(dict(tensors), partial, dict(metadata))
+        with atomic_write(path) as temporary:
+            save_file(dict(tensors), temporary, dict(metadata))
     except SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None
-    partial.replace(path)
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
-    torch = import_or_refuse("torch", "PyTorch")
+    torch = require_module("torch", "PyTorch")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it then refuses
+            warnings.simplefilter("ignore")  # about files that it then rejects
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
-            reason = "it holds more than tensors, and a pickle can run any code: only plain state dicts are read"
+            reason = "it contains more than tensors, and a pickle can run any code; save a plain state dict"
         raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason[:200]}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
-    plain = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
-    if not plain or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise PretrainedError(f"{path} holds no state dict (tensors by name), but a {type(loaded).__name__}")
+    has_names = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
+    if not has_names or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise PretrainedError(f"{path} contains a {type(loaded).__name__}, not a state dict (tensors by name)")
 
     shapes = {name: tuple(value.shape) for name, value in loaded.items()}
     loaded = dict(loaded)
 
     def read(name):
-        value = loaded.pop(name)  # so that weights are not held twice
+        value = loaded.pop(name)  # so that memory holds the weights only once
         return (value.detach().float() if value.is_floating_point() else value).numpy()
 
     return Tensors("PyTorch", shapes, read)
 
 
-_SHADOW = "/ExponentialMovingAverage"
+_EMA_SUFFIX = "/ExponentialMovingAverage"
 
 
 def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
-    tf = import_or_refuse("tensorflow", "TensorFlow")
+    tf = require_module("tensorflow", "TensorFlow")
     try:
         reader = tf.train.load_checkpoint(str(path))
         shapes = reader.get_variable_to_shape_map()
     except Exception as error:  # tf.errors and its base classes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {reason[:200]}") from None
-    shadows = {name for name in shapes if name.endswith(_SHADOW)}
-    if ema and not shadows:
-        raise PretrainedError(f"{path} holds no moving average; load the weights themselves with ema=False")
-    # Adam's moments and the step stand beside the weights; a weight is what has a shadow, or lies in the model's scope.
-    found = {name.removesuffix(_SHADOW): name for name in shadows}
+    averages = {name for name in shapes if name.endswith(_EMA_SUFFIX)}
+    if ema and not averages:
+        raise PretrainedError(f"{path} contains no moving average; load the raw weights with ema=False")
+    # A checkpoint also contains Adam's moments and the step; a weight has a moving average, or is no optimizer variable.
+    variables = {name.removesuffix(_EMA_SUFFIX): name for name in averages}
     if not ema:
-        found = {name: name for name in shapes if name in found or (not shadows and not _is_slot(name))}
+        variables = {
+            name: name for name in shapes if name in variables or (not averages and not _is_optimizer_variable(name))
+        }
 
     def read(name):
         try:
-            return reader.get_tensor(found[name])
+            return reader.get_tensor(variables[name])
         except Exception as error:
             raise PretrainedError(f"{path}: {name} cannot be read ({str(error)[:100]}); is a file missing?") from None
 
-    return Tensors("TensorFlow", {name: tuple(shapes[found[name]]) for name in found}, read)
+    return Tensors("TensorFlow", {name: tuple(shapes[variable]) for name, variable in variables.items()}, read)
 
 
-def _is_slot(name: str) -> bool:
+def _is_optimizer_variable(name: str) -> bool:
     return name.split("/")[-1].startswith("Adam") or "/" not in name
 
 
@@ -178,8 +187,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def import_or_refuse(module: str, name: str):
-    """A module that only some files need. Raises: PretrainedError where it is not installed."""
+def require_module(module: str, name: str):
+    """The imported module, which only some files need. Raises: PretrainedError if it is not installed."""
     try:
         return __import__(module)
     except ImportError:

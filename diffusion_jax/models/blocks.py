@@ -1,0 +1,87 @@
+"""The blocks of a network: residual blocks, with or without resampling, and self-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.models.layers import Dropout, LayerFactory
+
+__all__ = ["Attention", "ResBlock", "downsample_2x", "split_heads", "upsample_2x"]
+
+
+def downsample_2x(x) -> jax.Array:
+    """[B, H, W, C] to [B, H / 2, W / 2, C]: the mean of each 2x2 pixels."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def upsample_2x(x) -> jax.Array:
+    """[B, H, W, C] to [B, 2 H, 2 W, C]: each pixel four times."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class ResBlock(nn.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a 1x1 projection if the widths differ.
+
+    With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual one after its first SiLU (ADM
+    appendix A, as BigGAN).
+    """
+
+    features: int
+    dropout: float
+    scale_shift_norm: bool
+    layers: LayerFactory
+    resample: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x, embedding, train: bool) -> jax.Array:
+        """x: [B, H, W, C]; embedding: [B, E], of the time; train: whether dropout is active."""
+        h = nn.silu(self.layers.norm("norm1")(x))
+        upsample = self.resample is upsample_2x
+        if self.resample is not None:
+            h, x = h if upsample else self.resample(h), self.resample(x)
+        h = self.layers.conv(self.features, "conv1", upsample=upsample)(h)
+        width = self.features * (2 if self.scale_shift_norm else 1)
+        time = self.layers.dense(width, "time_proj")(nn.silu(embedding))[:, None, None, :]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.layers.norm("norm2")(h) * (1 + scale) + shift
+        else:
+            h = self.layers.norm("norm2")(h + time)
+        h = Dropout(self.dropout)(nn.silu(h), deterministic=not train)
+        h = self.layers.conv(self.features, "conv2", last=True)(h)
+        if x.shape[-1] != self.features:
+            x = self.layers.dense(self.features, "skip")(x)
+        return x + h
+
+
+def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
+    """The number of heads of a layer: channels / head_channels if that is given, else num_heads. Raises: ValueError."""
+    name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
+    if value < 1 or channels % value:
+        raise ValueError(f"{name}={value} does not divide an attention layer of {channels} channels")
+    return num_heads if head_channels is None else channels // head_channels
+
+
+class Attention(nn.Module):
+    """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax."""
+
+    num_heads: int
+    head_channels: int | None
+    layers: LayerFactory
+
+    @nn.compact
+    def __call__(self, x) -> jax.Array:
+        """x: [B, H, W, C]; returns the same shape."""
+        b, height, width, c = x.shape
+        heads = split_heads(c, self.num_heads, self.head_channels)
+        h = self.layers.norm("norm")(x).reshape(b, height * width, c)
+        q, k, v = (
+            self.layers.dense(c, name)(h).reshape(b, height * width, heads, c // heads) for name in ("q", "k", "v")
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
+        return x + self.layers.dense(c, "proj", last=True)(h)

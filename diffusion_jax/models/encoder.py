@@ -1,0 +1,149 @@
+"""The downsampling path and the middle of a network, which U-Nets and classifiers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from diffusion_jax.models.blocks import Attention, ResBlock, downsample_2x
+from diffusion_jax.models.layers import LayerFactory, timestep_embedding
+
+__all__ = ["REMAT_NAME", "Encoder"]
+
+# The name, for a policy of jax.checkpoint, of the activations between blocks, which `remat` keeps for the backward pass.
+REMAT_NAME = "between blocks"
+_REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
+
+
+class Encoder(nn.Module):
+    """The downsampling path and the middle: fields, layers and their names.
+
+    channels: width of the first level, a multiple of `num_groups`.
+    channel_multipliers: the width of each level over `channels`, fractions too (0.5 is ADM's first at 512 pixels); each level
+      after the first halves the resolution.
+    num_res_blocks: residual blocks of each level of the downsampling path (the upsampling path has one more).
+    attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
+      256-pixel ones. The middle always has one.
+    num_heads: attention heads of every layer; head_channels: the channels of a head instead, so that wider layers have more
+      heads (ADM's are 64).
+    resample_blocks: levels are joined by a residual block that averages 2x2 pixels, or repeats them, in both its branches
+      (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
+    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
+    downsample_padding: before and after each side of the stride-2 convolution; OpenAI's is (1, 1).
+    num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
+    initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
+    dropout: rate before the second convolution of each block, in training only.
+    dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics, the softmax and the
+      output stay float32.
+    convolution: "products" computes convolutions of stride 1 and dense layers as matrix products (`models.convolution`);
+      "xla" leaves them to XLA; "auto" is the first for a network that computes in bfloat16 on one CPU device. The numbers
+      differ by rounding. Use "xla" if a network is traced on a CPU for another machine, or for forward-mode derivatives.
+    remat: recompute each block's activations in the backward pass: less memory, about a third more time.
+    """
+
+    channels: int = 128
+    channel_multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (1,)
+    num_heads: int = 1
+    head_channels: int | None = None
+    resample_blocks: bool = False
+    scale_shift_norm: bool = False
+    embedding_cos_first: bool = False
+    embedding_freq_shift: float = 1.0
+    downsample_padding: tuple[int, int] = (0, 1)
+    num_groups: int = 32
+    norm_epsilon: float = 1e-6
+    initializer: str = "ho"
+    dropout: float = 0.1
+    dtype: str = "float32"
+    convolution: str = "auto"
+    remat: bool = False
+
+    @property
+    def layers(self) -> LayerFactory:
+        """The factory of this network's layers."""
+        dtype = jnp.dtype(self.dtype)
+        use_matmul = self.convolution == "products"
+        if self.convolution == "auto":
+            use_matmul = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and jax.device_count() == 1
+        return LayerFactory(self.num_groups, self.norm_epsilon, self.initializer, dtype, use_matmul)
+
+    def width(self, level: int) -> int:
+        """Channels of a level."""
+        return round(self.channels * self.channel_multipliers[level])
+
+    def residual_block(
+        self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None
+    ) -> jax.Array:
+        """h after a residual block of a level's width."""
+        kind = _REMAT_BLOCK if self.remat else ResBlock
+        block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, name=name)
+        return checkpoint_name(block(h, embedding, train), REMAT_NAME)
+
+    def attention(self, h, name: str, num_heads: int | None = None) -> jax.Array:
+        """h after a self-attention layer. num_heads: overrides the field."""
+        kind = _REMAT_ATTENTION if self.remat else Attention
+        layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, name=name)
+        return checkpoint_name(layer(h), REMAT_NAME)
+
+    def embed_time(self, time) -> jax.Array:
+        """The embedding [B, 4 channels] of the network time [B]."""
+        embedding = timestep_embedding(
+            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+        embedding = nn.silu(self.layers.dense(4 * self.channels, "time_0")(embedding.astype(self.dtype)))
+        return self.layers.dense(4 * self.channels, "time_1")(embedding)
+
+    def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
+        """(the middle's output, the activations for skip connections in order) of images x [B, H, W, C]."""
+        num_levels = len(self.channel_multipliers)
+        h = self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype))
+        skips = [h]
+        for level in range(num_levels):
+            for j in range(self.num_res_blocks):
+                h = self.residual_block(h, embedding, level, f"down_{level}_block_{j}", train)
+                if level in self.attention_levels:
+                    h = self.attention(h, f"down_{level}_attn_{j}")
+                skips.append(h)
+            if level < num_levels - 1:
+                name = f"down_{level}_downsample"
+                if self.resample_blocks:
+                    h = self.residual_block(h, embedding, level, name, train, downsample_2x)
+                else:
+                    h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
+                skips.append(h)
+        h = self.residual_block(h, embedding, num_levels - 1, "mid_block_0", train)
+        h = self.attention(h, "mid_attn")
+        return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
+
+    def check_input(self, x) -> None:
+        """Raises: ValueError for fields that do not describe a network, or images that do not fit this one."""
+        num_levels = len(self.channel_multipliers)
+        kind = type(self).__name__
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"the {kind} needs float images, in [-1, 1]; got {x.dtype}; convert uint8 images with x / 127.5 - 1"
+            )
+        if x.ndim != 4:
+            raise ValueError(f"the {kind} needs images [B, H, W, C], got shape {x.shape}")
+        divisor = 2 ** (num_levels - 1)
+        if x.shape[1] % divisor or x.shape[2] % divisor:
+            raise ValueError(
+                f"a {kind} of {num_levels} levels needs a height and width that {divisor} divides, got {x.shape[1:3]}; "
+                "resize the images or use fewer channel_multipliers"
+            )
+        if self.initializer not in ("ho", "openai"):
+            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
+        if self.convolution not in ("auto", "products", "xla"):
+            raise ValueError(f"convolution={self.convolution!r} must be 'auto', 'products' or 'xla'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        outside = [level for level in self.attention_levels if not 0 <= level < num_levels]
+        if outside:
+            raise ValueError(f"attention_levels must lie in 0 ... {num_levels - 1}, got {outside[0]}")

@@ -1,0 +1,74 @@
+"""A Markdown table of the metrics of runs."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records, settings_of
+
+__all__ = ["format_table", "read_runs"]
+
+_FIRST_SETTINGS = ("step", "weights", "sampler", "steps", "features", "num_samples")
+_Record = dict[str, Any]
+
+
+def read_runs(paths: Iterable[str]) -> tuple[list[tuple[pathlib.Path, _Record]], list[str]]:
+    """((directory, record) of every record, a note for every path without records).
+
+    paths: directories with a metrics.json, or such files. Bits per dimension from the likelihood.json beside it are added to
+    the records of the same weights, or form a record of their own. Raises: ValueError.
+    """
+    rows: list[tuple[pathlib.Path, _Record]] = []
+    notes = []
+    for name in paths:
+        path = pathlib.Path(name).expanduser()
+        path = path / "metrics.json" if path.is_dir() else path
+        records, likelihood = read_records(path), read_likelihood(path.with_name("likelihood.json"))
+        if likelihood:
+            records = _add_likelihood(records, likelihood)
+        if not records:
+            notes.append(f"{path}: nothing has been measured there; run --mode=evaluate")
+        rows += [(path.parent, record) for record in records]
+    return rows, notes
+
+
+def _add_likelihood(records: list[_Record], likelihood: Mapping[str, Any]) -> list[_Record]:
+    bits = {key: value for key, value in likelihood.items() if "bits_per_dim" in key}
+    has_same_weights = [
+        all(record.get(key) == likelihood.get(key) for key in ("step", "weights")) for record in records
+    ]
+    if not any(has_same_weights):
+        return [*records, dict(likelihood)]
+    return [record | bits if same else record for record, same in zip(records, has_same_weights, strict=True)]
+
+
+def format_table(runs: list[tuple[pathlib.Path, _Record]]) -> str:
+    """A row for each record, with its metrics and the settings in which any two records differ."""
+    differing = differing_settings([record for _, record in runs])
+    settings = [key for key in differing if not key.endswith("_digest")]
+    settings = list(dict.fromkeys([*_FIRST_SETTINGS, *settings]))
+    rows = [_format_row(directory, record, settings) for directory, record in runs]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
+    order = ["run", *settings]
+    columns.sort(key=lambda key: order.index(key) if key in order else len(order))
+    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -> dict[str, str]:
+    values = settings_of(record)
+    row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
+    if "samples" in row:
+        row["samples"] = pathlib.Path(row["samples"]).name
+    for key, value in record.items():
+        if isinstance(value, float) and not key.endswith(("_std", "_standard_error")):
+            error = record.get(f"{key}_standard_error")
+            row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+    if "memorization" in record:
+        row["close_share"] = f"{record['memorization']['close_share']:.4g}"
+    return row

@@ -1,0 +1,83 @@
+"""Checks and conversions of the batches that a train step gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.images import to_model_range
+
+__all__ = ["random_flip", "read_batch"]
+
+
+def read_batch(
+    batch: Mapping[str, Any], shape: tuple[int, int, int], takes_labels: bool, num_microbatches: int = 1
+) -> tuple[jax.Array, jax.Array | None]:
+    """(x_0 float32 [B, H, W, C], y int [B] or None) of a batch; reads only shapes and types, so it works under jit.
+
+    batch: "image", uint8 [B, H, W, C], which is scaled to [-1, 1]; or "x", float [B, H, W, C], which is used as it is.
+    "label", int [B], is read only if `takes_labels`. shape: (H, W, C). num_microbatches: B must be a multiple of it.
+    Raises: ValueError for any other batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f'a batch must be a dictionary with "image" or "x"; got {type(batch).__name__}')
+    given = [name for name in ("image", "x") if name in batch]
+    if len(given) != 1:
+        names = ", ".join(map(repr, batch)) or "nothing"
+        raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {names}')
+    (name,) = given
+    values = batch[name]
+    _check_dtype(name, values)
+    if jnp.ndim(values) != 4 or jnp.shape(values)[1:] != tuple(shape):
+        expected = ", ".join(map(str, shape))
+        raise ValueError(
+            f'batch["{name}"] must have shape [B, {expected}], as data.image_size and data.channels require; '
+            f"got {list(jnp.shape(values))}"
+        )
+    batch_size = len(values)
+    if batch_size < 1:
+        raise ValueError("a batch must hold at least one example; got none")
+    if batch_size % num_microbatches:
+        raise ValueError(
+            f"a batch of {batch_size} must be a multiple of training.accumulation_steps={num_microbatches}"
+        )
+    x_0 = to_model_range(values) if name == "image" else values.astype(jnp.float32)
+    return x_0, _read_labels(batch, batch_size) if takes_labels else None
+
+
+def _check_dtype(name: str, values: Any) -> None:
+    if not hasattr(values, "dtype"):
+        raise ValueError(f'batch["{name}"] must be an array; got {type(values).__name__}')
+    dtype = jnp.result_type(values)
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    if name == "image" and dtype != jnp.uint8:
+        advice = 'give float data, standardized to about [-1, 1], as "x"' if is_float else "convert it to uint8"
+        raise ValueError(f'batch["image"] must be uint8, gray levels 0 to 255; got {dtype}; {advice}')
+    if name == "x" and not is_float:
+        advice = 'give it as "image"' if dtype == jnp.uint8 else "convert and standardize it"
+        raise ValueError(f'batch["x"] must be float, standardized data; got {dtype}; {advice}')
+
+
+def _read_labels(batch: Mapping[str, Any], batch_size: int) -> jax.Array:
+    if "label" not in batch:
+        raise ValueError(
+            f'a batch must have "label", int [{batch_size}], for model.num_classes or diffusion.loss=classify; '
+            f"got {', '.join(map(repr, batch))}"
+        )
+    y = batch["label"]
+    if not hasattr(y, "dtype"):
+        raise ValueError(f'batch["label"] must be an array; got {type(y).__name__}')
+    if not jnp.issubdtype(jnp.result_type(y), jnp.integer) or jnp.shape(y) != (batch_size,):
+        raise ValueError(
+            f'batch["label"] must be int of shape [{batch_size}]; got {jnp.result_type(y)} {list(jnp.shape(y))}'
+        )
+    return y
+
+
+def random_flip(key: jax.Array, x_0: jax.Array) -> jax.Array:
+    """x_0 [B, H, W, C] with each image mirrored left to right with probability 1/2."""
+    flipped = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
+    return jnp.where(flipped, x_0[:, :, ::-1], x_0)

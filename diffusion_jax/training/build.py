@@ -1,0 +1,102 @@
+"""From a config to the initial state and the compiled, sharded train step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_jax import models, schedules
+from diffusion_jax.config import resolve
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.training.from_config import check_loss, input_shape, model_from_config, schedule_from_config
+from diffusion_jax.training.optimizer import from_config as optimizer_from_config
+from diffusion_jax.training.optimizer import learning_rate
+from diffusion_jax.training.state import Network, TrainState, initial_state
+from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
+
+__all__ = ["Setup", "create", "setup"]
+
+
+class Setup(NamedTuple):
+    """What a config describes, before any array exists.
+
+    init: () -> TrainState, compiled. train_step: (state, batch) -> (state, metrics), compiled; it donates the state.
+    train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one program; None for one
+    step per call. abstract_state: the shapes, dtypes and shardings of the state.
+    """
+
+    mesh: Mesh
+    model: Network
+    schedule: schedules.Schedule
+    init: Callable[[], TrainState]
+    train_step: TrainStep
+    train_steps: TrainStep | None
+    abstract_state: TrainState
+
+
+def setup(config: Mapping[str, Any]) -> Setup:
+    """Builds the network, the schedule and the compiled functions of a config.
+
+    config: any mapping that `config.resolve` takes, partial ones included. Raises: ConfigError for a value that its leaf does
+    not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    """
+    config = resolve(config)
+    mesh = sharding.make_mesh(config["mesh"])
+    options = config["training"]
+    sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
+    schedule = schedule_from_config(config["diffusion"])
+    check_loss(config["diffusion"])
+    model = model_from_config(config)
+    optimizer = optimizer_from_config(config["optimizer"])
+    shape = input_shape(config)
+
+    def init() -> TrainState:
+        return initial_state(config, model, optimizer, shape)
+
+    shapes = jax.eval_shape(init)
+    state_shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+
+    def gather_params(loss_fn: Callable) -> Callable:
+        return sharding.gather_params(loss_fn, mesh, model.dtype, models.REMAT_NAME if model.remat else None)
+
+    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
+
+    def compiled(function: TrainStep, leading: int) -> TrainStep:
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(state_shardings, sharding.batch_sharding(mesh, leading)),
+            out_shardings=(state_shardings, replicated),
+            compiler_options=compiler.options(options["deterministic"]),
+        )
+
+    # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls, so the caller makes
+    # single calls there.
+    scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
+    return Setup(
+        mesh=mesh,
+        model=model,
+        schedule=schedule,
+        init=jax.jit(init, out_shardings=state_shardings, compiler_options=compiler.fast_compile_options()),
+        train_step=compiled(train_step, 0),
+        train_steps=compiled(scan_steps(train_step), 1) if scans else None,
+        abstract_state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, state_shardings
+        ),
+    )
+
+
+def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
+    """(state, train_step) of a config, for use in other programs.
+
+    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
+    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state that it gets. Float data,
+    already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only for `model.num_classes` or the
+    loss "classify". A config is any nested mapping, partial or complete, as `config.resolve` takes it.
+    Raises: as `setup`; train_step raises ValueError for a batch of other names, types or shapes.
+    """
+    built = setup(config)
+    return built.init(), built.train_step

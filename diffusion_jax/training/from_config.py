@@ -1,0 +1,106 @@
+"""What the groups of a config describe: the schedule, the network and the shape of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax import data, models, schedules
+from diffusion_jax.training.state import Network
+
+__all__ = [
+    "check_loss",
+    "input_shape",
+    "is_classifier",
+    "is_upsampler",
+    "model_from_config",
+    "schedule_from_config",
+]
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a config trains a classifier of noisy images instead of a diffusion model."""
+    return config["diffusion"]["loss"] == "classify"
+
+
+def is_upsampler(config: Mapping[str, Any]) -> bool:
+    """Whether a config's diffusion model enlarges small images, which are an input of its network."""
+    return bool(config["data"]["low_resolution"])
+
+
+def input_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(H, W, C) of the network's input: an image, and for an upsampler also the small image and the channel of its noise.
+
+    Raises: ValueError for a low resolution or a noise that does not fit the image or the network.
+    """
+    height, width, channels = data.image_shape(config["data"])
+    low, noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
+    if not low:
+        if noise:
+            raise ValueError(
+                f"diffusion.conditioning_noise={noise} is for upsamplers; set data.low_resolution, or use 0"
+            )
+        return height, width, channels
+    if not 1 <= low < height or height % low or width % (height // low):
+        raise ValueError(
+            f"data.low_resolution={low}: the size of the small images must divide {height}x{width} (0 for no upsampler)"
+        )
+    if is_classifier(config):
+        raise ValueError(f"data.low_resolution={low}: a classifier (diffusion.loss=classify) has none; use 0")
+    return height, width, 2 * channels + (1 if noise else 0)
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
+    """The Schedule of `config.diffusion`. Raises: ValueError for values that contradict each other."""
+    betas = schedules.betas(
+        config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
+    )
+    network_times = None
+    if config["rescale_timesteps"]:
+        network_times = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
+    schedule = schedules.from_betas(betas, network_times)
+    predicts_x_0 = config["loss"] != "classify"
+    if predicts_x_0 and schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
+        raise ValueError(
+            f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} does not "
+            "determine x_0; use diffusion.prediction=v"
+        )
+    return schedule
+
+
+def model_from_config(config: Mapping[str, Any]) -> Network:
+    """The network of `config.model`: a U-Net with the output channels that `config.diffusion.variance` needs, or a classifier.
+
+    Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
+    """
+    if is_classifier(config):
+        return models.from_config(config["model"], models.Classifier)
+    model = models.from_config(config["model"])
+    assert isinstance(model, models.UNet)
+    channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
+    needed = channels * (2 if variance.startswith("learned") else 1)
+    if model.out_channels not in (None, needed):
+        raise ValueError(
+            f"model.out_channels={model.out_channels}, but diffusion.variance={variance!r} and data.channels={channels} "
+            f"need {needed}; leave it out"
+        )
+    return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
+
+
+def check_loss(config: Mapping[str, Any]) -> None:
+    """Raises: ValueError if the loss of `config.diffusion` contradicts its variance or weighting."""
+    loss, variance, weighting = config["loss"], config["variance"], config["weighting"]
+    is_learned = variance.startswith("learned")
+    if loss == "simple" and is_learned:
+        raise ValueError(
+            f"diffusion.variance={variance!r}: L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a "
+            "fixed variance"
+        )
+    if loss == "hybrid" and not is_learned:
+        raise ValueError(
+            f"diffusion.loss='hybrid' trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
+        )
+    if loss == "vlb" and weighting not in (None, "none"):
+        raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the vlb has its own weights; use none")

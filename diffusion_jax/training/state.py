@@ -1,0 +1,61 @@
+"""The state of training: everything a run is, apart from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax import models, timesteps
+from diffusion_jax.training.metrics import empty_window, metric_names
+
+__all__ = ["IMPORTANCE_SAMPLER", "Network", "TrainState", "initial_params", "initial_state"]
+
+Network = models.UNet | models.Classifier
+
+IMPORTANCE_SAMPLER = "loss_second_moment"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run is, apart from its config. A checkpoint holds all of it.
+
+    step: int32, the number of finished steps. params, ema_params: trees of float32. opt_state: the optimizer's. window: sums
+    of the metrics since the last multiple of `training.log_every` (see `metrics`), part of the state so that a resumed run
+    logs the same means. loss_history: the losses that `timesteps.loss_second_moment` needs; None for other timestep samplers.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: optax.OptState
+    window: dict[str, Any]
+    loss_history: timesteps.LossHistory | None = None
+
+
+def initial_params(key: jax.Array, model: Network, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Initial parameters of a network whose input is `image_shape` (H, W, C), which `training.input_shape` gives."""
+    takes_labels = model.num_classes and not isinstance(model, models.Classifier)
+    y = (jnp.zeros(1, jnp.int32),) if takes_labels else ()
+    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), *y)["params"]
+
+
+def initial_state(
+    config: Mapping[str, Any],
+    model: Network,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+) -> TrainState:
+    """The state before the first step; the EMA starts as a copy of the parameters."""
+    diffusion = config["diffusion"]
+    params = initial_params(jax.random.key(config["seed"]), model, image_shape)
+    window = empty_window(metric_names(diffusion["loss"]))
+    history = None
+    if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:
+        history = timesteps.loss_history(diffusion["num_timesteps"])
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), window, history)

@@ -1,0 +1,112 @@
+"""The installed package: a wheel and an editable install, each in an environment of its own, used from another directory."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+
+import pytest
+
+from diffusion_jax import config
+from helpers.paths import ROOT
+
+SMALL = {"model.channels": 8, "model.num_groups": 4, "training.batch_size": 8, "training.num_steps": 20}
+SMALL |= {"training.log_every": 10, "training.sample_every": 0, "training.checkpoint_every": 20}
+CREATE = """
+from diffusion_jax import training
+state, train_step = training.create({
+    "data": {"dataset": "digits", "image_size": 8, "channels": 1},
+    "model": {"channels": 32},
+})
+print(int(state.step), callable(train_step))
+"""
+
+
+def project():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)
+
+
+def test_every_folder_with_modules_is_packaged():
+    tool = project()["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "diffusion_jax").rglob("*.py")}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"diffusion_jax.configs"}
+    assert set(tool["packages"]) == expected and tool["package-dir"] == {"diffusion_jax.configs": "configs"}
+    assert project()["project"]["scripts"] == {"diffusion-jax": "diffusion_jax.cli:main"}
+
+
+def run(*command, cwd, code=0, **variables):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env={**environment, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def environment(request, tmp_path):
+    """(folder of executables, how) of an environment with this package and, by a .pth file, the packages of this one."""
+    if tuple(map(int, importlib.metadata.version("setuptools").split(".")[:1])) < (77,):
+        pytest.skip("setuptools 77 is needed to build the package without a download; pip install 'setuptools>=77'")
+    source, home = tmp_path / "source", tmp_path / "environment"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "tests", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=lambda folder, names: ignored(folder, names) if folder == str(ROOT) else [])
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
+    site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (site / "test_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    build = (
+        "-m",
+        "pip",
+        "--python",
+        home / "bin" / "python",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    )
+    how = ["--editable"] if request.param == "editable" else []
+    run(
+        sys.executable,
+        *build,
+        *how,
+        source,
+        cwd=tmp_path,
+        PYTHONPATH=os.pathsep.join(filter(None, [setuptools_path()])),
+    )
+    if request.param == "wheel":
+        shutil.rmtree(source)
+    return home / "bin"
+
+
+def setuptools_path():
+    """Where setuptools is, if not among the packages of this environment."""
+    found = importlib.metadata.distribution("setuptools").locate_file("")
+    return "" if str(found) == sysconfig.get_path("purelib") else str(found)
+
+
+@pytest.mark.whole
+def test_an_installed_package_trains_from_any_directory(environment, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    _, err = run(environment / "python", "-c", "import configs", cwd=elsewhere, code=1)
+    assert "ModuleNotFoundError: No module named 'configs'" in err
+    names, _ = run(
+        environment / "python",
+        "-c",
+        "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())",
+        cwd=elsewhere,
+    )
+    assert names.split() == config.experiment_names()
+    flags = [f"--config.{leaf}={value}" for leaf, value in SMALL.items()]
+    out, _ = run(
+        environment / "diffusion-jax", "--config=digits", "--workdir=run", *flags, cwd=elsewhere, JAX_PLATFORMS="cpu"
+    )
+    assert "Done: 20 steps" in out and (elsewhere / "run" / "checkpoints" / "20").is_dir()
+    out, _ = run(environment / "python", "-c", CREATE, cwd=elsewhere, JAX_PLATFORMS="cpu")
+    assert out.split() == ["0", "True"]
+    _, err = run(environment / "diffusion-jax", "--config=digitz", "--workdir=run", cwd=elsewhere, code=2)
+    assert err == "error: --config=digitz: no such file or experiment; give a Python file, or a name such as digits\n"
