@@ -132,7 +132,7 @@ def _train(
     setup: training.Setup,
     checkpoints: Checkpoints,
     state: training.TrainState,
-    source,
+    source: data.Source,
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:
