@@ -1,4 +1,4 @@
-"""Trains the network of diffusion_jax/evaluation/digits.py, and says how well it reads digits that it has not seen.
+"""Trains the network of diffusion_jax/evaluation/digits_classifier.py, and prints its accuracy on held-out digits.
 
     python benchmarks/digits_features.py [--out=PATH]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -42,7 +41,9 @@ class Batches:
     default all.
     """
 
-    def __init__(self, source: Source, seed: int, batch_size: int, num_steps: int, rows=slice(None)):
+    def __init__(
+        self, source: Source, seed: int, batch_size: int, num_steps: int, rows: slice | np.ndarray = slice(None)
+    ):
         self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
         self._rows = np.arange(batch_size)[rows]
 
@@ -61,7 +62,9 @@ def _ignore_ctrl_c(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stream(batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4) -> Iterator[dict[str, np.ndarray]]:
+def stream(
+    batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterates over the batches from step `start`, prefetched by Grain.
 
     workers: processes that decode, whole batches each; 0 for a thread of this process, which suits data in memory.

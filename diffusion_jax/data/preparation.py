@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from diffusion_jax.errors import DataError
 
-__all__ = ["preparation_command", "prepare"]
+__all__ = ["exclusive_lock", "preparation_command", "prepare", "request_address"]
 
 _CONNECT_SECONDS = 6.0  # for name resolution and connection, so that an offline machine shows its error within 15 s
 _READ_SECONDS = 60.0  # a download fails after this time without a byte
@@ -58,7 +58,7 @@ def prepare(name: str, make_builder: Callable, data_dir: str | None) -> None:
     log = functools.partial(print, file=sys.stdout, flush=True)  # bound here, because sys.stdout is redirected below
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _exclusive_lock(pathlib.Path(root) / ".prepare.lock", log) as killed_at:
+        with exclusive_lock(pathlib.Path(root) / ".prepare.lock", log) as killed_at:
             builder = make_builder()
             if not builder.is_prepared():
                 _download_and_prepare(builder, name, killed_at, log)
@@ -93,7 +93,7 @@ def _download_and_prepare(builder, name: str, killed_at: float | None, log: Call
 
 
 @contextlib.contextmanager
-def _exclusive_lock(path: pathlib.Path, log: Callable[[str], None]) -> Iterator[float | None]:
+def exclusive_lock(path: pathlib.Path, log: Callable[[str], None]) -> Iterator[float | None]:
     """Waits for a lock on a file and holds it. Yields the start time of a holder that was killed, else None.
 
     On a file system without locks nothing is held.
@@ -182,7 +182,7 @@ def _limited_requests(meter: _DownloadMeter) -> Iterator[None]:
 
         def request(self, method, url, *args, **kwargs):
             meter.check()
-            address = _address(url)
+            address = request_address(url)
             if address not in connected:
                 _connect(*address)
                 connected.add(address)
@@ -208,7 +208,7 @@ def _hide_accelerators() -> None:
     tf.config.set_visible_devices([], "GPU")
 
 
-def _address(url: str) -> tuple[str, int]:
+def request_address(url: str) -> tuple[str, int]:
     """(host, port) to which a request connects: the proxy of the environment, else the server."""
     from requests.utils import get_environ_proxies, select_proxy
 

@@ -182,16 +182,18 @@ class Tfds:
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
         builder = make_builder(name, data_dir)
-        where = f"in {builder.data_path.parent}"
+        directory = builder.data_path.parent
         if not builder.is_prepared():
             command = preparation_command(name, data_dir)
-            raise DataError(f"the data set {name!r} is not {where}; set data.data_dir, or prepare it with: {command}")
+            raise DataError(
+                f"the data set {name!r} is not in {directory}; set data.data_dir, or prepare it with: {command}"
+            )
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
             raise DataError(
-                f"the data set {name!r} {where} is in {file_format} format, not array_record or tfrecord; prepare it with: "
-                f"{preparation_command(name, other)} and set data.data_dir={other}"
+                f"the data set {name!r} in {directory} is in {file_format} format, not array_record or tfrecord; "
+                f"prepare it with: {preparation_command(name, other)} and set data.data_dir={other}"
             )
         try:
             info = builder.info.splits[split]

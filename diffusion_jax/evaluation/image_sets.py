@@ -183,20 +183,20 @@ def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in arrays]
-            found, has_images = {name: np.asarray(arrays[name], np.float64) for name in names}, "arr_0" in arrays
+            values, has_images = {name: np.asarray(arrays[name], np.float64) for name in names}, "arr_0" in arrays
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from None
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean in found and (
-            found[mean].ndim != 1 or found.get(covariance, found[mean]).shape != found[mean].shape * 2
+        if mean in values and (
+            values[mean].ndim != 1 or values.get(covariance, values[mean]).shape != values[mean].shape * 2
         ):
             raise ValueError(f"{path}: {mean} and {covariance} are not [D] and [D, D]")
-    if not all(np.isfinite(values).all() for values in found.values()):
+    if not all(np.isfinite(value).all() for value in values.values()):
         raise ValueError(f"{path}: its statistics are not finite")
-    if "mu" not in found:
+    if "mu" not in values:
         return None, has_images
-    spatial = Moments(found["mu_s"], found["sigma_s"], 0) if "mu_s" in found else None
-    return Statistics(Moments(found["mu"], found["sigma"], 0), spatial), has_images
+    spatial = Moments(values["mu_s"], values["sigma_s"], 0) if "mu_s" in values else None
+    return Statistics(Moments(values["mu"], values["sigma"], 0), spatial), has_images
 
 
 def pixel_digest(source: data.Source, chunk: int, progress: Callable[[int], None]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), between the Gaussians of two moments (Heusel et al. 2017, eq. 6).
 
-    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact to rounding also where the
+    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact up to rounding even if the
     covariances are singular (fewer images than dimensions); eigenvalues of C_1 C_2, their squares, lose half the digits.
     Raises: ValueError for moments of different dimensions, that are not finite, or that are not covariances.
     """
@@ -194,12 +194,13 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(reference, samples, k: int = 3, devices: Sequence[jax.Device] | None = None) -> PrecisionRecall:
+def precision_recall(reference, samples, k: int = 3, devices: Sequence[Any] | None = None) -> PrecisionRecall:
     """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
 
     A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
     its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
-    inside. devices: used for the comparisons, by default all of this process. Raises: ValueError for fewer than k + 1 images.
+    inside. devices: of JAX, for the comparisons; by default all of this process. Raises: ValueError for fewer than k + 1
+    images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
@@ -216,7 +217,7 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
-def density_coverage(reference, samples, k: int = 5, devices: Sequence[jax.Device] | None = None) -> DensityCoverage:
+def density_coverage(reference, samples, k: int = 5, devices: Sequence[Any] | None = None) -> DensityCoverage:
     """The mean number of the reference's balls that contain a sample, over k, and the share of balls that contain a sample
     (Naeem et al. 2020, eq. 4 and 6). Arguments and errors: as `precision_recall`.
     """
@@ -239,7 +240,7 @@ class Neighbors(NamedTuple):
 
 
 def nearest_neighbors(
-    reference, queries, k: int = 1, others: bool = False, devices: Sequence[jax.Device] | None = None
+    reference, queries, k: int = 1, others: bool = False, devices: Sequence[Any] | None = None
 ) -> Neighbors:
     """The k nearest reference features of each query.
 
@@ -247,9 +248,9 @@ def nearest_neighbors(
     features, or k others, in the reference.
     """
     reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
-    own = np.arange(len(queries)) if others else np.full(len(queries), -1)
+    excluded = np.arange(len(queries)) if others else np.full(len(queries), -1)
     indices = _compare(
-        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), own, devices=devices
+        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded, devices=devices
     )
     # From the differences, because the products that gave the indices cancel for a query that is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
@@ -266,9 +267,9 @@ def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
     return _compare(radius, features, features, np.zeros(1), np.arange(len(features)), devices=devices)
 
 
-def _smallest(d, k: int, own):
-    """The k smallest of d [N], without its element `own`, in order: (values, indices)."""
-    values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == own, jnp.inf, d), k)
+def _smallest(d, k: int, excluded):
+    """(values, indices) of the k smallest of d [N] in order, without the element at index `excluded`."""
+    values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == excluded, jnp.inf, d), k)
     return -values, indices
 
 

@@ -154,7 +154,7 @@ def _features(extraction: FeaturePipeline, images: ImageSet, cache: pathlib.Path
     for part in (moments, spatial):
         if part is not None:
             digest.update(part.mean.tobytes() + part.covariance.tobytes())
-    pool, parts = (None, None) if features is None else (features.pool, features.parts)
+    pool, parts = (None, None) if features is None else (features.pool, features.cache)
     return SetFeatures(pool, moments, spatial, digest.hexdigest(), parts)
 
 

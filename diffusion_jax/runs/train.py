@@ -102,7 +102,7 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if max(_checkpoint_steps(workdir), default=0) < num_steps:
         return False
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.whole_step() or 0
+        newest = checkpoints.newest_intact_step() or 0
     if newest < num_steps:
         return False
     log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")
@@ -132,7 +132,7 @@ def _train(
     setup: training.Setup,
     checkpoints: Checkpoints,
     state: training.TrainState,
-    source,
+    source: data.Source,
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:

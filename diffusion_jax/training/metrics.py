@@ -1,7 +1,7 @@
 """The metrics of training: sums of one step, and their running sums in a window of `training.log_every` steps.
 
-A window is a dictionary {name: {"total": float32, "count": float32}}; in addition, `nonfinite_step` holds the first step whose
-loss, gradient or parameters were not finite, or -1.
+A window is a dictionary {name: {"total": float32, "count": float32}}; `nonfinite_step` is the first step whose loss,
+gradient or parameters were not finite, or -1.
 """
 
 from __future__ import annotations

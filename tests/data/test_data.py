@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
+from diffusion_jax.errors import ConfigError
 
 CONFIG = {
     "dataset": "digits",
@@ -135,7 +136,7 @@ def test_sixteen_bits_are_scaled_and_images_beside_subfolders_are_no_class(folde
 
 def test_bad_folders_and_images(folder, tmp_path):
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
-    with pytest.raises(data.DataError, match="is no folder"):
+    with pytest.raises(data.DataError, match="is not a folder"):
         data.load({**config, "data_dir": str(folder / "nowhere")})
     (folder / "empty").mkdir()
     with pytest.raises(data.DataError, match="no images below"):
@@ -144,10 +145,10 @@ def test_bad_folders_and_images(folder, tmp_path):
     (folder / "cat" / "wide.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(data.DataError, match="wide.png"):
         data.load(config)
-    with pytest.raises(data.DataError, match="is no folder"):
+    with pytest.raises(data.DataError, match="is not a folder"):
         data.load({**config, "data_dir": ""})
     for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"image_size": "wide"}, {"image_size": 2.5}):
-        with pytest.raises(data.DataError, match="must be"):
+        with pytest.raises(ConfigError, match="must be"):
             data.load({**config, **wrong})
 
 

@@ -192,13 +192,13 @@ def test_through_a_proxy(server, tmp_path, monkeypatch):
 def test_addresses(monkeypatch):
     for variable in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    assert preparation._address("https://a.org/x") == ("a.org", 443)
-    assert preparation._address("http://a.org:81/x") == ("a.org", 81)
+    assert preparation.request_address("https://a.org/x") == ("a.org", 443)
+    assert preparation.request_address("http://a.org:81/x") == ("a.org", 81)
     monkeypatch.setenv("https_proxy", "http://user:word@proxy.org:3128")
-    assert preparation._address("https://a.org/x") == ("proxy.org", 3128)
-    assert preparation._address("http://a.org/x") == ("a.org", 80)
+    assert preparation.request_address("https://a.org/x") == ("proxy.org", 3128)
+    assert preparation.request_address("http://a.org/x") == ("a.org", 80)
     monkeypatch.setenv("no_proxy", "a.org")
-    assert preparation._address("https://a.org/x") == ("a.org", 443)
+    assert preparation.request_address("https://a.org/x") == ("a.org", 443)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_what_a_killed_launch_left_is_removed(server, tmp_path):
 
 HOLD = """
 import sys, time
-from diffusion_jax.data.preparation import _exclusive
+from diffusion_jax.data.preparation import exclusive_lock
 import pathlib
-with _exclusive(pathlib.Path(sys.argv[1]), print):
+with exclusive_lock(pathlib.Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -321,7 +321,7 @@ def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
     (shard,) = (tmp_path / "local_fruit").rglob("*.tfrecord*")
     for cut in (before[shard][:-1], before[shard][: len(before[shard]) // 2], b""):
         shard.write_bytes(cut)
-        with pytest.raises(data.DataError, match="is damaged: it should hold 12 records"):
+        with pytest.raises(data.DataError, match="is corrupted: it has"):
             data.load(part)
     shard.unlink()
     with pytest.raises(data.DataError, match="No such file"):

@@ -90,19 +90,19 @@ def test_a_sampler_inside_of_another_is_fitted_too():
 def test_what_does_not_fit_a_net_is_one_line():
     plain, conditional = net_of(), net_of(num_classes=3)
     for net, options, words in (
-        (plain, {"y": 1}, "has no classes, got y=1; leave y out"),
-        (conditional, {}, "has 3 classes: give y, a label or 2 of them"),
+        (plain, {"y": 1}, "has no classes, got y=1; omit y"),
+        (conditional, {}, "has 3 classes: give y, one label or 2"),
         (conditional, {"y": 3}, r"labels must lie in 0 \.\.\. 2, got 3"),
         (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
         (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each image; got shape \(3,\)"),
         (conditional, {"y": 0.5}, "labels must be int"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
-        (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "needed by networks that enlarge images"),
-        (plain, {"noise_std": 0.1}, "noise_std= is for networks that enlarge images"),
-        (plain, {"spacing": "leading"}, "spacing='leading' is for a number of steps"),
+        (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "required by super-resolution networks"),
+        (plain, {"noise_std": 0.1}, "noise_std= needs a super-resolution network"),
+        (plain, {"spacing": "leading"}, "spacing='leading' needs a number of steps"),
         (plain, {"sampler": "ddim"}, r"must be a sampler such as sampling.ddim\(\), got 'ddim'"),
         (plain, {"sampler": sampling.ddim}, "must be a sampler such as"),
-        (net_of(low_resolution=2), {}, "needed by networks that enlarge images"),
+        (net_of(low_resolution=2), {}, "required by super-resolution networks"),
         (
             plain,
             {"sampler": sampling.heun(), "steps": 5, "spacing": "trailing"},

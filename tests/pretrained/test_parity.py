@@ -271,8 +271,8 @@ def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
         ("truncated.pt", "cannot be read as PyTorch weights"),
         ("malicious.pt", "only plain state dicts are read"),
         ("malicious.pkl", "cannot be read as PyTorch weights"),
-        ("list.pt", "holds no state dict"),
-        ("mixed.pt", "holds no state dict"),
+        ("list.pt", "not a state dict"),
+        ("mixed.pt", "not a state dict"),
     ):
         with pytest.raises(PretrainedError, match=words) as caught:
             pretrained.load(tmp_path / name)

@@ -193,7 +193,7 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
     tensors = Tensors("PyTorch", shapes, None)
     flags = README[name]
     if "classifier" not in name and "order" not in flags and "--num_heads 1" not in flags:
-        with pytest.raises(PretrainedError, match="do not say use_new_attention_order"):
+        with pytest.raises(PretrainedError, match="do not determine use_new_attention_order"):
             openai.describe_openai(tmp_path / "any.pt", tensors, flags)
         flags += " --use_new_attention_order False"
     seen, new_order = openai.describe_openai(tmp_path / "any.pt", tensors, flags)
@@ -359,7 +359,7 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
         np.testing.assert_array_equal(before[key], after[key])
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
     assert diffusers_unet.unet_from_config(config) == net.model
-    with pytest.raises(PretrainedError, match="exists already and is not empty"):
+    with pytest.raises(PretrainedError, match="exists and is not empty"):
         pretrained.save_diffusers(net, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -377,7 +377,7 @@ def test_one_file_and_back_to_the_bit(name, tmp_path):
     for field in ("model", "image_size", "channels", "prediction", "variance", "clip", "low_resolution"):
         assert getattr(again, field) == getattr(net, field)
     np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
-    with pytest.raises(PretrainedError, match="says all of itself"):
+    with pytest.raises(PretrainedError, match="contains its own description"):
         pretrained.load(tmp_path / "net.safetensors", "adm_lsun")
 
 
@@ -448,7 +448,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
 def test_a_scheduler_s_fields_can_be_given(tmp_path):
     weights, arrays = stored("unet_ddpm_cifar10_narrow")
     folder = write_folder(tmp_path / "in", json.loads(str(arrays["config"])), weights, scheduler=None)
-    with pytest.raises(PretrainedError, match="holds no scheduler_config.json"):
+    with pytest.raises(PretrainedError, match="contains no scheduler_config.json"):
         pretrained.load(folder)
     net = pretrained.load(folder, {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_small"})
     np.testing.assert_allclose(net.schedule.betas, schedules.betas("cosine", 1000))
@@ -464,7 +464,7 @@ def test_what_shapes_cannot_say_is_asked_for_by_name(tmp_path):
         pretrained.load(path)
     for flag in ("image_size", "num_heads", "diffusion_steps", "noise_schedule"):
         assert flag in str(caught.value)
-    with pytest.raises(PretrainedError, match="do not say rescale_timesteps"):
+    with pytest.raises(PretrainedError, match="do not determine rescale_timesteps"):
         pretrained.load(path, NARROW_FLAGS.replace("1000", "4000"))
     with pytest.raises(PretrainedError, match="classifier_depth"):
         pretrained.load(write(tmp_path / "c.safetensors", stored("openai_classifier_narrow")[0]))
@@ -541,26 +541,29 @@ def with_flags(flags):
 BROKEN = {
     "no such file": (lambda directory: (directory / "nothing.pt", None), "no such file or folder"),
     "an empty folder": (empty_folder, "neither a diffusers folder"),
-    "an empty file": (bytes_of(b""), "is no file of weights"),
-    "text": (bytes_of(b"hello world, these are no weights"), "is no file of weights"),
+    "an empty file": (bytes_of(b""), "is not a file of weights"),
+    "text": (bytes_of(b"hello world, these are no weights"), "is not a file of weights"),
     "a web page": (bytes_of(b"<!DOCTYPE html><html>"), "a web page"),
     "a pointer of git-lfs": (bytes_of(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    "truncated safetensors": (truncated, "damaged safetensors"),
+    "truncated safetensors": (truncated, "corrupted safetensors"),
     "truncated in its head": (bytes_of((500).to_bytes(8, "little") + b'{"a": {'), "truncated safetensors"),
-    "damaged safetensors": (bytes_of((20).to_bytes(8, "little") + b'{"a": [1, 2, 3   ]} '), "damaged safetensors"),
+    "corrupted safetensors": (bytes_of((20).to_bytes(8, "little") + b'{"a": [1, 2, 3   ]} '), "corrupted safetensors"),
     "a tensor missing": (rewritten(lambda w: w.pop("out.2.bias")), "1 tensors are missing (out.2.bias)"),
-    "a tensor left over": (rewritten(lambda w: w.update(extra=w["out.2.bias"])), "1 are left over (extra)"),
+    "an unexpected tensor": (rewritten(lambda w: w.update(extra=w["out.2.bias"])), "1 are unexpected (extra)"),
     "another shape": (
         rewritten(lambda w: w.update({"out.2.bias": w["out.2.bias"][:3]})),
         "out.2.bias is (3,), not (6,)",
     ),
-    "NaN": (rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)), "out.2.bias holds values that are not finite"),
+    "NaN": (
+        rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)),
+        "out.2.bias contains values that are not finite",
+    ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
         "no network known here",
     ),
-    "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is none of OpenAI's"),
-    "an unknown preset": (with_flags("adm_imagenet1024"), "is no preset of OpenAI's"),
+    "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is not a flag of OpenAI's"),
+    "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
     "another preset": (with_flags("adm_imagenet256"), "does not fit the network"),
     "flags that the tensors deny": (
         with_flags(NARROW_FLAGS + " --num_channels 64 --class_cond False"),
@@ -568,22 +571,22 @@ BROKEN = {
     ),
     "heads that do not divide": (with_flags(NARROW_FLAGS.replace("16", "7")), "head_channels=7 does not divide"),
     "flags without values": (with_flags("--image_size --num_heads 4"), "nor pairs of --name value"),
-    "flags that are no JSON": (with_flags('{"image_size": '), "are no JSON"),
+    "flags that are not JSON": (with_flags('{"image_size": '), "are not valid JSON"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
     "an unsupported field": (folder_with(act_fn="gelu"), "act_fn='gelu' is not supported"),
     "a conditional UNet": (folder_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is not supported"),
     "another width": (folder_with(in_channels=1, out_channels=1), "shapes differ"),
-    "a string for a number": (folder_with(in_channels="3"), "in_channels='3' is no int"),
-    "no image size": (folder_with(sample_size=None), "does not say sample_size"),
+    "a string for a number": (folder_with(in_channels="3"), "in_channels='3' must be int"),
+    "no image size": (folder_with(sample_size=None), "has no sample_size"),
     "an odd image size": (folder_with(sample_size={"a": 1}), "error: "),
     "a negative image": (folder_with(sample_size=-32), "error: "),
-    "a word for a truth": (folder_with(flip_sin_to_cos="false"), "flip_sin_to_cos='false' is no bool"),
+    "a word for a truth": (folder_with(flip_sin_to_cos="false"), "flip_sin_to_cos='false' must be bool"),
     "resampling by FIR": (folder_with(downsample_type="fir"), "downsample_type='fir' is not supported"),
     "a learned variance's channels": (folder_with(out_channels=6), "do not fit in_channels=3"),
     "a latent model": (latent, "vqvae is not supported"),
     "whole numbers for weights": (
         rewritten(lambda w: w.update({"out.2.bias": w["out.2.bias"].astype(np.int32)})),
-        "is it quantized?",
+        "convert quantized weights",
     ),
     "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "no steps": (with_flags(NARROW_FLAGS.replace("1000", "0")), "diffusion_steps=0 must be a whole number"),
@@ -595,10 +598,10 @@ BROKEN = {
         "cannot be loaded",
     ),
     "broken JSON": (bad_json, "cannot be read as JSON"),
-    "a folder without weights": (no_weights, "holds no weights"),
+    "a folder without weights": (no_weights, "contains no weights"),
     "diffusers' file without its folder": (
         lambda directory: (write(directory / "d.safetensors", stored("unet_improved_narrow")[0]), None),
-        "name its folder",
+        "give its folder",
     ),
 }
 
@@ -694,5 +697,5 @@ def test_work_directories_are_weights_too(tmp_path):
     assert again.model == net.model
     raw = pretrained.load(directory, ema=False)
     assert jax.tree.structure(raw.params) == jax.tree.structure(net.params)
-    with pytest.raises(PretrainedError, match="says all of itself"):
+    with pytest.raises(PretrainedError, match="contains its own description"):
         pretrained.load(directory, {"image_size": 8})

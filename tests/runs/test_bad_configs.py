@@ -10,10 +10,9 @@ from PIL import Image
 
 from diffusion_jax import cli, config
 from diffusion_jax.data import DataError
-from diffusion_jax.errors import ConfigError, UserError
+from diffusion_jax.errors import CheckpointError, ConfigError, UserError
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.runs import console, devices, stored_config, train, workdir
-from diffusion_jax.training.checkpoints import CheckpointError
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
 from helpers.program import finish, start, tiny_flags
@@ -166,7 +165,7 @@ SECOND_LAUNCHES = [
     ),
     # weights
     (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
-    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is no .npz", "numpy.savez"]),
+    (["-m", "diffusion_jax.evaluation", "{}/junk.npz", "{}/junk.npz"], ["junk.npz is not an .npz", "numpy.savez"]),
     (["-m", "diffusion_jax.evaluation", "{}/junk.npz"], ["samples", "--help"]),
     (["-m", "diffusion_jax.evaluation", "table", "{}/run"], ["nothing has been measured there", "--mode=evaluate"]),
     (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),
@@ -346,7 +345,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """The config was lost, and another one is launched."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="step 2 .* is of another state: params/"):
+    with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
         train.run(tiny_config(**{"model.channels": 16}), tmp_path)
     code, _, err = finish(start(*tiny_flags(tmp_path, **{"model.channels": 16})))
     assert code == 2 and "another state" in err and len(err.strip().splitlines()) == 1, err

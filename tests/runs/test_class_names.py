@@ -26,7 +26,7 @@ def write(path, mode="RGB", **options):
 
 def load(folder, **more):
     said = []
-    return data.load({**BASE, "data_dir": str(folder), **more}, say=said.append), said
+    return data.load({**BASE, "data_dir": str(folder), **more}, log=said.append), said
 
 
 @pytest.fixture

@@ -252,7 +252,7 @@ def test_images_of_other_gray_levels_are_refused():
     data.check_levels(digits, 17)
     data.check_levels(digits, 256)
     for levels in (2, 16, 18, 100):
-        with pytest.raises(data.DataError, match=f"data.levels={levels}, but the images have gray"):
+        with pytest.raises(data.DataError, match=f"data.levels={levels}, but the images contain the value"):
             data.check_levels(digits, levels)
 
 
