@@ -41,8 +41,14 @@ MEMORY = 8 * 2**30  # bytes for each process: a mutant can ask for any amount
 _REFUSALS, _SAMPLING = "test_refusals.py", "sampling/test_sampling.py"
 _PROCESS = ("test_process.py", _REFUSALS, _SAMPLING)
 _STEPS, _VALUES = "sampling/test_sampler_steps.py", "sampling/test_sampler_values.py"
-_SAMPLERS = (_VALUES, _SAMPLING, _STEPS, "sampling/test_solvers.py")
-_SOLVERS = (_STEPS, "sampling/test_solvers.py", _VALUES, _SAMPLING)
+_ORDERS = (
+    "sampling/test_solvers.py",
+    "sampling/test_stochastic_samplers.py",
+    "sampling/test_published_numbers.py",
+    "sampling/test_inversion.py",
+)
+_SAMPLERS = (_VALUES, _SAMPLING, _STEPS, *_ORDERS)
+_SOLVERS = (_STEPS, *_ORDERS, _VALUES, _SAMPLING)
 TESTS = {
     "process/arrays": _PROCESS,
     "process/forward": _PROCESS,
@@ -57,9 +63,9 @@ TESTS = {
         "test_dtypes.py",
         "models/test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t",
     ),
-    "likelihood": ("test_likelihood.py", _REFUSALS, "test_dtypes.py"),
+    "likelihood": ("test_decoder.py", "test_likelihood.py", _REFUSALS, "test_dtypes.py"),
     "guidance": ("test_guidance.py", _REFUSALS),
-    "timesteps": (_REFUSALS, "test_losses.py"),
+    "timesteps": ("test_timesteps.py", _REFUSALS, "test_losses.py"),
     "labels": ("test_losses.py", "test_guidance.py", _REFUSALS),
     "editing": ("test_editing.py", _REFUSALS),
     "sampling/ancestral": _SAMPLERS,

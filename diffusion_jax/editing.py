@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
 from diffusion_jax.sampling import EncodeOptions, Sampler, Step
@@ -266,7 +266,7 @@ def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: C
 
 
 def slerp(
-    x: Float[ArrayLike, "B *shape"], y: Float[ArrayLike, "B *shape"], weight: Float[ArrayLike, ""]
+    x: Float[ArrayLike, "B *shape"], y: Float[ArrayLike, "B *shape"], weight: Real[ArrayLike, ""]
 ) -> Float[Array, "B *shape"]:
     """Spherical interpolation of each example as one vector, from x (weight 0) to y (weight 1); keeps the norm of noise."""
     x, y = process.promote(x=x, y=y)
@@ -292,7 +292,7 @@ def interpolate(
     denoise_fn: DenoiseFn,
     x: Float[ArrayLike, "B *shape"],
     y: Float[ArrayLike, "B *shape"],
-    weights: Sequence[float] | Float[ArrayLike, "W"],
+    weights: Sequence[float] | Real[ArrayLike, "W"],
     sampler: Sampler,
     *,
     t: int | np.integer | None = None,

@@ -5,6 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DiffusionJaxError",
+    "PretrainedError",
+    "SaveError",
+    "UnreadableError",
+    "UserError",
+    "as_user_error",
+    "list_names",
+]
+
 
 class DiffusionJaxError(Exception):
     """The base of this package's errors: the message is one line that says what is wrong, what is allowed and what to type.
@@ -38,14 +51,16 @@ class UnreadableError(DataError):
 
     def __init__(self, failures: Iterable[tuple[str, str]]):
         self.failures = sorted(failures)
+        count, hidden = len(self.failures), len(self.failures) - self._SHOWN
         shown = "; ".join(f"{path}: {reason}" for path, reason in self.failures[: self._SHOWN])
-        more = len(self.failures) - self._SHOWN
-        what = "the image" if len(self.failures) == 1 else f"{len(self.failures):,} images:"
-        line = f"cannot read {what} {shown}{f'; and {more:,} more' if more > 0 else ''}; repair or remove "
-        super().__init__(line + ("it" if len(self.failures) == 1 else "them"))
+        more = f"; and {hidden:,} more" if hidden > 0 else ""
+        if count == 1:
+            super().__init__(f"cannot read the image {shown}; repair or remove it")
+        else:
+            super().__init__(f"cannot read {count:,} images: {shown}{more}; repair or remove them")
 
     def __reduce__(self):
-        return UnreadableError, (self.failures,)  # worker processes raise it, too
+        return UnreadableError, (self.failures,)  # data workers send it to the main process
 
 
 class PretrainedError(DiffusionJaxError):

@@ -8,6 +8,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+__all__ = ["atomic_directory", "atomic_write", "write_text"]
+
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -36,6 +38,8 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if path.exists():
+            path.rmdir()  # Windows cannot replace a directory
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Integer
+from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 __all__ = ["in_range", "log_prob"]
 
 
-def in_range(y: Integer[ArrayLike, "*shape"], num_classes: int, null_label: bool = False) -> Integer[Array, "*shape"]:
+def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool = False) -> Integer[Array, "*shape"]:
     """y, with labels outside 0 ... num_classes - 1 replaced by num_classes, so that a gather with mode "fill" gives NaN.
 
     null_label: whether the last of the num_classes labels is the null label, which error messages then mention.
@@ -35,7 +35,7 @@ def in_range(y: Integer[ArrayLike, "*shape"], num_classes: int, null_label: bool
     return jnp.where(outside, num_classes, y)
 
 
-def log_prob(logits: Float[Array, "B K"], y: Integer[ArrayLike, "B"]) -> Float[Array, "B"]:
+def log_prob(logits: Float[Array | np.ndarray, "B K"], y: Shaped[ArrayLike, "..."]) -> Float[Array, "B"]:
     """log p(y) of each row, from logits and labels in 0 ... K - 1; NaN for a traced label out of range.
 
     Raises: ValueError as `in_range`, and if the number of labels is not that of the rows.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Integer, Key
 
 from diffusion_jax.types import TimestepSampler
@@ -76,7 +77,9 @@ def loss_history(num_timesteps: int, length: int = 10) -> LossHistory:
     return LossHistory(jnp.zeros((num_timesteps, length), jnp.float32), jnp.zeros(num_timesteps, jnp.int32))
 
 
-def record(history: LossHistory, t: Integer[Array, "B"], losses: Float[Array, "B"]) -> LossHistory:
+def record(
+    history: LossHistory, t: Integer[Array | np.ndarray, "B"], losses: Float[Array | np.ndarray, "B"]
+) -> LossHistory:
     """The history after recording a batch's unweighted losses, in the order of the batch."""
     length = history.losses.shape[1]
     same = t[:, None] == t[None, :]

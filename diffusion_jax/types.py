@@ -11,12 +11,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 __all__ = ["Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
 
 # An index of the schedule for each row of a batch, or one for all rows.
-Index: TypeAlias = Int[ArrayLike, "B"] | Int[ArrayLike, ""]
+Index: TypeAlias = Integer[ArrayLike, "B"] | Integer[ArrayLike, ""]
 
 # How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 does anything else.
 Clip: TypeAlias = bool | np.bool_ | Callable[[jax.Array], ArrayLike]

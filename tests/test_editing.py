@@ -268,14 +268,14 @@ def test_editing_refuses_wrong_arguments():
         editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp(), jump=3)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=0)
-    with pytest.raises(ValueError, match="jump=10 leaves nothing to walk again in a schedule of 10 steps"):
+    with pytest.raises(ValueError, match="jump=10 must be below the 10 steps of the schedule"):
         editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=2, jump=10)
-    with pytest.raises(ValueError, match="8x6 do not divide into squares of 4"):
+    with pytest.raises(ValueError, match="8x6 cannot be divided into squares of 4"):
         editing.average_pool(4).measure(jnp.zeros((1, 8, 6, 1)))
 
 
 def test_sdedit_skips_a_last_step_without_signal():
-    """eps does not determine x_0 at alpha_bar = 0, which an edit of less than full strength does not visit."""
+    """With a strength below 1, eps is accepted by a schedule that ends at alpha_bar = 0."""
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     x_0 = jnp.full((2, 3), 0.2)
     edit = lambda strength: editing.sdedit(  # noqa: E731

@@ -206,6 +206,7 @@ def test_two_point_data_posterior_mean(x64):
     np.testing.assert_allclose(reverse.mean, weight * plus + (1 - weight) * minus, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_wrong_shapes_names_and_indices():
     schedule, x = SCHEDULES["linear"], jnp.zeros((2, 4, 4, 3))
     t = jnp.array([0, 1])

@@ -200,6 +200,7 @@ def test_spacings_of_the_noise_level_need_a_finite_one():
             schedules.respace(jsd, 101, name)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("steps", "words"),
     [

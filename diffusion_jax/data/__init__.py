@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from diffusion_jax.config import resolve
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.source import Source
@@ -33,14 +34,9 @@ __all__ = [
 
 
 def image_shape(config: Mapping) -> tuple[int, int, int]:
-    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width). Raises: DataError."""
+    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width)."""
     size = config["image_size"]
-    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise DataError(f"data.image_size={config['image_size']} must be a number of pixels, or (height, width)")
-    if config["channels"] not in (1, 3):
-        raise DataError(f"data.channels={config['channels']} must be 1 (gray) or 3 (color)")
-    height, width = sides
+    height, width = size if isinstance(size, tuple | list) else (size, size)
     return height, width, config["channels"]
 
 
@@ -79,8 +75,9 @@ def load(
 
     A missing TFDS data set is downloaded and prepared first, if `data.download` exists and is true.
     progress: as for `InMemory`, while the images are decoded. log: called with lines about the images.
-    Raises: DataError with one line of advice.
+    Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
+    resolve({"data": config})  # for its errors alone: `config` may be partial
     height, width, channels = image_shape(config)
     source = _open_source(config, (height, width), channels)
     log(f"{describe(source)}.")

@@ -41,7 +41,7 @@ class Collective(NamedTuple):
 
 
 def parse(hlo: str) -> list[Collective]:
-    """The collectives of `compiled.as_text()`. Raises: ValueError for asynchronous ones, which accelerators' programs have."""
+    """The collectives of `compiled.as_text()`. Raises: ValueError for asynchronous ones, which accelerators have."""
     if start := re.search(rf" ({'|'.join(_KINDS)})-start\(", hlo):
         raise ValueError(f"{start[1]}-start: only programs compiled for the CPU can be parsed")
     collectives = []

@@ -16,16 +16,18 @@ __all__ = ["join_processes"]
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
 
 
-def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+def join_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
     """Joins the other processes of the run; must be called before anything uses a device.
 
     An argument that is None is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID. Without all of them,
     JAX itself detects the processes of srun and of TPU pods; anything else is a single process, and nothing is done.
 
-    coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others, after which the program ends.
+    coordinator_address: HOST:PORT of process 0. timeout: seconds to wait for the others, after which the program ends.
     Raises: UserError.
     """
-    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _read_number("--num_processes", num_processes, "JAX_NUM_PROCESSES")
     index = _read_number("--process_id", process_id, "JAX_PROCESS_ID")
     arguments = (address, count, index)

@@ -83,7 +83,7 @@ def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, state: State) -> State:
-    """The TrainState of shardings for a TrainState of shapes: weights and optimizer by `leaf_sharding`, the rest replicated."""
+    """The shardings of a TrainState of shapes: weights and optimizer by `leaf_sharding`, the rest replicated."""
     split = {
         name: jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), getattr(state, name))
         for name in ("params", "ema_params", "opt_state")

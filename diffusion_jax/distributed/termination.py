@@ -1,6 +1,6 @@
 """Ends the process at once with one line on standard error and an exit code.
 
-The exit codes, beside 0 (finished), 1 (the run failed) and 2 (bad input), mean that rerunning the same command resumes the run.
+Its exit codes mean that rerunning the same command resumes the run, unlike 1 (the run failed) and 2 (bad input).
 """
 
 from __future__ import annotations

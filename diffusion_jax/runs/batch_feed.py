@@ -20,7 +20,7 @@ __all__ = ["BatchFeed"]
 class BatchFeed:
     """Reads ahead from `step` on, in other processes if the images are not in memory. As a context it closes these."""
 
-    def __init__(self, config: ConfigDict, setup: training.Setup, source, step: int):
+    def __init__(self, config: ConfigDict, setup: training.Setup, source: data.Source, step: int):
         self._options, self._mesh = config.training, setup.mesh
         rows = sharding.process_rows(self._options.batch_size, setup.mesh)
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)

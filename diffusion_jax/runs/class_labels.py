@@ -97,7 +97,7 @@ def _class_index(y, value, num_classes: int, names: Sequence[str]) -> int:
     if isinstance(y, str) and names:
         near = difflib.get_close_matches(y, names, n=3)
         raise UserError(
-            f"sampling.class={y!r} is no class of this run; "
+            f"sampling.class={y!r} is not a class of this run; "
             + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {list_names(names, 20)}")
         )
     unnamed = "" if names or not isinstance(y, str) else ", as no class names are stored with these weights"

@@ -17,7 +17,7 @@ __all__ = ["check_source", "rename_leaves_in_errors"]
 _NUM_CHECKED_IMAGES = 64
 
 
-def check_source(config: ConfigDict, source) -> None:
+def check_source(config: ConfigDict, source: data.Source) -> None:
     """Raises: UserError or DataError if the labels do not fit the network, or the gray levels the bound that is trained."""
     if config.diffusion.loss in ("vlb", "hybrid"):
         images, _ = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))

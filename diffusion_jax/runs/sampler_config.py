@@ -135,4 +135,3 @@ def respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sa
     if spacing == "openai_ddim":
         return schedules.respace(schedule, f"ddim{steps}")
     return schedules.respace(schedule, steps, spacing)
-

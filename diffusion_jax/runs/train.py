@@ -102,7 +102,7 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if max(_checkpoint_steps(workdir), default=0) < num_steps:
         return False
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.whole_step() or 0
+        newest = checkpoints.newest_intact_step() or 0
     if newest < num_steps:
         return False
     log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")
@@ -132,7 +132,7 @@ def _train(
     setup: training.Setup,
     checkpoints: Checkpoints,
     state: training.TrainState,
-    source,
+    source: data.Source,
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:
@@ -146,8 +146,7 @@ def _train(
     with log_compilation("the train step"):
         programs.get(count, state, batch)
 
-    preemption = Preemption(functools.partial(resume_hint, workdir))
-    watchdog = Watchdog(options.stall_timeout)
+    preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if options.profile and is_writer else None)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import identity
+from diffusion_jax.data import Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import write_text
@@ -70,7 +71,7 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(f"{workdir} holds another run ({listed}); {advice}")
 
 
-def check_data(source, workdir: pathlib.Path) -> None:
+def check_data(source: Source, workdir: pathlib.Path) -> None:
     """Writes data.json: the number of images, a digest of 64 of them with their labels, and the names of the classes.
 
     Raises: UserError if the run has a checkpoint and was trained on other images.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from diffusion_jax import models, schedules
 from diffusion_jax.config import resolve
@@ -31,9 +32,9 @@ class Setup(NamedTuple):
     mesh: Mesh
     model: Network
     schedule: schedules.Schedule
-    init: Callable[[], TrainState]
-    train_step: TrainStep
-    train_steps: TrainStep | None
+    init: Wrapped
+    train_step: Wrapped
+    train_steps: Wrapped | None
     abstract_state: TrainState
 
 
@@ -64,7 +65,7 @@ def setup(config: Mapping[str, Any]) -> Setup:
 
     train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
 
-    def compiled(function: TrainStep, leading: int) -> TrainStep:
+    def compiled(function: TrainStep, leading: int) -> Wrapped:
         return jax.jit(
             function,
             donate_argnums=0,
@@ -93,7 +94,7 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     """(state, train_step) of a config, for use in other programs.
 
     state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
-    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates the state that it gets. Float data,
+    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state argument. Float data,
     already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only for `model.num_classes` or the
     loss "classify". A config is any nested mapping, partial or complete, as `config.resolve` takes it.
     Raises: as `setup`; train_step raises ValueError for a batch of other names, types or shapes.

@@ -1,7 +1,7 @@
 """SHA-256 of a checkpoint's files: written before the checkpoint is committed, compared before it is read.
 
-Orbax itself restores a flipped bit as another number and says nothing. The table names every file of a step's directory but
-itself and the two that Orbax writes while it commits, which hold no numbers:
+Orbax itself restores a flipped bit as another number, without an error. The table lists every file of a step's directory
+except itself and the two that Orbax writes during the commit, which hold no numbers:
 
     {"<item>/<file>": [bytes, "<hexadecimal SHA-256>"], ...}
 """
@@ -14,24 +14,27 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+__all__ = ["COMMITTED", "NAME", "committed_steps", "find_corruption", "write"]
+
 NAME = "digests.json"
 COMMITTED = "_CHECKPOINT_METADATA"
 _NOT_LISTED = {NAME, COMMITTED, "commit_success.txt"}
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a committed checkpoint below `directory`, oldest first; Orbax itself would count an empty `7/` as one."""
-    found = directory.glob(f"*/{COMMITTED}")
-    return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+    """Steps with a committed checkpoint in `directory`, in increasing order; Orbax would count an empty `7/`, too."""
+    paths = directory.glob(f"*/{COMMITTED}")
+    return sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
 
 
-def _digest(path: pathlib.Path) -> list:
+def _digest(path: pathlib.Path) -> tuple[int, str]:
+    """(bytes, SHA-256) of a file."""
     with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(directory: pathlib.Path) -> None:
-    """Writes the table of all files below `directory` into it, down to the disk."""
+    """Writes the table of all files in `directory` into it, and syncs it to the disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
     table = {name: _digest(path) for name, path in names.items() if name not in _NOT_LISTED}
@@ -42,8 +45,9 @@ def write(directory: pathlib.Path) -> None:
 
 
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
-    """What is wrong with the files of `items` in a step's directory: a phrase that names the first such file; None where
-    nothing is. Raises: FileNotFoundError where the step was committed before there were digests.
+    """The first corrupted file of `items` in a step's directory and its fault, as a phrase; None if all files are intact.
+
+    Raises: FileNotFoundError for a step that was saved without digests, by an earlier version.
     """
     try:
         marked = NAME in json.loads((directory / COMMITTED).read_bytes())["custom_metadata"].values()
@@ -63,13 +67,13 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
         if not names:
             return f"{NAME} lists no files of {item}"
         for name in names:
-            path, (size, digest) = directory / name, listed[name]
+            expected_size, expected_digest = listed[name]
             try:
-                found = _digest(path)
+                size, digest = _digest(directory / name)
             except OSError as error:
                 return f"{name} {'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
-            if found[0] != size:
-                return f"{name} has {found[0]} bytes, not {size}"
-            if found[1] != digest:
-                return f"{name} was changed: its SHA-256 is not the one that was stored"
+            if size != expected_size:
+                return f"{name} has {size} bytes, not {expected_size}"
+            if digest != expected_digest:
+                return f"{name} was changed: its SHA-256 differs from the stored one"
     return None

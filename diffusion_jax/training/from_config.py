@@ -71,7 +71,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def model_from_config(config: Mapping[str, Any]) -> Network:
-    """The network of `config.model`: a U-Net with the output channels that `config.diffusion.variance` needs, or a classifier.
+    """The network of `config.model`: a U-Net with the output channels that the variance needs, or a classifier.
 
     Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
     """

@@ -1,7 +1,7 @@
 """The metrics of training: sums of one step, and their running sums in a window of `training.log_every` steps.
 
-A window is a dictionary {name: {"total": float32, "count": float32}}; in addition, `nonfinite_step` holds the first step whose
-loss, gradient or parameters were not finite, or -1.
+A window is a dictionary {name: {"total": float32, "count": float32}}; `nonfinite_step` is the first step whose loss,
+gradient or parameters were not finite, or -1.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def quarter_sums(examples: Mapping[str, jax.Array], num_timesteps: int) -> Sums:
 
 def empty_window(names: Sequence[str]) -> dict[str, Any]:
     """A window without steps."""
-    window: dict[str, Any] = {
-        name: {part: jnp.zeros((), jnp.float32) for part in ("total", "count")} for name in names
-    }
+    window: dict[str, Any] = {name: {part: jnp.zeros((), jnp.float32) for part in ("total", "count")} for name in names}
     window["nonfinite_step"] = jnp.full((), -1, jnp.int32)
     return window
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,8 @@ __all__ = ["Microbatch", "Objective", "make_objective", "takes_labels"]
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
-class Microbatch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
     """Every `count`-th row of a batch, from `index` on, which are equally many rows on every device.
 
     All draws are those of the whole batch, so that the number of microbatches does not change a step: timesteps and noise
@@ -107,7 +109,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             x, time = microbatch.take(to_input(x_t)), microbatch.take(time)
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key_dropout})
-            return microbatch.put(output)
+            return microbatch.put(jnp.asarray(output))
 
         targets = (y,) if classifies else ()
         return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)

@@ -13,19 +13,17 @@ __all__ = ["from_config", "learning_rate"]
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
     """Step -> learning rate: linear from 0 over `warmup_steps`, then constant, or linear or cosine to 0 at `decay_steps`.
 
-    config: `config.optimizer`. Raises: ValueError.
+    config: `config.optimizer`. Raises: ValueError if `decay_steps` does not exceed `warmup_steps`.
     """
     peak, warmup = config["learning_rate"], config["warmup_steps"]
     if config["schedule"] == "constant":
         after = optax.constant_schedule(peak)
-    elif config["schedule"] in ("linear", "cosine"):
+    else:
         steps = config["decay_steps"] - warmup
         if steps <= 0:
             raise ValueError(f"optimizer.decay_steps={config['decay_steps']} must exceed warmup_steps={warmup}")
         is_linear = config["schedule"] == "linear"
         after = optax.linear_schedule(peak, 0.0, steps) if is_linear else optax.cosine_decay_schedule(peak, steps)
-    else:
-        raise ValueError(f"optimizer.schedule={config['schedule']!r} must be 'constant', 'linear' or 'cosine'")
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -41,9 +39,7 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformation:
         if config["weight_decay"]:
             raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
         update = optax.adam(rate, **moments)
-    elif config["name"] == "adamw":
-        update = optax.adamw(rate, weight_decay=config["weight_decay"], **moments)
     else:
-        raise ValueError(f"optimizer.name={config['name']!r} must be 'adam' or 'adamw'")
+        update = optax.adamw(rate, weight_decay=config["weight_decay"], **moments)
     max_norm = config["grad_clip"]
     return optax.chain(optax.clip_by_global_norm(max_norm), update) if max_norm else update

@@ -37,7 +37,7 @@ class TrainState:
     loss_history: timesteps.LossHistory | None = None
 
 
-def initial_params(key: jax.Array, model: Network, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def initial_params(key: jax.Array, model: Network, image_shape: tuple[int, int, int]) -> Mapping[str, Any]:
     """Initial parameters of a network whose input is `image_shape` (H, W, C), which `training.input_shape` gives."""
     takes_labels = model.num_classes and not isinstance(model, models.Classifier)
     y = (jnp.zeros(1, jnp.int32),) if takes_labels else ()

@@ -41,7 +41,8 @@ def make_train_step(
     Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
     ... loss_q4 (the same over each quarter of the timesteps, q1 the least noisy; NaN for a quarter that no timestep of the
     batch is in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy,
-    grad_norm (before clipping), param_norm, learning_rate. Importance sampling weights the losses, so that means are unbiased.
+    grad_norm (before clipping), param_norm, learning_rate. Importance sampling weights the losses, so that means
+    are unbiased.
 
     gather_params: wraps a function of the parameters if these are split over devices, as `sharding.gather_params`.
     """

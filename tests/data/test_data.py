@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
+from diffusion_jax.errors import ConfigError
 
 CONFIG = {
     "dataset": "digits",
@@ -147,7 +148,7 @@ def test_bad_folders_and_images(folder, tmp_path):
     with pytest.raises(data.DataError, match="is not a folder"):
         data.load({**config, "data_dir": ""})
     for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"image_size": "wide"}, {"image_size": 2.5}):
-        with pytest.raises(data.DataError, match="must be"):
+        with pytest.raises(ConfigError, match="must be"):
             data.load({**config, **wrong})
 
 

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from diffusion_jax.distributed import watchdog
+from diffusion_jax.distributed import processes, watchdog
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from diffusion_jax.errors import SaveError
 from helpers.paths import ROOT
 from helpers.program import finish, start
 
@@ -110,3 +111,21 @@ def test_the_first_ctrl_c_prints_its_advice_once(capfd):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.getsignal(number)(number, None)
     assert capfd.readouterr().out.count("Press it again") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "is_peer"),
+    [  # what jax 0.10.2 raised after a process was killed
+        ("UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error", True),
+        ("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout.", True),
+        ("UNAVAILABLE: Failed to send RPC to coordination service.", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: b245::0.", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1024 bytes", False),
+    ],
+)
+def test_a_lost_peer_is_recognized_by_the_error_or_its_cause(message, is_peer, monkeypatch):
+    error, wrapped = RuntimeError(message), SaveError("a checkpoint could not be written")
+    wrapped.__cause__ = error
+    assert not processes.is_peer_failure(error)  # a single process has no peer
+    monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
+    assert processes.is_peer_failure(error) is processes.is_peer_failure(wrapped) is is_peer

@@ -11,6 +11,15 @@ T = 20
 CONDITIONAL = {"diffusion.num_timesteps": T, "model.num_classes": 10, "model.label_dropout": 0.1}
 DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 5, "sampling.trajectory": 0}
 
+FEW_SAMPLES = {
+    "sampling.steps": 2,
+    "sampling.sampler": "ddim",
+    "sampling.batch_size": 8,
+    "evaluation.num_samples": 20,
+    "evaluation.likelihood": False,
+}
+FEW_DRAWN = FEW_SAMPLES | {"sampling.num_samples": 20}
+
 
 def digits_config() -> ConfigDict:
     return experiment("digits")

@@ -1,6 +1,6 @@
 """Weights of FID's Inception, redrawn, and torch-fidelity's features with them.
 
-As a program (it needs `make parity`'s packages) it writes the fixture that test_judging.py reads without them:
+As a program (it needs `make parity`'s packages) it writes the fixture that test_inception.py reads without them:
 
     PYTHONPATH=tests python -m helpers.inception_peer
 """

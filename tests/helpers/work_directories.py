@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import training
 from diffusion_jax.runs import workdir
+from diffusion_jax.runs.sample_files import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
@@ -36,3 +37,10 @@ def lines(directory, without=SPEED):
 def last_state(config, directory):
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore(training.setup(config).abstract_state)
+
+
+def reuse_or_draw(config, directory):
+    """The samples as --mode=evaluate gets them."""
+    file = SampleFile(config, directory)
+    file.draw(reuse=True)
+    return file

@@ -166,6 +166,7 @@ def test_the_loss_is_the_cross_entropy_at_x_t(x64):
     assert (parts.importance == 1).all()
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_the_loss_under_importance_sampling_and_out_of_range():
     x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
     logits_fn = lambda x_t, time: x_t @ jnp.ones((2, 3))  # noqa: E731

@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax import models, training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import train
-from diffusion_jax.training import step
+from diffusion_jax.training.objective import make_objective
 from helpers.configs import a_batch, classifier_config, upsampler_config
 from helpers.networks import TINY, redraw
 from helpers.program import finish, start
@@ -82,7 +82,7 @@ def test_training_gives_the_small_version_of_x_0(most):
     """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""
     config = upsampler_config(**{"diffusion.conditioning_noise": most})
     spy, n = Spy(), 512
-    objective = step._objective(config, spy, training.schedule_from_config(config.diffusion))
+    objective = make_objective(config, spy, training.schedule_from_config(config.diffusion))
     x_0 = jax.random.normal(jax.random.key(0), (n, 8, 8, 1))
     objective({"w": jnp.ones(())}, None, jax.random.key(1), x_0, jnp.zeros(n, int))
     jax.effects_barrier()

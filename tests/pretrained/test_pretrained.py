@@ -554,7 +554,10 @@ BROKEN = {
         rewritten(lambda w: w.update({"out.2.bias": w["out.2.bias"][:3]})),
         "out.2.bias is (3,), not (6,)",
     ),
-    "NaN": (rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)), "out.2.bias contains values that are not finite"),
+    "NaN": (
+        rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)),
+        "out.2.bias contains values that are not finite",
+    ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
         "no network known here",

@@ -10,10 +10,9 @@ from PIL import Image
 
 from diffusion_jax import cli, config
 from diffusion_jax.data import DataError
-from diffusion_jax.errors import ConfigError, UserError
+from diffusion_jax.errors import CheckpointError, ConfigError, UserError
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.runs import console, devices, stored_config, train, workdir
-from diffusion_jax.training.checkpoints import CheckpointError
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
 from helpers.program import finish, start, tiny_flags
@@ -244,7 +243,9 @@ def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypat
 def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
     classes = {"model.num_classes": 10, "model.label_dropout": 0.1}
     for label in ("seven", "(3,seven)"):
-        with pytest.raises(UserError, match="'seven' is no class of this run; its classes are|sampling.class=.*seven"):
+        with pytest.raises(
+            UserError, match="'seven' is not a class of this run; its classes are|sampling.class=.*seven"
+        ):
             train.run(tiny_config(**classes, **{"sampling.label": label}), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -344,7 +345,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """The config was lost, and another one is launched."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="step 2 .* is of another state: params/"):
+    with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
         train.run(tiny_config(**{"model.channels": 16}), tmp_path)
     code, _, err = finish(start(*tiny_flags(tmp_path, **{"model.channels": 16})))
     assert code == 2 and "another state" in err and len(err.strip().splitlines()) == 1, err

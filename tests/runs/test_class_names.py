@@ -37,14 +37,14 @@ def pets(tmp_path):
     return tmp_path
 
 
-def test_a_folder_tells_its_classes(pets):
+def test_the_subfolders_of_a_folder_are_its_classes(pets):
     source, said = load(pets)
     assert said == ["6 images of 3 classes: 0 birds, 1 cats, 2 dogs."]
     assert source.class_names == ("birds", "cats", "dogs") and source.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert load(pets, memory_mb=0)[1] == said
 
 
-def test_many_classes_are_shortened(tmp_path):
+def test_a_long_list_of_classes_is_shortened(tmp_path):
     for i in range(30):
         write(tmp_path / f"kind{i:02d}" / "a.png")
     assert load(tmp_path)[1] == [
@@ -52,7 +52,7 @@ def test_many_classes_are_shortened(tmp_path):
     ]
 
 
-def test_what_is_skipped_and_dropped(pets):
+def test_skipped_and_dropped_images_are_logged(pets):
     frames = [Image.fromarray(np.full((8, 8, 3), 100 * i, np.uint8)) for i in range(2)]
     frames[0].save(pets / "cats" / "moves.gif", save_all=True, append_images=frames[1:])
     frames[0].save(pets / "cats" / "moves.webp", save_all=True, append_images=frames[1:], lossless=True)
@@ -75,7 +75,7 @@ def test_what_is_skipped_and_dropped(pets):
         load(pets / "other")
 
 
-def test_a_stray_image_is_named(pets):
+def test_an_image_outside_the_subfolders_is_named(pets):
     write(pets / "cover.png")
     source, said = load(pets)
     advice = "cover.png is outside the subfolders; move every image into one, the name of its class"
@@ -95,7 +95,7 @@ def test_a_folder_without_subfolders(tmp_path):
         check_source(conditional(), source)
 
 
-def test_all_damaged_images_in_one_refusal(pets):
+def test_all_corrupted_images_are_listed_in_one_error(pets):
     whole = (pets / "cats" / "0.png").read_bytes()
     (pets / "birds" / "0.png").write_bytes(whole[:60])  # the first of all
     (pets / "dogs" / "0.png").write_bytes(b"no image")
@@ -116,7 +116,7 @@ def test_all_damaged_images_in_one_refusal(pets):
     assert str(copy) == str(error.value) and copy.failures == error.value.failures
 
 
-def test_class_names_are_kept_with_the_run_and_must_stay(pets, tmp_path):
+def test_class_names_are_stored_with_the_run_and_must_not_change(pets, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
     (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")  # without a checkpoint nothing is compared
@@ -162,7 +162,7 @@ def chosen(trained, label, part="classes"):
         (7, (7,)),
     ],
 )
-def test_classes_by_name(trained, label, classes):
+def test_classes_can_be_given_by_name(trained, label, classes):
     assert chosen(trained, label) == classes
 
 
@@ -170,7 +170,7 @@ def test_classes_by_name(trained, label, classes):
     ("text", "value"),
     [("cats", "cats"), ("(cats,dogs)", "(cats,dogs)"), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
 )
-def test_the_command_line_takes_names(text, value):
+def test_the_command_line_accepts_class_names(text, value):
     """What `chosen` above is given is what the flag gives."""
     assert config.override(config.experiment("digits_conditional"), {"sampling.label": text}).sampling.label == value
 
@@ -178,21 +178,21 @@ def test_the_command_line_takes_names(text, value):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("fix", r"sampling.class='fix' is no class of this run; did you mean fox\?"),
+        ("fix", r"sampling.class='fix' is not a class of this run; did you mean fox\?"),
         ("zzz", "its classes are 0, 1, 2, .*, tabby cat, 9, fox"),
         (9, "sampling.class=9 is ambiguous: 'fox' is class 9, and '9' is the name of class 8; give the name"),
         (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
-        ("(fox,)x", "is no class of this run"),
+        ("(fox,)x", "is not a class of this run"),
         ((), "must be classes"),
         (2.5, "must be classes"),
     ],
 )
-def test_classes_that_are_not_there(trained, label, message):
+def test_unknown_classes_are_refused(trained, label, message):
     with pytest.raises(UserError, match=message):
         chosen(trained, label)
 
 
-def test_where_names_come_from(trained, tmp_path):
+def test_class_names_are_read_from_the_run_that_has_them(trained, tmp_path):
     directory, names = trained
     assert workdir.read_class_names(conditional(), directory) == tuple(names)
     assert workdir.read_class_names(conditional(), tmp_path) == ()
@@ -201,7 +201,7 @@ def test_where_names_come_from(trained, tmp_path):
     assert workdir.read_class_names(plain, tmp_path) == tuple(names)
 
 
-def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
+def test_samples_of_named_classes_have_captions(trained, monkeypatch):
     directory, _ = trained
     captions = []
     real = pictures.grid
@@ -225,11 +225,11 @@ def test_samples_of_a_named_class_and_their_picture(trained, monkeypatch):
         ("(fox,3)", "classfox+3"),
     ],
 )
-def test_the_class_in_the_name_of_a_file(trained, label, name):
+def test_the_class_is_in_the_file_name(trained, label, name):
     assert chosen(trained, label, "name") == f"ddpm5_{name}"
 
 
-def test_names_that_two_classes_share_are_not_of_a_file(tmp_path):
+def test_a_name_shared_by_two_classes_is_not_in_the_file_name(tmp_path):
     config = conditional(**{"sampling.label": 1})
     built = training.setup(config)
     for names, told in ((("crane", "Crane"), "class1"), (("crane", "x" * 21), "class1"), (("a", "a/b"), "class1")):

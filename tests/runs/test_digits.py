@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 
 
 @pytest.mark.slow
-def test_the_demo_s_digits_are_digits(tmp_path):
+def test_generated_digits_look_like_digits(tmp_path):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from digits_quality import quality
 
@@ -27,7 +27,7 @@ def test_the_demo_s_digits_are_digits(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_digit_asked_for_is_the_digit_drawn(tmp_path):
+def test_conditional_samples_are_of_the_requested_digit(tmp_path):
     """configs/digits_conditional.py with classifier-free guidance, judged by a classifier of real digits."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from digits_quality import agreement

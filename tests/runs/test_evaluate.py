@@ -81,7 +81,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 
-def test_the_report_is_the_core_s_bound(trained):
+def test_the_report_agrees_with_the_bound_of_the_core(trained):
     evaluate(config_with(), trained)
     expected, got = bound_by_hand(config_with(), trained), report(trained)
     assert got["num_examples"] == 10 and got["weights"] == "ema" and got["step"] == 2 and got["levels"] == 17
@@ -129,20 +129,20 @@ def test_the_options_reach_the_core(trained):
     assert abs(found["uniform"] - found["variational"]) > 0.01
 
 
-def test_the_split_may_lie_elsewhere(trained, monkeypatch):
+def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
     asked = []
 
     def load(where, *_):
         asked.append((where["data_dir"], where["split"]))
         raise data.DataError("far enough")
 
-    monkeypatch.setattr(measure_likelihood.data, "load", load)
+    monkeypatch.setattr(data, "load", load)
     with pytest.raises(data.DataError, match="far enough"):
         evaluate(config_with(**{"evaluation.data_dir": "elsewhere"}), trained)
     assert asked == [("elsewhere", "test")]
 
 
-def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
+def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     evaluate(config_with(), trained)
     whole = report(trained)
     made, save = [], artifacts.ChunkStore.save
@@ -162,7 +162,7 @@ def test_an_interrupted_evaluation_goes_on(trained, monkeypatch):
     assert report(trained) == whole
 
 
-def test_what_was_measured_outlives_a_failure_to_write_and_is_of_its_own_options(trained, monkeypatch):
+def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_options(trained, monkeypatch):
     """A full disk at the plots costs no measuring; another seed starts anew."""
 
     def full(*_):
@@ -235,13 +235,13 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         ({"diffusion.num_timesteps": 30}, "holds another run"),
     ],
 )
-def test_evaluations_that_cannot_start(trained, overrides, words):
+def test_invalid_evaluation_options_are_refused(trained, overrides, words):
     with pytest.raises(errors.UserError, match=words):
         evaluate(config_with(**overrides), trained)
 
 
 @pytest.mark.whole
-def test_an_ode_that_cannot_be_solved_is_no_figure(trained):
+def test_a_failed_ode_solver_is_an_error(trained):
     overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
     with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):
         evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
@@ -256,7 +256,7 @@ def test_images_of_other_gray_levels_are_refused():
             data.check_levels(digits, levels)
 
 
-def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):
+def test_errors_name_what_is_missing(trained, tmp_path, monkeypatch):
     with pytest.raises(errors.UserError, match="train first"):
         evaluate(config_with(), tmp_path)
     with pytest.raises(data.DataError, match="'train' and 'test'"):

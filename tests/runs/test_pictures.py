@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import pictures
 from helpers.paths import ROOT
 
@@ -24,7 +25,7 @@ def labeled(axes):
 
 
 @pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 3.4e-5, 1e-12, 0.0, -1e-9])
-def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
+def test_the_decoder_term_is_inside_the_axes(drawn, decoder):
     """Where it is far below the other terms, an arrow on the axis stands for it, and the legend has its value."""
     terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
     pictures.plot_terms("", terms, "digits")
@@ -41,7 +42,7 @@ def test_the_decoder_s_term_is_on_the_axes(drawn, decoder):
     assert axes.transData.transform((x, y))[1] - radius > axes.bbox.y0
 
 
-def test_a_chain_of_one_step_has_its_decoder_alone(drawn):
+def test_the_plot_of_one_step_has_only_the_decoder_term(drawn):
     for decoder in (3.0, 0.0):
         pictures.plot_terms("", np.array([decoder]), "digits")
         assert drawn[-1].axes[0].get_ylim()[0] > 0
@@ -77,7 +78,7 @@ def test_neighbors_have_captions(drawn):
         assert texts[3:] == ["sample 7", "0.5", "1.5", "sample 3", "0.75", "2.5"]
 
 
-def test_solvers_have_a_color_and_a_marker_each():
+def test_every_solver_has_its_own_color_and_marker():
     """In the plot of docs/sampling.md."""
     path = ROOT / "benchmarks" / "samplers.py"
     spec = importlib.util.spec_from_file_location("samplers_benchmark", path)
@@ -88,3 +89,15 @@ def test_solvers_have_a_color_and_a_marker_each():
     lines = labeled(figure.axes[0]).values()
     assert len(lines) == len(benchmark.SOLVERS) == len({line.get_color() for line in lines})
     assert len({line.get_marker() for line in lines}) == len(lines)
+
+
+def test_grids_and_text_show_the_images():
+    images = np.zeros((5, 2, 3, 1), np.uint8)
+    images[4] = 255
+    picture = pictures.grid(images, columns=3)
+    assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
+    assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
+    assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
+    np.testing.assert_array_equal(to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
+    text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
+    assert text == "  @@    @@"

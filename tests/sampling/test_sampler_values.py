@@ -207,6 +207,7 @@ def test_encode_keeps_float32_and_float64(order, prediction):
                     assert out.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_images_that_are_not_float_are_refused():
     for dtype in (np.uint8, np.int32, bool):
         x = np.ones((2, 4), dtype)

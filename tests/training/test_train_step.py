@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import losses, timesteps, training
-from diffusion_jax.training import optimizer, step
+from diffusion_jax.training import optimizer
+from diffusion_jax.training.batches import read_batch
+from diffusion_jax.training.metrics import QUARTERS
+from diffusion_jax.training.objective import make_objective
+from diffusion_jax.training.state import initial_state
+from diffusion_jax.training.step import make_train_step
 from helpers.configs import a_batch, classifier_config, tiny_config
 
 LABELS = {"model.num_classes": 10}
@@ -34,9 +39,9 @@ class Recorder:
 def recorded(config, output, num_classes=0):
     """(network, a state whose parameter is 1, the train step without jit)."""
     network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
-    state = step.initial_state(config, network, tx, (8, 8, 1)).replace(ema_params={"w": jnp.full((), 5.0)})
+    state = initial_state(config, network, tx, (8, 8, 1)).replace(ema_params={"w": jnp.full((), 5.0)})
     rate = optimizer.learning_rate(config.optimizer)
-    return network, state, step.make_train_step(config, network, schedule_of(config), tx, rate)
+    return network, state, make_train_step(config, network, schedule_of(config), tx, rate)
 
 
 def schedule_of(config):
@@ -105,7 +110,7 @@ def test_quarters_are_of_the_noise_levels_from_the_cleanest_on():
     for _ in range(4):
         state, metrics = run(state.replace(params={"w": jnp.ones(())}), {"x": np.zeros((8, 8, 8, 1), np.float32)})
         t = np.asarray(network.calls[-1].time)
-        for quarter, name in enumerate(step.QUARTERS):
+        for quarter, name in enumerate(QUARTERS):
             of_quarter = (1 + t[t.astype(int) // 2 == quarter]) ** 2
             np.testing.assert_allclose(metrics[name], of_quarter.mean() if of_quarter.size else np.nan, rtol=1e-4)
             seen.append(of_quarter.size)
@@ -204,7 +209,7 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
     output = lambda w, x_t, time: w * jnp.concatenate([jnp.tanh(x_t + time[:, None, None, None] / 5)] * channels, -1)  # noqa: E731
     network, _, _ = recorded(config, output)
     objective, schedule, key = (
-        step._objective(config, network, schedule_of(config)),
+        make_objective(config, network, schedule_of(config)),
         schedule_of(config),
         jax.random.key(3),
     )
@@ -237,7 +242,7 @@ def test_quarters_of_weighted_losses_are_weighted_means():
     t = np.asarray(network.calls[0].time).astype(int)
     weight, loss = 1 / (8 * p[t]), (1.0 + t) ** 2
     np.testing.assert_allclose(metrics["loss"], (weight * loss).mean(), rtol=1e-4)
-    for quarter, name in enumerate(step.QUARTERS):
+    for quarter, name in enumerate(QUARTERS):
         here = t // 2 == quarter
         mean = (weight * loss)[here].sum() / weight[here].sum() if here.any() else np.nan
         np.testing.assert_allclose(metrics[name], mean, rtol=1e-4)
@@ -319,7 +324,7 @@ IMAGE = np.zeros((8, 8, 8, 1), np.uint8)
 )
 def test_a_wrong_batch_is_refused_in_one_line(batch, words):
     with pytest.raises(ValueError, match=words) as caught:
-        step.read_batch(batch, (8, 8, 1), takes_labels=True)
+        read_batch(batch, (8, 8, 1), takes_labels=True)
     assert "\n" not in str(caught.value)
 
 

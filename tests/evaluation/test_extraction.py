@@ -1,0 +1,137 @@
+"""Features of sets of images, extracted in parts, and the metrics that they allow."""
+
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+from diffusion_jax.evaluation import (
+    digits_classifier,
+    feature_extraction,
+    feature_extractors,
+    image_sets,
+    metric_suite,
+    metrics,
+)
+from diffusion_jax.runs.console import ProgressBar
+from helpers.digits_features import by_hand
+from helpers.image_files import all_digits, save, single_mesh
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_the_digits_network_classifies_digits():
+    params, _ = digits_classifier.load()
+    source = data.Digits("test", (8, 8), 1)
+    drawn, labels = source.read(np.arange(len(source)))
+    judged = digits_classifier.DigitsNetwork().apply({"params": params}, drawn)
+    assert (judged.logits.argmax(-1) == labels).mean() > 0.98
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_extraction, "CHUNK", 50)
+    extraction = feature_extraction.FeaturePipeline(feature_extractors.digits(), single_mesh(), batch_size, ProgressBar)
+    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).images
+    found = extraction.extract_set("x", source, tmp_path / str(batch_size))
+    expected = by_hand(all_digits()[:151])
+    np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
+    assert found.moments.count == 151 and found.spatial is None
+    np.testing.assert_allclose(found.moments.covariance, np.cov(expected, rowvar=False), atol=1e-5)
+
+
+def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_extraction, "CHUNK", 20)
+    calls = []
+
+    def judge_images(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
+
+    extraction = feature_extraction.FeaturePipeline(
+        feature_extractors.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
+    )
+    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).images
+    with pytest.raises(KeyboardInterrupt):
+        extraction.extract_set("x", source, tmp_path / "parts")
+    found = extraction.extract_set("x", source, tmp_path / "parts")
+    assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
+    extraction.extract_set("x", source, tmp_path / "parts")
+    assert len(calls) == 6  # all of them now
+    found.delete_cache()
+    assert not any((tmp_path / "parts").iterdir())
+
+
+def test_invalid_features_are_refused(tmp_path):
+    for function, words in (
+        (lambda x: np.zeros((len(x), 2, 2)), r"4 images features of shape \(4, 2, 2\), not \[4, D\]"),
+        (lambda x: np.zeros((1, 2)), r"4 images features of shape \(1, 2\)"),
+        (lambda x: np.full((len(x), 2), np.nan), "not finite"),
+    ):
+        extraction = feature_extraction.FeaturePipeline(
+            feature_extractors.from_function(function, "mine", "1"), single_mesh(), 4, ProgressBar
+        )
+        with pytest.raises(ValueError, match=words):
+            extraction(all_digits()[:3])
+
+
+def test_only_published_inception_has_the_names_of_its_metrics():
+    published = feature_extractors.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
+    assert [metric_suite.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
+        "fid",
+        "sfid",
+        "inception_score",
+    ]
+    assert metric_suite.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
+    assert (
+        metric_suite.reported_name("fid", published._replace(resize="clean", published=False))
+        == "frechet_distance_clean"
+    )
+    for substitute in (published._replace(published=False), feature_extractors.digits()):
+        assert metric_suite.reported_name("fid", substitute) == "frechet_distance"
+
+
+def test_published_inception_has_all_metrics_and_others_have_fewer():
+    """On arrays in place of features: which figures there are, and that each is its own function's."""
+    rng = np.random.default_rng(0)
+    pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
+    extractor = feature_extractors.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
+    sets = [
+        feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools
+    ]
+    said = []
+    found = metric_suite.compute_metrics(*sets, extractor, metric_suite.METRICS, said.append)
+    assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
+    assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
+    assert found["kid"] == metrics.kid(*pools, 100, 10).mean and found["kid_subset_size"] == 10
+    assert found["inception_score"] == metrics.inception_score(pools[1] @ extractor.head).mean
+    assert (found["precision"], found["recall"]) == metrics.precision_recall(*pools)
+    assert (found["density"], found["coverage"]) == metrics.density_coverage(*pools)
+    assert not said
+    assert found["inception_score_std"] == 0 and found["inception_score_split_size"] == 5000
+    assert found["kid_standard_error"] == metrics.kid(*pools, 100, 10).standard_error
+    assert not metric_suite.unavailable_metrics(False, True, extractor, metric_suite.METRICS)
+    assert list(metric_suite.unavailable_metrics(True, False, extractor, metric_suite.METRICS)) == [
+        "sfid",
+        "kid",
+        "precision_recall",
+        "density_coverage",
+        "memorization",
+    ]
+    assert list(metric_suite.unavailable_metrics(False, False, feature_extractors.digits(), metric_suite.METRICS)) == [
+        "sfid",
+        "is",
+    ]
+
+
+def test_copies_of_the_reference_are_found():
+    reference = np.random.default_rng(0).normal(size=(500, 8))
+    fresh = np.random.default_rng(1).normal(size=(400, 8))
+    report, _ = metric_suite.memorization_report(reference, fresh)
+    assert report["close_share"] < 0.05
+    fresh[:100] = reference[200:300] + 1e-3
+    report, near = metric_suite.memorization_report(reference, fresh)
+    assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
+    reference[10:20] = reference[:10]  # duplicates of its own must not hide them
+    assert metric_suite.memorization_report(reference, reference[:300])[0]["close_share"] == 1

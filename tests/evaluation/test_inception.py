@@ -1,0 +1,169 @@
+"""FID's Inception: its weights, its resizes and its features."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import flax.traverse_util
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.evaluation import feature_extraction, feature_extractors
+from diffusion_jax.pretrained import PretrainedError, inception
+from diffusion_jax.runs.console import ProgressBar
+from helpers import inception_peer
+from helpers.image_files import save, single_mesh
+from helpers.paths import ROOT
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+NAMES = {  # as the port's converter matched them
+    "conv/conv2d_params": "Conv2d_1a_3x3.conv.weight",
+    "conv_4/batchnorm/gamma": "Conv2d_4a_3x3.bn.weight",
+    "mixed/conv/batchnorm/beta": "Mixed_5b.branch1x1.bn.bias",
+    "mixed_2/tower/conv_1/batchnorm/moving_mean": "Mixed_5d.branch5x5_2.bn.running_mean",
+    "mixed_3/conv/conv2d_params": "Mixed_6a.branch3x3.conv.weight",
+    "mixed_3/tower/conv_2/conv2d_params": "Mixed_6a.branch3x3dbl_3.conv.weight",
+    "mixed_6/tower_1/conv_4/batchnorm/moving_variance": "Mixed_6d.branch7x7dbl_5.bn.running_var",
+    "mixed_7/tower_2/conv/conv2d_params": "Mixed_6e.branch_pool.conv.weight",
+    "mixed_8/tower/conv/conv2d_params": "Mixed_7a.branch3x3_1.conv.weight",
+    "mixed_8/tower_1/conv_3/conv2d_params": "Mixed_7a.branch7x7x3_4.conv.weight",
+    "mixed_9/tower/mixed/conv_1/conv2d_params": "Mixed_7b.branch3x3_2b.conv.weight",
+    "mixed_10/tower_1/mixed/conv/conv2d_params": "Mixed_7c.branch3x3dbl_3a.conv.weight",
+    "mixed_10/tower_1/conv_1/conv2d_params": "Mixed_7c.branch3x3dbl_2.conv.weight",
+    "softmax/weights": "fc.weight",
+    "softmax/biases": "fc.bias",
+}
+
+
+@pytest.fixture(scope="module")
+def redrawn():
+    """Parameters at random, flat."""
+    return inception_peer.redrawn()
+
+
+@pytest.fixture(scope="module")
+def port(redrawn, tmp_path_factory):
+    """The same as a file with the port's names and layouts."""
+    from safetensors.numpy import save_file
+
+    path = tmp_path_factory.mktemp("port") / "inception.safetensors"
+    save_file(inception_peer.as_port(redrawn), path)
+    return path
+
+
+def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    names = {inception._graph_name(path): inception._torch_name(path) for path in redrawn}
+    assert len(names) == len(redrawn) == 472 and NAMES.items() <= names.items()
+    graph = tf.compat.v1.GraphDef()
+    graph.node.add(name="DecodeJpeg/contents", op="Placeholder")
+    graph.node.add(name="mixed/join/concat_dim", op="Const")
+    for path, value in redrawn.items():
+        node = graph.node.add(name=inception._graph_name(path), op="Const")
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
+    path = tmp_path / "classify_image_graph_def.pb"
+    path.write_bytes(graph.SerializeToString())
+    ported, frozen = inception.load_inception(port), inception.load_inception(path)
+    assert not frozen.published and not ported.published and frozen.digest != ported.digest
+    monkeypatch.setattr(inception, "_PORT_SHA256", ported.digest)
+    monkeypatch.setattr(inception, "_GRAPH_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    assert inception.load_inception(port).published and inception.load_inception(path).published
+    for found in (ported, frozen):
+        found = flax.traverse_util.flatten_dict(found.params)
+        assert found.keys() == redrawn.keys()
+        for at, value in redrawn.items():
+            np.testing.assert_array_equal(found[at], value)
+
+
+def test_wrong_weight_files_are_refused(port, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(port)
+    for name, change, words in (
+        ("torchvision", {"fc.weight": np.zeros((1000, 2048), np.float32)}, "torchvision's InceptionV3"),
+        ("more", {"AuxLogits.fc.weight": np.zeros(3, np.float32)}, "1 are unexpected .AuxLogits.fc.weight"),
+        ("shape", {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 9, 1, 1), np.float32)}, "1 shapes differ"),
+        ("nan", {"fc.bias": np.full(1008, np.nan, np.float32)}, "not finite"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors | change, path)
+        with pytest.raises(PretrainedError, match=words):
+            inception.load_inception(path)
+    (tmp_path / "torn.pb").write_bytes(b"\n\x90torn")
+    with pytest.raises(PretrainedError, match="cannot be read as a TensorFlow graph"):
+        inception.load_inception(tmp_path / "torn.pb")
+    with pytest.raises(PretrainedError, match="no such file; .*6726825d"):
+        inception.load_inception(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="resize='bilinear' is unknown; known: tf1, pytorch, clean"):
+        feature_extractors.inception(port, "bilinear")
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])
+def test_the_tf1_resize_equals_tensorflow(shape):
+    """Its own kernel, which TensorFlow still has."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
+    theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
+    ours = np.asarray(feature_extractors.to_inception(drawn, "tf1")) * 128 + 128
+    np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
+
+
+def test_the_clean_resize_equals_pillow():
+    """Where it shrinks, too, which is where it differs from others."""
+    for shape in ((32, 32), (400, 301), (700, 650)):
+        drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
+        channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
+        theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
+        ours = np.asarray(feature_extractors.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
+
+
+def test_features_of_inception_equal_those_of_torch_fidelity(port):
+    """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
+    extractor = feature_extractors.inception(port)
+    stored = np.load(inception_peer.FIXTURE)
+    extraction = feature_extraction.FeaturePipeline(extractor, single_mesh(), 2, ProgressBar)
+    found = extraction(stored["images"])
+    for ours, theirs in (
+        (found.pool, stored["pool"]),
+        (found.spatial, stored["spatial"]),
+        (found.pool @ extractor.head, stored["logits"]),
+    ):
+        assert theirs.std() > 1e-3 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    gray = stored["images"][..., :1]
+    one, three = extraction(gray).pool, extraction(gray.repeat(3, axis=-1)).pool
+    np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above
+
+
+@pytest.mark.slow
+def test_metrics_of_inception_depend_neither_on_the_batch_size_nor_on_the_devices(port, tmp_path):
+    """Three minutes: three times 300 images through the whole network."""
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    save(tmp_path / "reference.npz", smooth[:150])
+    save(tmp_path / "samples.npz", np.clip(smooth[150:] * 0.8 + 20, 0, 255).astype(np.uint8))
+    records = []
+    for devices, batch_size in ((1, 64), (1, 22), (4, 64)):
+        variables = dict(
+            os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=str(ROOT)
+        )
+        variables["XDG_CACHE_HOME"] = str(tmp_path / f"{devices}_{batch_size}")
+        arguments = ["reference.npz", "samples.npz", f"--inception={port}", f"--batch_size={batch_size}"]
+        arguments += ["--metrics=fid,sfid,kid,precision_recall,density_coverage", f"--output={len(records)}.json"]
+        program = [sys.executable, "-m", "diffusion_jax.evaluation", *arguments]
+        subprocess.run(program, cwd=tmp_path, env=variables, check=True, capture_output=True)
+        records += json.loads((tmp_path / f"{len(records)}.json").read_text())
+    for other in records[1:]:
+        for name in ("frechet_distance", "spatial_frechet_distance", "precision", "recall", "density", "coverage"):
+            assert other[name] == pytest.approx(records[0][name], rel=1e-6), name
+        within = 1e-6 * records[0]["kernel_distance_std"]
+        assert other["kernel_distance"] == pytest.approx(records[0]["kernel_distance"], rel=1e-6, abs=within)

@@ -1,0 +1,20 @@
+"""Samples of a work directory compared with those of the core alone."""
+
+import numpy as np
+
+from diffusion_jax import schedules, training
+from diffusion_jax.images import to_uint8
+from diffusion_jax.runs import trained_model
+
+
+def core_inputs(config, directory, steps=5, spacing="trailing"):
+    """(respaced schedule, full schedule, model, EMA parameters) of a work directory, for sampling with the core alone."""
+    built = training.setup(config)
+    _, params = trained_model.load_weights(config, directory, built.model, built.mesh, True)
+    return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
+
+
+def agree(images, x, distinct=20):
+    """uint8 images and what they were made from, but for the rounding of values half-way."""
+    assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
+    assert len(np.unique(images)) > distinct

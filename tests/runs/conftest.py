@@ -1,0 +1,63 @@
+"""Work directories that the tests of several modes use."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from diffusion_jax import training
+from diffusion_jax.runs import train, workdir
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
+from helpers.work_directories import untrained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 4 steps, which no test may change."""
+    directory = tmp_path_factory.mktemp("run")
+    train.run(tiny_config(), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Untrained networks of several kinds, each in a work directory."""
+    root = tmp_path_factory.mktemp("runs")
+    untrained(root / "conditional", conditional())
+    untrained(root / "plain", tiny_config(**{"diffusion.num_timesteps": T, **DRAWN}))
+    untrained(root / "classifier", classifier_config(**{"diffusion.num_timesteps": T}))
+    untrained(root / "other_classifier", classifier_config(**{"diffusion.num_timesteps": 2 * T}))
+    untrained(root / "upsampler", upsampler_config(**DRAWN, **{"diffusion.conditioning_noise": 0.2}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def untrained_run(tmp_path_factory):
+    config, directory = tiny_config(**FEW_SAMPLES), tmp_path_factory.mktemp("untrained") / "run"
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(2, training.setup(config).init())
+        checkpoints.finish(2)
+    workdir.write_config(config, directory)
+    return directory
+
+
+@pytest.fixture
+def run(untrained_run, tmp_path):
+    """An untrained run's work directory."""
+    return pathlib.Path(shutil.copytree(untrained_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
+    calls = []
+
+    def draw(self, params, seed, batch=0):
+        calls.append((seed, batch))
+        return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
+
+    monkeypatch.setattr(Generator, "__call__", draw)
+    return calls

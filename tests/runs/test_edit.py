@@ -1,0 +1,180 @@
+"""--mode=edit: every task, against the core."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import data, editing, errors, guidance, sampling, training
+from diffusion_jax.runs import edit, trained_model
+from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config
+from helpers.core_samples import agree, core_inputs
+from helpers.work_directories import untrained
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files")
+    images = data.load(tiny_config().data).read(np.arange(2))[0]
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[:4] = 0
+    for name, image in {
+        "image": images[0, ..., 0],
+        "other": images[1, ..., 0],
+        "mask": mask,
+        "white": mask | 255,
+        "black": mask & 0,
+        "dim": mask // 3,
+        "zero_one": mask // 255,
+        "ones": mask // 255 | 1,
+        "bits": mask < 256,
+        "deep": np.full((8, 8), 300, np.uint16),
+        "alpha": np.stack([mask & 0, mask & 0, mask & 0, mask], axis=-1),
+        "wide": np.zeros((5, 9), np.uint8),
+    }.items():
+        Image.fromarray(image).save(directory / f"{name}.png")
+    return directory
+
+
+def editing_config(files, **overrides):
+    named = {f"editing.{leaf}": str(files / f"{leaf}.png") for leaf in ("image", "other", "mask")}
+    return conditional(**{"editing.num_samples": 3, "editing.resamplings": 2, "editing.jump": 2, **named, **overrides})
+
+
+@pytest.mark.parametrize("task", ["inpaint", "replace", "sdedit", "super_resolution", "interpolate"])
+def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
+    directory = root / "conditional"
+    overrides = {"editing.task": task, "editing.factor": 2, "sampling.label": 4}
+    if task == "interpolate":
+        overrides |= {"sampling.sampler": "ddim", "sampling.clip": False, "sampling.steps": None}
+    edit.run(editing_config(files, **overrides), directory)
+    (path,) = (directory / "samples").glob(f"edit_{task}_*.npz")
+    with np.load(path) as arrays:
+        images = arrays["arr_0"]
+    with Image.open(path.with_suffix(".png")) as picture:
+        shown = 3 + {"inpaint": 2, "replace": 2, "interpolate": 2}.get(task, 1)
+        assert picture.size == (68 * shown + 4, 72 + 14)
+        captions = np.asarray(picture)[68:82, 4:].reshape(14, shown, 68)
+        assert (captions.max(axis=(0, 2)) > 150).all()  # each image has its text
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    with Image.open(files / "image.png") as image:
+        image = np.asarray(image)[..., None]
+    if task in ("inpaint", "replace"):
+        np.testing.assert_array_equal(images[:, 4:], np.repeat(image[None, 4:], 3, axis=0))
+        assert (images[0, :4] != images[1, :4]).any()
+    if task == "super_resolution":
+        small = data.fit(Image.fromarray(image[..., 0]), (4, 4), 1)
+        free = (images > 0) & (images < 255)  # what was cut off at the ends of the scale fits no longer
+        whole = free.reshape(3, 4, 2, 4, 2).all(axis=(2, 4))
+        means = images.reshape(3, 4, 2, 4, 2).mean(axis=(2, 4))
+        assert abs(means - small[..., 0])[whole].max() <= 1 and whole.any()
+    path.unlink()
+
+
+@pytest.mark.whole
+def test_edits_equal_those_of_the_core(root, files):
+    """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
+    directory = root / "conditional"
+    built = training.setup(conditional())
+    walked, full, model, params = core_inputs(conditional(), directory)
+    its = classifier_config(**{"diffusion.num_timesteps": T})
+    classifier = training.model_from_config(its)
+    _, guide = trained_model.load_weights(its, root / "classifier", classifier, built.mesh, True)
+    y = jnp.full(3, 4)
+    log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
+    plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
+    guided = guidance.classifier(plain, log_prob, full, 5.0)
+    shift = guidance.log_prob_gradient(log_prob, 5.0)
+    with Image.open(files / "image.png") as image, Image.open(files / "mask.png") as mask:
+        x_0 = jnp.tile(jnp.float32(np.asarray(image))[None, ..., None] / 127.5 - 1, (3, 1, 1, 1))
+        known = (np.asarray(mask) > 127)[..., None]
+    key, small = jax.random.key(0), {"variance": "fixed_small"}
+    tasks = {
+        "sdedit": lambda network, sampler: editing.sdedit(key, walked, network, x_0, sampler, strength=0.7),
+        "inpaint": lambda network, sampler: editing.repaint(
+            key, walked, network, x_0, known, sampler, resamplings=3, jump=1
+        ),
+    }
+    base = {"sampling.label": 4, "editing.strength": 0.7, "editing.resamplings": 3, "editing.jump": 1}
+    by_classifier = base | {"sampling.classifier": str(root / "classifier"), "sampling.classifier_scale": 5.0}
+    made = set()
+    for task, run in tasks.items():
+        for leaves, network, sampler in (
+            (base, plain, sampling.ddpm(**small)),
+            (by_classifier, guided, sampling.ddpm(**small)),
+            (by_classifier | {"sampling.classifier_form": "mean"}, plain, sampling.ddpm(mean_shift=shift, **small)),
+        ):
+            edit.run(editing_config(files, **{**leaves, "editing.task": task}), directory)
+            (path,) = set((directory / "samples").glob(f"edit_{task}_*.npz")) - made
+            made.add(path)
+            with np.load(path) as arrays:
+                agree(arrays["arr_0"], jax.jit(lambda n=network, s=sampler, r=run: r(n, s))())
+    for path in made:
+        path.unlink()
+
+
+def test_invalid_editing_options_are_refused(root, files):
+    for overrides, words in (
+        ({"editing.task": "foo"}, "known: inpaint, replace"),
+        ({"editing.task": "colorize"}, "needs a model of color images"),
+        ({"editing.mask": ""}, "editing.mask=FILE is needed"),
+        ({"editing.image": str(files)}, "cannot be read as an image"),
+        ({"editing.mask": str(files / "white.png")}, "white everywhere"),
+        ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
+        ({"editing.mask": str(files / "ones.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "bits.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
+        ({"editing.mask": str(files / "deep.png")}, "black everywhere .values 300 to 300 of 65535.: no pixel"),
+        (
+            {"editing.mask": str(files / "alpha.png")},
+            "black everywhere .values 0 to 0 of 255; transparency is ignored.",
+        ),
+        ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
+        ({"editing.num_samples": 0}, "is too few"),
+        ({"editing.jump": 5}, "leaves nothing to walk again"),
+        ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
+        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single class: give sampling.class"),
+        ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
+        ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
+        ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
+        (
+            {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},
+            "editing.level=7 must be an index of the steps, 0 ... 4",
+        ),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            edit.run(editing_config(files, **overrides), root / "conditional")
+
+
+def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys):
+    """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
+    with Image.open(files / "zero_one.png") as mask:
+        values = np.asarray(mask)
+    kinds = {"gray": values, "color": np.stack([values] * 3, -1), "deep": values.astype(np.uint16), "bits": values > 0}
+    for name, array in kinds.items():
+        path = files / f"zero_one_{name}.png"
+        Image.fromarray(array).save(path)
+        edit.run(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
+        out = capsys.readouterr().out
+        assert "The mask keeps its white pixels, 32 of 64 (50%), and the model paints the black ones, 32 (50%)." in out
+        written = pathlib.Path(out.split("the results alone: ")[1].strip())
+        with np.load(written) as arrays, Image.open(files / "image.png") as image:
+            kept = arrays["arr_0"][:, 4:, :, 0]
+            np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
+
+
+def test_colorization_keeps_the_gray_values(tmp_path, files):
+    config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
+    untrained(tmp_path / "run", config)
+    config.editing.update(task="colorize", image=str(files / "image.png"), num_samples=2)
+    edit.run(config, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "samples").glob("edit_colorize_*.npz")
+    with np.load(path) as arrays:
+        images = arrays["arr_0"].astype(int)
+    with Image.open(files / "image.png") as image:
+        gray = np.asarray(image).astype(int)
+    inside = ((images > 0) & (images < 255)).all(-1)
+    assert abs(images.mean(-1) - gray)[inside].max() <= 1 and (np.ptp(images, axis=-1) > 5).any()

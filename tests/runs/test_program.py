@@ -1,0 +1,195 @@
+"""The program in processes of its own: signals, kills, flags and stored configs."""
+
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
+from diffusion_jax.runs import train
+from helpers.configs import tiny_config
+from helpers.launcher import launch
+from helpers.paths import ROOT
+from helpers.program import finish, start, tiny_flags
+from helpers.work_directories import last_state, lines
+
+IMPORTANCE_SAMPLED = {
+    "diffusion.loss": "vlb",
+    "diffusion.variance": "learned_range",
+    "diffusion.timestep_sampler": "loss_second_moment",
+    "diffusion.num_timesteps": 5,
+    "diffusion.schedule": "linear",
+    "diffusion.beta_end": 0.5,
+}
+
+
+STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interrupted by Ctrl-C", 130)}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("loss", "num_steps", "ends"),
+    [
+        ({}, 150, {10: signal.SIGKILL, 40: signal.SIGTERM, 80: signal.SIGINT}),
+        (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
+    ],
+)
+def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps, ends):
+    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
+    to the bit."""
+    overrides = {
+        "training.num_steps": num_steps,
+        "training.log_every": 1,
+        "training.checkpoint_every": 7,
+        "training.sample_every": num_steps // 3,
+        **loss,
+    }
+    flags = tiny_flags(tmp_path / "killed", **overrides)
+    for after, end in ends.items():
+        process = start(*flags)
+        path, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 300
+        while time.time() < deadline and process.poll() is None:
+            if path.exists() and path.read_text().count("\n") > after:
+                break
+            time.sleep(0.05)
+        process.send_signal(end)
+        _, err = process.communicate(timeout=120)
+        if end != signal.SIGKILL:
+            why, exit_code = STOPPING[end]
+            step = int(err.split(f"error: {why} at step ")[1].split(", which is saved; rerun")[0])
+            assert process.returncode == exit_code and (tmp_path / "killed" / "checkpoints" / str(step)).is_dir()
+            assert len(err.strip().splitlines()) == 1
+    code, out, err = finish(start(*flags))
+    assert code == 0, err
+    assert "Continuing from step" in out
+    code, _, err = finish(start(*tiny_flags(tmp_path / "whole", **overrides)))
+    assert code == 0 and not err.strip(), err
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert len(lines(tmp_path / "whole")) == num_steps
+    for directory in ("killed", "whole"):
+        assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
+    killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    if loss:  # long past its warm-up
+        assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
+        (["--config=configs/digit.py"], "no such file"),
+        (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
+        (["--config=configs/digits.py", "leftover"], "unexpected argument"),
+        (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
+        (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
+        (["--config=configs/digits.py", "--config.data.image_size=wide"], "data.image_size=wide"),
+        ([], "--config=configs/NAME.py is needed"),
+    ],
+)
+def test_wrong_flags_end_with_one_line_and_exit_code_2(arguments, words, tmp_path):
+    code, _, err = launch(f"--workdir={tmp_path}", *arguments)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"seed": 0', ""])
+def test_an_invalid_config_json_ends_with_one_line(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    for named in ([], ["--config=configs/digits.py"]):
+        code, _, err = launch(f"--workdir={tmp_path}", *named)
+        assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_the_stored_config_is_used_if_none_is_given(trained):
+    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # of a run in progress: sampling must leave it alone
+    flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
+    code, out, err = finish(start("--workdir", str(trained), *flags))
+    assert code == 0, err
+    assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a grid:" in out
+    assert not err.strip()
+    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path, number):
+    train.run(tiny_config(), tmp_path)
+    process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
+    deadline = time.time() + 120
+    while not (parts := list(tmp_path.glob("samples/.*/*.npz"))) and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    why, exit_code = STOPPING[number]
+    assert process.returncode == exit_code and err.startswith(f"error: {why}; rerun the same command to continue"), err
+    assert len(err.strip().splitlines()) == 1 and all(path.exists() for path in parts)
+
+
+def until(condition, process):
+    deadline = time.time() + 300
+    while not condition():
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+STUCK = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.data import pipeline
+
+read = pipeline.Batches.__getitem__
+
+
+def stuck(self, step):
+    while step >= 5:
+        time.sleep(1)
+    return read(self, step)
+
+
+pipeline.Batches.__getitem__ = stuck
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """The data of step 6 never come: the first Ctrl-C waits for the step, the second does not."""
+    program, run = tmp_path / "stuck.py", tmp_path / "run"
+    program.write_text(STUCK)
+    flags = tiny_flags(run, **{"training.num_steps": 9, "training.log_every": 1})
+    process = start(*flags, program=str(program))
+    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") == 4, process)
+    until((run / "checkpoints" / "4").is_dir, process)
+    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if "Press it again to stop at once" in line:
+            break
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    assert err.startswith(
+        "error: stopped at once by a second Ctrl-C; step 4 is saved; rerun the same command to resume"
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
+    """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
+    streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
+    flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
+    process = start(*flags, start_new_session=True)
+    until(
+        lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n"), process
+    )
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == EXIT_INTERRUPTED and len(err.strip().splitlines()) == 1, err
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert f"interrupted by Ctrl-C at step {path.name}, which is saved" in err

@@ -1,0 +1,131 @@
+"""Samples in files: which are reused, and which are drawn anew."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from diffusion_jax.runs import sample, sampling_setup, trained_model
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.sample_files import read_settings
+from helpers.configs import FEW_DRAWN, tiny_config
+from helpers.work_directories import reuse_or_draw
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def store_settings(path, change):
+    """Rewrites the settings beside the samples of a file; change(dict)."""
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    change(stored["settings"])
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+
+
+def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
+    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+    assert len(drawn) == 3
+    for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
+        reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
+    assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
+    sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample draws whatever is there
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
+        ({"sampling.classifier_flags": "{}"}, "sampling.classifier_flags=, now {}"),
+        ({"sampling.clip_quantile": 0.9}, "sampling.clip_quantile=0.995, now 0.9"),
+        ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
+    ],
+)
+def test_samples_with_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
+    """Though their files have one name."""
+    config = {"sampling.batch_size": 3}
+    one = reuse_or_draw(tiny_config(**config), run)
+    before = len(drawn)
+    other = reuse_or_draw(tiny_config(**config | overrides), run)
+    assert other.path == one.path and len(drawn) > before
+    assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
+    assert read_settings(one.path)["settings"]["batch_size"] == other.batch_size
+    sample.run(tiny_config(**config), run)  # --mode=sample, too
+    assert f"Drawing anew: {one.path} was drawn with other settings" in capsys.readouterr().out
+
+
+def test_samples_with_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**FEW_DRAWN)
+    path = reuse_or_draw(config, run).path
+    store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
+    reuse_or_draw(config, run)
+    assert len(drawn) == 6
+    out = capsys.readouterr().out
+    assert re.search(
+        r"Drawing anew: .* other settings \(classifier_digest=00000000..., now None; devices=64, now \d+\)", out
+    )
+    # The same step of a run that was begun again with another seed.
+    store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
+    reuse_or_draw(config, run)
+    assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
+
+
+def test_the_times_of_a_spacing_are_a_setting(run, drawn, capsys, monkeypatch):
+    """The same config may stand for other times in another version."""
+    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+    respace = sampling_setup.respace
+    other = {"steps": 2, "spacing": "leading"}
+    monkeypatch.setattr(
+        sampling_setup, "respace", lambda schedule, options, *more: respace(schedule, {**options, **other}, *more)
+    )
+    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+    assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
+
+
+def test_samples_without_stored_settings_are_drawn_anew(run, drawn, capsys):
+    config = tiny_config(**FEW_DRAWN)
+    path = reuse_or_draw(config, run).path
+    for write in (
+        lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
+        lambda: path.write_bytes(b"PK\x03\x04 torn"),
+    ):
+        write()
+        reuse_or_draw(config, run)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
+        assert "does not store the settings" in line and str(path) in line
+        with np.load(path) as arrays:
+            assert arrays["arr_0"].max() == 2
+    assert len(drawn) == 9
+
+
+def test_unfinished_samples_with_other_settings_are_not_continued(run, drawn, monkeypatch):
+    draw, config = Generator.__call__, tiny_config(**FEW_DRAWN)
+
+    def second_breaks(self, params, seed, batch=0):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return draw(self, params, seed, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Generator, "__call__", second_breaks)
+        with pytest.raises(KeyboardInterrupt):
+            sample.run(config, run)
+    assert [batch for _, batch in drawn] == [0, 1]
+    sample.run(tiny_config(**FEW_DRAWN | {"sampling.clip_quantile": 0.9}), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
+    sample.run(tiny_config(**FEW_DRAWN), run)
+    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
+
+
+def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():
+    tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
+    same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
+    assert trained_model.params_digest(tree) == trained_model.params_digest(same)
+    for other in (
+        {**tree, "b": np.float32(4)},
+        {**tree, "b": np.float64(3)},
+        {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
+        {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
+    ):
+        assert trained_model.params_digest(other) != trained_model.params_digest(tree)

@@ -1,0 +1,112 @@
+"""--mode=evaluate: metrics of samples; and the distance that training logs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import training
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metrics
+from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.runs import sample_metrics, train, trained_model
+from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.preview import make_preview_sampler
+from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
+from helpers.digits_features import by_hand
+from helpers.image_files import all_digits
+from helpers.program import evaluate
+from helpers.work_directories import reuse_or_draw
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_evaluate_measures_samples(run, capsys, monkeypatch):
+    evaluate(tiny_config(**FEW_SAMPLES), run)
+    (record,) = json.loads((run / "metrics.json").read_text())
+    (path,) = (run / "samples").glob("*.npz")
+    drawn = np.load(path)["arr_0"]
+    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    assert (record["weights"], record["step"], record["steps"], record["num_samples"]) == ("ema", 2, 2, 20)
+    assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
+    assert record["sampling"]["use_ema"] is True
+    assert "64 dimensions: the distance is larger" in capsys.readouterr().out
+    monkeypatch.setattr(Generator, "__call__", None)  # nothing is drawn twice
+    evaluate(tiny_config(**FEW_SAMPLES), run)
+    assert not list(run.glob("*steps.png"))
+    monkeypatch.undo()
+    evaluate(tiny_config(**FEW_SAMPLES | {"sampling.steps": 4}), run)
+    assert len(json.loads((run / "metrics.json").read_text())) == 2
+    assert Image.open(run / "frechet_distance_against_steps.png").width > 100
+
+
+def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
+    config = tiny_config(**FEW_DRAWN)
+    path = reuse_or_draw(tiny_config(**FEW_DRAWN), run).path
+    with np.load(path) as arrays:
+        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
+    stored["drawn_with"] = {"jax": "0.0.1"}
+    np.savez(path, images, settings=np.array(json.dumps(stored)))
+    evaluate(tiny_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    (record,) = json.loads((run / "metrics.json").read_text())
+    assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
+    assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
+    assert record["sampling"]["sampler"] == config.sampling.sampler and "steps" not in record["sampling"]
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_the_requested_weights_are_measured(run, use_ema, monkeypatch):
+    asked = []
+
+    def sample_file(config, directory):
+        asked.append((config.sampling.use_ema, config.sampling.num_samples))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_metrics, "SampleFile", sample_file)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_config(**FEW_SAMPLES | {"evaluation.use_ema": use_ema}), run)
+    assert asked == [(use_ema, 20)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"evaluation.features": "inception"}, "metrics of samples need features: set evaluation.inception=PATH"),
+        ({"evaluation.features": "inception", "evaluation.inception": "none.pth"}, "none.pth: no such file"),
+        ({"evaluation.num_samples": 7}, "num_samples=7 is too few: these metrics need at least 8"),
+        ({"evaluation.metrics": ("fad",)}, "'fad' is unknown"),
+        ({"evaluation.resize": "nearest"}, "known: tf1, pytorch, clean"),
+        ({"evaluation.every": -1}, "must be at least 0"),
+        ({"evaluation.batch_size": 0}, "evaluation.batch_size=0 must be at least 1"),
+    ],
+)
+def test_invalid_metric_options_are_refused(run, overrides, words):
+    with pytest.raises((UserError, PretrainedError), match=words):
+        evaluate(tiny_config(**FEW_SAMPLES | overrides), run)
+    assert not (run / "samples").exists()
+
+
+def test_training_logs_the_frechet_distance(tmp_path):
+    config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
+    train.run(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
+    assert list(logged) == [2, 4]
+    # Of the EMA weights, as the same draws made here say.
+    built = training.setup(config)
+    _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
+    generator = make_preview_sampler(config, built, config.sampling.batch_size)
+    drawn = np.concatenate([generator(params, 0, i) for i in range(5)])
+    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert logged[4] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):
+        config = tiny_config(**{"evaluation.every": 2, "training.steps_per_call": 4, "training.log_every": 4})
+        config.training.checkpoint_every = 4
+        train.run(config, tmp_path / "other")
+
+
+def test_the_message_names_the_weights_of_inception(tmp_path):
+    with pytest.raises(UserError, match="https://github.com/mseitzer/pytorch-fid/releases/download/"):
+        sample_metrics.run(tiny_config(**FEW_SAMPLES, **{"evaluation.features": "inception"}), tmp_path)

@@ -1,0 +1,139 @@
+"""The sampler and the steps of config.sampling, against those of the core."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffusion_jax import process, sampling, schedules
+from diffusion_jax.runs import sampler_config
+from helpers.configs import conditional, tiny_config
+
+OPTIONS = {  # every option of every sampler, off its usual value
+    "ddpm": ({}, lambda **k: sampling.ddpm(**k)),
+    "ddim": ({"eta": 0.5}, lambda **k: sampling.ddim(0.5, **k)),
+    "euler": ({}, lambda **k: sampling.euler(**k)),
+    "euler_ancestral": ({}, lambda **k: sampling.euler_ancestral(**k)),
+    "heun": (
+        {"churn": 5.0, "churn_range": (0.1, 20), "churn_noise": 1.2},
+        lambda **k: sampling.heun(churn=5.0, churn_range=(0.1, 20), churn_noise=1.2, **k),
+    ),
+    "dpm_solver_pp": (
+        {"order": 3, "sde": True, "lower_order_final": False},
+        lambda **k: sampling.dpm_solver_pp(3, sde=True, lower_order_final=False, **k),
+    ),
+    "dpm_solver_pp singlestep": (
+        {"order": 3, "singlestep": True},
+        lambda **k: sampling.dpm_solver_pp(3, singlestep=True, **k),
+    ),
+    "unipc": (
+        {"order": 3, "variant": "bh1", "lower_order_final": False},
+        lambda **k: sampling.unipc(3, variant="bh1", lower_order_final=False, **k),
+    ),
+    "deis": ({"order": 3, "lower_order_final": False}, lambda **k: sampling.deis(3, lower_order_final=False, **k)),
+    "pndm": ({}, lambda **k: sampling.pndm(**k)),
+    "plms": ({}, lambda **k: sampling.pndm(runge_kutta=False, **k)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_sampler_of_a_config_equals_that_of_the_core(name):
+    """The same function as the core's with the same options, by what it draws; each option changes that."""
+    assert {name.split()[0] for name in OPTIONS} == set(sampler_config.SAMPLERS)
+    options, made = OPTIONS[name]
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
+    network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
+    x_T = jax.random.normal(jax.random.key(2), (2, 3))
+    diffusion = ConfigDict({"prediction": "v", "variance": "fixed_large"})
+
+    def run(sampler):
+        return np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T, sampler))
+
+    def configured(**leaves):
+        leaves = {f"sampling.{leaf}": value for leaf, value in {"sampler": name.split()[0], **leaves}.items()}
+        return run(sampler_config.sampler_from_config(conditional(**leaves).sampling, diffusion))
+
+    np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
+    for leaf in options:
+        without = {key: value for key, value in options.items() if key != leaf}
+        assert (configured(**without) != configured(**options)).any(), leaf
+
+
+def test_every_clip_of_a_config_changes_the_predicted_x_0():
+    x = 3 * jax.random.normal(jax.random.key(2), (1, 50))
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 2, "log_snr")
+    diffusion = ConfigDict({"prediction": "x_0", "variance": "fixed_large"})
+    for leaves, expected in (
+        ({"clip": True}, np.clip(x, -1, 1)),
+        ({"clip": False}, x),
+        ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
+    ):
+        options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
+        sampler = sampler_config.sampler_from_config(options.sampling, diffusion)
+        x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
+        np.testing.assert_allclose(x_0, expected, rtol=1e-6)
+
+
+def test_given_steps_are_network_times():
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    options = {"steps": (10, 300.5, 900), "spacing": "given"}
+    np.testing.assert_allclose(sampler_config.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
+    with pytest.raises(ValueError, match="needs sampling.steps="):
+        sampler_config.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"steps": 250, "spacing": "openai"}, "250"),
+        ({"steps": (10, 15, 20), "spacing": "openai"}, "10,15,20"),
+        ({"steps": (10, 15, 20), "spacing": None}, "10,15,20"),  # as the command line reads 10,15,20
+        ({"steps": 50, "spacing": "openai_ddim"}, "ddim50"),
+    ],
+)
+def test_openai_spacings_can_be_given_by_name(options, same):
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    found = sampler_config.respace(schedule, options, sampling.ddpm())
+    np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "words"),
+    [
+        ("250", None, "'250' is a string; .* --config.sampling.steps=250 --config.sampling.spacing=openai$"),
+        ("10,15, 20", "trailing", "--config.sampling.steps=10,15,20 --config.sampling.spacing=openai$"),
+        ("ddim5", None, "'ddim5' is a string; .* --config.sampling.steps=5 --config.sampling.spacing=openai_ddim$"),
+        ("many", None, "'many' is a string; .* --config.sampling.steps=50 --config.sampling.spacing=NAME$"),
+        ((1, 2), "trailing", r"\(1, 2\) are several numbers, .* use sampling.spacing=openai"),
+        ((1, 2.5), "openai", "must be a whole number, or several"),
+        (2.5, "openai", "must be a whole number, or several"),
+        ((5, 5), "openai_ddim", "several numbers"),
+        (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai_ddim, given"),
+    ],
+)
+def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
+    schedule = schedules.from_betas(schedules.betas("linear", 1000))
+    with pytest.raises(ValueError, match=words) as caught:
+        sampler_config.respace(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+    assert "\n" not in str(caught.value)
+
+
+def test_leaves_without_effect_are_listed():
+    """Each alone, beside what reads it and beside what does not."""
+    assert sampler_config.unused_leaves(tiny_config().sampling) == []
+    for leaf, value, reader, other in (
+        ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
+        ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
+        ("variant", "bh1", {"sampler": "unipc"}, {"sampler": "dpm_solver_pp"}),
+        ("singlestep", True, {"sampler": "dpm_solver_pp"}, {"sampler": "unipc"}),
+        ("sde", True, {"sampler": "dpm_solver_pp"}, {"sampler": "heun"}),
+        ("churn", 2.0, {"sampler": "heun"}, {"sampler": "pndm"}),
+        ("classifier_scale", 4.0, {"classifier": "runs/classifier"}, {}),
+        ("guidance_rescale", 0.7, {"guidance_scale": 2.0}, {}),
+        ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
+    ):
+        options = dict(tiny_config().sampling) | {leaf: value}
+        assert sampler_config.unused_leaves(options | reader) == []
+        (line,) = sampler_config.unused_leaves(options | other)
+        assert line.startswith(f"sampling.{leaf}={value!r} (only ")

@@ -1,0 +1,282 @@
+"""--mode=sample with classes, guidance, classifiers and upsamplers, against the core."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import errors, guidance, pretrained, sampling, training
+from diffusion_jax.models import upsampling
+from diffusion_jax.runs import sample, sampling_setup, trained_model
+from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
+from helpers.core_samples import agree, core_inputs
+from helpers.program import finish, start
+
+
+def by_hand(network, walked, sampler, batches=2, size=4):
+    """The same keys and batches through the core alone. network(batch) -> denoise_fn."""
+    images = []
+    for batch in range(batches):
+        key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), batch))
+        x_T = jax.random.normal(key_noise, (size, 8, 8, 1))
+        images.append(
+            jax.jit(lambda x, k=key_steps, b=batch: sampling.sample(k, walked, network(b), x, sampler(b)))(x_T)
+        )
+    return np.concatenate(images)
+
+
+def drawn(directory):
+    """(images, labels) of the newest .npz, removed again."""
+    (path,) = (directory / "samples").glob("step*.npz")
+    with np.load(path) as arrays:
+        found = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
+    path.unlink()
+    return found
+
+
+def test_guided_samples_equal_those_of_the_core(root):
+    """Two classes in turn, classifier-free guidance with an interval and a rescale, DPM-Solver++."""
+    directory = root / "conditional"
+    overrides = {
+        "sampling.label": (3, 5),
+        "sampling.guidance_scale": 2.5,
+        "sampling.guidance_interval": (4, 15),
+        "sampling.guidance_rescale": 0.5,
+        "sampling.sampler": "dpm_solver_pp",
+    }
+    sample.run(conditional(**overrides), directory)
+    images, labels = drawn(directory)
+    np.testing.assert_array_equal(labels, [3, 5, 3, 5, 3, 5])
+    walked, _, model, params = core_inputs(conditional(), directory)
+
+    def network(batch):
+        apply = lambda x, time, y: model.apply({"params": params}, x, time, y)  # noqa: E731
+        y = jnp.array([3, 5, 3, 5])
+        return guidance.classifier_free(apply, y, model.null_label, 2.5, interval=(4, 15), rescale=0.5)
+
+    agree(images, by_hand(network, walked, lambda batch: sampling.dpm_solver_pp(2))[:6])
+    sample.run(conditional(**{**overrides, "sampling.guidance_scale": 1.0}), directory)
+    unguided, _ = drawn(directory)
+    assert (unguided != images).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler"),
+    [
+        ({"sampler": "pndm"}, sampling.pndm()),
+        ({"sampler": "heun", "churn": 2.0}, sampling.heun(churn=2.0)),
+    ],
+)
+def test_samplers_that_call_the_network_between_steps_work(root, options, sampler):
+    """These ask at times that no table of the steps' times holds."""
+    base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
+    sample.run(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
+    images, _ = drawn(root / "plain")
+    walked, _, model, params = core_inputs(
+        tiny_config(**base), root / "plain", 8, "log_snr"
+    )  # what suits these samplers
+    network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
+    agree(images, by_hand(network, walked, lambda batch: sampler)[:6], distinct=10)  # most are clipped
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
+def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name):
+    directory = root / name
+    base = (
+        conditional
+        if name == "conditional"
+        else lambda **o: tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **o})
+    )
+    config = base(
+        **{
+            "sampling.classifier": str(root / "classifier"),
+            "sampling.classifier_scale": 2.0,
+            "sampling.classifier_form": form,
+            "sampling.label": 7,
+        }
+    )
+    sample.run(config, directory)
+    images, labels = drawn(directory)
+    np.testing.assert_array_equal(labels, [7] * 6)
+    walked, full, model, params = core_inputs(base(), directory)
+    its = classifier_config(**{"diffusion.num_timesteps": T})
+    classifier = training.model_from_config(its)
+    _, guide = trained_model.load_weights(its, root / "classifier", classifier, training.setup(its).mesh, True)
+    y = jnp.full(4, 7)
+    log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
+
+    def network(batch):
+        own = (y,) if name == "conditional" else ()
+        apply = lambda x, time: model.apply({"params": params}, x, time, *own)  # noqa: E731
+        return guidance.classifier(apply, log_prob, full, 2.0) if form == "eps" else apply
+
+    shift = guidance.log_prob_gradient(log_prob, 2.0) if form == "mean" else None
+    agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
+
+
+def test_an_upsampler_enlarges_given_images(root, tmp_path):
+    """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
+    directory = root / "upsampler"
+    low = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "low.npz", low)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, image in enumerate(low):
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    config = lambda **o: upsampler_config(**{**DRAWN, "diffusion.conditioning_noise": 0.2, **o})  # noqa: E731
+    options = {"sampling.low_resolution_noise": 0.1, "sampling.sampler": "ddim"}
+    sample.run(config(**{"sampling.low_resolution": str(tmp_path / "low.npz"), **options}), directory)
+    images, _ = drawn(directory)
+    walked, _, model, params = core_inputs(config(), directory)
+
+    def network(batch):
+        small = jnp.asarray(low[(4 * batch + np.arange(4)) % 3] / 127.5 - 1, jnp.float32)
+        return lambda x, time: model.apply(
+            {"params": params}, upsampling.condition(x, small, jnp.full(x.shape[0], 0.1)), time
+        )
+
+    agree(images, by_hand(network, walked, lambda batch: sampling.ddim())[:6])
+    sample.run(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
+    np.testing.assert_array_equal(drawn(directory)[0], images)
+    np.savez(tmp_path / "wrong.npz", low[:, :2])
+    np.savez(tmp_path / "empty.npz", low[:0])
+    for path, words in (
+        ("", "set sampling.low_resolution to an .npz"),
+        (str(tmp_path / "none.npz"), "neither a folder nor an .npz"),
+        (str(tmp_path / "empty.npz"), "holds no images"),
+        (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            sample.run(config(**{"sampling.low_resolution": path}), directory)
+
+
+def of(leaves, **diffusion):
+    config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
+    config.diffusion.update(diffusion)
+    built = training.setup(config)
+    return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
+
+
+def test_different_sampling_options_have_different_file_names(root):
+    """Options are spelled; a digest stands for paths and for what is long."""
+    names = {
+        "ddpm5": {},
+        "ddpm5_guided2": {"guidance_scale": 2.0},
+        "ddpm5_guided2_interval1-5": {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
+        "ddpm5_guided2_interval2-5": {"guidance_scale": 2.0, "guidance_interval": (2, 5)},
+        "ddpm5_guided2_rescale0.5": {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
+        "ddpm5_clip-none": {"clip": False},
+        "ddpm5_clip-dynamic0.995": {"clip": "dynamic"},
+        "ddim5_openai_clip-dynamic0.9_class3-5": {
+            "sampler": "ddim",
+            "spacing": "openai",
+            "clip": "dynamic",
+            "clip_quantile": 0.9,
+            "label": (3, 5),
+        },
+        "ddpm5_openai2-3": {"steps": (2, 3)},
+        "ddpm5_openai3-2": {"steps": (3, 2)},
+        "ddpm5_openai_ddim": {"spacing": "openai_ddim"},
+        "dpm_solver_pp5_order3_fullorder": {"sampler": "dpm_solver_pp", "order": 3, "lower_order_final": False},
+        "unipc5_bh1": {"sampler": "unipc", "variant": "bh1"},
+        "heun8_log_snr": {"sampler": "heun", "steps": 8},
+        "heun8_log_snr_churn2_range0.1-20_noise1.1": {
+            "sampler": "heun",
+            "steps": 8,
+            "churn": 2.0,
+            "churn_range": (0.1, 20),
+            "churn_noise": 1.1,
+        },
+    }
+    for name, leaves in names.items():
+        assert of(leaves).name == name
+    digested = {
+        of(leaves).name
+        for leaves in (
+            {"steps": (1, 5, 8, 15, 19), "spacing": "given"},
+            {"steps": (2, 5, 8, 15, 19), "spacing": "given"},
+            {"label": tuple(range(10)) * 3},
+            {"label": tuple(range(10)) * 3 + (1,)},
+            {"classifier": str(root / "classifier")},
+            {"classifier": str(root / "classifier"), "classifier_form": "mean"},
+        )
+    }
+    assert len(digested) == 6 and all(len(name.split("_")[-1]) == 6 for name in digested)
+
+
+def test_steps_on_which_a_sampler_fails_are_refused():
+    """With no spacing given heun, pndm and plms take one that works; the others that are known to fail are one line."""
+    cosine = {"schedule": "cosine", "num_timesteps": 1000}
+    for sampler in ("heun", "pndm", "plms"):
+        chosen = of({"sampler": sampler, "steps": 20}, **cosine)
+        assert chosen.name == f"{sampler}20_log_snr" and chosen.warning is None
+        with pytest.raises(
+            errors.UserError, match="would be noise; use sampling.spacing=log_snr or more steps"
+        ) as caught:
+            of({"sampler": sampler, "steps": 20, "spacing": "trailing"}, **cosine)
+        assert f"sampling.sampler={sampler} with sampling.steps=20 and spacing trailing" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert of({"sampler": "ddim", "steps": 20}, **cosine).name == "ddim20"
+    blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
+    assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("conditional", {"sampling.label": 10}, r"sampling.class=10 must be classes in 0 \.\.\. 9"),
+        ("conditional", {"sampling.label": "seven"}, "sampling.class=seven must be classes"),
+        ("plain", {"sampling.label": 1}, "the model has no classes"),
+        ("plain", {"sampling.guidance_scale": 2.0}, "needs a model trained with model.num_classes and"),
+        ("conditional", {"sampling.label": True}, "sampling.class=True must be classes"),
+        ("conditional", {"sampling.guidance_interval": (5,)}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_interval": (30, 10)}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_interval": ("a", "b")}, "must be two numbers"),
+        ("conditional", {"sampling.guidance_scale": float("nan")}, "must be a finite number"),
+        ("conditional", {"sampling.guidance_rescale": -3.0}, r"must lie in \[0, 1\]"),
+        ("conditional", {"sampling.sampler": "heun", "sampling.churn": float("nan")}, "churn must be a number"),
+        ("conditional", {"sampling.low_resolution_noise": 0.5}, r"must lie in 0 \.\.\. 0.0"),
+        ("conditional", {"sampling.clip": "maybe"}, "must be True, False or 'dynamic'"),
+        ("conditional", {"sampling.clip": "dynamic", "sampling.clip_quantile": 2.0}, "quantile must lie in"),
+        ("conditional", {"sampling.sampler": "deis", "sampling.order": 4}, "order must be 1, 2 or 3"),
+        ("conditional", {"sampling.sampler": "ddim", "sampling.eta": 2.0}, "eta must lie in"),
+        ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
+        ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
+        ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),
+        ("plain", {"sampling.classifier": "nothing"}, "sampling.classifier=.*nothing: no such file or folder"),
+        ("plain", {"sampling.classifier": "other_classifier"}, "another noise schedule"),
+        ("plain", {"sampling.classifier": "classifier", "sampling.classifier_form": "x"}, "must be 'eps' or 'mean'"),
+        (
+            "plain",
+            {
+                "sampling.classifier": "classifier",
+                "sampling.classifier_form": "mean",
+                "sampling.sampler": "heun",
+            },
+            "use sampling.sampler='ddpm'",
+        ),
+    ],
+)
+def test_invalid_combinations_of_options_are_refused(root, name, overrides, words):
+    overrides = dict(overrides)
+    if "sampling.classifier" in overrides:
+        overrides["sampling.classifier"] = str(root / overrides["sampling.classifier"])
+    config = conditional(**overrides)
+    if name == "plain":
+        config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **overrides})
+    with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
+        sample.run(config, root / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_accepts_a_class(root):
+    flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
+    code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
+    assert code == 0, err
+    assert "step 5 of 5" in out
+    np.testing.assert_array_equal(drawn(root / "conditional")[1], [2] * 6)
+    code, _, err = finish(start(f"--workdir={root / 'nothing'}", "--mode=sample", "--config.sampling.class=1"))
+    assert code == 2 and "holds no run whose config could be used" in err and len(err.strip().splitlines()) == 1

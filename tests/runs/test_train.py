@@ -1,0 +1,304 @@
+"""--mode=train: files, resuming, corrupted checkpoints, and options that cannot be trained."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import data, errors, training
+from diffusion_jax.config import flatten
+from diffusion_jax.distributed.file_lock import HeldError
+from diffusion_jax.runs import metrics_writer, sample, train, workdir
+from diffusion_jax.runs.batch_feed import BatchFeed
+from diffusion_jax.runs.stored_config import from_weights
+from helpers.configs import tiny_config
+from helpers.work_directories import lines
+
+
+def event_scalars(directory):
+    """{step: {tag: value}} of every event file, read by TensorBoard."""
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.util import tensor_util
+
+    accumulator = event_accumulator.EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    found = {}
+    for tag in accumulator.Tags()["tensors"]:
+        if tag != "samples":
+            for event in accumulator.Tensors(tag):
+                points = found.setdefault(event.step, {})
+                assert tag not in points, f"{tag} twice at step {event.step}"
+                points[tag] = float(tensor_util.make_ndarray(event.tensor_proto))
+    return found
+
+
+def test_a_run_writes_the_documented_files(trained):
+    assert json.loads((trained / "config.json").read_text()) == workdir.to_dict(tiny_config())
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
+    rows = lines(trained)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["param_norm"] > 0 for row in rows)
+    assert {"loss_q1", "loss_q2", "loss_q3", "loss_q4", "learning_rate"} <= set(rows[0])
+    assert not (trained / "samples").exists()  # training.sample_every is 0: never
+
+
+def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
+    train.run(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        f"train_step0000000{step}.png" for step in (3, 4)
+    ]
+    with Image.open(tmp_path / "samples" / "train_step00000004.png") as picture:
+        assert picture.size == (2 * 68 + 4, 68 + 4) and picture.mode == "L"
+
+
+def test_rerunning_a_finished_run_does_nothing(trained, capsys):
+    before = lines(trained, without=())
+    train.run(tiny_config(), trained)
+    assert "This run is finished" in capsys.readouterr().out
+    assert lines(trained, without=()) == before
+
+
+@pytest.mark.whole
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
+    """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
+    for steps in (4, 7, 10):
+        train.run(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
+    assert "Continuing from step 7" in capsys.readouterr().out
+    train.run(tiny_config(**{"training.num_steps": 10, "training.log_every": 5}), tmp_path / "whole")
+    by_step = {row["step"]: row for row in lines(tmp_path / "broken")}
+    assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
+    scalars = event_scalars(tmp_path / "broken")
+    assert {step: scalars[step]["loss"] for step in scalars} == pytest.approx({s: by_step[s]["loss"] for s in by_step})
+
+
+def test_logs_are_truncated_to_the_checkpoint(tmp_path):
+    """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
+    train.run(tiny_config(), tmp_path)
+    metrics = metrics_writer.MetricsWriter(tmp_path, step=4)
+    metrics.write_scalars(5, {"loss": 9.0})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < 9
+    scalars = event_scalars(tmp_path)
+    assert sorted(scalars) == [2, 4, 6]
+    for row in rows:
+        assert scalars[row["step"]]["loss"] == pytest.approx(row["loss"])
+
+
+def test_leaves_that_identify_a_run_must_not_change(trained):
+    other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
+    with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
+        train.run(other, trained)
+    free = {"training.num_steps": 9, "training.log_every": 3, "sampling.seed": 7, "data.data_dir": "x", "mesh.data": 1}
+    workdir.check_identity(tiny_config(**free), trained)
+    with pytest.raises(errors.UserError, match="training.batch_size"):
+        workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
+
+
+@pytest.mark.whole
+def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(trained, tmp_path):
+    """The command's config is that of the run, but for the rate; it begins with the run's weights."""
+    with pytest.raises(errors.UserError, match="holds another run") as caught:
+        workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
+    command = str(caught.value).split("to start a new run from its weights: ")[1].split()
+    changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
+    assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
+    config = from_weights(str(trained))
+    expected = {**flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
+    assert flatten(workdir.to_dict(config)) == expected
+    config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
+    train.run(config, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
+
+
+def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
+    """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
+    with monkeypatch.context() as broken:
+        broken.setattr(BatchFeed, "next", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.run(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
+    assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
+    other = tiny_config(**{"data.split": "test", "training.num_steps": 2})
+    train.run(other, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == workdir.to_dict(other)
+    assert [row["step"] for row in lines(tmp_path)] == [2]
+    with pytest.raises(errors.UserError, match="holds another run"):
+        workdir.check_identity(tiny_config(), tmp_path)
+
+
+def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
+    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    train.run(tiny_config(), tmp_path)
+    (
+        tmp_path / "checkpoints" / "6"
+    ).mkdir()  # an empty directory is no checkpoint, and must not keep step 6 from being saved
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
+    for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
+        if file.is_file() and "ocdbt.process" in str(file):
+            file.unlink()
+    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
+    out = capsys.readouterr().out
+    assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
+    train.run(tiny_config(), tmp_path)
+    before = lines(tmp_path)
+    (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
+    train.run(tiny_config(), tmp_path)
+    assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 1 of there")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
+    """Another process holds the lock; killed, it holds it no longer."""
+    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".lock").write_text("")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(HeldError, match="process 1 of there is training in .*second launch"):
+            train.run(tiny_config(), tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+        holder.kill()
+    train.run(tiny_config(), tmp_path)
+
+
+@pytest.mark.whole
+def test_a_profile_contains_the_train_steps(tmp_path):
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    train.run(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
+    (path,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard's profiler looks
+    space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    names = [metadata.name for plane in space.planes for metadata in plane.event_metadata.values()]
+    assert "train" in names
+
+
+def test_the_logged_fractions_of_time_add_up_to_one(trained):
+    for row in lines(trained, without=()):
+        assert row["compute"] + row["data_wait"] + row["logging"] == pytest.approx(1) and row["step_seconds"] > 0
+        assert all(0 <= row[name] <= 1 for name in ("compute", "data_wait", "logging"))
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
+    (tmp_path / "samples").write_text("a file where the directory should be")
+    train.run(tiny_config(**{"training.sample_every": 4}), tmp_path)
+    assert "the picture of step 4 could not be written" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.whole
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(**{"training.num_steps": 40, "training.checkpoint_every": 1})
+    config.optimizer.update(learning_rate=1e12, grad_clip=0.0)
+    with pytest.raises(errors.UserError, match=r"not finite at step \d+ .*a lower optimizer.learning_rate") as caught:
+        train.run(config, tmp_path)
+    assert caught.value.exit_code == 1
+    step = int(str(caught.value).split("at step ")[1].split()[0])
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()] == list(range(1, step))[
+        -3:
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"training.num_steps": 0}, "training.num_steps=0"),
+        ({"training.steps_per_call": 3}, "multiple of training.steps_per_call=3"),
+        ({"model.num_classes": 3}, "the data has 10 classes"),
+        ({"seed": -1}, "seed=-1 must be"),
+        ({"model.dtype": "bf16"}, "model.dtype='bf16' must be float32 or bfloat16"),
+        ({"model.dtype": "float16"}, "model.dtype='float16' must be float32 or bfloat16"),
+        ({"model.dtype": "float64"}, "model.dtype='float64' must be float32 or bfloat16"),
+        ({"model.num_groups": 0}, "model.num_groups=0 must be .*at least 1"),
+        ({"model.channel_multipliers": ()}, "config: "),
+        ({"model.dropout": 1.5}, r"model.dropout=1.5 must be a number in \[0, 1\)"),
+        ({"optimizer.learning_rate": -1.0}, "learning_rate=-1.0 must be .*above 0"),
+        ({"ema.decay": 1.5}, "ema.decay=1.5"),
+        ({"sampling.sampler": "eulr"}, "known: ddpm, ddim, euler"),
+        ({"sampling.preview_steps": 0}, "sampling.preview_steps=0 must be a whole number"),
+    ],
+)
+def test_invalid_training_options_are_refused(overrides, words, tmp_path):
+    overrides = dict(overrides)
+    if "sampling.sampler" in overrides:
+        with pytest.raises(errors.UserError, match=words):
+            sample.run(tiny_config(**overrides), tmp_path)
+        return
+    with pytest.raises(errors.UserError, match=words):
+        train.run(tiny_config(**overrides), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_images_are_refused(tmp_path):
+    """Of a folder that was changed, say, whose name and size are the same."""
+
+    def source(count, seed=0):
+        path = tmp_path / f"{count}_{seed}"
+        path.mkdir(exist_ok=True)
+        for i in range(count):
+            pixels = np.random.default_rng([seed, i]).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / f"{i:03}.png")
+        return data.Folder(str(path), (8, 8), 1)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    workdir.check_data(source(7), run)  # of a launch that saved nothing
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    workdir.check_data(source(5), run)
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    for same in (source(5), source(5)):
+        workdir.check_data(same, run)
+    for other in (source(6), source(5, seed=1)):
+        with pytest.raises(errors.UserError, match="images are not those that .* remove .*data.json"):
+            workdir.check_data(other, run)
+
+
+def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
+    """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
+    setup = training.setup
+
+    def on_an_accelerator(config):
+        built = setup(config)
+        raw = built.train_step.__wrapped__
+        return built._replace(train_steps=jax.jit(training.scan_steps(raw)))
+
+    train.run(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
+    train.run(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
+    monkeypatch.setattr(training, "setup", on_an_accelerator)
+    train.run(
+        tiny_config(
+            **{
+                "training.num_steps": 10,
+                "training.steps_per_call": 4,
+                "training.log_every": 4,
+                "training.checkpoint_every": 4,
+            }
+        ),
+        tmp_path / "several",
+    )
+    rows = lines(tmp_path / "several")
+    assert [row["step"] for row in rows] == [2, 3, 4, 8, 10]
+    np.testing.assert_allclose(rows[-1]["loss"], lines(tmp_path / "single")[-1]["loss"], rtol=1e-3)
+    assert sorted(int(p.name) for p in (tmp_path / "several" / "checkpoints").iterdir()) == [4, 8, 10]

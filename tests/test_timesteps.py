@@ -1,0 +1,68 @@
+"""Timestep samplers: their distributions, and the history of losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import timesteps
+
+
+@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+def test_timesteps_are_uniform(name):
+    """Chi-squared over 10 bins from independent batches; each draw alone must be uniform."""
+    sampler, batches = timesteps.SAMPLERS[name], 4000
+    t, weight = jax.vmap(lambda key: sampler(key, 5, 10))(jax.random.split(jax.random.key(0), batches))
+    assert t.shape == (batches, 5) and (weight == 1).all() and t.min() >= 0 and t.max() <= 9
+    for column in range(5):
+        counts = np.bincount(np.asarray(t[:, column]), minlength=10)
+        assert ((counts - batches / 10) ** 2 / (batches / 10)).sum() < 33.7  # P(chi2_9 > 33.7) = 1e-4
+
+
+def test_antithetic_pairs_and_strata():
+    t, _ = timesteps.antithetic(jax.random.key(0), 7, 100)
+    np.testing.assert_array_equal(t[:3] + t[4:], 99)
+    for seed in range(20):
+        t, _ = timesteps.stratified(jax.random.key(seed), 8, 80)
+        np.testing.assert_array_equal(np.sort(np.asarray(t) // 10), np.arange(8))  # one in each eighth
+
+
+def recorded_one_by_one(history, t, values):
+    """The published rule, one loss at a time: a list for each step, of which the oldest falls out."""
+    for step, value in zip(t, values, strict=True):
+        history[step] = (history[step] + [value])[-3:]
+    return history
+
+
+def test_the_history_keeps_the_last_losses_of_each_step():
+    rng = np.random.default_rng(0)
+    history, lists = timesteps.loss_history(5, length=3), [[] for _ in range(5)]
+    record = jax.jit(timesteps.record)
+    for _ in range(20):
+        t = rng.integers(0, 5, 12).astype(np.int32)  # some steps more often than a ring is long
+        values = rng.normal(size=12).astype(np.float32)
+        history, lists = record(history, t, values), recorded_one_by_one(lists, t.tolist(), values.tolist())
+        for step in range(5):
+            kept = np.asarray(history.losses[step])[: min(int(history.counts[step]), 3)]
+            np.testing.assert_array_equal(np.sort(kept), np.sort(np.float32(lists[step])))
+
+
+def test_the_sampler_is_uniform_until_every_step_is_full():
+    history = timesteps.loss_history(4, length=2)
+    for t in ([0, 0, 1, 1], [2, 2, 3, 0]):
+        history = timesteps.record(history, jnp.array(t), jnp.array([5.0, 1.0, 2.0, 3.0]))
+        np.testing.assert_allclose(timesteps.step_probabilities(history), 0.25)
+    history = timesteps.record(history, jnp.array([3]), jnp.array([4.0]))
+    kept = np.array([[1, 3], [2, 3], [5, 1], [2, 4]], float)  # step 0 saw 5, 1, 3
+    root = np.sqrt((kept**2).mean(1))
+    np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
+
+
+def test_the_uniform_part_of_importance_sampling():
+    """Half of it uniform: a step whose losses are 0 keeps the probability 1 / (2 T), and its weight is 2."""
+    t = jnp.repeat(jnp.arange(4), 2)
+    history = timesteps.record(timesteps.loss_history(4, length=2), t, jnp.where(t == 0, 0.0, 1.0))
+    np.testing.assert_allclose(timesteps.step_probabilities(history, 0.5), [1 / 8, *[7 / 24] * 3], rtol=1e-6)
+    drawn, weight = timesteps.loss_second_moment(history, 0.5)(jax.random.key(0), 200, 4)
+    assert (drawn == 0).any()
+    np.testing.assert_allclose(weight, np.where(drawn == 0, 2.0, 6 / 7), rtol=1e-6)
