@@ -98,5 +98,5 @@ def test_eight_devices_then_four(tmp_path):
 
 def test_addresses_that_do_not_go_together(tmp_path):
     code, _, err = finish(start("--config=configs/digits.py", f"--workdir={tmp_path}", "--num_processes=2"))
-    assert code == 2 and "go together" in err and len(err.strip().splitlines()) == 1, err
+    assert code == 2 and "must be given together" in err and len(err.strip().splitlines()) == 1, err
     assert not os.listdir(tmp_path)

@@ -224,8 +224,8 @@ def test_a_run_and_its_relaunch(tmp_path, capsys):
     ("overrides", "words"),
     [
         ({"model.num_classes": 3}, "the data has 10 classes"),
-        ({"model.num_classes": 1}, "at least 2 classes"),
-        ({"diffusion.timestep_sampler": "all"}, "known: uniform"),
+        ({"model.num_classes": 1}, "model.num_classes=1 must be a whole number of at least 2"),
+        ({"diffusion.timestep_sampler": "all"}, "must be uniform, "),
         ({"data.image_size": 9}, "that 2 divides"),
     ],
 )

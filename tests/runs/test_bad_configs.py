@@ -104,7 +104,7 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--workdir=/proc/run"], "/proc/run"),
     (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
     (["--config=configs/digits.py", "--mode=evaluate"], "train first"),
-    (["--config=configs/digits.py", "--process_id=1"], "go together"),
+    (["--config=configs/digits.py", "--process_id=1"], "must be given together"),
     (["--config=configs/digits.py", "--process_id=x"], "--process_id: 'x' must be a whole number"),
 ]
 

@@ -183,8 +183,8 @@ def test_the_command_line_accepts_class_names(text, value):
         (9, "sampling.class=9 is ambiguous: 'fox' is class 9, and '9' is the name of class 8; give the name"),
         (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
         ("(fox,)x", "is not a class of this run"),
-        ((), "must be classes"),
-        (2.5, "must be classes"),
+        ((), r"sampling.label=\(\) must be None or a whole number"),
+        (2.5, "sampling.label=2.5 must be None or a whole number"),
     ],
 )
 def test_unknown_classes_are_refused(trained, label, message):

@@ -118,7 +118,7 @@ def test_edits_equal_those_of_the_core(root, files):
 
 def test_invalid_editing_options_are_refused(root, files):
     for overrides, words in (
-        ({"editing.task": "foo"}, "known: inpaint, replace"),
+        ({"editing.task": "foo"}, "must be inpaint, replace"),
         ({"editing.task": "colorize"}, "needs a model of color images"),
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
@@ -133,12 +133,12 @@ def test_invalid_editing_options_are_refused(root, files):
             "black everywhere .values 0 to 0 of 255; transparency is ignored.",
         ),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
-        ({"editing.num_samples": 0}, "is too few"),
+        ({"editing.num_samples": 0}, "editing.num_samples=0 must be a whole number of at least 1"),
         ({"editing.jump": 5}, "leaves nothing to walk again"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
         ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single class: give sampling.class"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
-        ({"editing.task": "sdedit", "editing.strength": 0.0}, "strength must lie in"),
+        ({"editing.task": "sdedit", "editing.strength": 0.0}, r"editing.strength=0.0 must be a number in \(0, 1\]"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
         (
             {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_jax import process, sampling, schedules
+from diffusion_jax.config import ConfigError, resolve
 from diffusion_jax.runs import sampler_config
 from helpers.configs import conditional, tiny_config
 
@@ -101,21 +102,33 @@ def test_openai_spacings_can_be_given_by_name(options, same):
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
-        ("250", None, "'250' is a string; .* --config.sampling.steps=250 --config.sampling.spacing=openai$"),
-        ("10,15, 20", "trailing", "--config.sampling.steps=10,15,20 --config.sampling.spacing=openai$"),
-        ("ddim5", None, "'ddim5' is a string; .* --config.sampling.steps=5 --config.sampling.spacing=openai_ddim$"),
-        ("many", None, "'many' is a string; .* --config.sampling.steps=50 --config.sampling.spacing=NAME$"),
         ((1, 2), "trailing", r"\(1, 2\) are several numbers, .* use sampling.spacing=openai"),
         ((1, 2.5), "openai", "must be a whole number, or several"),
-        (2.5, "openai", "must be a whole number, or several"),
+        (2.5, "openai", "steps=2.5 must be None or a whole number"),
         ((5, 5), "openai_ddim", "several numbers"),
-        (5, "even", "spacing='even' is unknown; known: leading, .*, gaussian, openai_ddim, given"),
     ],
 )
 def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
-        sampler_config.respace(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+        options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
+        sampler_config.respace(schedule, options, sampling.ddpm())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": "250"}, "steps='250' must be .* --config.sampling.steps=250 --config.sampling.spacing=openai$"),
+        ({"steps": "10,15, 20"}, "--config.sampling.steps=10,15,20 --config.sampling.spacing=openai$"),
+        ({"steps": "ddim5"}, "--config.sampling.steps=5 --config.sampling.spacing=openai_ddim$"),
+        ({"steps": "many"}, "sampling.steps='many' must be None or a whole number of at least 1"),
+        ({"spacing": "even"}, "spacing='even' must be leading, .*, gaussian, openai_ddim or given or None"),
+    ],
+)
+def test_steps_and_spacings_of_another_kind_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        resolve({"sampling": options})
     assert "\n" not in str(caught.value)
 
 
