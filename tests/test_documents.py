@@ -24,6 +24,7 @@ TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re
 
 
 def file_of(name):
+    name = name.removeprefix("diffusion_jax/")
     return ROOT / name if name.startswith(OUTSIDE_THE_PACKAGE) else ROOT / "diffusion_jax" / name
 
 
@@ -50,6 +51,12 @@ def test_every_file_and_function_that_a_document_names_exists(document):
         path = file_of(file)
         assert path.is_file(), f"{document.name} names {file}"
         assert not name or name in defined_names(path), f"{document.name} names {file}:{name}"
+
+
+def test_every_path_that_a_guide_names_exists():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for file, _ in NAMED.findall(document.read_text()):
+            assert "/" not in file or file_of(file).is_file(), f"{document.name} names {file}"
 
 
 def test_every_package_and_module_of_the_core_is_in_the_diagram_of_the_layers():
