@@ -155,9 +155,9 @@ def test_bad_folders_and_images(folder, tmp_path):
 def test_tfds_that_is_not_there(tmp_path):
     with pytest.raises(data.DataError, match=r"prepare it with: python -c .*download_and_prepare"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+    with pytest.raises(data.DataError, match="must be a TFDS data set"):
         data.load({**CONFIG, "dataset": "no_such_set", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+    with pytest.raises(data.DataError, match="must be a TFDS data set"):
         data.load({**CONFIG, "dataset": "my data", "data_dir": str(tmp_path)})
 
 
