@@ -1,4 +1,4 @@
-"""How long a save blocks the train loop, compared with a copy of the state and with Orbax alone; and the cost of digests.
+"""How long a save blocks the train loop, compared with a copy of the state and with Orbax; and the cost of digests.
 
     python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5]
 
@@ -25,14 +25,14 @@ from diffusion_jax.training.checkpoints import Checkpoints
 
 
 def seconds(function) -> float:
-    """How long a call takes."""
+    """The seconds of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def orbax_alone(directory: pathlib.Path, state, steps: int) -> list[float]:
-    """How long each save blocks if the loop itself calls Orbax, as runs of several processes do."""
+    """Seconds for which each save blocks if the loop calls Orbax directly, as runs of several processes do."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
     blocked = []
     with ocp.CheckpointManager(directory, options=options) as manager:
@@ -44,7 +44,7 @@ def orbax_alone(directory: pathlib.Path, state, steps: int) -> list[float]:
 
 
 def main() -> None:
-    """Prints medians over the rounds."""
+    """Prints the medians over the rounds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="configs/cifar10.py")
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,13 +69,15 @@ def main() -> None:
             rows.append((copy, blocked, background, hashed))
     with tempfile.TemporaryDirectory() as directory:
         alone = np.median(orbax_alone(pathlib.Path(directory), state, options.rounds + 1)[1:])
-    copy, blocked, background, hashed = np.median(rows[1:], axis=0)  # the first one makes threads and directories
-    print(f"state of {megabytes:,.0f} MB, medians of {options.rounds}, the first left out")
+    copy, blocked, background, hashed = np.median(
+        rows[1:], axis=0
+    )  # the first save also creates threads and directories
+    print(f"state of {megabytes:,.0f} MB, medians of {options.rounds} saves after a first one")
     print(f"copying it in memory              {copy:7.3f} s")
     print(f"save() blocks the loop for        {blocked:7.3f} s")
     print(f"Orbax alone blocks the loop for   {alone:7.3f} s")
-    print(f"writing it, in the background     {background:7.3f} s, of which digests take about the next figure")
-    print(f"hashing all its files (a relaunch){hashed:7.3f} s")
+    print(f"writing it in the background      {background:7.3f} s, including about the next time for digests")
+    print(f"hashing all its files, on restart {hashed:7.3f} s")
 
 
 if __name__ == "__main__":

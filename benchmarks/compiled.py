@@ -1,8 +1,8 @@
-"""What XLA makes of a program for an accelerator that is not there: its kernels, read from the compiled text.
+"""The kernels of a program that XLA compiles for an accelerator, which need not be present: read from the compiled text.
 
-jax compiles for a GPU described by a file of its properties, and for a TPU by name, on any machine that has the plugin
-(`pip install jax-cuda12-plugin[with-cuda]`, `pip install libtpu`). Without the card nothing is tuned: which algorithm a
-convolution gets is decided on the card, and so are its workspace and its time.
+On any machine with the plugin (`pip install jax-cuda12-plugin[with-cuda]`, `pip install libtpu`), jax compiles for a GPU from
+a description of its properties, and for a TPU from its name. Without the card nothing is autotuned, so the algorithm of a
+convolution, its workspace and its time are unknown.
 """
 
 from __future__ import annotations
@@ -49,38 +49,39 @@ PHASES = ("forward", "backward", "rest")
 
 @contextlib.contextmanager
 def target(name: str) -> Iterator[str]:
-    """Programs that are made meanwhile are for one device of `TARGETS`; "here" for those of this machine.
+    """In this context, programs are compiled for one device of the target; "here" is the device of this machine.
 
-    Yields the device's kind. Raises: RuntimeError, with what to install, where jax cannot compile for it.
+    Yields the kind of the device. Raises: RuntimeError, with what to install, if jax cannot compile for it.
     """
     if name == "here":
         yield jax.devices()[0].device_kind
         return
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the cloud for this machine's TPU, for minutes
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the cloud for a TPU for minutes
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     try:
         if name in _GPUS:
-            described = {"target_config": _GPU.format(**_GPUS[name]), "topology": "1x1x1"}
-            topology = topologies.get_topology_desc(platform="cuda", **described)
+            description = {"target_config": _GPU.format(**_GPUS[name]), "topology": "1x1x1"}
+            topology = topologies.get_topology_desc(platform="cuda", **description)
         else:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[name])
-    except Exception as error:  # of a type that differs by version; whatever it is, there is no such compiler here
-        wanted = "jax-cuda12-plugin[with-cuda], of jaxlib's version" if name in _GPUS else "libtpu"
-        raise RuntimeError(f"cannot compile for {name} here ({str(error)[:80]}); it needs {wanted}") from None
+    except Exception as error:  # its type differs between versions; all mean that there is no such compiler
+        package = "jax-cuda12-plugin[with-cuda], of jaxlib's version" if name in _GPUS else "libtpu"
+        raise RuntimeError(f"cannot compile for {name} here ({str(error)[:80]}); it needs {package}") from None
     device, backend = topology.devices[0], "gpu" if name in _GPUS else "tpu"
-    # What the project asks jax about the devices, it asks by these three.
-    meshes = functools.partial(jax.make_mesh, devices=[device])
-    with mock.patch.multiple(jax, make_mesh=meshes, device_count=lambda: 1, default_backend=lambda: backend):
+    # The project queries the devices by these three functions only.
+    make_mesh = functools.partial(jax.make_mesh, devices=[device])
+    with mock.patch.multiple(jax, make_mesh=make_mesh, device_count=lambda: 1, default_backend=lambda: backend):
         yield device.device_kind
 
 
 class Kernel(NamedTuple):
-    """What runs as one kernel. kind: of `KINDS`, the heaviest within it. phase: of `PHASES`; the rest is the update,
-    and what carries no name of jax's, such as the weights' change of layout.
+    """A kernel of a compiled program.
 
-    bytes: of its operands and results in the chip's main memory, each whole. runs: how often, in loops. name: jax's, of the
-    operation it stems from. layout: of a convolution.
+    kind: of `KINDS`, that of its most expensive operation. phase: of `PHASES`; "rest" is the update, and kernels without a
+    name from jax, such as changes of the weights' layout. bytes: of its operands and results in the main memory of the chip,
+    each counted fully. runs: the number of times that it runs, in loops. name: jax's name of its operation. layout: of a
+    convolution.
     """
 
     kind: str
@@ -92,7 +93,7 @@ class Kernel(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """An instruction of the compiled text; operands: their names, or of a constant its value."""
+    """An instruction of the compiled text. operands: their names, or the value of a constant."""
 
     type: str
     opcode: str
@@ -102,7 +103,7 @@ class _Line(NamedTuple):
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-_HEAVY = (
+_EXPENSIVE = (
     ("convolution", {"convolution"}),
     ("dot", {"dot"}),
     ("reduction", {"reduce", "reduce-window"}),
@@ -111,7 +112,7 @@ _HEAVY = (
 
 
 def _size(type_: str) -> int:
-    """Bytes of a type or a tuple of them, without what stands in a TPU's own memory (S(1) in the layout)."""
+    """Bytes of a type or a tuple of them, without those in a TPU's on-chip memory (S(1) in the layout)."""
     total = 0
     for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_):
         bits = re.search(r"\d+", dtype)
@@ -121,7 +122,7 @@ def _size(type_: str) -> int:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The position at which the bracket that opens at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -137,8 +138,8 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
         if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
             lines = computations[head.group(2)] = {}
             entry = head.group(2) if head.group(1) else entry
-        elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line):
-            name, body = found.groups()
+        elif instruction := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line):
+            name, body = instruction.groups()
             end = _closing(body, 0) + 1 if body[0] == "(" else body.index(" ")
             opened = body.index("(", end)
             closed = _closing(body, opened)
@@ -148,13 +149,14 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
 
 
 def _called(line: _Line) -> list[str]:
+    """The computations that an instruction calls."""
     return re.findall(r"(?:calls|to_apply|body|branch_computations=\{)=?%([\w.\-]+)", line.rest)
 
 
-def _trips(computations, line: _Line) -> int:
-    """How often a loop runs: what the compiler says, else what its condition compares with; 1 where neither is told."""
-    if told := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
-        return int(told.group(1))
+def _loop_count(computations, line: _Line) -> int:
+    """The iterations of a loop: the compiler's count, else the limit in its condition; 1 if neither is known."""
+    if count := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
+        return int(count.group(1))
     condition = computations[re.search(r"condition=%([\w.\-]+)", line.rest).group(1)].values()
     if not any(each.opcode == "compare" and "direction=LT" in each.rest for each in condition):
         return 1
@@ -163,30 +165,29 @@ def _trips(computations, line: _Line) -> int:
 
 
 def _kind(computations, line: _Line) -> str:
+    """The kind of the most expensive operation of an instruction."""
     if line.opcode == "custom-call":
         called = re.search(r'custom_call_target="([^"]*)"', line.rest).group(1)
         kinds = {"conv": "convolution", "matmul": "dot", "gemm": "dot", "fmha": "dot"}
-        return next((kind for part, kind in kinds.items() if part in called), "other")
-    if line.opcode.endswith(
-        "-start"
-    ):  # a copy beside the program, to a TPU's own memory; its type names the source again
+        return next((kind for key, kind in kinds.items() if key in called), "other")
+    if line.opcode.endswith("-start"):  # an asynchronous copy to a TPU's on-chip memory; its type repeats the source
         return "other"
-    inside, waiting = set(), [line]
-    while waiting:
-        one = waiting.pop()
-        inside.add(one.opcode)
-        if one.opcode == "fusion":
-            waiting += [each for name in _called(one) for each in computations[name].values()]
-    return next((kind for kind, opcodes in _HEAVY if opcodes & inside), "element-wise")
+    found, queue = set(), [line]
+    while queue:
+        inner = queue.pop()
+        found.add(inner.opcode)
+        if inner.opcode == "fusion":
+            queue += [each for name in _called(inner) for each in computations[name].values()]
+    return next((kind for kind, opcodes in _EXPENSIVE if opcodes & found), "element-wise")
 
 
 def kernels(text: str) -> list[Kernel]:
-    """The kernels of a compiled program, `compiled.as_text()`, in the order in which they are written."""
+    """The kernels of a compiled program, `compiled.as_text()`, in the order of the text."""
     computations, entry = _parse(text)
 
     def layout(line: _Line) -> str:
-        around = [line, *(each for name in _called(line) for each in computations[name].values())]
-        return next((m.group(1) for each in around if (m := re.search(r"dim_labels=(\w+->\w+)", each.rest))), "")
+        candidates = [line, *(each for name in _called(line) for each in computations[name].values())]
+        return next((m.group(1) for each in candidates if (m := re.search(r"dim_labels=(\w+->\w+)", each.rest))), "")
 
     def walk(name: str, runs: int) -> Iterator[Kernel]:
         lines = computations[name]
@@ -194,9 +195,9 @@ def kernels(text: str) -> list[Kernel]:
             if line.opcode in _FREE or line.opcode.endswith("-done"):
                 continue
             if line.opcode in ("call", "while", "conditional") or line.opcode == "async-start":
-                times = _trips(computations, line) if line.opcode == "while" else 1
+                count = _loop_count(computations, line) if line.opcode == "while" else 1
                 for called in _called(line):
-                    yield from walk(called, runs * times)
+                    yield from walk(called, runs * count)
                 continue
             jax_name = re.search(r'op_name="([^"]*)"', line.rest)
             jax_name = jax_name.group(1) if jax_name else ""
@@ -204,16 +205,17 @@ def kernels(text: str) -> list[Kernel]:
             read = sum(_size(lines[operand].type) for operand in set(line.operands) if operand in lines)
             kind = _kind(computations, line)
             written = 0 if kind == "other" and line.opcode.endswith("-start") else _size(line.type)
-            where = layout(line) if kind == "convolution" else ""
-            yield Kernel(kind, phase, read + written, runs, jax_name, where)
+            dimensions = layout(line) if kind == "convolution" else ""
+            yield Kernel(kind, phase, read + written, runs, jax_name, dimensions)
 
     return list(walk(entry, 1))
 
 
 class Summary(NamedTuple):
-    """Kernels of a program. count, bytes: by kind; phases: count by phase; layouts: of its convolutions, most first.
+    """Counts of the kernels of a program.
 
-    norms, norm_bytes: of the kernels that stem from a GroupNorm, SiLU or dropout and are no product.
+    count, bytes: by kind. phases: count by phase. norms, norm_bytes: the number and the bytes of the kernels of GroupNorm,
+    SiLU and dropout that are not products. layouts: of the convolutions, the most frequent first.
     """
 
     count: dict[str, int]
@@ -225,14 +227,14 @@ class Summary(NamedTuple):
 
     @property
     def kernels(self) -> int:
-        """All of them."""
+        """The number of kernels."""
         return sum(self.count.values())
 
 
-def summary(found: list[Kernel], steps: int = 1) -> Summary:
-    """Of one of `steps` equal steps, where the program is a loop of as many."""
+def summary(kernels: list[Kernel], steps: int = 1) -> Summary:
+    """A summary of kernels, divided by the number of steps of a program that is a loop of equal steps."""
     sums = collections.defaultdict(collections.Counter)
-    for kernel in found:
+    for kernel in kernels:
         sums["count"][kernel.kind] += kernel.runs
         sums["bytes"][kernel.kind] += kernel.runs * kernel.bytes
         sums["phases"][kernel.phase] += kernel.runs
@@ -249,20 +251,20 @@ def summary(found: list[Kernel], steps: int = 1) -> Summary:
     return Summary(each["count"], each["bytes"], each["phases"], *totals, list(layouts.items()))
 
 
-# Of a roofline that is to be met, not only approached. 0.6 and 0.8 are what good kernels reach of the peaks; 1.5 us what a
-# GPU rests between two small kernels inside a CUDA graph. All three are assumptions.
+# Assumptions for the expected time: good kernels reach 0.6 of the peak FLOPs and 0.8 of the peak bandwidth, and a GPU idles
+# for 1.5 us between two small kernels in a CUDA graph.
 REACHED_FLOPS, REACHED_BANDWIDTH, GAP = 0.6, 0.8, 1.5e-6
 
 
-def seconds(found: Summary, flops: float, tflops: float, bandwidth: float, gap: float) -> tuple[float, float]:
-    """(least, expected) seconds of a step from its kernels: products at the peak, and after them all else by its bytes.
+def seconds(summary: Summary, flops: float, tflops: float, bandwidth: float, gap: float) -> tuple[float, float]:
+    """(least, expected) seconds of a step from its kernels: products at the peak FLOPs, then all others by their bytes.
 
-    Products whose bytes take longer than their FLOP are counted by their bytes. expected: at the reached shares of both
-    peaks, and with `gap` seconds between kernels.
+    Products whose bytes take longer than their FLOPs are counted by their bytes. expected: with the shares of both peaks that
+    good kernels reach, and `gap` seconds between kernels.
     """
-    heavy = sum(found.bytes.get(kind, 0) for kind in ("convolution", "dot")) / (bandwidth * 1e9)
-    light = sum(found.bytes.get(kind, 0) for kind in KINDS[2:]) / (bandwidth * 1e9)
+    product_seconds = sum(summary.bytes.get(kind, 0) for kind in ("convolution", "dot")) / (bandwidth * 1e9)
+    other_seconds = sum(summary.bytes.get(kind, 0) for kind in KINDS[2:]) / (bandwidth * 1e9)
     products = flops / (tflops * 1e12)
-    least = max(products, heavy) + light
-    expected = max(products / REACHED_FLOPS, heavy / REACHED_BANDWIDTH) + light / REACHED_BANDWIDTH
-    return least, expected + found.kernels * gap
+    least = max(products, product_seconds) + other_seconds
+    expected = max(products / REACHED_FLOPS, product_seconds / REACHED_BANDWIDTH) + other_seconds / REACHED_BANDWIDTH
+    return least, expected + summary.kernels * gap

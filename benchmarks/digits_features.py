@@ -1,8 +1,8 @@
-"""Trains the network of diffusion_jax/evaluation/digits_classifier.py, and prints its accuracy on held-out digits.
+"""Trains the network of diffusion_jax/evaluation/digits_classifier.py and prints its accuracy on held-out digits.
 
     python benchmarks/digits_features.py [--out=PATH]
 
-Of the digits that diffusion models are trained on, shifted by up to a pixel; a few seconds on two cores.
+The training set is that of the diffusion models, shifted by up to a pixel. It takes a few seconds on two cores.
 """
 
 import argparse
@@ -25,10 +25,10 @@ STEPS, BATCH = 3000, 128
 
 
 def main() -> None:
-    """Trains, tests and saves."""
+    """Trains, tests and saves the network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default=str(PATH))
-    given = parser.parse_args()
+    parser.add_argument("--out", default=str(PATH), help="the file to write")
+    options = parser.parse_args()
     (images, labels), held_out = (_read(split) for split in ("train", "test"))
     network = DigitsNetwork()
     params = network.init(jax.random.key(0), images[:1])["params"]
@@ -55,11 +55,11 @@ def main() -> None:
         carry = step(carry, key)
     params = carry[0]
     for name, (x, y) in {"train": (images, labels), "test": held_out}.items():
-        right = network.apply({"params": params}, x).logits.argmax(-1) == y
-        print(f"{name}: {float(right.mean()):.4f} of {len(y)} right")
+        correct = network.apply({"params": params}, x).logits.argmax(-1) == y
+        print(f"{name}: {float(correct.mean()):.4f} of {len(y)} correct")
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep=".")
-    save_file({name: np.asarray(value) for name, value in flat.items()}, given.out)
-    print(f"written: {given.out}")
+    save_file({name: np.asarray(value) for name, value in flat.items()}, options.out)
+    print(f"Written: {options.out}")
 
 
 def _read(split: str):

@@ -1,11 +1,12 @@
-"""Are sampled digits digits, all ten, and not copies? For the .npz that --mode=sample writes for configs/digits.py.
+"""Quality of generated digits: recognizable, all ten classes, not copies. Reads the .npz of configs/digits.py's samples.
 
     python benchmarks/digits_quality.py runs/digits/samples/NAME.npz
 
-A small classifier learns the real training digits. Its confidence that 95% of the held-out real digits reach is the bar; the
-figure is the share of samples that reach it. For a conditional model, also the share in which it sees the digit asked for.
-Memorization: the median distance of samples to their nearest training image, over that of held-out real digits (1 and
-more: samples stand no closer to the training set than new real digits do).
+A small classifier is trained on the real training digits. The threshold is the confidence that it reaches on 95% of the
+held-out real digits; the result is the share of samples with at least this confidence. For a conditional model, `agreement`
+is the share of samples whose predicted class is their label. Memorization: the median distance of samples to their nearest
+training image, divided by that of held-out real digits (at 1 or more, samples are no closer to the training set than new
+real digits).
 """
 
 import pathlib
@@ -24,37 +25,37 @@ def features(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1) / 255
 
 
-def nearest(images: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Euclidean distance of each image to its nearest one of `among`; [N]."""
-    a, b = features(images), features(among)
+def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each image to the nearest reference; [N]."""
+    a, b = features(images), features(references)
     squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
     return np.sqrt(np.maximum(squared.min(axis=1), 0))
 
 
-def judge() -> tuple[MLPClassifier, np.ndarray, np.ndarray]:
-    """A classifier of real digits, those it has learned from, and those held out."""
+def fit_classifier() -> tuple[MLPClassifier, np.ndarray, np.ndarray]:
+    """A classifier of real digits, its training digits, and the held-out digits."""
     train, test = (data.Digits(split, (8, 8), 1) for split in ("train", "test"))
     (real, labels), (held_out, _) = (source.read(np.arange(len(source))) for source in (train, test))
     return MLPClassifier((256,), max_iter=300, random_state=0).fit(features(real), labels), real, held_out
 
 
 def agreement(images: np.ndarray, labels: np.ndarray) -> float:
-    """The share of samples in which the classifier sees the digit that was asked for."""
-    classifier, _, _ = judge()
+    """The share of samples whose predicted class is their label."""
+    classifier, _, _ = fit_classifier()
     return float((classifier.predict(features(images)) == labels).mean())
 
 
 def quality(images: np.ndarray) -> dict[str, float]:
-    """confident (share at the bar) and its standard_error; rarest (share of the rarest digit); distance (the ratio)."""
-    classifier, real, held_out = judge()
-    bar = np.quantile(classifier.predict_proba(features(held_out)).max(axis=1), 0.05)
+    """The share of confident samples and its standard error, the share of the rarest digit, and the ratio of distances."""
+    classifier, real, held_out = fit_classifier()
+    threshold = np.quantile(classifier.predict_proba(features(held_out)).max(axis=1), 0.05)
     probability = classifier.predict_proba(features(images))
-    confident = (probability.max(axis=1) >= bar).mean()
+    confident = (probability.max(axis=1) >= threshold).mean()
     return {
         "confident": float(confident),
         "standard_error": float(np.sqrt(confident * (1 - confident) / len(images))),
         "rarest": float(np.bincount(probability.argmax(axis=1), minlength=10).min() / len(images)),
-        "distance": float(np.median(nearest(images, real)) / np.median(nearest(held_out, real))),
+        "distance": float(np.median(nearest_distances(images, real)) / np.median(nearest_distances(held_out, real))),
     }
 
 

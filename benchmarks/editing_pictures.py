@@ -1,9 +1,9 @@
-"""The pictures of docs/sampling.md: a small model of colored digits, and every task of --mode=edit with it.
+"""Makes the pictures of docs/sampling.md: every task of --mode=edit with a small model of colored digits.
 
     python benchmarks/editing_pictures.py DIR
 
-Makes a folder of scikit-learn's digits, each class in a color of its own, trains on it as anyone would on a folder of photos
-(about five minutes on two CPU cores), edits digits it has not seen, and writes docs/images/edit_*.png.
+Creates a folder of scikit-learn's digits with one color per class, trains on it as on any folder of images (about five
+minutes on two CPU cores), edits held-out digits, and writes docs/images/edit_*.png.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
-HELD_OUT = 6  # every sixth digit is not trained on
+HELD_OUT = 6  # every sixth digit is held out
 COLORS = np.array(
     [[255, 90, 90], [255, 170, 60], [240, 240, 70], [120, 230, 80], [70, 230, 190]]
     + [[80, 190, 255], [110, 120, 255], [190, 110, 255], [255, 110, 220], [235, 235, 235]]
@@ -32,12 +32,12 @@ TASKS = {
 
 
 def colored(image, digit):
-    """A digit [8, 8] in 0 ... 16 as uint8 [8, 8, 3]."""
+    """A digit [8, 8] in 0 ... 16 in the color of its class, uint8 [8, 8, 3]."""
     return np.round(image[..., None] / 16 * COLORS[digit]).astype(np.uint8)
 
 
 def make_files(directory):
-    """The training folder, two held-out digits (an 8 and a 3), and a mask that hides the upper half."""
+    """Writes the training folder, two held-out digits (an 8 and a 3) and a mask of the upper half; returns the folder."""
     digits = load_digits()
     folder = directory / "digits"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def make_files(directory):
 
 
 def main():
-    """Trains, edits, and copies the pictures."""
+    """Trains, edits and copies the pictures."""
     directory = pathlib.Path(sys.argv[1])
     folder, run = make_files(directory), directory / "run"
     command = [sys.executable, str(ROOT / "main.py"), f"--workdir={run}"]

@@ -1,8 +1,8 @@
-"""Images a second from the CIFAR-10 reader: decoding once, from memory, and streamed by worker processes.
+"""Images per second of the CIFAR-10 reader: decoding into memory, from memory, and streamed by worker processes.
 
     python benchmarks/input_pipeline.py --data_dir=DIR [--batch_size=128] [--workers=0,1,2]
 
-No network runs; each figure is the reader alone, with the batches it would hand to the train step.
+Each number is of the reader alone, with the batches of the train step; no network runs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from diffusion_jax import data
 
 
 def rate(source, batch_size: int, workers: int, seconds: float) -> float:
-    """Images a second over `seconds`, after the first batch."""
+    """Images per second during `seconds`, after the first batch."""
     stream = data.stream(data.Batches(source, 0, batch_size, 10**6), workers=workers)
     next(stream)
     start, batches = time.perf_counter(), 0
@@ -35,7 +35,7 @@ def main() -> None:
     start = time.perf_counter()
     memory = data.load({**config, "memory_mb": 2048})
     seconds = time.perf_counter() - start
-    print(f"decoded once: {len(memory) / seconds:>10,.0f} images/s ({seconds:.1f} s)")
+    print(f"decoding:     {len(memory) / seconds:>10,.0f} images/s ({seconds:.1f} s)")
     print(f"from memory:  {rate(memory, options.batch_size, 0, options.seconds):>10,.0f} images/s")
     streamed = data.load({**config, "memory_mb": 0})
     for workers in map(int, options.workers.split(",")):

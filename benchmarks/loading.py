@@ -1,9 +1,9 @@
-"""How long published weights take to load, and how much memory: at random, written as their own family writes them.
+"""Time and memory to load weights of published networks: random values in the format of each family.
 
     python benchmarks/loading.py [--presets=ddpm_cifar10,adm_imagenet256]
 
-Each is written to a temporary file, then loaded once in a process of its own, the file in the page cache. Memory is the peak
-of the process beyond what it held after its imports, over the size of the parameters in float32.
+Each network is written to a temporary file and loaded once in a separate process, with the file in the page cache. Memory is
+the peak of the process minus its memory after the imports, divided by the size of the parameters in float32.
 """
 
 import argparse
@@ -32,7 +32,7 @@ print(time.perf_counter() - start, peak() - before, sum(leaf.nbytes for leaf in 
 
 
 def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """A file or folder with a preset's tensors at random, and the flags to load it with."""
+    """Writes random tensors of a preset; returns the file or folder and the flags to load it with."""
     from safetensors.numpy import save_file
 
     from diffusion_jax import models
@@ -44,24 +44,26 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:
         size, diffusion = ho.PRESETS[name]
-        found = make_description("", model, size, diffusion)
+        description = make_description("", model, size, diffusion)
         folder = directory / name
         (folder / "unet").mkdir(parents=True)
-        unet, scheduler = unet_to_config(found), scheduler_to_config(found)
+        unet, scheduler = unet_to_config(description), scheduler_to_config(description)
         (folder / "unet" / "config.json").write_text(json.dumps(unet))
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
         naming, path, flags = parameters.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
     else:
         size, low, diffusion = openai.PRESETS[name]
-        found = make_description("", model, size, diffusion, low_resolution=low)
+        description = make_description("", model, size, diffusion, low_resolution=low)
         naming, folder, flags = parameters.OPENAI, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}
-    for place, shape in parameters.parameter_shapes(model, found.image_size, found.in_channels).items():
+    for path_in_tree, shape in parameters.parameter_shapes(
+        model, description.image_size, description.in_channels
+    ).items():
         value = rng.standard_normal(shape, np.float32)
-        tensors[naming(place, model)] = parameters.to_torch(value, place)
+        tensors[naming(path_in_tree, model)] = parameters.to_torch(value, path_in_tree)
     if naming is parameters.OPENAI:
-        for query in [one for one in tensors if ".q." in one]:
+        for query in [tensor_name for tensor_name in tensors if ".q." in tensor_name]:
             joined = np.concatenate([tensors.pop(query.replace(".q.", f".{layer}.")) for layer in "qkv"])
             tensors[query.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined
     save_file(tensors, path)
@@ -72,7 +74,7 @@ def main() -> None:
     """Prints a line of a table for each preset."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--presets", default="ddpm_cifar10,adm_imagenet256")
-    print("| preset | parameters | seconds | peak memory over the parameters' |\n|---|---|---|---|")
+    print("| preset | parameters | seconds | peak memory / size of the parameters |\n|---|---|---|---|")
     for name in parser.parse_args().presets.split(","):
         with tempfile.TemporaryDirectory() as directory:
             path, flags = write(name, pathlib.Path(directory))

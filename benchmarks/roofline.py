@@ -1,4 +1,4 @@
-"""What a chip can do at most, and what a program asks of it: published peaks, and products counted in a jaxpr."""
+"""Published peaks of chips, multiplications counted in a jaxpr, and the model FLOP utilization."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jax.extend import core
 
 
 class Card(NamedTuple):
-    """Published figures of one chip. Dense TFLOP/s by the precision of the operands (None: it has no such units), and GB/s.
+    """Published figures of one chip: dense TFLOP/s by the precision of the operands (None: no such units), and GB/s.
 
-    tf32: what a float32 product runs in where jax is not told otherwise: TF32 since Ampere, bfloat16 operands on TPUs.
+    tf32: the default precision of float32 products in jax, TF32 since Ampere and bfloat16 operands on TPUs.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Card(NamedTuple):
     bandwidth: float
 
 
-# By a part of jax's `device_kind`, or of `torch.cuda.get_device_name()`; the first that fits.
+# The keys are parts of jax's `device_kind` or of `torch.cuda.get_device_name()`; the first match counts.
 CARDS = {
     "H100 PCIe": Card("H100 PCIe", 51, 378, 756, 2039),
     "H100 NVL": Card("H100 NVL", 60, 418, 835, 3900),
@@ -45,15 +45,15 @@ CARDS = {
 
 
 def card(kind: str) -> Card | None:
-    """The card that calls itself `kind`; None for one that the table does not have."""
-    return next((found for part, found in CARDS.items() if part in kind), None)
+    """The card whose key is a part of `kind`; None if the table has none."""
+    return next((card for key, card in CARDS.items() if key in kind), None)
 
 
 def macs(function, *arguments) -> int:
-    """Multiplications of `function`'s convolutions and products, from its jaxpr: nothing is computed or compiled.
+    """The number of multiplications in the convolutions and matrix products of `function`, from its jaxpr.
 
-    arguments: arrays or ShapeDtypeStructs. What runs over padding counts; a loop counts as often as it runs. Raises:
-    NotImplementedError for a `while_loop`, whose length no jaxpr tells.
+    arguments: arrays or ShapeDtypeStructs. Multiplications with padding count, and a loop's body counts once per iteration.
+    Raises: NotImplementedError for a `while_loop`, whose length is not in the jaxpr.
     """
     return _macs(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -63,7 +63,7 @@ def _macs(jaxpr: core.Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "while":
-            raise NotImplementedError("a while_loop says not how often it runs; count its body")
+            raise NotImplementedError("the number of iterations of a while_loop is unknown; count its body instead")
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
@@ -71,24 +71,24 @@ def _macs(jaxpr: core.Jaxpr) -> int:
             kernel = eqn.invars[1].aval.shape
             output_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // output_features
-        inner = [_macs(found) for found in _inner(eqn)]
+        inner = [_macs(inner_jaxpr) for inner_jaxpr in _inner(eqn)]
         total += max(inner) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
     return total
 
 
 def _inner(eqn) -> list[core.Jaxpr]:
-    """The jaxprs among an equation's parameters; of a custom derivative only the function itself is one."""
-    found = []
+    """The jaxprs among an equation's parameters; for a custom derivative, only that of the function itself."""
+    jaxprs = []
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             part = getattr(part, "jaxpr", part)
             if isinstance(part, core.Jaxpr):
-                found.append(part)
-    return found
+                jaxprs.append(part)
+    return jaxprs
 
 
 def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
-    """Multiplications of one call of a network of ours for one image [H, W, C]."""
+    """Multiplications of a network call for one image [H, W, C]."""
     labels = (jax.ShapeDtypeStruct((1,), "int32"),) if model.num_classes else ()
     x, time = jax.ShapeDtypeStruct((1, *image_shape), "float32"), jax.ShapeDtypeStruct((1,), "float32")
     variables = jax.eval_shape(model.init, jax.random.key(0), x, time, *labels)
@@ -96,9 +96,9 @@ def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
 
 
 def utilization(macs_per_image: float, images_per_s: float, train: bool, tflops: float) -> float:
-    """Model FLOP utilization: 2 FLOP a multiplication, three times that for a train step, over the peak.
+    """Model FLOP utilization: 2 FLOP per multiplication, three times as many for a train step, divided by the peak.
 
-    A step's gradients with respect to inputs and to kernels cost what the call does each; nothing that is computed twice, and
-    nothing element-wise, counts.
+    The gradients with respect to inputs and to kernels each cost as much as the call. Recomputation and element-wise
+    operations do not count.
     """
     return (3 if train else 1) * 2 * macs_per_image * images_per_s / (tflops * 1e12)

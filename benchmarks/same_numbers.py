@@ -1,9 +1,9 @@
-"""Whether two versions of this project compute the same numbers: 20 training steps and 8 samples of four small runs.
+"""Checks that two versions of this project compute the same numbers: 20 train steps and 8 samples of four small runs.
 
     python benchmarks/same_numbers.py OLD NEW [--python=PATH]
 
-OLD and NEW are checkouts (`git worktree add OLD v0.1.1`). Each trains and samples by its own main.py, on the CPU, with
-one interpreter. The logs but for their times, every array of the last checkpoint and the samples must be equal to the bit.
+OLD and NEW are checkouts (`git worktree add OLD v0.1.1`). Each trains and samples with its own main.py, on the CPU and with
+the same interpreter. The logs (without times), every array of the last checkpoint and the samples must be bit-identical.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def write_images(directory: pathlib.Path, size: int) -> None:
 
 
 def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
-    """Trains and samples; returns the log's lines, the checkpoint's arrays and the samples by name."""
+    """Trains and samples; returns the values of the log, the arrays of the checkpoint and the samples, by name."""
     leaves = ALL | RUNS[name]
     if leaves.get("data.dataset") == "folder":
         leaves["data.data_dir"] = str(data_dir)
@@ -88,7 +88,7 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """The names of what is missing on one side or differs in a bit, a type or a shape."""
+    """The names of values that are missing on one side, or differ in value, dtype or shape."""
     differing = sorted(old.keys() ^ new.keys())
     for key in sorted(old.keys() & new.keys()):
         a, b = np.asarray(old[key]), np.asarray(new[key])
@@ -98,26 +98,26 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def main() -> int:
-    """Prints a line for each run; the exit code is 1 where anything differs."""
+    """Prints a line for each run; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=pathlib.Path)
     parser.add_argument("new", type=pathlib.Path)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--runs", default=",".join(RUNS), help="comma-separated; all unless given")
+    parser.add_argument("--runs", default=",".join(RUNS), help="comma-separated; by default all")
     options = parser.parse_args()
     failed = False
     for name in options.runs.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             root = pathlib.Path(temporary)
             write_images(root / "images", 64 if "64" in name else 32)
-            sides = [
-                run(options.python, checkout.resolve(), name, root / side, root / "images")
-                for side, checkout in (("old", options.old), ("new", options.new))
+            results = [
+                run(options.python, checkout.resolve(), name, root / version, root / "images")
+                for version, checkout in (("old", options.old), ("new", options.new))
             ]
-        differing = differences(*sides)
+        differing = differences(*results)
         failed |= bool(differing)
-        shown = f"{len(differing)} differ: {', '.join(differing[:5])}" if differing else "equal to the bit"
-        print(f"{name}: {len(sides[0])} arrays and numbers, {shown}", flush=True)
+        shown = f"{len(differing)} differ: {', '.join(differing[:5])}" if differing else "bit-identical"
+        print(f"{name}: {len(results[0])} arrays and numbers, {shown}", flush=True)
     return int(failed)
 
 

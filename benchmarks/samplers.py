@@ -1,9 +1,9 @@
-"""Error against the number of network calls, for every deterministic solver, on a sharp mixture of Gaussians.
+"""Error of every deterministic solver against the number of network calls, on a narrow mixture of Gaussians.
 
     python benchmarks/samplers.py [--spacing=karras] [--plot=docs/images/samplers.png]
 
-Five modes in the plane, standard deviation 0.05. Its eps is known, so the truth is the exact probability-flow map from x_T to
-x_0, by scipy's adaptive solver in float64; the error is the root mean square distance to it over 256 points.
+Five modes in the plane with standard deviation 0.05. The exact eps is known, so the reference is the probability-flow map
+from x_T to x_0 by scipy's adaptive solver in float64; the error is the root mean square distance to it over 256 points.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MODES, SD = 0.8 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), 0.05
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 1000))
 POINTS = 256
 
-# name: (sampler, steps that a number of network calls pays for).
+# name: (sampler, number of network calls -> number of steps).
 SOLVERS = {
     "DDIM (Euler)": (sampling.ddim(clip=False), lambda calls: calls),
     "Heun": (sampling.heun(clip=False), lambda calls: (calls + 1) // 2),
@@ -38,23 +38,23 @@ SOLVERS = {
 
 
 def eps(x, alpha, sigma, np=np):
-    """E[eps | x] of the mixture at x = alpha x_0 + sigma eps; x [N, 2], alpha and sigma broadcast with [N, 1]."""
+    """E[eps | x] of the mixture at x = alpha x_0 + sigma eps; x [N, 2]; alpha and sigma broadcast with [N, 1]."""
     spread = alpha**2 * SD**2 + sigma**2
-    away = x[:, None] - alpha[..., None] * MODES  # [N, modes, 2]
-    logits = -0.5 * (away**2).sum(-1) / spread
+    offset = x[:, None] - alpha[..., None] * MODES  # [N, modes, 2]
+    logits = -0.5 * (offset**2).sum(-1) / spread
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     weights = weights / weights.sum(axis=1, keepdims=True)
-    return sigma / spread * (weights[..., None] * away).sum(1)
+    return sigma / spread * (weights[..., None] * offset).sum(1)
 
 
 def denoise_fn(x_t, time):
-    """The exact network, in the schedule's own time."""
+    """The exact eps at network times of the schedule."""
     log_snr = SCHEDULE.log_snr(time)[:, None]
     return eps(x_t, jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), jnp)
 
 
 def exact_map(x_T):
-    """x_0 at the end of the probability flow: d(x/alpha)/d(sigma/alpha) = eps, down to no noise at all; float64 [N, 2]."""
+    """x_0 at the end of the probability flow: d(x/alpha)/d(sigma/alpha) = eps, to sigma = 0; float64 [N, 2]."""
     alpha, sigma = SCHEDULE.sqrt_alpha_bar[-1], SCHEDULE.sqrt_one_minus_alpha_bar[-1]
 
     def slope(log_s, flat):
@@ -67,7 +67,7 @@ def exact_map(x_T):
 
 
 def error(name, calls, x_T, truth, spacing="karras"):
-    """Root mean square distance of a solver's samples from the truth; NaN where the calls do not pay for two steps."""
+    """Root mean square distance of a solver's samples from the truth; NaN if the calls are too few for two steps."""
     sampler, steps = SOLVERS[name]
     if steps(calls) < 2:
         return np.nan
@@ -76,7 +76,7 @@ def error(name, calls, x_T, truth, spacing="karras"):
     return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
 
 
-# One color and one marker for each solver, so that every line can be told from every other in gray, too.
+# One color and one marker for each solver, so that the lines can be distinguished in gray, too.
 COLORS = [f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()] + [
     "black",
     "gold",

@@ -1,27 +1,27 @@
-"""Images a second of DDIM-50 and DPM-Solver++-20, beside diffusers' pipelines on PyTorch; DDPM's CIFAR-10 network.
+"""Images per second of DDIM-50 and DPM-Solver++-20, compared with diffusers' pipelines; DDPM's CIFAR-10 network.
 
     make parity && .venv/bin/python benchmarks/sampling_speed.py [--dtype=bfloat16] [--images=16] [--rounds=3]
 
-Both networks have random weights and one shape. What is timed begins at the noise's key and ends with images on the host:
-here the compiled program of `--mode=sample`, there `DDIMPipeline`, and `DDPMPipeline` with `DPMSolverMultistepScheduler`, the
-network in PyTorch's faster memory layout (channels_last). They are timed in turn; medians, and the median of the ratios.
+Both networks have the same shape and random weights. The time is from the key of the noise to images on the host. This
+project runs the compiled program of `--mode=sample`; diffusers runs `DDIMPipeline`, and `DDPMPipeline` with
+`DPMSolverMultistepScheduler`, with the network in PyTorch's faster memory layout (channels_last). The two are timed
+alternately; the script prints medians, and the median of the ratios.
 
-Before that, the cost of a sampling step over the bare call of the network, from samplers of five steps and five calls.
-bfloat16 is `model.dtype=bfloat16` here and autocast there. `--samplers=` leaves the comparison out, `--step_rounds=0` the
-cost of a step; `--small` is a narrow network and five steps, to see that all of it runs.
+Before that, it prints the cost of a sampling step beyond the network call, from samplers of five steps and five calls.
+bfloat16 is `model.dtype=bfloat16` in this project and autocast in PyTorch. `--samplers=` skips the comparison, and
+`--step_rounds=0` the cost of a step; `--small` uses a narrow network and five steps, to check that everything runs.
 """
 
 import argparse
 import pathlib
-import statistics
 import sys
-import time
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent.parent / "tests")]
 
 import jax
 import numpy as np
 
+from benchmarks.timing import time_alternately
 from configs import cifar10
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
@@ -30,18 +30,7 @@ from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.state import initial_params
 
 STEPS = {"ddim": 50, "dpm_solver_pp": 20}
-SIZE, NARROW, FEW = 32, 32, 5
-
-
-def in_turn(functions, rounds: int) -> np.ndarray:
-    """Seconds [functions, rounds] of functions that are called one after the other, after one round that is not counted."""
-    seconds = np.zeros((len(functions), rounds + 1))
-    for i in range(rounds + 1):
-        for which, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            seconds[which, i] = time.perf_counter() - start
-    return seconds[:, 1:]
+IMAGE_SIZE, SMALL_CHANNELS, FEW_STEPS = 32, 32, 5
 
 
 class Ours:
@@ -49,42 +38,41 @@ class Ours:
 
     def __init__(self, dtype: str, images: int, small: bool):
         config = self._config = cifar10.get_config()
-        config.model.update(dtype=dtype, **({"channels": NARROW} if small else {}))
-        self._model, self._shape = training.model_from_config(config), (images, SIZE, SIZE, 3)
+        config.model.update(dtype=dtype, **({"channels": SMALL_CHANNELS} if small else {}))
+        self._model, self._shape = training.model_from_config(config), (images, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._schedule = training.schedule_from_config(config.diffusion)
-        make = jax.jit(lambda: initial_params(jax.random.key(0), self._model, self._shape[1:]))
-        self._params = make()
+        self._params = jax.jit(lambda: initial_params(jax.random.key(0), self._model, self._shape[1:]))()
 
-    def _compiled(self, function, *arguments):
+    def _compile(self, function, *arguments):
         return jax.jit(function, compiler_options=compiler.options()).lower(*arguments).compile()
 
     def call(self):
-        """The bare network, x_t and time as a sampler gives them."""
+        """() -> the output of the network for the x_t and time of a sampler."""
         arguments = self._params, np.zeros(self._shape, np.float32), np.full(self._shape[0], 500, np.float32)
-        compiled = self._compiled(lambda p, x, t: self._model.apply({"params": p}, x, t), *arguments)
+        compiled = self._compile(lambda p, x, t: self._model.apply({"params": p}, x, t), *arguments)
         arguments = jax.device_put(arguments)
         return lambda: jax.block_until_ready(compiled(*arguments))
 
     def sampler(self, name: str, steps: int):
-        """() -> uint8 images."""
+        """() -> images, uint8 [N, H, W, C]."""
         self._config.sampling.update(sampler=name, steps=steps)
         setup = SamplingSetup(self._config, self._model, self._schedule, mesh=None)
 
         def draw(params, seed):
             return to_uint8(setup.draw(params, None, jax.random.key(seed), self._shape))
 
-        compiled = self._compiled(draw, self._params, np.uint32(0))
+        compiled = self._compile(draw, self._params, np.uint32(0))
         return lambda: np.asarray(compiled(self._params, np.uint32(0)))
 
 
-def theirs(name: str, steps: int, dtype: str, images: int, small: bool):
+def diffusers_sampler(name: str, steps: int, dtype: str, images: int, small: bool):
     """() -> images, by a diffusers pipeline."""
     import diffusers
     import torch
 
     from helpers.torch_networks import PUBLISHED
 
-    narrow = {"block_out_channels": (NARROW, *(2 * NARROW,) * 3)} if small else {}
+    narrow = {"block_out_channels": (SMALL_CHANNELS, *(2 * SMALL_CHANNELS,) * 3)} if small else {}
     network = diffusers.UNet2DModel(**PUBLISHED | narrow).eval().to(memory_format=torch.channels_last)
     if name == "ddim":
         pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
@@ -100,13 +88,13 @@ def theirs(name: str, steps: int, dtype: str, images: int, small: bool):
 
 
 def main() -> None:
-    """Prints the cost of a step, and the table."""
+    """Prints the cost of a step and the images per second of each sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samplers", default=",".join(STEPS))
-    parser.add_argument("--step_rounds", type=int, default=5, help="of the cost of a step; 0 leaves it out")
+    parser.add_argument("--step_rounds", type=int, default=5, help="rounds for the cost of a step; 0 skips it")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     ours = Ours(options.dtype, options.images, options.small)
@@ -114,21 +102,19 @@ def main() -> None:
 
     if options.step_rounds:
         call = ours.call()
-        calls = lambda: [call() for _ in range(FEW)]  # noqa: E731
-        bare, *samplers = in_turn([calls, *(ours.sampler(name, FEW) for name in STEPS)], options.step_rounds)
-        print(f"a bare network call: {statistics.median(bare) / FEW:.4f} s", flush=True)
+        functions = [lambda: [call() for _ in range(FEW_STEPS)], *(ours.sampler(name, FEW_STEPS) for name in STEPS)]
+        network, *samplers = time_alternately(functions, options.step_rounds, warmup=1)
+        print(f"a network call: {np.median(network) / FEW_STEPS:.4f} s", flush=True)
         for name, seconds in zip(STEPS, samplers, strict=True):
-            print(f"a step of {name} over it: {np.median(seconds / bare) - 1:+.1%}", flush=True)
+            print(f"a step of {name}, compared with a call: {np.median(seconds / network) - 1:+.1%}", flush=True)
 
     for name in filter(None, options.samplers.split(",")):
-        steps = FEW if options.small else STEPS[name]
-        pair = ours.sampler(name, steps), theirs(name, steps, options.dtype, options.images, options.small)
-        mine, other = in_turn(pair, options.rounds)
-        speeds = [f"{options.images / np.median(seconds):.3f} images/s" for seconds in (mine, other)]
-        print(
-            f"{name} {steps}: ours {speeds[0]}, diffusers {speeds[1]}, ratio of times {np.median(mine / other):.3f}",
-            flush=True,
-        )
+        steps = FEW_STEPS if options.small else STEPS[name]
+        diffusers = diffusers_sampler(name, steps, options.dtype, options.images, options.small)
+        pair = time_alternately((ours.sampler(name, steps), diffusers), options.rounds, warmup=1)
+        speeds = [f"{options.images / np.median(seconds):.3f} images/s" for seconds in pair]
+        ratio = np.median(pair[0] / pair[1])
+        print(f"{name} {steps}: ours {speeds[0]}, diffusers {speeds[1]}, ratio of times {ratio:.3f}", flush=True)
 
 
 if __name__ == "__main__":

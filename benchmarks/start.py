@@ -1,13 +1,13 @@
-"""How long it takes to begin: the import, the first train step without and with a compilation cache, the programs' size.
+"""Startup time: the import, the first train step without and with a compilation cache, and the size of the programs.
 
     python benchmarks/start.py [--parts=import,step,command,programs] [--pairs=7] [--presets=ddpm_cifar10,...]
 
-import: pairs of processes, `import jax` and with `import diffusion_jax` after it; the median of the differences.
-step: the first train step of configs/digits.py in a process of its own, from its start; its parts, one after the other. The
-cache is a temporary folder, which the first process finds empty.
-command: the same as people launch it, `main.py --config=configs/digits.py`, until the first step is in metrics.jsonl.
-programs: equations of the traced programs, those inside others counted too, and the seconds to trace and to compile them; of
-one call of a network for 1 image, and of the train step for 2.
+import: `import diffusion_jax` after `import jax`, in separate processes; the median.
+step: the parts of the first train step of configs/digits.py, from the start of a separate process. The cache is a temporary
+folder that is empty for the first process.
+command: `main.py --config=configs/digits.py` until the first step is in metrics.jsonl.
+programs: the number of equations of the traced programs, including nested ones, and the seconds to trace and to compile them:
+a network call for 1 image and the train step for 2.
 """
 
 import argparse
@@ -61,7 +61,7 @@ print(json.dumps(marks))
 
 
 def run(arguments: list[str], **environment: str) -> str:
-    """What a process of its own prints."""
+    """The output of a separate Python process."""
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
@@ -69,49 +69,49 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def imports(pairs: int) -> None:
-    """Prints what the import adds."""
+    """Prints the time of the import."""
     alone = float(run(["-c", "import time; s = time.perf_counter(); import jax; print(time.perf_counter() - s)"]))
-    added = [float(run(["-c", _IMPORT.format("import diffusion_jax")])) for _ in range(pairs)]
+    seconds = [float(run(["-c", _IMPORT.format("import diffusion_jax")])) for _ in range(pairs)]
     print(
-        f"import diffusion_jax after import jax: {statistics.median(added):.3f} s ({alone:.3f} s for jax)", flush=True
+        f"import diffusion_jax after import jax: {statistics.median(seconds):.3f} s ({alone:.3f} s for jax)", flush=True
     )
 
 
 def first_step() -> None:
-    """Prints a table of the parts, with an empty cache and a full one."""
+    """Prints a table of the parts, with an empty and with a full cache."""
     columns = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty cache", "full cache"):
-            began = time.time()
+            start = time.time()
             marks = json.loads(run(["-c", _FIRST_STEP], XDG_CACHE_HOME=cache).splitlines()[-1])
-            ends = [began, *(when for _, when in marks)]
+            ends = [start, *(end for _, end in marks)]
             columns[name] = [after - before for before, after in itertools.pairwise(ends)]
-            columns[name].append(ends[-1] - began)
+            columns[name].append(ends[-1] - start)
     print(f"| | {' | '.join(columns)} |\n|---|---|---|")
-    for part, *seconds in zip([*(part for part, _ in marks), "all"], *columns.values(), strict=True):
+    for part, *seconds in zip([*(part for part, _ in marks), "total"], *columns.values(), strict=True):
         print(f"| {part} | " + " | ".join(f"{s:.2f} s" for s in seconds) + " |", flush=True)
 
 
 def command() -> None:
-    """Prints the seconds until the first step's line is in the log."""
+    """Prints the seconds until the line of the first step is in the log."""
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty cache", "full cache"):
             with tempfile.TemporaryDirectory() as workdir:
                 log = pathlib.Path(workdir) / "metrics.jsonl"
                 options = ["--config.training.num_steps=1", "--config.sampling.preview_samples=0"]
                 arguments = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}", *options]
-                began = time.time()
+                start = time.time()
                 process = subprocess.Popen(
                     arguments, cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": cache}, stdout=subprocess.DEVNULL
                 )
                 while process.poll() is None and not (log.exists() and log.stat().st_size):
                     time.sleep(0.01)
-                print(f"main.py to the first step's line, {name}: {time.time() - began:.1f} s", flush=True)
+                print(f"main.py to the line of the first step, {name}: {time.time() - start:.1f} s", flush=True)
                 process.wait()
 
 
 def programs(presets: list[str], compiled: bool) -> None:
-    """Prints a line for each network: its call and its train step."""
+    """Prints two lines for each network: its call and its train step."""
     import jax
     import jax.numpy as jnp
 
@@ -121,7 +121,7 @@ def programs(presets: list[str], compiled: bool) -> None:
     from helpers.jaxprs import equations
 
     def report(name: str, function, *arguments) -> None:
-        """function: jitted."""
+        """Prints a line for a jitted function."""
         start = time.perf_counter()
         traced = function.trace(*arguments)
         seconds = [time.perf_counter() - start]
@@ -140,7 +140,7 @@ def programs(presets: list[str], compiled: bool) -> None:
         config.training.batch_size = 2
         if models.preset(name).out_channels == 6:
             config.diffusion.update(variance="learned_range", loss="hybrid")
-        built = training.setup(config)
+        setup = training.setup(config)
         shape = data.image_shape(config.data)
 
         def arguments(images, dtype, shape=shape):
@@ -148,24 +148,24 @@ def programs(presets: list[str], compiled: bool) -> None:
             return jax.ShapeDtypeStruct((images, *shape), dtype), labels
 
         x, y = arguments(1, jnp.float32)
-        y = y if built.model.num_classes else None
+        y = y if setup.model.num_classes else None
         call = jax.jit(
-            lambda p, x, t, y, model=built.model: model.apply({"params": p}, x, t, y),
+            lambda p, x, t, y, model=setup.model: model.apply({"params": p}, x, t, y),
             compiler_options=compiler.options(),
         )
-        state = built.abstract_state
+        state = setup.abstract_state
         report(f"{name}, call", call, state.params, x, jax.ShapeDtypeStruct((1,), jnp.float32), y)
         image, label = arguments(2, jnp.uint8)
-        report(f"{name}, train step", built.train_step, state, {"image": image, "label": label})
+        report(f"{name}, train step", setup.train_step, state, {"image": image, "label": label})
 
 
 def main() -> None:
-    """Prints the parts asked for."""
+    """Prints the selected parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="import,step,command,programs")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--presets", default=",".join(PIXELS))
-    parser.add_argument("--compile", action="store_true", help="the programs, too: minutes for the large ones")
+    parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for the large ones")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if "import" in parts:

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import accelerator, compiled, roofline
-from benchmarks import accelerator_sides as sides
-from benchmarks.accelerator_sides import Case
+from benchmarks import accelerator, accelerator_cases, compiled, diffusers_network, roofline
+from benchmarks.accelerator_cases import Case
 from diffusion_jax import models, training
 
 
@@ -22,7 +21,7 @@ from diffusion_jax import models, training
         ("adm_imagenet256", 256, 1119.8),
     ],
 )
-def test_multiplications_are_those_counted_by_others(name, pixels, gmac):
+def test_multiplications_are_the_published_ones(name, pixels, gmac):
     model = models.preset(name)
     # Others convolve the doubled image where ours takes 4 products for 9 (models.convolution.convolve_upsampled).
     levels = range(1, len(model.channel_multipliers))
@@ -51,14 +50,14 @@ def test_multiplications_of_loops_branches_and_groups():
         roofline.macs(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ b, x), b)
 
 
-def test_utilization_is_one_at_the_rates_that_the_peaks_allow():
+def test_utilization_is_one_at_the_rates_of_the_peaks():
     for kind, gmac, images in (("NVIDIA H100 80GB HBM3", 6.22, 26_500), ("NVIDIA A100-SXM4-80GB", 1119.8, 46.4)):
         peak = roofline.card(kind).bfloat16
         assert roofline.utilization(gmac * 1e9, images, True, peak) == pytest.approx(1, rel=0.01)
     assert roofline.utilization(6.22e9, 3 * 26_500, False, 989.4) == pytest.approx(1, rel=0.01)
 
 
-def test_cards_by_the_names_that_they_give_themselves():
+def test_cards_are_found_by_the_names_of_devices():
     named = {
         "NVIDIA H100 80GB HBM3": "H100 SXM",
         "NVIDIA H100 PCIe": "H100 PCIe",
@@ -144,7 +143,7 @@ def test_kernels_of_a_program_by_hand():
     assert expected == pytest.approx(least / compiled.REACHED_BANDWIDTH + 7)
 
 
-def test_loops_whose_length_only_their_condition_tells_and_copies_beside_the_program():
+def test_loops_whose_length_is_in_their_condition_and_asynchronous_copies():
     program = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
         "  ROOT %more = pred[] constant(true)",
         "  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0\n  %limit = s32[] constant(9)\n"
@@ -168,7 +167,7 @@ def test_kernels_of_a_program_of_this_machine():
     assert compiled.summary(compiled.kernels(text), steps=6).count["convolution"] == 1
 
 
-def test_a_target_without_its_compiler_says_what_it_needs(monkeypatch):
+def test_the_error_of_a_target_without_its_compiler_names_the_package(monkeypatch):
     def missing(**_):
         raise NotImplementedError("topology not implemented for tpu")
 
@@ -187,7 +186,7 @@ def pretended(kind: str, platform: str, rate):
     def measure(case: Case, flags: str = "") -> dict:
         if case.work == "device":
             return {"platform": platform, "kind": kind, "versions": "jax 0"}
-        if case.work in sides.PARTS:
+        if case.work in accelerator_cases.LAYERS:
             return {"call": 1e-3, "flops": 1e9, "bytes": 1e6, "deviation": 1e-3}
         found = rate(case, flags)
         if isinstance(found, str):
@@ -197,7 +196,7 @@ def pretended(kind: str, platform: str, rate):
     return measure
 
 
-def test_the_report_has_every_row_and_goes_on_after_a_failure():
+def test_the_report_has_every_row_and_continues_after_a_failure():
     def rate(case, flags):
         if case.network == "adm256" and case.batch == 8:
             return "out of memory"
@@ -214,30 +213,32 @@ def test_the_report_has_every_row_and_goes_on_after_a_failure():
     assert any("| train | bfloat16 | 64 | ours | 2,000 | 9.9% |" in line for line in measured)
     tried = [line for line in rows if any(f"| {option.name} |" in line for option in accelerator.OPTIONS)]
     assert len(tried) == 2 * sum(len(option.works) for option in accelerator.OPTIONS)
-    wins = [line for line in tried if "wins: make it the default" in line]
-    assert len(wins) == 4 and all("NHWC" in line and "| 1.100 |" in line for line in wins)
-    assert sum(line.split("|")[1].strip() in sides.PARTS for line in rows) == 2 * len(sides.PARTS)
+    faster = [line for line in tried if "faster: make it the default" in line]
+    assert len(faster) == 4 and all("NHWC" in line and "| 1.100 |" in line for line in faster)
+    assert sum(line.split("|")[1].strip() in accelerator_cases.LAYERS for line in rows) == 2 * len(
+        accelerator_cases.LAYERS
+    )
 
 
-def test_a_tpu_leaves_out_what_it_has_not():
+def test_a_tpu_skips_pytorch_and_the_options_of_gpus():
     lines = list(accelerator.report(options("--networks=cifar10"), pretended("TPU v5 lite", "tpu", lambda *_: 100.0)))
     assert not any("| torch |" in line for line in lines)
-    assert any("PyTorch is left out" in line for line in lines)
-    assert sum("left out: an option of GPUs" in line for line in lines) == 2 * 7
+    assert any("PyTorch is skipped" in line for line in lines)
+    assert sum("skipped: an option of GPUs" in line for line in lines) == 2 * 7
 
 
 def test_an_unknown_chip_has_no_mfu_unless_its_peak_is_given():
     chosen, tables = pretended("NVIDIA Nameless", "gpu", lambda *_: 100.0), "--tables=side_by_side"
     lines = list(accelerator.report(options(tables), chosen))
-    assert any("MFU is left out" in line for line in lines) and not any("%" in line for line in lines)
+    assert any("there is no MFU" in line for line in lines) and not any("%" in line for line in lines)
     assert any("| 0.4% |" in line for line in accelerator.report(options(tables, "--peak_tflops=1000"), chosen))
 
 
-def test_an_option_wins_only_where_no_round_says_otherwise():
+def test_an_option_is_faster_only_if_it_is_in_every_round():
     option = accelerator.OPTIONS[0]
-    assert accelerator.verdict(option, [1.04, 1.05, 1.06]).startswith("wins")
+    assert accelerator.verdict(option, [1.04, 1.05, 1.06]).startswith("faster")
     assert accelerator.verdict(option, [0.98, 1.05, 1.30]) == "no difference"
-    assert accelerator.verdict(option, [0.94, 0.95, 0.99]) == "loses"
+    assert accelerator.verdict(option, [0.94, 0.95, 0.99]) == "slower"
 
 
 SMALL = {"small": True, "seconds": 0.01, "steps": 2}
@@ -246,24 +247,24 @@ SMALL = {"small": True, "seconds": 0.01, "steps": 2}
 @pytest.mark.whole
 def test_small_runs_on_a_cpu():
     for case in (Case("cifar10", "train", "float32", 2, **SMALL), Case("adm64", "sample", "float32", 2, **SMALL)):
-        found = sides.measure(case)
+        found = accelerator_cases.measure(case)
         assert "error" not in found, found
         assert found["rate"] > 0 and found["first"] > 0 and found["peak"] > 0 and found["parameters"] > 100_000
-    found = sides.measure(Case("cifar10", "convolution 3 -> 128", "bfloat16", 2, **SMALL))
+    found = accelerator_cases.measure(Case("cifar10", "convolution 3 -> 128", "bfloat16", 2, **SMALL))
     assert 1e-4 < found["deviation"] < 1e-2  # of a sum of 27 products rounded to 8 bits
     # 4 x 4 x 128 outputs of 27 products each, and the same for either gradient.
     assert found["flops"] == 3 * 2 * 2 * 4 * 4 * 128 * 27
 
 
-def test_the_compiled_program_is_read_here():
+def test_the_program_of_this_machine_is_summarized():
     case = Case("cifar10", "sample", "float32", 2, library="hlo", changes={"target": "here"}, **SMALL | {"steps": 1})
-    found = sides.measure(case)
+    found = accelerator_cases.measure(case)
     assert found["kind"] == "cpu"
     read = compiled.Summary(**found["summary"])
     assert read.kernels > 20 and sum(read.phases.values()) == read.kernels
 
 
-def test_a_case_has_a_process_of_its_own():
+def test_a_case_is_measured_in_a_separate_process():
     assert accelerator.launch(Case("cifar10", "device", "tf32", 1))["platform"] == jax.default_backend()
     assert accelerator.launch(Case("nameless", "train", "tf32", 1))["error"] == "KeyError: 'nameless'"
 
@@ -272,9 +273,9 @@ def test_a_case_has_a_process_of_its_own():
 def test_diffusers_networks_are_of_the_same_size_and_cost():
     """Theirs convolve doubled images as they are, 9 products for each output of a channel; ours need 4 of them."""
     pytest.importorskip("diffusers")
-    for network in sides.NETWORKS:
-        config = sides.config_of(Case(network, "train", "float32", 1))
-        parameters, multiplied = sides.torch_macs(sides.diffusers_fields(config))
+    for network in accelerator_cases.NETWORKS:
+        config = accelerator_cases.config_of(Case(network, "train", "float32", 1))
+        parameters, multiplied = diffusers_network.count_parameters_and_macs(diffusers_network.unet_fields(config))
         built = training.setup(config)
         assert parameters == sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
         ours = roofline.forward_macs(built.model, training.input_shape(config))
@@ -295,7 +296,11 @@ def test_small_runs_beside_diffusers():
     chosen.tables = ("side_by_side",)
 
     def measure(case, flags=""):  # ours is measured elsewhere
-        return sides.measure(case) if case.library == "torch" or case.work == "device" else {"error": "left out"}
+        return (
+            accelerator_cases.measure(case)
+            if case.library == "torch" or case.work == "device"
+            else {"error": "left out"}
+        )
 
     lines = list(accelerator.report(chosen, measure))
     measured = [line for line in lines if "| torch (eager) |" in line]
