@@ -82,7 +82,7 @@ def sdedit(
     )
 
 
-def _add_noise(key, schedule, x_0, t: int):
+def _add_noise(key, schedule, x_0, t):
     x_0 = process.as_float("x_0", x_0)
     index = jnp.full(x_0.shape[:1], t, jnp.int32)
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))

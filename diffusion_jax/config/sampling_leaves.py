@@ -125,7 +125,9 @@ SAMPLING: dict[str, Leaf] = {
     "trajectory": Leaf(
         0, OneOf(Integer(0, 0), Integer(2)), "Columns of the picture of samples being denoised; 0 for no picture."
     ),
-    "preview_samples": Leaf(16, Integer(1), "Samples in the pictures during training, which are drawn by DDIM."),
+    "preview_samples": Leaf(
+        16, Integer(0), "Samples in the pictures during training, which are drawn by DDIM; 0 for no pictures."
+    ),
     "preview_steps": Leaf(25, Integer(1), "Sampling steps of the pictures during training."),
 }
 

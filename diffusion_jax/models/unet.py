@@ -44,6 +44,11 @@ class UNet(Encoder):
         """The label for no class; None if the network has none."""
         return self.num_classes if self.num_classes and self.label_dropout else None
 
+    @property
+    def _num_labels(self) -> int:
+        """The number of classes and the null label."""
+        return self.num_classes + (1 if self.label_dropout else 0)
+
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False) -> jax.Array:
         """x_t: [B, H, W, C]; time: float [B]; y: int [B] for a conditional network; train: whether dropout is active.
@@ -52,7 +57,7 @@ class UNet(Encoder):
         a network without classes (and the reverse), or labels that are not int or not in the range.
         """
         self.check_input(x_t)
-        self._check_labels(y)
+        y = self._check_labels(y)
         embedding = self.embed_time(time)
         if y is not None:
             embedding += self._embed_labels(y, train)
@@ -64,13 +69,11 @@ class UNet(Encoder):
 
     def _embed_labels(self, y, train: bool) -> jax.Array:
         """The embedding [B, 4 channels] of labels y int [B]."""
-        num_rows = self.num_classes + (1 if self.label_dropout else 0)
-        y = labels.in_range(y, num_rows, null_label=bool(self.label_dropout))
         if self.null_label is not None and train:
             kept = nn.Dropout(self.label_dropout, deterministic=False, name="label_dropout")(jnp.ones(jnp.shape(y)))
             y = jnp.where(kept > 0, y, self.null_label)
-        embedding = self.layers.embed(num_rows, 4 * self.channels, "class")(y)
-        if num_rows == 1:  # Flax returns the only row for every y
+        embedding = self.layers.embed(self._num_labels, 4 * self.channels, "class")(y)
+        if self._num_labels == 1:  # Flax returns the only row for every y
             embedding = jnp.where(jnp.reshape(y, (-1, 1)) == 0, embedding, jnp.nan)
         return embedding
 
@@ -90,7 +93,8 @@ class UNet(Encoder):
                     h = self.layers.conv(h.shape[-1], name, upsample=True)(h)
         return h
 
-    def _check_labels(self, y) -> None:
+    def _check_labels(self, y) -> jax.Array | None:
+        """y as int, with traced labels outside the range replaced by one beyond the embedding. Raises: ValueError."""
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if self.label_dropout and not self.num_classes:
@@ -99,3 +103,4 @@ class UNet(Encoder):
             raise ValueError(f"a network of {self.num_classes} classes needs y, the labels")
         if not self.num_classes and y is not None:
             raise ValueError("labels were given to a network without classes (num_classes=0)")
+        return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))

@@ -125,7 +125,7 @@ def _sdedit(context: _Context) -> _Edit:
     return _Edit(image[None], ["image"], apply)
 
 
-def _restore(context: _Context, measurement: editing.Linear, y: jax.Array, caption: str) -> _Edit:
+def _restore(context: _Context, measurement: editing.LinearOperator, y: jax.Array, caption: str) -> _Edit:
     """Samples with the measurement y [N, ...]: every predicted x_0 is projected onto it. Raises: UserError."""
     if context.setup.parameterization["prediction"] == "x_prev" and context.setup.is_stochastic:
         raise UserError(
@@ -170,7 +170,10 @@ def _interpolate(context: _Context) -> _Edit:
 
     def apply(key, denoise_fn, make_sampler):
         x_0, other = (to_model_range(jnp.asarray(image))[None] for image in (first, second))
-        encoding = {} if t is not None else setup.parameterization
+        encoding = sampling.EncodeOptions()
+        if t is None:
+            names = setup.parameterization
+            encoding = sampling.EncodeOptions(prediction=names["prediction"], variance=names["variance"])
         x = editing.interpolate(key, setup.schedule, denoise_fn, x_0, other, weights, make_sampler(), t=t, **encoding)
         return x[:, 0]
 

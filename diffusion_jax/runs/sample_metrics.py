@@ -100,6 +100,7 @@ def _draw_samples(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
 def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
     """What the metrics depend on besides the two sets and the features, as the record stores it."""
     stored = broadcast_from_process_0(lambda: read_settings(file.path))
+    assert stored is not None  # the file has just been written or found to hold these settings
     settings, options = stored["settings"], config.evaluation
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
     sampling |= {"classifier": config.sampling.classifier, "use_ema": options.use_ema}

@@ -179,8 +179,8 @@ class SamplingSetup:
 
     def _class_log_prob(self, classifier_params, y) -> Callable:
         assert self._classifier is not None
-        model = self._classifier.model
-        return guidance.class_log_prob(lambda x, time: model.apply({"params": classifier_params}, x, time), y)
+        apply: Callable[..., Any] = self._classifier.model.apply
+        return guidance.class_log_prob(lambda x_t, time: apply({"params": classifier_params}, x_t, time), y)
 
     def sampler(self, classifier_params=None, y=None, clip: Callable | None = None) -> sampling.Sampler:
         """The sampler. classifier_params, y: as in `network`, if the classifier shifts its mean. clip: as in
@@ -195,6 +195,8 @@ class SamplingSetup:
     def network(self, params, classifier_params, y, low=None) -> Callable:
         """The guided denoise_fn(x_t, time), pure. y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler."""
         options = self._options
+        apply: Callable[..., Any]
+        denoise_fn: Callable[..., Any]
         if calls_between_steps(options):
             apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
         else:
@@ -202,10 +204,12 @@ class SamplingSetup:
         conditional = apply if low is None else self._conditioned_on(low, apply)
 
         if self.is_guided:
+            null_label = self._model.null_label
+            assert null_label is not None  # `_check_guidance` refuses models without one
             denoise_fn = guidance.classifier_free(
                 conditional,
                 y,
-                self._model.null_label,
+                null_label,
                 options["guidance_scale"],
                 interval=self._interval,
                 rescale=options["guidance_rescale"],

@@ -24,7 +24,7 @@ CONFIG = {
 class Numbers:
     """A source whose image i is filled with i."""
 
-    num_classes = 0
+    num_classes, class_names = 0, ()
 
     def __init__(self, n):
         self.n = n
@@ -155,9 +155,9 @@ def test_bad_folders_and_images(folder, tmp_path):
 def test_tfds_that_is_not_there(tmp_path):
     with pytest.raises(data.DataError, match=r"prepare it with: python -c .*download_and_prepare"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+    with pytest.raises(data.DataError, match="must be a TFDS data set"):
         data.load({**CONFIG, "dataset": "no_such_set", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="neither a TFDS data set"):
+    with pytest.raises(data.DataError, match="must be a TFDS data set"):
         data.load({**CONFIG, "dataset": "my data", "data_dir": str(tmp_path)})
 
 
@@ -223,3 +223,28 @@ def test_tfds_in_another_format(tmp_path):
     write_tfds(tmp_path, "riegeli")
     with pytest.raises(data.DataError, match="in riegeli format, not array_record or tfrecord; prepare.*_array_record"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})
+
+
+class Stripes:
+    """The source in the docstring of `data.Source`."""
+
+    num_classes, class_names = 2, ("horizontal", "vertical")
+
+    def __len__(self):
+        return 1000
+
+    def read(self, indices):
+        labels = np.asarray(indices, np.int32) % 2
+        images = np.zeros((len(labels), 8, 8, 1), np.uint8)
+        images[labels == 0, ::2] = 255
+        images[labels == 1, :, ::2] = 255
+        return images, labels
+
+
+def test_a_source_of_the_user_gives_batches():
+    assert data.describe(Stripes()) == "1,000 images of 2 classes: 0 horizontal, 1 vertical"
+    streamed, memory = (data.Batches(source, 0, 4, 3) for source in (Stripes(), data.InMemory(Stripes())))
+    for step in range(3):
+        np.testing.assert_array_equal(streamed[step]["image"], memory[step]["image"])
+        np.testing.assert_array_equal(streamed[step]["label"], memory[step]["label"])
+    assert (streamed[0]["image"].mean(axis=(1, 2, 3)) == 127.5).all()

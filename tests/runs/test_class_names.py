@@ -69,7 +69,7 @@ def test_skipped_and_dropped_images_are_logged(pets):
         "Read only the first frame of cats/moves.webp.",
     ]
     np.testing.assert_array_equal(source.images[4], 0)  # cats/moves.webp
-    with pytest.raises(data.DataError, match=r"found only 1 \.gif"):
+    with pytest.raises(data.DataError, match=r"it has only 1 \.gif"):
         (pets / "other").mkdir()
         frames[0].save(pets / "other" / "a.gif")
         load(pets / "other")
@@ -78,7 +78,7 @@ def test_skipped_and_dropped_images_are_logged(pets):
 def test_an_image_outside_the_subfolders_is_named(pets):
     write(pets / "cover.png")
     source, said = load(pets)
-    advice = "cover.png is outside the subfolders; move every image into one, the name of its class"
+    advice = "cover.png is outside the subfolders; move every image into the subfolder of its class"
     assert said == ["7 images without classes.", f"No classes: {advice}."] and source.class_names == ()
     with pytest.raises(UserError, match=r"has no labels \(cover.png is outside the subfolders; .*\); use model.num_cl"):
         check_source(conditional(), source)

@@ -118,7 +118,7 @@ def test_edits_equal_those_of_the_core(root, files):
 
 def test_invalid_editing_options_are_refused(root, files):
     for overrides, words in (
-        ({"editing.task": "foo"}, "known: inpaint, replace"),
+        ({"editing.task": "foo"}, "must be inpaint, replace"),
         ({"editing.task": "colorize"}, "needs a model of color images"),
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),

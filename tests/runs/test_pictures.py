@@ -98,6 +98,6 @@ def test_grids_and_text_show_the_images():
     assert picture.shape == (2 * (2 * 21 + 4) + 4, 3 * (3 * 21 + 4) + 4, 1)
     assert (picture[50:92, 71:134] == 255).all() and (picture == 255).sum() == 42 * 63
     assert pictures.grid(np.zeros((2, 70, 70, 3), np.uint8)).shape == (78, 152, 3)
-    np.testing.assert_array_equal(to_uint8([-1.0, 0.0, 1.0, 3.0, -0.999]), [0, 128, 255, 255, 0])
+    np.testing.assert_array_equal(to_uint8(np.array([-1.0, 0.0, 1.0, 3.0, -0.999], np.float32)), [0, 128, 255, 255, 0])
     text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
     assert text == "  @@    @@"

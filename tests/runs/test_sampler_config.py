@@ -104,14 +104,15 @@ def test_openai_spacings_can_be_given_by_name(options, same):
     [
         ((1, 2), "trailing", r"\(1, 2\) are several numbers, .* use sampling.spacing=openai"),
         ((1, 2.5), "openai", "must be a whole number, or several"),
-        (2.5, "openai", "must be a whole number, or several"),
+        (2.5, "openai", "steps=2.5 must be None or a whole number"),
         ((5, 5), "openai_ddim", "several numbers"),
     ],
 )
 def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
-        sampler_config.respace(schedule, {"steps": steps, "spacing": spacing}, sampling.ddpm())
+        options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
+        sampler_config.respace(schedule, options, sampling.ddpm())
     assert "\n" not in str(caught.value)
 
 

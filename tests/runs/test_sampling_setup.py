@@ -242,7 +242,11 @@ def test_steps_on_which_a_sampler_fails_are_refused():
         ("conditional", {"sampling.clip": "maybe"}, "must be True or False or dynamic"),
         ("conditional", {"sampling.clip": "dynamic", "sampling.clip_quantile": 2.0}, r"must be a number in \(0, 1\]"),
         ("conditional", {"sampling.sampler": "deis", "sampling.order": 4}, "sampling.order=4 must be 1, 2 or 3"),
-        ("conditional", {"sampling.sampler": "ddim", "sampling.eta": 2.0}, r"sampling.eta=2.0 must be a number in \[0, 1\]"),
+        (
+            "conditional",
+            {"sampling.sampler": "ddim", "sampling.eta": 2.0},
+            r"sampling.eta=2.0 must be a number in \[0, 1\]",
+        ),
         ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
         ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
         ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),

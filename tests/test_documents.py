@@ -1,0 +1,91 @@
+"""The documents name files, functions and make targets that exist, and the workflow of hosted CI runs the same targets."""
+
+import ast
+import functools
+import re
+
+import pytest
+
+from helpers.paths import ROOT
+
+NAMED = re.compile(r"`([\w./]+\.(?:py|pyi|toml|txt|md))(?::([A-Za-z_][\w.]*))?`")
+OUTSIDE_THE_PACKAGE = (
+    "tests/",
+    "configs/",
+    "benchmarks/",
+    "typings/",
+    "docs/",
+    "requirements",
+    "main.py",
+    "pyproject.toml",
+)
+DOCUMENTS = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def file_of(name):
+    name = name.removeprefix("diffusion_jax/")
+    return ROOT / name if name.startswith(OUTSIDE_THE_PACKAGE) else ROOT / "diffusion_jax" / name
+
+
+@functools.cache
+def defined_names(path):
+    """Functions, classes, methods and constants of a file; methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{member.name}" for member in node.body if isinstance(member, ast.FunctionDef)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_and_function_that_a_document_names_exists(document):
+    named = NAMED.findall(document.read_text())
+    assert named
+    for file, name in named:
+        path = file_of(file)
+        assert path.is_file(), f"{document.name} names {file}"
+        assert not name or name in defined_names(path), f"{document.name} names {file}:{name}"
+
+
+def test_every_path_that_a_guide_names_exists():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for file, _ in NAMED.findall(document.read_text()):
+            assert "/" not in file or file_of(file).is_file(), f"{document.name} names {file}"
+
+
+def test_every_package_and_module_of_the_core_is_in_the_diagram_of_the_layers():
+    diagram = re.search(r"## Layers.*?```(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL).group(1)
+    words = set(re.findall(r"[a-z]\w+", diagram))
+    for path in (ROOT / "diffusion_jax").iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").is_file():
+            assert path.stem in words | {"__init__"}, f"the diagram lacks {path.name}"
+
+
+@pytest.mark.parametrize(
+    "document", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")]
+)
+def test_links_lead_to_files_and_headings(document):
+    for file, heading in re.findall(r"\]\(([^)#:\s]*)#?([^):\s]*)\)", document.read_text()):
+        target = document.parent / file if file else document
+        assert target.exists(), f"{document.name} links to {file}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert heading in anchors, f"{document.name} links to {file}#{heading}"
+
+
+def test_make_targets_that_the_documents_and_hosted_ci_name_exist():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", workflow)) == {"setup", "lint", "test", "test-all", "parity"}
+    for test in re.findall(r"\btests/[\w/]+\.py", workflow):
+        assert (ROOT / test).is_file(), test
+    for document in (*DOCUMENTS, ROOT / "README.md"):
+        for target in re.findall(r"`make ([a-z][\w-]*)", document.read_text()):
+            assert target in TARGETS, f"{document.name} names make {target}"
+    assert {"setup", "lint", "test", "test-all", "parity"} <= TARGETS
