@@ -60,6 +60,7 @@ mutants: setup $(VENV)/installed-mutants
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,6 @@
-"""python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
+"""The command line of a clone.
+
+    python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
 `diffusion_jax.cli` has the modes and the flags, and the installed command `diffusion-jax` runs the same.
 """

@@ -1,4 +1,6 @@
-"""The command line: diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
+"""Trains, samples, edits and measures diffusion models.
+
+    diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
 A rerun of the same command resumes the run. --config may be left out for a directory that holds a run, and with
 --pretrained=PATH (weights as `diffusion_jax.pretrained.load` takes them), from which any mode then starts.

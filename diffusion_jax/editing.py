@@ -255,7 +255,6 @@ def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: C
     clip: applied to x_0 before the projection, as `process.p_mean_variance`. The last step returns a projected x_0, so
     A x_0 = y holds for samples up to rounding, except with `sampling.ddpm(prediction="x_prev")`, whose mean is the output.
     """
-
     y = process.as_float("y", y)
 
     def projected(x_0):

@@ -23,8 +23,10 @@ def default() -> ConfigDict:
 
 
 def default_classifier() -> ConfigDict:
-    """The config of a classifier of noisy images: `diffusion.loss` is "classify" and `model` has the fields of
-    `models.Classifier`."""
+    """The config of a classifier of noisy images.
+
+    `diffusion.loss` is "classify" and `model` has the fields of `models.Classifier`.
+    """
     return resolve({"diffusion": {"loss": "classify"}})
 
 

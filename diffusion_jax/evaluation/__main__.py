@@ -1,5 +1,7 @@
-"""python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
-python -m diffusion_jax.evaluation table DIR...
+"""Measures a set of images against another, and prints the metrics of runs.
+
+    python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
+    python -m diffusion_jax.evaluation table DIR...
 
 The first compares two sets of images, each an .npz (images in arr_0, or statistics mu and sigma), a folder, the directory of
 a run (its newest samples), or a data set and its split, such as cifar10:train. The second prints the metrics of runs.

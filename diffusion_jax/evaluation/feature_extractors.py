@@ -164,7 +164,7 @@ def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, int, 
 
 
 def compile_extractor(extractor: FeatureExtractor, mesh) -> Callable[[Any], BatchFeatures]:
-    """images uint8 [B, H, W, C] -> BatchFeatures, with the batch sharded over the mesh if the extractor compiles."""
+    """A function of images uint8 [B, H, W, C] that returns BatchFeatures; the batch is sharded if the extractor compiles."""
     if not extractor.compiles:
         return lambda images: extractor.function(None, images)
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)

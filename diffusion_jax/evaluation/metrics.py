@@ -218,8 +218,10 @@ class DensityCoverage(NamedTuple):
 
 
 def density_coverage(reference, samples, k: int = 5, devices: Sequence[Any] | None = None) -> DensityCoverage:
-    """The mean number of the reference's balls that contain a sample, over k, and the share of balls that contain a sample
-    (Naeem et al. 2020, eq. 4 and 6). Arguments and errors: as `precision_recall`.
+    """Density and coverage (Naeem et al. 2020, eq. 4 and 6).
+
+    density: the mean number of the reference's balls that contain a sample, over k. coverage: the share of balls that contain
+    a sample. Arguments and errors: as `precision_recall`.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k, devices)

@@ -1,5 +1,7 @@
-"""python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
-python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
+"""Describes and converts pretrained weights.
+
+    python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
+    python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
 
 inspect prints the description of the weights at PATH. convert writes them to TO: a file of this package if TO ends in
 .safetensors, else a folder of diffusers. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: the raw weights, not

@@ -62,8 +62,10 @@ _BLOCKS = {
 
 
 class InceptionWeights(NamedTuple):
-    """params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether it is one of the two files
-    with which published FIDs are computed.
+    """The weights of a file.
+
+    params: of `models.inception.Inception`. digest: SHA-256 of the file. published: whether it is one of the two files with
+    which published FIDs are computed.
     """
 
     params: Any
@@ -72,9 +74,10 @@ class InceptionWeights(NamedTuple):
 
 
 def load_inception(path: str | os.PathLike) -> InceptionWeights:
-    """The weights in `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), in its
-    tensors as safetensors, or in `classify_image_graph_def.pb`.
+    """The weights of the Inception network of FID.
 
+    path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), its tensors as
+    safetensors, or `classify_image_graph_def.pb`.
     Raises: PretrainedError, one line, for a file that does not exist or is of another network.
     """
     path = pathlib.Path(path).expanduser()

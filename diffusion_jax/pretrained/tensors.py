@@ -1,7 +1,7 @@
-"""Tensors of files from untrusted sources, read without executing their contents: safetensors, PyTorch's archives through
-its weights-only loader, and TensorFlow's checkpoints.
+"""Tensors of files from untrusted sources, read without executing their contents.
 
-The format is detected from a file's first bytes, not from its name.
+The formats are safetensors, PyTorch's archives through its weights-only loader, and TensorFlow's checkpoints. A format is
+detected from a file's first bytes, not from its name.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ __all__ = ["add_record", "differing_settings", "read_likelihood", "read_records"
 # Two records with equal values of these keys are of the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 
+_NAMES_OF_0_1 = {"memorisation": "memorization"}
+
 
 def read_likelihood(path: pathlib.Path) -> dict[str, Any] | None:
     """The bits per dimension of a likelihood.json and the weights they are of; None if there is no file.
@@ -44,7 +46,10 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.json, [] if there is no file. Raises: ValueError for another file."""
+    """The records of a metrics.json, [] if there is no file; names of version 0.1 are translated.
+
+    Raises: ValueError for another file.
+    """
     if not path.exists():
         return []
     try:
@@ -57,7 +62,16 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path} is not a valid metrics.json (a list of records); name another file, or move this one away"
         )
-    return records
+    return [_translate(record) for record in records]
+
+
+def _translate(value: Any) -> Any:
+    """A JSON value with the metric `memorisation` of version 0.1, as a key or in a list, renamed to `memorization`."""
+    if isinstance(value, dict):
+        return {_NAMES_OF_0_1.get(key, key): _translate(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_NAMES_OF_0_1.get(item, item) if isinstance(item, str) else _translate(item) for item in value]
+    return value
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,8 +165,9 @@ class SampleFile:
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
-    """{"settings": what decides the samples of an .npz, "drawn_with": versions}, or None if the file does not store them, as
-    those of version 0.1.0.
+    """{"settings": what decides the samples of an .npz, "drawn_with": versions}.
+
+    None if the file does not store them, as files of version 0.1.0.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:

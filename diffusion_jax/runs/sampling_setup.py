@@ -53,7 +53,9 @@ class SamplingSetup:
         class_names: Sequence[str] = (),
         load_classifier: bool = True,
     ):
-        """class_names: names that `sampling.label` may use. load_classifier: False to only check the config; classes are
+        """Checks the config and prepares the networks and functions that sampling needs.
+
+        class_names: names that `sampling.label` may use. load_classifier: False to only check the config; classes are
         then checked only if no classifier guides. mesh: None for a single device without a classifier.
 
         Raises: UserError or ValueError for values that are not allowed, or do not fit the model or one another.
@@ -183,8 +185,9 @@ class SamplingSetup:
         return guidance.class_log_prob(lambda x_t, time: apply({"params": classifier_params}, x_t, time), y)
 
     def sampler(self, classifier_params=None, y=None, clip: Callable | None = None) -> sampling.Sampler:
-        """The sampler. classifier_params, y: as in `network`, if the classifier shifts its mean. clip: as in
-        `sampler_from_config`.
+        """The sampler.
+
+        classifier_params, y: as in `network`, if the classifier shifts its mean. clip: as in `sampler_from_config`.
         """
         arguments = {}
         if self._shifts_mean and classifier_params is not None:

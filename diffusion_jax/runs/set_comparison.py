@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
 
 from diffusion_jax.distributed import sharding
@@ -42,7 +43,9 @@ def compare_sets(options: Comparison) -> None:
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
     unknown = sorted(set(metric_names) - set(METRICS))
     if unknown:
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
+        near = difflib.get_close_matches(unknown[0], METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size} must be at least 1")
     output = _output_file(options.output)

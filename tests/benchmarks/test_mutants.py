@@ -1,8 +1,8 @@
-"""How `make mutants` draws and reports; that it never counts what cannot be seen."""
+"""`make mutants`: how it draws mutants, stores results and reports them."""
 
 import pytest
 
-from benchmarks import mutants
+from benchmarks import mutant_drawing, mutant_records, mutants
 
 SOURCE = '''
 def halve(x: int | None, steps: list[int] = (3,)) -> int | None:
@@ -27,7 +27,7 @@ def test_the_table_names_files_and_tests_that_exist():
 
 def test_only_code_is_mutated():
     pytest.importorskip("cosmic_ray")
-    found = mutants.places(SOURCE)
+    found = mutant_drawing.places(SOURCE)
     lines = SOURCE.splitlines()
     assert {lines[line - 1][column] for line, column in found} == {"3", "/", "2", "|", "0"}
     assert not any(
@@ -39,9 +39,9 @@ def test_draws_are_one_line_each_at_different_places_and_repeat(tmp_path):
     pytest.importorskip("cosmic_ray")
     (tmp_path / mutants.PACKAGE).mkdir()
     (tmp_path / mutants.PACKAGE / "halves.py").write_text(SOURCE)
-    many, few = (mutants.draw("halves", count, 3, tmp_path) for count in (40, 2))
+    many, few = (mutant_drawing.draw("halves", count, 3, tmp_path) for count in (40, 2))
     assert few == many[:2] and len(many) == len({mutant.source for mutant in many}) == 5
-    assert mutants.draw("halves", 40, 4, tmp_path) != many
+    assert mutant_drawing.draw("halves", 40, 4, tmp_path) != many
     for mutant in many:
         changed = [line for line in mutant.diff.splitlines()[2:] if line[0] in "+-"]
         assert [line[0] for line in changed] == ["-", "+"] and changed[0][1:] in SOURCE.splitlines()
@@ -53,9 +53,9 @@ def rows(file, *outcomes):
 
 
 def test_the_report_counts_with_the_exact_interval_and_shows_survivors(tmp_path):
-    known = [mutants.Reason("b", "return a * b", "return a / b", "b is 1.")]
+    known = [mutant_records.Reason("b", "return a * b", "return a / b", "b is 1.")]
     found = rows("a", *["failed"] * 7, "timeout", "passed", "passed") + rows("b", "failed", "passed")
-    text = mutants.report(found, {"a": 50, "b": 9}, 0, known)
+    text = mutant_records.report(found, {"a": 50, "b": 9}, 0, known)
     # Clopper and Pearson's interval of 8 in 10, from their table; of 1 in 1 it is 0.025 to 1.
     assert "| a | 50 | 10 | 8 | 1 | 0 | 80.0% | 44.4% to 97.5% |" in text
     assert "| b | 9 | 2 | 1 | 0 | 1 | 100.0% | 2.5% to 100.0% |" in text
@@ -64,20 +64,20 @@ def test_the_report_counts_with_the_exact_interval_and_shows_survivors(tmp_path)
     page = tmp_path / "page.md"
     page.write_text("# Page\n\nBefore.\n")
     for again in ("old", text):
-        mutants.write_report(again, page)
+        mutant_records.write_report(again, page)
     assert page.read_text().startswith("# Page\n\nBefore.\n") and "old" not in page.read_text()
-    assert page.read_text().count(text) == page.read_text().count(mutants.BEGIN) == 1
+    assert page.read_text().count(text) == page.read_text().count(mutant_records.BEGIN) == 1
 
 
 def test_results_are_kept_until_the_file_or_its_tests_change(tmp_path):
-    mutant, path = mutants.Mutant("losses", "x 1", "source", "diff"), tmp_path / "kept.jsonl"
-    mutants.Results(path).add(mutant, "tests", "passed", "output", 1.0)
-    again = mutants.Results(path)
-    assert again.of(mutant, "tests")["outcome"] == "passed"
-    assert again.of(mutant._replace(diff="other"), "tests") is None and again.of(mutant, "others") is None
-    assert again.of(mutant, "others", keep_killed=True) is None  # it survived
+    mutant, path = mutant_drawing.Mutant("losses", "x 1", "source", "diff"), tmp_path / "kept.jsonl"
+    mutant_records.Results(path).add(mutant, "tests", "passed", "output", 1.0)
+    again = mutant_records.Results(path)
+    assert again.find(mutant, "tests")["outcome"] == "passed"
+    assert again.find(mutant._replace(diff="other"), "tests") is None and again.find(mutant, "others") is None
+    assert again.find(mutant, "others", keep_killed=True) is None  # it survived
     again.add(mutant, "tests", "failed", "output", 1.0)
-    assert mutants.Results(path).of(mutant, "others", keep_killed=True)["outcome"] == "failed"
+    assert mutant_records.Results(path).find(mutant, "others", keep_killed=True)["outcome"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_a_run_ends_as_its_tests_do(tmp_path, body, outcome):
     assert found == outcome and seconds < 60
 
 
-def test_what_is_recorded_as_equivalent_is_of_a_file_that_is_mutated():
-    for reason in mutants.reasons():
+def test_equivalent_mutants_are_of_files_and_lines_that_exist():
+    for reason in mutant_records.read_reasons():
         assert reason.file in mutants.TESTS and reason.why.endswith(".")
         source = (mutants.ROOT / mutants.PACKAGE / f"{reason.file}.py").read_text()
         assert all(line in source for line in reason.removed.splitlines()), reason

@@ -203,6 +203,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         (("digits", good, "--features=test_command:mesh_shape"), "must be a function, not a tuple"),
         (("digits", tmp_path / "empty"), "no images below"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
+        (("digits", good, "--metrics=memorisation"), r"'memorisation' is unknown; .*did you mean memorization\?"),
         (("digits", good, "--batch_size=0"), "must be at least 1"),
         (("digits", good, "--features=vgg"), "features='vgg' is unknown"),
         (("digits", good, "--features=nothing:here"), "cannot be imported"),

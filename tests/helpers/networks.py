@@ -1,6 +1,7 @@
-"""A U-Net of a few thousand parameters, and weights without a zero."""
+"""A U-Net of a few thousand parameters: its initialization, its compiled call, and weights without a zero."""
 
 import jax
+import jax.numpy as jnp
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
 
@@ -12,3 +13,14 @@ def redraw(params, seed=1):
     return jax.tree.unflatten(
         structure, [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
+
+
+def init(model, shape=(1, 8, 8, 3), y=None):
+    """The parameters of a model for images of a shape and labels y."""
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
+
+
+def apply(model, params, *args, **kwargs):
+    """The output of a model, compiled: op by op would take longer than the network."""
+    train = kwargs.pop("train", False)
+    return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)

@@ -1,7 +1,7 @@
 """PyTorch's networks that ours must equal: diffusers' `UNet2DModel`, OpenAI's, and the port of Ho et al.'s.
 
 As a program (it needs `make parity`'s packages, and for the port a checkout of pesser/pytorch_diffusion), it writes the
-fixtures that test_pretrained.py reads without them:
+fixtures that helpers/stored_networks.py reads without them:
 
     PYTHONPATH=tests python -m helpers.torch_networks [--port=CHECKOUT]
 """

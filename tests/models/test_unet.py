@@ -1,27 +1,13 @@
 """The U-Net: counts, embedding and initialization as published, and what it accepts and refuses."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models import convolution
-from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
-from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
 from helpers.jaxprs import equations
-from helpers.networks import TINY, redraw
-
-
-def init(model, shape=(1, 8, 8, 3), y=None):
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
-
-
-def apply(model, params, *args, **kwargs):
-    """Compiled whole: op by op costs more time than the network."""
-    train = kwargs.pop("train", False)
-    return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)
+from helpers.networks import TINY, apply, init, redraw
 
 
 @pytest.mark.parametrize(
@@ -174,57 +160,6 @@ def test_label_dropout_gives_the_null_label_in_training_alone():
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
 
 
-def conv3x3(x, layer):
-    """A 3x3 convolution with zeros around, one kernel entry at a time."""
-    _, h, w, _ = x.shape
-    padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), layer["kernel"]
-    return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)) + layer["bias"]
-
-
-def group_norm(x, layer, groups=2, epsilon=1e-5):
-    b, h, w, c = x.shape
-    x = x.reshape(b, h * w, groups, c // groups)
-    x = (x - x.mean((1, 3), keepdims=True)) / np.sqrt(x.var((1, 3), keepdims=True) + epsilon)
-    return x.reshape(b, h, w, c) * layer["norm"]["scale"] + layer["norm"]["bias"]
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-@pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
-def test_a_resampling_block_is_adm_s(resample):
-    """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
-    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
-    block = ResBlock(6, 0.0, True, layers, resample)
-    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
-    params = redraw(block.init(jax.random.key(2), x, embedding, False)["params"])
-    out = block.apply({"params": params}, x, embedding, False)
-    x, embedding, p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, embedding, params))
-    if resample is downsample_2x:
-        resized = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4  # noqa: E731
-    else:
-        resized = lambda a: np.kron(a, np.ones((1, 2, 2, 1)))  # noqa: E731
-    h = conv3x3(resized(silu(group_norm(x, p["norm1"]))), p["conv1"])
-    time = (silu(embedding) @ p["time_proj"]["kernel"] + p["time_proj"]["bias"])[:, None, None]
-    h = group_norm(h, p["norm2"]) * (1 + time[..., :6]) + time[..., 6:]
-    expected = resized(x) @ p["skip"]["kernel"] + p["skip"]["bias"] + conv3x3(silu(h), p["conv2"])
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_resampling_blocks_stand_where_the_convolutions_did():
-    """Same places, widths and sizes: only the layers between levels change."""
-    model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
-    params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
-    assert {k: v for k, v in params.items() if "sample" not in k} == {
-        k: v for k, v in others.items() if "sample" not in k
-    }
-    assert params["down_0_downsample"]["conv1"]["kernel"].shape == (3, 3, 8, 8)
-    assert params["up_1_upsample"]["conv2"]["kernel"].shape == (3, 3, 16, 16)
-    x = jnp.zeros((2, 8, 12, 3))
-    assert jax.eval_shape(lambda p: model.apply({"params": p}, x, jnp.zeros(2)), params).shape == x.shape
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -266,146 +201,6 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
     by_channels = models.UNet(**TINY, head_channels=4)
     split, counted = (apply(model, params, x, time) for model in (by_channels, by_number))
     np.testing.assert_allclose(split, counted, rtol=1e-5, atol=1e-5)  # two programs of some twenty layers
-
-
-@pytest.mark.parametrize(
-    ("size", "padding"),
-    [((3, 3), ((1, 1), (1, 1))), ((3, 3), ((0, 2), (1, 0))), ((2, 2), ((1, 0), (0, 1))), ((3, 1), ((0, 1), (0, 0)))],
-)
-def test_convolutions_as_products(size, padding):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, 6, 4, 5)), jax.random.normal(keys[1], (*size, 5, 3))
-    y = convolution.convolve_xla(x, kernel, padding)
-    g = jax.random.normal(keys[2], y.shape).astype(jnp.bfloat16).astype(jnp.float32)
-
-    def both(convolve, *inputs):
-        y, pullback = jax.vjp(lambda x, kernel: convolve(x, kernel, padding), *inputs)
-        return y, *pullback(g)
-
-    for mine, true in zip(
-        both(convolution.convolve_matmul, x, kernel), both(convolution.convolve_xla, x, kernel), strict=True
-    ):
-        np.testing.assert_allclose(mine, true, rtol=1e-5, atol=1e-5)
-    # In bfloat16 operands are rounded and sums are not: the same as of rounded numbers, gradients rounded once more.
-    low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
-    computed = both(convolution.convolve_matmul, *low)
-    assert [a.dtype for a in computed] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    true = both(convolution.convolve_xla, *(a.astype(jnp.float32) for a in low))
-    for mine, exact, rtol in zip(computed, true, (1e-5, 2**-8, 2**-8), strict=True):
-        np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=rtol, atol=1e-5)
-
-
-def test_a_doubled_convolution_adds_its_kernel_up_before_it_rounds():
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, kernel = jax.random.normal(keys[0], (2, 8, 8, 64)), jax.random.normal(keys[1], (3, 3, 64, 64))
-    low, true = x.astype(jnp.bfloat16), convolution.convolve_xla(upsample_2x(x), kernel)
-
-    def error(y):
-        return np.linalg.norm(y.astype(np.float32) - true) / np.linalg.norm(true)
-
-    plain, first = convolution.convolve_matmul(upsample_2x(low), kernel), kernel.astype(jnp.bfloat16)
-    for products, convolve in ((True, convolution.convolve_matmul), (False, convolution.convolve_xla)):
-        layers = LayerFactory(4, 1e-6, "ho", jnp.dtype("bfloat16"), products)
-        params = {"params": {"kernel": kernel, "bias": jnp.zeros(64)}}
-        y = layers.conv(64, "up", upsample=True).apply(params, low)
-        # As of the doubled image itself; with kernels that are rounded before they are added up 1.25 times that.
-        assert error(y) < 1.05 * error(plain.astype(jnp.bfloat16))
-        assert error(convolution.convolve_upsampled(convolve, low, first).astype(jnp.bfloat16)) > 1.2 * error(y)
-
-
-@pytest.mark.parametrize("convolve", [convolution.convolve_xla, convolution.convolve_matmul])
-@pytest.mark.parametrize("size", [(4, 6), (1, 1)])
-def test_a_convolution_of_a_doubled_image(convolve, size):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, *size, 5)), jax.random.normal(keys[1], (3, 3, 5, 3))
-    g = jax.random.normal(keys[2], (2, 2 * size[0], 2 * size[1], 3))
-    y, pullback = jax.vjp(lambda x, kernel: convolution.convolve_upsampled(convolve, x, kernel), x, kernel)
-    true, true_pullback = jax.vjp(lambda x, kernel: convolution.convolve_xla(upsample_2x(x), kernel), x, kernel)
-    for mine, exact in zip((y, *pullback(g)), (true, *true_pullback(g)), strict=True):
-        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
-
-
-def test_a_network_of_products_is_the_same_network():
-    fields = {**TINY, "scale_shift_norm": True, "num_heads": 2}
-    x, time = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
-    params = redraw(init(models.UNet(**fields)))
-
-    def run(**more):
-        model = models.UNet(**fields, **more)
-        return jax.jit(jax.value_and_grad(lambda p: (model.apply({"params": p}, x, time) ** 2).mean()))(params)
-
-    (loss, grads), (true, true_grads) = run(convolution="products"), run(convolution="xla")
-    np.testing.assert_allclose(loss, true, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, true_grads)
-    # In bfloat16 no further from float32 than XLA's own convolutions, loss and gradients.
-
-    def error(dtype_run):
-        flat = [
-            np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]) for tree in (dtype_run, (true, true_grads))
-        ]
-        return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
-
-    by_products, by_xla = (run(dtype="bfloat16", convolution=how) for how in ("products", "xla"))
-    assert error(by_products) < 1.2 * error(by_xla) and error(by_xla) < 0.05
-
-
-def test_products_are_for_bfloat16_on_one_cpu(monkeypatch):
-    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
-    monkeypatch.setattr("jax.device_count", lambda: 1)
-    assert models.UNet(dtype="bfloat16").layers.use_matmul
-    assert not models.UNet().layers.use_matmul
-    assert not models.UNet(dtype="bfloat16", convolution="xla").layers.use_matmul
-    monkeypatch.setattr("jax.device_count", lambda: 8)  # laying out would gather images from all of them
-    assert not models.UNet(dtype="bfloat16").layers.use_matmul
-    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert not models.UNet(dtype="bfloat16").layers.use_matmul
-
-
-def test_group_norm_in_float64_and_its_derivatives():
-    x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
-    norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
-    params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))
-    scale, bias = (np.float64(params["params"]["norm"][name]) for name in ("scale", "bias"))
-    groups = x.reshape(2, 16, 2, 3)
-    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-    true = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
-    # x itself is rounded to 100 x 2^-24, next to a standard deviation of about one.
-    np.testing.assert_allclose(norm.apply(params, jnp.float32(x)), true, atol=2e-5)
-
-    linen = nn.GroupNorm(2, epsilon=1e-6, use_fast_variance=False)
-    x, v = jnp.float32(x) - 100, jax.random.normal(jax.random.key(1), x.shape)
-
-    def derivatives(apply):
-        first = jax.grad(lambda x: (apply(x) ** 3).sum())
-        return first(x), jax.jvp(first, (x,), (v,))[1]
-
-    mine = derivatives(lambda x: norm.apply(params, x))
-    for a, b in zip(mine, derivatives(lambda x: linen.apply({"params": params["params"]["norm"]}, x)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
-
-
-def test_dropout_in_bfloat16_rounds_once():
-    x = jnp.full((1, 1, 1, 64), 3.0, jnp.bfloat16)
-    y = Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    assert y.dtype == jnp.bfloat16
-    assert y.max() == jnp.bfloat16(3.0 / (1 - round(0.1 * 2**16) / 2**16))
-
-
-def test_dropout_drops_at_its_rate_and_keeps_the_mean():
-    x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
-
-    def drop(key, rate=0.1):
-        return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
-
-    y = drop(jax.random.key(0))
-    error = np.sqrt(0.09 / x.size)
-    assert abs((y == 0).mean() - 0.1) < 4 * error
-    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - round(0.1 * 2**16) / 2**16)], rtol=1e-6)
-    dropped = np.asarray(y == 0)
-    together = (dropped[..., 0] & dropped[..., 1]).mean()  # the two halves of one draw
-    assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
-    assert (drop(jax.random.key(1)) != y).any()
-    np.testing.assert_array_equal(Dropout(0.1).apply({}, x, deterministic=True), x)
 
 
 def test_remat_changes_nothing_and_bfloat16_little():

@@ -1,0 +1,110 @@
+"""Layers and blocks of the networks: resampling blocks, GroupNorm and dropout, against float64 NumPy."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
+from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
+from helpers.networks import TINY, init, redraw
+
+
+def conv3x3(x, layer):
+    """A 3x3 convolution with zeros around, one kernel entry at a time."""
+    _, h, w, _ = x.shape
+    padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), layer["kernel"]
+    return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)) + layer["bias"]
+
+
+def group_norm(x, layer, groups=2, epsilon=1e-5):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h * w, groups, c // groups)
+    x = (x - x.mean((1, 3), keepdims=True)) / np.sqrt(x.var((1, 3), keepdims=True) + epsilon)
+    return x.reshape(b, h, w, c) * layer["norm"]["scale"] + layer["norm"]["bias"]
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
+def test_a_resampling_block_is_adm_s(resample):
+    """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
+    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
+    block = ResBlock(6, 0.0, True, layers, resample)
+    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
+    params = redraw(block.init(jax.random.key(2), x, embedding, False)["params"])
+    out = block.apply({"params": params}, x, embedding, False)
+    x, embedding, p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, embedding, params))
+    if resample is downsample_2x:
+        resized = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4  # noqa: E731
+    else:
+        resized = lambda a: np.kron(a, np.ones((1, 2, 2, 1)))  # noqa: E731
+    h = conv3x3(resized(silu(group_norm(x, p["norm1"]))), p["conv1"])
+    time = (silu(embedding) @ p["time_proj"]["kernel"] + p["time_proj"]["bias"])[:, None, None]
+    h = group_norm(h, p["norm2"]) * (1 + time[..., :6]) + time[..., 6:]
+    expected = resized(x) @ p["skip"]["kernel"] + p["skip"]["bias"] + conv3x3(silu(h), p["conv2"])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_resampling_blocks_stand_where_the_convolutions_did():
+    """Same places, widths and sizes: only the layers between levels change."""
+    model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
+    params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
+    assert {k: v for k, v in params.items() if "sample" not in k} == {
+        k: v for k, v in others.items() if "sample" not in k
+    }
+    assert params["down_0_downsample"]["conv1"]["kernel"].shape == (3, 3, 8, 8)
+    assert params["up_1_upsample"]["conv2"]["kernel"].shape == (3, 3, 16, 16)
+    x = jnp.zeros((2, 8, 12, 3))
+    assert jax.eval_shape(lambda p: model.apply({"params": p}, x, jnp.zeros(2)), params).shape == x.shape
+
+
+def test_group_norm_in_float64_and_its_derivatives():
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
+    norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
+    params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))
+    scale, bias = (np.float64(params["params"]["norm"][name]) for name in ("scale", "bias"))
+    groups = x.reshape(2, 16, 2, 3)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    true = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    # x itself is rounded to 100 x 2^-24, next to a standard deviation of about one.
+    np.testing.assert_allclose(norm.apply(params, jnp.float32(x)), true, atol=2e-5)
+
+    linen = nn.GroupNorm(2, epsilon=1e-6, use_fast_variance=False)
+    x, v = jnp.float32(x) - 100, jax.random.normal(jax.random.key(1), x.shape)
+
+    def derivatives(apply):
+        first = jax.grad(lambda x: (apply(x) ** 3).sum())
+        return first(x), jax.jvp(first, (x,), (v,))[1]
+
+    mine = derivatives(lambda x: norm.apply(params, x))
+    for a, b in zip(mine, derivatives(lambda x: linen.apply({"params": params["params"]["norm"]}, x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_dropout_in_bfloat16_rounds_once():
+    x = jnp.full((1, 1, 1, 64), 3.0, jnp.bfloat16)
+    y = Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert y.dtype == jnp.bfloat16
+    assert y.max() == jnp.bfloat16(3.0 / (1 - round(0.1 * 2**16) / 2**16))
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean():
+    x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
+
+    def drop(key, rate=0.1):
+        return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
+
+    y = drop(jax.random.key(0))
+    error = np.sqrt(0.09 / x.size)
+    assert abs((y == 0).mean() - 0.1) < 4 * error
+    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - round(0.1 * 2**16) / 2**16)], rtol=1e-6)
+    dropped = np.asarray(y == 0)
+    together = (dropped[..., 0] & dropped[..., 1]).mean()  # the two halves of one draw
+    assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
+    assert (drop(jax.random.key(1)) != y).any()
+    np.testing.assert_array_equal(Dropout(0.1).apply({}, x, deterministic=True), x)

@@ -1,0 +1,87 @@
+"""diffusers' configs of networks and schedulers: their defaults, and the fields that are refused by name."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+from diffusion_jax.pretrained import PretrainedError, diffusers_scheduler, diffusers_unet
+from helpers import torch_networks
+
+
+def test_a_config_that_does_not_name_a_field_means_diffusers_default():
+    """The silent trap: the published shapes load with the library's own values, which are others."""
+    bare = diffusers_unet.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
+    assert (bare.embedding_cos_first, bare.embedding_freq_shift, bare.norm_epsilon, bare.head_channels) == (
+        True,
+        0,
+        1e-5,
+        8,
+    )
+    assert bare.downsample_padding == (1, 1) and bare.attention_levels == (1, 2, 3)
+    published = diffusers_unet.unet_from_config(torch_networks.PUBLISHED)
+    assert published == models.preset("ddpm_cifar10").clone(dropout=0.0)
+    assert diffusers_unet.unet_from_config(torch_networks.LARGE) == models.preset("ddpm_256")
+    for field in ("downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps", "attention_head_dim"):
+        without = {key: value for key, value in torch_networks.PUBLISHED.items() if key != field}
+        assert diffusers_unet.unet_from_config(without) != published, field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("center_input_sample", True),
+        ("time_embedding_type", "fourier"),
+        ("time_embedding_dim", 7),
+        ("mid_block_type", None),
+        ("mid_block_scale_factor", 2),
+        ("act_fn", "gelu"),
+        ("add_attention", False),
+        ("class_embed_type", "timestep"),
+        ("resnet_time_scale_shift", "ada_group"),
+        ("attn_norm_num_groups", 8),
+        ("down_block_types", ["SkipDownBlock2D"] * 4),
+        ("up_block_types", ["UpBlock2D"] * 4),
+        ("encoder_hid_dim", 3),
+    ],
+)
+def test_fields_that_cannot_be_had_are_named(field, value):
+    with pytest.raises(PretrainedError, match=field):
+        diffusers_unet.unet_from_config({**torch_networks.PUBLISHED, field: value})
+
+
+def test_scale_shift_without_a_norm_in_the_middle_is_named():
+    with pytest.raises(PretrainedError, match="attn_norm_num_groups=None"):
+        diffusers_unet.unet_from_config({**torch_networks.IMPROVED, "attn_norm_num_groups": None})
+
+
+def test_schedulers():
+    leaves, table, clip = diffusers_scheduler.scheduler_from_config({})
+    assert (leaves["schedule"], leaves["variance"], leaves["prediction"], table, clip) == (
+        "linear",
+        "fixed_small",
+        "eps",
+        None,
+        True,
+    )
+    leaves, table, clip = diffusers_scheduler.scheduler_from_config(
+        {"trained_betas": [0.1, 0.2], "clip_sample_range": 2.0, "prediction_type": "v_prediction"}
+        | {"variance_type": "fixed_large_log", "beta_schedule": "scaled_linear"}
+    )
+    assert (leaves["prediction"], leaves["variance"], leaves["num_timesteps"]) == ("v", "fixed_large", 2)
+    np.testing.assert_array_equal(table, [0.1, 0.2])
+    np.testing.assert_array_equal(clip(jnp.array([-3.0, 1.5])), [-2.0, 1.5])
+    assert diffusers_scheduler.scheduler_from_config({"clip_sample": False})[2] is False
+    assert diffusers_scheduler.scheduler_from_config({"_class_name": "PNDMScheduler", "steps_offset": 1})[2] is False
+    for field, value in (
+        ("beta_schedule", "laplace"),
+        ("prediction_type", "flow"),
+        ("variance_type", "learned"),
+        ("rescale_betas_zero_snr", True),
+        ("thresholding", True),
+        ("clip_sample", "false"),
+        ("foo", 1),
+        ("_class_name", "CMStochasticIterativeScheduler"),
+    ):
+        with pytest.raises(PretrainedError, match=field):
+            diffusers_scheduler.scheduler_from_config({field: value})

@@ -1,0 +1,159 @@
+"""Stored networks of every family, TensorFlow's checkpoints and work directories load and give their stored outputs."""
+
+import json
+import re
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models, pretrained, schedules
+from diffusion_jax.pretrained import PretrainedError, description, parameters
+from helpers.configs import tiny_config
+from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
+from helpers.stored_networks import FAMILIES, load, output
+from helpers.work_directories import untrained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stored_networks_give_their_stored_outputs(name, tmp_path):
+    net, arrays = load(tmp_path, name)
+    assert arrays["out"].std() > 0.1
+    assert worst(output(net, arrays), arrays["out"]) < 2e-5
+    # The same check must see a wrong time, or it would prove nothing of the embedding.
+    assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
+    if "classifier" in name:
+        np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
+        with pytest.raises(TypeError, match="use logits"):
+            net.denoise_fn(arrays["x"], arrays["time"])
+    else:
+        with pytest.raises(TypeError, match="use denoise_fn"):
+            net.logits(arrays["x"], arrays["time"])
+
+
+def test_what_is_known_of_a_folder(tmp_path):
+    net, _ = load(tmp_path, "unet_improved_narrow")
+    assert (net.prediction, net.variance, net.image_size, net.clip, net.channels) == (
+        "eps",
+        "learned_range",
+        (32, 32),
+        True,
+        3,
+    )
+    np.testing.assert_allclose(net.schedule.betas, schedules.betas("linear", 1000))
+    assert net.num_classes == 5 and net.diffusion["schedule"] == "linear"
+
+
+def test_attention_s_older_names_load_too(tmp_path):
+    weights, arrays = stored("unet_ddpm_cifar10_narrow")
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        weights = {re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name): value for name, value in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    folder = write_folder(tmp_path / "old", json.loads(str(arrays["config"])), weights)
+    assert worst(output(pretrained.load(folder), arrays), arrays["out"]) < 2e-5
+
+
+def test_the_other_order_of_attention_s_rows(tmp_path):
+    """(head, 3, d) as (3, head, d): the same network, where its flags say so, and another where they do not."""
+    weights, arrays = stored("openai_narrow")
+    moved = {}
+    for name, value in weights.items():
+        if ".qkv." in name:
+            heads = value.shape[0] // 3 // 16
+            rows = np.arange(value.shape[0]).reshape(heads, 3, 16).transpose(1, 0, 2).ravel()
+            value = value[rows]
+        moved[name] = value
+    path = write(tmp_path / "new.safetensors", moved)
+    net = pretrained.load(path, NARROW_FLAGS.replace("False", "True"))
+    assert worst(output(net, arrays), arrays["out"]) < 2e-5
+    assert worst(output(pretrained.load(path, NARROW_FLAGS), arrays), arrays["out"]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Written by TensorFlow itself: the EMA is the port's network, the raw weights another."""
+    import tensorflow as tf
+
+    weights, _ = stored("port_narrow")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        made = [tf.compat.v1.get_variable("global_step", initializer=np.int64(7))]
+        for name, value in ho_variables(weights).items():
+            made.append(tf.compat.v1.get_variable(name, initializer=2 * value))
+            made.append(tf.compat.v1.get_variable(f"{name}/ExponentialMovingAverage", initializer=value))
+            made.append(tf.compat.v1.get_variable(f"{name}/Adam", initializer=0 * value))
+        session.run(tf.compat.v1.global_variables_initializer())
+        saver = tf.compat.v1.train.Saver(made)
+        return saver.save(session, str(tmp_path_factory.mktemp("tf") / "model.ckpt"), global_step=7)
+
+
+def test_tensorflow_checkpoints(checkpoint):
+    _, arrays = stored("port_narrow")
+    flags = {"image_size": 16, "variance": "fixed_small"}
+    net = pretrained.load(checkpoint, flags)
+    assert checkpoint.endswith("model.ckpt-7") and worst(output(net, arrays), arrays["out"]) < 2e-5
+    raw = pretrained.load(checkpoint, flags, ema=False)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), raw.params, net.params)
+    assert net.variance == "fixed_small" and net.model.attention_levels == (1,)
+
+
+def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
+    import tensorflow as tf
+
+    weights, arrays = stored("port_narrow")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in ho_variables(weights).items()]
+        session.run(tf.compat.v1.global_variables_initializer())
+        path = tf.compat.v1.train.Saver(made).save(session, str(tmp_path / "model.ckpt"))
+    with pytest.raises(PretrainedError, match="no moving average; load the weights themselves with ema=False"):
+        pretrained.load(path, {"image_size": 16, "variance": "fixed_small"})
+    net = pretrained.load(path, {"image_size": 16, "variance": "fixed_small"}, ema=False)
+    assert worst(output(net, arrays), arrays["out"]) < 2e-5
+
+
+def test_a_scheduler_s_fields_can_be_given(tmp_path):
+    weights, arrays = stored("unet_ddpm_cifar10_narrow")
+    folder = write_folder(tmp_path / "in", json.loads(str(arrays["config"])), weights, scheduler=None)
+    with pytest.raises(PretrainedError, match="contains no scheduler_config.json"):
+        pretrained.load(folder)
+    net = pretrained.load(folder, {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_small"})
+    np.testing.assert_allclose(net.schedule.betas, schedules.betas("cosine", 1000))
+    assert pretrained.describe(folder / "unet", {"beta_schedule": "linear"}).variance == "fixed_small"
+
+
+def test_upsamplers_take_their_small_images(tmp_path):
+    """As one network: the enlarged image beside x_t."""
+    from diffusion_jax.models import upsampling
+
+    model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
+    shapes = parameters.parameter_shapes(model, (8, 8), 6)
+    rng = np.random.default_rng(0)
+    params = flax.traverse_util.unflatten_dict(
+        {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
+    )
+    described = description.make_description("x", model, 8, {}, low_resolution=4)
+    net = pretrained.Pretrained(**vars(described), params=params)
+    x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
+    expected = model.apply({"params": params}, upsampling.condition(jnp.float32(x), jnp.float32(low)), time)
+    np.testing.assert_allclose(net.denoise_fn(jnp.float32(x), time, low=jnp.float32(low)), expected, atol=1e-6)
+    with pytest.raises(TypeError, match="give low="):
+        net.denoise_fn(x, time)
+
+
+def test_work_directories_are_weights_too(tmp_path):
+    leaves = {"prediction": "v", "schedule": "cosine", "variance": "fixed_small", "num_timesteps": 20}
+    config = tiny_config(**{f"diffusion.{leaf}": value for leaf, value in leaves.items()}, **{"sampling.clip": False})
+    directory = untrained(tmp_path / "run", config)
+    net = pretrained.load(directory)
+    assert (net.prediction, net.variance, net.clip) == ("v", "fixed_small", False)
+    np.testing.assert_array_equal(net.schedule.betas, schedules.betas("cosine", 20))
+    assert net.schedule.num_timesteps == 20 and net.image_size == (8, 8) and net.channels == 1
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    again = pretrained.load(tmp_path / "net.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
+    assert again.model == net.model
+    raw = pretrained.load(directory, ema=False)
+    assert jax.tree.structure(raw.params) == jax.tree.structure(net.params)
+    with pytest.raises(PretrainedError, match="contains its own description"):
+        pretrained.load(directory, {"image_size": 8})

@@ -1,0 +1,145 @@
+"""Published flags, tensor shapes and configs give the presets; the presets have the published numbers of parameters."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+from diffusion_jax.pretrained import PretrainedError, ho, openai, parameters
+from diffusion_jax.pretrained.tensors import Tensors
+from helpers.published_files import README
+
+
+def named(model, size, channels, naming):
+    """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
+    shapes = {}
+    for path, shape in parameters.parameter_shapes(model, (size, size), channels).items():
+        name, shape = naming(path, model), parameters.torch_shape(shape, path)
+        if naming is parameters.OPENAI:
+            name = name.replace("out.2.proj_out", "out.2.c_proj")
+            for layer in ("k", "v"):
+                if f".{layer}." in name:
+                    name = None
+                    break
+            if name is None:
+                continue
+            if ".q." in name:
+                name = name.replace(".q.", ".qkv_proj." if name.startswith("out.2") else ".qkv.")
+                shape = (3 * shape[0], *shape[1:], 1) if name.endswith("weight") else (3 * shape[0],)
+        shapes[name] = shape
+    return shapes
+
+
+@pytest.mark.parametrize("name", README)
+def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
+    """What is seen from a file and told by flags is the preset, to the field; and so is what the file's own name says."""
+    size, low, _ = openai.PRESETS[name]
+    shapes = named(models.preset(name), min(size, 256), 6 if low else 3, parameters.OPENAI)
+    if "classifier" in name:
+        tokens = (size >> len(models.preset(name).channel_multipliers) - 1) ** 2 + 1
+        shapes["out.2.positional_embedding"] = (shapes["out.2.positional_embedding"][0], tokens)
+    tensors = Tensors("PyTorch", shapes, None)
+    flags = README[name]
+    if "classifier" not in name and "order" not in flags and "--num_heads 1" not in flags:
+        with pytest.raises(PretrainedError, match="do not determine use_new_attention_order"):
+            openai.describe_openai(tmp_path / "any.pt", tensors, flags)
+        flags += " --use_new_attention_order False"
+    seen, new_order = openai.describe_openai(tmp_path / "any.pt", tensors, flags)
+    said, its_order = openai.describe_openai(tmp_path / "any.pt", tensors, name)
+    for field in ("model", "prediction", "variance", "image_size", "low_resolution", "channels", "in_channels"):
+        if not ("classifier" in name and field == "variance"):
+            assert getattr(seen, field) == getattr(said, field), field
+    assert new_order == its_order == (name == "adm_imagenet64")
+    np.testing.assert_array_equal(seen.schedule.betas, said.schedule.betas)
+    np.testing.assert_array_equal(seen.schedule.timesteps, said.schedule.timesteps)
+    files = [file for file, preset in openai.FILES.items() if preset == name]
+    for file in files:
+        dropout = 0.0 if file.endswith("nodropout") else said.model.dropout
+        if "classifier" not in name:
+            said_model = said.model.clone(dropout=dropout)
+        else:
+            said_model = said.model
+        assert openai.describe_openai(tmp_path / f"{file}.pt", tensors, None)[0].model == said_model
+    assert files
+
+
+def test_every_published_file_and_preset_is_known():
+    assert set(openai.FILES.values()) == set(openai.PRESETS) == set(README)
+    assert set(models.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
+
+
+COUNTS = {
+    "ddpm_cifar10": 35_746_307,
+    "ddpm_256": 113_673_219,
+    "improved_cifar10": 52_546_438,
+    "improved_imagenet64": 121_063_942,
+    "improved_imagenet64_conditional": 273_049_350,
+    "improved_lsun": 113_676_678,
+    "improved_upsampler_64_256": 279_792_390,
+    "adm_imagenet64": 295_904_454,
+    "adm_imagenet128": 421_529_606,
+    "adm_imagenet256": 553_838_086,
+    "adm_imagenet256_unconditional": 552_814_086,
+    "adm_imagenet512": 558_997_638,
+    "adm_lsun": 552_814_086,
+    "adm_upsampler_64_256": 311_795_910,
+    "adm_upsampler_128_512": 308_835_270,
+    "adm_classifier64": 65_438_568,
+    "adm_classifier128": 42_568_040,
+    "adm_classifier256": 54_096_360,
+    "adm_classifier512": 54_448_360,
+}
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_presets_have_the_published_numbers_of_parameters(name):
+    size, low, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
+    shapes = parameters.parameter_shapes(models.preset(name), (size, size), 6 if low else 3)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
+    assert f"| {name} | {COUNTS[name]:,} |" in models.presets.__doc__
+    with pytest.raises(ValueError, match="unknown preset"):
+        models.preset(name + "x")
+
+
+def test_published_networks_of_ho_are_recognized(tmp_path):
+    for name, (size, diffusion) in ho.PRESETS.items():
+        shapes = named(models.preset(name), size, 3, parameters.HO)
+        found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
+        assert found.image_size == (size, size) and found.variance == diffusion["variance"]
+        assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
+        with pytest.raises(PretrainedError, match="its tensors are not those of"):
+            other = next(one for one in ho.PRESETS if one != name)
+            ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), other, with_params=False)
+
+
+def test_configs_of_published_weights_are_the_presets():
+
+    for config_name, name in {
+        "cifar10": "ddpm_cifar10",
+        "celeba_hq_256": "ddpm_256",
+        "cifar10_improved": "improved_cifar10",
+        "imagenet64_improved": "improved_imagenet64",
+        "imagenet64_improved:conditional": "improved_imagenet64_conditional",
+        "imagenet64_adm": "adm_imagenet64",
+        "imagenet_adm:128": "adm_imagenet128",
+        "imagenet_adm:256": "adm_imagenet256",
+        "imagenet_adm:256_unconditional": "adm_imagenet256_unconditional",
+        "imagenet_adm:512": "adm_imagenet512",
+        "lsun_bedroom_adm": "adm_lsun",
+        "lsun_cat_adm": "adm_lsun",
+        "lsun_horse_adm": "adm_lsun",
+        "imagenet256_upsample": "adm_upsampler_64_256",
+        "imagenet512_upsample": "adm_upsampler_128_512",
+        "imagenet_classifier:64": "adm_classifier64",
+        "imagenet_classifier:128": "adm_classifier128",
+        "imagenet_classifier:256": "adm_classifier256",
+        "imagenet_classifier:512": "adm_classifier512",
+    }.items():
+        module, _, variant = config_name.partition(":")
+        config = importlib.import_module(f"configs.{module}").get_config(*([variant] if variant else []))
+        model = models.preset(name)
+        made = models.from_config(config.model, type(model))
+        if isinstance(model, models.UNet):
+            made = made.clone(out_channels=model.out_channels)
+        assert made == model, config_name
