@@ -308,9 +308,9 @@ def test_an_unknown_leaf_in_a_stored_config_is_refused(leaf, tmp_path):
 
 def test_the_compiler_s_options_are_shown_on_request_alone(capsys):
     devices.start()
-    assert "For XLA" not in capsys.readouterr().out
+    assert "Options for XLA" not in capsys.readouterr().out
     devices.start(verbose=True)
-    assert capsys.readouterr().out.count("For XLA") == 1
+    assert capsys.readouterr().out.count("Options for XLA") == 1
 
 
 def test_bars_count_images(capsys):
