@@ -102,7 +102,7 @@ def describe_device(case: Case) -> dict:
 
 
 def timed(call: Callable, wait: Callable, seconds: float) -> tuple[float, float]:
-    """(seconds of the first call, median seconds of a later call) of five series, with one wait after each."""
+    """(seconds of the first call, median seconds per call of five series of calls, each with one wait at its end)."""
 
     def time_series(calls: int) -> float:
         start = time.perf_counter()

@@ -50,8 +50,8 @@ def test_a_resampling_block_is_adm_s(resample):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_resampling_blocks_stand_where_the_convolutions_did():
-    """Same places, widths and sizes: only the layers between levels change."""
+def test_resampling_blocks_replace_the_resampling_convolutions():
+    """Positions, widths and sizes are the same; only the layers between levels change."""
     model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
     params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
     assert {k: v for k, v in params.items() if "sample" not in k} == {

@@ -143,7 +143,7 @@ def test_labels_time_and_dropout_matter():
 
 
 def test_label_dropout_gives_the_null_label_in_training_alone():
-    """With every other randomness off, a training output is that of the label or of the null label, at the rate asked."""
+    """Without other randomness, a training output is that of the label or of the null label, at the configured rate."""
     rate, n = 0.3, 400
     model = models.UNet(**TINY, dropout=0.0, num_classes=3, label_dropout=rate)
     assert model.null_label == 3 and models.UNet(**TINY, num_classes=3).null_label is None
@@ -169,7 +169,7 @@ def test_label_dropout_gives_the_null_label_in_training_alone():
         {"scale_shift_norm": True, "resample_blocks": True, "dtype": "bfloat16", "convolution": "xla"},
     ],
 )
-def test_a_tabulated_network_is_the_network_without_the_products_of_the_time(fields):
+def test_precomputed_time_embeddings_give_the_same_network_with_fewer_products(fields):
     model, times = models.UNet(**TINY, **fields), np.array([3.0, 250.5, 700.0])
     y = jnp.array([2, 0]) if model.num_classes else None
     params = redraw(init(model, y=y if y is None else y[:1]))

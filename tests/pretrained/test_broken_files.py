@@ -10,7 +10,7 @@ from diffusion_jax.pretrained import PretrainedError, __main__, openai
 from helpers.published_files import NARROW_FLAGS, stored, write, write_folder
 
 
-def test_what_shapes_cannot_say_is_asked_for_by_name(tmp_path):
+def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
     path = write(tmp_path / "model.safetensors", stored("openai_narrow")[0])
     with pytest.raises(PretrainedError) as caught:
         pretrained.load(path)
@@ -24,9 +24,9 @@ def test_what_shapes_cannot_say_is_asked_for_by_name(tmp_path):
         pretrained.load(write(tmp_path / "p.safetensors", stored("port_narrow")[0]))
 
 
-def test_flags_are_opened_lists_of_openai(tmp_path):
+def test_flags_of_openai_are_parsed(tmp_path):
     assert openai.parse_flags("--a 1 --b=True --c 0.5 --d 32,16") == {"a": 1, "b": True, "c": 0.5, "d": "32,16"}
-    with pytest.raises(PretrainedError, match="neither a preset's name nor pairs"):
+    with pytest.raises(PretrainedError, match="neither the name of a preset nor pairs"):
         openai.parse_flags("image_size 64")
 
 
@@ -117,7 +117,7 @@ BROKEN = {
     "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is not a flag of OpenAI's"),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
     "another preset": (with_flags("adm_imagenet256"), "does not fit the network"),
-    "flags that the tensors deny": (
+    "flags that contradict the tensors": (
         with_flags(NARROW_FLAGS + " --num_channels 64 --class_cond False"),
         "num_channels=64, not 32; class_cond=False, not True",
     ),
@@ -132,7 +132,7 @@ BROKEN = {
     "no image size": (folder_with(sample_size=None), "has no sample_size"),
     "an odd image size": (folder_with(sample_size={"a": 1}), "error: "),
     "a negative image": (folder_with(sample_size=-32), "error: "),
-    "a word for a truth": (folder_with(flip_sin_to_cos="false"), "flip_sin_to_cos='false' must be bool"),
+    "a string for a boolean": (folder_with(flip_sin_to_cos="false"), "flip_sin_to_cos='false' must be bool"),
     "resampling by FIR": (folder_with(downsample_type="fir"), "downsample_type='fir' is not supported"),
     "a learned variance's channels": (folder_with(out_channels=6), "do not fit in_channels=3"),
     "a latent model": (latent, "vqvae is not supported"),
@@ -144,7 +144,7 @@ BROKEN = {
     "no steps": (with_flags(NARROW_FLAGS.replace("1000", "0")), "diffusion_steps=0 must be a whole number"),
     "an image of two numbers": (with_flags(NARROW_FLAGS.replace("64", "64,64")), "image_size='64,64' must be a whole"),
     "another pooling": (with_flags(NARROW_FLAGS + " --classifier_pool spatial"), "classifier_pool='spatial'"),
-    "a dropout of letters": (with_flags(NARROW_FLAGS + " --dropout abc"), "cannot be loaded"),
+    "a dropout that is not a number": (with_flags(NARROW_FLAGS + " --dropout abc"), "cannot be loaded"),
     "a scalar for a kernel": (
         rewritten(lambda w: w.update({"input_blocks.0.0.weight": np.array(1, np.float32)})),
         "cannot be loaded",

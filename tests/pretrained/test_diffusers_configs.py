@@ -9,8 +9,8 @@ from diffusion_jax.pretrained import PretrainedError, diffusers_scheduler, diffu
 from helpers import torch_networks
 
 
-def test_a_config_that_does_not_name_a_field_means_diffusers_default():
-    """The silent trap: the published shapes load with the library's own values, which are others."""
+def test_missing_fields_of_a_config_have_diffusers_defaults():
+    """The published shapes also load with the library's defaults, which are different values."""
     bare = diffusers_unet.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
     assert (bare.embedding_cos_first, bare.embedding_freq_shift, bare.norm_epsilon, bare.head_channels) == (
         True,
@@ -45,7 +45,7 @@ def test_a_config_that_does_not_name_a_field_means_diffusers_default():
         ("encoder_hid_dim", 3),
     ],
 )
-def test_fields_that_cannot_be_had_are_named(field, value):
+def test_unsupported_fields_are_named(field, value):
     with pytest.raises(PretrainedError, match=field):
         diffusers_unet.unet_from_config({**torch_networks.PUBLISHED, field: value})
 

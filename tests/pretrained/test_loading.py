@@ -22,7 +22,7 @@ def test_stored_networks_give_their_stored_outputs(name, tmp_path):
     net, arrays = load(tmp_path, name)
     assert arrays["out"].std() > 0.1
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
-    # The same check must see a wrong time, or it would prove nothing of the embedding.
+    # The same check must detect a wrong time, or it would not test the embedding.
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
@@ -33,7 +33,7 @@ def test_stored_networks_give_their_stored_outputs(name, tmp_path):
             net.logits(arrays["x"], arrays["time"])
 
 
-def test_what_is_known_of_a_folder(tmp_path):
+def test_a_folder_determines_the_prediction_the_variance_and_the_schedule(tmp_path):
     net, _ = load(tmp_path, "unet_improved_narrow")
     assert (net.prediction, net.variance, net.image_size, net.clip, net.channels) == (
         "eps",
@@ -46,7 +46,7 @@ def test_what_is_known_of_a_folder(tmp_path):
     assert net.num_classes == 5 and net.diffusion["schedule"] == "linear"
 
 
-def test_attention_s_older_names_load_too(tmp_path):
+def test_older_names_of_attention_layers_load(tmp_path):
     weights, arrays = stored("unet_ddpm_cifar10_narrow")
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         weights = {re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name): value for name, value in weights.items()}
@@ -55,8 +55,8 @@ def test_attention_s_older_names_load_too(tmp_path):
     assert worst(output(pretrained.load(folder), arrays), arrays["out"]) < 2e-5
 
 
-def test_the_other_order_of_attention_s_rows(tmp_path):
-    """(head, 3, d) as (3, head, d): the same network, where its flags say so, and another where they do not."""
+def test_both_orders_of_attention_rows(tmp_path):
+    """(head, 3, d) as (3, head, d): the same network if its flags match the order, and another network otherwise."""
     weights, arrays = stored("openai_narrow")
     moved = {}
     for name, value in weights.items():

@@ -33,7 +33,7 @@ def named(model, size, channels, naming):
 
 @pytest.mark.parametrize("name", README)
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
-    """What is seen from a file and told by flags is the preset, to the field; and so is what the file's own name says."""
+    """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
     size, low, _ = openai.PRESETS[name]
     shapes = named(models.preset(name), min(size, 256), 6 if low else 3, parameters.OPENAI)
     if "classifier" in name:
@@ -45,22 +45,22 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
         with pytest.raises(PretrainedError, match="do not determine use_new_attention_order"):
             openai.describe_openai(tmp_path / "any.pt", tensors, flags)
         flags += " --use_new_attention_order False"
-    seen, new_order = openai.describe_openai(tmp_path / "any.pt", tensors, flags)
-    said, its_order = openai.describe_openai(tmp_path / "any.pt", tensors, name)
+    from_flags, new_order = openai.describe_openai(tmp_path / "any.pt", tensors, flags)
+    from_name, its_order = openai.describe_openai(tmp_path / "any.pt", tensors, name)
     for field in ("model", "prediction", "variance", "image_size", "low_resolution", "channels", "in_channels"):
         if not ("classifier" in name and field == "variance"):
-            assert getattr(seen, field) == getattr(said, field), field
+            assert getattr(from_flags, field) == getattr(from_name, field), field
     assert new_order == its_order == (name == "adm_imagenet64")
-    np.testing.assert_array_equal(seen.schedule.betas, said.schedule.betas)
-    np.testing.assert_array_equal(seen.schedule.timesteps, said.schedule.timesteps)
+    np.testing.assert_array_equal(from_flags.schedule.betas, from_name.schedule.betas)
+    np.testing.assert_array_equal(from_flags.schedule.timesteps, from_name.schedule.timesteps)
     files = [file for file, preset in openai.FILES.items() if preset == name]
     for file in files:
-        dropout = 0.0 if file.endswith("nodropout") else said.model.dropout
+        dropout = 0.0 if file.endswith("nodropout") else from_name.model.dropout
         if "classifier" not in name:
-            said_model = said.model.clone(dropout=dropout)
+            named_model = from_name.model.clone(dropout=dropout)
         else:
-            said_model = said.model
-        assert openai.describe_openai(tmp_path / f"{file}.pt", tensors, None)[0].model == said_model
+            named_model = from_name.model
+        assert openai.describe_openai(tmp_path / f"{file}.pt", tensors, None)[0].model == named_model
     assert files
 
 

@@ -58,7 +58,7 @@ def test_one_file_and_back_to_the_bit(name, tmp_path):
         ({"downsample_padding": (1, 0)}, "downsample_padding"),
     ],
 )
-def test_networks_that_diffusers_cannot_say_are_refused_by_field(fields, words, tmp_path):
+def test_networks_that_diffusers_cannot_store_are_refused_by_field(fields, words, tmp_path):
     net, _ = load(tmp_path, "port_narrow")
     net = pretrained.Pretrained(**{**vars(net), "model": net.model.clone(**fields)})
     with pytest.raises(PretrainedError, match=words):
@@ -76,7 +76,7 @@ def test_networks_that_diffusers_cannot_say_are_refused_by_field(fields, words, 
         ({"clip": jnp.tanh}, "clip"),
     ],
 )
-def test_diffusions_that_diffusers_cannot_say_are_refused_by_field(fields, words, tmp_path):
+def test_diffusions_that_diffusers_cannot_store_are_refused_by_field(fields, words, tmp_path):
     net, _ = load(tmp_path, "port_narrow")
     with pytest.raises(PretrainedError, match=words):
         pretrained.save_diffusers(pretrained.Pretrained(**{**vars(net), **fields}), tmp_path / "out")
