@@ -112,7 +112,7 @@ BROKEN = {
     ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
-        "no network known here",
+        "of an unknown network",
     ),
     "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is not a flag of OpenAI's"),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
