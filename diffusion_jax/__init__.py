@@ -7,7 +7,7 @@ program by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps, types
 from diffusion_jax.types import Clip, DenoiseFn, TimestepSampler
 
-__version__ = "0.1.1"
+__version__ = "0.2.0"
 
 __all__ = [
     "Clip",
