@@ -28,7 +28,7 @@ from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.launch import join_processes
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 
@@ -252,13 +252,14 @@ def run(command: Command) -> None:
     functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
     hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
+    # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
-    devices.start(command.verbose)
-    with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-        for function in functions:
-            function(command.config, command.workdir)
-    processes.barrier()
+        devices.start(command.verbose)
+        with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
+            for function in functions:
+                function(command.config, command.workdir)
+            processes.barrier()
 
 
 def _run_plan(command: Command) -> None:
@@ -269,11 +270,17 @@ def _run_plan(command: Command) -> None:
         plan.run(command.config)
 
 
-def _exit_before_the_run(number: int, _) -> None:
-    """The signal handler while nothing needs to be saved: during the imports and the parsing of flags."""
-    name, code = ("interrupted by Ctrl-C", 130) if number == signal.SIGINT else ("stopped by SIGTERM", 75)
-    os.write(2, f"error: {name}; nothing had started\n".encode())
-    os._exit(code)
+def _exit_on_signals(detail: str) -> None:
+    """Lets SIGTERM and Ctrl-C end the process outside of `preemption.exit_on_signals`; detail: the end of the message."""
+
+    def handler(number: int, _) -> None:
+        interrupted = number == signal.SIGINT
+        name = "interrupted by Ctrl-C" if interrupted else "stopped by SIGTERM"
+        os.write(2, f"error: {name}; {detail}\n".encode())
+        os._exit(EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -281,13 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `EXIT_PEER_LOST`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_before_the_run)
+    _exit_on_signals("nothing had started")
     devices.silence_libraries()
     workdir = None
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         workdir = command.workdir
+        _exit_on_signals(preemption.continue_hint())  # also after `run`, while the process exits
         run(command)
     except preemption.Stopped as error:
         _fail(str(error), error.exit_code)

@@ -6,10 +6,13 @@ import time
 
 import pytest
 
-from diffusion_jax.distributed import processes, watchdog
+from diffusion_jax import cli
+from diffusion_jax.distributed import preemption, processes, watchdog
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
+from diffusion_jax.runs import devices, train
+from diffusion_jax.training.checkpoints import resume_hint
 from helpers.paths import ROOT
 from helpers.program import finish, start
 
@@ -104,6 +107,34 @@ def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
     _, err = process.communicate(timeout=30)
     reason, exit_code = ENDINGS[number]
     assert process.returncode == exit_code and err == f"error: {reason}; nothing was saved yet\n"
+
+
+@pytest.fixture
+def restored_handlers():
+    previous = {number: signal.getsignal(number) for number in ENDINGS}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_after_the_run_does_not_report_that_nothing_had_started(
+    number, tmp_path, monkeypatch, capfd, restored_handlers
+):
+    """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
+    monkeypatch.setattr(preemption, "exit_now", lambda message, code: messages.append((message, code)))
+    monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
+    monkeypatch.setattr(devices, "start", lambda verbose: None)
+    monkeypatch.setattr(train, "run", lambda config, workdir: (workdir / "checkpoints" / "7").mkdir(parents=True))
+    monkeypatch.setattr(processes, "barrier", lambda: signal.getsignal(number)(number, None))
+    messages = []
+    cli.main(["--config=digits", f"--workdir={tmp_path}"])
+    signal.getsignal(number)(number, None)
+    reason, exit_code = ENDINGS[number]
+    (in_the_barrier, code), (afterwards, second_code) = messages
+    assert code == second_code == exit_code
+    assert in_the_barrier == f"{reason}; {resume_hint(tmp_path)}"
+    assert afterwards == f"error: {reason}; {preemption.continue_hint()}\n"
 
 
 def test_the_first_ctrl_c_prints_its_advice_once(capfd):
