@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants lint format pictures clean
+.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants lint format reference pictures clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes docs/configuration.md, completely or not at all.
+reference: setup
+	$(BIN)/python -c "import pathlib; from diffusion_jax import config, files; files.write_text(pathlib.Path('docs/configuration.md'), config.reference())"
 
 # The README's pictures, from the demo's run.
 pictures: demo
