@@ -30,7 +30,7 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Everything about pretrained weights except the parameters.
+    """The description of pretrained weights: all of `Pretrained` except the parameters.
 
     family: a text that names the source. model: the network. channels: of an image. image_size: (height, width). schedule:
     the one of training; its timesteps are the network times. prediction, variance, clip: as the samplers take them.
@@ -233,7 +233,11 @@ def make_description(
     clip: bool | Callable = True,
     low_resolution: int = 0,
 ) -> Description:
-    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`. Raises: ValueError."""
+    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+
+    Raises: ValueError for values that `training.schedule_from_config` does not allow; `pretrained.load` turns it into a
+    PretrainedError.
+    """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
     return Description(
         family=family,
