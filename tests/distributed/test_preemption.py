@@ -29,7 +29,7 @@ def test_the_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     with watchdog.Watchdog(0.2) as dog:
         with dog.paused():  # a compilation
             assert not ended.wait(0.6)
-        dog.beat()
+        dog.record_step()
         assert ended.wait(20)
     assert calls[0][1] == EXIT_PEER_LOST and "training.stall_timeout" in calls[0][0]
 
