@@ -100,7 +100,7 @@ def main() -> None:
     if options.compile:
         config.model.dtype = "float32"  # the CPU's compiler would cast bfloat16 sums to float32
         config.training.batch_size = config.mesh.fsdp = options.compile
-        measured = plan.measure(config)
+        measured = plan.estimate(config)
         state = measured.params + measured.ema + measured.optimizer
         print(f"Compiled for {options.compile}, float32, one image per device:")
         print(f"  state {state:,} bytes, by the rule {state_bytes(shapes, options.compile):,.0f}")

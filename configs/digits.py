@@ -11,11 +11,11 @@ from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """A small network, a fast rate and a short EMA: what makes the most of two minutes."""
+    """A small network, a fast rate and a short EMA, for two minutes of training."""
     config = default()
     config.data.update(dataset="digits", image_size=8, channels=1, levels=17, random_flip=False)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
-    config.model.dropout = 0.35  # 1,498 images are soon known by heart: with 0, samples of 7,000 steps stand too close
+    config.model.dropout = 0.35  # with 0, samples after 7,000 steps are too close to the 1,498 training images
     config.diffusion.update(schedule="cosine", variance="fixed_small", timestep_sampler="stratified")
     config.training.update(num_steps=1500, batch_size=64, log_every=50, sample_every=500, checkpoint_every=500)
     config.training.checkpoint_keep_every = 0

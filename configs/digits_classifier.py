@@ -2,8 +2,8 @@
 
     python main.py --config=configs/digits_classifier.py --workdir=runs/digits_classifier --mode=train_classifier
 
-361,418 parameters. Measured on two CPU cores: 50 seconds, and of the 299 test digits 98.7% told right at the least noise,
-68% on average over all noise levels (most of which show nothing of the digit).
+361,418 parameters. Measured on two CPU cores: 50 seconds. Accuracy on the 299 test digits: 98.7% at the lowest noise level,
+68% on average over all noise levels, most of which hide the digit.
 """
 
 from diffusion_jax.config import ConfigDict, default_classifier, experiment

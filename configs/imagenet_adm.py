@@ -6,7 +6,7 @@
 | argument | parameters | steps of batch 256 | published FID, with the classifier's guidance |
 |---|---|---|---|
 | 128 | 421,529,606 | 4,360,000 | 2.97 |
-| 256 (where none is named) | 553,838,086 | 1,980,000 | 4.59 |
+| 256 (the default) | 553,838,086 | 1,980,000 | 4.59 |
 | 256_unconditional | 552,814,086 | 1,980,000 | |
 | 512 | 558,997,638 | 1,940,000 | 7.72 |
 

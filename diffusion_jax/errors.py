@@ -12,7 +12,7 @@ __all__ = [
     "DiffusionJaxError",
     "PretrainedError",
     "SaveError",
-    "UnreadableError",
+    "UnreadableFilesError",
     "UserError",
     "as_user_error",
     "list_names",
@@ -44,7 +44,7 @@ class DataError(DiffusionJaxError):
     """Data that is missing, unreadable or of the wrong kind."""
 
 
-class UnreadableError(DataError):
+class UnreadableFilesError(DataError):
     """Files that cannot be read. failures: (path, reason) of each."""
 
     _SHOWN = 5
@@ -60,7 +60,7 @@ class UnreadableError(DataError):
             super().__init__(f"cannot read {count:,} images: {shown}{more}; repair or remove them")
 
     def __reduce__(self):
-        return UnreadableError, (self.failures,)  # data workers send it to the main process
+        return UnreadableFilesError, (self.failures,)  # data workers send it to the main process
 
 
 class PretrainedError(DiffusionJaxError):

@@ -1,6 +1,7 @@
-"""What the package promises as a whole: a light import, floors that hold, configs that build, a README that runs."""
+"""The package as a whole: a light import, layers, configs that build, a README that runs."""
 
 import ast
+import graphlib
 import importlib
 import os
 import re
@@ -78,22 +79,72 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
 ]
 
 
+MODULES = {  # name -> file
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "diffusion_jax").rglob("*.py")
+}
+
+
+def imported_modules(node, modules=MODULES):
+    """The modules of this package that an import statement names; [] for any other node of a syntax tree."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        children = [f"{node.module}.{alias.name}" for alias in node.names]
+        names = [child if child in modules else node.module for child in children]
+    else:
+        return []
+    return [name for name in names if name.split(".")[0] == "diffusion_jax"]
+
+
+def module_level_nodes(tree):
+    """The nodes of a syntax tree that run when the module is imported: all outside of functions."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from module_level_nodes(node)
+
+
+def find_circle(sources):
+    """Modules that import each other at module level, as a list; None if there are none. sources: {name: text}."""
+    graph = {
+        name: {used for node in module_level_nodes(ast.parse(text)) for used in imported_modules(node, sources)}
+        for name, text in sources.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
 def test_nothing_imports_upward():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for path in (ROOT / "diffusion_jax").rglob("*.py"):
-        layer = path.relative_to(ROOT / "diffusion_jax").parts[0].removesuffix(".py")
+    for module, path in MODULES.items():
+        layer = (module.split(".") + ["__init__"])[1]
         if layer in ("__init__", "cli") or path.name == "__main__.py":  # the package itself, and entry points
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
-            if module == "diffusion_jax":
-                used = [alias.name for alias in node.names]
-            elif module and module.startswith("diffusion_jax."):
-                used = [module.split(".")[1]]
-            else:
-                continue
-            for name in used:
-                assert level[name] <= level[layer], f"{path} imports {name}"
+            for used in imported_modules(node):
+                if used != "diffusion_jax":  # the package itself loads the core alone
+                    name = used.split(".")[1]
+                    assert level[name] <= level[layer], f"{path} imports {name}"
+
+
+def test_no_modules_import_each_other():
+    assert find_circle({name: path.read_text() for name, path in MODULES.items()}) is None
+
+
+def test_both_forms_of_import_are_found():
+    used = lambda text: imported_modules(ast.parse(text).body[0])  # noqa: E731
+    assert used("import diffusion_jax.runs.train as train, jax") == ["diffusion_jax.runs.train"]
+    assert used("from diffusion_jax import runs, __version__") == ["diffusion_jax.runs", "diffusion_jax"]
+    assert used("from diffusion_jax.runs.train import run") == ["diffusion_jax.runs.train"]
+    one, two = "from diffusion_jax import b", "if True:\n    import diffusion_jax.a"
+    assert set(find_circle({"diffusion_jax.a": one, "diffusion_jax.b": two})) == {"diffusion_jax.a", "diffusion_jax.b"}
+    inside = "def f():\n    import diffusion_jax.a"
+    assert find_circle({"diffusion_jax.a": one, "diffusion_jax.b": inside}) is None
 
 
 def test_experiments_import_the_config_package_alone():
@@ -155,7 +206,7 @@ def test_the_published_configs_have_the_published_networks():
 
 
 def test_improved_ddpm_s_settings():
-    """What its command lines say (facts of the paper's repository), in our words."""
+    """The settings of its command lines (facts of the paper's repository)."""
     from configs import cifar10_improved, imagenet64_improved
 
     vlb, conditional = cifar10_improved.get_config("vlb"), imagenet64_improved.get_config("conditional")

@@ -9,9 +9,8 @@ import numpy as np
 from diffusion_jax.config import LEAVES, resolve
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
-from diffusion_jax.data.source import Source
-from diffusion_jax.data.sources import Digits, Folder, InMemory, Tfds, fit, make_builder, natural_shape
-from diffusion_jax.errors import DataError, UnreadableError
+from diffusion_jax.data.sources import Digits, Folder, InMemory, Source, Tfds, fit, make_builder, natural_shape
+from diffusion_jax.errors import DataError, UnreadableFilesError
 
 __all__ = [
     "Batches",
@@ -21,7 +20,7 @@ __all__ = [
     "InMemory",
     "Source",
     "Tfds",
-    "UnreadableError",
+    "UnreadableFilesError",
     "check_levels",
     "describe",
     "example_indices",

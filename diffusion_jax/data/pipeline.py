@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from diffusion_jax.data.source import Source
+from diffusion_jax.data.sources import Source
 
 __all__ = ["Batches", "example_indices", "stream"]
 

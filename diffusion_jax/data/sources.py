@@ -12,19 +12,61 @@ import io
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_jax.data.preparation import preparation_command
-from diffusion_jax.data.source import Source
 from diffusion_jax.data.tfrecords import TfRecords
-from diffusion_jax.errors import DataError, UnreadableError, list_names
+from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 
-__all__ = ["Digits", "Folder", "InMemory", "Tfds", "fit", "make_builder", "natural_shape"]
+__all__ = ["Digits", "Folder", "InMemory", "Source", "Tfds", "fit", "make_builder", "natural_shape"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class Source(Protocol):
+    """Images with labels, read by index from any process.
+
+    A source is picklable, because worker processes read from copies of it; files are opened when they are read. Any object
+    with these members is a source and can be passed to `data.Batches` or `data.InMemory`:
+
+        class Stripes:
+            num_classes, class_names = 2, ("horizontal", "vertical")
+
+            def __len__(self):
+                return 1000
+
+            def read(self, indices):
+                labels = np.asarray(indices, np.int32) % 2
+                images = np.zeros((len(labels), 8, 8, 1), np.uint8)
+                images[labels == 0, ::2] = 255
+                images[labels == 1, :, ::2] = 255
+                return images, labels
+
+    To make `data.load` find it by name, add it to the function `_open_source` in data/__init__.py.
+
+    num_classes: 0 if there are no labels. class_names: () if they are unknown.
+    """
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 if there are no labels."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class; () if they are unknown."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(images uint8 [n, H, W, C], labels int32 [n]) at n indices. Raises: DataError."""
+        ...
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
@@ -123,7 +165,7 @@ class Folder:
         return f"{names} {verb} outside the subfolders; move every image into the subfolder of its class"
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Raises: UnreadableError with every image that cannot be read."""
+        """Raises: UnreadableFilesError with every image that cannot be read."""
         files = [self._files[i] for i in indices]
         labels = [self._class_index.get(pathlib.PurePath(file).parts[0], 0) for file in files]
         images, failures = [], []
@@ -134,7 +176,7 @@ class Folder:
                 reason = "not an image, or corrupted" if isinstance(error, UnidentifiedImageError) else str(error)
                 failures.append((str(self._root / file), reason))
         if failures:
-            raise UnreadableError(failures)
+            raise UnreadableFilesError(failures)
         return np.stack(images), np.array(labels, np.int32)
 
     def _read_image(self, file: str) -> np.ndarray:
@@ -250,21 +292,21 @@ class InMemory:
     def __init__(self, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
         """progress: (sizes of the decoded chunks, number of images) -> sizes, to show the number of decoded images.
 
-        Raises: UnreadableError with all corrupted images.
+        Raises: UnreadableFilesError with all corrupted images.
         """
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
         n, failures = len(source), {}
         try:
             shape = source.read([0])[0].shape[1:]
-        except UnreadableError as error:
+        except UnreadableFilesError as error:
             shape, failures = (), dict(error.failures)
         self.images, self.labels = np.empty((n, *shape), np.uint8), np.empty(n, np.int32)
 
         def decode(chunk):
             try:
                 images, labels = source.read(chunk)
-            except UnreadableError as error:
+            except UnreadableFilesError as error:
                 failures.update(error.failures)
             else:
                 if not failures:
@@ -276,7 +318,7 @@ class InMemory:
             for _ in progress(pool.map(decode, chunks), n):
                 pass
         if failures:
-            raise UnreadableError(failures.items())
+            raise UnreadableFilesError(failures.items())
 
     def __len__(self) -> int:
         return len(self.labels)

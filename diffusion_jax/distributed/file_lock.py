@@ -13,7 +13,7 @@ from typing import IO
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 
-__all__ = ["HeldError", "locked"]
+__all__ = ["LockHeldError", "locked"]
 
 if sys.platform == "win32":
     import msvcrt
@@ -31,7 +31,7 @@ else:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-class HeldError(OSError):
+class LockHeldError(OSError):
     """Another launch holds the lock; the message names it in one line."""
 
 
@@ -40,7 +40,7 @@ def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`, which is created if missing, for all processes of this launch.
 
     Process 0 holds the lock, and it ends with that process, however that ends. activity: completes the message "process 1 of
-    HOST ...", for example "is training in DIR". Raises: HeldError if another launch holds the lock, OSError.
+    HOST ...", for example "is training in DIR". Raises: LockHeldError if another launch holds the lock, OSError.
     """
     with contextlib.ExitStack() as files:
 
@@ -65,5 +65,7 @@ def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
 
         holder = broadcast_from_process_0(acquire)
         if holder:
-            raise HeldError(f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir")
+            raise LockHeldError(
+                f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
+            )
         yield

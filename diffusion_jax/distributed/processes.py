@@ -20,6 +20,7 @@ __all__ = [
     "broadcast_from_process_0",
     "is_multiprocess",
     "is_peer_failure",
+    "log",
 ]
 
 T = TypeVar("T")
@@ -56,6 +57,12 @@ def broadcast_from_process_0(function: Callable[[], T]) -> T:
     if "error" in result:
         raise OSError(result["error"])
     return result["value"]
+
+
+def log(text: str) -> None:
+    """Prints one line, on process 0 only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def all_processes_agree(value: bool) -> bool:

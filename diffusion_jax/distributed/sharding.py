@@ -133,7 +133,7 @@ def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: in
     if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         nearest = f"{below} or {above}" if below > 0 else f"{above}"
-        divisor = f"the {mesh.size} devices"
+        divisor = f"the {mesh.size} device{'s' * (mesh.size > 1)}"
         if accumulation_steps > 1:
             divisor = f"{parts}, {divisor} times training.accumulation_steps={accumulation_steps}"
         raise ValueError(f"{name}={batch_size} must be a multiple of {divisor}; nearest: {nearest}")

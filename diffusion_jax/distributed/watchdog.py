@@ -40,11 +40,11 @@ class Watchdog:
         if self._seconds:
             self._thread.join()
 
-    def expect(self, seconds: float) -> None:
+    def allow_duration(self, seconds: float) -> None:
         """Allows later steps to take as long as this one did."""
         self._longest = max(self._longest, seconds)
 
-    def beat(self) -> None:
+    def record_step(self) -> None:
         """Records that a step has finished, or was dispatched to the devices."""
         now = time.monotonic()
         self._num_steps += 1
@@ -65,10 +65,11 @@ class Watchdog:
         while not self._finished.wait(min(1.0, self._seconds / 4)):
             last, limit = self._last, max(self._seconds, 5 * self._longest)
             if last is not None and time.monotonic() - last > limit:
-                peer = " or another process is stuck" if is_multiprocess() else ""
+                peer = " or another process" if is_multiprocess() else ""
                 exit_now(
-                    f"process {jax.process_index()}: no step has finished for {limit:.0f} s: the data{peer}, or the limit "
-                    "training.stall_timeout is too short; rerun the same command to resume from the last checkpoint",
+                    f"process {jax.process_index()}: no step has finished for {limit:.0f} s: reading data{peer} may be "
+                    "stuck, or training.stall_timeout is too short; rerun the same command to resume from the last "
+                    "checkpoint",
                     EXIT_PEER_LOST,
                 )
 
@@ -83,5 +84,5 @@ def watch_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
             start = time.monotonic()
             with contextlib.nullcontext() if i else watchdog.paused():
                 yield batch
-            watchdog.expect(time.monotonic() - start)
-            watchdog.beat()
+            watchdog.allow_duration(time.monotonic() - start)
+            watchdog.record_step()

@@ -45,7 +45,7 @@ def _compare(args: argparse.Namespace) -> None:
     from diffusion_jax.runs import devices
 
     devices.silence_libraries()
-    from diffusion_jax.runs.set_comparison import Comparison, compare_sets  # imports TensorFlow, now silenced
+    from diffusion_jax.runs.set_metrics import Comparison, compare_sets  # imports TensorFlow, now silenced
 
     compare_sets(Comparison(**vars(args)))
 

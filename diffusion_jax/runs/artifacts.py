@@ -41,7 +41,7 @@ class ChunkStore:
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
         broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-        _LOCKS.enter_context(locked(directory / ".lock", "is doing just this"))
+        _LOCKS.enter_context(locked(directory / ".lock", "is already running this command"))
         self.finished = set(broadcast_from_process_0(self._numbers))
 
     def _numbers(self) -> list[int]:

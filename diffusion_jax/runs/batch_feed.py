@@ -26,8 +26,8 @@ class BatchFeed:
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
         self._workers = 0 if isinstance(source, data.InMemory) else config.data.workers
         self._stream = data.stream(batches, step, self._workers)
-        self._can_join_steps = setup.train_steps is not None
-        if self._options.steps_per_call > 1 and not self._can_join_steps:
+        self._can_scan = setup.train_steps is not None
+        if self._options.steps_per_call > 1 and not self._can_scan:
             steps = self._options.steps_per_call
             log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
@@ -45,7 +45,7 @@ class BatchFeed:
         `steps_per_call` skips no interval; the steps up to the first multiple, and those left at the end, are single.
         """
         count = self._options.steps_per_call
-        if not self._can_join_steps or step % count or step + count > self._options.num_steps:
+        if not self._can_scan or step % count or step + count > self._options.num_steps:
             return self._place(self._read(), 0), 1
         batches = [self._read() for _ in range(count)]
         return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), 1), count

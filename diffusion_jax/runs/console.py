@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffusion_jax.distributed.processes import log
+
 __all__ = ["ProgressBar", "format_duration", "log", "log_compilation", "progress_over"]
-
-
-def log(text: str) -> None:
-    """Prints one line, on process 0 only."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class _Edit(NamedTuple):
 
 
 class _Context:
-    """What every task needs: options, the sampling setup, and the shape of the images."""
+    """The input of every task: options, the sampling setup, and the shape of the images."""
 
     def __init__(self, config: ConfigDict, setup: SamplingSetup):
         self.options, self.setup = config.editing, setup
@@ -148,7 +148,7 @@ def _colorize(context: _Context) -> _Edit:
 
 def _super_resolution(context: _Context) -> _Edit:
     factor, (height, width) = context.options.factor, context.size
-    if factor < 1 or height % factor or width % factor:
+    if height % factor or width % factor:
         raise UserError(f"editing.factor={factor} must divide the model's {height}x{width} pixels")
     small = context.read("image", (height // factor, width // factor))
     return _restore(context, editing.average_pool(factor), context.repeat(small), "small")
@@ -157,7 +157,7 @@ def _super_resolution(context: _Context) -> _Edit:
 def _interpolate(context: _Context) -> _Edit:
     first, second = context.read("image"), context.read("other")
     setup, t, num_steps = context.setup, context.options.level, context.setup.schedule.num_timesteps
-    if t is not None and not 0 <= t < num_steps:
+    if t is not None and t >= num_steps:
         raise UserError(f"editing.level={t} must be an index of the steps, 0 ... {num_steps - 1}, or None")
     if t is None and setup.is_stochastic:
         raise UserError(

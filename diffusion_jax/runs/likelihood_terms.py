@@ -102,8 +102,8 @@ class LikelihoodRun:
                 chunks.delete()  # a rerun would only read the same numbers again
             num_failed = (~np.isfinite(terms.examples["ode"])).sum()
             raise UserError(
-                f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE gave up on "
-                f"{num_failed} of {num_examples} images; try a larger one"
+                f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
+                f"for {num_failed} of {num_examples} images; try a larger one"
             )
         return terms, chunks
 

@@ -31,7 +31,7 @@ def check_evaluation_options(config: ConfigDict) -> None:
     """Raises: UserError if --mode=evaluate has nothing to measure."""
     if not (config.evaluation.likelihood or config.evaluation.num_samples):
         raise UserError(
-            "evaluation.likelihood=False and evaluation.num_samples=0 leave nothing to measure; set either of them"
+            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either of them"
         )
 
 

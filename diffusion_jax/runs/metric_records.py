@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_jax.files import write_text
 
-__all__ = ["add_record", "differing_settings", "read_likelihood", "read_records", "settings_of"]
+__all__ = ["add_record", "differing_settings", "read_likelihood", "read_records", "record_settings"]
 
 # Two records with equal values of these keys are of the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
@@ -74,8 +74,8 @@ def _translate(value: Any) -> Any:
     return value
 
 
-def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metrics of a record depend on, including the options of its sampler, as a flat dictionary."""
+def record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the metrics of a record depend on, including the options of its sampler, as a flat dictionary."""
     sampling = {key: value for key, value in record.get("sampling", {}).items() if key not in record}
     keys = ("dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
     keys += ("reference", "samples", "num_reference", "num_samples")
@@ -84,6 +84,6 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def differing_settings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings in which records differ."""
-    settings = [settings_of(record) for record in records]
+    settings = [record_settings(record) for record in records]
     keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]

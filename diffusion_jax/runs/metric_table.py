@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records, settings_of
+from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records, record_settings
 
 __all__ = ["format_table", "read_runs"]
 
@@ -61,7 +61,7 @@ def format_table(runs: list[tuple[pathlib.Path, _Record]]) -> str:
 
 
 def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -> dict[str, str]:
-    values = settings_of(record)
+    values = record_settings(record)
     row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
     if "samples" in row:
         row["samples"] = pathlib.Path(row["samples"]).name

@@ -23,11 +23,11 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
 from diffusion_jax.training.state import initial_params
 
-__all__ = ["Plan", "activations_per_image", "measure", "num_virtual_devices", "run"]
+__all__ = ["Plan", "activations_per_image", "estimate", "num_virtual_devices", "run"]
 
 
 class Plan(NamedTuple):
-    """What a train step needs: bytes on one device, except for the first three; flops are those of the compiled program.
+    """Requirements of a train step: bytes on one device, except for the first three; flops are those of the compiled program.
 
     activations_per_image: bytes of an image that stay in memory from the forward to the backward pass, for any compiler.
     temporaries: maximum of activations, gradients and gathered parameters. minimum_sent: what a device must send: two gathers
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
     @property
     def ring_bytes(self) -> float:
-        """What the device sends in a step."""
+        """Bytes that the device sends in a step."""
         return sum(c.ring_bytes for c in self.collectives)
 
 
@@ -56,7 +56,7 @@ def num_virtual_devices(config: Mapping) -> int:
     return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
-def measure(config: Mapping) -> Plan:
+def estimate(config: Mapping) -> Plan:
     """Compiles the train step of a config on the present devices. Raises: as `training.setup`."""
     config = resolve(config)
     # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
@@ -121,11 +121,12 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
     del workdir
     config = resolve(config)
     with as_user_error("config"), log_compilation("the train step"):
-        plan = measure(config)
+        plan = estimate(config)
     mesh, batch_size = config.mesh, config.training.batch_size
     num_devices, num_microbatches = jax.device_count(), config.training.accumulation_steps
+    devices = f"{num_devices} device{'s' * (num_devices > 1)}"
     log(
-        f"On {num_devices} devices (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
+        f"On {devices} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
         f"({batch_size // num_devices} per device, in {num_microbatches} microbatch{'es' * (num_microbatches > 1)}), layers "
         f"in {config.model.dtype}:"
     )

@@ -83,7 +83,7 @@ class SampleFile:
         if reuse and reason is None:
             return
         if reason:
-            log(f"Drawing anew: {self.path} {reason}.")
+            log(f"Sampling again: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
         weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
         log(f"Sampling {options.num_samples} images from {weights}.")

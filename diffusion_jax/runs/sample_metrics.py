@@ -25,9 +25,9 @@ from diffusion_jax.runs.metric_options import (
     load_extractor,
     load_reference,
 )
-from diffusion_jax.runs.metric_records import differing_settings, read_records, settings_of
+from diffusion_jax.runs.metric_records import differing_settings, read_records, record_settings
 from diffusion_jax.runs.sample_files import SampleFile, read_settings
-from diffusion_jax.runs.set_metrics import measure
+from diffusion_jax.runs.set_metrics import record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
 from diffusion_jax.training import is_upsampler
 
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     file = _draw_samples(config, workdir)
     try:
-        measure(
+        record_metrics(
             reference,
             image_sets.ImageSet(str(file.path), image_sets.NpzImages(file.path)),
             extractor,
@@ -98,7 +98,7 @@ def _draw_samples(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
 
 
 def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
-    """What the metrics depend on besides the two sets and the features, as the record stores it."""
+    """The settings that the metrics depend on besides the two sets and the features, as the record stores them."""
     stored = broadcast_from_process_0(lambda: read_settings(file.path))
     assert stored is not None  # the file has just been written or found to hold these settings
     settings, options = stored["settings"], config.evaluation
@@ -126,7 +126,7 @@ def _plot_against_steps(workdir: pathlib.Path, name: str) -> None:
     labeled = [key for key in differing_settings(records) if key not in ("steps", "samples", "timesteps")]
     curves: dict[str, dict[int, float]] = {}
     for record in records:
-        settings = settings_of(record)
+        settings = record_settings(record)
         parts = [f"{key} {settings.get(key)}" for key in labeled if key not in ("sampler", "features_digest")]
         label = ", ".join([settings["sampler"], *parts, f"{record['num_samples']:,} samples"])
         curves.setdefault(label, {})[record["steps"]] = record[name]

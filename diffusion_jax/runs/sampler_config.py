@@ -79,12 +79,12 @@ def sampler_from_config(
     clipping of `sampling.clip` to the one to use instead. arguments: more arguments of the sampler.
     Raises: ValueError for values that the sampler does not take.
     """
-    own_clip = options["clip"]
-    if own_clip == "dynamic":
-        own_clip = process.dynamic_threshold(options["clip_quantile"])
+    clipping = options["clip"]
+    if clipping == "dynamic":
+        clipping = process.dynamic_threshold(options["clip_quantile"])
     return SAMPLERS[options["sampler"]](
         options,
-        clip=own_clip if clip is None else clip(own_clip),
+        clip=clipping if clip is None else clip(clipping),
         prediction=parameterization["prediction"],
         variance=parameterization["variance"],
         **arguments,

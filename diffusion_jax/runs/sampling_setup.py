@@ -1,4 +1,4 @@
-"""What `config.sampling` decides for a trained network: the sampler and its steps, the classes, and the guidance."""
+"""The decisions of `config.sampling` for a trained network: the sampler and its steps, the classes, and the guidance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Classifier(NamedTuple):
 
 
 class SamplingSetup:
-    """Everything that a config decides about sampling, checked before anything is compiled.
+    """All decisions of a config about sampling, checked before anything is compiled.
 
     schedule: the steps of the sampler. labels: a `ClassLabels`. classifier_params: of the guiding classifier, None without
     one; they are an argument of `draw` because they are too large for constants of compiled code. warning: why samples will
@@ -116,12 +116,12 @@ class SamplingSetup:
     def _parse_classes(self, class_names: Sequence[str], load_classifier: bool) -> tuple[int, ...] | None:
         path, num_classes = self._options["classifier"], self._model.num_classes
         if self._classifier is not None:
-            own = self._classifier.model.num_classes
-            if num_classes not in (0, own):
+            classifier_classes = self._classifier.model.num_classes
+            if num_classes not in (0, classifier_classes):
                 raise UserError(
-                    f"sampling.classifier={path} has {own} classes, the model {num_classes}; they must agree"
+                    f"sampling.classifier={path} has {classifier_classes} classes, the model {num_classes}; they must agree"
                 )
-            num_classes = own
+            num_classes = classifier_classes
         if path and not load_classifier:
             return None
         return parse_classes(self._options["label"], num_classes, class_names)
@@ -141,7 +141,7 @@ class SamplingSetup:
             )
 
     def _advice_on_steps(self) -> str:
-        """What to type if the sampler fails on these steps."""
+        """Advice for an error: settings with which the sampler works."""
         if self._spacing == "log_snr" or self._full_schedule.zero_terminal_snr:
             return "more steps (sampling.steps)"
         return "sampling.spacing=log_snr or more steps (sampling.steps)"
@@ -171,9 +171,9 @@ class SamplingSetup:
             if not np.array_equal(getattr(net.schedule, name), getattr(self._full_schedule, name)):
                 differences.append("another noise schedule")
                 break
-        shape, own_shape = (*net.image_size, net.channels), data.image_shape(self._config["data"])
-        if shape != own_shape:
-            differences.append(f"images: {shape} there, {own_shape} here")
+        classifier_shape, image_shape = (*net.image_size, net.channels), data.image_shape(self._config["data"])
+        if classifier_shape != image_shape:
+            differences.append(f"images: {classifier_shape} there, {image_shape} here")
         if differences:
             raise UserError(f"sampling.classifier={path} was trained on other x_t ({'; '.join(differences)})")
         assert mesh is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
 import json
 import pathlib
@@ -13,23 +15,76 @@ import numpy as np
 from jax.sharding import Mesh
 
 import diffusion_jax
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import feature_extractors, metric_suite
 from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
 from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
-from diffusion_jax.evaluation.image_sets import ImageSet
+from diffusion_jax.evaluation.image_sets import ImageSet, open_image_set
+from diffusion_jax.evaluation.metric_suite import METRICS
 from diffusion_jax.evaluation.metrics import Neighbors
-from diffusion_jax.runs import pictures
+from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
+from diffusion_jax.runs import devices, pictures
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
-__all__ = ["check_comparable", "measure"]
+__all__ = ["Comparison", "compare_sets", "record_metrics"]
 
 _PICTURED_SAMPLES = 10
 _NEIGHBORS = 5
 _EXPECTED_CLOSE_SHARE = 0.01  # of images that the model was not trained on
 
 
-def measure(
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The options of a comparison, as `python -m diffusion_jax.evaluation` describes them."""
+
+    reference: str
+    samples: str
+    inception: str = ""
+    features: str | None = None
+    metrics: str | None = None
+    resize: str = "tf1"
+    batch_size: int = 64
+    data_dir: str = ""
+    image_size: int | None = None
+    channels: int | None = None
+    output: str = "metrics.json"
+
+
+def compare_sets(options: Comparison) -> None:
+    """Measures the samples against the reference and adds a record to the output file.
+
+    Raises: DiffusionJaxError, ValueError, OSError: one line.
+    """
+    metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
+    unknown = sorted(set(metric_names) - set(METRICS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size={options.batch_size} must be at least 1")
+    output = _output_file(options.output)
+    reference, samples = (
+        open_image_set(location, options.data_dir, options.image_size, options.channels)
+        for location in (options.reference, options.samples)
+    )
+    _check_comparable(reference, samples)
+    features = options.features or ("digits" if reference.name.startswith("digits:") else "inception")
+    if features == "inception" and not options.inception:
+        raise UserError(
+            f"--inception=PATH is needed: the weights of FID's network ({DOWNLOAD_SOURCES}); or --features=digits, or "
+            "module:function"
+        )
+    extractor = feature_extractors.from_name(features, options.inception, options.resize)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    devices.start()
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
+    record_metrics(reference, samples, extractor, metric_names, mesh, options.batch_size, output, {})
+
+
+def record_metrics(
     reference: ImageSet,
     samples: ImageSet,
     extractor: FeatureExtractor,
@@ -100,7 +155,7 @@ def _possible_metrics(
     """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
     if samples.images is None:
         raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
-    check_comparable(reference, samples)
+    _check_comparable(reference, samples)
     statistics = reference.statistics
     has_spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
     missing = metric_suite.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
@@ -125,7 +180,7 @@ def _possible_metrics(
     return metric_names
 
 
-def check_comparable(reference: ImageSet, samples: ImageSet) -> None:
+def _check_comparable(reference: ImageSet, samples: ImageSet) -> None:
     """Raises: ValueError if the images of the two sets differ in size or number of channels."""
     if reference.images is None or samples.images is None:
         return
@@ -184,3 +239,14 @@ def _draw_neighbors(
     names = (pathlib.Path(images.name).name for images in (samples, reference))
     title = "Samples of {}\nand their nearest images in {}\n".format(*names) + unit
     pictures.plot_neighbors(path, rows, neighbors.distances[suspects], title)
+
+
+def _output_file(output: str) -> pathlib.Path:
+    """The JSON file of --output, a file or its folder. Raises: UserError if a file has the folder's name."""
+    path = pathlib.Path(output).expanduser()
+    if output.endswith("/") or path.suffix != ".json" or path.is_dir():
+        path = path / "metrics.json"
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output={output}: {folder} is a file; name a folder, or a file that ends in .json")
+    return path

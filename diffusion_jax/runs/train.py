@@ -157,7 +157,7 @@ def _train(
         while step < options.num_steps:
             with profile.annotate(step):
                 state, _ = programs.get(count, state, batch)(state, batch)
-            watchdog.beat()
+            watchdog.record_step()
             step += count
             profile.count_call(state)
             is_last, must_stop = step == options.num_steps, preemption.requested()
@@ -167,7 +167,7 @@ def _train(
             note = ""
             if step % options.log_every == 0 or is_last:
                 means = training.window_means(_finite_window(state, checkpoints))
-                watchdog.beat()
+                watchdog.record_step()
                 times = timer.restart()
                 with timer.measure("logging"):
                     note = _log_metrics(config, metrics, step, step - logged_step, means, times)

@@ -41,7 +41,6 @@ class TrainingFid:
         self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
         reference = load_reference(config)
         assert reference.images is not None  # a data set, not a file of statistics
-        assert reference.images is not None
         try:
             features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
         except ValueError as error:

@@ -22,7 +22,7 @@ __all__ = ["Setup", "create", "setup"]
 
 
 class Setup(NamedTuple):
-    """What a config describes, before any array exists.
+    """The programs and shapes that a config describes, before any array exists.
 
     init: () -> TrainState, compiled. train_step: (state, batch) -> (state, metrics), compiled; it donates the state.
     train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one program; None for one

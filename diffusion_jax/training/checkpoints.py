@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0
+from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, log
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import digests
 from diffusion_jax.training.digests import committed_steps
@@ -60,12 +60,6 @@ class _DirectoryWithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
                 print(message, file=sys.stderr, flush=True)
                 os._exit(SaveError.exit_code)
             raise
-
-
-def _log(text: str) -> None:
-    """Prints a line on process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def _first_line(error: BaseException | str) -> str:
@@ -219,7 +213,7 @@ class Checkpoints:
         """(step, items) of the newest checkpoint in which the items of `abstract` are intact."""
         damaged: list[int] = []
         for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
-            _log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
+            log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
         for step in reversed(broadcast_from_process_0(self.steps)):
             items = None
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
@@ -234,7 +228,7 @@ class Checkpoints:
                     self._set_aside(damaged)
                     return step, items
             damaged.append(step)
-            _log(f"The checkpoint of step {step} is damaged: {problem or 'another process cannot read it'}.")
+            log(f"The checkpoint of step {step} is damaged: {problem or 'another process cannot read it'}.")
         if damaged:
             raise CheckpointError(
                 f"none of the checkpoints {damaged} in {self._directory} is intact; restore one from a copy, or use another "
@@ -246,7 +240,7 @@ class Checkpoints:
         try:
             return digests.find_corruption(self._directory / str(step), items)
         except FileNotFoundError:
-            _log(f"The checkpoint of step {step} has no digests, as those of earlier versions; it is used unchecked.")
+            log(f"The checkpoint of step {step} has no digests, as those of earlier versions; it is used unchecked.")
             return None
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
@@ -278,10 +272,10 @@ class Checkpoints:
         """Renames damaged steps, unless the directory is read-only."""
         for step in steps:
             if self._read_only:
-                _log("It is left unchanged; the checkpoint before it is used.")
+                log("It is left unchanged; the checkpoint before it is used.")
                 continue
             path = broadcast_from_process_0(functools.partial(self._rename, self._directory / str(step)))
-            _log(f"Renamed it to {path}; continuing from the checkpoint before it.")
+            log(f"Renamed it to {path}; continuing from the checkpoint before it.")
         if steps and not self._read_only:
             self._manager.reload()
 
@@ -301,8 +295,8 @@ class Checkpoints:
     def _set_aside_uncommitted(self) -> None:
         """Renames or removes directories that are named like a step but not committed: Orbax would not save that step."""
         for name in self._uncommitted():
-            _log(f"The checkpoint of step {name} is damaged: {digests.COMMITTED} is missing.")
-            _log(f"Renamed it to {self._rename(self._directory / name)}.")
+            log(f"The checkpoint of step {name} is damaged: {digests.COMMITTED} is missing.")
+            log(f"Renamed it to {self._rename(self._directory / name)}.")
         for path in self._directory.glob("*"):
             if path.name.isdecimal() and path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 
 
 def on_eight_devices(*arguments):
-    """What helpers/eight_devices.py found."""
+    """The measurements of helpers/eight_devices.py."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "helpers.eight_devices", *arguments]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

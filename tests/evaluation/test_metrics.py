@@ -193,7 +193,7 @@ def test_shares_have_no_unit(scale):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])
 def test_features_of_few_bits(dtype):
-    """What is computed of them is what float64 features of the same values give."""
+    """Their metrics equal those of float64 features of the same values."""
     x, y = (np.asarray(jax.numpy.asarray(4 * gaussian(i, 40, 3)).astype(dtype)) for i in range(2))
     exact = x.astype(np.float64), y.astype(np.float64)
     if dtype == "bfloat16":

@@ -1,4 +1,4 @@
-"""What test_sharding.py measures on eight virtual devices: `python -m helpers.eight_devices [slow]` prints JSON."""
+"""Measurements of test_sharding.py on eight virtual devices: `python -m helpers.eight_devices [slow]` prints JSON."""
 
 import functools
 import json
@@ -104,10 +104,10 @@ def variants():
 
 
 def labeled_program():
-    """What the program of a network with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
+    """Bytes that a program with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
     config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
     config.model.num_classes = 40  # an embedding large enough to be split
-    found = plan.measure(config)
+    found = plan.estimate(config)
     return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.minimum_sent]
 
 
@@ -126,7 +126,7 @@ def runs():
 def program():
     """The plan of a network of 1.6 million parameters with fsdp=8, beside what its leaves say."""
     config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
-    built, found = training.setup(config), plan.measure(config)
+    built, found = training.setup(config), plan.estimate(config)
     params = jax.tree.leaves(built.abstract_state.params)
     return {
         "params": sum(leaf.size for leaf in params) * 4,

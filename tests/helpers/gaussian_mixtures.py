@@ -12,7 +12,7 @@ MEANS, VARIANCES, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.05, 0.1]), np.arr
 
 
 def as_prediction(eps, x, alpha, sigma, prediction):
-    """What a network of that prediction gives where the noise is `eps`."""
+    """The output of a network of that prediction where the noise is `eps`."""
     x_0 = (x - sigma * eps) / alpha
     return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma}[prediction]
 

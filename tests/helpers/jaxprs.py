@@ -1,4 +1,4 @@
-"""What stands in a traced program."""
+"""The operations of a traced program."""
 
 from collections.abc import Iterator
 

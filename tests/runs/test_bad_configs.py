@@ -1,4 +1,4 @@
-"""What cannot be run: one clear line and exit code 2, in seconds."""
+"""Commands that cannot be run: one clear line and exit code 2, in seconds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a folder of images says of itself, and class names from there to samples and their pictures."""
+"""The class names of a folder of images, and their way to samples and pictures."""
 
 import json
 import pickle
@@ -109,7 +109,7 @@ def test_all_corrupted_images_are_listed_in_one_error(pets):
         load(pets)
     assert "\n" not in str(error.value) and len(error.value.failures) == 302
     streamed, _ = load(pets, memory_mb=0)
-    with pytest.raises(data.UnreadableError) as error:
+    with pytest.raises(data.UnreadableFilesError) as error:
         streamed.read([0, 1, 4, 5])
     assert len(error.value.failures) == 3
     copy = pickle.loads(pickle.dumps(error.value))  # as from a worker process
@@ -171,7 +171,7 @@ def test_classes_can_be_given_by_name(trained, label, classes):
     [("cats", "cats"), ("(cats,dogs)", "(cats,dogs)"), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
 )
 def test_the_command_line_accepts_class_names(text, value):
-    """What `chosen` above is given is what the flag gives."""
+    """The flag gives the values that `chosen` above takes."""
     assert config.override(config.experiment("digits_conditional"), {"sampling.label": text}).sampling.label == value
 
 

@@ -246,7 +246,7 @@ def test_invalid_evaluation_options_are_refused(trained, overrides, words):
 @pytest.mark.whole
 def test_a_failed_ode_solver_is_an_error(trained):
     overrides = {"evaluation.ode": True, "evaluation.ode_tolerance": 1e-12, "evaluation.num_examples": 4}
-    with pytest.raises(errors.UserError, match=r"gave up on 4 of 4 images; try a larger"):
+    with pytest.raises(errors.UserError, match=r"did not converge for 4 of 4 images; try a larger"):
         evaluate(config_with(**overrides, **{"evaluation.strata": 1}), trained)
 
 

@@ -1,4 +1,4 @@
-"""What plots show: every point inside the axes, every line told apart, and what the axes are."""
+"""Plots: every point inside the axes, every line told apart, and what the axes are."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Samples in files: which are reused, and which are drawn anew."""
+"""Samples in files: which are reused, and which are sampled again."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
     assert len(drawn) == 3
     for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
-    assert len(drawn) == 3 and "Drawing anew" not in capsys.readouterr().out
+    assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample draws whatever is there
     assert len(drawn) == 6
 
@@ -42,20 +42,20 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
         ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
     ],
 )
-def test_samples_with_other_settings_are_drawn_anew(run, drawn, capsys, overrides, told):
+def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys, overrides, told):
     """Though their files have one name."""
     config = {"sampling.batch_size": 3}
     one = reuse_or_draw(tiny_config(**config), run)
     before = len(drawn)
     other = reuse_or_draw(tiny_config(**config | overrides), run)
     assert other.path == one.path and len(drawn) > before
-    assert f"Drawing anew: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
+    assert f"Sampling again: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
     assert read_settings(one.path)["settings"]["batch_size"] == other.batch_size
     sample.run(tiny_config(**config), run)  # --mode=sample, too
-    assert f"Drawing anew: {one.path} was drawn with other settings" in capsys.readouterr().out
+    assert f"Sampling again: {one.path} was drawn with other settings" in capsys.readouterr().out
 
 
-def test_samples_with_other_weights_or_devices_are_drawn_anew(run, drawn, capsys):
+def test_samples_with_other_weights_or_devices_are_sampled_again(run, drawn, capsys):
     config = tiny_config(**FEW_DRAWN)
     path = reuse_or_draw(config, run).path
     store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
@@ -63,7 +63,7 @@ def test_samples_with_other_weights_or_devices_are_drawn_anew(run, drawn, capsys
     assert len(drawn) == 6
     out = capsys.readouterr().out
     assert re.search(
-        r"Drawing anew: .* other settings \(classifier_digest=00000000..., now None; devices=64, now \d+\)", out
+        r"Sampling again: .* other settings \(classifier_digest=00000000..., now None; devices=64, now \d+\)", out
     )
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
@@ -83,7 +83,7 @@ def test_the_times_of_a_spacing_are_a_setting(run, drawn, capsys, monkeypatch):
     assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
-def test_samples_without_stored_settings_are_drawn_anew(run, drawn, capsys):
+def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):
     config = tiny_config(**FEW_DRAWN)
     path = reuse_or_draw(config, run).path
     for write in (
@@ -92,7 +92,7 @@ def test_samples_without_stored_settings_are_drawn_anew(run, drawn, capsys):
     ):
         write()
         reuse_or_draw(config, run)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Drawing anew")]
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Sampling again")]
         assert "does not store the settings" in line and str(path) in line
         with np.load(path) as arrays:
             assert arrays["arr_0"].max() == 2

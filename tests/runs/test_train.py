@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_jax import data, errors, training
 from diffusion_jax.config import flatten
-from diffusion_jax.distributed.file_lock import HeldError
+from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.runs import metrics_writer, sample, train, workdir
 from diffusion_jax.runs.batch_feed import BatchFeed
 from diffusion_jax.runs.stored_config import from_weights
@@ -177,7 +177,7 @@ def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(HeldError, match="process 1 of there is training in .*second launch"):
+        with pytest.raises(LockHeldError, match="process 1 of there is training in .*second launch"):
             train.run(tiny_config(), tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
         holder.kill()

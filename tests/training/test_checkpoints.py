@@ -36,7 +36,7 @@ def two_steps(tmp_path_factory):
 
 
 def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
-    """What stops a program while it reads a checkpoint must not have the checkpoint set aside."""
+    """A signal while a checkpoint is read must not make the program rename the checkpoint."""
     directory, abstract, _ = two_steps
     shutil.copytree(directory, tmp_path / "run")
 

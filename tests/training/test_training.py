@@ -345,3 +345,6 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
         ValueError, match=r"multiple of 32, the 8 devices times training.accumulation_steps=4; nearest: 32$"
     ):
         sharding.check_divides(16, mesh, "training.batch_size", 4)
+    one_device = dataclasses.make_dataclass("Mesh", ["size"])(1)
+    with pytest.raises(ValueError, match=r"multiple of 4, the 1 device times training.accumulation_steps=4"):
+        sharding.check_divides(6, one_device, "training.batch_size", 4)
