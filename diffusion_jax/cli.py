@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
-from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError
+from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 
 __all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "parse", "run"]
@@ -43,7 +43,6 @@ MODES = {
     "train_classifier": "train a classifier of noisy images, for guidance",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
-_NEEDS_CONFIG = "--config=NAME is needed: {} holds no run whose config could be used"
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
@@ -78,6 +77,14 @@ def _integer(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def _mode(text: str) -> str:
+    if text in MODES:
+        return text
+    near = next(iter(difflib.get_close_matches(text, MODES, n=1)), None)
+    advice = f"; did you mean {near}?" if near else ""
+    raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(MODES)}{advice}")
+
+
 def _make_parser() -> _Parser:
     modes = "\n".join(f"  {name:17} {meaning}" for name, meaning in MODES.items())
     parser = _Parser(
@@ -90,7 +97,7 @@ def _make_parser() -> _Parser:
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
-    add("--mode", default="train", choices=tuple(MODES), help="what to do (default: train)")
+    add("--mode", default="train", type=_mode, metavar="MODE", help="what to do, as above (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
     add(
         "--pretrained_flags",
@@ -112,16 +119,19 @@ def parse(arguments: Sequence[str]) -> Command:
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
     config = configs.load(flags.config) if flags.config else None
+    log = print if flags.process_id in (None, 0) else lambda line: None
     if flags.workdir:
         check_workdir(flags.workdir)
     workdir = pathlib.Path(flags.workdir).expanduser() if flags.workdir else None
     if flags.pretrained:
-        config = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, log)
+        overrides = init | overrides
     elif config is None and workdir is not None:
-        config = _stored_config(workdir)
+        config = _stored_config(workdir, log)
     if config is None:
-        raise UserError(_NEEDS_CONFIG.format(workdir or "no --workdir"))
-    config = configs.override(config, overrides)
+        reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
+        raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
+    config = _override(config, overrides, flags.config)
     if workdir is None and flags.mode != "plan":
         raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
     return Command(
@@ -145,8 +155,8 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
         if not flag.startswith("--config."):
             if not flag.startswith("-"):
                 raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown flag {flag}; did you mean {near}?")
+            near = next(iter(difflib.get_close_matches(flag, known, n=1)), None)
+            raise UserError(f"unknown flag {flag}; {f'did you mean {near}?' if near else '--help lists all flags'}")
         name = flag.removeprefix("--config.")
         if not equals:
             alone = not remaining or remaining[0].startswith("--")
@@ -155,6 +165,21 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
             text = "True" if configs.is_boolean(name) else remaining.pop(0)
         overrides[name] = text
     return overrides
+
+
+def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None) -> ConfigDict:
+    """`configs.override`; an error that the config file has without overrides names the file."""
+    try:
+        return configs.override(config, overrides)
+    except ConfigError as error:
+        if not file:
+            raise
+        try:
+            configs.resolve(config)
+        except ConfigError as error_of_file:
+            if str(error_of_file) == str(error):
+                raise ConfigError(f"--config={file}: {error}") from None
+        raise
 
 
 def check_workdir(workdir: str) -> None:
@@ -178,36 +203,35 @@ def check_workdir(workdir: str) -> None:
             ) from error
 
 
-def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
+def _stored_config(workdir: pathlib.Path, log: Callable[[str], None]) -> ConfigDict | None:
     from diffusion_jax.runs import stored_config
 
     try:
-        return stored_config.from_workdir(workdir)
+        return stored_config.from_workdir(workdir, log)
     except OSError as error:
         raise UserError(str(error)) from error
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
-) -> ConfigDict:
-    """`config` (None for the one that the weights describe), with the weights that training starts from."""
+    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str, log: Callable[[str], None]
+) -> tuple[ConfigDict, dict[str, str]]:
+    """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
     if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        stored = _stored_config(workdir)
+        stored = _stored_config(workdir, log)
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
             )
-        config = stored if config is None else config  # the run that these weights started, launched again
+        # The run that these weights started, launched again.
+        config, flags = stored if config is None else config, flags or stored.init_flags
     if config is None:
         from diffusion_jax.runs import stored_config
 
         try:
-            return stored_config.from_weights(weights, flags)
+            config = stored_config.from_weights(weights, flags)
         except (DiffusionJaxError, ValueError, OSError) as error:
             raise UserError(f"--pretrained={weights}: {error}") from error
-    config = configs.resolve(config)
-    config.init_from, config.init_flags = weights, flags
-    return config
+    return config, {"init_from": weights, "init_flags": flags}
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:

@@ -16,6 +16,7 @@ from diffusion_jax.config.presets import preset_fields
 from diffusion_jax.config.resolution import (
     default,
     default_classifier,
+    drop_unknown,
     is_boolean,
     migrate,
     override,
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "default",
     "default_classifier",
+    "drop_unknown",
     "experiment",
     "experiment_names",
     "flatten",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import pathlib
+import re
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,11 +13,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_jax.config.resolution import resolve
 from diffusion_jax.errors import ConfigError
 
 __all__ = ["experiment", "experiment_names", "load"]
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
+# Config files of version 0.1 that this version has no more, and what replaces each.
+_REPLACEMENTS = {
+    "workdir": "leave --config out: --workdir=DIR alone uses the config of the run",
+    "pretrained": "use --pretrained=PATH without --config",
+    "default": "use --config=cifar10, or config.default() of diffusion_jax in a file of your own",
+}
 
 
 def experiment(name: str) -> ConfigDict:
@@ -24,11 +32,12 @@ def experiment(name: str) -> ConfigDict:
 
     Raises: ConfigError for an unknown name or argument.
     """
-    file, colon, argument = name.partition(":")
-    if file not in experiment_names():
-        near = next(iter(difflib.get_close_matches(file, experiment_names(), n=1, cutoff=0)))
-        raise ConfigError(f"unknown experiment {file!r}; did you mean {near}?")
-    return load(f"{_folder() / file}.py{colon}{argument}", shown=name)
+    stem, colon, argument = name.partition(":")
+    if stem not in experiment_names():
+        near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), None)
+        advice = f"did you mean {near}?" if near else f"known: {', '.join(experiment_names())}"
+        raise ConfigError(f"unknown experiment {stem!r}; {advice}")
+    return _load_file(f"{_folder() / stem}.py", argument if colon else None, name)
 
 
 def experiment_names() -> list[str]:
@@ -42,32 +51,51 @@ def _folder() -> pathlib.Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
-def load(path: str, shown: str | None = None) -> ConfigDict:
+def load(path: str) -> ConfigDict:
     """The config of FILE.py or FILE.py:ARGUMENT, or of an experiment's name, as `--config` takes them.
 
-    shown: what error messages call it; None for `path`. Raises: ConfigError with the file and the line of what is wrong.
+    Raises: ConfigError with the file and the line of what is wrong.
     """
-    file, colon, argument = path.partition(":")
-    shown = shown or path
-    if not pathlib.Path(file).is_file():
-        if file in experiment_names():
-            return experiment(path)
-        stem = pathlib.PurePath(file).stem
-        near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), "digits")
-        raise ConfigError(f"--config={shown}: no such file or experiment; give a Python file, or a name such as {near}")
-    arguments = (argument,) if colon else ()
+    file, argument = _split(path)
+    if pathlib.Path(file).is_file():
+        return _load_file(file, argument, path)
+    if file in experiment_names():
+        return experiment(path)
+    stem = pathlib.PurePath(file).stem
+    if stem in _REPLACEMENTS:
+        raise ConfigError(f"--config={path}: there is no {stem}.py since version 0.2; {_REPLACEMENTS[stem]}")
+    near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), "digits")
+    raise ConfigError(f"--config={path}: no such file or experiment; give a Python file, or a name such as {near}")
+
+
+def _split(path: str) -> tuple[str, str | None]:
+    """(FILE, ARGUMENT or None). A colon before .py belongs to the file, as in C:/runs/mine.py."""
+    if match := re.match(r"^(.*?\.py)(?::(.*))?$", path):
+        return match[1], match[2]
+    name, colon, argument = path.partition(":")
+    return name, argument if colon else None
+
+
+def _load_file(file: str, argument: str | None, shown: str) -> ConfigDict:
+    """shown: what error messages call the file with its argument."""
+    arguments = () if argument is None else (argument,)
     try:
         get_config = runpy.run_path(file).get("get_config")
         if not callable(get_config):
             raise ConfigError(
                 f"--config={shown}: {file} defines no function get_config(), which must return the ConfigDict"
             )
-        _check_argument(shown, get_config, arguments)
+        _check_argument(shown, shown.removesuffix(f":{argument}"), get_config, arguments)
         config = get_config(*arguments)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(_explain(shown, file, error)) from error
+    if isinstance(config, dict):
+        try:
+            return resolve(config)
+        except ConfigError as error:
+            raise ConfigError(f"--config={shown}: {error}") from None
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"--config={shown}: get_config() of {file} returns {_type_name(config)}, and must return a "
@@ -80,11 +108,10 @@ def _type_name(value: Any) -> str:
     return "None (is its return statement missing?)" if value is None else f"a {type(value).__name__}"
 
 
-def _check_argument(shown: str, get_config: Callable, arguments: Sequence[str]) -> None:
+def _check_argument(shown: str, name: str, get_config: Callable, arguments: Sequence[str]) -> None:
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
-        name = shown.partition(":")[0]
         if arguments:
             raise ConfigError(f"--config={shown}: {name} takes no argument; use --config={name}") from None
         raise ConfigError(f"--config={shown}: {name} needs an argument: --config={name}:ARGUMENT") from None
@@ -101,6 +128,9 @@ def _explain(shown: str, file: str, error: Exception) -> str:
         return f"--config={shown}: line {error.lineno} of {file} is not valid Python ({error.msg}): {text}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f"line {lines[-1]} of {file}" if lines else file
+    if isinstance(error, ImportError) and (error.name or "").removeprefix("diffusion_jax.").split(".")[0] == "configs":
+        advice = "in version 0.2: from diffusion_jax.config import default"
+        return f"--config={shown}: {where} cannot import what it needs ({error}); {advice}, and call default()"
     if isinstance(error, ImportError):
         return f"--config={shown}: {where} cannot import what it needs ({error}); install it, or correct the import"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from diffusion_jax.config.leaf import Leaf
 from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatten, nearest
 from diffusion_jax.config.values import Boolean, OneOf
 from diffusion_jax.errors import ConfigError
 
-__all__ = ["default", "default_classifier", "is_boolean", "migrate", "override", "resolve"]
+__all__ = ["default", "default_classifier", "drop_unknown", "is_boolean", "migrate", "override", "resolve"]
 
 _ALIASES = {"sampling.class": "sampling.label"}
 
@@ -36,8 +38,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
     Raises: ConfigError for an unknown leaf, and for a value of the wrong type or outside the range of its leaf.
     """
-    given, leaves = flatten(config), _leaves_of(config)
-    _check_groups(config)
+    _check_structure(config)
+    given, leaves = _flatten_given(config), _leaves_of(config)
     for name in given:
         _check_known(name, leaves)
     values = {name: given.get(name, leaf.default) for name, leaf in leaves.items()}
@@ -47,18 +49,76 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """`config`, resolved, with leaves replaced by values of a command line: {"training.num_steps": "1e4"}.
 
+    Fields of a ConfigDict that refer to a replaced one (`get_ref`) follow it.
     Raises: ConfigError as `resolve`, and for text that is no value of its leaf.
     """
+    _check_structure(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
-    changed = _plain(config)
-    if "diffusion.loss" in texts:
-        changed.setdefault("diffusion", {})["loss"] = texts["diffusion.loss"]
-    leaves = _leaves_of(changed)
+    loss = texts.get("diffusion.loss", flatten(config).get("diffusion.loss"))
+    leaves = _leaves_of({"diffusion": {"loss": loss}})
+    if texts.get("diffusion.loss") == "classify" and any(name in LEAVES.keys() - leaves for name in flatten(config)):
+        raise ConfigError(
+            "diffusion.loss=classify: the network of this config is not a classifier; use the experiment of a classifier, "
+            "such as --config=digits_classifier"
+        )
+    values = {}
     for name, text in texts.items():
         _check_known(name, leaves)
+        values[name] = _check(name, leaves[name], _parse(name, leaves[name], text))
+    return resolve(_replace(_with_references_set(config, values), values))
+
+
+def _with_references_set(config: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A copy of a ConfigDict in which fields that refer to those of `values` have their new values.
+
+    If `values` has several fields with one reference, the others follow the first.
+    """
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+        return config
+    changed, already_set = copy.deepcopy(config), set()
+    for name, value in values.items():
         group, _, leaf = name.rpartition(".")
-        (changed.setdefault(group, {}) if group else changed)[leaf] = _parse(name, leaves[name], text)
-    return resolve(changed)
+        fields = changed.get(group) if group else changed
+        if isinstance(fields, ConfigDict) and leaf in fields:
+            reference = fields.get_ref(leaf)
+            if id(reference) not in already_set:
+                reference.set(value, type_safe=False)
+                already_set.add(id(reference))
+    return changed
+
+
+def _replace(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    replaced = _plain(config)
+    for name, value in values.items():
+        group, _, leaf = name.rpartition(".")
+        (replaced.setdefault(group, {}) if group else replaced)[leaf] = value
+    return replaced
+
+
+def drop_unknown(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A stored config without the leaves that this version does not have, and their names.
+
+    Raises: ConfigError for a name that is likely a misspelled leaf, and for a mapping that is not a config.
+    """
+    _check_structure(stored)
+    given, leaves = _flatten_given(stored), _leaves_of(stored)
+    unknown = [name for name in given if name not in leaves]
+    for name in unknown:
+        if _is_misspelled(name, leaves):
+            _check_known(name, leaves)
+    known: dict[str, Any] = {name: value for name, value in given.items() if name in leaves}
+    return _replace({}, known), unknown
+
+
+def _is_misspelled(name: str, leaves: Mapping[str, Leaf]) -> bool:
+    """Whether an unknown name is most likely one of `leaves`: its group and its last part are much like those."""
+    if name.rpartition(".")[0] in leaves:
+        return True
+    near = nearest(name, leaves, cutoff=0.85)
+    return near is not None and all(
+        difflib.SequenceMatcher(None, one, other).ratio() >= 0.85
+        for one, other in zip(name.rpartition(".")[::2], near.rpartition(".")[::2], strict=True)
+    )
 
 
 def is_boolean(name: str) -> bool:
@@ -70,11 +130,12 @@ def is_boolean(name: str) -> bool:
 def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config in the names and values of this version; one that has them already is unchanged.
 
-    Translates British spelling (of version 0.1) and the strings that `sampling.steps` once took.
+    Translates British spelling (of version 0.1), the strings that `sampling.steps` once took, and the weighting None.
     """
     migrated = _plain(stored)
-    evaluation, editing, sampling = (
-        group if isinstance(group := migrated.get(name), dict) else {} for name in ("evaluation", "editing", "sampling")
+    evaluation, editing, sampling, diffusion = (
+        group if isinstance(group := migrated.get(name), dict) else {}
+        for name in ("evaluation", "editing", "sampling", "diffusion")
     )
     if "ode_dequantisation" in evaluation:
         evaluation["ode_dequantization"] = evaluation.pop("ode_dequantisation")
@@ -83,27 +144,57 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
         evaluation["metrics"] = [translated.get(metric, metric) for metric in evaluation["metrics"]]
     if editing.get("task") == "colourise":
         editing["task"] = "colorize"
+    if diffusion.get("weighting", "") is None:
+        diffusion["weighting"] = "none"
     steps = sampling.get("steps")
     if isinstance(steps, str):
-        counts = [int(count) for count in steps.removeprefix("ddim").split(",") if count.strip().isdecimal()]
-        if counts:
-            sampling["steps"] = counts[0] if len(counts) == 1 else tuple(counts)
+        counts = [count.strip() for count in steps.removeprefix("ddim").split(",")]
+        if all(count.isdecimal() for count in counts):
+            sampling["steps"] = int(counts[0]) if len(counts) == 1 else tuple(map(int, counts))
             sampling["spacing"] = "openai_ddim" if steps.startswith("ddim") else "openai"
     return migrated
 
 
 def _leaves_of(config: Mapping[str, Any]) -> dict[str, Leaf]:
     """The table of a config: a classifier's model has leaves of its own."""
-    return CLASSIFIER_LEAVES if flatten(config).get("diffusion.loss") == "classify" else LEAVES
+    loss = flatten(config).get("diffusion.loss")
+    return CLASSIFIER_LEAVES if isinstance(loss, str) and loss == "classify" else LEAVES
 
 
-def _check_groups(config: Mapping[str, Any]) -> None:
+def _flatten_given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """As `flatten`, with empty mappings as values, except for the groups of a config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping | ConfigDict) and value:
+            flat |= _flatten_given(value, f"{name}.")
+        elif not isinstance(value, Mapping | ConfigDict) or name not in GROUPS:
+            flat[name] = value
+    return flat
+
+
+def _check_structure(config: Any) -> None:
+    """Raises: ConfigError for what is not a nested mapping of groups."""
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ConfigError(
+            f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
+        )
+    _check_keys(config)
     for group, (_, leaves) in GROUPS.items():
         if group and group in config and not isinstance(config[group], Mapping | ConfigDict):
             leaf, example = next(iter(leaves.items()))
             raise ConfigError(
-                f"{group}={config[group]!r} must be a group of leaves, such as {{{leaf!r}: {example.default!r}}}"
+                f"{group}={_shown(config[group])} must be a group of leaves, such as {{{leaf!r}: {example.default!r}}}"
             )
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if "." in str(key):
+            group, _, leaf = str(key).partition(".")
+            raise ConfigError(f"the key {key!r} has a dot; nest it: {{{group!r}: {{{leaf!r}: ...}}}}")
+        if isinstance(value, Mapping | ConfigDict):
+            _check_keys(value)
 
 
 def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
@@ -119,18 +210,27 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
         raise ConfigError(
             f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it"
         )
-    raise ConfigError(f"unknown leaf {name}; did you mean {nearest(name, leaves)}?")
+    near = nearest(name, leaves)
+    if "." not in name:  # perhaps a misspelled group
+        near = next(iter(difflib.get_close_matches(name, [group for group in GROUPS if group], n=1)), near)
+    advice = f"did you mean {near}?" if near else "docs/configuration.md lists all leaves"
+    raise ConfigError(f"unknown leaf {name}; {advice}")
 
 
 def _field(name: str, leaf: Leaf, value: Any) -> Any:
     """The value of a leaf as a ConfigDict holds it. Raises: ConfigError."""
+    value = _check(name, leaf, value)
+    # A ConfigDict holds each leaf to the type of its first value, which is too narrow where several types are allowed.
+    return FieldReference(value, field_type=object) if isinstance(leaf.kind, OneOf) else value
+
+
+def _check(name: str, leaf: Leaf, value: Any) -> Any:
+    """The value of a leaf in its own type. Raises: ConfigError."""
     try:
-        value = leaf.kind.check(value)
+        return leaf.kind.check(value)
     except (ValueError, TypeError, OverflowError):
         hint = leaf.kind.hint(value) or _first_sentence(leaf.meaning)
         raise ConfigError(f"{name}={_shown(value)} must be {leaf.kind.allowed}; {hint}") from None
-    # A ConfigDict holds each leaf to the type of its first value, which is too narrow where several types are allowed.
-    return FieldReference(value, field_type=object) if isinstance(leaf.kind, OneOf) else value
 
 
 def _parse(name: str, leaf: Leaf, text: str) -> Any:
@@ -148,7 +248,7 @@ def _first_sentence(meaning: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())  # an array's has several lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

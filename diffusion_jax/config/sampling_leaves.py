@@ -27,6 +27,8 @@ class _Steps(OneOf):
     """A number of steps, several numbers, or None. Text is read as OpenAI's "ddim50" or "10,15,20" for the hint alone."""
 
     def hint(self, value: Any) -> str:
+        if isinstance(value, int | str) and str(value) == "0":
+            return "write None for all timesteps"
         if not isinstance(value, str):
             return super().hint(value)
         counts = value.removeprefix("ddim").replace(" ", "")
@@ -98,7 +100,9 @@ SAMPLING: dict[str, Leaf] = {
         0.0, Number(minimum=0, maximum=1), "How much of guidance's change of contrast is removed."
     ),
     "classifier": Leaf(
-        "", Text(), 'Guiding classifier: its work directory, or a path as `pretrained.load` takes it; "" for none.'
+        "",
+        Text(path=True),
+        'Guiding classifier: its work directory, or a path as `pretrained.load` takes it; "" for none.',
     ),
     "classifier_flags": Leaf("", Text(), "What the classifier's weights do not describe, as `init_flags`."),
     "classifier_scale": Leaf(1.0, Number(), "Scale of classifier guidance."),
@@ -108,7 +112,7 @@ SAMPLING: dict[str, Leaf] = {
         "What the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM).",
     ),
     "low_resolution": Leaf(
-        "", Text(), "Small images that an upsampler enlarges: an .npz of --mode=sample, or a folder of images."
+        "", Text(path=True), "Small images that an upsampler enlarges: an .npz of --mode=sample, or a folder of images."
     ),
     "low_resolution_noise": Leaf(
         0.0,
@@ -137,9 +141,11 @@ EDITING: dict[str, Leaf] = {
         Choice("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate"),
         "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
     ),
-    "image": Leaf("", Text(), "File of the image to edit."),
-    "mask": Leaf("", Text(), "File of the mask of inpaint and replace: an image that is white where pixels are known."),
-    "other": Leaf("", Text(), "File of the second image of interpolate."),
+    "image": Leaf("", Text(path=True), "File of the image to edit."),
+    "mask": Leaf(
+        "", Text(path=True), "File of the mask of inpaint and replace: an image that is white where pixels are known."
+    ),
+    "other": Leaf("", Text(path=True), "File of the second image of interpolate."),
     "num_samples": Leaf(
         8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
     ),
@@ -156,7 +162,9 @@ EDITING: dict[str, Leaf] = {
 
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
-    "data_dir": Leaf("", Text(), 'Directory of that split, for a folder, which has no splits; "" for `data.data_dir`.'),
+    "data_dir": Leaf(
+        "", Text(path=True), 'Directory of that split, for a folder, which has no splits; "" for `data.data_dir`.'
+    ),
     "num_examples": Leaf(0, Integer(0), "Number of images measured, the first of the split; 0 for all."),
     "batch_size": Leaf(64, Integer(1), "Images that are measured at a time."),
     "strata": Leaf(
@@ -190,7 +198,9 @@ EVALUATION: dict[str, Leaf] = {
         "otherwise inception.",
     ),
     "inception": Leaf(
-        "", Text(), 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.'
+        "",
+        Text(path=True),
+        'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.',
     ),
     "resize": Leaf(
         "tf1",
@@ -204,6 +214,7 @@ EVALUATION: dict[str, Leaf] = {
             "names from fid, sfid, kid, is, precision_recall, density_coverage, memorization",
             minimum_length=1,
             shown="('fid',)",
+            bare=True,
         ),
         "Metrics of samples. Use `evaluation.num_samples=0` for none.",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -71,15 +71,16 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
 
 
-def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    """The name that is most like `name`: like its last part first, then like the whole."""
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that is most like `name`: like its last part and like the whole; None where their mean is below `cutoff`."""
     last = name.rpartition(".")[2]
 
     def likeness(known: str) -> float:
         part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
-        return part + difflib.SequenceMatcher(None, name, known).ratio()
+        return (part + difflib.SequenceMatcher(None, name, known).ratio()) / 2
 
-    return max(names, key=likeness)
+    best = max(names, key=likeness)
+    return best if likeness(best) >= cutoff else None
 
 
 _INTRODUCTION = """# Configuration

@@ -7,7 +7,18 @@ import functools
 
 from diffusion_jax import losses, process, schedules, timesteps
 from diffusion_jax.config.leaf import Leaf
-from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf, Text, Tuple, optional
+from diffusion_jax.config.values import (
+    Boolean,
+    Choice,
+    ChoiceOrNone,
+    DType,
+    Integer,
+    Number,
+    OneOf,
+    Text,
+    Tuple,
+    optional,
+)
 
 __all__ = ["CLASSIFIER_MODEL", "DATA", "DIFFUSION", "EMA", "MESH", "MODEL", "OPTIMIZER", "ROOT", "SEED", "TRAINING"]
 
@@ -17,7 +28,7 @@ SEED = Integer(0, 2**32 - 1)
 ROOT: dict[str, Leaf] = {
     "seed": _IdentityLeaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
     "init_from": Leaf(
-        "", Text(), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
+        "", Text(path=True), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
     ),
     "init_flags": Leaf(
         "", Text(), "What the weights of `init_from` do not describe: the name of a preset, OpenAI's flags, or JSON."
@@ -30,7 +41,7 @@ DATA: dict[str, Leaf] = {
         Text(),
         'Name of a TFDS data set, "folder" (images below `data.data_dir`) or "digits" (scikit-learn\'s).',
     ),
-    "data_dir": Leaf("", Text(), 'Directory of TFDS ("" for ~/tensorflow_datasets), or the folder of images.'),
+    "data_dir": Leaf("", Text(path=True), 'Directory of TFDS ("" for ~/tensorflow_datasets), or the folder of images.'),
     "download": Leaf(
         True,
         Boolean(),
@@ -62,13 +73,13 @@ MODEL: dict[str, Leaf] = {
     "channels": _IdentityLeaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": _IdentityLeaf(
         (1, 2, 2, 2),
-        Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
+        Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)", bare=True),
         "Width of each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
     ),
     "num_res_blocks": _IdentityLeaf(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
     "attention_levels": _IdentityLeaf(
         (1,),
-        Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
+        Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none", bare=True),
         "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has one layer.",
     ),
     "num_heads": _IdentityLeaf(1, Integer(1), "Attention heads of each layer."),
@@ -116,7 +127,7 @@ MODEL: dict[str, Leaf] = {
     ),
     "dtype": _IdentityLeaf(
         "float32",
-        Choice("float32", "bfloat16"),
+        DType("float32", "bfloat16"),
         "Type that the layers compute in. float16 is not supported, because its gradients underflow without loss scaling.",
     ),
     "convolution": Leaf(
@@ -174,7 +185,7 @@ DIFFUSION: dict[str, Leaf] = {
         "Largest standard deviation of the noise on an upsampler's small images; 0 for exact ones.",
     ),
     "weighting": _IdentityLeaf(
-        "none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."
+        "none", ChoiceOrNone("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."
     ),
     "timestep_sampler": _IdentityLeaf(
         "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "How the timesteps of a batch are drawn."

@@ -6,12 +6,18 @@ import ast
 import dataclasses
 import difflib
 import math
-import numbers
+import os
 from typing import Any, Protocol
+
+import numpy as np
+
+from diffusion_jax.config.conversion import to_float, to_integer, to_items, to_scalar
 
 __all__ = [
     "Boolean",
     "Choice",
+    "ChoiceOrNone",
+    "DType",
     "Integer",
     "Interval",
     "Nothing",
@@ -77,9 +83,10 @@ class Boolean:
     example: str = ""
 
     def check(self, value: Any) -> bool:
-        if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, too
+        value = to_scalar(value)
+        if not isinstance(value, bool):
             raise ValueError
-        return bool(value)
+        return value
 
     def parse(self, text: str) -> bool:
         try:
@@ -93,16 +100,22 @@ class Boolean:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A string. quotes: whether the command line may put quotes around it, to mark a string that looks like a number."""
+    """A string.
+
+    quotes: whether the command line may put quotes around it, to mark a string that looks like a number.
+    path: whether it is a path, which may also be given as an os.PathLike.
+    """
 
     quotes: bool = False
+    path: bool = False
     allowed: str = "a string"
     example: str = ""
 
     def check(self, value: Any) -> str:
+        value = os.fspath(value) if self.path and isinstance(value, os.PathLike) else value
         if not isinstance(value, str):
             raise ValueError
-        return value
+        return str(value)  # not a subclass, such as NumPy's
 
     def parse(self, text: str) -> str:
         if self.quotes and text[:1] in ("'", '"'):
@@ -130,9 +143,7 @@ class Integer:
         return "a whole number" + ("" if self.minimum is None else f" of at least {self.minimum}")
 
     def check(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise ValueError
-        number = int(value)
+        number = to_integer(value)
         if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
             raise ValueError
         return number
@@ -147,7 +158,11 @@ class Integer:
         return int(value)
 
     def hint(self, value: Any) -> str:
-        return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        return _integer_hint(value)
+
+
+def _integer_hint(value: Any) -> str:
+    return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +188,8 @@ class Number:
         return "a finite number" if self.minimum is None else f"a number of at least {self.minimum:g}"
 
     def check(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError
-        number = float(value)
-        inside = (
+        number = to_float(value)
+        inside = math.isfinite(number) and (
             (self.minimum is None or number >= self.minimum)
             and (self.maximum is None or number <= self.maximum)
             and (self.above is None or number > self.above)
@@ -207,11 +220,10 @@ class Choice:
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
     def check(self, value: Any) -> Any:
-        for choice in self.choices:
-            same_kind = isinstance(value, str) == isinstance(choice, str) and not isinstance(value, bool)
-            if same_kind and value == choice:
-                return choice
-        raise ValueError
+        value = value if isinstance(value, str) else to_integer(value)
+        if value not in self.choices:
+            raise ValueError
+        return self.choices[self.choices.index(value)]
 
     def parse(self, text: str) -> Any:
         for choice in self.choices:
@@ -222,18 +234,43 @@ class Choice:
     def hint(self, value: Any) -> str:
         names = [choice for choice in self.choices if isinstance(choice, str)]
         near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-        return f"did you mean {near[0]}?" if near else ""
+        return f"did you mean {near[0]}?" if near else "" if names else _integer_hint(value)
+
+
+class ChoiceOrNone(Choice):
+    """One of some names, of which None means "none"."""
+
+    def check(self, value: Any) -> Any:
+        return super().check("none" if value is None else value)
+
+
+class DType(Choice):
+    """The name of a floating type, or the type itself, such as jnp.bfloat16 or np.dtype("float32")."""
+
+    def check(self, value: Any) -> Any:
+        return super().check(np.dtype(value).name if isinstance(value, type | np.dtype) else value)
+
+    def hint(self, value: Any) -> str:
+        name = value if isinstance(value, str) else np.dtype(value).name if isinstance(value, type | np.dtype) else ""
+        if name == "float16":
+            return "gradients underflow without loss scaling, so use bfloat16"
+        return super().hint(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuple:
-    """A tuple (or a list) of items of one kind. items: what they are, in the plural."""
+    """A tuple (or another sequence) of items of one kind.
+
+    items: what they are, in the plural.
+    bare: whether the command line may give one item alone, and several names without quotes: `fid,kid`.
+    """
 
     item: ValueKind
     items: str
     length: int | None = None
     minimum_length: int = 0
     shown: str = ""
+    bare: bool = False
 
     @property
     def allowed(self) -> str:
@@ -245,20 +282,27 @@ class Tuple:
         return ""
 
     def check(self, value: Any) -> tuple:
-        if not isinstance(value, tuple | list) or len(value) < self.minimum_length:
+        items = to_items(value)
+        if len(items) < self.minimum_length or (self.length is not None and len(items) != self.length):
             raise ValueError
-        if self.length is not None and len(value) != self.length:
-            raise ValueError
-        return tuple(self.item.check(item) for item in value)
+        return tuple(self.item.check(item) for item in items)
 
     def parse(self, text: str) -> tuple:
+        if self.bare and isinstance(self.item, Choice) and not set(text) & set("()[]'\""):
+            return tuple(self.item.parse(name.strip()) for name in text.split(",") if name.strip())
         value = _literal(text)
-        if not isinstance(value, tuple | list):
+        if isinstance(value, tuple | list):
+            return tuple(value)  # `check` refuses items, with a hint
+        if not self.bare:
             raise ValueError
-        return tuple(value)  # `check` refuses items, with a hint
+        return (value,)
 
     def hint(self, value: Any) -> str:
-        for item in value if isinstance(value, tuple | list) else ():
+        try:
+            items = to_items(value)
+        except ValueError:
+            return ""
+        for item in items:
             try:
                 self.item.check(item)
             except ValueError:
@@ -279,13 +323,10 @@ class Interval:
         return f"two numbers (low, high), or () for {self.unit}"
 
     def check(self, value: Any) -> tuple[float, ...]:
-        if not isinstance(value, tuple | list) or len(value) not in (0, 2):
+        bounds = tuple(to_float(bound) for bound in to_items(value))
+        if len(bounds) not in (0, 2) or (bounds and not bounds[0] <= bounds[1]):
             raise ValueError
-        if any(isinstance(bound, bool) or not isinstance(bound, numbers.Real) for bound in value):
-            raise ValueError
-        if value and not value[0] <= value[1]:
-            raise ValueError
-        return tuple(value)
+        return bounds
 
     def parse(self, text: str) -> tuple[float, ...]:
         return self.check(_literal(text))

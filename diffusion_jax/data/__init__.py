@@ -81,11 +81,12 @@ def load(
 ) -> Source:
     """The source of `config.data`, in memory if it fits into `data.memory_mb`.
 
-    A missing TFDS data set is downloaded and prepared first, if `data.download` exists and is true.
+    config: the leaves of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
+    downloaded and prepared first, if `data.download` is true.
     progress: as for `InMemory`, while the images are decoded. log: called with lines about the images.
     Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
-    resolve({"data": config})  # for its errors alone: `config` may be partial
+    config = resolve({"data": config})["data"]
     height, width, channels = image_shape(config)
     source = _open_source(config, (height, width), channels)
     log(f"{describe(source)}.")
@@ -103,6 +104,6 @@ def _open_source(config: Mapping, image_size: tuple[int, int], channels: int) ->
     if config["dataset"] == "folder":
         return Folder(config["data_dir"] or "", image_size, channels)
     name, data_dir = config["dataset"], config["data_dir"] or None
-    if config.get("download", False):
+    if config["download"]:
         prepare(name, lambda: make_builder(name, data_dir), data_dir)
     return Tfds(name, config["split"], data_dir, image_size, channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import migrate, resolve
+from diffusion_jax.config import drop_unknown, migrate, resolve
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -37,10 +38,14 @@ def is_native(tensors: Tensors) -> bool:
 
 
 def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
-    """The description and parameters of a run's newest checkpoint; without parameters None. Raises: PretrainedError."""
+    """The description and parameters of a run's newest checkpoint; without parameters None.
+
+    Warns of leaves of its config that this version does not have, which are ignored. Raises: PretrainedError.
+    """
     stored = read_json(path / "config.json")
     try:
-        config = resolve(migrate(stored))
+        known, unknown = drop_unknown(migrate(stored))
+        config = resolve(known)
         model, shape = training.model_from_config(config), training.input_shape(config)
         height, width, channels = data.image_shape(config["data"])
         diffusion = config["diffusion"]
@@ -58,6 +63,11 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         )
     except (KeyError, ValueError, TypeError, DataError) as error:
         raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
+    if unknown:
+        names = ", ".join(unknown)
+        warnings.warn(
+            f"leaves of {path / 'config.json'} that this version does not have are ignored: {names}", stacklevel=2
+        )
     if not with_params:
         return description, None
     abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))

@@ -1,12 +1,14 @@
 """Complete configs from partial mappings, from command lines and from the files of earlier versions."""
 
 import json
+import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import config, training
+from diffusion_jax import config, data, training
 
 TINY = {"channels": 8, "channel_multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "num_groups": 4}
 
@@ -48,6 +50,33 @@ def test_values_get_the_type_of_their_leaf():
         ({"training": {"batchsize": 3}}, "unknown leaf training.batchsize; did you mean training.batch_size?"),
         ({"trainng": {"num_steps": 3}}, "unknown leaf trainng.num_steps; did you mean training.num_steps?"),
         ({"sede": 3}, "unknown leaf sede; did you mean seed?"),
+        ({"xyz": 3}, "unknown leaf xyz; docs/configuration.md lists all leaves"),
+        ({"trainnig": {}}, "unknown leaf trainnig; did you mean training?"),
+        ({"data": {"foo": {}}}, "unknown leaf data.foo; docs/configuration.md lists all leaves"),
+        (
+            {"seed": {}},
+            "seed={} must be a whole number in 0 ... 4294967295; meaning: Seed of the initial parameters, the batches and "
+            "the noise of training",
+        ),
+        (
+            {"training.num_steps": 3},
+            "the key 'training.num_steps' has a dot; nest it: {'training': {'num_steps': ...}}",
+        ),
+        (
+            None,
+            "a config must be a nested mapping, such as {'training': {'num_steps': 800000}}, and not None",
+        ),
+        ([1], "a config must be a nested mapping, such as {'training': {'num_steps': 800000}}, and not [1]"),
+        (
+            {"diffusion": {"loss": np.zeros((2, 2))}},
+            "the line starts with diffusion.loss=array([[0., 0.], [0., 0.]]) must be",
+        ),
+        (
+            {"data": {"channels": 3.0}},
+            "data.channels=3.0 must be 1 or 3; write 3",
+        ),
+        ({"model": {"dtype": "float16"}}, "type: gradients underflow without loss scaling, so use bfloat16"),
+        ({"model": {"dtype": np.float16}}, "type: gradients underflow without loss scaling, so use bfloat16"),
         ({"seed": {"value": 3}}, "unknown leaf seed.value; seed is a leaf itself, not a group"),
         ({"training": 5}, "training=5 must be a group of leaves, such as {'num_steps': 800000}"),
         (
@@ -69,7 +98,11 @@ def test_values_get_the_type_of_their_leaf():
 def test_what_is_wrong_is_one_line(given, line):
     with pytest.raises(config.ConfigError) as caught:
         config.resolve(given)
-    assert str(caught.value) == line or (line in str(caught.value) and line[0] in "'t")
+    part = line.removeprefix("the line starts with ").removeprefix("type: ")
+    assert str(caught.value) == line or (part in str(caught.value) and line[0] in "'t")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(config.ConfigError):
+        config.override(given, {"data.image_size": "8"})
 
 
 def test_a_classifier_has_the_leaves_of_its_own_network():
@@ -139,3 +172,87 @@ def test_a_config_of_this_version_is_not_changed_by_migration():
     assert config.migrate(stored) == stored
     assert config.resolve(config.migrate(stored)).to_dict() == config.experiment("mnist_conditional").to_dict()
     assert config.migrate({"sampling": 5}) == {"sampling": 5}  # `resolve` refuses it
+
+
+def test_fields_that_refer_to_an_overridden_one_follow_it():
+    given = config.default()
+    given.optimizer.decay_steps = given.training.get_ref("num_steps")
+    given.training.log_every = given.training.get_ref("num_steps") // 100
+    given.lock()
+    resolved = config.override(given, {"training.num_steps": "1000"})
+    assert (resolved.training.num_steps, resolved.optimizer.decay_steps, resolved.training.log_every) == (
+        1000,
+        1000,
+        10,
+    )
+    resolved = config.override(given, {"training.num_steps": "1000", "optimizer.decay_steps": "5"})
+    assert (resolved.training.num_steps, resolved.optimizer.decay_steps, resolved.training.log_every) == (1000, 5, 10)
+    assert given.training.num_steps == given.optimizer.decay_steps == 800_000  # the argument is left alone
+
+
+def test_values_of_other_libraries_are_taken_as_python_values():
+    given = {
+        "training": {"num_steps": np.array(7), "batch_size": jnp.int32(4), "profile": np.bool_(True)},
+        "optimizer": {"learning_rate": jnp.float32(0.5)},
+        "model": {"attention_levels": np.array([0, 1]), "dtype": jnp.bfloat16},
+        "diffusion": {"weighting": None},
+        "sampling": {"guidance_interval": np.array([0, 500]), "churn_range": (1, np.inf), "steps": range(1, 3)},
+        "data": {"data_dir": pathlib.Path("images")},
+    }
+    resolved = config.resolve(given)
+    flat = config.flatten(resolved)
+    values = {name: flat[name] for name in config.flatten(given)}
+    assert values == {
+        "training.num_steps": 7,
+        "training.batch_size": 4,
+        "training.profile": True,
+        "optimizer.learning_rate": 0.5,
+        "model.attention_levels": (0, 1),
+        "model.dtype": "bfloat16",
+        "diffusion.weighting": "none",
+        "sampling.guidance_interval": (0.0, 500.0),
+        "sampling.churn_range": (1.0, float("inf")),
+        "sampling.steps": (1, 2),
+        "data.data_dir": "images",
+    }
+    items = [item for value in values.values() for item in (value if isinstance(value, tuple) else (value,))]
+    assert {type(item) for item in items} == {int, float, bool, str}
+    assert {type(bound) for bound in resolved.sampling.guidance_interval + resolved.sampling.churn_range} == {float}
+    assert config.resolve({"model": {"dtype": np.dtype("float32")}}).model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "text", "value"),
+    [
+        ("model.attention_levels", "1", (1,)),
+        ("model.attention_levels", "()", ()),
+        ("model.attention_levels", "1,2", (1, 2)),
+        ("evaluation.metrics", "fid", ("fid",)),
+        ("evaluation.metrics", "fid, kid", ("fid", "kid")),
+        ("sampling.label", "tench, Tinca tinca", "tench, Tinca tinca"),  # one name
+    ],
+)
+def test_a_tuple_may_be_written_without_parentheses(leaf, text, value):
+    assert config.flatten(config.override({}, {leaf: text}))[leaf] == value
+
+
+def test_steps_that_are_not_all_numbers_are_not_translated():
+    assert config.migrate({"sampling": {"steps": "10,x,20"}}) == {"sampling": {"steps": "10,x,20"}}
+
+
+def test_a_group_that_is_no_group_is_refused_with_overrides():
+    with pytest.raises(config.ConfigError, match="data=5 must be a group of leaves"):
+        config.override({"data": 5}, {"data.image_size": "8"})
+
+
+def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "C:mine.py").write_text("def get_config(seed='1'):\n    return {'seed': int(seed)}\n")
+    assert config.load("C:mine.py").seed == 1 and config.load("C:mine.py:23").seed == 23
+    with pytest.raises(config.ConfigError, match="C:mine.py:x: line 2 of C:mine.py raises ValueError"):
+        config.load("C:mine.py:x")
+
+
+def test_data_takes_a_partial_mapping():
+    source = data.load({"dataset": "digits", "image_size": 8, "channels": np.int64(1)})
+    assert len(source) > 0 and source.read(np.arange(2))[0].shape == (2, 8, 8, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import cli, config
+from diffusion_jax import cli, config, pretrained
 from diffusion_jax.data import DataError
 from diffusion_jax.errors import CheckpointError, ConfigError, UserError
 from diffusion_jax.pretrained import PretrainedError
@@ -83,7 +83,16 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--config.mesh.data=3"], "mesh.data=3"),
     (["--config=configs/digits.py", "--config.model.channels=30"], "does not divide a layer of 30 channels"),
     (["--config=configs/nothing.py"], "no such file"),
-    (["--config=configs/digits.py", "--mode=trian"], "trian"),
+    (["--config=configs/digits.py", "--mode=trian"], "'trian' must be one of train, "),
+    (["--config=configs/digits.py", "--mode=smaple"], "did you mean sample?"),
+    (["--config=configs/digits.py", "--xyz=3"], "unknown flag --xyz; --help lists all flags"),
+    (["--config=configs/workdir.py:runs/1"], "leave --config out: --workdir=DIR"),
+    (["--config=configs/pretrained.py:weights.pt"], "use --pretrained=PATH"),
+    (["--config=configs/default.py"], "use --config=cifar10, or config.default()"),
+    ([], "holds no run whose config could be used"),
+    (["--config=digits", "--config.diffusion.loss=classify"], "such as --config=digits_classifier"),
+    (["--config=digits", "--config.sampling.steps=0"], "write None for all timesteps"),
+    (["--config=digits", "--config.model.dtype=float16"], "gradients underflow without loss scaling"),
     (["--config=configs/digits.py", "surplus"], "surplus"),
     (["--config=configs/digits.py", "--config.seed=-1"], "seed=-1"),
     (["--config=configs/digits.py", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
@@ -119,6 +128,9 @@ SECOND_LAUNCHES = [
     (["--config={}/no_python.py"], ["line 1 of ", "no_python.py is not valid Python", "def get_config(:"]),
     (["--config={}/no_module.py"], ["line 2 of ", "no_module.py", "No module named 'torchvisionn'", "install it"]),
     (["--config={}/raising.py"], ["line 6 of ", "raising.py raises TypeError", "'channels'", "many"]),
+    (["--config={}/unknown_leaf.py"], ["--config=", "unknown_leaf.py: unknown leaf training.step; did you mean"]),
+    (["--config={}/dictionary.py"], ["--config=", "dictionary.py: seed=-1 must be a whole number"]),
+    (["--config={}/of_0_1.py"], ["of_0_1.py", "in version 0.2: from diffusion_jax.config import default"]),
     (["--config={}/returning_none.py"], ["returns None", "its return statement missing", "ConfigDict"]),
     (["--config=configs/digitz.py"], ["configs/digitz.py: no such file", "such as digits"]),
     (["--config=configs/digits.py:8"], ["configs/digits.py takes no argument; use --config=configs/digits.py"]),
@@ -183,6 +195,9 @@ def wrong(tmp_path_factory):
         "no_python": "def get_config(:\n    pass\n",
         "no_module": "import math\nimport torchvisionn\n",
         "raising": f"{digits}    config.model.channels = 'many'\n    return config\n",
+        "unknown_leaf": f"{digits}    config.training.step = 3\n    return config\n",
+        "dictionary": "def get_config():\n    return {'seed': -1}\n",
+        "of_0_1": "from configs import default\n",
         "returning_none": digits,
     }.items():
         (folder / f"{name}.py").write_text(text)
@@ -297,13 +312,47 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path):
             config.override({}, {"editing.level": text})
 
 
-@pytest.mark.parametrize("leaf", ["sampling.temperature", "notes.by"])
-def test_an_unknown_leaf_in_a_stored_config_is_refused(leaf, tmp_path):
-    """Ignoring a leaf of a later version could change what a run computes."""
-    group, name = leaf.split(".")
-    (tmp_path / "config.json").write_text(json.dumps({group: {name: 2.0}}))
-    with pytest.raises(ConfigError, match=f"config.json: unknown leaf {leaf}; did you mean .*remove the line"):
+def test_unknown_leaves_in_a_stored_config_are_ignored_with_a_note(tmp_path, capsys):
+    """Version 0.1 stored whatever a config file had added."""
+    stored = {"sampling": {"temperature": 2.0}, "notes": {"by": "me"}, "comment": "x", "seed": 3}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert stored_config.from_workdir(tmp_path).seed == 3
+    assert "are ignored: sampling.temperature, notes.by, comment" in capsys.readouterr().out
+    lines = []
+    stored_config.from_workdir(tmp_path, log=lines.append)
+    assert len(lines) == 1 and lines[0].startswith("Note: ") and str(tmp_path / "config.json") in lines[0]
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.warns(UserWarning, match="are ignored: sampling.temperature, notes.by, comment"):
+        pretrained.describe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stored", "advice"),
+    [
+        ({"training": {"num_step": 3}}, "training.num_steps"),
+        ({"trainnig": {"num_steps": 3}}, "training.num_steps"),
+        ({"inti_from": ""}, "init_from"),
+    ],
+)
+def test_a_misspelled_leaf_in_a_stored_config_is_refused(stored, advice, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=rf"config.json: unknown leaf .*; did you mean {advice}\?; .*remove the line"):
         stored_config.from_workdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(PretrainedError, match=f"did you mean {advice}"):
+        pretrained.describe(str(tmp_path))
+
+
+def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
+    stored = tiny_config(init_from="weights.pt", init_flags="preset")
+    workdir.write_config(stored, tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
+    flags = ["--pretrained=weights.pt", f"--workdir={tmp_path}"]
+    for more in ([], ["--config=digits"]):
+        parsed = cli.parse([*flags, *more]).config
+        assert (parsed.init_from, parsed.init_flags) == ("weights.pt", "preset")
+    assert cli.parse([*flags, "--pretrained_flags=other"]).config.init_flags == "other"
 
 
 def test_the_compiler_s_options_are_shown_on_request_alone(capsys):
