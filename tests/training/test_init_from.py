@@ -150,7 +150,7 @@ def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
     for flags, words in (
         ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
         ([f"--pretrained={folder}", "--pretrained_flags=adm_lsun"], "fields of the scheduler's config"),
-        ([f"--pretrained={folder}", "--config.sampling.color=1"], "unknown config key config.sampling.color"),
+        ([f"--pretrained={folder}", "--config.sampling.color=1"], "unknown leaf sampling.color"),
         (["--config=configs/digits.py", f"--pretrained={folder}"], "is another network"),
     ):
         code, _, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}", *flags))
