@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, Unpack
+from typing import Literal, NamedTuple, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.sampling import EncodeOptions, Sampler, Step
+from diffusion_jax.sampling import EncodeOptions, Sampler, Step, Trajectory
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
@@ -56,6 +56,7 @@ def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
     return jnp.asarray(mask, bool)
 
 
+@overload
 def sdedit(
     key: Key[Array, ""],
     schedule: Schedule,
@@ -65,12 +66,38 @@ def sdedit(
     *,
     strength: float = 0.5,
     final_step: bool = True,
+    trajectory: Literal[False] = False,
     progress: Callable[[int], None] | None = None,
-) -> Float[Array, "B *shape"]:
+) -> Float[Array, "B *shape"]: ...
+@overload
+def sdedit(
+    key: Key[Array, ""],
+    schedule: Schedule,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
+    sampler: Sampler,
+    *,
+    strength: float = 0.5,
+    final_step: bool = True,
+    trajectory: Literal[True] | Sequence[int] | Int[np.ndarray, "K"],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Array, "B *shape"], Trajectory]: ...
+def sdedit(
+    key: Key[Array, ""],
+    schedule: Schedule,
+    denoise_fn: DenoiseFn,
+    x_0: Float[ArrayLike, "B *shape"],
+    sampler: Sampler,
+    *,
+    strength: float = 0.5,
+    final_step: bool = True,
+    trajectory: bool | Sequence[int] | Int[np.ndarray, "K"] = False,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Array, "B *shape"] | tuple[Float[Array, "B *shape"], Trajectory]:
     """Image to image (Meng et al. 2022): x_0 is noised to the fraction `strength` of the schedule and denoised again.
 
     x_0: a sketch, a collage, a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
-    final_step, progress: as `sampling.sample`. Raises: ValueError for another strength.
+    final_step, trajectory, progress: as `sampling.sample`, as is the result. Raises: ValueError for another strength.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
@@ -78,7 +105,15 @@ def sdedit(
     key_noise, key_sample = jax.random.split(key)
     x_t = _add_noise(key_noise, schedule, x_0, start)
     return sampling.sample(
-        key_sample, schedule, denoise_fn, x_t, sampler, start=start, final_step=final_step, progress=progress
+        key_sample,
+        schedule,
+        denoise_fn,
+        x_t,
+        sampler,
+        start=start,
+        final_step=final_step,
+        trajectory=trajectory,
+        progress=progress,
     )
 
 

@@ -112,6 +112,19 @@ def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
             editing.sdedit(KEY, schedule, pixels, x_0, sampling.ddim(), strength=strength)
 
 
+def test_sdedit_returns_the_trajectory_that_sample_returns():
+    schedule, x_0 = schedules.respace(FULL, 10, "log_snr"), jnp.ones((2, 3))
+    edit = lambda trajectory: editing.sdedit(  # noqa: E731
+        KEY, schedule, pixels, x_0, sampling.ddim(), strength=0.5, trajectory=trajectory
+    )
+    x, kept = edit([3, 0])
+    np.testing.assert_array_equal(x, edit(False))
+    np.testing.assert_array_equal(kept.t, [3, 0])
+    assert kept.x_t.shape == kept.x_0.shape == (2, *x_0.shape)
+    np.testing.assert_array_equal(edit(True)[1].t, [4, 3, 2, 1, 0])  # half of 10 steps
+    np.testing.assert_array_equal(kept.x_0[-1], x)
+
+
 OPERATORS = {
     "gray": editing.gray(3),
     "average_pool": editing.average_pool(4),

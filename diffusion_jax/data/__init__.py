@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from diffusion_jax.config import resolve
+from diffusion_jax.config import LEAVES, resolve
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.source import Source
@@ -34,7 +34,16 @@ __all__ = [
 
 
 def image_shape(config: Mapping) -> tuple[int, int, int]:
-    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width)."""
+    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width).
+
+    Raises: DataError for a size or a number of channels that its leaf does not allow.
+    """
+    for name in ("image_size", "channels"):
+        kind = LEAVES[f"data.{name}"].kind
+        try:
+            kind.check(config[name])
+        except ValueError:
+            raise DataError(f"data.{name}={config[name]!r} must be {kind.allowed}") from None
     size = config["image_size"]
     height, width = size if isinstance(size, tuple | list) else (size, size)
     return height, width, config["channels"]

@@ -30,7 +30,7 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Everything about pretrained weights except the parameters.
+    """The description of pretrained weights: all of `Pretrained` except the parameters.
 
     family: a text that names the source. model: the network. channels: of an image. image_size: (height, width). schedule:
     the one of training; its timesteps are the network times. prediction, variance, clip: as the samplers take them.
@@ -160,7 +160,8 @@ class Pretrained(Description):
         """The sampler with the network's prediction, and its variance if that is learned."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
-        fields = {field.name for field in dataclasses.fields(sampler)} if dataclasses.is_dataclass(sampler) else set()
+        options = dataclasses.fields(sampler) if dataclasses.is_dataclass(sampler) else ()
+        fields = {field.name for field in options if field.init}
         changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             changes["variance"] = self.variance
@@ -185,7 +186,7 @@ class Pretrained(Description):
         if np.shape(y) not in ((), (num_images,)):
             raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {np.shape(y)}")
         null_label = self.model.null_label is not None
-        y = labels.in_range(y, self.num_classes + null_label, null_label)
+        y = labels.in_range(np.asarray(y), self.num_classes + null_label, null_label)
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
@@ -233,7 +234,11 @@ def make_description(
     clip: bool | Callable = True,
     low_resolution: int = 0,
 ) -> Description:
-    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`. Raises: ValueError."""
+    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+
+    Raises: ValueError for values that `training.schedule_from_config` does not allow; `pretrained.load` turns it into a
+    PretrainedError.
+    """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
     return Description(
         family=family,

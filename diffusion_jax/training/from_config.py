@@ -1,4 +1,4 @@
-"""What the groups of a config describe: the schedule, the network and the shape of its input."""
+"""The schedule, the network and the shape of its input, from the groups of a config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax import data, models, schedules
+from diffusion_jax import data, models, process, schedules
 from diffusion_jax.training.state import Network
 
 __all__ = [
@@ -53,7 +53,13 @@ def input_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
-    """The Schedule of `config.diffusion`. Raises: ValueError for values that contradict each other."""
+    """The Schedule of `config.diffusion`.
+
+    Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
+    """
+    for leaf, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
+        if config[leaf] not in known:
+            raise ValueError(f"diffusion.{leaf}={config[leaf]!r} is unknown; use {', '.join(known)}")
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, DataError
 
 CONFIG = {
     "dataset": "digits",
@@ -19,6 +19,21 @@ CONFIG = {
     "memory_mb": 100,
     "workers": 0,
 }
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "words"),
+    [
+        ("image_size", -8, "a whole number of at least 1"),
+        ("image_size", (8, -8), "a tuple of 2 whole numbers"),
+        ("image_size", (8, 8, 8), "a tuple of 2 whole numbers"),
+        ("channels", 5, "1 or 3"),
+    ],
+)
+def test_shapes_that_no_image_has_are_refused(leaf, value, words):
+    with pytest.raises(DataError, match=rf"data.{leaf}=.* must be .*{words}"):
+        data.image_shape(CONFIG | {leaf: value})
+    assert data.image_shape(CONFIG | {"image_size": (4, 6)}) == (4, 6, 1)
 
 
 class Numbers:

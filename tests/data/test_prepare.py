@@ -136,7 +136,7 @@ def test_without_permission_to_download(server, tmp_path):
         ("404", "download failed: .*HTTP code: 404.*same command"),
         ("403", "HTTP code: 403"),
         ("503", "download failed: too many 503 error responses"),
-        ("drops", "download failed: Connection broken: IncompleteRead.*; run the same command"),
+        ("drops", "download failed: Connection broken: IncompleteRead.*; rerun the same command"),
         ("no length", "wrong checksum.*same command"),
         ("stalls", "download failed: .*Read timed out"),
         ("damaged", "wrong checksum"),

@@ -133,7 +133,7 @@ def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp
     command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
     assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
-    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 a device, in 1 part)" in out.stdout
+    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 per device, in 1 microbatch" in out.stdout
     words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
     assert all(word in out.stdout for word in words)
     refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)

@@ -65,8 +65,8 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
 
 def test_invalid_features_are_refused(tmp_path):
     for function, words in (
-        (lambda x: np.zeros((len(x), 2, 2)), r"4 images features of shape \(4, 2, 2\), not \[4, D\]"),
-        (lambda x: np.zeros((1, 2)), r"4 images features of shape \(1, 2\)"),
+        (lambda x: np.zeros((len(x), 2, 2)), r"features of shape \(4, 2, 2\) for 4 images, not \[4, D\]"),
+        (lambda x: np.zeros((1, 2)), r"features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
         extraction = feature_extraction.FeaturePipeline(

@@ -127,7 +127,7 @@ def test_logits_depend_on_image_and_time_and_on_every_parameter():
 
 def test_what_the_network_refuses():
     model, params, _ = a_network()
-    with pytest.raises(ValueError, match=r"end in 8 positions, not 4x4"):
+    with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
         model.apply({"params": params}, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
     with pytest.raises(ValueError, match="Classifier of 2 levels needs a height and width that 2 divides"):
         model.init(jax.random.key(0), jnp.zeros((1, 5, 4, 1)), jnp.zeros(1))
@@ -240,9 +240,9 @@ def test_the_wrong_mode_is_one_line(tmp_path):
     cases = [
         (["--config=configs/digits.py", "--mode=train_classifier"], "use --mode=train"),
         ([], "use --mode=train_classifier"),
-        (["--mode=sample"], "is for diffusion models, and this config is a classifier's"),
-        (["--mode=evaluate"], "is for diffusion models, and this config is a classifier's"),
-        (["--mode=progressive"], "is for diffusion models, and this config is a classifier's"),
+        (["--mode=sample"], "is for diffusion models; this config trains a classifier"),
+        (["--mode=evaluate"], "is for diffusion models; this config trains a classifier"),
+        (["--mode=progressive"], "is for diffusion models; this config trains a classifier"),
     ]
     for flags, words in cases:
         code, _, err = finish(start(f"--workdir={tmp_path}", *flags))

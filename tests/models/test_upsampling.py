@@ -140,10 +140,10 @@ def test_an_upsampler_learns_from_the_small_image():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"data.low_resolution": 3}, "data.low_resolution=3: smaller images of that height must divide those of 8x8"),
+        ({"data.low_resolution": 3}, "data.low_resolution=3: the size of the small images must divide 8x8"),
         ({"data.low_resolution": 8}, "data.low_resolution=8"),
         ({"data.low_resolution": -4}, "data.low_resolution=-4"),
-        ({"diffusion.conditioning_noise": -1.0}, "diffusion.conditioning_noise=-1.0 must be at least 0"),
+        ({"diffusion.conditioning_noise": -1.0}, "diffusion.conditioning_noise=-1.0 must be a number of at least 0"),
         ({"data.low_resolution": 0, "diffusion.conditioning_noise": 0.1}, "is for upsamplers"),
     ],
 )
@@ -153,7 +153,7 @@ def test_upsamplers_that_cannot_be_built(overrides, words):
 
 
 def test_a_classifier_enlarges_nothing():
-    with pytest.raises(ValueError, match="a classifier .* takes none"):
+    with pytest.raises(ValueError, match="a classifier .* has none"):
         training.setup(classifier_config(**{"data.low_resolution": 4}))
 
 

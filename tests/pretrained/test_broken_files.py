@@ -24,6 +24,15 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
         pretrained.load(write(tmp_path / "p.safetensors", stored("port_narrow")[0]))
 
 
+@pytest.mark.parametrize("leaf", ["prediction", "variance"])
+def test_flags_of_ho_with_an_unknown_name_are_refused(leaf, tmp_path):
+    path = write(tmp_path / "p.safetensors", stored("port_narrow")[0])
+    flags = {"image_size": 16, "variance": "fixed_small"} | {leaf: "other"}
+    with pytest.raises(PretrainedError, match=f"flags: diffusion.{leaf}='other' is unknown; use ") as caught:
+        pretrained.load(path, flags)
+    assert "\n" not in str(caught.value)
+
+
 def test_flags_of_openai_are_parsed(tmp_path):
     assert openai.parse_flags("--a 1 --b=True --c 0.5 --d 32,16") == {"a": 1, "b": True, "c": 0.5, "d": "32,16"}
     with pytest.raises(PretrainedError, match="neither the name of a preset nor pairs"):

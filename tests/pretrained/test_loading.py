@@ -106,7 +106,7 @@ def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
         made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in ho_variables(weights).items()]
         session.run(tf.compat.v1.global_variables_initializer())
         path = tf.compat.v1.train.Saver(made).save(session, str(tmp_path / "model.ckpt"))
-    with pytest.raises(PretrainedError, match="no moving average; load the weights themselves with ema=False"):
+    with pytest.raises(PretrainedError, match="no moving average; load the raw weights with ema=False"):
         pretrained.load(path, {"image_size": 16, "variance": "fixed_small"})
     net = pretrained.load(path, {"image_size": 16, "variance": "fixed_small"}, ema=False)
     assert worst(output(net, arrays), arrays["out"]) < 2e-5

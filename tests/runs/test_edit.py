@@ -134,7 +134,7 @@ def test_invalid_editing_options_are_refused(root, files):
         ),
         ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
         ({"editing.num_samples": 0}, "editing.num_samples=0 must be a whole number of at least 1"),
-        ({"editing.jump": 5}, "leaves nothing to walk again"),
+        ({"editing.jump": 5}, "jump=5 must be below the 5 steps"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
         ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single class: give sampling.class"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),

@@ -180,7 +180,7 @@ def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_o
     assert made == [0, 1, 2, 0, 1, 2]
     evaluate(config_with(**{"evaluation.strata": 2}), trained)
     assert made == [0, 1, 2, 0, 1, 2] and not list(trained.glob(".likelihood_*"))
-    with pytest.raises(errors.UserError, match="unknown"):
+    with pytest.raises(errors.UserError, match="sampling.sampler='foo' must be ddpm"):
         progressive.run(config_with(**{"sampling.sampler": "foo"}), trained)
     assert len(made) == 6  # refused before measuring
 

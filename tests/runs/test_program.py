@@ -80,17 +80,17 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
-        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean config.training.num_steps?"),
+        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
+        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean training.num_steps?"),
         (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
         (["--config=configs/digit.py"], "no such file"),
-        (["--config=configs/digits.py", "--mode=dream"], "train|sample|edit|evaluate|progressive"),
+        (["--config=configs/digits.py", "--mode=dream"], "'train', 'sample', 'edit', 'evaluate', 'progressive'"),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
-        (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean config.training.num_steps?"),
+        (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
         (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
         (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
         (["--config=configs/digits.py", "--config.data.image_size=wide"], "data.image_size=wide"),
-        ([], "--config=configs/NAME.py is needed"),
+        ([], "--config=NAME is needed"),
     ],
 )
 def test_wrong_flags_end_with_one_line_and_exit_code_2(arguments, words, tmp_path):

@@ -79,7 +79,7 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
 
 def test_training_begins_with_published_weights(folder, tmp_path):
     config = from_weights(str(folder))
-    config.data.update(dataset="digits", data_dir=None)
+    config.data.update(dataset="digits", data_dir="")
     config = small(config, **{"training.num_steps": 1, "training.batch_size": 2, "training.sample_every": 0})
     config.training.update(log_every=1, checkpoint_every=1)
     with pytest.raises(errors.UserError, match="the data has 10 classes"):
@@ -121,7 +121,7 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
     other = untrained(tmp_path / "other", tiny_config())
     code, _, err = finish(start("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}"))
-    assert code == 2 and "begins a run, and" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
 def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
@@ -224,7 +224,7 @@ def test_classifiers_of_openai_s_guide(tmp_path):
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
-    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not say"):
+    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not determine"):
         sample.run(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
     wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
     with pytest.raises(errors.UserError, match="another noise schedule"):

@@ -238,6 +238,9 @@ def test_learning_rates():
     for wrong, words in [({"schedule": "step"}, "constant, linear or cosine"), ({"name": "sgd"}, "adam or adamw")]:
         with pytest.raises(ValueError, match=words):
             training.setup({"optimizer": wrong})
+    for leaf, words in (("schedule", "use constant, linear, cosine"), ("name", "use adam, adamw")):
+        with pytest.raises(ValueError, match=f"optimizer.{leaf}='other' is unknown; {words}"):
+            optimizer.from_config(dict(default().optimizer) | {leaf: "other"})
     bad = default().optimizer
     bad.update(schedule="cosine", decay_steps=10)
     with pytest.raises(ValueError, match="exceed"):
@@ -270,6 +273,12 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
     assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
     assert compiler.options() == {}
     compiler.options.cache_clear()
+
+
+@pytest.mark.parametrize(("leaf", "words"), [("prediction", "use eps, "), ("variance", "use fixed_small, ")])
+def test_a_schedule_needs_a_known_prediction_and_variance(leaf, words):
+    with pytest.raises(ValueError, match=f"diffusion.{leaf}='other' is unknown; {words}"):
+        training.schedule_from_config(dict(default().diffusion) | {leaf: "other"})
 
 
 @pytest.mark.parametrize(
