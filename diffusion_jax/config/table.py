@@ -71,7 +71,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
     """The name that is most like `name`: like its last part and like the whole; None where their mean is below `cutoff`."""
     last = name.rpartition(".")[2]
 
