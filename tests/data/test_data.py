@@ -11,6 +11,7 @@ from diffusion_jax import data
 from diffusion_jax.errors import ConfigError, DataError
 
 CONFIG = {
+    "download": False,
     "dataset": "digits",
     "data_dir": "",
     "split": "train",
