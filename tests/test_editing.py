@@ -46,6 +46,7 @@ def repainted(resamplings):
     return x[:, 1].mean(), x[:, 1].var()
 
 
+@pytest.mark.whole
 def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
     found = {r: repainted(r) for r in (1, 5, 20)}
@@ -72,6 +73,7 @@ def test_the_steps_of_repaint():
     assert (never == -1).all()
 
 
+@pytest.mark.whole
 def test_replacement_returns_the_known_pixels_with_any_sampler():
     schedule = schedules.respace(FULL, 12, "log_snr")
     x_0 = jnp.tile(jnp.array([KNOWN, 5.0]), (4000, 1))
@@ -162,6 +164,7 @@ def test_restored_images_agree_with_the_measurement(name):
         assert abs(free.std() / expected.std() - 1) < 0.15, make
 
 
+@pytest.mark.whole
 def test_slerp():
     x, y = jax.random.normal(KEY, (2, 4, 8, 8, 1))
     np.testing.assert_allclose(editing.slerp(x, y, 0.0), x, atol=1e-6)
@@ -177,6 +180,7 @@ def test_slerp():
     assert (abs(length / 8 - 1) < 0.2).all()
 
 
+@pytest.mark.whole
 def test_interpolations():
     schedule = schedules.respace(FULL, 50, "log_snr")
     x, y = jnp.full((3, 1), -0.7), jnp.full((3, 1), 0.9)
@@ -230,6 +234,7 @@ def test_repaint_noises_back_to_the_variance_of_its_index():
         assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
 
 
+@pytest.mark.whole
 def test_known_pixels_have_independent_noise():
     """Not the solver's, nor the climb's: a known pixel's noise tells nothing of the unknown ones'."""
     schedule = schedules.respace(FULL, 12, "log_snr")
@@ -262,6 +267,7 @@ def test_known_pixels_have_independent_noise():
             assert abs(seen[i + 1][:, 0].var() - (1 - schedule.alpha_bar[climb])) < 5 * np.sqrt(2 / N), kept
 
 
+@pytest.mark.whole
 def test_a_clip_comes_before_the_projection():
     """Or measured values near the ends of the range would be cut."""
     linear = editing.average_pool(2)

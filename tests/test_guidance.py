@@ -82,6 +82,7 @@ def test_a_guided_step_is_one_call_of_twice_the_batch():
     assert {(10, 2), (10,)} <= {variable.aval.shape for variable in call.invars}
 
 
+@pytest.mark.whole
 def test_guided_eps_is_the_score_of_the_sharpened_classes(x64):
     """eps_s = -sigma grad [log q(x_t) + s log p(y | x_t)] (Ho & Salimans 2022, section 3)."""
     guided = guidance.classifier_free(network(), Y, NULL, 2.5)(X_T, TIME)

@@ -226,6 +226,7 @@ def test_without_tables_the_memory_does_not_grow_with_t():
     assert memory(1000) < 1.05 * memory(10)
 
 
+@pytest.mark.whole
 def test_tables_and_jit_do_not_change_the_bound():
     x_0 = gaussian_data(8)
     for strata in (None, 3):
@@ -257,6 +258,7 @@ def test_the_bound_is_differentiable():
     np.testing.assert_allclose(gradient, (total(0.41) - total(0.39)) / 0.02, rtol=0.05)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("levels", [256, None])
 def test_gradients_are_finite_at_any_learned_log_variance(levels):
     """float32 has no exponential beyond 88: neither the term at t nor the branch that is not taken may overflow."""
@@ -307,6 +309,7 @@ def test_the_bound_of_bfloat16_images_is_that_of_their_values():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_bits_per_dim_of_float32_images_under_x64():
     """The same numbers as without, to float32 rounding."""
     schedule = schedules.from_betas(schedules.betas("linear", 12))

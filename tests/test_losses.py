@@ -259,6 +259,7 @@ def test_the_hybrid_refuses_a_fixed_variance():
         losses.vlb(jax.random.key(0), SHORT, lambda x, t: x, gaussian_data(2))
 
 
+@pytest.mark.whole
 def test_a_trained_network_learns_the_exact_variance():
     """Gaussian data, T = 20: the fraction of learned_range within 0.05 of the exact one wherever it can be told."""
     d = 4

@@ -154,6 +154,7 @@ def test_experiments_import_the_config_package_alone():
             assert not isinstance(node, ast.ImportFrom) or node.module == "diffusion_jax.config", path
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
@@ -176,6 +177,7 @@ def test_every_config_builds(name):
     assert ("--mode=train_classifier" in docstring) == classifier
 
 
+@pytest.mark.whole
 def test_the_published_configs_have_the_published_networks():
     counts = {
         "cifar10": 35_746_307,

@@ -96,6 +96,7 @@ def everything(name, t, shape):
     return x_t, {"x_0": x_0, "eps": eps, "v": a * eps - s * x_0, "score": -eps / s, "x_prev": x_prev}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("source", process.PREDICTIONS)
 @pytest.mark.parametrize("target", CONVERSIONS)

@@ -80,6 +80,7 @@ def test_results_are_kept_until_the_file_or_its_tests_change(tmp_path):
     assert mutant_records.Results(path).find(mutant, "others", keep_killed=True)["outcome"] == "failed"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("body", "outcome"), [("pass", "passed"), ("assert 0", "failed"), ("time.sleep(99)", "timeout")]
 )

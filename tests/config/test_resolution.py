@@ -136,6 +136,7 @@ def test_overrides_are_read_as_their_leaf():
     assert config.override({}, {"diffusion.loss": "classify", "model.num_classes": "4"}).model.num_classes == 4
 
 
+@pytest.mark.whole
 def test_training_takes_a_partial_mapping():
     data = {"dataset": "digits", "image_size": 8, "channels": 1, "random_flip": False}
     state, train_step = training.create({"data": data, "model": TINY, "training": {"batch_size": 2}})

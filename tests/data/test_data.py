@@ -76,6 +76,7 @@ def test_memory_gives_the_same_batches_and_rows_split_them():
     assert whole[0]["image"].dtype == np.uint8 and whole[0]["label"].dtype == np.int32
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_starts_anywhere(workers):
     batches = data.Batches(Numbers(10), 3, 4, 12)
@@ -217,6 +218,7 @@ def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> Non
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
+@pytest.mark.whole
 def test_tfds_in_array_record(tmp_path):
     write_tfds(tmp_path, "array_record")
     assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)

@@ -115,6 +115,7 @@ def test_a_missing_set_is_downloaded_and_prepared_once(server, tmp_path, capsys)
     assert server.requests == 1 and not capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_training_prepares_its_data(server, tmp_path, capsys):
     own = {f"data.{leaf}": value for leaf, value in config(tmp_path / "tfds").items()} | {"sampling.preview_samples": 0}
     train.run(tiny_config(**own), tmp_path / "run")
@@ -259,6 +260,7 @@ with exclusive_lock(pathlib.Path(sys.argv[1]), print):
 """
 
 
+@pytest.mark.whole
 def test_one_process_prepares_and_the_others_wait(server, tmp_path, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / ".prepare.lock")],
@@ -303,6 +305,7 @@ def test_progress(server, tmp_path, monkeypatch, capsys):
     assert f"Downloading 'local_fruit': 0.0 MB of {len(server.body) / 1e6:.1f} MB" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.builder("local_fruit", data_dir=str(tmp_path)).download_and_prepare(file_format="tfrecord")

@@ -59,6 +59,7 @@ with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[2])), 
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
 )
@@ -99,6 +100,7 @@ with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[1])), 
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", ENDINGS)
 def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
     """Python discards exceptions in a callback of the garbage collector, and a regular exit can crash in a library."""

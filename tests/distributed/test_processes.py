@@ -63,6 +63,7 @@ def close(one, two):
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
     train.run(tiny_config(**OVERRIDES), tmp_path)
     close(lines(tmp_path), lines(two))
@@ -84,6 +85,7 @@ def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
     close(lines(tmp_path), lines(two))
 
 
+@pytest.mark.whole
 def test_eight_devices_then_four(tmp_path):
     overrides = {"training.log_every": 1, "sampling.preview_samples": 0}
     for devices, steps in ((8, 2), (4, 4)):

@@ -50,6 +50,7 @@ def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devic
     assert held <= 1.1 / 8 * sum(leaf.size for leaf in leaves)
 
 
+@pytest.mark.whole
 def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters_gradients(measured):
     """Bytes counted from the leaves: parameters, two moments and the EMA; two gathers and, on CPUs, an all-reduce."""
     program = measured["program"]
@@ -127,6 +128,7 @@ def test_meshes_that_are_not_the_devices(overrides, words, monkeypatch):
         sharding.make_mesh(tiny_config(**overrides).mesh)
 
 
+@pytest.mark.whole
 def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
     small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]

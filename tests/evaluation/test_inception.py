@@ -56,6 +56,7 @@ def port(redrawn, tmp_path_factory):
     return path
 
 
+@pytest.mark.whole
 def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, monkeypatch):
     import tensorflow as tf
 
@@ -126,6 +127,7 @@ def test_the_clean_resize_equals_pillow():
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
+@pytest.mark.whole
 def test_features_of_inception_equal_those_of_torch_fidelity(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
     extractor = feature_extractors.inception(port)

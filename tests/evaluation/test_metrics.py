@@ -18,6 +18,7 @@ def rotation(seed, dimensions):
 # ---- Frechet distance
 
 
+@pytest.mark.whole
 def test_unit_gaussians_one_apart_in_2048_dimensions():
     eye = np.eye(2048)
     one, other = metrics.Moments(np.zeros(2048), eye, 10), metrics.Moments(np.ones(2048), eye, 10)

@@ -43,6 +43,7 @@ def data(n, d=4):
     return M + np.sqrt(S2) * jax.random.normal(jax.random.key(0), (n, d))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "score"])
 def test_the_density_of_a_gaussian(prediction):
     """Within 1e-3 nats a dimension of log N(x; m, s^2); the noise of index 0 and the tolerance leave less than that."""
@@ -64,6 +65,7 @@ def test_the_density_of_a_gaussian(prediction):
     assert 5 < density.num_steps < 200
 
 
+@pytest.mark.whole
 def test_exact_and_hutchinson_s_trace_of_a_correlated_gaussian():
     covariance = jnp.array([[0.3, 0.2, 0.0], [0.2, 0.4, -0.1], [0.0, -0.1, 0.2]])
     network = functools.partial(gaussian_eps, mean=M, covariance=covariance)
@@ -84,6 +86,7 @@ def test_exact_and_hutchinson_s_trace_of_a_correlated_gaussian():
     assert run(jax.random.key(1), x=jnp.repeat(x, 4000, axis=0), probes=16).log_density.std() < 0.4 * many.std()
 
 
+@pytest.mark.whole
 def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
     """Continuous data and the exact score. The bound is 1/2 ln(2 pi e s^2) plus KL(q(x_T) || N(0, I)) of the marginal; the
     ODE pushes N(0, I) through its map, whose density is known as well."""
@@ -128,6 +131,7 @@ def test_both_likelihoods_of_a_gaussian_agree_within_the_known_gap():
     assert error < 0.01
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dequantization", ["uniform", "variational"])
 def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequantization):
     """Images of 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
@@ -236,6 +240,7 @@ def test_bad_arguments():
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, prediction="x_prev")
 
 
+@pytest.mark.whole
 def test_float32_data_under_x64():
     """Crashed in the solver; the same numbers as without x64."""
     x, found = np.asarray(data(8), np.float32), []

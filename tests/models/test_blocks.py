@@ -30,6 +30,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
 def test_a_resampling_block_is_adm_s(resample):
     """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""

@@ -49,6 +49,7 @@ def parameters(width, depth, multipliers, size, classes):
     return total + 2 * block(c, c) + attention(c) + norm(c) + pool
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("size", "count"), [(64, 65_438_568), (128, 42_568_040), (256, 54_096_360), (512, 54_448_360)])
 def test_parameter_counts_of_adm(size, count):
     config = imagenet_classifier.get_config(str(size))
@@ -69,6 +70,7 @@ def test_the_defaults_are_adm_s_at_128_pixels():
         imagenet_classifier.get_config("32")
 
 
+@pytest.mark.whole
 def test_attention_pooling_in_numpy():
     """float64: the mean before the others, places added, and for each head a softmax over all, by the mean's query alone."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
@@ -92,6 +94,7 @@ def test_attention_pooling_in_numpy():
         )
 
 
+@pytest.mark.whole
 def test_embedding_of_places_starts_as_adm_s():
     """Normal of variance 1 / C, (H W + 1) x C."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
@@ -108,6 +111,7 @@ def a_network():
     return model, params, jax.random.normal(jax.random.key(1), shape)
 
 
+@pytest.mark.whole
 def test_logits_depend_on_image_and_time_and_on_every_parameter():
     model, params, x = a_network()
 
@@ -125,6 +129,7 @@ def test_logits_depend_on_image_and_time_and_on_every_parameter():
             assert abs(leaf).max() > 1e-7, jax.tree_util.keystr(path)
 
 
+@pytest.mark.whole
 def test_what_the_network_refuses():
     model, params, _ = a_network()
     with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
@@ -144,6 +149,7 @@ def test_what_the_network_refuses():
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))
 
 
+@pytest.mark.whole
 def test_the_loss_is_the_cross_entropy_at_x_t(x64):
     """Logits that are linear in x_t and in time, in NumPy."""
     x_0, y = jax.random.normal(jax.random.key(0), (6, 2, 2, 1)), jnp.array([0, 2, 1, 1, 0, 2])
@@ -166,6 +172,7 @@ def test_the_loss_is_the_cross_entropy_at_x_t(x64):
     assert (parts.importance == 1).all()
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_the_loss_under_importance_sampling_and_out_of_range():
     x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
@@ -187,6 +194,7 @@ def test_the_loss_under_importance_sampling_and_out_of_range():
         losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0.astype(int), y)
 
 
+@pytest.mark.whole
 def test_it_learns_in_one_program():
     """Bright images are of class 1, dark ones of class 0, and the noise is small: soon all are told apart."""
     config = classifier_config(
@@ -205,6 +213,7 @@ def test_it_learns_in_one_program():
     assert train_step._cache_size() == 1
 
 
+@pytest.mark.whole
 def test_a_run_and_its_relaunch(tmp_path, capsys):
     """2 steps, then to 4, against 4 in one go, to the bit; no pictures; and its own config brings it back."""
     for steps in (2, 4):
@@ -234,6 +243,7 @@ def test_training_that_cannot_start(overrides, words, tmp_path):
         train.run(classifier_config(**overrides), tmp_path)
 
 
+@pytest.mark.whole
 def test_the_wrong_mode_is_one_line(tmp_path):
     """By the programs' own names: each mode of what the config does not train."""
     workdir.write_config(classifier_config(), tmp_path)

@@ -12,6 +12,7 @@ from diffusion_jax.models.layers import LayerFactory
 from helpers.networks import TINY, init, redraw
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("size", "padding"),
     [((3, 3), ((1, 1), (1, 1))), ((3, 3), ((0, 2), (1, 0))), ((2, 2), ((1, 0), (0, 1))), ((3, 1), ((0, 1), (0, 0)))],
@@ -57,6 +58,7 @@ def test_a_doubled_convolution_adds_its_kernel_up_before_it_rounds():
         assert error(convolution.convolve_upsampled(convolve, low, first).astype(jnp.bfloat16)) > 1.2 * error(y)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("convolve", [convolution.convolve_xla, convolution.convolve_matmul])
 @pytest.mark.parametrize("size", [(4, 6), (1, 1)])
 def test_a_convolution_of_a_doubled_image(convolve, size):
@@ -69,6 +71,7 @@ def test_a_convolution_of_a_doubled_image(convolve, size):
         np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.whole
 def test_a_network_of_products_is_the_same_network():
     fields = {**TINY, "scale_shift_norm": True, "num_heads": 2}
     x, time = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3.0, 700.0])

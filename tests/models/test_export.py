@@ -23,6 +23,7 @@ def exported(function, *args):
     return out.mlir_module()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -44,6 +45,7 @@ def test_the_train_step_lowers_for_tpu_and_cuda(overrides):
     assert "stablehlo.convolution" in exported(built.train_step, built.abstract_state, batch)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_samplers_lower_for_tpu_and_cuda(sampler):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())

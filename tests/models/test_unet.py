@@ -37,6 +37,7 @@ ADM = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("size", "fields", "count"),
     [
@@ -96,6 +97,7 @@ def test_initialization_is_openai_s():
         assert (layer["kernel"] == 0).all()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("adm", [False, True])
 def test_every_parameter_has_a_gradient(adm):
     model = models.UNet(**TINY, num_classes=3, scale_shift_norm=adm, resample_blocks=adm)
@@ -107,6 +109,7 @@ def test_every_parameter_has_a_gradient(adm):
             assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 12, 20, 1), (1, 2, 2, 4)])
 def test_any_size_that_divides_and_any_channels(shape):
     model = models.UNet(**TINY)
@@ -122,6 +125,7 @@ def test_parameters_do_not_depend_on_the_image_size():
     assert small == large
 
 
+@pytest.mark.whole
 def test_labels_time_and_dropout_matter():
     model = models.UNet(**{**TINY, "num_classes": 3, "dropout": 0.5})
     x = jnp.ones((1, 8, 8, 3))
@@ -142,6 +146,7 @@ def test_labels_time_and_dropout_matter():
         concrete(x.astype(jnp.uint8), jnp.array([0]))
 
 
+@pytest.mark.whole
 def test_label_dropout_gives_the_null_label_in_training_alone():
     """Without other randomness, a training output is that of the label or of the null label, at the configured rate."""
     rate, n = 0.3, 400
@@ -203,6 +208,7 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
     np.testing.assert_allclose(split, counted, rtol=1e-5, atol=1e-5)  # two programs of some twenty layers
 
 
+@pytest.mark.whole
 def test_remat_changes_nothing_and_bfloat16_little():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)

@@ -101,6 +101,7 @@ def test_training_gives_the_small_version_of_x_0(most):
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5
 
 
+@pytest.mark.whole
 def test_the_gradient_reaches_the_small_image():
     model = models.UNet(**TINY, out_channels=3)
     x_t, low = jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3))
@@ -114,6 +115,7 @@ def test_the_gradient_reaches_the_small_image():
     assert (abs(jax.jit(jax.grad(run))(low)) > 0).all()
 
 
+@pytest.mark.whole
 def test_an_upsampler_learns_from_the_small_image():
     """x_0 is white noise at the low resolution, which the small image tells whole and x_t hardly.
 
@@ -157,6 +159,7 @@ def test_a_classifier_enlarges_nothing():
         training.setup(classifier_config(**{"data.low_resolution": 4}))
 
 
+@pytest.mark.whole
 def test_a_run_makes_no_pictures_and_is_not_evaluated(tmp_path):
     config = upsampler_config(
         **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}

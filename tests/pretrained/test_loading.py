@@ -17,6 +17,7 @@ from helpers.stored_networks import FAMILIES, load, output
 from helpers.work_directories import untrained
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stored_networks_give_their_stored_outputs(name, tmp_path):
     net, arrays = load(tmp_path, name)
@@ -122,6 +123,7 @@ def test_a_scheduler_s_fields_can_be_given(tmp_path):
     assert pretrained.describe(folder / "unet", {"beta_schedule": "linear"}).variance == "fixed_small"
 
 
+@pytest.mark.whole
 def test_upsamplers_take_their_small_images(tmp_path):
     """As one network: the enlarged image beside x_t."""
     from diffusion_jax.models import upsampling
@@ -141,6 +143,7 @@ def test_upsamplers_take_their_small_images(tmp_path):
         net.denoise_fn(x, time)
 
 
+@pytest.mark.whole
 def test_work_directories_are_weights_too(tmp_path):
     leaves = {"prediction": "v", "schedule": "cosine", "variance": "fixed_small", "num_timesteps": 20}
     config = tiny_config(**{f"diffusion.{leaf}": value for leaf, value in leaves.items()}, **{"sampling.clip": False})

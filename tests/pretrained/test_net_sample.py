@@ -36,6 +36,7 @@ def by_hand(net, schedule, denoise_fn, sampler, n):
     return jax.jit(lambda x: sampling.sample(key_steps, schedule, denoise_fn, x, sampler))(x_T)
 
 
+@pytest.mark.whole
 def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     net = net_of("v", "learned_range", num_classes=3, label_dropout=0.1)
     sampler = lambda: sampling.dpm_solver_pp(2)  # noqa: E731
@@ -58,6 +59,7 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
 
 
+@pytest.mark.whole
 def test_what_a_net_draws_by_default():
     net = net_of()
     images = net.sample(KEY, 2)
@@ -68,6 +70,7 @@ def test_what_a_net_draws_by_default():
     np.testing.assert_allclose(heun, by_hand(net, schedule, net.denoise_fn, sampling.heun(), 2), atol=2e-4)
 
 
+@pytest.mark.whole
 def test_an_upsampler_draws():
     net = net_of(low_resolution=2)
     low = jnp.linspace(-1, 1, 8).reshape(2, 2, 2, 1)
@@ -87,6 +90,7 @@ def test_a_sampler_inside_of_another_is_fitted_too():
     assert sampling.find_problem(heun, schedules.respace(net.schedule, 5, "trailing"))
 
 
+@pytest.mark.whole
 def test_what_does_not_fit_a_net_is_one_line():
     plain, conditional = net_of(), net_of(num_classes=3)
     for net, options, words in (

@@ -31,6 +31,7 @@ def named(model, size, channels, naming):
     return shapes
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", README)
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
@@ -92,6 +93,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_presets_have_the_published_numbers_of_parameters(name):
     size, low, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)

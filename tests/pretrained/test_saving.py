@@ -16,6 +16,7 @@ from helpers.published_files import NARROW_FLAGS, SCHEDULER, stored, worst, writ
 from helpers.stored_networks import FAMILIES, load, output
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", torch_networks.DIFFUSERS)
 def test_diffusers_and_back_to_the_bit(name, tmp_path):
     net, _ = load(tmp_path, name)
@@ -36,6 +37,7 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_file_and_back_to_the_bit(name, tmp_path):
     net, _ = load(tmp_path, name)
@@ -113,6 +115,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
         pretrained.config_leaves(net)
 
 
+@pytest.mark.whole
 def test_inspect_and_convert(tmp_path, capsys):
     weights, arrays = stored("openai_narrow")
     path = write(tmp_path / "model.safetensors", weights)

@@ -9,9 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import cli, config, pretrained
-from diffusion_jax.data import DataError
-from diffusion_jax.errors import CheckpointError, ConfigError, UserError
-from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.errors import CheckpointError, ConfigError, DataError, PretrainedError, UserError
 from diffusion_jax.runs import console, devices, stored_config, train, workdir
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
@@ -217,6 +215,7 @@ def wrong(tmp_path_factory):
     return folder
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("flags", "words"), LAUNCHES, ids=[" ".join(flags) for flags, _ in LAUNCHES])
 def test_a_launch_is_refused(flags, words, tmp_path):
     code, _, err = launch(f"--workdir={tmp_path / 'run'}", *flags)
@@ -224,6 +223,7 @@ def test_a_launch_is_refused(flags, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("leaves", "words"),
     [

@@ -44,6 +44,7 @@ def editing_config(files, **overrides):
     return conditional(**{"editing.num_samples": 3, "editing.resamplings": 2, "editing.jump": 2, **named, **overrides})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("task", ["inpaint", "replace", "sdedit", "super_resolution", "interpolate"])
 def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
     directory = root / "conditional"

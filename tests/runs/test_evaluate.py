@@ -81,6 +81,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 
+@pytest.mark.whole
 def test_the_report_agrees_with_the_bound_of_the_core(trained):
     evaluate(config_with(), trained)
     expected, got = bound_by_hand(config_with(), trained), report(trained)
@@ -185,6 +186,7 @@ def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_o
     assert len(made) == 6  # refused before measuring
 
 
+@pytest.mark.whole
 def test_strata_and_the_ode_are_reported(trained):
     overrides = {"evaluation.strata": 4, "evaluation.ode": True, "evaluation.ode_tolerance": 1e-3}
     evaluate(config_with(**overrides), trained)

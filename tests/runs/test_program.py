@@ -116,6 +116,7 @@ def test_the_stored_config_is_used_if_none_is_given(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path, number):
     train.run(tiny_config(), tmp_path)
@@ -158,6 +159,7 @@ cli.main()
 """
 
 
+@pytest.mark.whole
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """The data of step 6 never come: the first Ctrl-C waits for the step, the second does not."""
     program, run = tmp_path / "stuck.py", tmp_path / "run"
@@ -180,6 +182,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
 
 
+@pytest.mark.whole
 def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
     """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
     streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}

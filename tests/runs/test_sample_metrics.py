@@ -22,6 +22,7 @@ from helpers.work_directories import reuse_or_draw
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.whole
 def test_evaluate_measures_samples(run, capsys, monkeypatch):
     evaluate(tiny_config(**FEW_SAMPLES), run)
     (record,) = json.loads((run / "metrics.json").read_text())

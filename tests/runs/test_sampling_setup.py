@@ -35,6 +35,7 @@ def drawn(directory):
     return found
 
 
+@pytest.mark.whole
 def test_guided_samples_equal_those_of_the_core(root):
     """Two classes in turn, classifier-free guidance with an interval and a rescale, DPM-Solver++."""
     directory = root / "conditional"
@@ -61,6 +62,7 @@ def test_guided_samples_equal_those_of_the_core(root):
     assert (unguided != images).any()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("options", "sampler"),
     [
@@ -159,6 +161,7 @@ def of(leaves, **diffusion):
     return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
 
 
+@pytest.mark.whole
 def test_different_sampling_options_have_different_file_names(root):
     """Options are spelled; a digest stands for paths and for what is long."""
     names = {
@@ -276,6 +279,7 @@ def test_invalid_combinations_of_options_are_refused(root, name, overrides, word
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.whole
 def test_the_command_line_accepts_a_class(root):
     flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
     code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))

@@ -75,6 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
     assert {step: scalars[step]["loss"] for step in scalars} == pytest.approx({s: by_step[s]["loss"] for s in by_step})
 
 
+@pytest.mark.whole
 def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
     train.run(tiny_config(), tmp_path)
@@ -133,6 +134,7 @@ def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monke
         workdir.check_identity(tiny_config(), tmp_path)
 
 
+@pytest.mark.whole
 def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     train.run(tiny_config(), tmp_path)
@@ -150,6 +152,7 @@ def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
 
+@pytest.mark.whole
 def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
     train.run(tiny_config(), tmp_path)
     before = lines(tmp_path)
@@ -201,6 +204,7 @@ def test_the_logged_fractions_of_time_add_up_to_one(trained):
         assert all(0 <= row[name] <= 1 for name in ("compute", "data_wait", "logging"))
 
 
+@pytest.mark.whole
 def test_a_picture_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the directory should be")
     train.run(tiny_config(**{"training.sample_every": 4}), tmp_path)
@@ -275,6 +279,7 @@ def test_other_images_are_refused(tmp_path):
             workdir.check_data(other, run)
 
 
+@pytest.mark.whole
 def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
     setup = training.setup

@@ -20,6 +20,7 @@ def round_trip(order, steps, denoise_fn=None):
     return float(np.sqrt(np.mean((sampling.sample(KEY, schedule, denoise_fn, x_T, back) - x_0) ** 2)))
 
 
+@pytest.mark.whole
 def test_inversion_reconstructs_and_the_second_order_does_so_better(x64):
     first, second = [round_trip(1, n) for n in (50, 100)], [round_trip(2, n) for n in (50, 100)]
     assert first[0] > 1.7 * first[1] and second[0] > 3 * second[1]

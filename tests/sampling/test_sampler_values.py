@@ -149,6 +149,7 @@ def network(prediction, noise_in_another_dtype):
     return lambda x, time: mixture(prediction)(x, time).astype(noise_in_another_dtype)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MAKERS)
 def test_samplers_keep_float32_and_float64(name):
     schedule, predictions = schedules.respace(FULL, 5, "log_snr"), ("eps", "x_0", "v", "score")
@@ -172,6 +173,7 @@ def test_samplers_keep_float32_and_float64(name):
         assert seen == {(expected, expected)}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [name for name in MAKERS if " 1" not in name])
 def test_float32_samples_are_the_same_under_x64(name):
     """And float64 ones agree with both to float32's rounding. Without jit, so that single operations are compiled once."""
@@ -228,6 +230,7 @@ def one_gaussian(x, time):
     return jnp.where(time[:, None] < 4.5, 0.5 * jnp.tanh(x) + 0.05 * time[:, None], jnp.nan)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_start_below_pure_noise_accepts_every_prediction(name):
     """From T - 2 of a chain that ends at alpha_bar = 0, an eps network's samples are those of the chain without that step."""

@@ -47,6 +47,7 @@ def ancestral_variance(schedule, variance):
     return total
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_ancestral_final_variance(name, variance):

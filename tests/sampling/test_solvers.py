@@ -62,6 +62,7 @@ def truth_of_the_mixture():
         return np.asarray(fine)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     sampler, least = DETERMINISTIC[name]
@@ -70,6 +71,7 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     assert np.log2(errors[0] / errors[1]) > least
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_solvers_converge_to_the_flow_of_a_gaussian(name, x64):
     """x_s - a_s m = sqrt(v_s / v_t) (x_t - a_t m), which every solver tends to."""
@@ -141,6 +143,7 @@ ALL = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ALL)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
@@ -175,6 +178,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     assert low.dtype == jnp.float32 and np.isfinite(low).all()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ALL)
 def test_every_prediction_gives_the_same_samples(name, x64):
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
@@ -185,6 +189,7 @@ def test_every_prediction_gives_the_same_samples(name, x64):
     np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-7)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ALL)
 def test_every_solver_from_pure_noise(name):
     """A schedule whose alpha_bar ends at 0, with a network that predicts v; Gaussian data, whose spread must come out."""
@@ -260,6 +265,7 @@ def test_learned_variances_do_not_change_deterministic_solvers():
             sampling.sample(KEY, schedule, mixture(), x_T, make(variance="learned_range"))
 
 
+@pytest.mark.whole
 def test_the_clip_and_the_dynamic_threshold():
     threshold = process.dynamic_threshold(0.5)
     x_0 = jnp.array([[0.1, -0.2, 0.3], [-4.0, 2.0, 1.0]])
@@ -300,6 +306,7 @@ def test_start_final_step_and_progress():
     assert "callback" not in str(quiet)
 
 
+@pytest.mark.whole
 def test_memory_of_every_solver_is_flat_in_the_number_of_steps():
     def temporary_bytes(make, steps):
         schedule = schedules.respace(FULL, steps)

@@ -71,6 +71,7 @@ def truncate(path):
 DATA = "params/ocdbt.process_0/d"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("part", "damage", "words"),
     [

@@ -40,6 +40,7 @@ def small(config, **leaves):
     return config
 
 
+@pytest.mark.whole
 def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     """--pretrained: the same images as by pretrained.load and the core. The directory then names them by itself."""
     flags = [f"--{name}" for name in ("mode=sample", f"pretrained={folder}", f"workdir={tmp_path / 'out'}")]
@@ -64,6 +65,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
         np.testing.assert_array_equal(arrays["arr_0"], images)
 
 
+@pytest.mark.whole
 def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     """The config that is kept is the newest launch's, until there is a checkpoint."""
     for steps in (3, 2):
@@ -77,6 +79,7 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
 
 
+@pytest.mark.whole
 def test_training_begins_with_published_weights(folder, tmp_path):
     config = from_weights(str(folder))
     config.data.update(dataset="digits", data_dir="")
@@ -146,6 +149,7 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
         trained_model.load_weights(config, tmp_path / "none", model, mesh, True)
 
 
+@pytest.mark.whole
 def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
     for flags, words in (
         ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
@@ -205,6 +209,7 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
         sample.run(config, tmp_path / "out")
 
 
+@pytest.mark.whole
 def test_classifiers_of_openai_s_guide(tmp_path):
     """openai_classifier_narrow, of 10 classes at 8x8, guides a model of ours on the same schedule."""
     path = write(tmp_path / "classifier.safetensors", stored("openai_classifier_narrow")[0])

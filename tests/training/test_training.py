@@ -34,6 +34,7 @@ def test_create_gives_a_state_and_a_step_that_learns():
     np.testing.assert_allclose(window["loss"], np.mean(losses[-2:]), rtol=1e-5)  # since the last multiple of log_every
 
 
+@pytest.mark.whole
 def test_the_same_seed_gives_the_same_run_and_another_not():
     def losses(seed):
         config = tiny_config(seed=seed)
@@ -54,6 +55,7 @@ def test_the_state_is_donated():
     assert state.params["conv_in"]["kernel"].is_deleted() and not new.params["conv_in"]["kernel"].is_deleted()
 
 
+@pytest.mark.whole
 def test_one_step_is_adam_and_ema_in_numpy():
     """From the gradient that Adam's own first moment tells: the update, the clip and the EMA."""
     config = tiny_config(
@@ -81,6 +83,7 @@ def test_quarters_average_to_the_loss():
     np.testing.assert_allclose(np.mean(quarters), metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
     config = tiny_config(**{"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"})
     state, train_step = training.create(config)
@@ -89,6 +92,7 @@ def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_given():
     """A chain of one step, whose only term is the decoder's."""
     overrides = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 1}
@@ -109,6 +113,7 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_importance_sampling_records_the_unweighted_losses():
     """The history holds what the steps saw; once it is full, rarely drawn steps weigh more, and the loss stays one of T."""
     config = tiny_config(
@@ -163,6 +168,7 @@ def test_flips_differ_per_image():
     assert clean.sum() > 5 and 0 < left.sum() < clean.sum()
 
 
+@pytest.mark.whole
 def test_several_steps_in_one_program_equal_single_ones():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -185,6 +191,7 @@ def test_several_steps_in_one_program_equal_single_ones():
     assert int(many.step) == 3
 
 
+@pytest.mark.whole
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """The same draws, dropout and dropped labels included, so the same step up to the order of float32 sums."""
     drawing = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.5}
@@ -199,6 +206,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *after)
 
 
+@pytest.mark.whole
 def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
     config = tiny_config(**{"model.num_classes": 10, "model.label_dropout": 0.5})
     state, train_step = training.create(config)
@@ -212,6 +220,7 @@ def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
     assert np.flatnonzero(changed).tolist() == [3, 10]
 
 
+@pytest.mark.whole
 def test_a_loss_that_is_not_finite_is_marked_with_its_step():
     config = tiny_config(**{"optimizer.learning_rate": 1e20, "optimizer.grad_clip": 0.0})
     state, train_step = training.create(config)
