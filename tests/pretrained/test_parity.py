@@ -269,7 +269,7 @@ def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
     torch.save({"a": torch.zeros(3), "b": 5}, tmp_path / "mixed.pt")
     for name, words in (
         ("truncated.pt", "cannot be read as PyTorch weights"),
-        ("malicious.pt", "only plain state dicts are read"),
+        ("malicious.pt", "it contains more than tensors"),
         ("malicious.pkl", "cannot be read as PyTorch weights"),
         ("list.pt", "not a state dict"),
         ("mixed.pt", "not a state dict"),
