@@ -67,6 +67,7 @@ def test_a_call_that_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
     """For example a compilation before the first step."""
     process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
     assert process.stdout.readline() == "compiling\n"
+    time.sleep(1)  # the call has begun: before it, the first signal alone ends the process
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.3)  # signals that come together are one
