@@ -84,7 +84,10 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
         (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean training.num_steps?"),
         (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
         (["--config=configs/digit.py"], "no such file"),
-        (["--config=configs/digits.py", "--mode=dream"], "'dream' must be one of train, sample, edit, evaluate, progressive"),
+        (
+            ["--config=configs/digits.py", "--mode=dream"],
+            "'dream' must be one of train, sample, edit, evaluate, progressive",
+        ),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
         (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
         (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
