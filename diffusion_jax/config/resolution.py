@@ -14,8 +14,18 @@ from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatte
 from diffusion_jax.config.values import Boolean, OneOf
 from diffusion_jax.errors import ConfigError
 
-__all__ = ["default", "default_classifier", "drop_unknown", "is_boolean", "migrate", "override", "resolve"]
+__all__ = [
+    "RENAMED_METRICS",
+    "default",
+    "default_classifier",
+    "drop_unknown",
+    "is_boolean",
+    "migrate",
+    "override",
+    "resolve",
+]
 
+RENAMED_METRICS = {"memorisation": "memorization"}  # the name in version 0.1: the name now
 _ALIASES = {"sampling.class": "sampling.label"}
 
 
@@ -140,8 +150,7 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
     if "ode_dequantisation" in evaluation:
         evaluation["ode_dequantization"] = evaluation.pop("ode_dequantisation")
     if isinstance(evaluation.get("metrics"), list | tuple):
-        translated = {"memorisation": "memorization"}
-        evaluation["metrics"] = [translated.get(metric, metric) for metric in evaluation["metrics"]]
+        evaluation["metrics"] = [RENAMED_METRICS.get(metric, metric) for metric in evaluation["metrics"]]
     if editing.get("task") == "colourise":
         editing["task"] = "colorize"
     if diffusion.get("weighting", "") is None:

@@ -7,14 +7,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion_jax.config.resolution import RENAMED_METRICS
 from diffusion_jax.files import write_text
 
 __all__ = ["add_record", "differing_settings", "read_likelihood", "read_records", "record_settings"]
 
 # Two records with equal values of these keys are of the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
-
-_NAMES_OF_0_1 = {"memorisation": "memorization"}
 
 
 def read_likelihood(path: pathlib.Path) -> dict[str, Any] | None:
@@ -68,9 +67,9 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 def _translate(value: Any) -> Any:
     """A JSON value with the metric `memorisation` of version 0.1, as a key or in a list, renamed to `memorization`."""
     if isinstance(value, dict):
-        return {_NAMES_OF_0_1.get(key, key): _translate(inner) for key, inner in value.items()}
+        return {RENAMED_METRICS.get(key, key): _translate(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_NAMES_OF_0_1.get(item, item) if isinstance(item, str) else _translate(item) for item in value]
+        return [RENAMED_METRICS.get(item, item) if isinstance(item, str) else _translate(item) for item in value]
     return value
 
 

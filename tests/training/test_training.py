@@ -101,10 +101,10 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     objective = make_objective(config, built.model, built.schedule)
     x_0 = jnp.asarray(a_batch(config)["image"], jnp.float32) / 127.5 - 1
     loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
-    says = {"prediction": "eps", "variance": "learned_range", "clip": False}
+    options = {"prediction": "eps", "variance": "learned_range", "clip": False}
     by_levels = {
         levels: likelihood.bound_term(
-            built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **says
+            built.schedule, parts.output, x_0, parts.x_t, parts.t, gray_levels=levels, **options
         )[0]
         for levels in (17, 256)
     }
