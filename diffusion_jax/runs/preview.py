@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, training
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.metrics_writer import MetricsWriter
 from diffusion_jax.runs.sample_files import check_sampling_options
 from diffusion_jax.runs.sampling_setup import SamplingSetup
@@ -40,7 +40,7 @@ def check_sampling(
     SamplingSetup(config, setup.model, setup.schedule, setup.mesh, class_names, load_classifier=False)
 
 
-def make_preview_sampler(config: ConfigDict, setup: training.Setup, num_images: int) -> Generator | None:
+def make_preview_sampler(config: ConfigDict, setup: training.Setup, num_images: int) -> BatchSampler | None:
     """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
     if num_images < 1 or not isinstance(setup.model, models.UNet) or training.is_upsampler(config):
         return None
@@ -56,14 +56,14 @@ def make_preview_sampler(config: ConfigDict, setup: training.Setup, num_images: 
     }
     config, num_devices = ConfigDict(options), setup.mesh.size
     sampling_setup = SamplingSetup(config, setup.model, setup.schedule, setup.mesh)
-    return Generator(config, sampling_setup, setup.mesh, max(1, num_images // num_devices) * num_devices)
+    return BatchSampler(config, sampling_setup, setup.mesh, max(1, num_images // num_devices) * num_devices)
 
 
 class PreviewPictures:
     """Grids of samples, as PNG in `workdir` and as TensorBoard images. class_names: for their captions."""
 
-    def __init__(self, workdir: pathlib.Path, generator: Generator, seed: int, class_names: Sequence[str]):
-        self._directory, self._generator, self._seed = workdir / "samples", generator, seed
+    def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int, class_names: Sequence[str]):
+        self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
         self._class_names = class_names
         self._is_compiled = False
 
@@ -72,11 +72,11 @@ class PreviewPictures:
         if not self._is_compiled:
             log("Compiling the sampler of the pictures ...")
             self._is_compiled = True
-        return self._generator(params, self._seed)
+        return self._batch_sampler(params, self._seed)
 
     def write(self, step: int, images: np.ndarray, metrics: MetricsWriter) -> None:
         """Writes a grid. A PNG that cannot be written is only logged, because a picture is not worth the run."""
-        labels = self._generator.setup.labels(np.arange(len(images)))
+        labels = self._batch_sampler.setup.labels(np.arange(len(images)))
         captions = None if labels is None else class_captions(labels, self._class_names)
         picture = pictures.grid(images, captions=captions)
         try:

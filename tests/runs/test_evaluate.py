@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
 from diffusion_jax.runs import artifacts, measure_likelihood, progressive, trained_model, workdir
-from diffusion_jax.runs.image_generator import trajectory_picture
+from diffusion_jax.runs.batch_sampler import trajectory_picture
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config

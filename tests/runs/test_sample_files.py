@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.runs import sample, sampling_setup, trained_model
-from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.sample_files import read_settings
 from helpers.configs import FEW_DRAWN, tiny_config
 from helpers.work_directories import reuse_or_draw
@@ -100,7 +100,7 @@ def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):
 
 
 def test_unfinished_samples_with_other_settings_are_not_continued(run, drawn, monkeypatch):
-    draw, config = Generator.__call__, tiny_config(**FEW_DRAWN)
+    draw, config = BatchSampler.__call__, tiny_config(**FEW_DRAWN)
 
     def second_breaks(self, params, seed, batch=0):
         if batch == 2:
@@ -108,7 +108,7 @@ def test_unfinished_samples_with_other_settings_are_not_continued(run, drawn, mo
         return draw(self, params, seed, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Generator, "__call__", second_breaks)
+        patched.setattr(BatchSampler, "__call__", second_breaks)
         with pytest.raises(KeyboardInterrupt):
             sample.run(config, run)
     assert [batch for _, batch in drawn] == [0, 1]
