@@ -19,9 +19,10 @@ from diffusion_jax.config import flatten
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.files import save_npz
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.artifacts import ChunkStore, options_digest, save_npz
 from diffusion_jax.runs.batch_sampler import BatchSampler
+from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
 from diffusion_jax.runs.sampling_setup import SamplingSetup

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
-from diffusion_jax.runs import artifacts, measure_likelihood, progressive, trained_model, workdir
+from diffusion_jax.runs import chunk_store, measure_likelihood, progressive, trained_model, workdir
 from diffusion_jax.runs.batch_sampler import trajectory_picture
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -146,7 +146,7 @@ def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
 def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     evaluate(config_with(), trained)
     whole = report(trained)
-    made, save = [], artifacts.ChunkStore.save
+    made, save = [], chunk_store.ChunkStore.save
 
     def second_breaks(self, i, **arrays):
         made.append(i)
@@ -154,7 +154,7 @@ def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
             raise KeyboardInterrupt
         save(self, i, **arrays)
 
-    monkeypatch.setattr(artifacts.ChunkStore, "save", second_breaks)
+    monkeypatch.setattr(chunk_store.ChunkStore, "save", second_breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config_with(), trained)
     assert len(list(trained.glob(".likelihood_*"))) == 1
@@ -169,9 +169,9 @@ def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_o
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    made, save = [], artifacts.ChunkStore.save
+    made, save = [], chunk_store.ChunkStore.save
     monkeypatch.setattr(
-        artifacts.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
+        chunk_store.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
     )
     with monkeypatch.context() as patch:
         patch.setattr(measure_likelihood.pictures, "plot_terms", full)
