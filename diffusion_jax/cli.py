@@ -275,7 +275,7 @@ def run(command: Command) -> None:
 
     functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
-    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
+    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
@@ -318,9 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         workdir = command.workdir
-        _exit_on_signals(preemption.continue_hint())  # also after `run`, while the process exits
+        _exit_on_signals(preemption.rerun_hint())  # also after `run`, while the process exits
         run(command)
-    except preemption.Stopped as error:
+    except preemption.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, workdir)

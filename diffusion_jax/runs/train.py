@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
-    DataError, PretrainedError, CheckpointError, SaveError; distributed.preemption.Stopped after a signal.
+    DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
     config = resolve(config)
     _check_intervals(config)
@@ -136,7 +136,7 @@ def _train(
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:
-    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, distributed.preemption.Stopped."""
+    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer = config.training, jax.process_index() == 0
     step = logged_step = int(state.step)
     feed = BatchFeed(config, setup, source, step)
@@ -186,7 +186,7 @@ def _train(
                 break
         with watchdog.paused():
             checkpoints.finish(step)
-            stopped = preemption.stopped(step) if step < options.num_steps else None
+            stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped
 

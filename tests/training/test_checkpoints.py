@@ -41,10 +41,10 @@ def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
     shutil.copytree(directory, tmp_path / "run")
 
     def stopped(*_):
-        raise preemption.Stopped(signal.SIGTERM, "")
+        raise preemption.StoppedBySignal(signal.SIGTERM, "")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
-    with pytest.raises(preemption.Stopped):
+    with pytest.raises(preemption.StoppedBySignal):
         restore(tmp_path / "run", abstract)
     assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
 
