@@ -23,40 +23,40 @@ __all__ = ["PreviewPictures", "check_sampling", "make_preview_sampler"]
 
 
 def check_sampling(
-    config: ConfigDict, setup: training.Setup, class_names: Sequence[str], are_names_final: bool = False
+    config: ConfigDict, program: training.TrainingProgram, class_names: Sequence[str], are_names_final: bool = False
 ) -> None:
     """Raises the errors of --mode=sample, except those that depend on the weights of a guiding classifier.
 
     are_names_final: False if the data, which is not read yet, may hold more class names than `class_names`.
     """
-    if not isinstance(setup.model, models.UNet):
+    if not isinstance(program.model, models.UNet):
         return
     check_sampling_options(config)
     label = config.sampling.label
     has_names = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
-    if has_names and setup.model.num_classes and not (are_names_final or class_names):
+    if has_names and program.model.num_classes and not (are_names_final or class_names):
         config = config.copy_and_resolve_references()
         config.sampling.label = None
-    SamplingSetup(config, setup.model, setup.schedule, setup.mesh, class_names, load_classifier=False)
+    SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
 
 
-def make_preview_sampler(config: ConfigDict, setup: training.Setup, num_images: int) -> BatchSampler | None:
+def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
     """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
-    if num_images < 1 or not isinstance(setup.model, models.UNet) or training.is_upsampler(config):
+    if num_images < 1 or not isinstance(program.model, models.UNet) or training.is_upsampler(config):
         return None
     options = to_dict(config)
     options["sampling"] |= {
         "sampler": "ddim",
-        "steps": min(config.sampling.preview_steps, setup.schedule.num_timesteps),
+        "steps": min(config.sampling.preview_steps, program.schedule.num_timesteps),
         "spacing": "trailing",
         "eta": 0.0,
         "guidance_scale": 1.0,
         "classifier": "",
         "label": None,
     }
-    config, num_devices = ConfigDict(options), setup.mesh.size
-    sampling_setup = SamplingSetup(config, setup.model, setup.schedule, setup.mesh)
-    return BatchSampler(config, sampling_setup, setup.mesh, max(1, num_images // num_devices) * num_devices)
+    config, num_devices = ConfigDict(options), program.mesh.size
+    sampling_setup = SamplingSetup(config, program.model, program.schedule, program.mesh)
+    return BatchSampler(config, sampling_setup, program.mesh, max(1, num_images // num_devices) * num_devices)
 
 
 class PreviewPictures:

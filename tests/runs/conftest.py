@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 def untrained_run(tmp_path_factory):
     config, directory = tiny_config(**FEW_SAMPLES), tmp_path_factory.mktemp("untrained") / "run"
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(2, training.setup(config).init())
+        checkpoints.save(2, training.build_program(config).init())
         checkpoints.finish(2)
     workdir.write_config(config, directory)
     return directory

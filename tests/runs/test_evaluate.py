@@ -38,7 +38,7 @@ def config_with(**overrides):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
-    directory, built = tmp_path_factory.mktemp("run"), training.setup(config_with())
+    directory, built = tmp_path_factory.mktemp("run"), training.build_program(config_with())
     state = built.init()
 
     def moved(params, seed):
@@ -61,7 +61,7 @@ def report(directory):
 
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
-    built = training.setup(config)
+    built = training.build_program(config)
     _, params = trained_model.load_weights(config, directory, built.model, built.mesh, use_ema)
     source = data.load(ConfigDict({**config.data, "split": split}))
 
@@ -207,7 +207,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     assert rates == sorted(rates) and float(rows[-1]["rmse_0_255"]) == 0 and float(rows[0]["rmse_0_255"]) > 20
     with Image.open(trained / "progressive.png") as picture:
         assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)  # two sampling steps
-        built = training.setup(config_with())
+        built = training.build_program(config_with())
         _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {

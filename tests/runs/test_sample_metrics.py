@@ -96,7 +96,7 @@ def test_training_logs_the_frechet_distance(tmp_path):
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
-    built = training.setup(config)
+    built = training.build_program(config)
     _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
     batch_sampler = make_preview_sampler(config, built, config.sampling.batch_size)
     drawn = np.concatenate([batch_sampler(params, 0, i) for i in range(5)])

@@ -282,16 +282,16 @@ def test_other_images_are_refused(tmp_path):
 @pytest.mark.whole
 def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
-    setup = training.setup
+    build = training.build_program
 
     def on_an_accelerator(config):
-        built = setup(config)
+        built = build(config)
         raw = built.train_step.__wrapped__
         return built._replace(train_steps=jax.jit(training.scan_steps(raw)))
 
     train.run(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
     train.run(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
-    monkeypatch.setattr(training, "setup", on_an_accelerator)
+    monkeypatch.setattr(training, "build_program", on_an_accelerator)
     train.run(
         tiny_config(
             **{
