@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metric_suite, metrics
+from diffusion_jax.evaluation import metrics, named_metrics
 from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import ProgressBar
@@ -46,7 +46,7 @@ class TrainingFid:
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
         self._reference = features.moments
-        metric, num_steps = metric_suite.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
+        metric, num_steps = named_metrics.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
         self.name = f"{metric}_{self._num_samples}_ddim{num_steps}"
 
     def __call__(self, params: Any) -> float:

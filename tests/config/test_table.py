@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax import config, likelihood, losses, models, process, schedules, timesteps
 from diffusion_jax.config import values
-from diffusion_jax.evaluation import feature_extractors, metric_suite, ode_likelihood
+from diffusion_jax.evaluation import feature_extractors, named_metrics, ode_likelihood
 from diffusion_jax.runs import edit, sampler_config
 from helpers.paths import ROOT
 
@@ -102,7 +102,7 @@ def test_allowed_names_are_those_of_the_functions_that_read_them():
     assert names("sampling.spacing")[:-2] == schedules.SPACINGS
     assert names("editing.task") == tuple(edit.TASKS)
     assert names("evaluation.cdf") == likelihood.CDFS
-    assert names("evaluation.metrics") == metric_suite.METRICS
+    assert names("evaluation.metrics") == named_metrics.METRICS
     assert names("evaluation.resize") == feature_extractors.RESIZES
     assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
 
