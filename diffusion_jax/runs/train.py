@@ -17,7 +17,7 @@ from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.runs.batch_feed import BatchFeed
+from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
@@ -142,8 +142,8 @@ def _train(
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer = config.training, jax.process_index() == 0
     step = logged_step = int(state.step)
-    feed = BatchFeed(config, program, source, step)
-    batch, count = feed.next(step)
+    loader = BatchLoader(config, program, source, step)
+    batch, count = loader.next(step)
     import_writers()
     compiled = _CompiledSteps(program)
     with log_compilation("the train step"):
@@ -154,7 +154,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        for context in (feed, preemption.install_handler(), watchdog, profile):
+        for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
         timer = LoopTimer()
         while step < options.num_steps:
@@ -166,7 +166,7 @@ def _train(
             is_last, must_stop = step == options.num_steps, preemption.requested()
             if not (is_last or must_stop):
                 with timer.measure("data_wait"):
-                    batch, count = feed.next(step)
+                    batch, count = loader.next(step)
             note = ""
             if step % options.log_every == 0 or is_last:
                 means = training.window_means(_finite_window(state, checkpoints))

@@ -14,11 +14,14 @@ from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 
-__all__ = ["BatchFeed"]
+__all__ = ["BatchLoader"]
 
 
-class BatchFeed:
-    """Reads ahead from `step` on, in other processes if the images are not in memory. As a context it closes these."""
+class BatchLoader:
+    """Loads the batches from `step` on and places them on the devices.
+
+    If the images are not in memory, other processes read ahead; leaving the context ends them.
+    """
 
     def __init__(self, config: ConfigDict, program: training.TrainingProgram, source: data.Source, step: int):
         self._options, self._mesh = config.training, program.mesh
@@ -31,7 +34,7 @@ class BatchFeed:
             steps = self._options.steps_per_call
             log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
-    def __enter__(self) -> BatchFeed:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_) -> None:
