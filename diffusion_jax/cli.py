@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> Command:
     parser = _make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
-    config = configs.load(flags.config) if flags.config else None
+    config = configs.load_experiment(flags.config) if flags.config else None
     log = print if flags.process_id in (None, 0) else lambda line: None
     if flags.workdir:
         check_workdir(flags.workdir)

@@ -11,7 +11,7 @@ docs/configuration.md lists all leaves.
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.config.experiments import experiment, experiment_names, load
+from diffusion_jax.config.experiments import experiment, experiment_names, load_experiment
 from diffusion_jax.config.presets import preset_fields
 from diffusion_jax.config.resolution import (
     default,
@@ -38,7 +38,7 @@ __all__ = [
     "flatten",
     "identity",
     "is_boolean",
-    "load",
+    "load_experiment",
     "migrate",
     "override",
     "preset_fields",

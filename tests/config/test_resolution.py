@@ -249,9 +249,9 @@ def test_a_group_that_is_no_group_is_refused_with_overrides():
 def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "C:mine.py").write_text("def get_config(seed='1'):\n    return {'seed': int(seed)}\n")
-    assert config.load("C:mine.py").seed == 1 and config.load("C:mine.py:23").seed == 23
+    assert config.load_experiment("C:mine.py").seed == 1 and config.load_experiment("C:mine.py:23").seed == 23
     with pytest.raises(config.ConfigError, match="C:mine.py:x: line 2 of C:mine.py raises ValueError"):
-        config.load("C:mine.py:x")
+        config.load_experiment("C:mine.py:x")
 
 
 def test_data_takes_a_partial_mapping():
