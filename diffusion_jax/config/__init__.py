@@ -22,7 +22,7 @@ from diffusion_jax.config.resolution import (
     override,
     resolve,
 )
-from diffusion_jax.config.table import CLASSIFIER_LEAVES, LEAVES, flatten, identity, reference
+from diffusion_jax.config.table import CLASSIFIER_LEAVES, LEAVES, flatten, identity_leaves, reference
 from diffusion_jax.errors import ConfigError
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "experiment",
     "experiment_names",
     "flatten",
-    "identity",
+    "identity_leaves",
     "is_boolean",
     "load_experiment",
     "migrate",

@@ -22,7 +22,7 @@ from diffusion_jax.config.training_leaves import (
     TRAINING,
 )
 
-__all__ = ["CLASSIFIER_LEAVES", "GROUPS", "LEAVES", "ROOT_GROUP", "flatten", "identity", "nearest", "reference"]
+__all__ = ["CLASSIFIER_LEAVES", "GROUPS", "LEAVES", "ROOT_GROUP", "flatten", "identity_leaves", "nearest", "reference"]
 
 ROOT_GROUP = ""  # the leaves that belong to no group
 
@@ -66,7 +66,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
 
@@ -98,8 +98,8 @@ not allow, raises `ConfigError` with one line that gives the value, what is allo
 `--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` where it
 is allowed.
 
-A leaf with the identity "yes" decides the numbers of a run, so a relaunch in the same work directory must not change it. The
-others may change between launches.
+The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
+them. The others may change between launches.
 
 This document is the output of `config.reference()`:
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import identity, migrate
+from diffusion_jax.config import identity_leaves, migrate
 from diffusion_jax.data import Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
@@ -59,7 +59,7 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     stored = read_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    old, new = identity(migrate(stored)), identity(to_dict(config))
+    old, new = identity_leaves(migrate(stored)), identity_leaves(to_dict(config))
     differing = [key for key in new if key in old and old[key] != new[key]]
     if not differing:
         return

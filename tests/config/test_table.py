@@ -108,7 +108,7 @@ def test_allowed_names_are_those_of_the_functions_that_read_them():
 
 
 def test_identity_is_what_decides_the_numbers_of_a_run():
-    identity = config.identity(config.default())
+    identity = config.identity_leaves(config.default())
     groups = {name.partition(".")[0] for name in identity}
     assert groups == {"seed", "data", "model", "diffusion", "optimizer", "ema", "training"}
     assert [name for name in identity if name.startswith("training.")] == ["training.batch_size"]
