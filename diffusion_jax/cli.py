@@ -86,7 +86,7 @@ def _mode(text: str) -> str:
 
 
 def _make_parser() -> _Parser:
-    modes = "\n".join(f"  {name:17} {meaning}" for name, meaning in MODES.items())
+    modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = _Parser(
         prog="diffusion-jax",
         description=f"{__doc__}\nModes:\n{modes}",

@@ -1,4 +1,4 @@
-"""Configs: every leaf once, with its type, default, allowed values and meaning, and what follows from that table.
+"""Configs: every leaf once, with its default, allowed values and description, and functions that read this table.
 
     from diffusion_jax import config
 

@@ -238,7 +238,7 @@ def _check(name: str, leaf: Leaf, value: Any) -> Any:
     try:
         return leaf.kind.check(value)
     except (ValueError, TypeError, OverflowError):
-        hint = leaf.kind.hint(value) or _first_sentence(leaf.meaning)
+        hint = leaf.kind.hint(value) or _first_sentence(leaf.description)
         raise ConfigError(f"{name}={_shown(value)} must be {leaf.kind.allowed}; {hint}") from None
 
 
@@ -247,13 +247,13 @@ def _parse(name: str, leaf: Leaf, text: str) -> Any:
         return leaf.kind.parse(text)
     except (ValueError, TypeError, OverflowError):
         example = f", {leaf.kind.example}" if leaf.kind.example else ""
-        hint = leaf.kind.hint(text) or _first_sentence(leaf.meaning)
+        hint = leaf.kind.hint(text) or _first_sentence(leaf.description)
         raise ConfigError(f"{name}={text} must be {leaf.kind.allowed}{example}; {hint}") from None
 
 
-def _first_sentence(meaning: str) -> str:
-    """The beginning of a meaning, for the end of an error's line."""
-    return f"meaning: {meaning.split('. ')[0].rstrip('.')}"
+def _first_sentence(description: str) -> str:
+    """The first sentence of a description, for the end of an error's line."""
+    return f"description: {description.split('. ')[0].rstrip('.')}"
 
 
 def _shown(value: Any) -> str:

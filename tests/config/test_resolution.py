@@ -55,8 +55,8 @@ def test_values_get_the_type_of_their_leaf():
         ({"data": {"foo": {}}}, "unknown leaf data.foo; docs/configuration.md lists all leaves"),
         (
             {"seed": {}},
-            "seed={} must be a whole number in 0 ... 4294967295; meaning: Seed of the initial parameters, the batches and "
-            "the noise of training",
+            "seed={} must be a whole number in 0 ... 4294967295; description: Seed of the initial parameters, the batches "
+            "and the noise of training",
         ),
         (
             {"training.num_steps": 3},
@@ -85,7 +85,7 @@ def test_values_get_the_type_of_their_leaf():
         ),
         (
             {"ema": {"decay": 2}},
-            "ema.decay=2 must be a number in [0, 1]; meaning: Decay rate of the moving average of the parameters",
+            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the moving average of the parameters",
         ),
         ({"evaluation": {"metrics": ("fid", "kidd")}}, "'kidd' is not allowed; did you mean kid?"),
         ({"sampling": {"steps": "10,15"}}, "type --config.sampling.steps=10,15 --config.sampling.spacing=openai"),

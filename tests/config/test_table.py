@@ -67,7 +67,7 @@ def test_every_default_is_allowed_as_a_value_and_as_text(name):
     assert leaf.kind.check(leaf.default) == leaf.default
     if leaf.default != ():
         assert leaf.kind.check(leaf.kind.parse(str(leaf.default))) == leaf.default
-    assert (leaf.meaning.endswith(".") and leaf.meaning[0].isupper()) or leaf.meaning[:2] == "S_"
+    assert (leaf.description.endswith(".") and leaf.description[0].isupper()) or leaf.description[:2] == "S_"
 
 
 def test_only_strings_and_booleans_have_no_wrong_value():
