@@ -160,9 +160,9 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
         name = flag.removeprefix("--config.")
         if not equals:
             alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean(name):
+            if alone and not configs.is_boolean_leaf(name):
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean(name) else remaining.pop(0)
+            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
         overrides[name] = text
     return overrides
 

@@ -22,7 +22,16 @@ from diffusion_jax.config.training_leaves import (
     TRAINING,
 )
 
-__all__ = ["CLASSIFIER_LEAVES", "GROUPS", "LEAVES", "ROOT_GROUP", "flatten", "identity_leaves", "nearest", "reference"]
+__all__ = [
+    "CLASSIFIER_LEAVES",
+    "GROUPS",
+    "LEAVES",
+    "ROOT_GROUP",
+    "flatten",
+    "identity_leaves",
+    "nearest_name",
+    "reference",
+]
 
 ROOT_GROUP = ""  # the leaves that belong to no group
 
@@ -71,7 +80,7 @@ def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
+def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
     """The most similar of `names`, by the mean similarity of the last part and of the whole; None if it is below `cutoff`."""
     last = name.rpartition(".")[2]
 
