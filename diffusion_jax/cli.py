@@ -235,10 +235,12 @@ def _config_with_weights(
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:
-    """Raises: UserError where a mode is not for what the config trains: a classifier, an upsampler or a diffusion model."""
-    is_classifier, low_resolution = config.diffusion.loss == "classify", config.data.low_resolution
-    if mode in ("edit", "evaluate", "progressive") and low_resolution:
-        raise UserError(f"--mode={mode} is not for a model that enlarges images (data.low_resolution={low_resolution})")
+    """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
+    is_classifier = configs.is_classifier(config)
+    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+        raise UserError(
+            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        )
     if is_classifier and mode == "train":
         raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if is_classifier and mode not in ("train_classifier", "plan"):

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from diffusion_jax import data, training
+from diffusion_jax.config import is_classifier
 from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
 
@@ -161,7 +162,7 @@ def test_every_config_builds(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
     (height, width, channels), taken = data.image_shape(config.data), training.input_shape(config)
-    learned, classifier = config.diffusion.variance.startswith("learned"), training.is_classifier(config)
+    learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
     labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
     out = jax.eval_shape(
         lambda p, x, t, *y: built.model.apply({"params": p}, x, t, *y),

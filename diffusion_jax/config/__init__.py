@@ -22,7 +22,15 @@ from diffusion_jax.config.resolution import (
     override,
     resolve,
 )
-from diffusion_jax.config.table import CLASSIFIER_LEAVES, LEAVES, flatten, identity_leaves, reference
+from diffusion_jax.config.table import (
+    CLASSIFIER_LEAVES,
+    LEAVES,
+    flatten,
+    identity_leaves,
+    is_classifier,
+    is_upsampler,
+    reference,
+)
 from diffusion_jax.errors import ConfigError
 
 __all__ = [
@@ -38,6 +46,8 @@ __all__ = [
     "flatten",
     "identity_leaves",
     "is_boolean_leaf",
+    "is_classifier",
+    "is_upsampler",
     "load_experiment",
     "migrate",
     "override",

@@ -29,6 +29,8 @@ __all__ = [
     "ROOT_GROUP",
     "flatten",
     "identity_leaves",
+    "is_classifier",
+    "is_upsampler",
     "nearest_name",
     "reference",
 ]
@@ -78,6 +80,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a complete config trains a classifier of noisy images instead of a diffusion model."""
+    return config["diffusion"]["loss"] == "classify"
+
+
+def is_upsampler(config: Mapping[str, Any]) -> bool:
+    """Whether the diffusion model of a complete config enlarges small images, which are an input of its network."""
+    return bool(config["data"]["low_resolution"])
 
 
 def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:

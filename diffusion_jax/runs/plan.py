@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_classifier, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
@@ -92,7 +92,7 @@ def estimate(config: Mapping) -> Plan:
 def activations_per_image(config: Mapping) -> int:
     """Bytes that a network keeps of an image for its backward pass: those of two images minus those of one."""
     model, shape = training.model_from_config(config), training.input_shape(config)
-    takes_labels = model.num_classes and not training.is_classifier(config)
+    takes_labels = model.num_classes and not is_classifier(config)
 
     def residuals(params, x, y, key):
         def network(params):

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, training
+from diffusion_jax.config import is_upsampler
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
@@ -42,7 +43,7 @@ def check_sampling(
 
 def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
     """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
-    if num_images < 1 or not isinstance(program.model, models.UNet) or training.is_upsampler(config):
+    if num_images < 1 or not isinstance(program.model, models.UNet) or is_upsampler(config):
         return None
     options = to_dict(config)
     options["sampling"] |= {

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
@@ -29,7 +29,6 @@ from diffusion_jax.runs.metric_records import differing_settings, read_records, 
 from diffusion_jax.runs.sample_files import SampleFile, read_settings
 from diffusion_jax.runs.set_metrics import record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
-from diffusion_jax.training import is_upsampler
 
 __all__ = ["run"]
 

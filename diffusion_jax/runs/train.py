@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -298,8 +298,8 @@ def _save(
 
 
 def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
-    if training.is_upsampler(config):
+    if is_upsampler(config):
         return "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
-    if training.is_classifier(config):
+    if is_classifier(config):
         return f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
     return "Sample with --mode=sample."

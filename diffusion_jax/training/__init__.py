@@ -3,8 +3,6 @@
 from diffusion_jax.training.build import TrainingProgram, build_program, create
 from diffusion_jax.training.from_config import (
     input_shape,
-    is_classifier,
-    is_upsampler,
     model_from_config,
     schedule_from_config,
 )
@@ -18,8 +16,6 @@ __all__ = [
     "build_program",
     "create",
     "input_shape",
-    "is_classifier",
-    "is_upsampler",
     "model_from_config",
     "scan_steps",
     "schedule_from_config",
