@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from diffusion_jax.config.leaf import Leaf
 from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatten, nearest_name
 from diffusion_jax.config.values import Boolean, OneOf
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, shorten
 
 __all__ = [
     "RENAMED_METRICS",
@@ -257,8 +257,7 @@ def _first_sentence(description: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())  # an array's has several lines
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shorten(" ".join(repr(value).split()), 80)  # the repr of an array has several lines
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffusion_jax import data
 from diffusion_jax.config import flatten
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import UserError, as_user_error, shorten
 from diffusion_jax.files import save_npz
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler
@@ -189,11 +189,6 @@ def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | No
         return "does not store the settings of its samples (files of version 0.1.0 do not)"
     old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
     differing = [key for key in new | old if key not in old or key not in new or old[key] != new[key]]
-    changes = [f"{key}={_shorten(old.get(key))}, now {_shorten(new.get(key))}" for key in differing]
+    changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in differing]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
     return f"was drawn with other settings ({'; '.join(changes[:3])}{more})" if differing else None
-
-
-def _shorten(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:8] + "..."
