@@ -22,9 +22,10 @@ from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progre
 from diffusion_jax.runs.data_source import check_source
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
-from diffusion_jax.runs.step_timing import LoopTimer, StepTimes, TraceProfile
+from diffusion_jax.runs.step_timing import TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
 from diffusion_jax.runs.training_fid import TrainingFid
+from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
@@ -140,8 +141,7 @@ def _train(
     training_fid: TrainingFid | None,
 ) -> None:
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
-    options, is_writer = config.training, jax.process_index() == 0
-    step = logged_step = int(state.step)
+    options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
     loader = BatchLoader(config, program, source, step)
     batch, count = loader.next(step)
     import_writers()
@@ -156,35 +156,22 @@ def _train(
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
-        timer = LoopTimer()
+        outputs = TrainingOutputs(config, step, metrics, checkpoints, watchdog, preview, training_fid)
         while step < options.num_steps:
             with profile.annotate(step):
                 state, _ = compiled.get(count, state, batch)(state, batch)
             watchdog.record_step()
             step += count
             profile.count_call(state)
-            is_last, must_stop = step == options.num_steps, preemption.requested()
-            if not (is_last or must_stop):
-                with timer.measure("data_wait"):
+            must_stop = preemption.requested()
+            if step < options.num_steps and not must_stop:
+                with outputs.timer.measure("data_wait"):
                     batch, count = loader.next(step)
-            note = ""
-            if step % options.log_every == 0 or is_last:
-                means = training.window_means(_finite_window(state, checkpoints))
-                watchdog.record_step()
-                times = timer.restart()
-                with timer.measure("logging"):
-                    note = _log_metrics(config, metrics, step, step - logged_step, means, times)
-                logged_step = step
-            with timer.measure("logging"):
+            note = outputs.log_metrics(step, state)
+            with outputs.timer.measure("logging"):
                 checkpoints.check()
                 bar.update(step, note)
-                # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
-                if preview and _is_due(step, options.sample_every, is_last):
-                    _draw_preview(preview, state, step, metrics, watchdog)
-                if training_fid and _is_due(step, config.evaluation.every, is_last):
-                    _log_fid(training_fid, state, step, metrics, watchdog)
-                if must_stop or _is_due(step, options.checkpoint_every, is_last):
-                    _save(checkpoints, state, step, metrics, watchdog)
+                outputs.write(step, state, must_save=must_stop)
             if must_stop:
                 break
         with watchdog.paused():
@@ -192,11 +179,6 @@ def _train(
             stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped
-
-
-def _is_due(step: int, interval: int, is_last: bool) -> bool:
-    """Whether something is due at its interval or at the last step; an interval of 0 is never."""
-    return interval > 0 and (is_last or step % interval == 0)
 
 
 class _CompiledSteps:
@@ -212,89 +194,6 @@ class _CompiledSteps:
             assert isinstance(function, jax.stages.Wrapped)
             self._compiled[count] = function.lower(state, batch).compile()
         return self._compiled[count]
-
-
-def _finite_window(state: training.TrainState, checkpoints: Checkpoints):
-    """The sums of the steps since the last line of the log. Raises: UserError if a loss or gradient was not finite."""
-    window = jax.device_get(state.window)
-    if window["nonfinite_step"] >= 0:
-        steps = checkpoints.steps()
-        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
-        raise UserError(
-            f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
-            "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
-            "optimizer.grad_clip=1.0, or model.dtype=float32",
-            exit_code=1,
-        )
-    return window
-
-
-def _log_metrics(
-    config: ConfigDict,
-    metrics: MetricsWriter | None,
-    step: int,
-    num_steps: int,
-    means: dict[str, float],
-    times: StepTimes,
-) -> str:
-    """Writes the means of the last `num_steps` steps, and their speed; returns a note for the progress bar."""
-    options = config.training
-    training_seconds = times.seconds * (1 - times.logging)  # the speed is that of training alone
-    speed = {
-        "images_per_second": num_steps * options.batch_size / training_seconds,
-        "seconds_left": (options.num_steps - step) * times.seconds / num_steps,
-        "step_seconds": times.seconds / num_steps,
-        "compute": times.compute,
-        "data_wait": times.data_wait,
-        "logging": times.logging,
-    }
-    if metrics:
-        metrics.write_scalars(step, means | speed)
-    return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
-
-
-def _draw_preview(
-    preview: PreviewPictures,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Writes a grid of samples of the EMA weights."""
-    with watchdog.paused():
-        images = preview.draw(state.ema_params)
-    if metrics:
-        preview.write(step, images, metrics)
-
-
-def _log_fid(
-    training_fid: TrainingFid,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Logs the Frechet distance of samples of the EMA weights."""
-    with watchdog.paused():
-        distance = training_fid(state.ema_params)
-    log(f"{training_fid.name} {distance:.4g} at step {step}")
-    if metrics:
-        metrics.write_scalars(step, {training_fid.name: distance})
-
-
-def _save(
-    checkpoints: Checkpoints,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Saves a checkpoint of a finite state."""
-    _finite_window(state, checkpoints)
-    if metrics:
-        metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
-    with watchdog.paused():
-        checkpoints.save(step, state)
 
 
 def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
