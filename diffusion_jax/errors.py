@@ -21,7 +21,7 @@ __all__ = [
 
 
 class DiffusionJaxError(Exception):
-    """The base of this package's errors: the message is one line that says what is wrong, what is allowed and what to type.
+    """The base of this package's errors: the message is one line: the problem, the allowed values, and what to type.
 
     `exit_code`: 2 for bad input, 1 for a run that failed.
     """

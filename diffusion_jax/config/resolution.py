@@ -165,7 +165,7 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leaves_of(config: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The table of a config: a classifier's model has leaves of its own."""
+    """The table of a config: the model of a classifier has other leaves."""
     loss = flatten(config).get("diffusion.loss")
     return CLASSIFIER_LEAVES if isinstance(loss, str) and loss == "classify" else LEAVES
 
@@ -183,7 +183,7 @@ def _flatten_given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def _check_structure(config: Any) -> None:
-    """Raises: ConfigError for what is not a nested mapping of groups."""
+    """Raises: ConfigError for anything but a nested mapping of groups."""
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
             f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
@@ -229,7 +229,7 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
 def _field(name: str, leaf: Leaf, value: Any) -> Any:
     """The value of a leaf as a ConfigDict holds it. Raises: ConfigError."""
     value = _check(name, leaf, value)
-    # A ConfigDict holds each leaf to the type of its first value, which is too narrow where several types are allowed.
+    # A ConfigDict holds each leaf to the type of its first value, which is too narrow if several types are allowed.
     return FieldReference(value, field_type=object) if isinstance(leaf.kind, OneOf) else value
 
 

@@ -116,7 +116,7 @@ and so may any mapping:
 
 `config.resolve(mapping)` completes a mapping with the defaults and checks it: an unknown leaf, or a value that its leaf does
 not allow, raises `ConfigError` with one line that gives the value, what is allowed and what to type. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` where it
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` if it
 is allowed.
 
 The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change

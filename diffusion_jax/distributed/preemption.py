@@ -45,7 +45,7 @@ def rerun_hint() -> str:
 def exit_on_signals(
     resume_hint: Callable[[], str] = rerun_hint, only_interrupts: bool = False, grace: float = 5.0
 ) -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
+    """Makes SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
 
     The process ends at once, or after `grace` seconds if the main thread is inside a compiler. The handler does not raise: it
     may run in a callback that discards exceptions, and a regular exit unloads libraries while the devices still compute.
@@ -115,7 +115,7 @@ def _install_handler(
 ) -> Iterator[None]:
     """Calls `handler` in the main thread for each of the signals, and `_force_exit` in another thread.
 
-    Two threads are needed because Python calls handlers between two of its own instructions, and the main thread may compile,
+    Two threads are needed because Python calls handlers between two bytecode instructions, and the main thread may compile,
     or wait for a device, for minutes. Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():

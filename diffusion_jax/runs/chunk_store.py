@@ -27,7 +27,7 @@ def options_digest(options: Mapping[str, Any], *more: Any) -> str:
 
 
 class ChunkStore:
-    """Numbered chunks of arrays, one .npz each, in a directory of their own. Process 0 writes, every process reads.
+    """Numbered chunks of arrays, one .npz each, in a separate directory. Process 0 writes, every process reads.
 
     finished: the numbers of the chunks that existed when the store was opened.
     """

@@ -59,7 +59,7 @@ def num_virtual_devices(config: Mapping) -> int:
 def estimate(config: Mapping) -> Plan:
     """Compiles the train step of a config on the present devices. Raises: as `training.build_program`."""
     config = resolve(config)
-    # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
+    # The program represents an accelerator's, so the choice for a CPU does not apply.
     config.model.convolution = "xla"
     program = training.build_program(config)
     assert isinstance(program.train_step, jax.stages.Wrapped)

@@ -50,7 +50,7 @@ def check_sampling_options(config: ConfigDict) -> None:
 class SampleFile:
     """The samples of a config: PATH.npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, if any; settings) and PATH.png, a grid.
 
-    path: the .npz. settings: all that decides the pixels. setup, low_resolution: what they are drawn with.
+    path: the .npz. settings: everything that decides the pixels. setup, low_resolution: the inputs of sampling.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
@@ -118,7 +118,7 @@ class SampleFile:
             log(f"{len(images)} images: {self.path}, a grid: {self.path.with_suffix('.png')}")
 
     def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
-        """All that decides the pixels of samples, except rounding: plain JSON values. small: what an upsampler enlarges."""
+        """Everything that decides the pixels, except rounding, as JSON values. small: images that an upsampler enlarges."""
         config, setup = self.config, self.setup
         options = to_dict(config)
         sampling = {
@@ -168,7 +168,7 @@ class SampleFile:
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
-    """{"settings": what decides the samples of an .npz, "drawn_with": versions}.
+    """{"settings": everything that decides the samples of an .npz, "drawn_with": versions}.
 
     None if the file does not store them, as files of version 0.1.0.
     """

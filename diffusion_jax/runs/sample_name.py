@@ -1,4 +1,4 @@
-"""The part of a file name that tells samples with different options apart."""
+"""The part of a file name that distinguishes samples with different options."""
 
 from __future__ import annotations
 

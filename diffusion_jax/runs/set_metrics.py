@@ -154,13 +154,13 @@ def _possible_metrics(
 ) -> list[str]:
     """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
     if samples.images is None:
-        raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
+        raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
     _check_comparable(reference, samples)
     statistics = reference.statistics
     has_spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
     missing = named_metrics.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
     if missing:
-        log(f"Left out: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
+        log(f"Not measured: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
     metric_names = [metric for metric in metric_names if metric not in missing]
     if not metric_names:
         raise ValueError("nothing is left to measure; name other metrics")
@@ -220,7 +220,7 @@ def _neighbors_path(
     reference_features: SetFeatures,
     sample_features: SetFeatures,
 ) -> pathlib.Path:
-    """A path of its own for each comparison."""
+    """The path of the picture, different for each comparison."""
     key = (reference_features.digest, sample_features.digest, extractor.digest, extractor.resize)
     tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:6]
     return output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")

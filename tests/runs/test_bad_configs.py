@@ -84,7 +84,7 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--mode=trian"], "'trian' must be one of train, "),
     (["--config=configs/digits.py", "--mode=smaple"], "did you mean sample?"),
     (["--config=configs/digits.py", "--xyz=3"], "unknown flag --xyz; --help lists all flags"),
-    (["--config=configs/workdir.py:runs/1"], "leave --config out: --workdir=DIR"),
+    (["--config=configs/workdir.py:runs/1"], "omit --config: --workdir=DIR"),
     (["--config=configs/pretrained.py:weights.pt"], "use --pretrained=PATH"),
     (["--config=configs/default.py"], "use --config=cifar10, or config.default()"),
     ([], "holds no run whose config could be used"),
