@@ -86,7 +86,7 @@ def _mode(text: str) -> str:
 
 
 def _make_parser() -> _Parser:
-    modes = "\n".join(f"  {name:17} {meaning}" for name, meaning in MODES.items())
+    modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = _Parser(
         prog="diffusion-jax",
         description=f"{__doc__}\nModes:\n{modes}",
@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> Command:
     parser = _make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
-    config = configs.load(flags.config) if flags.config else None
+    config = configs.load_experiment(flags.config) if flags.config else None
     log = print if flags.process_id in (None, 0) else lambda line: None
     if flags.workdir:
         check_workdir(flags.workdir)
@@ -160,9 +160,9 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
         name = flag.removeprefix("--config.")
         if not equals:
             alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean(name):
+            if alone and not configs.is_boolean_leaf(name):
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean(name) else remaining.pop(0)
+            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
         overrides[name] = text
     return overrides
 
@@ -235,10 +235,12 @@ def _config_with_weights(
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:
-    """Raises: UserError where a mode is not for what the config trains: a classifier, an upsampler or a diffusion model."""
-    is_classifier, low_resolution = config.diffusion.loss == "classify", config.data.low_resolution
-    if mode in ("edit", "evaluate", "progressive") and low_resolution:
-        raise UserError(f"--mode={mode} is not for a model that enlarges images (data.low_resolution={low_resolution})")
+    """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
+    is_classifier = configs.is_classifier(config)
+    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+        raise UserError(
+            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        )
     if is_classifier and mode == "train":
         raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if is_classifier and mode not in ("train_classifier", "plan"):
@@ -275,7 +277,7 @@ def run(command: Command) -> None:
 
     functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
-    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
+    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
@@ -318,9 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         workdir = command.workdir
-        _exit_on_signals(preemption.continue_hint())  # also after `run`, while the process exits
+        _exit_on_signals(preemption.rerun_hint())  # also after `run`, while the process exits
         run(command)
-    except preemption.Stopped as error:
+    except preemption.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, workdir)

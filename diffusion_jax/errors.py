@@ -16,6 +16,7 @@ __all__ = [
     "UserError",
     "as_user_error",
     "list_names",
+    "shorten",
 ]
 
 
@@ -82,6 +83,11 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, or its beginning and "..." if it has more than `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diffusion_jax.config.resolution import resolve
 from diffusion_jax.errors import ConfigError
 
-__all__ = ["experiment", "experiment_names", "load"]
+__all__ = ["experiment", "experiment_names", "load_experiment"]
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # Config files of version 0.1 that this version has no more, and what replaces each.
@@ -51,7 +51,7 @@ def _folder() -> pathlib.Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
-def load(path: str) -> ConfigDict:
+def load_experiment(path: str) -> ConfigDict:
     """The config of FILE.py or FILE.py:ARGUMENT, or of an experiment's name, as `--config` takes them.
 
     Raises: ConfigError with the file and the line of what is wrong.

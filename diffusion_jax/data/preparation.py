@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, shorten
 
 __all__ = ["exclusive_lock", "preparation_command", "prepare", "request_address"]
 
@@ -363,5 +363,4 @@ def _innermost(error: Exception) -> object:
 
 def _one_line(value: object) -> str:
     """An error or text without line breaks and addresses of objects, at most 300 characters."""
-    text = " ".join(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>[:,]? ?", "", str(value)).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shorten(" ".join(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>[:,]? ?", "", str(value)).split()), 300)

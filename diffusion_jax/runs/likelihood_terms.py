@@ -19,7 +19,7 @@ from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
-from diffusion_jax.runs.artifacts import ChunkStore, options_digest
+from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.data_source import check_source, rename_leaves_in_errors
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest

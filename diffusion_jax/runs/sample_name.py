@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from diffusion_jax.runs.artifacts import options_digest
+from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.class_labels import ClassLabels
 
 __all__ = ["sample_name"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from diffusion_jax import pretrained
-from diffusion_jax.config import drop_unknown, migrate, resolve
+from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.runs import console
 from diffusion_jax.runs.workdir import read_config
@@ -28,7 +28,7 @@ def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = con
     if stored is None:
         return None
     try:
-        known, unknown = drop_unknown(migrate(stored))
+        known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
     except ConfigError as error:
         raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None

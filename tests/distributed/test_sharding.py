@@ -43,7 +43,7 @@ def test_a_leaf_is_split_along_its_longest_axis_that_divides():
 def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devices():
     """By the rule alone: parameters, moments and EMA have the same shapes."""
     config = cifar10.get_config()
-    shapes = jax.eval_shape(training.setup(config).init)
+    shapes = jax.eval_shape(training.build_program(config).init)
     leaves = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
     parts = [1 if sharding.split_axis(leaf.shape, 8) is None else 8 for leaf in leaves]
     held = sum(leaf.size / part for leaf, part in zip(leaves, parts, strict=True))

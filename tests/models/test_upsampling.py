@@ -152,12 +152,12 @@ def test_an_upsampler_learns_from_the_small_image():
 )
 def test_upsamplers_that_cannot_be_built(overrides, words):
     with pytest.raises(ValueError, match=words):
-        training.setup(upsampler_config(**overrides))
+        training.build_program(upsampler_config(**overrides))
 
 
 def test_a_classifier_enlarges_nothing():
     with pytest.raises(ValueError, match="a classifier .* has none"):
-        training.setup(classifier_config(**{"data.low_resolution": 4}))
+        training.build_program(classifier_config(**{"data.low_resolution": 4}))
 
 
 @pytest.mark.whole

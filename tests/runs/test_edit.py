@@ -79,7 +79,7 @@ def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
 def test_edits_equal_those_of_the_core(root, files):
     """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
     directory = root / "conditional"
-    built = training.setup(conditional())
+    built = training.build_program(conditional())
     walked, full, model, params = core_inputs(conditional(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)

@@ -278,7 +278,7 @@ def test_labels_are_needed_only_where_something_takes_them():
 
 
 def test_several_steps_in_one_call_take_the_same_batches():
-    built = training.setup(tiny_config())
+    built = training.build_program(tiny_config())
     stacked = {"x": np.zeros((3, 8, 8, 8, 1), np.float32)}
     many = training.scan_steps(built.train_step.__wrapped__)
     assert jax.eval_shape(many, built.abstract_state, stacked)[1]["loss"].shape == ()
@@ -333,7 +333,7 @@ def test_a_wrong_batch_is_refused_in_one_line(batch, words):
 
 
 def test_the_compiled_step_refuses_it_too():
-    built = training.setup(tiny_config(**{"training.accumulation_steps": 2}))
+    built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
     for batch, words in (
         ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
         ({"image": IMAGE[:6]}, None),
@@ -351,7 +351,7 @@ def test_a_state_and_its_metrics_are_float32_with_x64(x64):
     """Every float of the state and the metrics; float64 data, too."""
     upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
     for overrides in ({"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, upsampler):
-        built = training.setup(tiny_config(**overrides))
+        built = training.build_program(tiny_config(**overrides))
         after = jax.eval_shape(built.train_step, built.abstract_state, {"x": np.zeros((8, 8, 8, 1))})
         floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         assert {leaf.dtype.name for leaf in floats} == {"float32"}
