@@ -11,6 +11,7 @@ from benchmarks.accelerator_cases import Case
 from diffusion_jax import models, training
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "pixels", "gmac"),
     [

@@ -70,6 +70,7 @@ def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters
     assert split < sum(program["gathers"]) <= 2 * split
 
 
+@pytest.mark.whole
 def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
     """model.remat: the first convolution of each of the five blocks once more."""
     without, with_remat = measured["program"]["convolutions"]

@@ -77,6 +77,7 @@ class Spy:
         return x[..., :1] * variables["params"]["w"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("most", [0.0, 0.8])
 def test_training_gives_the_small_version_of_x_0(most):
     """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""

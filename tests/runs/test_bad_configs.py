@@ -272,6 +272,7 @@ def test_a_finished_run_refuses_a_wrong_sampler(tmp_path, monkeypatch):
         train.run(tiny_config(**{"sampling.sampler": "foo"}), tmp_path)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("flags", "words"), SECOND_LAUNCHES, ids=[" ".join(flags) for flags, _ in SECOND_LAUNCHES])
 def test_a_first_afternoon_s_mistake_is_one_line(flags, words, wrong, tmp_path):
     arguments = [flag.replace("{}", str(wrong)) for flag in flags]

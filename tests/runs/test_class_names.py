@@ -148,6 +148,7 @@ def chosen(trained, label, part="classes"):
     return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("label", "classes"),
     [

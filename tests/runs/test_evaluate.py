@@ -143,6 +143,7 @@ def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
     assert asked == [("elsewhere", "test")]
 
 
+@pytest.mark.whole
 def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     evaluate(config_with(), trained)
     whole = report(trained)
@@ -163,6 +164,7 @@ def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     assert report(trained) == whole
 
 
+@pytest.mark.whole
 def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_options(trained, monkeypatch):
     """A full disk at the plots costs no measuring; another seed starts anew."""
 
@@ -198,6 +200,7 @@ def test_strata_and_the_ode_are_reported(trained):
         assert np.isfinite(arrays["rate"]).all() and (np.diff(arrays["rate"]) <= 0).all()
 
 
+@pytest.mark.whole
 def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     progressive.run(config_with(), trained)
     with (trained / "progressive.csv").open() as file:

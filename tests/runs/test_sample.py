@@ -10,6 +10,7 @@ from diffusion_jax.runs.batch_sampler import BatchSampler
 from helpers.configs import tiny_config
 
 
+@pytest.mark.whole
 def test_sampling_writes_a_grid_and_an_npz(trained):
     sample.run(tiny_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"

@@ -33,6 +33,7 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
     assert len(drawn) == 6
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -89,6 +89,7 @@ def test_invalid_metric_options_are_refused(run, overrides, words):
     assert not (run / "samples").exists()
 
 
+@pytest.mark.whole
 def test_training_logs_the_frechet_distance(tmp_path):
     config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
     train.run(config, tmp_path / "run")

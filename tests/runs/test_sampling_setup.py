@@ -118,6 +118,7 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
     agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
 
 
+@pytest.mark.whole
 def test_an_upsampler_enlarges_given_images(root, tmp_path):
     """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
     directory = root / "upsampler"

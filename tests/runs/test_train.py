@@ -119,6 +119,7 @@ def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(t
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
 
 
+@pytest.mark.whole
 def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
     """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
     with monkeypatch.context() as broken:
@@ -172,6 +173,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.whole
 def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
     """Another process holds the lock; killed, it holds it no longer."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)

@@ -35,6 +35,7 @@ def two_steps(tmp_path_factory):
     return directory, built.abstract_state, states
 
 
+@pytest.mark.whole
 def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
     """A signal while a checkpoint is read must not make the program rename the checkpoint."""
     directory, abstract, _ = two_steps

@@ -127,6 +127,7 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.whole
 def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     first = untrained(tmp_path / "first", tiny_config())
     config = tiny_config(**{"model.num_heads": 2, "model.norm_epsilon": 1e-5})

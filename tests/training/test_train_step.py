@@ -52,6 +52,7 @@ def floats(seed=0, batch_size=8):
     return np.random.default_rng(seed).normal(size=(batch_size, 8, 8, 1)).astype(np.float32)
 
 
+@pytest.mark.whole
 def test_every_step_draws_anew_and_a_relaunch_draws_the_same():
     """Of a step's noise and of its timesteps nothing is repeated in the next; they depend on the seed and the step alone."""
     config = tiny_config()
@@ -145,6 +146,7 @@ def test_the_rate_the_norms_and_the_average_are_those_of_this_step():
     assert int(state.step) == 5
 
 
+@pytest.mark.whole
 def test_half_of_the_images_are_mirrored_left_to_right():
     """One step with next to no noise shows the network the images themselves."""
     config = tiny_config(**{"data.random_flip": True, "diffusion.num_timesteps": 1, "diffusion.schedule": "linear"})
@@ -193,6 +195,7 @@ def test_the_first_step_that_is_not_finite_stays_marked():
 BOUND = {"variance": "learned_range", "gray_levels": 17, "prediction": "v"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -226,6 +229,7 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
     np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_quarters_of_weighted_losses_are_weighted_means():
     """Importance sampling: the weights of a quarter's examples are divided out."""
     config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
@@ -342,6 +346,7 @@ def test_the_compiled_step_refuses_it_too():
             built.train_step.trace(built.abstract_state, batch)
 
 
+@pytest.mark.whole
 def test_a_state_and_its_metrics_are_float32_with_x64(x64):
     """Every float of the state and the metrics; float64 data, too."""
     upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}

@@ -19,6 +19,7 @@ from diffusion_jax.training.step import ema_decay, make_train_step
 from helpers.configs import a_batch, tiny_config
 
 
+@pytest.mark.whole
 def test_create_gives_a_state_and_a_step_that_learns():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -48,6 +49,7 @@ def test_the_same_seed_gives_the_same_run_and_another_not():
     assert losses(0) == losses(0) != losses(1)
 
 
+@pytest.mark.whole
 def test_the_state_is_donated():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -75,6 +77,7 @@ def test_one_step_is_adam_and_ema_in_numpy():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema_params, ema)
 
 
+@pytest.mark.whole
 def test_quarters_average_to_the_loss():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -138,6 +141,7 @@ def test_importance_sampling_records_the_unweighted_losses():
     assert abs(np.mean(vlbs) - by_step.mean()) < 0.15 * by_step.mean()
 
 
+@pytest.mark.whole
 def test_flips_differ_per_image():
     """A batch of one asymmetric image, seen through the noise: some are mirrored and some are not."""
     config = tiny_config(**{"data.random_flip": True, "training.batch_size": 64})
