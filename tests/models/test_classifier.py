@@ -134,7 +134,7 @@ def test_classifier_refuses_other_image_sizes():
     model, params, _ = a_network()
     with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
         model.apply({"params": params}, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-    with pytest.raises(ValueError, match="Classifier of 2 levels needs a height and width that 2 divides"):
+    with pytest.raises(ValueError, match="Classifier of 2 levels needs a height and width divisible by 2"):
         model.init(jax.random.key(0), jnp.zeros((1, 5, 4, 1)), jnp.zeros(1))
     for fields, words in [
         ({"num_classes": 1}, "at least 2 classes"),
@@ -235,7 +235,7 @@ def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
         ({"model.num_classes": 3}, "the data has 10 classes"),
         ({"model.num_classes": 1}, "model.num_classes=1 must be a whole number of at least 2"),
         ({"diffusion.timestep_sampler": "all"}, "must be uniform, "),
-        ({"data.image_size": 9}, "that 2 divides"),
+        ({"data.image_size": 9}, "divisible by 2"),
     ],
 )
 def test_train_refuses_invalid_classifier_configs(overrides, words, tmp_path):
