@@ -77,6 +77,7 @@ def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured)
     assert with_remat >= without + 5
 
 
+@pytest.mark.whole
 def test_the_losses_are_the_same_on_any_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
@@ -91,6 +92,7 @@ def test_the_losses_are_the_same_on_any_mesh(measured):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.whole
 def test_a_checkpoint_continues_on_another_mesh(measured):
     for mesh, (whole, loss) in measured["relaunches"].items():
         assert whole, mesh
@@ -108,6 +110,7 @@ def test_other_losses_types_and_networks_on_a_split_state():
         np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
 
 
+@pytest.mark.whole
 def test_pictures_samples_and_bounds_of_a_split_state(measured):
     assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
     numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]
