@@ -77,6 +77,7 @@ def test_remat_recomputes_every_block_with_sharded_parameters(measured):
     assert with_remat >= without + 5
 
 
+@pytest.mark.whole
 def test_losses_are_equal_on_every_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
@@ -91,6 +92,7 @@ def test_losses_are_equal_on_every_mesh(measured):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.whole
 def test_checkpoint_resumes_on_another_mesh(measured):
     for mesh, (whole, loss) in measured["relaunches"].items():
         assert whole, mesh
@@ -108,6 +110,7 @@ def test_sharded_state_trains_other_losses_dtypes_and_networks():
         np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
 
 
+@pytest.mark.whole
 def test_sharded_state_gives_pictures_samples_and_likelihoods(measured):
     assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
     numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]

@@ -392,9 +392,8 @@ def test_launches_are_refused(tmp_path):
 
 @pytest.mark.whole
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """The config was lost, and another one is launched."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").unlink()  # the config was lost
     with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
         train.run(tiny_config(**{"model.channels": 16}), tmp_path)
     code, _, err = finish(start(*tiny_flags(tmp_path, **{"model.channels": 16})))
