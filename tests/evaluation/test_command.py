@@ -194,7 +194,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ((good, color), "8x8 gray images and .*color.npz 8x8 color ones.*--channels=1 or 3"),
+        ((good, color), "8x8 gray images and .*color.npz holds 8x8 color images.*--channels=1 or 3"),
         (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
         (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", nans), "not finite"),
