@@ -51,6 +51,7 @@ extensions = [
 exclude_patterns = ["_build", "_extensions", "**/.*"]
 nitpicky = True
 show_warning_types = True
+highlight_language = "none"  # of blocks that name no language
 
 # API pages: every name of __all__, with the signature that the source has.
 autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}
@@ -85,6 +86,7 @@ html_title = "diffusion_jax"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_domain_indices = False
 html_copy_source = False
 html_show_sourcelink = False

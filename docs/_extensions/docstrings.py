@@ -19,10 +19,17 @@ _EXCEPTION = re.compile(r"^([A-Z]\w+)\s+(.*)$", re.DOTALL)
 
 def to_rst(docstring: str) -> list[str]:
     """The lines of reStructuredText of a docstring whose common indentation is removed."""
-    lines = []
+    blocks: list[list[str]] = []
     for block in _blocks(docstring.strip("\n").splitlines()):
-        lines += [*_block_lines(block), ""]
-    return lines
+        if blocks and _is_verbatim(block) and _is_verbatim(blocks[-1]):
+            blocks[-1] += ["", *block]  # empty lines inside of an example
+        else:
+            blocks.append(block)
+    return [line for block in blocks for line in (*_block_lines(block), "")]
+
+
+def _is_verbatim(block: list[str]) -> bool:
+    return block[0].startswith(" ")
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
@@ -41,7 +48,7 @@ def _block_lines(block: list[str]) -> list[str]:
     section = _SECTION.match(block[0])
     if section:
         return _section_lines(section[1], section[2], block[1:])
-    if block[0].startswith(" "):
+    if _is_verbatim(block):
         text = textwrap.dedent("\n".join(block)).splitlines()
         return [".. code-block:: text", "", *(f"   {line}" for line in text)]
     if re.match(r"^[-*] ", block[0]):
