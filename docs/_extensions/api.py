@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pathlib
+import pkgutil
 import re
 import sys
 import types
@@ -275,8 +276,29 @@ def _mark_up_parameters(app: Sphinx, page: str, template: str, context: dict[str
         )
 
 
+_SUBMODULES = re.compile(r"^<!-- submodules of ([\w.]+) -->$", re.MULTILINE)
+
+
+def _list_submodules(app: Sphinx, page: str, source: list[str]) -> None:
+    """Replaces the comment `submodules of PACKAGE` by a section for each module of the package that has `__all__`."""
+
+    def sections(match: re.Match) -> str:
+        package = importlib.import_module(match[1])
+        for folder in package.__path__:  # its time changes with its files
+            app.env.note_dependency(folder)
+        names = sorted(module.name for module in pkgutil.iter_modules(package.__path__, f"{match[1]}."))
+        shown = [name for name in names if not name.rpartition(".")[2].startswith("_")]
+        return "\n".join(
+            f"## `{name.removeprefix(f'{PACKAGE}.')}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
+            for name in shown
+        )
+
+    source[0] = _SUBMODULES.sub(sections, source[0])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the extension."""
+    app.connect("source-read", _list_submodules)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-process-docstring", _process_docstring, priority=100)
     app.connect("autodoc-skip-member", _skip_member)
