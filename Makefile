@@ -51,7 +51,7 @@ parity: setup $(VENV)/installed-parity
 parity-slow: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -m "parity and slow"
 
-# How many single-line mutants of the core the tests notice, into docs/reliability.md: hours; a relaunch goes on.
+# How many single-line mutants of the core the tests notice, into docs/results/reliability.md: hours; a relaunch goes on.
 # make mutants MUTANTS="--count=5 --files=losses,sampling/scan" draws fewer.
 MUTANTS ?=
 mutants: setup $(VENV)/installed-mutants
@@ -66,9 +66,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes docs/configuration.md, completely or not at all.
+# Writes docs/reference/configuration.md, completely or not at all.
 reference: setup
-	$(BIN)/python -c "import pathlib; from diffusion_jax import config, files; files.write_text(pathlib.Path('docs/configuration.md'), config.reference())"
+	$(BIN)/python -c "import pathlib; from diffusion_jax import config, files; files.write_text(pathlib.Path('docs/reference/configuration.md'), config.reference())"
 
 # The README's pictures, from the demo's run.
 pictures: demo

@@ -1,4 +1,4 @@
-"""The stored results of mutants, and the section of docs/reliability.md that reports them."""
+"""The stored results of mutants, and the section of docs/results/reliability.md that reports them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def equivalence_reason(row: dict, known: list[Reason]) -> str | None:
 
 
 def report(rows: list[dict], num_places: dict[str, int], seed: int, known: list[Reason]) -> str:
-    """The section of docs/reliability.md, between its markers."""
+    """The section of docs/results/reliability.md, between its markers."""
     lines = [
         f"Seed {seed}; the interval is Clopper and Pearson's, 95%. No test can detect an equivalent mutant.",
         "",

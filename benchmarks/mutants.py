@@ -1,4 +1,4 @@
-"""Measures how many small errors in the core the tests notice, and writes the result to docs/reliability.md.
+"""Measures how many small errors in the core the tests notice, and writes the result to docs/results/reliability.md.
 
     make mutants [MUTANTS="--count=40 --files=losses,sampling/driver --jobs=2"]
 
@@ -207,7 +207,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "mutants.jsonl", help="stored results")
     parser.add_argument(
-        "--report", type=pathlib.Path, default=ROOT / "docs" / "reliability.md", help="the page that gets the report"
+        "--report",
+        type=pathlib.Path,
+        default=ROOT / "docs" / "results" / "reliability.md",
+        help="the page that gets the report",
     )
     parser.add_argument(
         "--keep_killed", action="store_true", help="do not run killed mutants again; valid if tests were only added"

@@ -1,4 +1,4 @@
-"""ADM on many devices: memory and communication of a device, and a roofline's time of a step, for docs/scaling.md.
+"""ADM on many devices: memory and communication of a device, and a roofline's time of a step, for docs/results/scaling.md.
 
     python benchmarks/scaling.py --size=256 [--compile=8]
 

@@ -90,7 +90,7 @@ def _make_parser() -> _Parser:
     parser = _Parser(
         prog="diffusion-jax",
         description=f"{__doc__}\nModes:\n{modes}",
-        epilog="--config.group.leaf=VALUE overrides a leaf of the config; docs/configuration.md lists all leaves.",
+        epilog="--config.group.leaf=VALUE overrides a leaf of the config; docs/reference/configuration.md lists all leaves.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -19,7 +19,7 @@ OUTSIDE_THE_PACKAGE = (
     "main.py",
     "pyproject.toml",
 )
-DOCUMENTS = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+DOCUMENTS = [ROOT / "docs" / "contributing" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -54,7 +54,7 @@ def test_every_file_and_function_that_a_document_names_exists(document):
 
 
 def test_every_path_that_a_guide_names_exists():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for file, _ in NAMED.findall(document.read_text()):
             assert "/" not in file or file_of(file).is_file(), f"{document.name} names {file}"
 
@@ -68,7 +68,7 @@ def test_every_package_and_module_of_the_core_is_in_the_diagram_of_the_layers():
 
 
 @pytest.mark.parametrize(
-    "document", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")]
+    "document", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
 )
 def test_links_lead_to_files_and_headings(document):
     for file, heading in re.findall(r"\]\(([^)#:\s]*)#?([^):\s]*)\)", document.read_text()):

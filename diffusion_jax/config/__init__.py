@@ -6,7 +6,7 @@
     cfg = config.experiment("digits")                               # an experiment of configs/
     cfg = config.resolve({"data": {"dataset": "digits"}})           # complete and validated, from a partial mapping
 
-docs/configuration.md lists all leaves.
+docs/reference/configuration.md lists all leaves.
 """
 
 from ml_collections import ConfigDict

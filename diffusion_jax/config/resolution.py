@@ -222,7 +222,7 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
     near = nearest(name, leaves)
     if "." not in name:  # perhaps a misspelled group
         near = next(iter(difflib.get_close_matches(name, [group for group in GROUPS if group], n=1)), near)
-    advice = f"did you mean {near}?" if near else "docs/configuration.md lists all leaves"
+    advice = f"did you mean {near}?" if near else "docs/reference/configuration.md lists all leaves"
     raise ConfigError(f"unknown leaf {name}; {advice}")
 
 

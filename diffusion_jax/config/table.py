@@ -103,12 +103,12 @@ others may change between launches.
 
 This document is the output of `config.reference()`:
 
-    python -c "from diffusion_jax import config; print(config.reference(), end='')" > docs/configuration.md
+    python -c "from diffusion_jax import config; print(config.reference(), end='')" > docs/reference/configuration.md
 """
 
 
 def reference() -> str:
-    """The reference of all leaves in Markdown: docs/configuration.md."""
+    """The reference of all leaves in Markdown: docs/reference/configuration.md."""
     return "\n".join([_INTRODUCTION, *_reference_lines()])
 
 

@@ -50,9 +50,9 @@ def test_values_get_the_type_of_their_leaf():
         ({"training": {"batchsize": 3}}, "unknown leaf training.batchsize; did you mean training.batch_size?"),
         ({"trainng": {"num_steps": 3}}, "unknown leaf trainng.num_steps; did you mean training.num_steps?"),
         ({"sede": 3}, "unknown leaf sede; did you mean seed?"),
-        ({"xyz": 3}, "unknown leaf xyz; docs/configuration.md lists all leaves"),
+        ({"xyz": 3}, "unknown leaf xyz; docs/reference/configuration.md lists all leaves"),
         ({"trainnig": {}}, "unknown leaf trainnig; did you mean training?"),
-        ({"data": {"foo": {}}}, "unknown leaf data.foo; docs/configuration.md lists all leaves"),
+        ({"data": {"foo": {}}}, "unknown leaf data.foo; docs/reference/configuration.md lists all leaves"),
         (
             {"seed": {}},
             "seed={} must be a whole number in 0 ... 4294967295; meaning: Seed of the initial parameters, the batches and "

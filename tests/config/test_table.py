@@ -117,4 +117,4 @@ def test_identity_is_what_decides_the_numbers_of_a_run():
 
 
 def test_the_reference_is_in_the_documents():
-    assert (ROOT / "docs" / "configuration.md").read_text() == config.reference()
+    assert (ROOT / "docs" / "reference" / "configuration.md").read_text() == config.reference()

@@ -1,4 +1,4 @@
-"""Faults, injected into runs of configs/digits.py: `make faults`; docs/reliability.md holds what it measured.
+"""Faults, injected into runs of configs/digits.py: `make faults`; docs/results/reliability.md holds what it measured.
 
 Every run that was disturbed must end with the log and the last state, to the bit, of one that was not.
 """
