@@ -126,50 +126,50 @@ def _set_jax_precision(precision: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else None)
 
 
-def _size_of(case: Case, setup: training.Setup, parameters) -> dict:
+def _size_of(case: Case, built: training.TrainingProgram, parameters) -> dict:
     shape = data.image_shape(config_of(case)["data"])
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    return {"parameters": count, "gmac": roofline.forward_macs(setup.model, shape) / 1e9}
+    return {"parameters": count, "gmac": roofline.forward_macs(built.model, shape) / 1e9}
 
 
-def _train(case: Case) -> tuple[training.Setup, Callable, dict]:
-    """(setup, compiled function of one or several steps, shapes of its batch)."""
+def _train(case: Case) -> tuple[training.TrainingProgram, Callable, dict]:
+    """(program of the config, compiled function of one or several steps, shapes of its batch)."""
     config = config_of(case)
-    setup = training.setup(config)
-    num_steps = case.changes.get("steps_per_call", 1) if setup.train_steps else 1
-    step = setup.train_steps if num_steps > 1 else setup.train_step
+    built = training.build_program(config)
+    num_steps = case.changes.get("steps_per_call", 1) if built.train_steps else 1
+    step = built.train_steps if num_steps > 1 else built.train_step
     if not case.changes.get("donate", True):
         step = jax.jit(step.__wrapped__, compiler_options=compiler.options())
     leading = (num_steps,) if num_steps > 1 else ()
     image = jax.ShapeDtypeStruct((*leading, case.batch, *data.image_shape(config["data"])), jnp.uint8)
-    return setup, step, {"image": image, "label": jax.ShapeDtypeStruct((*leading, case.batch), jnp.int32)}
+    return built, step, {"image": image, "label": jax.ShapeDtypeStruct((*leading, case.batch), jnp.int32)}
 
 
-def _sample(case: Case) -> tuple[training.Setup, Callable, tuple]:
-    """(setup, compiled function (params, x_T, y) -> x_0 by DDIM, shapes of its arguments)."""
+def _sample(case: Case) -> tuple[training.TrainingProgram, Callable, tuple]:
+    """(program of the config, compiled function (params, x_T, y) -> x_0 by DDIM, shapes of its arguments)."""
     config = config_of(case)
-    setup = training.setup(config)
-    short = schedules.respace(setup.schedule, case.steps)
+    built = training.build_program(config)
+    short = schedules.respace(built.schedule, case.steps)
 
     def generate(params, x_T, y):
-        network = models.precompute_time_embeddings(setup.model, params, short.timesteps)
+        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
 
         def denoise_fn(x_t, time):
-            return network(x_t, time, y if setup.model.num_classes else None)
+            return network(x_t, time, y if built.model.num_classes else None)
 
         return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
 
     x_T = jax.ShapeDtypeStruct((case.batch, *data.image_shape(config["data"])), jnp.float32)
     program = jax.jit(generate, compiler_options=compiler.options())
-    return setup, program, (setup.abstract_state.params, x_T, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
+    return built, program, (built.abstract_state.params, x_T, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
 
 
 def measure_ours(case: Case) -> dict:
-    """This project: the train step that `training.setup` builds, or DDIM."""
+    """This project: the train step that `training.build_program` builds, or DDIM."""
     _set_jax_precision(case.precision)
     if case.work == "train":
-        setup, step, shapes = _train(case)
-        results = [setup.init()]
+        built, step, shapes = _train(case)
+        results = [built.init()]
         batch = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), shapes)
         images = case.batch * (case.changes["steps_per_call"] if batch["label"].ndim == 2 else 1)
 
@@ -178,14 +178,14 @@ def measure_ours(case: Case) -> dict:
 
         parameters = results[0].params
     else:
-        setup, program, (_, x_T, y) = _sample(case)
-        results, images, parameters = [None], case.batch, setup.init().params
+        built, program, (_, x_T, y) = _sample(case)
+        results, images, parameters = [None], case.batch, built.init().params
         x_T, y = jax.random.normal(jax.random.key(1), x_T.shape), jnp.zeros(y.shape, y.dtype)
 
         def call():
             results[0] = program(parameters, x_T, y)
 
-    size = _size_of(case, setup, parameters)
+    size = _size_of(case, built, parameters)
     first, seconds = timed(call, lambda: jax.block_until_ready(results), case.seconds)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or _process_peak()
     return size | {"rate": images / seconds, "first": first, "peak": peak}
@@ -232,11 +232,11 @@ def summarize_program(case: Case) -> dict:
     _set_jax_precision(case.precision)
     with compiled.target(case.changes["target"]) as kind:
         if case.work == "train":
-            setup, program, batch = _train(case)
-            arguments = (setup.abstract_state, batch)
+            built, program, batch = _train(case)
+            arguments = (built.abstract_state, batch)
         else:
-            setup, program, arguments = _sample(case)
-            sharding = jax.tree.leaves(setup.abstract_state.params)[0].sharding
+            built, program, arguments = _sample(case)
+            sharding = jax.tree.leaves(built.abstract_state.params)[0].sharding
             arguments = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
             )
@@ -245,7 +245,7 @@ def summarize_program(case: Case) -> dict:
         name = f"{case.changes['target']}_{case.network}_{case.work}_{case.precision}.txt"
         pathlib.Path(folder, name).write_text(text)
     summary = compiled.summary(compiled.kernels(text), case.steps if case.work == "sample" else 1)
-    return _size_of(case, setup, setup.abstract_state.params) | {"summary": summary._asdict(), "kind": kind}
+    return _size_of(case, built, built.abstract_state.params) | {"summary": summary._asdict(), "kind": kind}
 
 
 def _conv(inputs: int, outputs: int) -> Callable:

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     devices.silence_libraries()
-    abstract = training.setup(runpy.run_path(options.config)["get_config"]()).abstract_state
+    abstract = training.build_program(runpy.run_path(options.config)["get_config"]()).abstract_state
     rng = np.random.default_rng(0)
 
     def random_like(leaf):

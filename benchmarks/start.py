@@ -42,7 +42,7 @@ devices.start()
 mark("devices")
 from configs import digits
 config = digits.get_config()
-built = training.setup(config)
+built = training.build_program(config)
 mark("set-up")
 source = data.load(config.data)
 batch = next(data.stream(data.Batches(source, config.seed, config.training.batch_size, 1)))
@@ -140,7 +140,7 @@ def programs(presets: list[str], compiled: bool) -> None:
         config.training.batch_size = 2
         if models.preset(name).out_channels == 6:
             config.diffusion.update(variance="learned_range", loss="hybrid")
-        setup = training.setup(config)
+        built = training.build_program(config)
         shape = data.image_shape(config.data)
 
         def arguments(images, dtype, shape=shape):
@@ -148,15 +148,15 @@ def programs(presets: list[str], compiled: bool) -> None:
             return jax.ShapeDtypeStruct((images, *shape), dtype), labels
 
         x, y = arguments(1, jnp.float32)
-        y = y if setup.model.num_classes else None
+        y = y if built.model.num_classes else None
         call = jax.jit(
-            lambda p, x, t, y, model=setup.model: model.apply({"params": p}, x, t, y),
+            lambda p, x, t, y, model=built.model: model.apply({"params": p}, x, t, y),
             compiler_options=compiler.options(),
         )
-        state = setup.abstract_state
+        state = built.abstract_state
         report(f"{name}, call", call, state.params, x, jax.ShapeDtypeStruct((1,), jnp.float32), y)
         image, label = arguments(2, jnp.uint8)
-        report(f"{name}, train step", setup.train_step, state, {"image": image, "label": label})
+        report(f"{name}, train step", built.train_step, state, {"image": image, "label": label})
 
 
 def main() -> None:

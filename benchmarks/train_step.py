@@ -33,15 +33,15 @@ def our_functions(batch_size: int, dtype: str):
     config = cifar10.get_config()
     config.model.dtype = dtype
     config.training.batch_size = batch_size
-    setup = training.setup(config)
-    state = setup.init()
+    built = training.build_program(config)
+    state = built.init()
     batch = {"image": np.zeros((batch_size, 32, 32, 3), np.uint8), "label": np.zeros(batch_size, np.int32)}
     x, time = np.zeros((batch_size, 32, 32, 3), np.float32), np.full(batch_size, 500.0, np.float32)
-    apply = jax.jit(lambda p, x, t: setup.model.apply({"params": p}, x, t), compiler_options=compiler.options())
+    apply = jax.jit(lambda p, x, t: built.model.apply({"params": p}, x, t), compiler_options=compiler.options())
 
     def step():
         nonlocal state
-        state, metrics = setup.train_step(state, batch)
+        state, metrics = built.train_step(state, batch)
         jax.block_until_ready((state, metrics))
 
     return lambda: jax.block_until_ready(apply(state.params, x, time)), step, state

@@ -2,8 +2,8 @@
 
     diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
 
-A rerun of the same command resumes the run. --config may be left out for a directory that holds a run, and with
---pretrained=PATH (weights as `diffusion_jax.pretrained.load` takes them), from which any mode then starts.
+A rerun of the same command resumes the run. Omit --config for a directory that holds a run, and with --pretrained=PATH, the
+weights (as `diffusion_jax.pretrained.load` takes them) from which any mode then starts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PEER_FAILURE = "another process of the run was lost; rerun the same command to 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A parsed command line. workdir: None only where `mode` is "plan"."""
+    """A parsed command line. workdir: None only for the mode "plan"."""
 
     config: ConfigDict
     mode: str
@@ -86,7 +86,7 @@ def _mode(text: str) -> str:
 
 
 def _make_parser() -> _Parser:
-    modes = "\n".join(f"  {name:17} {meaning}" for name, meaning in MODES.items())
+    modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = _Parser(
         prog="diffusion-jax",
         description=f"{__doc__}\nModes:\n{modes}",
@@ -97,13 +97,13 @@ def _make_parser() -> _Parser:
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
-    add("--mode", default="train", type=_mode, metavar="MODE", help="what to do, as above (default: train)")
+    add("--mode", default="train", type=_mode, metavar="MODE", help="one of the modes above (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
     add(
         "--pretrained_flags",
         metavar="FLAGS",
         default="",
-        help="what they do not describe: a preset, OpenAI's flags, JSON",
+        help="settings that the weights do not contain: a preset, OpenAI's flags, or JSON",
     )
     add("--coordinator_address", metavar="HOST:PORT", help="address of process 0, the same for all processes")
     add("--num_processes", type=_integer(1), metavar="N", help="number of processes of the run")
@@ -114,11 +114,11 @@ def _make_parser() -> _Parser:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command of a command line without the program's name. Raises: UserError for whatever is wrong with it."""
+    """The parsed command line, without the name of the program. Raises: UserError for an invalid one."""
     parser = _make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
-    config = configs.load(flags.config) if flags.config else None
+    config = configs.load_experiment(flags.config) if flags.config else None
     log = print if flags.process_id in (None, 0) else lambda line: None
     if flags.workdir:
         check_workdir(flags.workdir)
@@ -160,9 +160,9 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
         name = flag.removeprefix("--config.")
         if not equals:
             alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean(name):
+            if alone and not configs.is_boolean_leaf(name):
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean(name) else remaining.pop(0)
+            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
         overrides[name] = text
     return overrides
 
@@ -183,7 +183,7 @@ def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises: UserError where no run can be stored: a bucket, a file, or a directory that cannot be written."""
+    """Raises: UserError for a path that cannot hold a run: a bucket, a file, or a directory that cannot be written."""
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
     path = pathlib.Path(workdir).expanduser()
@@ -222,7 +222,7 @@ def _config_with_weights(
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
             )
-        # The run that these weights started, launched again.
+        # A relaunch of the run that these weights started.
         config, flags = stored if config is None else config, flags or stored.init_flags
     if config is None:
         from diffusion_jax.runs import stored_config
@@ -235,10 +235,12 @@ def _config_with_weights(
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:
-    """Raises: UserError where a mode is not for what the config trains: a classifier, an upsampler or a diffusion model."""
-    is_classifier, low_resolution = config.diffusion.loss == "classify", config.data.low_resolution
-    if mode in ("edit", "evaluate", "progressive") and low_resolution:
-        raise UserError(f"--mode={mode} is not for a model that enlarges images (data.low_resolution={low_resolution})")
+    """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
+    is_classifier = configs.is_classifier(config)
+    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+        raise UserError(
+            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        )
     if is_classifier and mode == "train":
         raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if is_classifier and mode not in ("train_classifier", "plan"):
@@ -252,7 +254,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
 
 
 def _functions_of_modes() -> dict[str, tuple[Callable[[ConfigDict, pathlib.Path], object], ...]]:
-    """What each mode calls, one after the other. The imports take seconds, so they come after the flags are checked."""
+    """The functions that each mode calls, in order. The imports take seconds, so they follow the check of the flags."""
     from diffusion_jax.runs import edit, measure_likelihood, progressive, sample, sample_metrics, train
 
     return {
@@ -275,7 +277,7 @@ def run(command: Command) -> None:
 
     functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
-    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.continue_hint
+    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(hint, only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
@@ -295,7 +297,7 @@ def _run_plan(command: Command) -> None:
 
 
 def _exit_on_signals(detail: str) -> None:
-    """Lets SIGTERM and Ctrl-C end the process outside of `preemption.exit_on_signals`; detail: the end of the message."""
+    """Makes SIGTERM and Ctrl-C end the process outside of `preemption.exit_on_signals`; detail: the end of the message."""
 
     def handler(number: int, _) -> None:
         interrupted = number == signal.SIGINT
@@ -308,7 +310,7 @@ def _exit_on_signals(detail: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line (of this process where `arguments` is None); an error ends in one line and an exit code.
+    """Runs a command line, by default that of this process. An error ends the program with one line and an exit code.
 
     Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `EXIT_PEER_LOST`.
     """
@@ -318,17 +320,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         workdir = command.workdir
-        _exit_on_signals(preemption.continue_hint())  # also after `run`, while the process exits
+        _exit_on_signals(preemption.rerun_hint())  # also after `run`, while the process exits
         run(command)
-    except preemption.Stopped as error:
+    except preemption.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, workdir)
 
 
 def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
-    """Ends the program with the exit code of an error; one that nobody expects is raised again."""
-    if isinstance(error, SaveError) and processes.is_multiprocess():  # the others may be in the middle of a step
+    """Ends the program with the exit code of an error; an unexpected error is raised again."""
+    if isinstance(error, SaveError) and processes.is_multiprocess():  # the others may be computing a step
         processes.abort_process(str(error), error.exit_code)
     if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
         processes.abort_process(f"{_PEER_FAILURE} ({error})", EXIT_PEER_LOST)
@@ -348,7 +350,7 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """One line on standard error, and the end."""
+    """Writes one line to standard error and ends the program."""
     if processes.is_multiprocess():
         processes.abort_process(message, exit_code)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -16,11 +16,12 @@ __all__ = [
     "UserError",
     "as_user_error",
     "list_names",
+    "shorten",
 ]
 
 
 class DiffusionJaxError(Exception):
-    """The base of this package's errors: the message is one line that says what is wrong, what is allowed and what to type.
+    """The base of this package's errors: the message is one line: the problem, the allowed values, and what to type.
 
     `exit_code`: 2 for bad input, 1 for a run that failed.
     """
@@ -82,6 +83,11 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, or its beginning and "..." if it has more than `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager

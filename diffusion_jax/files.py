@@ -6,9 +6,11 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-__all__ = ["atomic_directory", "atomic_write", "write_text"]
+import numpy as np
+
+__all__ = ["atomic_directory", "atomic_write", "save_npz", "write_text"]
 
 
 @contextlib.contextmanager
@@ -50,3 +52,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces the contents of a text file."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
+
+
+def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays, in their order, to a new .npz file or over an existing one."""
+    with atomic_write(path) as temporary:
+        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle

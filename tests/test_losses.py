@@ -172,6 +172,7 @@ def doubled(x_t, time):
     return jnp.concatenate([0.4 * x_t + 0.1, jnp.tanh(x_t + 0.01 * time[:, None])], axis=-1)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_the_vlb_loss_estimates_the_bound(variance):
     x_0 = gaussian_data(100_000)
@@ -184,6 +185,7 @@ def test_the_vlb_loss_estimates_the_bound(variance):
     np.testing.assert_allclose(loss, parts.vlb, rtol=1e-6)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """With respect to the output: the mean's gradient is that of L_simple, the variance's that of the weighted vlb."""
@@ -236,6 +238,7 @@ def first_step(key, batch, total):
     return jnp.zeros(batch, jnp.int32), jnp.ones(batch)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("sampler", [first_step, timesteps.uniform])
 def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
     """8-bit images of black and white, a thousand cosine steps, a mean far off: float32."""
@@ -307,6 +310,7 @@ def test_a_trained_network_learns_the_exact_variance():
 # Importance sampling of timesteps.
 
 
+@pytest.mark.whole
 def test_importance_sampling_is_unbiased_and_has_less_variance():
     """The weighted estimate of the bound equals the uniform one within error bars, with less variance."""
     x_0 = gaussian_data(60_000)
@@ -316,16 +320,15 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
         )
     )
     history = timesteps.loss_history(20)
+    uniform, _ = run(jax.random.key(0), history)
     for seed in range(3):
-        uniform, parts = run(jax.random.key(seed), history)
-        if seed == 0:
-            first = uniform
+        _, parts = run(jax.random.key(seed), history)
         history = timesteps.record(history, parts.t[:4000], parts.vlb[:4000])
     weighted, parts = run(jax.random.key(9), history)
     p = timesteps.step_probabilities(history)
     assert p.max() > 2 / 20 and abs(float(p.sum()) - 1) < 1e-6
     np.testing.assert_allclose(parts.importance, 1 / (20 * np.asarray(p)[parts.t]), rtol=1e-6)
-    (a, error_a), (b, error_b) = mean_and_error(first), mean_and_error(weighted)
+    (a, error_a), (b, error_b) = mean_and_error(uniform), mean_and_error(weighted)
     assert abs(a - b) < 4 * np.hypot(error_a, error_b) and error_b < 0.9 * error_a
     # Also where a step is almost never drawn: the frequencies are the probabilities.
     counts = np.bincount(np.asarray(parts.t), minlength=20)
@@ -333,19 +336,15 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
 
 
 def test_a_history_of_another_length_is_refused():
+    sampler = timesteps.loss_second_moment(timesteps.loss_history(19))
     with pytest.raises(ValueError, match="has 19 steps, the schedule 20"):
-        losses.vlb(
-            jax.random.key(0),
-            SHORT,
-            doubled,
-            gaussian_data(2),
-            timestep_sampler=timesteps.loss_second_moment(timesteps.loss_history(19)),
-        )
+        losses.vlb(jax.random.key(0), SHORT, doubled, gaussian_data(2), timestep_sampler=sampler)
 
 
 # bfloat16 and float16 data.
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_data_has_the_losses_of_its_values_in_float32(dtype):
     """Rounding the data to its dtype is the only rounding."""

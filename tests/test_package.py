@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from diffusion_jax import data, training
+from diffusion_jax.config import is_classifier
 from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
 
@@ -159,9 +160,9 @@ def test_experiments_import_the_config_package_alone():
 def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
-    built = training.setup(config)
+    built = training.build_program(config)
     (height, width, channels), taken = data.image_shape(config.data), training.input_shape(config)
-    learned, classifier = config.diffusion.variance.startswith("learned"), training.is_classifier(config)
+    learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
     labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
     out = jax.eval_shape(
         lambda p, x, t, *y: built.model.apply({"params": p}, x, t, *y),
@@ -202,7 +203,7 @@ def test_the_published_configs_have_the_published_networks():
     for name, count in counts.items():
         name, _, variant = name.partition(":")
         config = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else []))
-        shapes = training.setup(config).abstract_state.params
+        shapes = training.build_program(config).abstract_state.params
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
         assert config.model.get("out_channels") is None
 

@@ -63,6 +63,7 @@ def test_images_that_are_not_float(name, dtype):
         TAKERS[name](PIXELS.astype(dtype))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "function",
     [
@@ -135,6 +136,7 @@ def test_labels_of_8_and_16_bits_keep_their_classes(dtype, num_classes):
         )
 
 
+@pytest.mark.whole
 def test_labels_out_of_range_give_nan_with_a_single_class():
     model = models.UNet(
         channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), num_groups=4, num_classes=1

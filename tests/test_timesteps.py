@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax import timesteps
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", timesteps.SAMPLERS)
 def test_timesteps_are_uniform(name):
     """Chi-squared over 10 bins from independent batches; each draw alone must be uniform."""
@@ -58,6 +59,7 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
     np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
 
 
+@pytest.mark.whole
 def test_the_uniform_part_of_importance_sampling():
     """Half of it uniform: a step whose losses are 0 keeps the probability 1 / (2 T), and its weight is 2."""
     t = jnp.repeat(jnp.arange(4), 2)

@@ -1,4 +1,4 @@
-"""Configs: every leaf once, with its type, default, allowed values and meaning, and what follows from that table.
+"""Configs: every leaf once, with its default, allowed values and description, and functions that read this table.
 
     from diffusion_jax import config
 
@@ -11,18 +11,26 @@ docs/reference/configuration.md lists all leaves.
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.config.experiments import experiment, experiment_names, load
+from diffusion_jax.config.experiments import experiment, experiment_names, load_experiment
 from diffusion_jax.config.presets import preset_fields
 from diffusion_jax.config.resolution import (
     default,
     default_classifier,
-    drop_unknown,
-    is_boolean,
+    drop_unknown_leaves,
+    is_boolean_leaf,
     migrate,
     override,
     resolve,
 )
-from diffusion_jax.config.table import CLASSIFIER_LEAVES, LEAVES, flatten, identity, reference
+from diffusion_jax.config.table import (
+    CLASSIFIER_LEAVES,
+    LEAVES,
+    flatten,
+    identity_leaves,
+    is_classifier,
+    is_upsampler,
+    reference,
+)
 from diffusion_jax.errors import ConfigError
 
 __all__ = [
@@ -32,13 +40,15 @@ __all__ = [
     "ConfigError",
     "default",
     "default_classifier",
-    "drop_unknown",
+    "drop_unknown_leaves",
     "experiment",
     "experiment_names",
     "flatten",
-    "identity",
-    "is_boolean",
-    "load",
+    "identity_leaves",
+    "is_boolean_leaf",
+    "is_classifier",
+    "is_upsampler",
+    "load_experiment",
     "migrate",
     "override",
     "preset_fields",

@@ -1,4 +1,4 @@
-"""Experiments: the Python files whose `get_config()` returns a config, those of this project and a user's own."""
+"""Experiments: Python files, of this project or of a user, whose `get_config()` returns a config."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from diffusion_jax.config.resolution import resolve
 from diffusion_jax.errors import ConfigError
 
-__all__ = ["experiment", "experiment_names", "load"]
+__all__ = ["experiment", "experiment_names", "load_experiment"]
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-# Config files of version 0.1 that this version has no more, and what replaces each.
+# Config files of version 0.1 that were removed, and the replacement of each.
 _REPLACEMENTS = {
-    "workdir": "leave --config out: --workdir=DIR alone uses the config of the run",
+    "workdir": "omit --config: --workdir=DIR alone uses the config of the run",
     "pretrained": "use --pretrained=PATH without --config",
     "default": "use --config=cifar10, or config.default() of diffusion_jax in a file of your own",
 }
@@ -46,15 +46,15 @@ def experiment_names() -> list[str]:
 
 
 def _folder() -> pathlib.Path:
-    """The folder of experiments: diffusion_jax/configs where the package is installed, configs in a clone."""
+    """The folder of experiments: diffusion_jax/configs of an installed package, configs of a clone."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
-def load(path: str) -> ConfigDict:
+def load_experiment(path: str) -> ConfigDict:
     """The config of FILE.py or FILE.py:ARGUMENT, or of an experiment's name, as `--config` takes them.
 
-    Raises: ConfigError with the file and the line of what is wrong.
+    Raises: ConfigError with the file and the line of the error.
     """
     file, argument = _split(path)
     if pathlib.Path(file).is_file():
@@ -77,7 +77,7 @@ def _split(path: str) -> tuple[str, str | None]:
 
 
 def _load_file(file: str, argument: str | None, shown: str) -> ConfigDict:
-    """shown: what error messages call the file with its argument."""
+    """The config that `get_config()` of a file returns. shown: the value of --config, for messages. Raises: ConfigError."""
     arguments = () if argument is None else (argument,)
     try:
         get_config = runpy.run_path(file).get("get_config")
@@ -118,7 +118,7 @@ def _check_argument(shown: str, name: str, get_config: Callable, arguments: Sequ
 
 
 def _explain(shown: str, file: str, error: Exception) -> str:
-    """What was raised while a config file was read, and at which of its lines."""
+    """The message for an error that a config file raised, with the line of the file."""
     if (
         isinstance(error, SyntaxError)
         and error.filename

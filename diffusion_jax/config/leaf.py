@@ -1,4 +1,4 @@
-"""One leaf of a config: its default, what it allows, and what it means."""
+"""One leaf of a config: its default, allowed values and description."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Leaf:
     """A leaf of a config.
 
     default: the value of DDPM's run on CIFAR-10.
-    kind: the values that are allowed.
-    meaning: what the leaf is; its first sentence is shown with an error.
+    kind: the allowed values.
+    description: a text for the reference; errors show its first sentence.
     identity: whether the leaf decides the numbers of a run, so that a relaunch must not change it.
     """
 
     default: Any
     kind: ValueKind
-    meaning: str
+    description: str
     identity: bool = False

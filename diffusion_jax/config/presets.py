@@ -1,4 +1,4 @@
-"""The published networks by name, as leaves of `model`: where they differ from the defaults.
+"""The published networks by name: the leaves of `model` that differ from the defaults.
 
 `models.presets` has their table, and makes the networks.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["CLASSIFIER_PRESETS", "MULTIPLIERS", "OPENAI", "PRESETS", "UNET_PRESETS", "preset_fields"]
 
-# What all of OpenAI's networks share, and Ho et al.'s do not.
+# The fields that all of OpenAI's networks share and that differ from Ho et al.'s.
 OPENAI: dict[str, Any] = {
     "embedding_cos_first": True,
     "embedding_freq_shift": 0.0,
@@ -23,7 +23,7 @@ _ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": T
 _CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
 _UPSAMPLER = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
 
-# The widths of OpenAI's networks by their pixels, and the levels of 32, 16 and 8 pixels, which have attention in ADM.
+# The channel multipliers of OpenAI's networks by image size.
 MULTIPLIERS = {
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
@@ -33,7 +33,8 @@ MULTIPLIERS = {
 }
 
 
-def _at(pixels: int) -> dict[str, Any]:
+def _fields_at(pixels: int) -> dict[str, Any]:
+    """The fields that depend on the image size; ADM has attention at 32, 16 and 8 pixels."""
     multipliers = MULTIPLIERS[pixels]
     levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
     return {"channel_multipliers": multipliers, "attention_levels": levels}
@@ -54,21 +55,21 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
     "improved_lsun": OPENAI | {"channel_multipliers": MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
     "improved_upsampler_64_256": _IMPROVED | _UPSAMPLER | {"num_res_blocks": 2, "attention_levels": (4, 5)},
     "adm_imagenet64": _ADM
-    | _at(64)
+    | _fields_at(64)
     | {"channels": 192, "num_res_blocks": 3, "head_channels": 64, "dropout": 0.1, "num_classes": 1000},
-    "adm_imagenet128": _ADM | _at(128) | {"num_heads": 4, "num_classes": 1000},
-    "adm_imagenet256": _ADM | _at(256) | {"head_channels": 64, "num_classes": 1000},
-    "adm_imagenet256_unconditional": _ADM | _at(256) | {"head_channels": 64},
-    "adm_imagenet512": _ADM | _at(512) | {"head_channels": 64, "num_classes": 1000},
-    "adm_lsun": _ADM | _at(256) | {"head_channels": 64, "dropout": 0.1},
+    "adm_imagenet128": _ADM | _fields_at(128) | {"num_heads": 4, "num_classes": 1000},
+    "adm_imagenet256": _ADM | _fields_at(256) | {"head_channels": 64, "num_classes": 1000},
+    "adm_imagenet256_unconditional": _ADM | _fields_at(256) | {"head_channels": 64},
+    "adm_imagenet512": _ADM | _fields_at(512) | {"head_channels": 64, "num_classes": 1000},
+    "adm_lsun": _ADM | _fields_at(256) | {"head_channels": 64, "dropout": 0.1},
     "adm_upsampler_64_256": _ADM | _UPSAMPLER | {"attention_levels": (3, 4, 5), "num_heads": 4},
     "adm_upsampler_128_512": _ADM | _UPSAMPLER | {"attention_levels": (4, 5), "head_channels": 64},
 }
 CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
-    "adm_classifier64": _CLASSIFIER | _at(64) | {"num_res_blocks": 4},
-    "adm_classifier128": _CLASSIFIER | _at(128),
-    "adm_classifier256": _CLASSIFIER | _at(256),
-    "adm_classifier512": _CLASSIFIER | _at(512),
+    "adm_classifier64": _CLASSIFIER | _fields_at(64) | {"num_res_blocks": 4},
+    "adm_classifier128": _CLASSIFIER | _fields_at(128),
+    "adm_classifier256": _CLASSIFIER | _fields_at(256),
+    "adm_classifier512": _CLASSIFIER | _fields_at(512),
 }
 PRESETS = (*UNET_PRESETS, *CLASSIFIER_PRESETS)
 
@@ -76,7 +77,7 @@ PRESETS = (*UNET_PRESETS, *CLASSIFIER_PRESETS)
 def preset_fields(name: str) -> dict[str, Any]:
     """Leaves of `model` for a published network: its fields that differ from the defaults.
 
-    Not `out_channels`, which a config leaves to its data and variance. Raises: ValueError for an unknown name.
+    Without `out_channels`, which follows from the data and the variance of a config. Raises: ValueError for an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")

@@ -10,16 +10,16 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from diffusion_jax.config.leaf import Leaf
-from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatten, nearest
+from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatten, nearest_name
 from diffusion_jax.config.values import Boolean, OneOf
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, shorten
 
 __all__ = [
     "RENAMED_METRICS",
     "default",
     "default_classifier",
-    "drop_unknown",
-    "is_boolean",
+    "drop_unknown_leaves",
+    "is_boolean_leaf",
     "migrate",
     "override",
     "resolve",
@@ -105,7 +105,7 @@ def _replace(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return replaced
 
 
-def drop_unknown(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def drop_unknown_leaves(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A stored config without the leaves that this version does not have, and their names.
 
     Raises: ConfigError for a name that is likely a misspelled leaf, and for a mapping that is not a config.
@@ -124,14 +124,14 @@ def _is_misspelled(name: str, leaves: Mapping[str, Leaf]) -> bool:
     """Whether an unknown name is most likely one of `leaves`: its group and its last part are much like those."""
     if name.rpartition(".")[0] in leaves:
         return True
-    near = nearest(name, leaves, cutoff=0.85)
+    near = nearest_name(name, leaves, cutoff=0.85)
     return near is not None and all(
         difflib.SequenceMatcher(None, one, other).ratio() >= 0.85
         for one, other in zip(name.rpartition(".")[::2], near.rpartition(".")[::2], strict=True)
     )
 
 
-def is_boolean(name: str) -> bool:
+def is_boolean_leaf(name: str) -> bool:
     """Whether a leaf is True or False, so that its name alone stands for True on a command line."""
     name = _ALIASES.get(name, name)
     return name in LEAVES and isinstance(LEAVES[name].kind, Boolean)
@@ -165,7 +165,7 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leaves_of(config: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The table of a config: a classifier's model has leaves of its own."""
+    """The table of a config: the model of a classifier has other leaves."""
     loss = flatten(config).get("diffusion.loss")
     return CLASSIFIER_LEAVES if isinstance(loss, str) and loss == "classify" else LEAVES
 
@@ -183,7 +183,7 @@ def _flatten_given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def _check_structure(config: Any) -> None:
-    """Raises: ConfigError for what is not a nested mapping of groups."""
+    """Raises: ConfigError for anything but a nested mapping of groups."""
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
             f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
@@ -219,7 +219,7 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
         raise ConfigError(
             f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it"
         )
-    near = nearest(name, leaves)
+    near = nearest_name(name, leaves)
     if "." not in name:  # perhaps a misspelled group
         near = next(iter(difflib.get_close_matches(name, [group for group in GROUPS if group], n=1)), near)
     advice = f"did you mean {near}?" if near else "docs/reference/configuration.md lists all leaves"
@@ -229,7 +229,7 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
 def _field(name: str, leaf: Leaf, value: Any) -> Any:
     """The value of a leaf as a ConfigDict holds it. Raises: ConfigError."""
     value = _check(name, leaf, value)
-    # A ConfigDict holds each leaf to the type of its first value, which is too narrow where several types are allowed.
+    # A ConfigDict holds each leaf to the type of its first value, which is too narrow if several types are allowed.
     return FieldReference(value, field_type=object) if isinstance(leaf.kind, OneOf) else value
 
 
@@ -238,7 +238,7 @@ def _check(name: str, leaf: Leaf, value: Any) -> Any:
     try:
         return leaf.kind.check(value)
     except (ValueError, TypeError, OverflowError):
-        hint = leaf.kind.hint(value) or _first_sentence(leaf.meaning)
+        hint = leaf.kind.hint(value) or _first_sentence(leaf.description)
         raise ConfigError(f"{name}={_shown(value)} must be {leaf.kind.allowed}; {hint}") from None
 
 
@@ -247,18 +247,17 @@ def _parse(name: str, leaf: Leaf, text: str) -> Any:
         return leaf.kind.parse(text)
     except (ValueError, TypeError, OverflowError):
         example = f", {leaf.kind.example}" if leaf.kind.example else ""
-        hint = leaf.kind.hint(text) or _first_sentence(leaf.meaning)
+        hint = leaf.kind.hint(text) or _first_sentence(leaf.description)
         raise ConfigError(f"{name}={text} must be {leaf.kind.allowed}{example}; {hint}") from None
 
 
-def _first_sentence(meaning: str) -> str:
-    """The beginning of a meaning, for the end of an error's line."""
-    return f"meaning: {meaning.split('. ')[0].rstrip('.')}"
+def _first_sentence(description: str) -> str:
+    """The first sentence of a description, for the end of an error's line."""
+    return f"description: {description.split('. ')[0].rstrip('.')}"
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())  # an array's has several lines
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shorten(" ".join(repr(value).split()), 80)  # the repr of an array has several lines
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The leaves that describe what is made with a trained model: samples, edits and measurements."""
+"""The leaves for the use of a trained model: samples, edits and measurements."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SAMPLING: dict[str, Leaf] = {
     "spacing": Leaf(
         None,
         optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
-        "How the steps are spread over the timesteps; None for what suits the sampler: log_snr for heun, pndm and plms, "
+        "How the steps are spread over the timesteps; None for the default of the sampler: log_snr for heun, pndm and plms, "
         'otherwise trailing. openai_ddim is OpenAI\'s "ddim50".',
     ),
     "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),
@@ -95,7 +95,7 @@ SAMPLING: dict[str, Leaf] = {
         Number(),
         "Scale of classifier-free guidance: 1 for none, 0 for unconditional. It needs `model.label_dropout`.",
     ),
-    "guidance_interval": Leaf((), Interval("all"), "Range of network times in which guidance acts."),
+    "guidance_interval": Leaf((), Interval("all"), "Range of network times in which guidance is applied."),
     "guidance_rescale": Leaf(
         0.0, Number(minimum=0, maximum=1), "How much of guidance's change of contrast is removed."
     ),
@@ -104,12 +104,14 @@ SAMPLING: dict[str, Leaf] = {
         Text(path=True),
         'Guiding classifier: its work directory, or a path as `pretrained.load` takes it; "" for none.',
     ),
-    "classifier_flags": Leaf("", Text(), "What the classifier's weights do not describe, as `init_flags`."),
+    "classifier_flags": Leaf(
+        "", Text(), "Settings that the weights of the classifier do not contain, as `init_flags`."
+    ),
     "classifier_scale": Leaf(1.0, Number(), "Scale of classifier guidance."),
     "classifier_form": Leaf(
         "eps",
         Choice("eps", "mean"),
-        "What the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM).",
+        "Quantity that the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM).",
     ),
     "low_resolution": Leaf(
         "", Text(path=True), "Small images that an upsampler enlarges: an .npz of --mode=sample, or a folder of images."

@@ -1,4 +1,4 @@
-"""Every leaf of a config, by its full name, and what follows from the table: identity, names and the reference."""
+"""The table of all leaves by full name, and functions of it: identity leaves, similar names and the reference."""
 
 from __future__ import annotations
 
@@ -22,11 +22,22 @@ from diffusion_jax.config.training_leaves import (
     TRAINING,
 )
 
-__all__ = ["CLASSIFIER_LEAVES", "GROUPS", "LEAVES", "ROOT_GROUP", "flatten", "identity", "nearest", "reference"]
+__all__ = [
+    "CLASSIFIER_LEAVES",
+    "GROUPS",
+    "LEAVES",
+    "ROOT_GROUP",
+    "flatten",
+    "identity_leaves",
+    "is_classifier",
+    "is_upsampler",
+    "nearest_name",
+    "reference",
+]
 
 ROOT_GROUP = ""  # the leaves that belong to no group
 
-# Each group's meaning and leaves, in the order of the reference.
+# Each group's description and leaves, in the order of the reference.
 GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
     ROOT_GROUP: ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
@@ -66,21 +77,31 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
     return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
-    """The name that is most like `name`: like its last part and like the whole; None where their mean is below `cutoff`."""
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a complete config trains a classifier of noisy images instead of a diffusion model."""
+    return config["diffusion"]["loss"] == "classify"
+
+
+def is_upsampler(config: Mapping[str, Any]) -> bool:
+    """Whether the diffusion model of a complete config enlarges small images, which are an input of its network."""
+    return bool(config["data"]["low_resolution"])
+
+
+def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """The most similar of `names`, by the mean similarity of the last part and of the whole; None if it is below `cutoff`."""
     last = name.rpartition(".")[2]
 
-    def likeness(known: str) -> float:
+    def similarity(known: str) -> float:
         part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
         return (part + difflib.SequenceMatcher(None, name, known).ratio()) / 2
 
-    best = max(names, key=likeness)
-    return best if likeness(best) >= cutoff else None
+    best = max(names, key=similarity)
+    return best if similarity(best) >= cutoff else None
 
 
 _INTRODUCTION = """# Configuration
@@ -95,11 +116,11 @@ and so may any mapping:
 
 `config.resolve(mapping)` completes a mapping with the defaults and checks it: an unknown leaf, or a value that its leaf does
 not allow, raises `ConfigError` with one line that gives the value, what is allowed and what to type. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` where it
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `"(1, 2)"`, and `None` if it
 is allowed.
 
-A leaf with the identity "yes" decides the numbers of a run, so a relaunch in the same work directory must not change it. The
-others may change between launches.
+The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
+them. The others may change between launches.
 
 This document is the output of `config.reference()`:
 
@@ -113,27 +134,34 @@ def reference() -> str:
 
 
 def _reference_lines() -> Iterator[str]:
-    for group, (meaning, leaves) in GROUPS.items():
-        yield from _group_lines(f"`{group}`" if group else "Leaves without a group", meaning, leaves)
+    for group, (description, leaves) in GROUPS.items():
+        yield from _group_lines(f"`{group}`" if group else "Leaves without a group", description, leaves)
         if group == "model":
             heading = "`model` of a classifier (`diffusion.loss=classify`)"
-            text = f"The fields of `models.Classifier`: those of the U-Net, except {_left_out()}."
+            text = f"The fields of `models.Classifier`: those of the U-Net, except {_unet_leaves()}."
             yield from _group_lines(heading, text, CLASSIFIER_MODEL)
 
 
-def _left_out() -> str:
+def _unet_leaves() -> str:
+    """The leaves of `model` that a classifier does not have, as a phrase."""
     names = [f"`{name}`" for name in MODEL if name not in CLASSIFIER_MODEL]
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _group_lines(heading: str, meaning: str, leaves: Mapping[str, Leaf]) -> Iterator[str]:
+def _group_lines(heading: str, description: str, leaves: Mapping[str, Leaf]) -> Iterator[str]:
     yield f"## {heading}"
     yield ""
-    yield meaning
+    yield description
     yield ""
-    yield "| leaf | default | allowed | identity | meaning |"
+    yield "| leaf | default | allowed | identity | description |"
     yield "|---|---|---|---|---|"
     for name, leaf in leaves.items():
-        cells = (f"`{name}`", f"`{leaf.default!r}`", leaf.kind.allowed, "yes" if leaf.identity else "no", leaf.meaning)
+        cells = (
+            f"`{name}`",
+            f"`{leaf.default!r}`",
+            leaf.kind.allowed,
+            "yes" if leaf.identity else "no",
+            leaf.description,
+        )
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""

@@ -31,7 +31,9 @@ ROOT: dict[str, Leaf] = {
         "", Text(path=True), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
     ),
     "init_flags": Leaf(
-        "", Text(), "What the weights of `init_from` do not describe: the name of a preset, OpenAI's flags, or JSON."
+        "",
+        Text(),
+        "Settings that the weights of `init_from` do not contain: the name of a preset, OpenAI's flags, or JSON.",
     ),
 }
 
@@ -45,7 +47,7 @@ DATA: dict[str, Leaf] = {
     "download": Leaf(
         True,
         Boolean(),
-        "Whether a missing TFDS data set is downloaded and prepared. Use False where nodes have no network.",
+        "Whether a missing TFDS data set is downloaded and prepared. Use False if nodes have no network.",
     ),
     "split": _IdentityLeaf("train", Text(), "Split of the data set that is trained on."),
     "image_size": _IdentityLeaf(
@@ -55,7 +57,9 @@ DATA: dict[str, Leaf] = {
     ),
     "channels": _IdentityLeaf(3, Choice(1, 3), "Channels of the images: 3 for color, 1 for gray."),
     "low_resolution": _IdentityLeaf(
-        0, Integer(0), "Height in pixels of the small images that an upsampler enlarges; 0 for a model that is none."
+        0,
+        Integer(0),
+        "Height in pixels of the small images that an upsampler enlarges; 0 for other models.",
     ),
     "levels": _IdentityLeaf(
         256,
@@ -112,7 +116,9 @@ MODEL: dict[str, Leaf] = {
     "norm_epsilon": _IdentityLeaf(
         1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."
     ),
-    "initializer": _IdentityLeaf("ho", Choice("ho", "openai"), "Whose initial weights are used."),
+    "initializer": _IdentityLeaf(
+        "ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."
+    ),
     "dropout": _IdentityLeaf(0.1, Number(minimum=0, below=1), "Dropout rate in each residual block, in training only."),
     "num_classes": _IdentityLeaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
     "label_dropout": _IdentityLeaf(
@@ -140,7 +146,7 @@ MODEL: dict[str, Leaf] = {
     ),
 }
 
-# The defaults of models.Classifier, ADM's classifier of ImageNet at 128x128 pixels, where they are not those of the U-Net.
+# The defaults of models.Classifier (ADM's classifier of ImageNet at 128x128 pixels) that differ from those of the U-Net.
 _CLASSIFIER_DEFAULTS = {
     "channel_multipliers": (1, 1, 2, 3, 4),
     "attention_levels": (2, 3, 4),
@@ -165,7 +171,7 @@ DIFFUSION: dict[str, Leaf] = {
     "num_timesteps": _IdentityLeaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
     "beta_start": _IdentityLeaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
     "beta_end": _IdentityLeaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
-    "prediction": _IdentityLeaf("eps", Choice(*process.PREDICTIONS), "What the output of the network is."),
+    "prediction": _IdentityLeaf("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
     "rescale_timesteps": _IdentityLeaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
     "variance": _IdentityLeaf(
         "fixed_large",
@@ -199,7 +205,7 @@ TRAINING: dict[str, Leaf] = {
         1, Integer(1), "Number of microbatches that a batch is split into: less memory, the same step."
     ),
     "steps_per_call": Leaf(
-        1, Integer(1), "Steps in one compiled program, on accelerators. On a CPU each step is a call of its own."
+        1, Integer(1), "Steps in one compiled program, on accelerators. On a CPU each step is a separate call."
     ),
     "deterministic": Leaf(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
     "log_every": Leaf(100, Integer(1), "Steps between two lines of metrics."),

@@ -1,4 +1,4 @@
-"""The kinds of values that a leaf of a config can have: what is allowed, and how text from a command line is read."""
+"""The kinds of values of a leaf: which values are allowed, and how text from a command line is parsed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = [
 
 
 class ValueKind(Protocol):
-    """What a leaf allows.
+    """The values that a leaf allows.
 
     allowed: a noun phrase that continues "must be".
-    example: shown where text from a command line cannot be read; "" for none.
+    example: shown if text from a command line cannot be parsed; "" for none.
     """
 
     @property
@@ -44,7 +44,7 @@ class ValueKind(Protocol):
     def example(self) -> str: ...
 
     def check(self, value: Any) -> Any:
-        """The value in its own Python type. Raises: ValueError where it is not allowed."""
+        """The value in its own Python type. Raises: ValueError if it is not allowed."""
         ...
 
     def parse(self, text: str) -> Any:
@@ -52,13 +52,13 @@ class ValueKind(Protocol):
         ...
 
     def hint(self, value: Any) -> str:
-        """What to type instead of a value that is not allowed; "" where nothing is obvious."""
+        """Advice for a value that is not allowed, such as the value to type instead; "" for none."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
-    """None alone."""
+    """Only None."""
 
     allowed: str = "None"
     example: str = ""
@@ -238,7 +238,7 @@ class Choice:
 
 
 class ChoiceOrNone(Choice):
-    """One of some names, of which None means "none"."""
+    """One of some names; None stands for the name "none"."""
 
     def check(self, value: Any) -> Any:
         return super().check("none" if value is None else value)
@@ -261,7 +261,7 @@ class DType(Choice):
 class Tuple:
     """A tuple (or another sequence) of items of one kind.
 
-    items: what they are, in the plural.
+    items: a plural noun for the items. shown: an example of a tuple.
     bare: whether the command line may give one item alone, and several names without quotes: `fid,kid`.
     """
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, shorten
 
 __all__ = ["exclusive_lock", "preparation_command", "prepare", "request_address"]
 
@@ -96,7 +96,7 @@ def _download_and_prepare(builder, name: str, killed_at: float | None, log: Call
 def exclusive_lock(path: pathlib.Path, log: Callable[[str], None]) -> Iterator[float | None]:
     """Waits for a lock on a file and holds it. Yields the start time of a holder that was killed, else None.
 
-    On a file system without locks nothing is held.
+    On a file system without locks no lock is taken.
     """
     try:
         import fcntl
@@ -332,7 +332,7 @@ def _error_message(error: Exception, name: str, data_dir: str | None, builder) -
     failed = f"the data set {name!r} is not in {root}, and its download failed: {reason}"
     if unreachable:
         return (
-            f"the data set {name!r} is not in {root} and cannot be downloaded: {reason}. Set data.data_dir to where it is, "
+            f"the data set {name!r} is not in {root} and cannot be downloaded: {reason}. Set data.data_dir to its directory, "
             f"or prepare it on a machine with a network, with: {preparation_command(name, data_dir)}"
         )
     if "NonMatchingChecksumError" in kinds:
@@ -363,5 +363,4 @@ def _innermost(error: Exception) -> object:
 
 def _one_line(value: object) -> str:
     """An error or text without line breaks and addresses of objects, at most 300 characters."""
-    text = " ".join(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>[:,]? ?", "", str(value)).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shorten(" ".join(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>[:,]? ?", "", str(value)).split()), 300)

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, parsed from its HLO: what its devices send to each other.
+"""The collectives of a compiled program, parsed from its HLO: the data that its devices send to each other.
 
 A collective inside a loop is counted once, independent of the number of iterations.
 """

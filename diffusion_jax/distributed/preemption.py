@@ -18,14 +18,14 @@ from jax.experimental import multihost_utils
 from diffusion_jax.distributed.processes import abort_process, is_multiprocess
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PREEMPTED, exit_now
 
-__all__ = ["Preemption", "Stopped", "continue_hint", "exit_on_signals"]
+__all__ = ["Preemption", "StoppedBySignal", "exit_on_signals", "rerun_hint"]
 
 Handler = Callable[[int, FrameType | None], None]
 
 _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
 
 
-class Stopped(BaseException):
+class StoppedBySignal(BaseException):
     """SIGTERM or Ctrl-C stopped the run after it saved its state.
 
     Not an Exception, so that code which catches any Exception, such as one for unreadable files, does not catch it.
@@ -36,27 +36,27 @@ class Stopped(BaseException):
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
-def continue_hint() -> str:
-    """The resume hint of work that has no checkpoints."""
+def rerun_hint() -> str:
+    """How to resume work that has no checkpoints, as the end of a message."""
     return "rerun the same command to continue from what is saved"
 
 
 @contextlib.contextmanager
 def exit_on_signals(
-    resume_hint: Callable[[], str] = continue_hint, only_interrupts: bool = False, grace: float = 5.0
+    resume_hint: Callable[[], str] = rerun_hint, only_interrupts: bool = False, grace: float = 5.0
 ) -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
+    """Makes SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
 
     The process ends at once, or after `grace` seconds if the main thread is inside a compiler. The handler does not raise: it
     may run in a callback that discards exceptions, and a regular exit unloads libraries while the devices still compute.
     Result files are written completely or not at all, and locks end with the process.
 
-    resume_hint: returns the end of the message, which tells how to resume. only_interrupts: leaves SIGTERM to JAX's
+    resume_hint: returns the end of the message, how to resume. only_interrupts: leaves SIGTERM to JAX's
     preemption service, as processes that train together must: `Preemption` asks the service.
     """
 
     def handler(number: int, _: FrameType | None) -> None:
-        stopped = Stopped(number, f"; {resume_hint()}")
+        stopped = StoppedBySignal(number, f"; {resume_hint()}")
         (abort_process if is_multiprocess() else exit_now)(str(stopped), stopped.exit_code)
 
     numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
@@ -71,7 +71,7 @@ class Preemption:
     initialized; a process that gets Ctrl-C sends itself SIGTERM. A single process handles both signals.
     """
 
-    def __init__(self, resume_hint: Callable[[], str] = continue_hint):
+    def __init__(self, resume_hint: Callable[[], str] = rerun_hint):
         """resume_hint: as for `exit_on_signals`."""
         self._resume_hint, self._num_calls = resume_hint, 0
         self._number: int | None = None
@@ -101,12 +101,12 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._number is not None
 
-    def stopped(self, step: int) -> Stopped:
+    def stop_exception(self, step: int) -> StoppedBySignal:
         """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""
         number = self._number or signal.SIGTERM
         if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
             number = signal.SIGINT
-        return Stopped(number, f" at step {step}, which is saved; rerun the same command to resume from it")
+        return StoppedBySignal(number, f" at step {step}, which is saved; rerun the same command to resume from it")
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def _install_handler(
 ) -> Iterator[None]:
     """Calls `handler` in the main thread for each of the signals, and `_force_exit` in another thread.
 
-    Two threads are needed because Python calls handlers between two of its own instructions, and the main thread may compile,
+    Two threads are needed because Python calls handlers between two bytecode instructions, and the main thread may compile,
     or wait for a device, for minutes. Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -162,5 +162,5 @@ def _force_exit(
         if grace is not None and first is None:
             first, deadline = received[0], time.monotonic() + grace
     assert first is not None
-    stopped = Stopped(first, f"; {resume_hint()}")
+    stopped = StoppedBySignal(first, f"; {resume_hint()}")
     exit_now(str(stopped), stopped.exit_code)

@@ -36,7 +36,7 @@ def is_multiprocess() -> bool:
 def broadcast_from_process_0(function: Callable[[], T]) -> T:
     """The value of `function()`, which process 0 alone calls: file systems may show each process another state.
 
-    The value is passed as JSON. Raises: on process 0 what `function` raised, elsewhere an OSError with the same message.
+    The value is passed as JSON. Raises: on process 0 the error of `function`, on the others an OSError with the same message.
     """
     if jax.process_count() == 1:
         return function()
@@ -77,7 +77,7 @@ def barrier() -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error, or its cause, is what JAX raises when another process is gone.
+    """Whether an error, or its cause, is one that JAX raises when another process is lost.
 
     Status codes are not enough: of a killed peer, collectives of Gloo report UNKNOWN or INTERNAL and the barrier of jax 0.10
     reports INTERNAL, as other errors do. The message contains the code, so the words below cover both.

@@ -75,7 +75,7 @@ class Watchdog:
 
 
 def watch_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
-    """Yields `batches`, with a watchdog over the work on each in runs of several processes, where a peer could be stuck.
+    """Yields `batches`, and in runs of several processes, where a peer could be stuck, limits the time of the work on each.
 
     The first batch has no limit, because its work includes compilation.
     """

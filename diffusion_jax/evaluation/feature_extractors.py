@@ -153,7 +153,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1") -> Featu
 
 
 def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, int, int]) -> int | None:
-    """D, the number of features, or None if only a call would tell.
+    """D, the number of features, or None if only a call determines it.
 
     Raises: ValueError for images that the extractor does not support.
     """

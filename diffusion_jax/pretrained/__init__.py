@@ -75,7 +75,7 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> tuple[De
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PretrainedError(
             f"{path} cannot be loaded: its content or the flags are invalid ({type(error).__name__}: {reason}); "
-            "`python -m diffusion_jax.pretrained inspect PATH` shows what is read"
+            "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
         ) from error
 
 

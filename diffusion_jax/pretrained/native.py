@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import drop_unknown, migrate, resolve
+from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -44,7 +44,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
     """
     stored = read_json(path / "config.json")
     try:
-        known, unknown = drop_unknown(migrate(stored))
+        known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
         model, shape = training.model_from_config(config), training.input_shape(config)
         height, width, channels = data.image_shape(config["data"])

@@ -160,7 +160,7 @@ HO = Naming(_ho_module, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj
 
 
 def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
-    """`channel_multipliers` of levels with these widths: ints where the quotient is a whole number."""
+    """`channel_multipliers` of levels with these widths: ints if the quotient is a whole number."""
     return tuple(w // channels if w % channels == 0 else w / channels for w in widths)
 
 

@@ -14,7 +14,7 @@ __all__ = ["ClassLabels", "class_captions", "parse_classes"]
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Each label with its name, as "1: cats"; the number alone if it has no name of its own."""
+    """Each label with its name, as "1: cats"; only the number if it has no other name."""
     known = [names[y] if y < len(names) else "" for y in labels.tolist()]
     return [str(y) if name in ("", str(y)) else f"{y}: {name}" for y, name in zip(labels.tolist(), known, strict=True)]
 

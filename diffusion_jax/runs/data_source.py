@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
+from diffusion_jax.config import is_classifier
 from diffusion_jax.errors import DataError, UserError
-from diffusion_jax.training import is_classifier
 
 __all__ = ["check_source", "rename_leaves_in_errors"]
 

@@ -19,7 +19,7 @@ _CACHE_OPTION = "jax_compilation_cache_dir"
 
 
 def silence_libraries() -> None:
-    """Silences the log output of libraries; call it before TensorFlow is imported. Their errors are raised all the same."""
+    """Silences the log output of libraries; call it before TensorFlow is imported. Their errors are still raised."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow only writes event files here, and oneDNN prints a line on stderr.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -52,7 +52,7 @@ def start(verbose: bool = False) -> None:
 
 
 def start_virtual(num_devices: int) -> None:
-    """Starts on virtual CPU devices, whatever other devices there are: to compile for them."""
+    """Starts JAX on virtual CPU devices, even on a machine with others, to compile for that number of devices."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
     _use_compilation_cache()

@@ -17,9 +17,10 @@ from diffusion_jax import data, editing, sampling
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.artifacts import options_digest, save_npz
+from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.edit_images import open_image, read_image, read_mask
 from diffusion_jax.runs.sampling_setup import SamplingSetup

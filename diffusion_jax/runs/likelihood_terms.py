@@ -19,7 +19,7 @@ from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
-from diffusion_jax.runs.artifacts import ChunkStore, options_digest
+from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.data_source import check_source, rename_leaves_in_errors
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
@@ -35,7 +35,7 @@ class Terms(NamedTuple):
     """Terms of the bound in bits per dimension.
 
     examples: {"total", "prior", "decoder", and "ode" if it is measured: [N]}. counts [T]: images at each timestep. means,
-    standard_errors: {"vlb", "mse", "x_0_mse": [T]} over those, NaN where there are too few.
+    standard_errors: {"vlb", "mse", "x_0_mse": [T]} over those, NaN for too few images.
     """
 
     examples: dict[str, np.ndarray]
@@ -237,7 +237,7 @@ def _join(chunks: list[dict[str, np.ndarray]]) -> Terms:
 
 
 def rate_distortion(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rate (bits per dimension) and distortion (RMSE, 0-255) at every t [T], interpolated where no image was seen."""
+    """Mean rate (bits per dimension) and distortion (RMSE, 0-255) [T], interpolated at timesteps without images."""
     measured, all_steps = np.flatnonzero(terms.counts), np.arange(len(terms.counts))
     vlb, x_0_mse = (np.interp(all_steps, measured, terms.means[name][measured]) for name in ("vlb", "x_0_mse"))
     rate, distortion = likelihood.rate_distortion(terms.examples["prior"].mean(), vlb, x_0_mse)

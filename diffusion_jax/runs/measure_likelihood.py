@@ -16,9 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import resolve
-from diffusion_jax.files import write_text
+from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.artifacts import save_npz
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, mean_and_standard_error, rate_distortion
 from diffusion_jax.runs.metric_options import check_evaluation_options

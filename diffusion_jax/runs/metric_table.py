@@ -18,7 +18,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[tuple[pathlib.Path, _Record]],
     """((directory, record) of every record, a note for every path without records).
 
     paths: directories with a metrics.json, or such files. Bits per dimension from the likelihood.json beside it are added to
-    the records of the same weights, or form a record of their own. Raises: ValueError.
+    the records of the same weights, or form a separate record. Raises: ValueError.
     """
     rows: list[tuple[pathlib.Path, _Record]] = []
     notes = []

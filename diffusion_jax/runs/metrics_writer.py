@@ -28,7 +28,7 @@ def import_writers() -> None:
         return
 
     def import_library():
-        with contextlib.suppress(ImportError):  # raised again where the writers are used
+        with contextlib.suppress(ImportError):  # raised again when the writers are used
             importlib.import_module("clu.metric_writers")
 
     threading.Thread(target=import_library, daemon=True).start()

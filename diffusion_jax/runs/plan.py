@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_classifier, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
@@ -57,24 +57,24 @@ def num_virtual_devices(config: Mapping) -> int:
 
 
 def estimate(config: Mapping) -> Plan:
-    """Compiles the train step of a config on the present devices. Raises: as `training.setup`."""
+    """Compiles the train step of a config on the present devices. Raises: as `training.build_program`."""
     config = resolve(config)
-    # The program represents an accelerator's, whatever is fastest on the CPU that compiles it.
+    # The program represents an accelerator's, so the choice for a CPU does not apply.
     config.model.convolution = "xla"
-    setup = training.setup(config)
-    assert isinstance(setup.train_step, jax.stages.Wrapped)
-    batch_size, state = config["training"]["batch_size"], setup.abstract_state
+    program = training.build_program(config)
+    assert isinstance(program.train_step, jax.stages.Wrapped)
+    batch_size, state = config["training"]["batch_size"], program.abstract_state
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
     options = compiler.options() | compiler.low_memory_options()
-    compiled = setup.train_step.lower(state, batch).compile(compiler_options=options)
+    compiled = program.train_step.lower(state, batch).compile(compiler_options=options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and cost is not None and text is not None  # the CPU compiler has all of them
-    num_devices = setup.mesh.size
+    num_devices = program.mesh.size
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    data_size, fsdp_size = setup.mesh.shape["data"], setup.mesh.shape["fsdp"]
+    data_size, fsdp_size = program.mesh.shape["data"], program.mesh.shape["fsdp"]
     return Plan(
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         flops_per_image=cost["flops"] / (batch_size / num_devices),
@@ -92,7 +92,7 @@ def estimate(config: Mapping) -> Plan:
 def activations_per_image(config: Mapping) -> int:
     """Bytes that a network keeps of an image for its backward pass: those of two images minus those of one."""
     model, shape = training.model_from_config(config), training.input_shape(config)
-    takes_labels = model.num_classes and not training.is_classifier(config)
+    takes_labels = model.num_classes and not is_classifier(config)
 
     def residuals(params, x, y, key):
         def network(params):

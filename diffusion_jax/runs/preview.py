@@ -10,10 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, training
+from diffusion_jax.config import is_upsampler
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.metrics_writer import MetricsWriter
 from diffusion_jax.runs.sample_files import check_sampling_options
 from diffusion_jax.runs.sampling_setup import SamplingSetup
@@ -23,47 +24,47 @@ __all__ = ["PreviewPictures", "check_sampling", "make_preview_sampler"]
 
 
 def check_sampling(
-    config: ConfigDict, setup: training.Setup, class_names: Sequence[str], are_names_final: bool = False
+    config: ConfigDict, program: training.TrainingProgram, class_names: Sequence[str], are_names_final: bool = False
 ) -> None:
     """Raises the errors of --mode=sample, except those that depend on the weights of a guiding classifier.
 
     are_names_final: False if the data, which is not read yet, may hold more class names than `class_names`.
     """
-    if not isinstance(setup.model, models.UNet):
+    if not isinstance(program.model, models.UNet):
         return
     check_sampling_options(config)
     label = config.sampling.label
     has_names = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
-    if has_names and setup.model.num_classes and not (are_names_final or class_names):
+    if has_names and program.model.num_classes and not (are_names_final or class_names):
         config = config.copy_and_resolve_references()
         config.sampling.label = None
-    SamplingSetup(config, setup.model, setup.schedule, setup.mesh, class_names, load_classifier=False)
+    SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
 
 
-def make_preview_sampler(config: ConfigDict, setup: training.Setup, num_images: int) -> Generator | None:
+def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
     """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
-    if num_images < 1 or not isinstance(setup.model, models.UNet) or training.is_upsampler(config):
+    if num_images < 1 or not isinstance(program.model, models.UNet) or is_upsampler(config):
         return None
     options = to_dict(config)
     options["sampling"] |= {
         "sampler": "ddim",
-        "steps": min(config.sampling.preview_steps, setup.schedule.num_timesteps),
+        "steps": min(config.sampling.preview_steps, program.schedule.num_timesteps),
         "spacing": "trailing",
         "eta": 0.0,
         "guidance_scale": 1.0,
         "classifier": "",
         "label": None,
     }
-    config, num_devices = ConfigDict(options), setup.mesh.size
-    sampling_setup = SamplingSetup(config, setup.model, setup.schedule, setup.mesh)
-    return Generator(config, sampling_setup, setup.mesh, max(1, num_images // num_devices) * num_devices)
+    config, num_devices = ConfigDict(options), program.mesh.size
+    sampling_setup = SamplingSetup(config, program.model, program.schedule, program.mesh)
+    return BatchSampler(config, sampling_setup, program.mesh, max(1, num_images // num_devices) * num_devices)
 
 
 class PreviewPictures:
     """Grids of samples, as PNG in `workdir` and as TensorBoard images. class_names: for their captions."""
 
-    def __init__(self, workdir: pathlib.Path, generator: Generator, seed: int, class_names: Sequence[str]):
-        self._directory, self._generator, self._seed = workdir / "samples", generator, seed
+    def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int, class_names: Sequence[str]):
+        self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
         self._class_names = class_names
         self._is_compiled = False
 
@@ -72,11 +73,11 @@ class PreviewPictures:
         if not self._is_compiled:
             log("Compiling the sampler of the pictures ...")
             self._is_compiled = True
-        return self._generator(params, self._seed)
+        return self._batch_sampler(params, self._seed)
 
     def write(self, step: int, images: np.ndarray, metrics: MetricsWriter) -> None:
         """Writes a grid. A PNG that cannot be written is only logged, because a picture is not worth the run."""
-        labels = self._generator.setup.labels(np.arange(len(images)))
+        labels = self._batch_sampler.setup.labels(np.arange(len(images)))
         captions = None if labels is None else class_captions(labels, self._class_names)
         picture = pictures.grid(images, captions=captions)
         try:

@@ -22,8 +22,8 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.batch_sampler import trajectory_picture
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.image_generator import trajectory_picture
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, rate_distortion
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.config import resolve
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.batch_sampler import trajectory_picture
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.image_generator import trajectory_picture
 from diffusion_jax.runs.sample_files import SampleFile
 from diffusion_jax.runs.workdir import write_config_if_untrained
 

@@ -18,11 +18,12 @@ from diffusion_jax import data
 from diffusion_jax.config import flatten
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import UserError, as_user_error, shorten
+from diffusion_jax.files import save_npz
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.artifacts import ChunkStore, options_digest, save_npz
+from diffusion_jax.runs.batch_sampler import BatchSampler
+from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
-from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.low_resolution import read_small_images
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
@@ -49,7 +50,7 @@ def check_sampling_options(config: ConfigDict) -> None:
 class SampleFile:
     """The samples of a config: PATH.npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, if any; settings) and PATH.png, a grid.
 
-    path: the .npz. settings: all that decides the pixels. setup, low_resolution: what they are drawn with.
+    path: the .npz. settings: everything that decides the pixels. setup, low_resolution: the inputs of sampling.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
@@ -96,13 +97,15 @@ class SampleFile:
                 bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
 
             progress = on_step if options.progress else None
-            generator = Generator(self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress)
+            batch_sampler = BatchSampler(
+                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress
+            )
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler, and the first batch ...")
             for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
-                    images = generator(self.trained.params, options.seed, i)
+                    images = batch_sampler(self.trained.params, options.seed, i)
                 chunks.save(i, images=images)
                 done = (i + 1) * batch_size
                 bar.update(min(done, options.num_samples))
@@ -115,7 +118,7 @@ class SampleFile:
             log(f"{len(images)} images: {self.path}, a grid: {self.path.with_suffix('.png')}")
 
     def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
-        """All that decides the pixels of samples, except rounding: plain JSON values. small: what an upsampler enlarges."""
+        """Everything that decides the pixels, except rounding, as JSON values. small: images that an upsampler enlarges."""
         config, setup = self.config, self.setup
         options = to_dict(config)
         sampling = {
@@ -165,7 +168,7 @@ class SampleFile:
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
-    """{"settings": what decides the samples of an .npz, "drawn_with": versions}.
+    """{"settings": everything that decides the samples of an .npz, "drawn_with": versions}.
 
     None if the file does not store them, as files of version 0.1.0.
     """
@@ -186,11 +189,6 @@ def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | No
         return "does not store the settings of its samples (files of version 0.1.0 do not)"
     old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
     differing = [key for key in new | old if key not in old or key not in new or old[key] != new[key]]
-    changes = [f"{key}={_shorten(old.get(key))}, now {_shorten(new.get(key))}" for key in differing]
+    changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in differing]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
     return f"was drawn with other settings ({'; '.join(changes[:3])}{more})" if differing else None
-
-
-def _shorten(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:8] + "..."

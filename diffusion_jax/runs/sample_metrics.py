@@ -10,11 +10,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import feature_extractors, image_sets, metric_suite
+from diffusion_jax.evaluation import feature_extractors, image_sets, named_metrics
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metric_options import (
@@ -29,7 +29,6 @@ from diffusion_jax.runs.metric_records import differing_settings, read_records, 
 from diffusion_jax.runs.sample_files import SampleFile, read_settings
 from diffusion_jax.runs.set_metrics import record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
-from diffusion_jax.training import is_upsampler
 
 __all__ = ["run"]
 
@@ -47,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     with as_user_error("config.evaluation"):
         feature_extractors.feature_dimension(extractor, data.image_shape(config.data))
     reference = load_reference(config)
-    minimum = max(metric_suite.MIN_IMAGES[metric] for metric in options.metrics)
+    minimum = max(named_metrics.MIN_IMAGES[metric] for metric in options.metrics)
     if options.num_samples < minimum:
         raise UserError(
             f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}"
@@ -68,7 +67,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     if jax.process_index() == 0:
-        _plot_against_steps(workdir, metric_suite.reported_name("fid", extractor))
+        _plot_against_steps(workdir, named_metrics.reported_name("fid", extractor))
     write_config_if_untrained(config, workdir)
 
 

@@ -1,10 +1,10 @@
-"""The part of a file name that tells samples with different options apart."""
+"""The part of a file name that distinguishes samples with different options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from diffusion_jax.runs.artifacts import options_digest
+from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.class_labels import ClassLabels
 
 __all__ = ["sample_name"]

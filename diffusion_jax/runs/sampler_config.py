@@ -56,7 +56,7 @@ _READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 def unused_leaves(options: Mapping) -> list[str]:
-    """Leaves of `config.sampling` without effect, each with what would read it."""
+    """Leaves of `config.sampling` without effect, each with the setting that would use it."""
     unused = [
         f"sampling.{leaf}={options[leaf]!r} (only with sampling.sampler={', '.join(samplers)})"
         for leaf, (without_effect, samplers) in _READ_BY.items()

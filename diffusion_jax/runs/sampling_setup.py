@@ -40,8 +40,8 @@ class SamplingSetup:
     """All decisions of a config about sampling, checked before anything is compiled.
 
     schedule: the steps of the sampler. labels: a `ClassLabels`. classifier_params: of the guiding classifier, None without
-    one; they are an argument of `draw` because they are too large for constants of compiled code. warning: why samples will
-    look wrong, None if no reason is known.
+    one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a reason why
+    samples will look wrong, None if none is known.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class SamplingSetup:
 
     @property
     def name(self) -> str:
-        """The part of a file name that tells samples with different options apart."""
+        """The part of a file name that distinguishes samples with different options."""
         return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels)
 
     @property
@@ -253,7 +253,7 @@ class SamplingSetup:
         constrain: Callable = lambda x: x,
         **options: Any,
     ) -> Any:
-        """Images [B, H, W, C] in [-1, 1] from noise, or what `sampling.sample` returns with `options`; pure.
+        """Images [B, H, W, C] in [-1, 1] from noise, or the result of `sampling.sample` with `options`; pure.
 
         shape: (B, H, W, C). y, low: as in `network`. constrain: applied to x_T, to place it on a mesh.
         """

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 import diffusion_jax
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import feature_extractors, metric_suite
+from diffusion_jax.evaluation import feature_extractors, named_metrics
 from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
 from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
 from diffusion_jax.evaluation.image_sets import ImageSet, open_image_set
-from diffusion_jax.evaluation.metric_suite import METRICS
 from diffusion_jax.evaluation.metrics import Neighbors
+from diffusion_jax.evaluation.named_metrics import METRICS
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs import devices, pictures
 from diffusion_jax.runs.console import ProgressBar, log
@@ -109,12 +109,12 @@ def record_metrics(
     if jax.process_index() != 0:
         return
     log("Comparing ...")
-    results: dict[str, Any] = metric_suite.compute_metrics(
+    results: dict[str, Any] = named_metrics.compute_metrics(
         reference_features, sample_features, extractor, metric_names, log
     )
     if "memorization" in metric_names:
         assert reference_features.pool is not None and sample_features.pool is not None
-        report, neighbors = metric_suite.memorization_report(reference_features.pool, sample_features.pool, _NEIGHBORS)
+        report, neighbors = named_metrics.memorization_report(reference_features.pool, sample_features.pool, _NEIGHBORS)
         picture = _neighbors_path(output, samples, extractor, reference_features, sample_features)
         results["memorization"] = {**report, "picture": picture.name}
         _draw_neighbors(picture, reference, samples, neighbors, f"distances of {extractor.name} features")
@@ -154,13 +154,13 @@ def _possible_metrics(
 ) -> list[str]:
     """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
     if samples.images is None:
-        raise ValueError(f"{samples.name} holds statistics alone, and samples are images; swap the two?")
+        raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
     _check_comparable(reference, samples)
     statistics = reference.statistics
     has_spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
-    missing = metric_suite.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
+    missing = named_metrics.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
     if missing:
-        log(f"Left out: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
+        log(f"Not measured: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
     metric_names = [metric for metric in metric_names if metric not in missing]
     if not metric_names:
         raise ValueError("nothing is left to measure; name other metrics")
@@ -168,9 +168,9 @@ def _possible_metrics(
         log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
     for images in (reference, samples):
         for metric in metric_names:
-            if images.images is not None and len(images.images) < metric_suite.MIN_IMAGES[metric]:
+            if images.images is not None and len(images.images) < named_metrics.MIN_IMAGES[metric]:
                 message = f"{images.name}: {len(images.images)} images are too few for {metric}"
-                raise ValueError(f"{message}, which needs {metric_suite.MIN_IMAGES[metric]}")
+                raise ValueError(f"{message}, which needs {named_metrics.MIN_IMAGES[metric]}")
     dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))[0].shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
@@ -220,7 +220,7 @@ def _neighbors_path(
     reference_features: SetFeatures,
     sample_features: SetFeatures,
 ) -> pathlib.Path:
-    """A path of its own for each comparison."""
+    """The path of the picture, different for each comparison."""
     key = (reference_features.digest, sample_features.digest, extractor.digest, extractor.resize)
     tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:6]
     return output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")

@@ -1,4 +1,4 @@
-"""Time measurements of the train loop: where the time is spent, and traces for XProf."""
+"""Time measurements of the train loop: how the time is spent, and traces for XProf."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepTimes(NamedTuple):
 
 
 class LoopTimer:
-    """Measures what the time since the last line of the log was spent on."""
+    """Measures how the time since the last line of the log was spent."""
 
     def __init__(self):
         self._start()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from diffusion_jax import pretrained
-from diffusion_jax.config import drop_unknown, migrate, resolve
+from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.runs import console
 from diffusion_jax.runs.workdir import read_config
@@ -17,10 +17,10 @@ __all__ = ["from_weights", "from_workdir"]
 
 
 def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = console.log) -> ConfigDict | None:
-    """The config of a work directory, complete; None where none is stored.
+    """The config of a work directory, complete; None if none is stored.
 
     Leaves that this version does not have are ignored, unless they are likely misspelled.
-    log: called with a line that names the ignored leaves; must not use JAX before the processes have joined.
+    log: called with a line that names the ignored leaves; it must not use JAX, because the processes may not have joined yet.
     Raises: UserError for a config that is damaged.
     """
     directory = pathlib.Path(directory).expanduser()
@@ -28,7 +28,7 @@ def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = con
     if stored is None:
         return None
     try:
-        known, unknown = drop_unknown(migrate(stored))
+        known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
     except ConfigError as error:
         raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None
@@ -40,9 +40,9 @@ def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = con
 
 
 def from_weights(path: str, flags: str = "") -> ConfigDict:
-    """The config with which training starts from published weights, or from those of a run (with its data and all).
+    """The config with which training starts from published weights, or from those of a run, whose other settings it inherits.
 
-    path: as `pretrained.load` takes it. flags: what the weights do not describe. Raises: UserError, PretrainedError.
+    path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
     """
     description = pretrained.describe(path, pretrained.read_flags(flags))
     config = from_workdir(path, log=lambda line: None) if pretrained.is_workdir(path) else None

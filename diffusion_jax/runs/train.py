@@ -11,20 +11,21 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.runs.batch_feed import BatchFeed
+from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
-from diffusion_jax.runs.step_timing import LoopTimer, StepTimes, TraceProfile
+from diffusion_jax.runs.step_timing import TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
 from diffusion_jax.runs.training_fid import TrainingFid
+from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
@@ -35,18 +36,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
-    DataError, PretrainedError, CheckpointError, SaveError; distributed.preemption.Stopped after a signal.
+    DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
     config = resolve(config)
     _check_intervals(config)
     check_identity(config, workdir)
     with as_user_error("config"):
-        setup = training.setup(config)
-        check_sampling(config, setup, read_class_names(config, workdir))
-        preview_sampler = make_preview_sampler(config, setup, config.sampling.preview_samples)
+        program = training.build_program(config)
+        check_sampling(config, program, read_class_names(config, workdir))
+        preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
         fid_sampler = None
         if config.evaluation.every:
-            fid_sampler = make_preview_sampler(config, setup, config.sampling.batch_size)
+            fid_sampler = make_preview_sampler(config, program, config.sampling.batch_size)
     if config.evaluation.every and not fid_sampler:
         raise UserError(
             f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use evaluation.every=0"
@@ -57,10 +58,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     check_source(config, source)
     class_names = getattr(source, "class_names", ())
     with as_user_error("config"):
-        check_sampling(config, setup, class_names, are_names_final=True)
+        check_sampling(config, program, class_names, are_names_final=True)
     initial_weights = None
     if config.init_from and not _checkpoint_steps(workdir):
-        initial_weights = load_initial_weights(config, setup.model)
+        initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
     training_fid = TrainingFid(config, workdir, fid_sampler) if fid_sampler else None
     preview = None
@@ -72,14 +73,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
         broadcast_from_process_0(lambda: check_data(source, workdir))
-        state = _restore_or_initialize(config, setup, checkpoints, initial_weights)
+        state = _restore_or_initialize(config, program, checkpoints, initial_weights)
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         log(f"{len(source):,} images, {num_parameters:,} parameters, batch {config.training.batch_size}.")
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _train(config, workdir, setup, checkpoints, state, source, preview, training_fid)
+        _train(config, workdir, program, checkpoints, state, source, preview, training_fid)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
 
@@ -110,193 +111,94 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
 
 def _restore_or_initialize(
-    config: ConfigDict, setup: training.Setup, checkpoints: Checkpoints, initial_weights: InitialWeights | None
+    config: ConfigDict,
+    program: training.TrainingProgram,
+    checkpoints: Checkpoints,
+    initial_weights: InitialWeights | None,
 ) -> training.TrainState:
     """The state of the newest checkpoint, otherwise a new one, with `initial_weights` if there are any."""
-    state = checkpoints.restore(setup.abstract_state)
+    state = checkpoints.restore(program.abstract_state)
     if state is not None:
         return state
     with log_compilation("the initialization"):
-        state = setup.init()
+        state = program.init()
     if initial_weights is None:
         return state
     log(f"Starting from the weights of {config.init_from}.")
     if initial_weights.differences:
         log(f"Note: they were trained for another diffusion ({'; '.join(initial_weights.differences)}).")
-    return set_params(state, setup.abstract_state, initial_weights.params)
+    return set_params(state, program.abstract_state, initial_weights.params)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    setup: training.Setup,
+    program: training.TrainingProgram,
     checkpoints: Checkpoints,
     state: training.TrainState,
     source: data.Source,
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
 ) -> None:
-    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, distributed.preemption.Stopped."""
-    options, is_writer = config.training, jax.process_index() == 0
-    step = logged_step = int(state.step)
-    feed = BatchFeed(config, setup, source, step)
-    batch, count = feed.next(step)
+    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
+    options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
+    loader = BatchLoader(config, program, source, step)
+    batch, count = loader.next(step)
     import_writers()
-    programs = _Programs(setup)
+    compiled = _CompiledSteps(program)
     with log_compilation("the train step"):
-        programs.get(count, state, batch)
+        compiled.get(count, state, batch)
 
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if options.profile and is_writer else None)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        for context in (feed, preemption.install_handler(), watchdog, profile):
+        for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
-        timer = LoopTimer()
+        outputs = TrainingOutputs(config, step, metrics, checkpoints, watchdog, preview, training_fid)
         while step < options.num_steps:
             with profile.annotate(step):
-                state, _ = programs.get(count, state, batch)(state, batch)
+                state, _ = compiled.get(count, state, batch)(state, batch)
             watchdog.record_step()
             step += count
             profile.count_call(state)
-            is_last, must_stop = step == options.num_steps, preemption.requested()
-            if not (is_last or must_stop):
-                with timer.measure("data_wait"):
-                    batch, count = feed.next(step)
-            note = ""
-            if step % options.log_every == 0 or is_last:
-                means = training.window_means(_finite_window(state, checkpoints))
-                watchdog.record_step()
-                times = timer.restart()
-                with timer.measure("logging"):
-                    note = _log_metrics(config, metrics, step, step - logged_step, means, times)
-                logged_step = step
-            with timer.measure("logging"):
+            must_stop = preemption.requested()
+            if step < options.num_steps and not must_stop:
+                with outputs.timer.measure("data_wait"):
+                    batch, count = loader.next(step)
+            note = outputs.log_metrics(step, state)
+            with outputs.timer.measure("logging"):
                 checkpoints.check()
                 bar.update(step, note)
-                # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
-                if preview and _is_due(step, options.sample_every, is_last):
-                    _draw_preview(preview, state, step, metrics, watchdog)
-                if training_fid and _is_due(step, config.evaluation.every, is_last):
-                    _log_fid(training_fid, state, step, metrics, watchdog)
-                if must_stop or _is_due(step, options.checkpoint_every, is_last):
-                    _save(checkpoints, state, step, metrics, watchdog)
+                outputs.write(step, state, must_save=must_stop)
             if must_stop:
                 break
         with watchdog.paused():
             checkpoints.finish(step)
-            stopped = preemption.stopped(step) if step < options.num_steps else None
+            stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped
 
 
-def _is_due(step: int, interval: int, is_last: bool) -> bool:
-    """Whether something is due at its interval or at the last step; an interval of 0 is never."""
-    return interval > 0 and (is_last or step % interval == 0)
-
-
-class _Programs:
+class _CompiledSteps:
     """The compiled train steps, by the number of steps of a call."""
 
-    def __init__(self, setup: training.Setup):
-        self._setup, self._compiled = setup, {}
+    def __init__(self, program: training.TrainingProgram):
+        self._program, self._compiled = program, {}
 
     def get(self, count: int, state: training.TrainState, batch) -> Callable:
-        """The program of `count` steps, compiled at the first request."""
+        """The function of `count` steps, compiled at the first request."""
         if count not in self._compiled:
-            function = self._setup.train_step if count == 1 else self._setup.train_steps
+            function = self._program.train_step if count == 1 else self._program.train_steps
             assert isinstance(function, jax.stages.Wrapped)
             self._compiled[count] = function.lower(state, batch).compile()
         return self._compiled[count]
 
 
-def _finite_window(state: training.TrainState, checkpoints: Checkpoints):
-    """The sums of the steps since the last line of the log. Raises: UserError if a loss or gradient was not finite."""
-    window = jax.device_get(state.window)
-    if window["nonfinite_step"] >= 0:
-        steps = checkpoints.steps()
-        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
-        raise UserError(
-            f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
-            "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
-            "optimizer.grad_clip=1.0, or model.dtype=float32",
-            exit_code=1,
-        )
-    return window
-
-
-def _log_metrics(
-    config: ConfigDict,
-    metrics: MetricsWriter | None,
-    step: int,
-    num_steps: int,
-    means: dict[str, float],
-    times: StepTimes,
-) -> str:
-    """Writes the means of the last `num_steps` steps, and their speed; returns a note for the progress bar."""
-    options = config.training
-    training_seconds = times.seconds * (1 - times.logging)  # the speed is that of training alone
-    speed = {
-        "images_per_second": num_steps * options.batch_size / training_seconds,
-        "seconds_left": (options.num_steps - step) * times.seconds / num_steps,
-        "step_seconds": times.seconds / num_steps,
-        "compute": times.compute,
-        "data_wait": times.data_wait,
-        "logging": times.logging,
-    }
-    if metrics:
-        metrics.write_scalars(step, means | speed)
-    return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
-
-
-def _draw_preview(
-    preview: PreviewPictures,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Writes a grid of samples of the EMA weights."""
-    with watchdog.paused():
-        images = preview.draw(state.ema_params)
-    if metrics:
-        preview.write(step, images, metrics)
-
-
-def _log_fid(
-    training_fid: TrainingFid,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Logs the Frechet distance of samples of the EMA weights."""
-    with watchdog.paused():
-        distance = training_fid(state.ema_params)
-    log(f"{training_fid.name} {distance:.4g} at step {step}")
-    if metrics:
-        metrics.write_scalars(step, {training_fid.name: distance})
-
-
-def _save(
-    checkpoints: Checkpoints,
-    state: training.TrainState,
-    step: int,
-    metrics: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Saves a checkpoint of a finite state."""
-    _finite_window(state, checkpoints)
-    if metrics:
-        metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
-    with watchdog.paused():
-        checkpoints.save(step, state)
-
-
 def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
-    if training.is_upsampler(config):
+    if is_upsampler(config):
         return "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
-    if training.is_classifier(config):
+    if is_classifier(config):
         return f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
     return "Sample with --mode=sample."

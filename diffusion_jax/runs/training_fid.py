@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metric_suite, metrics
+from diffusion_jax.evaluation import metrics, named_metrics
 from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import ProgressBar
-from diffusion_jax.runs.image_generator import Generator
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
     features_cache,
@@ -31,13 +31,13 @@ class TrainingFid:
     name: of the metric, with the number of samples and steps, on which the distance depends.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, generator: Generator):
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler):
         """Computes the features of the reference. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         if lacks_inception(config):
             raise UserError(f"evaluation.every needs {HOW_TO_GET_INCEPTION}")
         extractor, self._seed, self._num_samples = load_extractor(config), options.seed, options.every_samples
-        self._generator = generator
+        self._batch_sampler = batch_sampler
         self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
         reference = load_reference(config)
         assert reference.images is not None  # a data set, not a file of statistics
@@ -46,13 +46,13 @@ class TrainingFid:
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
         self._reference = features.moments
-        metric, num_steps = metric_suite.reported_name("fid", extractor), generator.setup.schedule.num_timesteps
+        metric, num_steps = named_metrics.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
         self.name = f"{metric}_{self._num_samples}_ddim{num_steps}"
 
     def __call__(self, params: Any) -> float:
         """The distance for these parameters. Every call draws with the same random numbers."""
-        num_batches = -(-self._num_samples // self._generator.batch_size)
-        batches = [self._generator(params, self._seed, i) for i in range(num_batches)]
+        num_batches = -(-self._num_samples // self._batch_sampler.batch_size)
+        batches = [self._batch_sampler(params, self._seed, i) for i in range(num_batches)]
         images = np.concatenate(batches)[: self._num_samples]
         chunks = (self._extraction(images[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
         return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))

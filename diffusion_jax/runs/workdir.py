@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import identity, migrate
+from diffusion_jax.config import identity_leaves, migrate
 from diffusion_jax.data import Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.training.digests import committed_steps
 
@@ -59,7 +59,7 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     stored = read_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    old, new = identity(migrate(stored)), identity(to_dict(config))
+    old, new = identity_leaves(migrate(stored)), identity_leaves(to_dict(config))
     differing = [key for key in new if key in old and old[key] != new[key]]
     if not differing:
         return
@@ -89,14 +89,10 @@ def check_data(source: Source, workdir: pathlib.Path) -> None:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
         raise UserError(
             f"the images are not those that {workdir} was trained on ({old['images']:,} then, {len(source):,} now, "
-            f"{_shorten(difference)}): restore them, use another --workdir, or remove {path} to continue with these"
+            f"{shorten(difference, 300)}): restore them, use another --workdir, or remove {path} to continue with these"
         )
     if old != new:
         write_text(path, json.dumps(new) + "\n")
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:

@@ -1,10 +1,8 @@
 """Training: from a config to a state and a compiled, sharded train step; checkpoints."""
 
-from diffusion_jax.training.build import Setup, create, setup
+from diffusion_jax.training.build import TrainingProgram, build_program, create
 from diffusion_jax.training.from_config import (
     input_shape,
-    is_classifier,
-    is_upsampler,
     model_from_config,
     schedule_from_config,
 )
@@ -13,15 +11,13 @@ from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import scan_steps
 
 __all__ = [
-    "Setup",
     "TrainState",
+    "TrainingProgram",
+    "build_program",
     "create",
     "input_shape",
-    "is_classifier",
-    "is_upsampler",
     "model_from_config",
     "scan_steps",
     "schedule_from_config",
-    "setup",
     "window_means",
 ]

@@ -18,10 +18,10 @@ from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, initial_state
 from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
 
-__all__ = ["Setup", "create", "setup"]
+__all__ = ["TrainingProgram", "build_program", "create"]
 
 
-class Setup(NamedTuple):
+class TrainingProgram(NamedTuple):
     """The programs and shapes that a config describes, before any array exists.
 
     init: () -> TrainState, compiled. train_step: (state, batch) -> (state, metrics), compiled; it donates the state.
@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     abstract_state: TrainState
 
 
-def setup(config: Mapping[str, Any]) -> Setup:
+def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     """Builds the network, the schedule and the compiled functions of a config.
 
     config: any mapping that `config.resolve` takes, partial ones included. Raises: ConfigError for a value that its leaf does
@@ -77,7 +77,7 @@ def setup(config: Mapping[str, Any]) -> Setup:
     # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls, so the caller makes
     # single calls there.
     scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
-    return Setup(
+    return TrainingProgram(
         mesh=mesh,
         model=model,
         schedule=schedule,
@@ -97,7 +97,7 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state argument. Float data,
     already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only for `model.num_classes` or the
     loss "classify". A config is any nested mapping, partial or complete, as `config.resolve` takes it.
-    Raises: as `setup`; train_step raises ValueError for a batch of other names, types or shapes.
+    Raises: as `build_program`; train_step raises ValueError for a batch of other names, types or shapes.
     """
-    built = setup(config)
+    built = build_program(config)
     return built.init(), built.train_step

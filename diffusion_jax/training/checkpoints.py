@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: saved in the background, committed by a rename, checked before they are read, restored to the bit.
+"""Checkpoints by Orbax: saved in the background, committed by a rename, checked when read, restored bit-identically.
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
 (optimizer, step, window of metrics); and the digests of all their files, which are committed with them.

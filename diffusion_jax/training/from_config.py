@@ -8,26 +8,15 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax import data, models, process, schedules
+from diffusion_jax.config import is_classifier, is_upsampler
 from diffusion_jax.training.state import Network
 
 __all__ = [
     "check_loss",
     "input_shape",
-    "is_classifier",
-    "is_upsampler",
     "model_from_config",
     "schedule_from_config",
 ]
-
-
-def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a config trains a classifier of noisy images instead of a diffusion model."""
-    return config["diffusion"]["loss"] == "classify"
-
-
-def is_upsampler(config: Mapping[str, Any]) -> bool:
-    """Whether a config's diffusion model enlarges small images, which are an input of its network."""
-    return bool(config["data"]["low_resolution"])
 
 
 def input_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -50,7 +50,8 @@ def update_window(
 ) -> dict[str, Any]:
     """The window after one more step, the first of a new window if `step` is a multiple of `log_every`.
 
-    names: the metrics, in order. step: the number of steps before this one. finite: whether this step was.
+    names: the metrics, in order. step: the number of steps before this one. finite: whether the loss, the gradient and the
+    parameters of this step are finite.
     """
     is_first = step % log_every == 0
     updated: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The state of training: everything a run is, apart from its config."""
+"""The state of training: everything that a run needs besides its config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMPORTANCE_SAMPLER = "loss_second_moment"
 
 @flax.struct.dataclass
 class TrainState:
-    """The complete state of a run, apart from its config. A checkpoint holds all of it.
+    """The complete state of a run, without its config. A checkpoint holds all of it.
 
     step: int32, the number of finished steps. params, ema_params: trees of float32. opt_state: the optimizer's. window: sums
     of the metrics since the last multiple of `training.log_every` (see `metrics`), part of the state so that a resumed run

@@ -11,6 +11,7 @@ from benchmarks.accelerator_cases import Case
 from diffusion_jax import models, training
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "pixels", "gmac"),
     [
@@ -276,7 +277,7 @@ def test_diffusers_networks_are_of_the_same_size_and_cost():
     for network in accelerator_cases.NETWORKS:
         config = accelerator_cases.config_of(Case(network, "train", "float32", 1))
         parameters, multiplied = diffusers_network.count_parameters_and_macs(diffusers_network.unet_fields(config))
-        built = training.setup(config)
+        built = training.build_program(config)
         assert parameters == sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
         ours = roofline.forward_macs(built.model, training.input_shape(config))
         # Each level but the first ends with a convolution of its own width, of images doubled to the size of the next.

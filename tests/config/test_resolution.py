@@ -55,8 +55,8 @@ def test_values_get_the_type_of_their_leaf():
         ({"data": {"foo": {}}}, "unknown leaf data.foo; docs/reference/configuration.md lists all leaves"),
         (
             {"seed": {}},
-            "seed={} must be a whole number in 0 ... 4294967295; meaning: Seed of the initial parameters, the batches and "
-            "the noise of training",
+            "seed={} must be a whole number in 0 ... 4294967295; description: Seed of the initial parameters, the batches "
+            "and the noise of training",
         ),
         (
             {"training.num_steps": 3},
@@ -85,7 +85,7 @@ def test_values_get_the_type_of_their_leaf():
         ),
         (
             {"ema": {"decay": 2}},
-            "ema.decay=2 must be a number in [0, 1]; meaning: Decay rate of the moving average of the parameters",
+            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the moving average of the parameters",
         ),
         ({"evaluation": {"metrics": ("fid", "kidd")}}, "'kidd' is not allowed; did you mean kid?"),
         ({"sampling": {"steps": "10,15"}}, "type --config.sampling.steps=10,15 --config.sampling.spacing=openai"),
@@ -249,9 +249,9 @@ def test_a_group_that_is_no_group_is_refused_with_overrides():
 def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "C:mine.py").write_text("def get_config(seed='1'):\n    return {'seed': int(seed)}\n")
-    assert config.load("C:mine.py").seed == 1 and config.load("C:mine.py:23").seed == 23
+    assert config.load_experiment("C:mine.py").seed == 1 and config.load_experiment("C:mine.py:23").seed == 23
     with pytest.raises(config.ConfigError, match="C:mine.py:x: line 2 of C:mine.py raises ValueError"):
-        config.load("C:mine.py:x")
+        config.load_experiment("C:mine.py:x")
 
 
 def test_data_takes_a_partial_mapping():

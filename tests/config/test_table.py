@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax import config, likelihood, losses, models, process, schedules, timesteps
 from diffusion_jax.config import values
-from diffusion_jax.evaluation import feature_extractors, metric_suite, ode_likelihood
+from diffusion_jax.evaluation import feature_extractors, named_metrics, ode_likelihood
 from diffusion_jax.runs import edit, sampler_config
 from helpers.paths import ROOT
 
@@ -67,7 +67,7 @@ def test_every_default_is_allowed_as_a_value_and_as_text(name):
     assert leaf.kind.check(leaf.default) == leaf.default
     if leaf.default != ():
         assert leaf.kind.check(leaf.kind.parse(str(leaf.default))) == leaf.default
-    assert (leaf.meaning.endswith(".") and leaf.meaning[0].isupper()) or leaf.meaning[:2] == "S_"
+    assert (leaf.description.endswith(".") and leaf.description[0].isupper()) or leaf.description[:2] == "S_"
 
 
 def test_only_strings_and_booleans_have_no_wrong_value():
@@ -102,13 +102,13 @@ def test_allowed_names_are_those_of_the_functions_that_read_them():
     assert names("sampling.spacing")[:-2] == schedules.SPACINGS
     assert names("editing.task") == tuple(edit.TASKS)
     assert names("evaluation.cdf") == likelihood.CDFS
-    assert names("evaluation.metrics") == metric_suite.METRICS
+    assert names("evaluation.metrics") == named_metrics.METRICS
     assert names("evaluation.resize") == feature_extractors.RESIZES
     assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
 
 
 def test_identity_is_what_decides_the_numbers_of_a_run():
-    identity = config.identity(config.default())
+    identity = config.identity_leaves(config.default())
     groups = {name.partition(".")[0] for name in identity}
     assert groups == {"seed", "data", "model", "diffusion", "optimizer", "ema", "training"}
     assert [name for name in identity if name.startswith("training.")] == ["training.batch_size"]

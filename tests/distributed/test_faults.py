@@ -167,7 +167,7 @@ def test_sigterm(tmp_path, whole):
 
 def test_damage(tmp_path, whole):
     """A hundred flipped bits and ten truncations, at random places of the newest checkpoint's files."""
-    rng, abstract = np.random.default_rng(2), training.setup(config()).abstract_state
+    rng, abstract = np.random.default_rng(2), training.build_program(config()).abstract_state
     newest, before = checkpoints.committed_steps(whole / "checkpoints")[-1:-3:-1]
     pristine = tmp_path / "pristine"
     for step in (newest, before):

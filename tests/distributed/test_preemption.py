@@ -138,7 +138,7 @@ def test_a_signal_after_the_run_does_not_report_that_nothing_had_started(
     (in_the_barrier, code), (afterwards, second_code) = messages
     assert code == second_code == exit_code
     assert in_the_barrier == f"{reason}; {resume_hint(tmp_path)}"
-    assert afterwards == f"error: {reason}; {preemption.continue_hint()}\n"
+    assert afterwards == f"error: {reason}; {preemption.rerun_hint()}\n"
 
 
 def test_the_first_ctrl_c_prints_its_advice_once(capfd):

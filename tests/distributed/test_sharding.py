@@ -43,7 +43,7 @@ def test_a_leaf_is_split_along_its_longest_axis_that_divides():
 def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devices():
     """By the rule alone: parameters, moments and EMA have the same shapes."""
     config = cifar10.get_config()
-    shapes = jax.eval_shape(training.setup(config).init)
+    shapes = jax.eval_shape(training.build_program(config).init)
     leaves = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
     parts = [1 if sharding.split_axis(leaf.shape, 8) is None else 8 for leaf in leaves]
     held = sum(leaf.size / part for leaf, part in zip(leaves, parts, strict=True))
@@ -70,12 +70,14 @@ def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters
     assert split < sum(program["gathers"]) <= 2 * split
 
 
+@pytest.mark.whole
 def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
     """model.remat: the first convolution of each of the five blocks once more."""
     without, with_remat = measured["program"]["convolutions"]
     assert with_remat >= without + 5
 
 
+@pytest.mark.whole
 def test_the_losses_are_the_same_on_any_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
@@ -90,6 +92,7 @@ def test_the_losses_are_the_same_on_any_mesh(measured):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.whole
 def test_a_checkpoint_continues_on_another_mesh(measured):
     for mesh, (whole, loss) in measured["relaunches"].items():
         assert whole, mesh
@@ -107,6 +110,7 @@ def test_other_losses_types_and_networks_on_a_split_state():
         np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
 
 
+@pytest.mark.whole
 def test_pictures_samples_and_bounds_of_a_split_state(measured):
     assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
     numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]

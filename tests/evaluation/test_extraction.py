@@ -9,8 +9,8 @@ from diffusion_jax.evaluation import (
     feature_extraction,
     feature_extractors,
     image_sets,
-    metric_suite,
     metrics,
+    named_metrics,
 )
 from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
@@ -78,18 +78,18 @@ def test_invalid_features_are_refused(tmp_path):
 
 def test_only_published_inception_has_the_names_of_its_metrics():
     published = feature_extractors.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
-    assert [metric_suite.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
+    assert [named_metrics.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
         "fid",
         "sfid",
         "inception_score",
     ]
-    assert metric_suite.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
+    assert named_metrics.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
     assert (
-        metric_suite.reported_name("fid", published._replace(resize="clean", published=False))
+        named_metrics.reported_name("fid", published._replace(resize="clean", published=False))
         == "frechet_distance_clean"
     )
     for substitute in (published._replace(published=False), feature_extractors.digits()):
-        assert metric_suite.reported_name("fid", substitute) == "frechet_distance"
+        assert named_metrics.reported_name("fid", substitute) == "frechet_distance"
 
 
 def test_published_inception_has_all_metrics_and_others_have_fewer():
@@ -101,7 +101,7 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools
     ]
     said = []
-    found = metric_suite.compute_metrics(*sets, extractor, metric_suite.METRICS, said.append)
+    found = named_metrics.compute_metrics(*sets, extractor, named_metrics.METRICS, said.append)
     assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
     assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
     assert found["kid"] == metrics.kid(*pools, 100, 10).mean and found["kid_subset_size"] == 10
@@ -111,15 +111,17 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
     assert not said
     assert found["inception_score_std"] == 0 and found["inception_score_split_size"] == 5000
     assert found["kid_standard_error"] == metrics.kid(*pools, 100, 10).standard_error
-    assert not metric_suite.unavailable_metrics(False, True, extractor, metric_suite.METRICS)
-    assert list(metric_suite.unavailable_metrics(True, False, extractor, metric_suite.METRICS)) == [
+    assert not named_metrics.unavailable_metrics(False, True, extractor, named_metrics.METRICS)
+    assert list(named_metrics.unavailable_metrics(True, False, extractor, named_metrics.METRICS)) == [
         "sfid",
         "kid",
         "precision_recall",
         "density_coverage",
         "memorization",
     ]
-    assert list(metric_suite.unavailable_metrics(False, False, feature_extractors.digits(), metric_suite.METRICS)) == [
+    assert list(
+        named_metrics.unavailable_metrics(False, False, feature_extractors.digits(), named_metrics.METRICS)
+    ) == [
         "sfid",
         "is",
     ]
@@ -128,10 +130,10 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
 def test_copies_of_the_reference_are_found():
     reference = np.random.default_rng(0).normal(size=(500, 8))
     fresh = np.random.default_rng(1).normal(size=(400, 8))
-    report, _ = metric_suite.memorization_report(reference, fresh)
+    report, _ = named_metrics.memorization_report(reference, fresh)
     assert report["close_share"] < 0.05
     fresh[:100] = reference[200:300] + 1e-3
-    report, near = metric_suite.memorization_report(reference, fresh)
+    report, near = named_metrics.memorization_report(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
     reference[10:20] = reference[:10]  # duplicates of its own must not hide them
-    assert metric_suite.memorization_report(reference, reference[:300])[0]["close_share"] == 1
+    assert named_metrics.memorization_report(reference, reference[:300])[0]["close_share"] == 1

@@ -82,6 +82,7 @@ def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, m
             np.testing.assert_array_equal(found[at], value)
 
 
+@pytest.mark.whole
 def test_wrong_weight_files_are_refused(port, tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -164,6 +164,7 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
     assert bits.mean() > entropy
 
 
+@pytest.mark.whole
 def test_the_decoder_of_variational_dequantization():
     """256 levels, where x_1 leaves the cell open: the decoder's nats, by SciPy on draws of its own, at two variances."""
     n, width, t0 = 40_000, 2 / 255, 0
@@ -201,6 +202,7 @@ def test_the_decoder_of_variational_dequantization():
         assert abs(bits.mean() - expected.mean()) < 4 * error and -np.log(cell).mean() > 0.5
 
 
+@pytest.mark.whole
 def test_images_a_rounding_off_their_level_count_as_it():
     """The digits' 17 levels, as uint8 has them."""
     levels = np.round(np.arange(17) * 255 / 16)
@@ -212,6 +214,7 @@ def test_images_a_rounding_off_their_level_count_as_it():
     np.testing.assert_allclose(run(stored.astype(np.float32)), run(even.astype(np.float32)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
     full = schedules.from_betas(np.append(SCHEDULE.betas, 1.0))
     run = lambda s: ode_likelihood.log_density(  # noqa: E731

@@ -9,7 +9,7 @@ from diffusion_jax.runs import trained_model
 
 def core_inputs(config, directory, steps=5, spacing="trailing"):
     """(respaced schedule, full schedule, model, EMA parameters) of a work directory, for sampling with the core alone."""
-    built = training.setup(config)
+    built = training.build_program(config)
     _, params = trained_model.load_weights(config, directory, built.model, built.mesh, True)
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 

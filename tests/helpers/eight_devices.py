@@ -32,24 +32,24 @@ def on(data: int, fsdp: int, **overrides):
 
 
 @functools.cache
-def setup(data: int, fsdp: int) -> training.Setup:
+def build(data: int, fsdp: int) -> training.TrainingProgram:
     """On the first data * fsdp devices, as if there were no others."""
     with mock.patch("jax.device_count", lambda: data * fsdp):
-        return training.setup(on(data, fsdp))
+        return training.build_program(on(data, fsdp))
 
 
 def trajectories():
     """The losses of four steps on each mesh, and whether (2, 4) begins with what one device does."""
-    out, begun = {}, jax.device_get(setup(1, 1).init())
-    split = jax.device_get(setup(2, 4).init())
+    out, begun = {}, jax.device_get(build(1, 1).init())
+    split = jax.device_get(build(2, 4).init())
     for mesh in MESHES:
-        built, losses = setup(*mesh), []
+        built, losses = build(*mesh), []
         state = jax.device_put(begun, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state))
         for i in range(4):
             state, metrics = built.train_step(state, a_batch(on(*mesh), i))
             losses.append(float(metrics["loss"]))
         out["x".join(map(str, mesh))] = losses
-    rows = [sharding.process_rows(8, setup(*mesh).mesh).tolist() for mesh in MESHES]
+    rows = [sharding.process_rows(8, build(*mesh).mesh).tolist() for mesh in MESHES]
     # Two programs draw the same bits, but may round what they make of them differently.
     same = functools.partial(np.allclose, rtol=1e-6, atol=1e-6)
     return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(same, begun, split)))}
@@ -59,15 +59,15 @@ def relaunches():
     """A state after a step, restored on another mesh: {"mesh to mesh": [to the bit and in its place, the next loss]}."""
     out = {}
     for begun, others in (((2, 4), [(1, 4), (8, 1), (1, 1)]), ((8, 1), [(2, 4)])):
-        state, _ = setup(*begun).train_step(setup(*begun).init(), a_batch(on(*begun), 0))
+        state, _ = build(*begun).train_step(build(*begun).init(), a_batch(on(*begun), 0))
         with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
             checkpoints.save(1, state)
             checkpoints.finish(1)
             for mesh in others:
-                restored = checkpoints.restore(setup(*mesh).abstract_state)
+                restored = checkpoints.restore(build(*mesh).abstract_state)
                 same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
-                placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, setup(*mesh).abstract_state)
-                _, metrics = setup(*mesh).train_step(restored, a_batch(on(*mesh), 1))
+                placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, build(*mesh).abstract_state)
+                _, metrics = build(*mesh).train_step(restored, a_batch(on(*mesh), 1))
                 out[f"{begun} to {mesh}"] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
     return out
 
@@ -94,7 +94,7 @@ def variants():
         for mesh in ((1, 1), (2, 4)):
             config = on(*mesh, **overrides)
             with mock.patch("jax.device_count", lambda mesh=mesh: mesh[0] * mesh[1]):
-                built = training.setup(config)
+                built = training.build_program(config)
             state, seen = built.init(), []
             for i in range(3):
                 state, metrics = built.train_step(state, a_batch(config, i))
@@ -126,7 +126,7 @@ def runs():
 def program():
     """The plan of a network of 1.6 million parameters with fsdp=8, beside what its leaves say."""
     config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
-    built, found = training.setup(config), plan.estimate(config)
+    built, found = training.build_program(config), plan.estimate(config)
     params = jax.tree.leaves(built.abstract_state.params)
     return {
         "params": sum(leaf.size for leaf in params) * 4,
@@ -146,7 +146,7 @@ def program():
 def _convolutions(remat: bool) -> int:
     """How many convolutions a train step with fsdp=8 has."""
     config = on(1, 8, **{"model.remat": remat})
-    built = training.setup(config)
+    built = training.build_program(config)
     return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
 
 

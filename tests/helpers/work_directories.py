@@ -15,7 +15,7 @@ SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_w
 
 def untrained(directory, config):
     """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
-    built = training.setup(config)
+    built = training.build_program(config)
     state = built.init()
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -36,7 +36,7 @@ def lines(directory, without=SPEED):
 
 def last_state(config, directory):
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(training.setup(config).abstract_state)
+        return checkpoints.restore(training.build_program(config).abstract_state)
 
 
 def reuse_or_draw(config, directory):

@@ -64,6 +64,7 @@ def test_resampling_blocks_replace_the_resampling_convolutions():
     assert jax.eval_shape(lambda p: model.apply({"params": p}, x, jnp.zeros(2)), params).shape == x.shape
 
 
+@pytest.mark.whole
 def test_group_norm_in_float64_and_its_derivatives():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
     norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.sampler_config import SAMPLERS
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from helpers.configs import a_batch, tiny_config
@@ -40,7 +40,7 @@ def exported(function, *args):
 )
 def test_the_train_step_lowers_for_tpu_and_cuda(overrides):
     config = tiny_config(**overrides)
-    built = training.setup(config)
+    built = training.build_program(config)
     batch = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype), a_batch(config))
     assert "stablehlo.convolution" in exported(built.train_step, built.abstract_state, batch)
 
@@ -50,10 +50,10 @@ def test_the_train_step_lowers_for_tpu_and_cuda(overrides):
 def test_the_samplers_lower_for_tpu_and_cuda(sampler):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())
     config.diffusion.schedule = "linear"
-    built = training.setup(config)
-    generator = Generator(config, SamplingSetup(config, built.model, built.schedule, built.mesh), built.mesh, 2)
+    built = training.build_program(config)
+    batch_sampler = BatchSampler(config, SamplingSetup(config, built.model, built.schedule, built.mesh), built.mesh, 2)
     args = (built.abstract_state.params, None, np.uint32(0), np.int32(0), None, None)
-    text = exported(generator._generate, *args)
+    text = exported(batch_sampler._sample_batch, *args)
     assert "stablehlo.while" in text
 
 

@@ -68,6 +68,7 @@ def test_timestep_embeddings_are_the_published_ones():
         models.timestep_embedding(jnp.arange(2), 7)
 
 
+@pytest.mark.whole
 def test_initialization_is_ho_et_al_s():
     """Uniform of variance 1 / fan_avg, biases 0; the last layer of every residual branch and of the network near 0."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
@@ -88,6 +89,7 @@ def test_initialization_is_ho_et_al_s():
             assert abs(leaf).max() > 1e-2, name
 
 
+@pytest.mark.whole
 def test_initialization_is_openai_s():
     """PyTorch's default kernels, uniform within 1 / sqrt(fan_in), and zeros where a branch ends."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}, initializer="openai"))
@@ -165,6 +167,7 @@ def test_label_dropout_gives_the_null_label_in_training_alone():
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "fields",
     [
@@ -199,6 +202,7 @@ def test_precomputed_time_embeddings_give_the_same_network_with_fewer_products(f
     assert count(models.precompute_time_embeddings(model, params, times)) == (blocks if model.num_classes else 0, 0)
 
 
+@pytest.mark.whole
 def test_heads_by_their_channels_equal_heads_by_their_number():
     x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16

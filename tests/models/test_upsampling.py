@@ -77,6 +77,7 @@ class Spy:
         return x[..., :1] * variables["params"]["w"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("most", [0.0, 0.8])
 def test_training_gives_the_small_version_of_x_0(most):
     """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""
@@ -151,12 +152,12 @@ def test_an_upsampler_learns_from_the_small_image():
 )
 def test_upsamplers_that_cannot_be_built(overrides, words):
     with pytest.raises(ValueError, match=words):
-        training.setup(upsampler_config(**overrides))
+        training.build_program(upsampler_config(**overrides))
 
 
 def test_a_classifier_enlarges_nothing():
     with pytest.raises(ValueError, match="a classifier .* has none"):
-        training.setup(classifier_config(**{"data.low_resolution": 4}))
+        training.build_program(classifier_config(**{"data.low_resolution": 4}))
 
 
 @pytest.mark.whole

@@ -167,6 +167,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_inputs_are_one_line_and_exit_code_2(name, tmp_path, capsys):
     make, words = BROKEN[name]

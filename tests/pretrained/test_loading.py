@@ -47,6 +47,7 @@ def test_a_folder_determines_the_prediction_the_variance_and_the_schedule(tmp_pa
     assert net.num_classes == 5 and net.diffusion["schedule"] == "linear"
 
 
+@pytest.mark.whole
 def test_older_names_of_attention_layers_load(tmp_path):
     weights, arrays = stored("unet_ddpm_cifar10_narrow")
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -56,6 +57,7 @@ def test_older_names_of_attention_layers_load(tmp_path):
     assert worst(output(pretrained.load(folder), arrays), arrays["out"]) < 2e-5
 
 
+@pytest.mark.whole
 def test_both_orders_of_attention_rows(tmp_path):
     """(head, 3, d) as (3, head, d): the same network if its flags match the order, and another network otherwise."""
     weights, arrays = stored("openai_narrow")
@@ -89,6 +91,7 @@ def checkpoint(tmp_path_factory):
         return saver.save(session, str(tmp_path_factory.mktemp("tf") / "model.ckpt"), global_step=7)
 
 
+@pytest.mark.whole
 def test_tensorflow_checkpoints(checkpoint):
     _, arrays = stored("port_narrow")
     flags = {"image_size": 16, "variance": "fixed_small"}

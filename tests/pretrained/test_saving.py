@@ -94,6 +94,7 @@ def test_unusual_diffusions_come_back_from_diffusers(tmp_path):
     np.testing.assert_array_equal(again.schedule.betas, changed.schedule.betas)
 
 
+@pytest.mark.whole
 def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     weights, arrays = stored("unet_ddpm_cifar10_narrow")
     scheduler = {**SCHEDULER, "trained_betas": [0.01, 0.02, 0.5]}

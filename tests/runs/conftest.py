@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.runs import train, workdir
-from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.work_directories import untrained
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 def untrained_run(tmp_path_factory):
     config, directory = tiny_config(**FEW_SAMPLES), tmp_path_factory.mktemp("untrained") / "run"
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(2, training.setup(config).init())
+        checkpoints.save(2, training.build_program(config).init())
         checkpoints.finish(2)
     workdir.write_config(config, directory)
     return directory
@@ -59,5 +59,5 @@ def drawn(monkeypatch):
         calls.append((seed, batch))
         return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
 
-    monkeypatch.setattr(Generator, "__call__", draw)
+    monkeypatch.setattr(BatchSampler, "__call__", draw)
     return calls

@@ -84,7 +84,7 @@ LAUNCHES = [
     (["--config=configs/digits.py", "--mode=trian"], "'trian' must be one of train, "),
     (["--config=configs/digits.py", "--mode=smaple"], "did you mean sample?"),
     (["--config=configs/digits.py", "--xyz=3"], "unknown flag --xyz; --help lists all flags"),
-    (["--config=configs/workdir.py:runs/1"], "leave --config out: --workdir=DIR"),
+    (["--config=configs/workdir.py:runs/1"], "omit --config: --workdir=DIR"),
     (["--config=configs/pretrained.py:weights.pt"], "use --pretrained=PATH"),
     (["--config=configs/default.py"], "use --config=cifar10, or config.default()"),
     ([], "holds no run whose config could be used"),
@@ -272,6 +272,7 @@ def test_a_finished_run_refuses_a_wrong_sampler(tmp_path, monkeypatch):
         train.run(tiny_config(**{"sampling.sampler": "foo"}), tmp_path)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("flags", "words"), SECOND_LAUNCHES, ids=[" ".join(flags) for flags, _ in SECOND_LAUNCHES])
 def test_a_first_afternoon_s_mistake_is_one_line(flags, words, wrong, tmp_path):
     arguments = [flag.replace("{}", str(wrong)) for flag in flags]
@@ -391,9 +392,8 @@ def test_launches_are_refused(tmp_path):
 
 @pytest.mark.whole
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """The config was lost, and another one is launched."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").unlink()  # the config was lost
     with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
         train.run(tiny_config(**{"model.channels": 16}), tmp_path)
     code, _, err = finish(start(*tiny_flags(tmp_path, **{"model.channels": 16})))

@@ -143,11 +143,12 @@ def trained(tmp_path_factory):
 def chosen(trained, label, part="classes"):
     directory, _ = trained
     config = conditional(**{"sampling.label": label})
-    built = training.setup(config)
+    built = training.build_program(config)
     names = workdir.read_class_names(config, directory)
     return getattr(sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names), part)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("label", "classes"),
     [
@@ -231,7 +232,7 @@ def test_the_class_is_in_the_file_name(trained, label, name):
 
 def test_a_name_shared_by_two_classes_is_not_in_the_file_name(tmp_path):
     config = conditional(**{"sampling.label": 1})
-    built = training.setup(config)
+    built = training.build_program(config)
     for names, told in ((("crane", "Crane"), "class1"), (("crane", "x" * 21), "class1"), (("a", "a/b"), "class1")):
         assert (
             sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"

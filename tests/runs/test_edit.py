@@ -79,7 +79,7 @@ def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
 def test_edits_equal_those_of_the_core(root, files):
     """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
     directory = root / "conditional"
-    built = training.setup(conditional())
+    built = training.build_program(conditional())
     walked, full, model, params = core_inputs(conditional(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
@@ -117,6 +117,7 @@ def test_edits_equal_those_of_the_core(root, files):
         path.unlink()
 
 
+@pytest.mark.whole
 def test_invalid_editing_options_are_refused(root, files):
     for overrides, words in (
         ({"editing.task": "foo"}, "must be inpaint, replace"),
@@ -167,6 +168,7 @@ def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys):
             np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
+@pytest.mark.whole
 def test_colorization_keeps_the_gray_values(tmp_path, files):
     config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, "data.channels": 3})
     untrained(tmp_path / "run", config)

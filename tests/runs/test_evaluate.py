@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
-from diffusion_jax.runs import artifacts, measure_likelihood, progressive, trained_model, workdir
-from diffusion_jax.runs.image_generator import trajectory_picture
+from diffusion_jax.runs import chunk_store, measure_likelihood, progressive, trained_model, workdir
+from diffusion_jax.runs.batch_sampler import trajectory_picture
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config
@@ -38,7 +38,7 @@ def config_with(**overrides):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
-    directory, built = tmp_path_factory.mktemp("run"), training.setup(config_with())
+    directory, built = tmp_path_factory.mktemp("run"), training.build_program(config_with())
     state = built.init()
 
     def moved(params, seed):
@@ -61,7 +61,7 @@ def report(directory):
 
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
-    built = training.setup(config)
+    built = training.build_program(config)
     _, params = trained_model.load_weights(config, directory, built.model, built.mesh, use_ema)
     source = data.load(ConfigDict({**config.data, "split": split}))
 
@@ -143,10 +143,11 @@ def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
     assert asked == [("elsewhere", "test")]
 
 
+@pytest.mark.whole
 def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     evaluate(config_with(), trained)
     whole = report(trained)
-    made, save = [], artifacts.ChunkStore.save
+    made, save = [], chunk_store.ChunkStore.save
 
     def second_breaks(self, i, **arrays):
         made.append(i)
@@ -154,7 +155,7 @@ def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
             raise KeyboardInterrupt
         save(self, i, **arrays)
 
-    monkeypatch.setattr(artifacts.ChunkStore, "save", second_breaks)
+    monkeypatch.setattr(chunk_store.ChunkStore, "save", second_breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config_with(), trained)
     assert len(list(trained.glob(".likelihood_*"))) == 1
@@ -163,15 +164,16 @@ def test_an_interrupted_evaluation_resumes(trained, monkeypatch):
     assert report(trained) == whole
 
 
+@pytest.mark.whole
 def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_options(trained, monkeypatch):
     """A full disk at the plots costs no measuring; another seed starts anew."""
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    made, save = [], artifacts.ChunkStore.save
+    made, save = [], chunk_store.ChunkStore.save
     monkeypatch.setattr(
-        artifacts.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
+        chunk_store.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
     )
     with monkeypatch.context() as patch:
         patch.setattr(measure_likelihood.pictures, "plot_terms", full)
@@ -198,6 +200,7 @@ def test_strata_and_the_ode_are_reported(trained):
         assert np.isfinite(arrays["rate"]).all() and (np.diff(arrays["rate"]) <= 0).all()
 
 
+@pytest.mark.whole
 def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     progressive.run(config_with(), trained)
     with (trained / "progressive.csv").open() as file:
@@ -207,7 +210,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     assert rates == sorted(rates) and float(rows[-1]["rmse_0_255"]) == 0 and float(rows[0]["rmse_0_255"]) > 20
     with Image.open(trained / "progressive.png") as picture:
         assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)  # two sampling steps
-        built = training.setup(config_with())
+        built = training.build_program(config_with())
         _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {

@@ -109,6 +109,7 @@ def test_an_invalid_config_json_ends_with_one_line(text, tmp_path):
         assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.whole
 def test_the_stored_config_is_used_if_none_is_given(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # of a run in progress: sampling must leave it alone
     flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]

@@ -6,10 +6,11 @@ from PIL import Image
 
 from diffusion_jax import errors
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from helpers.configs import tiny_config
 
 
+@pytest.mark.whole
 def test_sampling_writes_a_grid_and_an_npz(trained):
     sample.run(tiny_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
@@ -38,7 +39,7 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
         expected = arrays["arr_0"]
     whole.unlink()
     made = []
-    draw = Generator.__call__
+    draw = BatchSampler.__call__
 
     def third_breaks(self, *args):
         made.append(1)
@@ -46,13 +47,13 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
             raise KeyboardInterrupt
         return draw(self, *args)
 
-    monkeypatch.setattr(Generator, "__call__", third_breaks)
+    monkeypatch.setattr(BatchSampler, "__call__", third_breaks)
     with pytest.raises(KeyboardInterrupt):
         sample.run(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(Generator, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
+    monkeypatch.setattr(BatchSampler, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
     sample.run(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left
     with np.load(whole) as arrays:

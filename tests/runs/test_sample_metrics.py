@@ -11,7 +11,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.runs import sample_metrics, train, trained_model
-from diffusion_jax.runs.image_generator import Generator
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.preview import make_preview_sampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
@@ -34,7 +34,7 @@ def test_evaluate_measures_samples(run, capsys, monkeypatch):
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
     assert record["sampling"]["use_ema"] is True
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
-    monkeypatch.setattr(Generator, "__call__", None)  # nothing is drawn twice
+    monkeypatch.setattr(BatchSampler, "__call__", None)  # nothing is drawn twice
     evaluate(tiny_config(**FEW_SAMPLES), run)
     assert not list(run.glob("*steps.png"))
     monkeypatch.undo()
@@ -89,6 +89,7 @@ def test_invalid_metric_options_are_refused(run, overrides, words):
     assert not (run / "samples").exists()
 
 
+@pytest.mark.whole
 def test_training_logs_the_frechet_distance(tmp_path):
     config = tiny_config(**{"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0})
     train.run(config, tmp_path / "run")
@@ -96,10 +97,10 @@ def test_training_logs_the_frechet_distance(tmp_path):
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
-    built = training.setup(config)
+    built = training.build_program(config)
     _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
-    generator = make_preview_sampler(config, built, config.sampling.batch_size)
-    drawn = np.concatenate([generator(params, 0, i) for i in range(5)])
+    batch_sampler = make_preview_sampler(config, built, config.sampling.batch_size)
+    drawn = np.concatenate([batch_sampler(params, 0, i) for i in range(5)])
     moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
     assert logged[4] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):

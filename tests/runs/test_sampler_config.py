@@ -38,6 +38,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""

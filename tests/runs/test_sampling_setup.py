@@ -105,7 +105,7 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
     walked, full, model, params = core_inputs(base(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = trained_model.load_weights(its, root / "classifier", classifier, training.setup(its).mesh, True)
+    _, guide = trained_model.load_weights(its, root / "classifier", classifier, training.build_program(its).mesh, True)
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
 
@@ -118,6 +118,7 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
     agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
 
 
+@pytest.mark.whole
 def test_an_upsampler_enlarges_given_images(root, tmp_path):
     """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
     directory = root / "upsampler"
@@ -157,7 +158,7 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
 def of(leaves, **diffusion):
     config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
     config.diffusion.update(diffusion)
-    built = training.setup(config)
+    built = training.build_program(config)
     return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
 
 

@@ -13,7 +13,7 @@ from diffusion_jax import data, errors, training
 from diffusion_jax.config import flatten
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.runs import metrics_writer, sample, train, workdir
-from diffusion_jax.runs.batch_feed import BatchFeed
+from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.stored_config import from_weights
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
@@ -119,10 +119,11 @@ def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(t
     assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
 
 
+@pytest.mark.whole
 def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
     """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
     with monkeypatch.context() as broken:
-        broken.setattr(BatchFeed, "next", lambda *_: 1 / 0)
+        broken.setattr(BatchLoader, "next", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.run(tiny_config(**{"optimizer.learning_rate": 0.5}), tmp_path)
     assert {"config.json", "data.json"} <= {path.name for path in tmp_path.iterdir()}
@@ -172,6 +173,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.whole
 def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
     """Another process holds the lock; killed, it holds it no longer."""
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
@@ -282,16 +284,16 @@ def test_other_images_are_refused(tmp_path):
 @pytest.mark.whole
 def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
     """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
-    setup = training.setup
+    build = training.build_program
 
     def on_an_accelerator(config):
-        built = setup(config)
+        built = build(config)
         raw = built.train_step.__wrapped__
         return built._replace(train_steps=jax.jit(training.scan_steps(raw)))
 
     train.run(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
     train.run(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
-    monkeypatch.setattr(training, "setup", on_an_accelerator)
+    monkeypatch.setattr(training, "build_program", on_an_accelerator)
     train.run(
         tiny_config(
             **{

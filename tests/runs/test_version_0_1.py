@@ -32,9 +32,9 @@ def test_its_config_is_translated(workdir):
 
 def test_its_state_is_restored_exactly(workdir):
     """Digests that 0.1 computed of every array of its state."""
-    setup = training.setup(stored_config.from_workdir(workdir))
+    program = training.build_program(stored_config.from_workdir(workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(setup.abstract_state)
+        state = checkpoints.restore(program.abstract_state)
     restored = {
         jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()[:16]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -92,6 +92,7 @@ def test_lower_order_final_reduces_the_order_of_the_last_step(singlestep, lower_
     np.testing.assert_allclose(walk(sampler, 2, final_step=False), x, rtol=1e-9)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("name", ["dpm_solver_pp", "singlestep", "sde", "deis", "unipc"])

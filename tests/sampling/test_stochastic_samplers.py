@@ -183,6 +183,7 @@ STOCHASTIC = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_stochastic_samplers_have_the_mean_and_variance_of_their_recursion(name):
     schedule, n = schedules.respace(FULL, 15, "karras"), 200_000

@@ -21,7 +21,7 @@ from helpers.configs import tiny_config
 def two_steps(tmp_path_factory):
     """(directory with steps 1 and 2, abstract state, {step: state})."""
     directory = tmp_path_factory.mktemp("run")
-    built = training.setup(tiny_config())
+    built = training.build_program(tiny_config())
     state = built.init()
     states = {}
     with checkpoints.Checkpoints(directory) as saved:
@@ -35,16 +35,17 @@ def two_steps(tmp_path_factory):
     return directory, built.abstract_state, states
 
 
+@pytest.mark.whole
 def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
     """A signal while a checkpoint is read must not make the program rename the checkpoint."""
     directory, abstract, _ = two_steps
     shutil.copytree(directory, tmp_path / "run")
 
     def stopped(*_):
-        raise preemption.Stopped(signal.SIGTERM, "")
+        raise preemption.StoppedBySignal(signal.SIGTERM, "")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
-    with pytest.raises(preemption.Stopped):
+    with pytest.raises(preemption.StoppedBySignal):
         restore(tmp_path / "run", abstract)
     assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
 
@@ -149,7 +150,7 @@ def test_another_state_is_refused_and_nothing_set_aside(two_steps):
     )
     with pytest.raises(CheckpointError, match=r"step 2 .* another state: params/\S+ is float32.*, expected int32"):
         restore(directory, as_integers)
-    wider = training.setup(tiny_config(**{"model.channels": 16})).abstract_state
+    wider = training.build_program(tiny_config(**{"model.channels": 16})).abstract_state
     with pytest.raises(CheckpointError, match="another state"):
         restore(directory, wider)
     assert checkpoints.committed_steps(directory) == [1, 2]

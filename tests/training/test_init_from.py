@@ -88,7 +88,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     with pytest.raises(errors.UserError, match="the data has 10 classes"):
         train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
-    built = training.setup(config)
+    built = training.build_program(config)
     weights = trained_model.load_initial_weights(config, built.model)
     state = trained_model.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
@@ -110,13 +110,13 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
     step, params = trained_model.load_weights(
-        config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
+        config, tmp_path / "second", training.model_from_config(config), training.build_program(config).mesh, True
     )
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(first).params)
     train.run(config, tmp_path / "second")
     step, params = trained_model.load_weights(
-        config, tmp_path / "second", training.model_from_config(config), training.setup(config).mesh, True
+        config, tmp_path / "second", training.model_from_config(config), training.build_program(config).mesh, True
     )
     assert step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
@@ -127,6 +127,7 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.whole
 def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     first = untrained(tmp_path / "first", tiny_config())
     config = tiny_config(**{"model.num_heads": 2, "model.norm_epsilon": 1e-5})
@@ -143,7 +144,7 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     assert trained_model.load_initial_weights(config, training.model_from_config(config))[1] == []
     config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
     config.init_from = str(first)
-    model, mesh = training.model_from_config(config), training.setup(config).mesh
+    model, mesh = training.model_from_config(config), training.build_program(config).mesh
     assert trained_model.load_initial_weights(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
         trained_model.load_weights(config, tmp_path / "none", model, mesh, True)

@@ -52,6 +52,7 @@ def floats(seed=0, batch_size=8):
     return np.random.default_rng(seed).normal(size=(batch_size, 8, 8, 1)).astype(np.float32)
 
 
+@pytest.mark.whole
 def test_every_step_draws_anew_and_a_relaunch_draws_the_same():
     """Of a step's noise and of its timesteps nothing is repeated in the next; they depend on the seed and the step alone."""
     config = tiny_config()
@@ -145,6 +146,7 @@ def test_the_rate_the_norms_and_the_average_are_those_of_this_step():
     assert int(state.step) == 5
 
 
+@pytest.mark.whole
 def test_half_of_the_images_are_mirrored_left_to_right():
     """One step with next to no noise shows the network the images themselves."""
     config = tiny_config(**{"data.random_flip": True, "diffusion.num_timesteps": 1, "diffusion.schedule": "linear"})
@@ -193,6 +195,7 @@ def test_the_first_step_that_is_not_finite_stays_marked():
 BOUND = {"variance": "learned_range", "gray_levels": 17, "prediction": "v"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -226,6 +229,7 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
     np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_quarters_of_weighted_losses_are_weighted_means():
     """Importance sampling: the weights of a quarter's examples are divided out."""
     config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
@@ -274,7 +278,7 @@ def test_labels_are_needed_only_where_something_takes_them():
 
 
 def test_several_steps_in_one_call_take_the_same_batches():
-    built = training.setup(tiny_config())
+    built = training.build_program(tiny_config())
     stacked = {"x": np.zeros((3, 8, 8, 8, 1), np.float32)}
     many = training.scan_steps(built.train_step.__wrapped__)
     assert jax.eval_shape(many, built.abstract_state, stacked)[1]["loss"].shape == ()
@@ -329,7 +333,7 @@ def test_a_wrong_batch_is_refused_in_one_line(batch, words):
 
 
 def test_the_compiled_step_refuses_it_too():
-    built = training.setup(tiny_config(**{"training.accumulation_steps": 2}))
+    built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
     for batch, words in (
         ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
         ({"image": IMAGE[:6]}, None),
@@ -342,11 +346,12 @@ def test_the_compiled_step_refuses_it_too():
             built.train_step.trace(built.abstract_state, batch)
 
 
+@pytest.mark.whole
 def test_a_state_and_its_metrics_are_float32_with_x64(x64):
     """Every float of the state and the metrics; float64 data, too."""
     upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
     for overrides in ({"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, upsampler):
-        built = training.setup(tiny_config(**overrides))
+        built = training.build_program(tiny_config(**overrides))
         after = jax.eval_shape(built.train_step, built.abstract_state, {"x": np.zeros((8, 8, 8, 1))})
         floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         assert {leaf.dtype.name for leaf in floats} == {"float32"}

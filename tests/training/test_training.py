@@ -19,6 +19,7 @@ from diffusion_jax.training.step import ema_decay, make_train_step
 from helpers.configs import a_batch, tiny_config
 
 
+@pytest.mark.whole
 def test_create_gives_a_state_and_a_step_that_learns():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -48,6 +49,7 @@ def test_the_same_seed_gives_the_same_run_and_another_not():
     assert losses(0) == losses(0) != losses(1)
 
 
+@pytest.mark.whole
 def test_the_state_is_donated():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -75,6 +77,7 @@ def test_one_step_is_adam_and_ema_in_numpy():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema_params, ema)
 
 
+@pytest.mark.whole
 def test_quarters_average_to_the_loss():
     config = tiny_config()
     state, train_step = training.create(config)
@@ -97,7 +100,7 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     """A chain of one step, whose only term is the decoder's."""
     overrides = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 1}
     config = tiny_config(**overrides, **{"diffusion.vlb_weight": 0.5, "data.levels": 17, "diffusion.beta_end": 0.02})
-    built = training.setup(config)
+    built = training.build_program(config)
     objective = make_objective(config, built.model, built.schedule)
     x_0 = jnp.asarray(a_batch(config)["image"], jnp.float32) / 127.5 - 1
     loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
@@ -138,10 +141,11 @@ def test_importance_sampling_records_the_unweighted_losses():
     assert abs(np.mean(vlbs) - by_step.mean()) < 0.15 * by_step.mean()
 
 
+@pytest.mark.whole
 def test_flips_differ_per_image():
     """A batch of one asymmetric image, seen through the noise: some are mirrored and some are not."""
     config = tiny_config(**{"data.random_flip": True, "training.batch_size": 64})
-    built = training.setup(config)
+    built = training.build_program(config)
     image = np.zeros((64, 8, 8, 1), np.uint8)
     image[:, :, :3] = 255
     seen = []
@@ -173,7 +177,7 @@ def test_several_steps_in_one_program_equal_single_ones():
     config = tiny_config()
     state, train_step = training.create(config)
     batches = [a_batch(config, i) for i in range(3)]
-    built = training.setup(config)
+    built = training.build_program(config)
     single = jax.tree.map(jnp.copy, state)
     for batch in batches:
         single, metrics = train_step(single, batch)
@@ -246,7 +250,7 @@ def test_learning_rates():
     np.testing.assert_allclose(optimizer.learning_rate(options)(100_000), 2e-4 * (1 - 1 / 3), rtol=1e-6)
     for wrong, words in [({"schedule": "step"}, "constant, linear or cosine"), ({"name": "sgd"}, "adam or adamw")]:
         with pytest.raises(ValueError, match=words):
-            training.setup({"optimizer": wrong})
+            training.build_program({"optimizer": wrong})
     for leaf, words in (("schedule", "use constant, linear, cosine"), ("name", "use adam, adamw")):
         with pytest.raises(ValueError, match=f"optimizer.{leaf}='other' is unknown; {words}"):
             optimizer.from_config(dict(default().optimizer) | {leaf: "other"})

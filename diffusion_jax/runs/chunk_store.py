@@ -1,4 +1,4 @@
-"""Finished chunks of a long command, kept on disk so that a rerun of the command continues where it stopped."""
+"""Finished chunks of a long command, stored on disk so that a rerun of the command continues after them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.files import atomic_write
+from diffusion_jax.files import save_npz
 
-__all__ = ["ChunkStore", "options_digest", "save_npz"]
+__all__ = ["ChunkStore", "options_digest"]
 
 _LOCKS = contextlib.ExitStack()  # held until the program ends: chunks outlive the object that wrote them
 
@@ -26,14 +26,8 @@ def options_digest(options: Mapping[str, Any], *more: Any) -> str:
     return hashlib.sha256(json.dumps([dict(options), *more], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays, in their order, to a new .npz file or over an existing one."""
-    with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
-
-
 class ChunkStore:
-    """Numbered chunks of arrays, one .npz each, in a directory of their own. Process 0 writes, every process reads.
+    """Numbered chunks of arrays, one .npz each, in a separate directory. Process 0 writes, every process reads.
 
     finished: the numbers of the chunks that existed when the store was opened.
     """
@@ -58,7 +52,7 @@ class ChunkStore:
             return dict(arrays)
 
     def delete(self) -> None:
-        """Deletes all chunks, once the files that they were for are written."""
+        """Deletes all chunks; call it when the result files are written."""
         for path in self._directory.iterdir():
             path.unlink()
         self._directory.rmdir()

@@ -1,4 +1,4 @@
-"""All metrics of one set of images against another, with the names under which they are reported."""
+"""The metrics of samples by name: the images that each needs, the names in reports, and their values."""
 
 from __future__ import annotations
 

@@ -14,24 +14,27 @@ from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 
-__all__ = ["BatchFeed"]
+__all__ = ["BatchLoader"]
 
 
-class BatchFeed:
-    """Reads ahead from `step` on, in other processes if the images are not in memory. As a context it closes these."""
+class BatchLoader:
+    """Loads the batches from `step` on and places them on the devices.
 
-    def __init__(self, config: ConfigDict, setup: training.Setup, source: data.Source, step: int):
-        self._options, self._mesh = config.training, setup.mesh
-        rows = sharding.process_rows(self._options.batch_size, setup.mesh)
+    If the images are not in memory, other processes read ahead; leaving the context ends them.
+    """
+
+    def __init__(self, config: ConfigDict, program: training.TrainingProgram, source: data.Source, step: int):
+        self._options, self._mesh = config.training, program.mesh
+        rows = sharding.process_rows(self._options.batch_size, program.mesh)
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
         self._workers = 0 if isinstance(source, data.InMemory) else config.data.workers
         self._stream = data.stream(batches, step, self._workers)
-        self._can_scan = setup.train_steps is not None
+        self._can_scan = program.train_steps is not None
         if self._options.steps_per_call > 1 and not self._can_scan:
             steps = self._options.steps_per_call
             log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
-    def __enter__(self) -> BatchFeed:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_) -> None:

@@ -16,11 +16,11 @@ from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
-__all__ = ["Generator", "trajectory_picture"]
+__all__ = ["BatchSampler", "trajectory_picture"]
 
 
-class Generator:
-    """Compiled sampling of a config, distributed over the devices: `generator(params, seed, batch)`.
+class BatchSampler:
+    """Compiled sampling of a config, distributed over the devices: `batch_sampler(params, seed, batch)`.
 
     Batch i holds samples i B ... (i + 1) B - 1. low: uint8 [N, h, w, C], small images that an upsampler enlarges, in turn.
     on_step: called with the number of finished steps while a batch is drawn.
@@ -42,7 +42,7 @@ class Generator:
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, by_rows)
 
-        def generate(params, classifier_params, seed, batch, y, low):
+        def sample_batch(params, classifier_params, seed, batch, y, low):
             # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
             # gradients or activations that would compete for the memory.
             params = jax.lax.with_sharding_constraint(params, replicated)
@@ -52,8 +52,8 @@ class Generator:
             x = setup.draw(params, classifier_params, key, shape, y, low, constrain=constrain, progress=on_step)
             return to_uint8(x)
 
-        self._generate = jax.jit(
-            generate,
+        self._sample_batch = jax.jit(
+            sample_batch,
             # None: parameters keep their own sharding.
             in_shardings=(None, replicated, replicated, replicated, replicated, replicated),
             out_shardings=by_rows,
@@ -65,7 +65,7 @@ class Generator:
         indices = batch * self.batch_size + np.arange(self.batch_size)
         low = None if self._low is None else self._low[indices % len(self._low)]
         y = self.setup.labels(indices)
-        images = self._generate(params, self.setup.classifier_params, np.uint32(seed), np.int32(batch), y, low)
+        images = self._sample_batch(params, self.setup.classifier_params, np.uint32(seed), np.int32(batch), y, low)
         return np.asarray(multihost_utils.process_allgather(images, tiled=True))
 
 
@@ -81,7 +81,7 @@ def trajectory_picture(
 ) -> np.ndarray:
     """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise (left), and x_0. uint8 [H, W, C].
 
-    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low: as in `Generator`.
+    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low: as in `BatchSampler`.
     """
     steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     # One process draws this, on one device.
