@@ -82,7 +82,15 @@ def test_links_lead_to_files_and_headings(document):
 
 def test_make_targets_that_the_documents_and_hosted_ci_name_exist():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert set(re.findall(r"\bmake ([a-z][\w-]*)", workflow)) == {"setup", "lint", "test", "test-all", "parity"}
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", workflow)) == {
+        "setup",
+        "lint",
+        "test",
+        "test-all",
+        "docs",
+        "browser",
+        "parity",
+    }
     for test in re.findall(r"\btests/[\w/]+\.py", workflow):
         assert (ROOT / test).is_file(), test
     for document in (*DOCUMENTS, ROOT / "README.md"):

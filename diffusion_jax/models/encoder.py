@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         divisor = 2 ** (num_levels - 1)
         if x.shape[1] % divisor or x.shape[2] % divisor:
             raise ValueError(
-                f"a {kind} of {num_levels} levels needs a height and width that {divisor} divides, got {x.shape[1:3]}; "
+                f"a {kind} of {num_levels} levels needs a height and width divisible by {divisor}, got {x.shape[1:3]}; "
                 "resize the images or use fewer channel_multipliers"
             )
         if self.initializer not in ("ho", "openai"):
