@@ -54,7 +54,8 @@ def test_every_file_and_function_that_a_document_names_exists(document):
 
 
 def test_every_path_that_a_guide_names_exists():
-    for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    guides = [path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "moving"]  # files of other projects
+    for document in (ROOT / "README.md", *guides):
         for file, _ in NAMED.findall(document.read_text()):
             assert "/" not in file or file_of(file).is_file(), f"{document.name} names {file}"
 
