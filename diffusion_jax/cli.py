@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
-    add("--mode", default="train", type=_mode, metavar="MODE", help="one of the modes above (default: train)")
+    add("--mode", default="train", type=_mode, metavar="MODE", help="one of the listed modes (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
     add(
         "--pretrained_flags",

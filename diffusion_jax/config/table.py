@@ -122,9 +122,7 @@ is allowed.
 The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
 them. The others may change between launches.
 
-This document is the output of `config.reference()`:
-
-    python -c "from diffusion_jax import config; print(config.reference(), end='')" > docs/reference/configuration.md
+`make reference` writes this page from `config.reference()`.
 """
 
 
