@@ -194,8 +194,9 @@ def autocorrelation(x: Any, max_lag: int | None = None, *, periodic: bool = Fals
     # The estimated mean lies closer to the data than the true one, by its own variance.
     covariance = total / count + np.diag(covariance_of_mean)
     variance = covariance[0]
-    if not (variance > 0).all():
-        raise ValueError(f"channel {int(np.argmin(variance))} is constant; it has no autocorrelation: leave it out")
+    varies = variance > np.square(1e-12 * mean)  # the mean is rounded
+    if not varies.all():
+        raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
     value = covariance / variance
     # The ratio of two means, to first order: (product at the lag - value * product at lag 0) / variance of each example.
     centered = squares - 2 * value * with_variance + value**2 * squares[0]
