@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _Network = UNet | MLP | Classifier
+_Kind = TypeVar("_Kind", UNet, MLP, Classifier)
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
@@ -69,7 +70,11 @@ def fields_of(model: _Network) -> dict[str, Any]:
     return {name: getattr(model, name) for name in _field_names(model)}
 
 
-def from_config(config: Mapping[str, Any], kind: type[_Network] | None = None) -> _Network:
+@overload
+def from_config(config: Mapping[str, Any]) -> UNet | MLP: ...
+@overload
+def from_config(config: Mapping[str, Any], kind: type[_Kind]) -> _Kind: ...
+def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
     """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
 
     kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. For an MLP the leaves that are

@@ -73,7 +73,6 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier)
     model = models.from_config(config["model"])
-    assert isinstance(model, models.UNet | models.MLP)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):

@@ -12,7 +12,9 @@ SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
 
 
 def parameters(model, *inputs, **named):
-    return redraw(jax.jit(model.init)(jax.random.key(0), *inputs, **named)["params"])
+    """Large enough for conditions to matter."""
+    params = redraw(jax.jit(model.init)(jax.random.key(0), *inputs, **named)["params"])
+    return jax.tree.map(lambda leaf: 3 * leaf, params)
 
 
 def silu(x):
@@ -41,7 +43,7 @@ def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
     plain = without(params, "condition_0", "condition_1")
     shifted = plain | {"time_1": plain["time_1"] | {"bias": plain["time_1"]["bias"] + jnp.float32(shift[0])}}
     expected = apply(kind(**fields), shifted, x, time)
-    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-4, atol=1e-4)
     assert abs(apply(kind(**fields), plain, x, time) - expected).max() > 1e-2
 
 
@@ -62,10 +64,10 @@ def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
     marks = [jnp.ones((2, *shape[:-1], 1))] if dropout else []
     plain = kind(**fields, out_channels=3)
     expected = apply(plain, params, jnp.concatenate([x, c, *marks], -1), time)
-    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-4, atol=1e-4)
     if dropout:
         null = apply(plain, params, jnp.concatenate([x, 0 * c, 0 * marks[0]], -1), time)
-        np.testing.assert_allclose(apply(model, params, x, time), null, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(apply(model, params, x, time), null, rtol=1e-4, atol=1e-4)
         assert abs(apply(model, params, x, time, condition=0 * c) - null).max() > 1e-3  # zeros are data
 
 
@@ -130,7 +132,7 @@ def test_labels_and_conditions_together_and_before_the_loop_of_a_sampler():
         labels = y if own.num_classes else None
         expected = apply(own, params, x, time, labels, **given)
         network = jax.jit(models.precompute_time_embeddings(own, params, np.array([3.0, 250.5, 700.0])))
-        np.testing.assert_allclose(network(x, time, labels, **given), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(network(x, time, labels, **given), expected, rtol=1e-4, atol=1e-4)
         assert np.isnan(network(x, jnp.array([700.0, 4.0]), labels, **given)[1]).all()
 
 
