@@ -47,9 +47,9 @@ def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
     return output
 
 
-def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
     """Zeros with the shapes that `model.init(key, **inputs)` needs: one x_t [*spatial, C], its label and condition."""
-    inputs: dict[str, jax.Array] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
+    inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
     if isinstance(model, Conditional):
         if model.num_classes:
             inputs["y"] = jnp.zeros(1, jnp.int32)

@@ -109,14 +109,14 @@ def convolve_matmul_nd(x, kernel, padding) -> jax.Array:
     if len(padding) == 2:
         return convolve_matmul(x, kernel, padding)
     if len(padding) == 1:
-        return convolve_matmul(x[:, None], kernel[None], ((0, 0), *padding))[:, 0]
+        return jnp.asarray(convolve_matmul(x[:, None], kernel[None], ((0, 0), *padding)))[:, 0]
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     batch, depth = x.shape[0], x.shape[1] - kernel.shape[0] + 1
     slices = [
-        convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:])
+        jnp.asarray(convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:]))
         for i, part in enumerate(kernel)
     ]
-    y = jnp.asarray(sum(slices))
+    y = functools.reduce(jnp.add, slices)
     return y.reshape(batch, depth, *y.shape[1:])
 
 
