@@ -49,6 +49,7 @@ def test_the_network_in_numpy(scale_shift):
     np.testing.assert_allclose(out, dense(silu(norm(h, p["norm_out"])), p["dense_out"]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("initializer", ["ho", "openai"])
 def test_it_starts_near_zero_and_every_parameter_has_a_gradient(initializer):
     model = models.MLP(**FIELDS, num_classes=3, condition_features=2, initializer=initializer)
