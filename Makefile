@@ -8,20 +8,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants lint format reference pictures clean
+.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants docs browser lint format reference pictures clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python"; exit 1; }
-	@echo "Installing into $(VENV): a minute or two, about 2.5 GB."
+	@echo "Installing into $(VENV): a minute or two, about 2.9 GB."
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[train,ode,test$(if $(EXTRA),$(comma)$(EXTRA))]'
 	@touch $(STAMP)
 
-# PyTorch and diffusers, or cosmic-ray, into the same environment.
-$(VENV)/installed-parity $(VENV)/installed-mutants: $(VENV)/installed-%: $(STAMP)
+# PyTorch and diffusers, cosmic-ray, or Sphinx, into the same environment.
+$(VENV)/installed-parity $(VENV)/installed-mutants $(VENV)/installed-docs: $(VENV)/installed-%: $(STAMP)
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@
 
@@ -35,7 +35,7 @@ test: setup
 
 # With the longest runs, and several processes.
 test-all: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"
@@ -66,9 +66,18 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes docs/reference/configuration.md, completely or not at all.
+# The documentation site, with its notebooks executed, into docs/_build/html; warnings are errors.
+docs: setup $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python docs/check_site.py
+
+# Opens every page in Chromium, as wide as a phone and as a desktop; screenshots into docs/_build/screenshots.
+browser: docs
+	$(BIN)/python -m pytest -q -n 0 -m browser tests/documents/test_browser.py
+
+# Writes docs/reference/configuration.md and command_line.md, completely or not at all.
 reference: setup
-	$(BIN)/python -c "import pathlib; from diffusion_jax import config, files; files.write_text(pathlib.Path('docs/reference/configuration.md'), config.reference())"
+	$(BIN)/python docs/write_reference.py
 
 # The README's pictures, from the demo's run.
 pictures: demo

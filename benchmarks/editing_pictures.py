@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/guides/sampling.md: every task of --mode=edit with a small model of colored digits.
+"""Makes the pictures of docs/guides/editing.md: every task of --mode=edit with a small model of colored digits.
 
     python benchmarks/editing_pictures.py DIR
 

@@ -57,7 +57,7 @@ TESTS = {
         "test_losses.py",
         _REFUSALS,
         "test_dtypes.py",
-        "models/test_classifier.py::test_the_loss_is_the_cross_entropy_at_x_t",
+        "models/test_classifier.py::test_classify_is_the_cross_entropy_at_x_t",
     ),
     "likelihood": ("test_decoder.py", "test_likelihood.py", _REFUSALS, "test_dtypes.py"),
     "guidance": ("test_guidance.py", _REFUSALS),

@@ -32,7 +32,7 @@ from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LO
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 
-__all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "parse", "run"]
+__all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
 
 MODES = {
     "train": "train a diffusion model, or resume its training",
@@ -85,7 +85,8 @@ def _mode(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(MODES)}{advice}")
 
 
-def _make_parser() -> _Parser:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command, without the overrides of leaves."""
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = _Parser(
         prog="diffusion-jax",
@@ -115,7 +116,7 @@ def _make_parser() -> _Parser:
 
 def parse(arguments: Sequence[str]) -> Command:
     """The parsed command line, without the name of the program. Raises: UserError for an invalid one."""
-    parser = _make_parser()
+    parser = make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
     config = configs.load_experiment(flags.config) if flags.config else None

@@ -250,11 +250,9 @@ def test_the_documents_examples_run():
 
 
 def test_the_readme_is_short_and_its_files_exist():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
     for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = document.read_text()
-        for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (document.parent / link).exists(), link
         for config in re.findall(r"configs/(\w+)\.py", text):
             assert config == "NAME" or (ROOT / "configs" / f"{config}.py").exists(), config
 
@@ -275,7 +273,7 @@ def test_the_gate_tests_every_python_that_the_package_claims_and_the_parity():
         claimed = [c for c in tomllib.load(file)["project"]["classifiers"] if "Python :: 3" in c]
     assert claimed[0].endswith("3.11") and claimed[-1].endswith(".".join(newest.groups()))
     commands = re.findall(r"^make .*", gate, re.MULTILINE)
-    assert [command.split()[1] for command in commands] == ["setup", "lint", "test-all", "test", "parity"]
+    assert [command.split()[1] for command in commands] == ["setup", "lint", "test-all", "docs", "test", "parity"]
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     for command in commands:

@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["table"]:
-            _print_table(_table_parser().parse_args(argv[1:]).directories)
+            _print_table(table_parser().parse_args(argv[1:]).directories)
         else:
-            _compare(_comparison_parser().parse_args(argv))
+            _compare(comparison_parser().parse_args(argv))
     except DiffusionJaxError as error:
         _exit(str(error), error.exit_code)
     except (ValueError, OSError) as error:
@@ -61,7 +61,8 @@ def _print_table(directories: list[str]) -> None:
     print(format_table(runs))
 
 
-def _comparison_parser() -> argparse.ArgumentParser:
+def comparison_parser() -> argparse.ArgumentParser:
+    """The arguments that compare two sets of images."""
     parser = _Parser(
         prog="python -m diffusion_jax.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -93,7 +94,8 @@ def _comparison_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table_parser() -> argparse.ArgumentParser:
+def table_parser() -> argparse.ArgumentParser:
+    """The arguments that print the metrics of runs."""
     parser = _Parser(prog="python -m diffusion_jax.evaluation table", description="Metrics of runs.")
     parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
     return parser

@@ -111,8 +111,8 @@ class UnresizedFolder(data.Folder):
     def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
         if self._require_one_size and image.size != self._size[::-1]:
             raise DataError(
-                f"{path} is {image.size[0]}x{image.size[1]}, and the first image {self._size[1]}x{self._size[0]}; resize "
-                "them to one size, or use image_size"
+                f"{path} is {image.size[0]}x{image.size[1]}, but the first image is {self._size[1]}x{self._size[0]}; "
+                "resize them to one size, or use image_size"
             )
         return super()._resize(path, image)
 

@@ -79,7 +79,7 @@ class Classifier(Encoder):
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
         """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
 
-        Raises: ValueError for sizes that 2^(levels - 1) does not divide, or other than at initialization.
+        Raises: ValueError for sizes not divisible by 2^(levels - 1), or other than at initialization.
         """
         self.check_input(x_t)
         self.check_divisible(x_t, "its pooling reads every position")

@@ -160,9 +160,9 @@ class Encoder(nn.Module):
             raise ValueError(f"attention_levels must lie in 0 ... {num_levels - 1}, got {outside[0]}")
 
     def check_divisible(self, x, reason: str) -> None:
-        """Raises: ValueError, with the reason, for sizes that 2^(levels - 1) does not divide."""
+        """Raises: ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""
         if any(size % self.divisor for size in x.shape[1:-1]):
             raise ValueError(
-                f"a {type(self).__name__} of {len(self.channel_multipliers)} levels needs sizes that {self.divisor} divides, "
+                f"a {type(self).__name__} of {len(self.channel_multipliers)} levels needs sizes divisible by {self.divisor}, "
                 f"because {reason}; got {x.shape[1:-1]}; resize the arrays or use fewer channel_multipliers"
             )

@@ -43,8 +43,8 @@ class UNet(Encoder, Conditional):
         y: int [B] for a network of classes. condition: float [B, D] for a network with condition_features, or
         [B, *spatial, K] for one with condition_channels; None, with condition_dropout, for no conditions.
 
-        Raises: ValueError for arrays that are not float or have another number of axes than `spatial_dims` gives, sizes that
-        2^(levels - 1) does not divide if the padding is periodic, labels or conditions for a network without (and the
+        Raises: ValueError for arrays that are not float or have another number of axes than `spatial_dims` gives, sizes not
+        divisible by 2^(levels - 1) if the padding is periodic, labels or conditions for a network without (and the
         reverse), labels that are not int or not in the range, or a condition of another shape.
         """
         self.check_input(x_t)

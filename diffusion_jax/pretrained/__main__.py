@@ -24,16 +24,22 @@ class _Parser(argparse.ArgumentParser):
         _exit(f"{message}; see python -m diffusion_jax.pretrained --help")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one line and exit code 2."""
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
     parser = _Parser(
         prog="python -m diffusion_jax.pretrained", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=("inspect", "convert"))
+    parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
     parser.add_argument("path", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
     parser.add_argument("--flags", help="settings that the file does not contain")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; an error is one line and exit code 2."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if (args.command == "convert") != (args.to is not None):
         parser.error("convert needs PATH and TO, and inspect PATH alone")

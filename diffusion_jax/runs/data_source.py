@@ -18,7 +18,7 @@ _NUM_CHECKED_IMAGES = 64
 
 
 def check_source(config: ConfigDict, source: data.Source) -> None:
-    """Raises: UserError or DataError if the labels do not fit the network, or the gray levels the bound that is trained."""
+    """Raises: UserError or DataError for labels that do not fit the network, or gray levels that do not fit the bound."""
     if config.diffusion.loss in ("vlb", "hybrid"):
         images, _ = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))
         data.check_levels(images, config.data.levels)

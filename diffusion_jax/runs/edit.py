@@ -73,7 +73,7 @@ class _Context:
         sizes = [open_image(self.options[leaf], leaf).size for leaf in ("image", "mask")]
         if sizes[0] != sizes[1]:
             raise UserError(
-                f"editing.mask={self.options.mask!r} is {sizes[1][0]}x{sizes[1][1]} pixels and the image "
+                f"editing.mask={self.options.mask!r} has {sizes[1][0]}x{sizes[1][1]} pixels and the image has "
                 f"{sizes[0][0]}x{sizes[0][1]}: they must have the same size, because both are cropped alike"
             )
         mask = read_mask(self.options.mask, self.size)

@@ -84,7 +84,7 @@ class LikelihoodRun:
         with ProgressBar("Evaluating", num_examples, done) as bar:
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
-                log("Compiling the bound, and the first batch ...")
+                log("Compiling the bound and measuring the first batch ...")
             for i in watch_batches(missing, self.config.training.stall_timeout):
                 # The last batch is padded with copies of its last image, which are dropped again.
                 images, labels = self.read(np.minimum(i * batch_size + own_rows, num_examples - 1))

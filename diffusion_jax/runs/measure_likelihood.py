@@ -38,7 +38,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     likelihood_run = LikelihoodRun(config, workdir)
     options, trained = config.evaluation, likelihood_run.trained
     num_examples = min(options.num_examples or len(likelihood_run.source), len(likelihood_run.source))
-    log(f"The bound of {num_examples:,} images, with the {trained.weights_kind} weights of step {trained.step}.")
+    log(
+        f"Measuring the bound of {num_examples:,} images with the {trained.weights_kind} weights of step {trained.step}."
+    )
     terms, chunks = likelihood_run.measure(num_examples, options.ode)
     if jax.process_index() == 0:
         report = _report(likelihood_run, terms, num_examples)

@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
     num_examples = min(options.progressive_examples, len(likelihood_run.source))
     weights = f"the {trained.weights_kind} weights of step {trained.step}"
-    log(f"Rate and distortion of {num_examples} images, with {weights}.")
+    log(f"Measuring rate and distortion of {num_examples} images with {weights}.")
     terms, chunks = likelihood_run.measure(num_examples, ode=False)
     if jax.process_index() != 0:
         return

@@ -102,7 +102,7 @@ class SampleFile:
             )
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
-                log("Compiling the sampler, and the first batch ...")
+                log("Compiling the sampler and drawing the first batch ...")
             for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
                     images = batch_sampler(self.trained.params, options.seed, i)

@@ -119,7 +119,8 @@ class SamplingSetup:
             classifier_classes = self._classifier.model.num_classes
             if num_classes not in (0, classifier_classes):
                 raise UserError(
-                    f"sampling.classifier={path} has {classifier_classes} classes, the model {num_classes}; they must agree"
+                    f"sampling.classifier={path} has {classifier_classes} classes and the model has {num_classes}; they "
+                    "must agree"
                 )
             num_classes = classifier_classes
         if path and not load_classifier:

@@ -191,7 +191,7 @@ def _check_comparable(reference: ImageSet, samples: ImageSet) -> None:
         if shapes[0][:2] != shapes[1][:2]:
             advice.append("--image_size=N resizes folders and data sets")
         raise ValueError(
-            f"{reference.name} holds {kinds[0]} images and {samples.name} {kinds[1]} ones: they are not comparable; "
+            f"{reference.name} holds {kinds[0]} images and {samples.name} holds {kinds[1]} images, which are not comparable; "
             + " and ".join(advice)
         )
 

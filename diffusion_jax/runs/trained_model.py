@@ -162,7 +162,9 @@ def load_initial_weights(
 def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:
     path = config["init_from"]
     if type(net.model) is not type(model):
-        raise UserError(f"init_from={path} is a {type(net.model).__name__}, and the config's a {type(model).__name__}")
+        raise UserError(
+            f"init_from={path} holds a {type(net.model).__name__}, and the config describes a {type(model).__name__}"
+        )
     loaded = net.model
     if isinstance(loaded, models.UNet) and isinstance(model, models.UNet):
         # An output with the channels of the image is written as None or as a number.

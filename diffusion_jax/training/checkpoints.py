@@ -82,7 +82,7 @@ def _leaf_types(tree: Any) -> dict[str, str]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `kept`, and for good every step that `keep_every` divides (0 for none).
+    """The checkpoints of one run: the newest `kept`, and all steps divisible by `keep_every` (0 for none).
 
     With several processes, every process must make every call, and all get the same result.
     """

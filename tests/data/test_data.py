@@ -31,7 +31,7 @@ CONFIG = {
         ("channels", 5, "1 or 3"),
     ],
 )
-def test_shapes_that_no_image_has_are_refused(leaf, value, words):
+def test_image_shape_refuses_invalid_sizes_and_channels(leaf, value, words):
     with pytest.raises(DataError, match=rf"data.{leaf}=.* must be .*{words}"):
         data.image_shape(CONFIG | {leaf: value})
     assert data.image_shape(CONFIG | {"image_size": (4, 6)}) == (4, 6, 1)
@@ -53,7 +53,7 @@ class Numbers:
         return indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2), indices
 
 
-def test_every_example_once_an_epoch_and_none_lost():
+def test_batches_visit_every_example_once_per_epoch():
     """7 examples in batches of 3: batches span epochs, and 7 batches are exactly 3 epochs."""
     batches = data.Batches(Numbers(7), seed=0, batch_size=3, num_steps=7)
     seen = np.concatenate([batches[step]["label"] for step in range(7)])
@@ -64,7 +64,7 @@ def test_every_example_once_an_epoch_and_none_lost():
     assert (np.concatenate([other[step]["label"] for step in range(7)]) != seen).any()
 
 
-def test_memory_gives_the_same_batches_and_rows_split_them():
+def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
     source = Numbers(10)
     whole = data.Batches(source, 3, 4, 20)
     memory = data.Batches(data.InMemory(source), 3, 4, 20)
@@ -78,7 +78,7 @@ def test_memory_gives_the_same_batches_and_rows_split_them():
 
 @pytest.mark.whole
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_starts_anywhere(workers):
+def test_stream_starts_at_any_step(workers):
     batches = data.Batches(Numbers(10), 3, 4, 12)
     got = list(data.stream(batches, start=5, workers=workers))
     assert len(got) == 7
@@ -86,7 +86,7 @@ def test_a_stream_starts_anywhere(workers):
         np.testing.assert_array_equal(batch["image"], batches[step]["image"])
 
 
-def test_the_digits_are_scikit_learn_s():
+def test_digits_equal_those_of_scikit_learn():
     """Read from its file, without its import."""
     from sklearn.datasets import load_digits
 
@@ -97,7 +97,7 @@ def test_the_digits_are_scikit_learn_s():
         np.testing.assert_array_equal(labels, digits.target[chosen])
 
 
-def test_digits():
+def test_digits_load_as_train_and_test_split():
     train, test = data.load(CONFIG), data.load({**CONFIG, "split": "test"})
     assert len(train) + len(test) == 1797 and train.num_classes == 10
     assert train.images.shape[1:] == (8, 8, 1) and len(np.unique(train.images)) == 17
@@ -126,7 +126,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((8, 24), (8, 24))])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_folder_of_any_images(folder, size, shape, channels):
+def test_folder_resizes_and_converts_images_of_all_modes(folder, size, shape, channels):
     source = data.load(
         {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": size, "channels": channels}
     )
@@ -134,7 +134,7 @@ def test_a_folder_of_any_images(folder, size, shape, channels):
     assert source.num_classes == 2 and source.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_resizing_crops_the_center(tmp_path):
+def test_resize_crops_the_center(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -143,7 +143,7 @@ def test_resizing_crops_the_center(tmp_path):
     assert source.num_classes == 0
 
 
-def test_sixteen_bits_are_scaled_and_images_beside_subfolders_are_no_class(folder):
+def test_folder_scales_16_bit_images_and_has_no_classes_with_images_outside_subfolders(folder):
     Image.fromarray(np.array([[0, 257, 65535, 32768]], np.uint16)).save(folder / "deep.png")
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": (1, 4)}
     source = data.load(config)
@@ -151,7 +151,7 @@ def test_sixteen_bits_are_scaled_and_images_beside_subfolders_are_no_class(folde
     assert source.images[2].ravel().tolist() == [0, 1, 255, 128]
 
 
-def test_bad_folders_and_images(folder, tmp_path):
+def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
     with pytest.raises(data.DataError, match="is not a folder"):
         data.load({**config, "data_dir": str(folder / "nowhere")})
@@ -169,7 +169,7 @@ def test_bad_folders_and_images(folder, tmp_path):
             data.load({**config, **wrong})
 
 
-def test_tfds_that_is_not_there(tmp_path):
+def test_tfds_refuses_a_missing_data_set(tmp_path):
     with pytest.raises(data.DataError, match=r"prepare it with: python -c .*download_and_prepare"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
     with pytest.raises(data.DataError, match="must be a TFDS data set"):
@@ -219,7 +219,7 @@ def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> Non
 
 
 @pytest.mark.whole
-def test_tfds_in_array_record(tmp_path):
+def test_tfds_reads_array_record(tmp_path):
     write_tfds(tmp_path, "array_record")
     assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)
     config = {**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28}
@@ -237,7 +237,7 @@ def test_tfds_in_array_record(tmp_path):
             data.load({**config, "split": split})
 
 
-def test_tfds_in_another_format(tmp_path):
+def test_tfds_refuses_other_formats(tmp_path):
     write_tfds(tmp_path, "riegeli")
     with pytest.raises(data.DataError, match="in riegeli format, not array_record or tfrecord; prepare.*_array_record"):
         data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})
@@ -259,7 +259,7 @@ class Stripes:
         return images, labels
 
 
-def test_a_source_of_the_user_gives_batches():
+def test_batches_read_a_custom_source():
     assert data.describe(Stripes()) == "1,000 images of 2 classes: 0 horizontal, 1 vertical"
     streamed, memory = (data.Batches(source, 0, 4, 3) for source in (Stripes(), data.InMemory(Stripes())))
     for step in range(3):

@@ -104,7 +104,7 @@ def check(source):
     assert (source.images == source.images[:, :1, :1]).all()
 
 
-def test_a_missing_set_is_downloaded_and_prepared_once(server, tmp_path, capsys):
+def test_load_downloads_and_prepares_a_missing_data_set_once(server, tmp_path, capsys):
     check(data.load(config(tmp_path / "new" / "tfds")))
     said = capsys.readouterr().out.splitlines()
     assert "is not in" in said[0] and "0.0 MB to download" in said[0]
@@ -116,7 +116,7 @@ def test_a_missing_set_is_downloaded_and_prepared_once(server, tmp_path, capsys)
 
 
 @pytest.mark.whole
-def test_training_prepares_its_data(server, tmp_path, capsys):
+def test_training_prepares_a_missing_data_set(server, tmp_path, capsys):
     own = {f"data.{leaf}": value for leaf, value in config(tmp_path / "tfds").items()} | {"sampling.preview_samples": 0}
     train.run(tiny_config(**own), tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["step"] == 4
@@ -126,7 +126,7 @@ def test_training_prepares_its_data(server, tmp_path, capsys):
     workdir.check_identity(tiny_config(**{**own, "data.download": False}), tmp_path / "run")  # the same run
 
 
-def test_without_permission_to_download(server, tmp_path):
+def test_load_without_download_sends_no_request(server, tmp_path):
     said = refusal(tmp_path, download=False)
     assert "prepare it with: python -c" in said and server.requests == 0 and not list(tmp_path.iterdir())
 
@@ -143,7 +143,7 @@ def test_without_permission_to_download(server, tmp_path):
         ("damaged", "wrong checksum"),
     ],
 )
-def test_a_server_that_fails_and_works_at_the_second_launch(server, tmp_path, monkeypatch, behavior, message):
+def test_rerun_succeeds_after_a_failed_download(server, tmp_path, monkeypatch, behavior, message):
     monkeypatch.setattr(preparation, "_READ_SECONDS", 0.3)
     if behavior == "damaged":
         server.body = b"\0" + server.body[1:]
@@ -155,7 +155,7 @@ def test_a_server_that_fails_and_works_at_the_second_launch(server, tmp_path, mo
     check(data.load(config(tmp_path)))
 
 
-def test_a_server_that_refuses_connections(server, tmp_path, monkeypatch):
+def test_prepare_reports_a_refused_connection(server, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -170,7 +170,7 @@ def test_a_server_that_refuses_connections(server, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".prepare.lock", "downloads", "extracted"]
 
 
-def test_a_name_that_is_never_resolved(server, tmp_path, monkeypatch):
+def test_prepare_reports_a_name_resolution_without_answer(server, tmp_path, monkeypatch):
     """Name resolution has no timeout of its own."""
     waiting = threading.Event()
     monkeypatch.setattr(LocalFruit, "url", "http://nowhere.invalid/fruit.zip")
@@ -180,7 +180,7 @@ def test_a_name_that_is_never_resolved(server, tmp_path, monkeypatch):
     waiting.set()
 
 
-def test_through_a_proxy(server, tmp_path, monkeypatch):
+def test_prepare_downloads_through_a_proxy(server, tmp_path, monkeypatch):
     """The server's name means nothing here; the proxy, which is the local server, answers for it."""
     url = "http://nowhere.invalid/fruit.zip"
     monkeypatch.setattr(LocalFruit, "url_infos", {url: LocalFruit.url_infos[LocalFruit.url]})
@@ -190,7 +190,7 @@ def test_through_a_proxy(server, tmp_path, monkeypatch):
     check(data.load(config(tmp_path)))
 
 
-def test_addresses(monkeypatch):
+def test_request_address_reads_the_url_and_the_proxy(monkeypatch):
     for variable in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     assert preparation.request_address("https://a.org/x") == ("a.org", 443)
@@ -211,7 +211,7 @@ def test_addresses(monkeypatch):
         (ImportError("no module named scipy"), "no module named scipy"),
     ],
 )
-def test_a_builder_that_fails(server, tmp_path, monkeypatch, fault, message):
+def test_prepare_reports_the_error_of_a_builder_in_one_line(server, tmp_path, monkeypatch, fault, message):
     monkeypatch.setattr(LocalFruit, "fault", fault)
     with pytest.raises(data.DataError, match=message) as error:
         data.load(config(tmp_path))
@@ -221,12 +221,12 @@ def test_a_builder_that_fails(server, tmp_path, monkeypatch, fault, message):
     assert server.requests == 1  # the archive is kept
 
 
-def test_a_set_that_is_downloaded_by_hand(tmp_path):
+def test_prepare_shows_the_instructions_for_a_manual_download(tmp_path):
     said = refusal(tmp_path, dataset="local_manual/large")
     assert f"must be downloaded by hand, into {tmp_path}/downloads/manual: Register at example.org." in said
 
 
-def test_directories_that_cannot_hold_it(server, tmp_path):
+def test_prepare_refuses_unusable_directories(server, tmp_path):
     (tmp_path / "file").write_text("")
     assert "set data.data_dir" in refusal(tmp_path / "file")
     assert "set data.data_dir" in refusal(tmp_path / "file" / "below")
@@ -234,7 +234,7 @@ def test_directories_that_cannot_hold_it(server, tmp_path):
     assert "is not a complete data set" in refusal(tmp_path / "half")
 
 
-def test_what_a_killed_launch_left_is_removed(server, tmp_path):
+def test_prepare_removes_the_partial_files_of_a_killed_launch(server, tmp_path):
     """Of this program: what is older than the killed launch may be of another."""
     folders = [tmp_path / "downloads/local_fruit/x.tmp.1", tmp_path / "local_fruit/incomplete.ABCDEF_1.0.0"]
     old = tmp_path / "downloads/local_fruit/y.tmp.2"
@@ -261,7 +261,7 @@ with exclusive_lock(pathlib.Path(sys.argv[1]), print):
 
 
 @pytest.mark.whole
-def test_one_process_prepares_and_the_others_wait(server, tmp_path, capsys):
+def test_other_processes_wait_while_one_prepares(server, tmp_path, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / ".prepare.lock")],
         stdin=subprocess.PIPE,
@@ -283,7 +283,7 @@ def test_one_process_prepares_and_the_others_wait(server, tmp_path, capsys):
     assert holder.wait() == 0
 
 
-def test_another_process_that_was_first(server, tmp_path, monkeypatch):
+def test_prepare_accepts_a_data_set_that_another_process_prepared(server, tmp_path, monkeypatch):
     """Where there are no locks, both prepare, and one finds the place taken."""
     real = tfds.core.GeneratorBasedBuilder.download_and_prepare
 
@@ -297,7 +297,7 @@ def test_another_process_that_was_first(server, tmp_path, monkeypatch):
     check(data.load(config(tmp_path)))
 
 
-def test_progress(server, tmp_path, monkeypatch, capsys):
+def test_prepare_reports_progress(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preparation, "_REPORT_SECONDS", 0.02)
     monkeypatch.setattr(preparation, "_READ_SECONDS", 0.3)
     server.behavior = "stalls"
@@ -306,7 +306,7 @@ def test_progress(server, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.whole
-def test_tfrecord_is_read_as_it_is(server, tmp_path, capsys):
+def test_tfds_reads_tfrecord_without_conversion(server, tmp_path, capsys):
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.builder("local_fruit", data_dir=str(tmp_path)).download_and_prepare(file_format="tfrecord")
         tfds.builder("local_fruit", data_dir=str(tmp_path / "a")).download_and_prepare(file_format="array_record")
@@ -345,7 +345,7 @@ data.load(config(sys.argv[3]))
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_launch_that_is_stopped_while_it_downloads(server, tmp_path, stop):
+def test_stopped_download_leaves_no_files_and_restarts(server, tmp_path, stop):
     """The next one begins anew, and nothing of the first is left."""
     server.behavior = "stalls"
     tests = str(ROOT / "tests")

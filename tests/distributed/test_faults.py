@@ -95,7 +95,7 @@ def disturbed(tmp_path, whole, count, disturb):
     return runs
 
 
-def test_sigkill(tmp_path, whole):
+def test_run_resumes_bit_identically_after_sigkill(tmp_path, whole):
     """Fifty: forty at random moments from the start of the program on, ten once a save has begun."""
     rng = random.Random(0)
     during_save, kinds = [], [True] * 10 + [False] * 40
@@ -139,7 +139,7 @@ def test_sigkill(tmp_path, whole):
     )
 
 
-def test_sigterm(tmp_path, whole):
+def test_run_resumes_bit_identically_after_sigterm(tmp_path, whole):
     rng, codes, seconds = random.Random(1), [], []
 
     def terminate(directory, process):
@@ -165,7 +165,7 @@ def test_sigterm(tmp_path, whole):
     )
 
 
-def test_damage(tmp_path, whole):
+def test_restore_detects_every_corrupted_file(tmp_path, whole):
     """A hundred flipped bits and ten truncations, at random places of the newest checkpoint's files."""
     rng, abstract = np.random.default_rng(2), training.build_program(config()).abstract_state
     newest, before = checkpoints.committed_steps(whole / "checkpoints")[-1:-3:-1]
@@ -210,7 +210,7 @@ def test_damage(tmp_path, whole):
     )
 
 
-def test_a_full_disk(tmp_path, whole):
+def test_run_reports_a_full_disk_and_resumes(tmp_path, whole):
     """A small tmpfs, which needs the right to mount one."""
     small = tmp_path / "small"
     small.mkdir()
@@ -266,7 +266,7 @@ def close_to(directory, whole):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_of_two(tmp_path, victim):
+def test_killed_process_ends_its_peer(tmp_path, victim):
     directory = tmp_path / "two"
     pair = joined(directory)
     until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
@@ -280,7 +280,7 @@ def test_a_killed_process_of_two(tmp_path, victim):
     figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
 
 
-def test_a_stuck_process_of_two(tmp_path):
+def test_stuck_process_ends_both(tmp_path):
     """The data of one stands still, its heartbeats go on."""
     directory = tmp_path / "two"
     program = tmp_path / "stuck.py"
@@ -316,7 +316,7 @@ cli.main()
 """
 
 
-def test_a_commit_of_two_that_fails(tmp_path):
+def test_failed_commit_ends_both_processes(tmp_path):
     """Process 0 alone commits: where it cannot, the other must not wait for it."""
     directory = tmp_path / "two"
     program = tmp_path / "full.py"
@@ -353,7 +353,7 @@ cli.main()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)])
-def test_a_signal_to_one_of_two_then_one_goes_on(tmp_path, whole, number, code):
+def test_signal_to_one_of_two_processes_saves_and_a_single_process_resumes(tmp_path, whole, number, code):
     directory = tmp_path / "two"
     pair = joined(directory)
     until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
@@ -367,7 +367,7 @@ def test_a_signal_to_one_of_two_then_one_goes_on(tmp_path, whole, number, code):
     figure(f"{number.name} to one of two: both saved step {step} and ended with {codes}; one process went on")
 
 
-def test_a_peer_that_never_joins(tmp_path):
+def test_join_ends_after_its_timeout(tmp_path):
     directory = tmp_path / "alone"
     began = time.monotonic()
     more = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", "--join_timeout=10"]

@@ -22,7 +22,7 @@ ENDINGS = {
 }
 
 
-def test_the_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
+def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     ended = threading.Event()
     calls = []
     monkeypatch.setattr(watchdog, "exit_now", lambda message, code: (calls.append((message, code)), ended.set()))
@@ -35,7 +35,7 @@ def test_the_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     assert "reading data may be stuck, or training.stall_timeout is too short" in calls[0][0]
 
 
-def test_batches_are_watched_after_the_first_which_is_compiled(monkeypatch):
+def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(watchdog, "exit_now", lambda *_: ended.set())
     # A single process waits for no other.
@@ -63,7 +63,7 @@ with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[2])), 
 @pytest.mark.parametrize(
     ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
 )
-def test_a_call_that_python_cannot_interrupt_is_ended(tmp_path, grace, numbers):
+def test_signal_ends_a_call_that_python_cannot_interrupt(tmp_path, grace, numbers):
     """For example a compilation before the first step."""
     process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
     assert process.stdout.readline() == "compiling\n"
@@ -103,7 +103,7 @@ with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[1])), 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("number", ENDINGS)
-def test_a_signal_inside_a_callback_is_one_line(tmp_path, number):
+def test_signal_inside_a_callback_prints_one_line(tmp_path, number):
     """Python discards exceptions in a callback of the garbage collector, and a regular exit can crash in a library."""
     process = start("-c", IN_A_CALLBACK, str(tmp_path), program="-u")
     assert process.stdout.readline() == "collecting\n"
@@ -122,9 +122,7 @@ def restored_handlers():
 
 
 @pytest.mark.parametrize("number", ENDINGS)
-def test_a_signal_after_the_run_does_not_report_that_nothing_had_started(
-    number, tmp_path, monkeypatch, capfd, restored_handlers
-):
+def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatch, capfd, restored_handlers):
     """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
     monkeypatch.setattr(preemption, "exit_now", lambda message, code: messages.append((message, code)))
     monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
@@ -141,7 +139,7 @@ def test_a_signal_after_the_run_does_not_report_that_nothing_had_started(
     assert afterwards == f"error: {reason}; {preemption.rerun_hint()}\n"
 
 
-def test_the_first_ctrl_c_prints_its_advice_once(capfd):
+def test_first_ctrl_c_prints_its_advice_once(capfd):
     with Preemption().install_handler():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.getsignal(number)(number, None)
@@ -158,7 +156,7 @@ def test_the_first_ctrl_c_prints_its_advice_once(capfd):
         ("RESOURCE_EXHAUSTED: Out of memory allocating 1024 bytes", False),
     ],
 )
-def test_a_lost_peer_is_recognized_by_the_error_or_its_cause(message, is_peer, monkeypatch):
+def test_is_peer_failure_reads_the_error_and_its_cause(message, is_peer, monkeypatch):
     error, wrapped = RuntimeError(message), SaveError("a checkpoint could not be written")
     wrapped.__cause__ = error
     assert not processes.is_peer_failure(error)  # a single process has no peer

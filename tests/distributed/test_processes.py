@@ -64,7 +64,7 @@ def close(one, two):
 
 
 @pytest.mark.whole
-def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
+def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_path):
     train.run(tiny_config(**OVERRIDES), tmp_path)
     close(lines(tmp_path), lines(two))
     evaluate(tiny_config(**OVERRIDES), tmp_path)
@@ -86,7 +86,7 @@ def test_two_processes_log_the_losses_of_one_and_one_goes_on(two, tmp_path):
 
 
 @pytest.mark.whole
-def test_eight_devices_then_four(tmp_path):
+def test_run_of_eight_devices_resumes_on_four(tmp_path):
     overrides = {"training.log_every": 1, "sampling.preview_samples": 0}
     for devices, steps in ((8, 2), (4, 4)):
         flags = tiny_flags(tmp_path / "fewer", **overrides, **{"training.num_steps": steps})
@@ -98,7 +98,7 @@ def test_eight_devices_then_four(tmp_path):
     close(lines(tmp_path / "one"), lines(tmp_path / "fewer"))
 
 
-def test_addresses_that_do_not_go_together(tmp_path):
+def test_incomplete_process_flags_are_refused(tmp_path):
     code, _, err = finish(start("--config=configs/digits.py", f"--workdir={tmp_path}", "--num_processes=2"))
     assert code == 2 and "must be given together" in err and len(err.strip().splitlines()) == 1, err
     assert not os.listdir(tmp_path)

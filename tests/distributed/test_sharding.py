@@ -31,7 +31,7 @@ def measured():
     return on_eight_devices()
 
 
-def test_a_leaf_is_split_along_its_longest_axis_that_divides():
+def test_split_axis_is_the_longest_divisible_axis():
     assert sharding.split_axis((3, 3, 128, 256), 8) == 3
     assert sharding.split_axis((3, 3, 256, 128), 8) == 2
     assert sharding.split_axis((3, 3, 256, 256), 8) == 3  # the last of equally long ones
@@ -40,7 +40,7 @@ def test_a_leaf_is_split_along_its_longest_axis_that_divides():
     assert sharding.split_axis((256,), 8) is None and sharding.split_axis((3, 3, 128, 256), 1) is None
 
 
-def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devices():
+def test_each_of_eight_devices_holds_an_eighth_of_the_cifar10_state():
     """By the rule alone: parameters, moments and EMA have the same shapes."""
     config = cifar10.get_config()
     shapes = jax.eval_shape(training.build_program(config).init)
@@ -51,7 +51,7 @@ def test_an_eighth_of_the_state_of_the_cifar10_network_is_on_each_of_eight_devic
 
 
 @pytest.mark.whole
-def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters_gradients(measured):
+def test_program_gathers_parameters_and_scatters_gradients(measured):
     """Bytes counted from the leaves: parameters, two moments and the EMA; two gathers and, on CPUs, an all-reduce."""
     program = measured["program"]
     split = program["params"] - program["whole"]
@@ -71,14 +71,14 @@ def test_a_device_holds_its_part_and_the_program_gathers_parameters_and_scatters
 
 
 @pytest.mark.whole
-def test_blocks_are_computed_again_where_parameters_are_gathered_again(measured):
+def test_remat_recomputes_every_block_with_sharded_parameters(measured):
     """model.remat: the first convolution of each of the five blocks once more."""
     without, with_remat = measured["program"]["convolutions"]
     assert with_remat >= without + 5
 
 
 @pytest.mark.whole
-def test_the_losses_are_the_same_on_any_mesh(measured):
+def test_losses_are_equal_on_every_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
     A loss is a mean of some 500 numbers: another order changes it by a few 6e-8. Adam's first steps pass on the errors of
@@ -93,14 +93,14 @@ def test_the_losses_are_the_same_on_any_mesh(measured):
 
 
 @pytest.mark.whole
-def test_a_checkpoint_continues_on_another_mesh(measured):
+def test_checkpoint_resumes_on_another_mesh(measured):
     for mesh, (whole, loss) in measured["relaunches"].items():
         assert whole, mesh
         np.testing.assert_allclose(loss, measured["trajectories"]["losses"]["1x1"][1], rtol=1e-5, err_msg=mesh)
 
 
 @pytest.mark.slow
-def test_other_losses_types_and_networks_on_a_split_state():
+def test_sharded_state_trains_other_losses_dtypes_and_networks():
     """Two minutes. The hybrid loss with importance sampling, accumulation and remat; bfloat16; an upsampler."""
     found = on_eight_devices("slow")
     kinds, over_least = found["labeled"]
@@ -111,7 +111,7 @@ def test_other_losses_types_and_networks_on_a_split_state():
 
 
 @pytest.mark.whole
-def test_pictures_samples_and_bounds_of_a_split_state(measured):
+def test_sharded_state_gives_pictures_samples_and_likelihoods(measured):
     assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
     numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]
     assert numbers and all(map(math.isfinite, numbers))
@@ -126,14 +126,14 @@ def test_pictures_samples_and_bounds_of_a_split_state(measured):
         ({"mesh.data": 8, "mesh.fsdp": 2}, "use mesh.data=4"),
     ],
 )
-def test_meshes_that_are_not_the_devices(overrides, words, monkeypatch):
+def test_make_mesh_refuses_sizes_other_than_the_number_of_devices(overrides, words, monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: 8)
     with pytest.raises(ValueError, match=words):
         sharding.make_mesh(tiny_config(**overrides).mesh)
 
 
 @pytest.mark.whole
-def test_a_plan_is_printed_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
+def test_plan_prints_for_virtual_devices_and_writes_nothing(tmp_path):
     small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]
     command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
@@ -156,7 +156,7 @@ HLO = """
 """
 
 
-def test_collectives_are_read_from_hlo():
+def test_collectives_are_parsed_from_hlo():
     found = collectives.parse(HLO)
     assert [(c.kind, c.bytes, c.largest, c.devices, c.ring_bytes) for c in found] == [
         ("all-gather", 1536, 1536, 4, 1152.0),

@@ -194,7 +194,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ((good, color), "8x8 gray images and .*color.npz 8x8 color ones.*--channels=1 or 3"),
+        ((good, color), "8x8 gray images and .*color.npz holds 8x8 color images.*--channels=1 or 3"),
         (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
         (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", nans), "not finite"),
@@ -218,7 +218,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         (("digits", good, "--features=nothing:here"), "cannot be imported"),
         (("digits", good, "--features=inception"), "--inception=PATH is needed"),
         (("digits", good, "--inception=x.pth", "--features=inception"), "x.pth: no such file"),
-        ((good, wider), "8x8 gray images and .*wider.npz 16x16 gray ones: .* not comparable; .*--image_size"),
+        ((good, wider), "8x8 gray images and .*wider.npz holds 16x16 gray images, .* not comparable; .*--image_size"),
         (("digits", good, "--output=bare.npy"), "bare.npy is a file; name a folder, or a file that ends in .json"),
         (("digits", good, "--output=bare.npy/place.json"), "bare.npy is a file"),
         ((good, good, "--features=digits", "--output=text.json"), "is not a valid metrics.json"),

@@ -32,7 +32,7 @@ def test_a_folder_is_read_without_resizing(tmp_path):
         Image.fromarray(image).save(folder / f"{i}.png")
     np.testing.assert_array_equal(image_sets.open_image_set(str(folder)).images.read(np.arange(3))[0], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
-    with pytest.raises(data.DataError, match="z.png is 9x5, and the first image 9x6"):
+    with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
         image_sets.open_image_set(str(folder)).images.read(np.arange(4))
     assert image_sets.open_image_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
     turned = Image.fromarray(drawn[0])

@@ -32,7 +32,7 @@ def silu(x):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
-def test_a_resampling_block_is_adm_s(resample):
+def test_resampling_block_equals_adm_in_numpy(resample):
     """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     block = ResBlock(6, 0.0, True, layers, resample)
@@ -51,7 +51,7 @@ def test_a_resampling_block_is_adm_s(resample):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_resampling_blocks_replace_the_resampling_convolutions():
+def test_resample_blocks_replaces_the_convolutions_between_levels():
     """Positions, widths and sizes are the same; only the layers between levels change."""
     model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
     params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
@@ -65,7 +65,7 @@ def test_resampling_blocks_replace_the_resampling_convolutions():
 
 
 @pytest.mark.whole
-def test_group_norm_in_float64_and_its_derivatives():
+def test_group_norm_and_its_derivatives_equal_numpy():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
     norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
     params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))

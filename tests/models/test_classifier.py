@@ -51,7 +51,7 @@ def parameters(width, depth, multipliers, size, classes):
 
 @pytest.mark.whole
 @pytest.mark.parametrize(("size", "count"), [(64, 65_438_568), (128, 42_568_040), (256, 54_096_360), (512, 54_448_360)])
-def test_parameter_counts_of_adm(size, count):
+def test_parameter_counts_equal_adm(size, count):
     config = imagenet_classifier.get_config(str(size))
     shapes = jax.eval_shape(training.build_program(config).init).params
     depth = 4 if size == 64 else 2
@@ -64,14 +64,14 @@ def test_parameter_counts_of_adm(size, count):
     )
 
 
-def test_the_defaults_are_adm_s_at_128_pixels():
+def test_defaults_equal_adm_at_128_pixels():
     assert models.from_config(imagenet_classifier.get_config().model, models.Classifier) == models.Classifier()
     with pytest.raises(ValueError, match="known are 64, 128, 256, 512"):
         imagenet_classifier.get_config("32")
 
 
 @pytest.mark.whole
-def test_attention_pooling_in_numpy():
+def test_attention_pool_equals_numpy():
     """float64: the mean before the others, places added, and for each head a softmax over all, by the mean's query alone."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = classifier.AttentionPool(features=5, num_heads=1, head_channels=2, layers=layers)
@@ -95,7 +95,7 @@ def test_attention_pooling_in_numpy():
 
 
 @pytest.mark.whole
-def test_embedding_of_places_starts_as_adm_s():
+def test_position_embedding_is_initialized_as_in_adm():
     """Normal of variance 1 / C, (H W + 1) x C."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = classifier.AttentionPool(2, 1, None, layers)
@@ -112,7 +112,7 @@ def a_network():
 
 
 @pytest.mark.whole
-def test_logits_depend_on_image_and_time_and_on_every_parameter():
+def test_logits_depend_on_the_image_the_time_and_every_parameter():
     model, params, x = a_network()
 
     def run(params, x, time):
@@ -130,11 +130,11 @@ def test_logits_depend_on_image_and_time_and_on_every_parameter():
 
 
 @pytest.mark.whole
-def test_what_the_network_refuses():
+def test_classifier_refuses_other_image_sizes():
     model, params, _ = a_network()
     with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
         model.apply({"params": params}, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-    with pytest.raises(ValueError, match="Classifier of 2 levels needs sizes that 2 divides, because its pooling"):
+    with pytest.raises(ValueError, match="Classifier of 2 levels needs sizes divisible by 2, because its pooling"):
         model.init(jax.random.key(0), jnp.zeros((1, 5, 4, 1)), jnp.zeros(1))
     for fields, words in [
         ({"num_classes": 1}, "at least 2 classes"),
@@ -150,7 +150,7 @@ SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))
 
 
 @pytest.mark.whole
-def test_the_loss_is_the_cross_entropy_at_x_t(x64):
+def test_classify_is_the_cross_entropy_at_x_t(x64):
     """Logits that are linear in x_t and in time, in NumPy."""
     x_0, y = jax.random.normal(jax.random.key(0), (6, 2, 2, 1)), jnp.array([0, 2, 1, 1, 0, 2])
     w = jax.random.normal(jax.random.key(1), (4, 3))
@@ -174,7 +174,7 @@ def test_the_loss_is_the_cross_entropy_at_x_t(x64):
 
 @pytest.mark.whole
 @pytest.mark.usefixtures("unchecked_annotations")
-def test_the_loss_under_importance_sampling_and_out_of_range():
+def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_range():
     x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
     logits_fn = lambda x_t, time: x_t @ jnp.ones((2, 3))  # noqa: E731
     loss, _ = jax.jit(lambda y: losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0, y))(y)
@@ -195,7 +195,7 @@ def test_the_loss_under_importance_sampling_and_out_of_range():
 
 
 @pytest.mark.whole
-def test_it_learns_in_one_program():
+def test_classifier_learns_two_classes():
     """Bright images are of class 1, dark ones of class 0, and the noise is small: soon all are told apart."""
     config = classifier_config(
         **{"diffusion.beta_end": 1e-3, "diffusion.schedule": "linear", "optimizer.learning_rate": 3e-3}
@@ -214,7 +214,7 @@ def test_it_learns_in_one_program():
 
 
 @pytest.mark.whole
-def test_a_run_and_its_relaunch(tmp_path, capsys):
+def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
     """2 steps, then to 4, against 4 in one go, to the bit; no pictures; and its own config brings it back."""
     for steps in (2, 4):
         train.run(classifier_config(**{"training.num_steps": steps, "training.sample_every": 1}), tmp_path / "broken")
@@ -235,16 +235,16 @@ def test_a_run_and_its_relaunch(tmp_path, capsys):
         ({"model.num_classes": 3}, "the data has 10 classes"),
         ({"model.num_classes": 1}, "model.num_classes=1 must be a whole number of at least 2"),
         ({"diffusion.timestep_sampler": "all"}, "must be uniform, "),
-        ({"data.image_size": 9}, "that 2 divides"),
+        ({"data.image_size": 9}, "divisible by 2"),
     ],
 )
-def test_training_that_cannot_start(overrides, words, tmp_path):
+def test_train_refuses_invalid_classifier_configs(overrides, words, tmp_path):
     with pytest.raises(errors.UserError, match=words):
         train.run(classifier_config(**overrides), tmp_path)
 
 
 @pytest.mark.whole
-def test_the_wrong_mode_is_one_line(tmp_path):
+def test_wrong_mode_is_refused_in_one_line(tmp_path):
     """By the programs' own names: each mode of what the config does not train."""
     workdir.write_config(classifier_config(), tmp_path)
     cases = [

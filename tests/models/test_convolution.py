@@ -17,7 +17,7 @@ from helpers.networks import TINY, init, redraw
     ("size", "padding"),
     [((3, 3), ((1, 1), (1, 1))), ((3, 3), ((0, 2), (1, 0))), ((2, 2), ((1, 0), (0, 1))), ((3, 1), ((0, 1), (0, 0)))],
 )
-def test_convolutions_as_products(size, padding):
+def test_convolve_matmul_equals_xla(size, padding):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (2, 6, 4, 5)), jax.random.normal(keys[1], (*size, 5, 3))
     y = convolution.convolve_xla(x, kernel, padding)
@@ -40,7 +40,7 @@ def test_convolutions_as_products(size, padding):
         np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=rtol, atol=1e-5)
 
 
-def test_a_doubled_convolution_adds_its_kernel_up_before_it_rounds():
+def test_convolve_upsampled_sums_the_kernel_before_rounding():
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, 8, 8, 64)), jax.random.normal(keys[1], (3, 3, 64, 64))
     low, true = x.astype(jnp.bfloat16), convolution.convolve_xla(upsample_2x(x), kernel)
@@ -61,7 +61,7 @@ def test_a_doubled_convolution_adds_its_kernel_up_before_it_rounds():
 @pytest.mark.whole
 @pytest.mark.parametrize("convolve", [convolution.convolve_xla, convolution.convolve_matmul])
 @pytest.mark.parametrize("size", [(4, 6), (1, 1)])
-def test_a_convolution_of_a_doubled_image(convolve, size):
+def test_convolve_upsampled_equals_the_convolution_of_the_upsampled_image(convolve, size):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (2, *size, 5)), jax.random.normal(keys[1], (3, 3, 5, 3))
     g = jax.random.normal(keys[2], (2, 2 * size[0], 2 * size[1], 3))
@@ -72,7 +72,7 @@ def test_a_convolution_of_a_doubled_image(convolve, size):
 
 
 @pytest.mark.whole
-def test_a_network_of_products_is_the_same_network():
+def test_network_with_matrix_products_equals_the_xla_network():
     fields = {**TINY, "scale_shift_norm": True, "num_heads": 2}
     x, time = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     params = redraw(init(models.UNet(**fields)))
@@ -96,7 +96,7 @@ def test_a_network_of_products_is_the_same_network():
     assert error(by_products) < 1.2 * error(by_xla) and error(by_xla) < 0.05
 
 
-def test_products_are_for_bfloat16_on_one_cpu(monkeypatch):
+def test_matrix_products_are_chosen_for_bfloat16_on_one_cpu(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     monkeypatch.setattr("jax.device_count", lambda: 1)
     assert models.UNet(dtype="bfloat16").layers.use_matmul

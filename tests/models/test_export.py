@@ -38,7 +38,7 @@ def exported(function, *args):
     ],
     ids=["bfloat16", "hybrid"],
 )
-def test_the_train_step_lowers_for_tpu_and_cuda(overrides):
+def test_train_step_lowers_for_tpu_and_cuda(overrides):
     config = tiny_config(**overrides)
     built = training.build_program(config)
     batch = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype), a_batch(config))
@@ -47,7 +47,7 @@ def test_the_train_step_lowers_for_tpu_and_cuda(overrides):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_samplers_lower_for_tpu_and_cuda(sampler):
+def test_samplers_lower_for_tpu_and_cuda(sampler):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())
     config.diffusion.schedule = "linear"
     built = training.build_program(config)
@@ -57,7 +57,7 @@ def test_the_samplers_lower_for_tpu_and_cuda(sampler):
     assert "stablehlo.while" in text
 
 
-def test_the_options_for_gpus_are_known_to_this_compiler():
+def test_gpu_options_are_known_to_the_compiler():
     """Their names and values: what they do shows only on a GPU."""
     jax.jit(lambda x: x + 1, compiler_options=compiler.DETERMINISTIC).lower(jnp.zeros(())).compile()
     with pytest.raises(Exception, match="xla_gpu_no_such_option"):

@@ -201,7 +201,7 @@ def test_vmap_of_a_series_network_is_its_batch():
         (
             {"padding": "periodic"},
             (1, 8, 9, 3),
-            r"needs sizes that 2 divides, because with padding='periodic' .*\(8, 9\)",
+            r"needs sizes divisible by 2, because with padding='periodic' .*\(8, 9\)",
         ),
     ],
 )

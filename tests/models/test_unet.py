@@ -17,7 +17,7 @@ from helpers.networks import TINY, apply, init, redraw
         ({"channel_multipliers": (1, 1, 2, 2, 4, 4), "attention_levels": (4,)}, 256, 113_673_219),
     ],
 )
-def test_parameter_counts_of_ho_et_al(fields, size, count):
+def test_parameter_counts_equal_ho_et_al(fields, size, count):
     shapes = jax.eval_shape(lambda: init(models.UNet(**fields), (1, size, size, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
@@ -48,7 +48,7 @@ ADM = {
         (512, {"channel_multipliers": (0.5, 1, 1, 2, 2, 4, 4)}, 558_997_638),
     ],
 )
-def test_parameter_counts_of_adm(size, fields, count):
+def test_parameter_counts_equal_adm(size, fields, count):
     levels = tuple(i for i in range(len(fields["channel_multipliers"])) if size >> i in (32, 16, 8))
     model = models.UNet(**{**ADM, **fields, "attention_levels": levels})
     y = jnp.zeros(1, int) if model.num_classes else None
@@ -56,7 +56,7 @@ def test_parameter_counts_of_adm(size, fields, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-def test_timestep_embeddings_are_the_published_ones():
+def test_timestep_embedding_equals_published_values():
     embedding = models.timestep_embedding(jnp.arange(128), 64)
     expected = [[0.9646, 0.9804, 0.9892], [0.9615, 0.9787, 0.9882], [0.9582, 0.9769, 0.9872]]
     np.testing.assert_allclose(embedding[23:26, 47:50], expected, atol=5e-5)
@@ -69,7 +69,7 @@ def test_timestep_embeddings_are_the_published_ones():
 
 
 @pytest.mark.whole
-def test_initialization_is_ho_et_al_s():
+def test_initialization_equals_ho_et_al():
     """Uniform of variance 1 / fan_avg, biases 0; the last layer of every residual branch and of the network near 0."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
     kernel = params["down_1_block_0"]["conv1"]["kernel"]
@@ -90,7 +90,7 @@ def test_initialization_is_ho_et_al_s():
 
 
 @pytest.mark.whole
-def test_initialization_is_openai_s():
+def test_initialization_equals_openai():
     """PyTorch's default kernels, uniform within 1 / sqrt(fan_in), and zeros where a branch ends."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}, initializer="openai"))
     kernel, bound = params["down_1_block_0"]["conv1"]["kernel"], (9 * 64) ** -0.5
@@ -113,7 +113,7 @@ def test_every_parameter_has_a_gradient(adm):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 12, 20, 1), (1, 2, 2, 4)])
-def test_any_size_that_divides_and_any_channels(shape):
+def test_unet_takes_every_divisible_size_and_number_of_channels(shape):
     model = models.UNet(**TINY)
     out = apply(model, redraw(init(model, shape)), jnp.ones(shape), jnp.zeros(shape[0]))
     assert out.shape == shape and out.dtype == jnp.float32 and np.isfinite(out).all()
@@ -128,7 +128,7 @@ def test_parameters_do_not_depend_on_the_image_size():
 
 
 @pytest.mark.whole
-def test_labels_time_and_dropout_matter():
+def test_output_depends_on_labels_time_and_dropout():
     model = models.UNet(**{**TINY, "num_classes": 3, "dropout": 0.5})
     x = jnp.ones((1, 8, 8, 3))
     params = redraw(init(model, y=jnp.zeros(1, int)))
@@ -149,7 +149,7 @@ def test_labels_time_and_dropout_matter():
 
 
 @pytest.mark.whole
-def test_label_dropout_gives_the_null_label_in_training_alone():
+def test_label_dropout_uses_the_null_label_in_training_only():
     """Without other randomness, a training output is that of the label or of the null label, at the configured rate."""
     rate, n = 0.3, 400
     model = models.UNet(**TINY, dropout=0.0, num_classes=3, label_dropout=rate)
@@ -177,7 +177,7 @@ def test_label_dropout_gives_the_null_label_in_training_alone():
         {"scale_shift_norm": True, "resample_blocks": True, "dtype": "bfloat16", "convolution": "xla"},
     ],
 )
-def test_precomputed_time_embeddings_give_the_same_network_with_fewer_products(fields):
+def test_precomputed_time_embeddings_give_the_same_output_with_fewer_products(fields):
     model, times = models.UNet(**TINY, **fields), np.array([3.0, 250.5, 700.0])
     y = jnp.array([2, 0]) if model.num_classes else None
     params = redraw(init(model, y=y if y is None else y[:1]))
@@ -203,7 +203,7 @@ def test_precomputed_time_embeddings_give_the_same_network_with_fewer_products(f
 
 
 @pytest.mark.whole
-def test_heads_by_their_channels_equal_heads_by_their_number():
+def test_head_channels_equal_the_same_number_of_heads():
     x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
     params = redraw(init(by_number))
@@ -213,7 +213,7 @@ def test_heads_by_their_channels_equal_heads_by_their_number():
 
 
 @pytest.mark.whole
-def test_remat_changes_nothing_and_bfloat16_little():
+def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)
     params = redraw(init(plain))
@@ -251,12 +251,12 @@ def test_remat_changes_nothing_and_bfloat16_little():
         ({}, (1, 8, 8, 3), jnp.zeros(1, int), "without classes"),
     ],
 )
-def test_refusals(fields, shape, y, words):
+def test_unet_refuses_invalid_fields_images_and_labels(fields, shape, y, words):
     with pytest.raises(ValueError, match=words):
         init(models.UNet(**{**TINY, **fields}), shape, y)
 
 
-def test_from_config():
+def test_from_config_builds_a_unet_and_refuses_unknown_leaves():
     assert models.from_config({**TINY, "channel_multipliers": [1, 2]}) == models.UNet(**TINY)
     with pytest.raises(ValueError, match=r"model.width is not a field"):
         models.from_config({"width": 3})

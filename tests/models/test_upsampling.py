@@ -14,7 +14,7 @@ from helpers.networks import TINY, redraw
 from helpers.program import finish, start
 
 
-def test_downsampling_takes_means():
+def test_downsample_takes_means():
     x = np.arange(2 * 4 * 8 * 3, dtype=np.float32).reshape(2, 4, 8, 3)
     low = upsampling.downsample(x, 2)
     assert low.shape == (2, 2, 4, 3)
@@ -28,7 +28,7 @@ def test_downsampling_takes_means():
         upsampling.downsample(x[:, :, :6], 1)
 
 
-def test_constant_and_linear_images_survive_both_ways():
+def test_enlarge_inverts_downsample_for_linear_images():
     """Means over squares put a line's value at each square's center, where bilinear interpolation finds it again."""
     y, x = np.mgrid[:8, :16] + 0.5
     image = jnp.float32((3 + 0.5 * x - 0.25 * y)[None, :, :, None])
@@ -40,7 +40,7 @@ def test_constant_and_linear_images_survive_both_ways():
     np.testing.assert_allclose(upsampling.enlarge(upsampling.downsample(constant, 2), (8, 8)), constant, rtol=1e-6)
 
 
-def test_what_the_network_is_given():
+def test_condition_concatenates_x_t_the_small_image_and_its_noise():
     x_t = jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
     low, std = jax.random.normal(jax.random.key(1), (2, 2, 4, 3)), jnp.array([0.1, 0.7])
     given = upsampling.condition(x_t, low, std)
@@ -57,7 +57,7 @@ def test_what_the_network_is_given():
             upsampling.condition(x_t, wrong)
 
 
-def test_noise_has_the_standard_deviation_that_is_told():
+def test_augment_adds_noise_of_the_given_standard_deviation():
     std = jnp.array([0.0, 0.5, 2.0])
     noisy = upsampling.augment(jax.random.key(0), jnp.ones((3, 64, 64, 1)), std)
     np.testing.assert_allclose((noisy - 1).std((1, 2, 3)), std, rtol=4 / (2 * 64**2) ** 0.5)
@@ -79,7 +79,7 @@ class Spy:
 
 @pytest.mark.whole
 @pytest.mark.parametrize("most", [0.0, 0.8])
-def test_training_gives_the_small_version_of_x_0(most):
+def test_objective_conditions_on_the_downsampled_x_0(most):
     """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""
     config = upsampler_config(**{"diffusion.conditioning_noise": most})
     spy, n = Spy(), 512
@@ -103,7 +103,7 @@ def test_training_gives_the_small_version_of_x_0(most):
 
 
 @pytest.mark.whole
-def test_the_gradient_reaches_the_small_image():
+def test_gradient_reaches_the_small_image():
     model = models.UNet(**TINY, out_channels=3)
     x_t, low = jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3))
     params = redraw(jax.jit(model.init)(jax.random.key(1), upsampling.condition(x_t, low), jnp.zeros(1))["params"])
@@ -117,7 +117,7 @@ def test_the_gradient_reaches_the_small_image():
 
 
 @pytest.mark.whole
-def test_an_upsampler_learns_from_the_small_image():
+def test_upsampler_learns_from_the_small_image():
     """x_0 is white noise at the low resolution, which the small image tells whole and x_t hardly.
 
     From x_t alone the least error of x_0 is s^2 v / (s^2 alpha_bar + v), with s^2 = 1/3 of uniform pixels and the noise
@@ -150,18 +150,18 @@ def test_an_upsampler_learns_from_the_small_image():
         ({"data.low_resolution": 0, "diffusion.conditioning_noise": 0.1}, "is for upsamplers"),
     ],
 )
-def test_upsamplers_that_cannot_be_built(overrides, words):
+def test_build_program_refuses_invalid_upsamplers(overrides, words):
     with pytest.raises(ValueError, match=words):
         training.build_program(upsampler_config(**overrides))
 
 
-def test_a_classifier_enlarges_nothing():
+def test_build_program_refuses_a_classifier_with_a_low_resolution():
     with pytest.raises(ValueError, match="a classifier .* has none"):
         training.build_program(classifier_config(**{"data.low_resolution": 4}))
 
 
 @pytest.mark.whole
-def test_a_run_makes_no_pictures_and_is_not_evaluated(tmp_path):
+def test_upsampler_run_draws_no_pictures_and_is_not_evaluated(tmp_path):
     config = upsampler_config(
         **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}
     )

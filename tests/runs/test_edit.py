@@ -134,7 +134,7 @@ def test_invalid_editing_options_are_refused(root, files):
             {"editing.mask": str(files / "alpha.png")},
             "black everywhere .values 0 to 0 of 255; transparency is ignored.",
         ),
-        ({"editing.mask": str(files / "wide.png")}, "is 9x5 pixels and the image 8x8"),
+        ({"editing.mask": str(files / "wide.png")}, "has 9x5 pixels and the image has 8x8"),
         ({"editing.num_samples": 0}, "editing.num_samples=0 must be a whole number of at least 1"),
         ({"editing.jump": 5}, "jump=5 must be below the 5 steps"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),

@@ -79,7 +79,7 @@ def test_neighbors_have_captions(drawn):
 
 
 def test_every_solver_has_its_own_color_and_marker():
-    """In the plot of docs/guides/sampling.md."""
+    """In the plot of docs/start/sampler.md."""
     path = ROOT / "benchmarks" / "samplers.py"
     spec = importlib.util.spec_from_file_location("samplers_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)

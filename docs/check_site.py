@@ -1,0 +1,131 @@
+"""Checks the built site: `python docs/check_site.py [docs/_build/html]`, the last step of `make docs`.
+
+Every name of every public module's `__all__` has an entry, every link leads to a file and an anchor that exist, and no page
+loads anything from another machine. Prints what is wrong and exits with 1.
+"""
+
+from __future__ import annotations
+
+import html.parser
+import importlib
+import pathlib
+import pkgutil
+import sys
+import urllib.parse
+import zlib
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
+
+import api  # noqa: E402
+
+import diffusion_jax  # noqa: E402
+
+_LOADED = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src", "video": "src"}
+
+
+def public_modules() -> Iterator[str]:
+    """The modules of the package, without its commands and its experiments."""
+    yield diffusion_jax.__name__
+    for module in pkgutil.walk_packages(diffusion_jax.__path__, f"{diffusion_jax.__name__}."):
+        if not any(part.startswith("_") for part in module.name.split(".")[1:]):
+            yield module.name
+
+
+def inventory(path: pathlib.Path) -> dict[str, set[str]]:
+    """The documented names of an objects.inv, by their role, such as py:function."""
+    compressed = path.read_bytes().partition(b"zlib.\n")[2]
+    found: dict[str, set[str]] = {}
+    for line in zlib.decompress(compressed).decode().splitlines():
+        name, role, *_ = line.rsplit(maxsplit=4)
+        found.setdefault(role, set()).add(name)
+    return found
+
+
+def missing_names(site: pathlib.Path) -> list[str]:
+    """What `__all__` of a public module names and the site does not describe."""
+    documented = set().union(
+        *(names for role, names in inventory(site / "objects.inv").items() if role.startswith("py:"))
+    )
+    problems = []
+    for name in public_modules():
+        module = importlib.import_module(name)
+        if name.partition(".")[2].split(".")[0] == "configs":
+            continue
+        if not hasattr(module, "__all__"):
+            if any(not member.startswith("_") for member in _defined_names(module)):
+                problems.append(f"{name} has no __all__")
+            continue
+        if name not in documented and name != diffusion_jax.__name__:
+            problems.append(f"no page has the module {name}; add it to a page of docs/reference/api")
+        for member in module.__all__:
+            page = api.page_of(name, member)
+            submodule = f"{name}.{member}"
+            if page.split(".")[0] == diffusion_jax.__name__ and not {f"{page}.{member}", submodule} & documented:
+                problems.append(f"no page has {page}.{member}, a name of {name}.__all__")
+    return problems
+
+
+def _defined_names(module) -> list[str]:
+    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+
+
+class _Page(html.parser.HTMLParser):
+    """The links, anchors and loaded files of a page."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.loaded: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.anchors |= {value for name, value in attrs if name in ("id", "name") and value}
+        if tag == "a" and values.get("href"):
+            self.links.append(str(values["href"]))
+        if tag in _LOADED and values.get(_LOADED[tag]) and values.get("rel") not in ("canonical", "next", "prev"):
+            self.loaded.append(str(values[_LOADED[tag]]))
+
+
+def broken_links(site: pathlib.Path) -> list[str]:
+    """Links to files and anchors that do not exist, and files that are loaded from elsewhere."""
+    pages = {path: _Page(path) for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts}
+    problems = []
+    for path, page in pages.items():
+        name = path.relative_to(site)
+        for address in page.loaded:
+            parts = urllib.parse.urlsplit(address)
+            if parts.scheme not in ("", "data") or parts.netloc:
+                problems.append(f"{name} loads {address}")
+            elif parts.path and not (path.parent / urllib.parse.unquote(parts.path)).exists():
+                problems.append(f"{name} loads {address}, which does not exist")
+        for link in page.links:
+            parts = urllib.parse.urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = path.parent.joinpath(urllib.parse.unquote(parts.path)).resolve() if parts.path else path
+            if not target.is_file():
+                problems.append(f"{name} links to {link}, which does not exist")
+            elif (
+                parts.fragment and target in pages and urllib.parse.unquote(parts.fragment) not in pages[target].anchors
+            ):
+                problems.append(f"{name} links to {link}, which has no such anchor")
+    return problems
+
+
+def main() -> None:
+    """Prints every problem."""
+    site = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "_build" / "html").resolve()
+    problems = missing_names(site) + broken_links(site)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    pages = len(list(site.rglob("*.html")))
+    print(f"{pages} pages: {len(problems)} problems with public names, links and loaded files")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

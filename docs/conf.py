@@ -1,0 +1,141 @@
+"""Sphinx's configuration of the documentation site: `make docs` builds it into docs/_build/html.
+
+Environment variables, all optional; without them the pages link to nothing outside the site:
+
+DOCS_ONLINE=1: cross-links to the documentation of jax, flax, optax and orbax, whose indices are downloaded.
+DOCS_REPOSITORY_URL: address of the repository on GitHub; adds source links, Colab links and the repository's address.
+DOCS_BASE_URL: address that the site is published at; adds the sitemap and canonical addresses.
+"""
+
+import os
+import pathlib
+import sys
+
+DOCS = pathlib.Path(__file__).parent
+ROOT = DOCS.parent
+BUILD = DOCS / "_build"
+sys.path[:0] = [str(ROOT), str(DOCS / "_extensions")]
+
+from notebooks import cache_directory  # noqa: E402
+
+import diffusion_jax  # noqa: E402
+
+# The notebooks' kernels inherit these.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XDG_CACHE_HOME"] = str(BUILD / "cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(BUILD / "cache" / "jax"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+REPOSITORY_URL = os.environ.get("DOCS_REPOSITORY_URL", "").rstrip("/")
+BASE_URL = os.environ.get("DOCS_BASE_URL", "")
+ONLINE = os.environ.get("DOCS_ONLINE") == "1"
+
+project = "diffusion_jax"
+author = "the diffusion_jax authors"
+project_copyright = ""
+version = release = diffusion_jax.__version__
+language = "en"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_design",
+    "sphinx_copybutton",
+    # In docs/_extensions.
+    "api",
+    "links",
+    "mathjax_files",
+    "notebooks",
+]
+exclude_patterns = ["_build", "_extensions", "**/.*"]
+nitpicky = True
+show_warning_types = True
+highlight_language = "none"  # of blocks that name no language
+
+# API pages: every name of __all__, with the signature that the source has.
+autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 100
+python_display_short_literal_types = True
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+napoleon_numpy_docstring = False
+
+# Pages in MyST Markdown, and notebooks.
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist", "attrs_inline", "attrs_block"]
+myst_heading_anchors = 4
+myst_dmath_double_inline = True
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(cache_directory(ROOT, BUILD))
+nb_execution_timeout = 600  # seconds for a cell; a notebook should need less than two minutes on two idle cores
+nb_execution_show_tb = True  # an error is a warning, and `make docs` makes warnings errors
+nb_merge_streams = True
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Pages work without a network: MathJax and its fonts are copied from a Python package.
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {
+    "tex": {"macros": {"E": r"\mathbb{E}", "KL": r"\operatorname{KL}", "N": r"\mathcal{N}"}},
+    "options": {"enableMenu": False},
+}
+
+html_theme = "sphinx_book_theme"
+html_title = "diffusion_jax"
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_domain_indices = False
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False
+html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
+html_theme_options = {
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
+    "show_toc_level": 2,
+    "home_page_in_toc": False,
+    "show_navbar_depth": 1,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+if REPOSITORY_URL:
+    extensions.append("sphinx.ext.linkcode")
+    html_theme_options |= {
+        "repository_url": REPOSITORY_URL,
+        "repository_branch": "main",
+        "path_to_docs": "docs",
+        "use_repository_button": True,
+        "use_issues_button": True,
+    }
+if BASE_URL:
+    extensions.append("sphinx_sitemap")
+    html_baseurl = BASE_URL
+    sitemap_url_scheme = "{link}"
+    sitemap_show_lastmod = False
+if ONLINE:
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "flax": ("https://flax.readthedocs.io/en/latest", None),
+        "optax": ("https://optax.readthedocs.io/en/latest", None),
+        "orbax": ("https://orbax.readthedocs.io/en/latest", None),
+    }
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """The address of an object's source in the repository."""
+    import api
+
+    place = api.source_lines(info["module"], info["fullname"])
+    if place is None:
+        return None
+    path, first, last = place
+    return f"{REPOSITORY_URL}/blob/main/{path.relative_to(ROOT)}#L{first}-L{last}"

@@ -1,0 +1,118 @@
+"""Writes the generated pages of the reference: `make reference`.
+
+docs/reference/configuration.md has every leaf of a config, docs/reference/command_line.md every flag of every command. Each
+page is written completely or not at all, and a test compares them with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from diffusion_jax import cli, config, files  # noqa: E402
+from diffusion_jax.evaluation import __main__ as evaluation  # noqa: E402
+from diffusion_jax.pretrained import __main__ as pretrained  # noqa: E402
+
+REFERENCE = ROOT / "docs" / "reference"
+_INTRODUCTION = """# Command line
+
+Three commands: one for the runs of a model, one for weights, and one for sets of images. This page is the output of
+`make reference`.
+
+## `diffusion-jax`
+
+`pip install '.[train]'` installs this command; in a clone of the repository, `python main.py` is the same command.
+
+```sh
+diffusion-jax --config=NAME --workdir=DIR --mode=train
+```
+
+A rerun of the same command resumes the run. `--config` may be left out for a directory that holds a run, and with
+`--pretrained`, from which any mode then starts.
+"""
+_EXIT_CODES = """### Exit codes
+
+| code | meaning |
+|---|---|
+| 0 | the command has finished |
+| 1 | the run failed, for example because the disk is full or the loss is not finite |
+| 2 | bad input; the message has one line with the value, what is allowed and what to type |
+| 69 | another process of the run was lost; rerun the same command to resume |
+| 75 | stopped by SIGTERM; training has saved a checkpoint; rerun the same command to resume |
+| 130 | interrupted by Ctrl-C; training has saved a checkpoint; rerun the same command to resume |
+
+[Reliability](../results/reliability.md) lists the faults behind each code, and which of them were tested.
+"""
+
+
+def command_line() -> str:
+    """The page of the command line in Markdown."""
+    modes = ["### Modes", "", "| mode | what it does |", "|---|---|"]
+    modes += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in cli.MODES.items()]
+    leaves = (
+        "`--config.group.leaf=VALUE` overrides a leaf of the config: `--config.training.num_steps=1e4`,\n"
+        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all leaves. A Boolean leaf may\n'
+        "stand alone: `--config.model.remat`."
+    )
+    parts = [
+        _INTRODUCTION,
+        *_flags(cli.make_parser()),
+        "",
+        "### Overrides",
+        "",
+        leaves,
+        "",
+        *modes,
+        "",
+        _EXIT_CODES,
+        *_command("python -m diffusion_jax.pretrained", pretrained.make_parser()),
+        *_command("python -m diffusion_jax.evaluation", evaluation.comparison_parser()),
+        *_command("python -m diffusion_jax.evaluation table", evaluation.table_parser()),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"## `{name}`"
+    yield ""
+    for paragraph in (parser.description or "").split("\n\n"):
+        if paragraph.startswith("    "):
+            yield from ["```console", *(f"$ {line.strip()}" for line in paragraph.splitlines()), "```", ""]
+        else:
+            yield from [paragraph.strip(), ""]
+    yield from _flags(parser)
+    yield ""
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield "| argument | default | meaning |"
+    yield "|---|---|---|"
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = action.metavar or action.dest.upper()
+        if action.choices:
+            value = "{" + ",".join(map(str, action.choices)) + "}"
+        name = action.option_strings[0] if action.option_strings else value
+        if action.option_strings and action.nargs != 0:
+            name += f"={value}"
+        if action.nargs in ("?", "+"):
+            name = f"[{name}]" if action.nargs == "?" else f"{name}..."
+        default = "" if action.default in (None, "", False) else f"`{action.default}`"
+        yield f"| `{name}` | {default} | {_cell(action.help or '')} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
+
+
+PAGES = {"configuration.md": config.reference, "command_line.md": command_line}
+
+if __name__ == "__main__":
+    for page, text in PAGES.items():
+        files.write_text(REFERENCE / page, text())

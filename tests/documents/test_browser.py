@@ -1,0 +1,134 @@
+"""The built site in Debian's Chromium, as wide as a phone and as a desktop: `make browser`.
+
+No page writes an error to the console, loads anything from another machine, or is wider than its window; pictures and
+equations are rendered; the search finds functions; axe-core finds no serious violation. Screenshots:
+docs/_build/screenshots.
+"""
+
+import functools
+import http.server
+import shutil
+import threading
+
+import pytest
+
+from helpers.paths import ROOT
+
+pytestmark = pytest.mark.browser
+
+SITE = ROOT / "docs" / "_build" / "html"
+SCREENSHOTS = ROOT / "docs" / "_build" / "screenshots"
+WIDTHS = {"phone": 390, "desktop": 1400}
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.parts and not path.name.startswith("_")
+)
+BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
+# Equations that MathJax has not replaced, or shows as an error.
+BROKEN_EQUATIONS = """[...document.querySelectorAll('.math')]
+    .filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror, [data-mjx-error]'))
+    .map(e => e.textContent.slice(0, 80))"""
+EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    assert PAGES, "docs/_build/html has no pages; run `make docs`"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path, "Chromium is not installed; on Debian: apt install chromium"
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def context(request, browser, address):
+    """A window; `requests` collects what its pages ask of other machines, and nothing is sent there."""
+    context = browser.new_context(viewport={"width": WIDTHS[request.param], "height": 900})
+    context.requests = []
+
+    def block(route):
+        context.requests.append(route.request.url)
+        route.abort()
+
+    context.route(lambda url: not url.startswith((address, "data:", "blob:")), block)
+    context.label = request.param
+    yield context
+    context.close()
+
+
+def open_page(context, url):
+    """(page, its messages of errors), when everything is loaded and rendered."""
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url, wait_until="load")
+    page.evaluate("window.MathJax?.startup?.promise")
+    return page, errors
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_rendered_and_accessible(context, address, name):
+    page, errors = open_page(context, address + name)
+    try:
+        page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
+        page.wait_for_function("[...document.images].every(i => i.complete)")
+        file = f"{name.removesuffix('.html').replace('/', '__')}.png"
+        page.screenshot(path=SCREENSHOTS / context.label / file, full_page=True)
+        assert not errors
+        assert not context.requests
+        assert not page.evaluate(BROKEN_IMAGES)
+        assert not page.evaluate(BROKEN_EQUATIONS)
+        assert page.evaluate(EXCEEDS_WINDOW) <= 0
+        assert not violations(page)
+    finally:
+        context.requests.clear()
+        page.close()
+
+
+def violations(page):
+    """The serious violations that axe-core finds, with the first elements that have them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [
+        f"{violation['impact']} {violation['id']}: {node['html'][:200]}"
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"][:5]
+    ]
+
+
+def test_equations_are_checked(context, address):
+    """At least one page has equations, so that the check above is not empty."""
+    page, _ = open_page(context, address + "concepts/ddpm.html")
+    assert page.locator("mjx-container").count() > 0
+    page.close()
+
+
+@pytest.mark.parametrize("words", ["q_posterior", "classifier_free"])
+def test_the_search_finds_a_function(context, address, words):
+    page, errors = open_page(context, f"{address}search.html?q={words}")
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
+    assert any(words in link for link in links), links
+    assert not errors
+    page.close()

@@ -1,0 +1,96 @@
+"""The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
+
+```python   runs, from top to bottom in one namespace for each page
+```py       does not run; a sentence above it says what it needs
+```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
+```console  and other languages: only shown
+"""
+
+import json
+import re
+import shlex
+
+import pytest
+from documents import markdown
+
+import configs.digits
+from diffusion_jax import cli
+from diffusion_jax.runs import workdir
+from helpers import published_files
+
+KINDS = {"python", "py", "sh", "console", "text", "json", "toml", ""}
+COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
+WITH_PYTHON = [page for page in markdown.pages() if any(block.kind == "python" for block in markdown.blocks(page))]
+WITH_SHELL = [page for page in markdown.pages() if any(block.kind == "sh" for block in markdown.blocks(page))]
+
+
+@pytest.mark.parametrize("page", markdown.pages(), ids=markdown.name)
+def test_blocks_are_of_a_known_kind(page):
+    for block in markdown.blocks(page):
+        assert block.kind in KINDS or block.kind.startswith("{"), f"line {block.line}: {block.kind}"
+        assert block.kind not in ("{code-block}", "{code}"), f"line {block.line}: write ```python, so that it is tested"
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=markdown.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in markdown.blocks(page):
+        if block.kind == "python":
+            # The empty lines make the lines of a traceback those of the page.
+            exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+
+
+def commands(text):
+    """The commands of a shell block that the command line of this project parses."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if COMMAND.match(line.strip()):
+            yield line.strip()
+
+
+@pytest.fixture(scope="module")
+def placeholders(tmp_path_factory):
+    """A work directory that holds a config, and weights in a folder of diffusers."""
+    folder = tmp_path_factory.mktemp("documents")
+    run = folder / "run"
+    run.mkdir()
+    workdir.write_config(configs.digits.get_config(), run)
+    weights, arrays = published_files.stored("unet_ddpm_cifar10_narrow")
+    published_files.write_folder(folder / "weights", json.loads(str(arrays["config"])), weights)
+    return {"workdir": str(run), "pretrained": str(folder / "weights")}
+
+
+def arguments(command, placeholders, empty):
+    """The arguments of a command, with a value of every placeholder."""
+    words = shlex.split(COMMAND.sub("", command), comments=True)
+    given = {word.partition("=")[0] for word in words}
+    replaced = []
+    for word in words:
+        if word == "...":
+            replaced += ["--config=digits", f"--workdir={empty}"]
+            continue
+        flag, equals, value = word.partition("=")
+        if flag == "--workdir":
+            value = placeholders["workdir"] if not given & {"--config", "--pretrained"} else str(empty)
+        if flag == "--pretrained":
+            value = placeholders["pretrained"]
+        if flag == "--config" and value in ("NAME", "configs/NAME.py"):
+            value = "digits"
+        if re.search(r"\$\{?\w+", value):
+            value = re.sub(r"\$(\w+|\{[^}]*\}|\([^)]*\))", "1", value)
+        replaced.append(flag + equals + value)
+    return replaced
+
+
+@pytest.mark.parametrize("page", WITH_SHELL, ids=markdown.name)
+def test_the_command_line_parses_shell_blocks(page, placeholders, tmp_path):
+    for block in markdown.blocks(page):
+        if block.kind != "sh":
+            continue
+        for command in commands(block.text):
+            try:
+                parsed = cli.parse(arguments(command, placeholders, tmp_path / "new"))
+                cli.check_mode(parsed.mode, parsed.config)
+            except Exception as error:
+                raise AssertionError(f"{page}, block of line {block.line}: {command}\n{error}") from error
