@@ -318,8 +318,7 @@ def test_a_schedule_needs_a_known_prediction_and_variance(leaf, words):
         ({"optimizer.name": "sgd"}, "adamw"),
         ({"model.num_groups": 3}, "num_groups=3"),
         ({"model.label_dropout": 0.1}, "needs labels to drop"),
-        ({"diffusion.loss": "classify"}, "unknown leaf model.label_dropout: the model of a classifier"),
-        ({"data.image_size": 9}, "divisible by 2"),
+        ({"diffusion.loss": "classify"}, "unknown leaf model.condition_channels: the model of a classifier"),
     ],
 )
 def test_configs_that_cannot_be_built(overrides, words):
