@@ -43,10 +43,13 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
       values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 4)
-    center = sum(block.sum(axis=0) for _, block in read_blocks(reference)) / len(reference)
+    center = np.asarray(sum(block.sum(axis=0) for _, block in read_blocks(reference))) / len(reference)
     n, m = len(reference), len(samples)
     rows, columns, squares = _distance_sums(reference, samples, center)
-    within = [_distance_sums(x, None, center)[::2] for x in (reference, samples)]
+    within = []
+    for x in (reference, samples):
+        sums, _, squared = _distance_sums(x, None, center)
+        within.append((sums, squared))
     mean = rows.sum() / (n * m)
     value = 2 * mean - sum(sums.sum() / (len(sums) * (len(sums) - 1)) for sums, _ in within)
     # The variances of the kernel's parts that depend on both examples of a pair: doubly centered distances.

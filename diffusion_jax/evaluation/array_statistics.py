@@ -53,8 +53,9 @@ def z_scores(one: Any, other: Any) -> np.ndarray:
             return np.where(difference == 0, 0.0, difference / np.hypot(error, other_error))
 
     if not np.iscomplexobj(values):
-        return divide(values, error.real, other_error.real)
-    return divide(values.real, error.real, other_error.real) + 1j * divide(values.imag, error.imag, other_error.imag)
+        return divide(values, np.real(error), np.real(other_error))
+    real, imaginary = (divide(part(values), part(error), part(other_error)) for part in (np.real, np.imag))
+    return real + 1j * imaginary
 
 
 class MeanAndCovariance(NamedTuple):
@@ -91,21 +92,21 @@ class PowerSpectrum(NamedTuple):
 
     frequencies: cycles per position; of a shell, the mean of its absolute frequencies [K]; of the grid [*K, axes].
     value, standard_error: [*K, C], or [*K, C, C] with cross=True (complex on the grid).
-    count: how many frequencies of the grid each entry averages [*K].
+    num_averaged: how many frequencies of the grid each entry averages [*K].
     """
 
     frequencies: np.ndarray
     value: np.ndarray
     standard_error: np.ndarray
-    count: np.ndarray
+    num_averaged: np.ndarray
 
 
 def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: str = "none") -> PowerSpectrum:
     """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting the mean of each channel.
 
     With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions it is E |F(k)|^2 / N: that of white noise is its
-    variance at every frequency, and the mean over all frequencies, sum(count * value) / sum(count), is the variance
-    (Parseval). It is the spectrum of a periodic field. For other data it is the expected periodogram, whose lags are
+    variance at every frequency, and the mean over all frequencies, sum(num_averaged * value) / sum(num_averaged), is the
+    variance (Parseval). It is the spectrum of a periodic field. For other data it is the expected periodogram, whose lags are
     weighted by 1 - |lag| / length; a window reduces the leakage from strong into weak frequencies.
 
     Args:
@@ -135,7 +136,7 @@ def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: 
             power = transform[..., :, None] * transform[..., None, :].conj()
             power = power.real if radial else power
         else:
-            power = np.square(transform.real) + np.square(transform.imag)
+            power = np.square(np.real(transform)) + np.square(np.imag(transform))
         power /= math.prod(spatial)
         if window == "none":  # the mean of the examples was subtracted, which lowers this frequency alone
             power[:, 0] *= count / (count - 1)
@@ -176,17 +177,17 @@ def autocorrelation(x: Any, max_lag: int | None = None, *, periodic: bool = Fals
             f"x has shape {x.shape}; an autocorrelation needs series [n, L, C], fields have `power_spectrum`"
         )
     count, length, channels = x.shape
-    max_lag = length // 2 if max_lag is None else max_lag
-    if not 0 <= max_lag < length:
-        raise ValueError(f"max_lag={max_lag} must lie in 0 ... {length - 1}, below the length of the series")
-    lags = np.arange(max_lag + 1)
+    largest = length // 2 if max_lag is None else max_lag
+    if not 0 <= largest < length:
+        raise ValueError(f"max_lag={largest} must lie in 0 ... {length - 1}, below the length of the series")
+    lags = np.arange(largest + 1)
     pairs = np.full(len(lags), length) if periodic else length - lags
     padded = length if periodic else 2 * length  # zeros, so that the ends of a series do not meet
     mean, covariance_of_mean = _channel_means(x)
     total, squares, with_variance = np.zeros((3, len(lags), channels))
     for _, block in read_blocks(x, 4 * padded * channels):
         transform = np.fft.rfft(block - mean, padded, axis=1)
-        power = np.square(transform.real) + np.square(transform.imag)
+        power = np.square(np.real(transform)) + np.square(np.imag(transform))
         products = np.fft.irfft(power, padded, axis=1)[:, : len(lags)] / pairs[:, None]
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
@@ -216,7 +217,7 @@ def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _square_parts(x: np.ndarray) -> np.ndarray:
     """The square of real numbers; of complex ones, the squares of the real and the imaginary part."""
-    return np.square(x.real) + 1j * np.square(x.imag) if np.iscomplexobj(x) else np.square(x)
+    return np.square(np.real(x)) + 1j * np.square(np.imag(x)) if np.iscomplexobj(x) else np.square(x)
 
 
 def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:

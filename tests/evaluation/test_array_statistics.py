@@ -82,8 +82,8 @@ def test_parseval(shape, tiny_blocks):
     covariance = array_statistics.mean_and_covariance(x).covariance.value
     for radial in (True, False):
         found = array_statistics.power_spectrum(x, radial=radial, cross=True)
-        weights = found.count / found.count.sum()
-        assert found.count.sum() == np.prod(shape)
+        weights = found.num_averaged / found.num_averaged.sum()
+        assert found.num_averaged.sum() == np.prod(shape)
         mean = np.tensordot(weights, found.value, weights.ndim)
         # The correction of the mean is that of frequency 0 here, and of the whole covariance there: the same number.
         np.testing.assert_allclose(mean, covariance, rtol=1e-10, atol=1e-10)
@@ -99,7 +99,7 @@ def test_one_wave_has_its_frequency():
     x = np.sqrt(2) * np.cos(2 * np.pi * 3 * np.arange(16)[:, None] / 16 + phase)
     found = array_statistics.power_spectrum(x)
     np.testing.assert_allclose(found.frequencies, np.arange(9) / 16)
-    assert found.value[3, 0] * found.count[3] / 16 == pytest.approx(1, rel=0.02)
+    assert found.value[3, 0] * found.num_averaged[3] / 16 == pytest.approx(1, rel=0.02)
     assert np.delete(found.value[:, 0], 3).max() < 1e-10
 
 
