@@ -34,6 +34,7 @@ __all__ = [
     "gaussian_kl",
     "prior_term",
     "rate_distortion",
+    "standardization_bits",
 ]
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
@@ -217,7 +218,8 @@ def bits_per_dim(
       key: draws the noise of every step, and the steps with strata.
       x_0: images in [-1, 1], or other data.
       prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip.
-      gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits are of a density and may be negative.
+      gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits are of a density of x_0 and may be
+        negative; use clip=False, and add `standardization_bits` for the density of the data before standardization.
       strata: None visits all T steps. A number S visits 1 + 2 S of them: index 0, and two in each of S intervals of the
         others (short ones where t is small and terms are large), drawn for each example. The estimate is unbiased, and
         `standard_error` is computed from the differences of these pairs.
@@ -271,6 +273,18 @@ def bits_per_dim(
         return BitsPerDim(prior + total, prior, decoder, standard_error, None, None, None, None)
     vlb, mse, x_0_mse = (column.T for column in columns)
     return BitsPerDim(prior + total, prior, decoder, standard_error, steps.T, vlb, mse, x_0_mse)
+
+
+def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]:
+    """The bits per dimension to add to those of x = (data - offset) / scale, for the density of the data in its own units.
+
+    By the change of variables -log p(data) = -log p(x) + sum log |scale|, so this is the mean of log2 |scale|. It applies to
+    `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats are
+    bits times ln 2.
+
+    scale: of each channel [C], not 0; or one number, or an array of the data's spatial shape.
+    """
+    return jnp.mean(jnp.log2(jnp.abs(process.as_float("scale", scale))))
 
 
 def rate_distortion(

@@ -105,6 +105,7 @@ CASES = {
         likelihood.bits_per_dim(KEY, FULL, f, x, strata=strata, tables=tables)
         for f, strata, tables in [(network, None, True), (exact, 2, True), (network, None, False)]
     ],
+    "likelihood.standardization_bits": lambda x: likelihood.standardization_bits(alone(x)),
     "likelihood.rate_distortion": lambda x: likelihood.rate_distortion(alone(x)[0], alone(x), alone(x)),
     "guidance.classifier_free": lambda x: [
         guidance.classifier_free(f, Y, NULL, np.float64(1.5), rescale=np.float64(0.5), interval=(2, 5))(x, times(x))

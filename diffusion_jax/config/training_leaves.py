@@ -74,6 +74,12 @@ DATA: dict[str, Leaf] = {
 }
 
 MODEL: dict[str, Leaf] = {
+    "kind": _IdentityLeaf(
+        "unet",
+        Choice("unet", "mlp"),
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. An mlp has the leaves that are fields of "
+        "`models.MLP`, and the others must keep their defaults.",
+    ),
     "channels": _IdentityLeaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": _IdentityLeaf(
         (1, 2, 2, 2),
@@ -112,6 +118,11 @@ MODEL: dict[str, Leaf] = {
         Tuple(Integer(0), "whole numbers", length=2, shown="(0, 1)"),
         "Padding before and after each side of a stride-2 convolution: (0, 1) as Ho et al., (1, 1) as OpenAI.",
     ),
+    "padding": _IdentityLeaf(
+        "zeros",
+        Choice("zeros", "periodic"),
+        "What convolutions see beyond the ends of an array: zeros, or its other end, for data on a torus.",
+    ),
     "num_groups": _IdentityLeaf(32, Integer(1), "Groups of every group norm."),
     "norm_epsilon": _IdentityLeaf(
         1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."
@@ -125,6 +136,19 @@ MODEL: dict[str, Leaf] = {
         0.0,
         Number(minimum=0, below=1),
         "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual.",
+    ),
+    "condition_features": _IdentityLeaf(
+        0, Integer(0), "Numbers in the condition of an example, a vector that the network embeds; 0 for none."
+    ),
+    "condition_channels": _IdentityLeaf(
+        0,
+        Integer(0),
+        "Channels of the condition of an example, an array of the data's spatial shape; 0 for none.",
+    ),
+    "condition_dropout": _IdentityLeaf(
+        0.0,
+        Number(minimum=0, below=1),
+        "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual.",
     ),
     "out_channels": _IdentityLeaf(
         None,
@@ -163,7 +187,7 @@ _CLASSIFIER_DEFAULTS = {
 CLASSIFIER_MODEL: dict[str, Leaf] = {
     name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
     for name, leaf in MODEL.items()
-    if name not in ("num_heads_up", "label_dropout", "out_channels")
+    if name not in ("kind", "num_heads_up", "label_dropout", "out_channels") and not name.startswith("condition_")
 } | {"num_classes": _IdentityLeaf(1000, Integer(2), "Number of classes.")}
 
 DIFFUSION: dict[str, Leaf] = {

@@ -56,7 +56,7 @@ def log_density(
     Args:
       key: the probes of the trace.
       denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output; channels beyond those of x are ignored.
-      x: float [B, ...]. All examples share the solver's steps.
+      x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
       prediction: eps, x_0, v or score.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
@@ -73,7 +73,7 @@ def log_density(
     x = process.as_float("x", x)
     dimensions, channels = math.prod(x.shape[1:]), x.shape[-1]
     if trace == "exact":
-        vectors = jnp.eye(dimensions, dtype=x.dtype).reshape(dimensions, 1, *x.shape[1:])
+        vectors = jnp.arange(dimensions)  # unit vectors by their index: D of them at once would need D^2 numbers
     else:
         vectors = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
     scale = 1.0 if trace == "exact" else 1.0 / probes
@@ -91,6 +91,8 @@ def log_density(
         eps, jacobian = jax.linearize(eps_fn, x)
 
         def directional(vector):
+            if trace == "exact":
+                vector = jax.nn.one_hot(vector, dimensions, dtype=x.dtype).reshape(x.shape[1:])
             vector = jnp.broadcast_to(vector, x.shape)
             return jnp.sum(vector * jacobian(vector), axis=range(1, x.ndim))
 
@@ -144,7 +146,8 @@ def bits_per_dim(
     variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
       - log2 P(x_0 | x_1)], and there is no offset, because the decoder includes it.
-    none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1.
+    none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
+      `likelihood.standardization_bits`.
 
     Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
       gray_levels: may be None for continuous data with dequantization "none".

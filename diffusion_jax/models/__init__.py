@@ -4,60 +4,98 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
 
 from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.encoder import REMAT_NAME
 from diffusion_jax.models.layers import timestep_embedding
+from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.presets import PRESETS, preset, preset_fields
 from diffusion_jax.models.time_table import precompute_time_embeddings
 from diffusion_jax.models.unet import UNet
 
 __all__ = [
+    "MLP",
     "PRESETS",
     "REMAT_NAME",
     "Classifier",
+    "Conditional",
     "UNet",
     "apply_network",
     "fields_of",
     "from_config",
+    "initial_inputs",
     "precompute_time_embeddings",
     "preset",
     "preset_fields",
     "timestep_embedding",
 ]
 
-_Network = TypeVar("_Network", UNet, Classifier)
+_Network = UNet | MLP | Classifier
+_Kind = TypeVar("_Kind", UNet, MLP, Classifier)
+_KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
-def apply_network(model: UNet | Classifier, params, *inputs, **options) -> jax.Array:
+def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
     """`model.apply({"params": params}, *inputs, **options)`, for networks that return one array and change no variables."""
     output = model.apply({"params": params}, *inputs, **options)
     assert isinstance(output, jax.Array)
     return output
 
 
-def _field_names(network: UNet | Classifier | type[UNet] | type[Classifier]) -> list[str]:
+def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Zeros with the shapes that `model.init(key, **inputs)` needs: one x_t [*spatial, C], its label and condition."""
+    inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
+    if isinstance(model, Conditional):
+        if model.num_classes:
+            inputs["y"] = jnp.zeros(1, jnp.int32)
+        if model.condition_features:
+            inputs["condition"] = jnp.zeros((1, model.condition_features))
+        elif model.condition_channels:
+            inputs["condition"] = jnp.zeros((1, *shape[:-1], model.condition_channels))
+    return inputs
+
+
+def _field_names(network: _Network | type[_Network]) -> list[str]:
     """Fields of a network or its class, without those that Flax adds."""
     return [field.name for field in dataclasses.fields(network) if field.name not in ("parent", "name")]
 
 
-def fields_of(model: UNet | Classifier) -> dict[str, Any]:
-    """The fields of a network, as `config.model` has them."""
+def fields_of(model: _Network) -> dict[str, Any]:
+    """The fields of a network, by name."""
     return {name: getattr(model, name) for name in _field_names(model)}
 
 
-def from_config(config: Mapping[str, Any], kind: type[_Network] = UNet) -> _Network:
-    """The network whose fields are the leaves of `config.model`. Raises: ValueError for a leaf that is not a field."""
-    fields = set(_field_names(kind))
-    unknown = sorted(set(config) - fields)
+@overload
+def from_config(config: Mapping[str, Any]) -> UNet | MLP: ...
+@overload
+def from_config(config: Mapping[str, Any], kind: type[_Kind]) -> _Kind: ...
+def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
+    """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
+
+    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. For an MLP the leaves that are
+    fields of the U-Net alone must have their defaults.
+    Raises: ValueError for a leaf that is not a field.
+    """
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
+    }
+    named = options.pop("kind", "unet")
+    if kind is None:
+        if named not in _KINDS:
+            raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
+        kind = _KINDS[named]
+    fields = _field_names(kind)
+    if kind is MLP:
+        unused = {name: getattr(UNet, name) for name in _field_names(UNet) if name not in fields}
+        options = {name: value for name, value in options.items() if name not in unused or value != unused[name]}
+    unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(
             f"model.{unknown[0]} is not a field of models.{kind.__name__}; its fields: {', '.join(sorted(fields))}"
         )
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
-    }
     return kind(**options)

@@ -1,7 +1,11 @@
-"""The blocks of a network: residual blocks, with or without resampling, and self-attention."""
+"""The blocks of a network: residual blocks, with or without resampling, and self-attention.
+
+Arrays are [B, *spatial, C], with any number of spatial axes.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -14,17 +18,22 @@ __all__ = ["Attention", "ResBlock", "downsample_2x", "split_heads", "upsample_2x
 
 
 def downsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, H / 2, W / 2, C]: the mean of each 2x2 pixels."""
-    return nn.avg_pool(x, (2, 2), (2, 2))
+    """[B, H, W, C] to [B, H / 2, W / 2, C]: the mean of each 2x2 pixels, and so on along any number of axes."""
+    window = (2,) * (x.ndim - 2)
+    return nn.avg_pool(x, window, window)
 
 
 def upsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, 2 H, 2 W, C]: each pixel four times."""
-    return x.repeat(2, axis=1).repeat(2, axis=2)
+    """[B, H, W, C] to [B, 2 H, 2 W, C]: each pixel four times, and so on along any number of axes."""
+    for axis in range(1, x.ndim - 1):
+        x = x.repeat(2, axis=axis)
+    return x
 
 
 class ResBlock(nn.Module):
-    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a 1x1 projection if the widths differ.
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a dense projection if the widths differ.
+
+    For vectors, which `layers.spatial_dims` = 0 describes, dense layers take the place of the convolutions.
 
     With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual one after its first SiLU (ADM
@@ -39,24 +48,31 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, train: bool) -> jax.Array:
-        """x: [B, H, W, C]; embedding: [B, E], of the time; train: whether dropout is active."""
+        """x: [B, *spatial, C]; embedding: [B, E], of the time; train: whether dropout is active."""
         h = nn.silu(self.layers.norm("norm1")(x))
         upsample = self.resample is upsample_2x
         if self.resample is not None:
             h, x = h if upsample else self.resample(h), self.resample(x)
-        h = self.layers.conv(self.features, "conv1", upsample=upsample)(h)
+        h = self._mix("1", upsample=upsample)(h)
         width = self.features * (2 if self.scale_shift_norm else 1)
-        time = self.layers.dense(width, "time_proj")(nn.silu(embedding))[:, None, None, :]
+        time = self.layers.dense(width, "time_proj")(nn.silu(embedding))
+        time = time[:, *(None,) * (h.ndim - 2), :]
         if self.scale_shift_norm:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = self.layers.norm("norm2")(h) * (1 + scale) + shift
         else:
             h = self.layers.norm("norm2")(h + time)
         h = Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-        h = self.layers.conv(self.features, "conv2", last=True)(h)
+        h = self._mix("2", last=True)(h)
         if x.shape[-1] != self.features:
             x = self.layers.dense(self.features, "skip")(x)
         return x + h
+
+    def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Callable:
+        """The first or second convolution, or dense layer of a vector."""
+        if self.layers.spatial_dims:
+            return self.layers.conv(self.features, f"conv{number}", last=last, upsample=upsample)
+        return self.layers.dense(self.features, f"dense{number}", last=last)
 
 
 def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
@@ -76,12 +92,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        """x: [B, H, W, C]; returns the same shape."""
-        b, height, width, c = x.shape
+        """x: [B, *spatial, C]; returns the same shape."""
+        b, *spatial, c = x.shape
+        positions = math.prod(spatial)
         heads = split_heads(c, self.num_heads, self.head_channels)
-        h = self.layers.norm("norm")(x).reshape(b, height * width, c)
-        q, k, v = (
-            self.layers.dense(c, name)(h).reshape(b, height * width, heads, c // heads) for name in ("q", "k", "v")
-        )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
+        h = self.layers.norm("norm")(x).reshape(b, positions, c)
+        q, k, v = (self.layers.dense(c, name)(h).reshape(b, positions, heads, c // heads) for name in ("q", "k", "v"))
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return x + self.layers.dense(c, "proj", last=True)(h)

@@ -6,6 +6,7 @@ It is the downsampling path of the U-Net, with the same time embedding, and atte
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -19,10 +20,10 @@ __all__ = ["AttentionPool", "Classifier"]
 
 
 class AttentionPool(nn.Module):
-    """[B, H, W, C] -> [B, features]: attention of the mean of all positions to them and to itself, as in CLIP.
+    """[B, *spatial, C] -> [B, features]: attention of the mean of all positions to them and to itself, as in CLIP.
 
-    The mean precedes the H W positions, each of the H W + 1 tokens has a learned position embedding, and one attention
-    layer with the mean as its only query is projected to `features`.
+    The mean precedes the N positions (H W of an image), each of the N + 1 tokens has a learned position embedding, and one
+    attention layer with the mean as its only query is projected to `features`.
     """
 
     features: int
@@ -32,17 +33,18 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        """x: [B, H, W, C]; returns [B, features]. Raises: ValueError for another H W than at initialization."""
-        b, height, width, c = x.shape
-        heads, tokens = split_heads(c, self.num_heads, self.head_channels), height * width + 1
+        """x: [B, *spatial, C]; returns [B, features]. Raises: ValueError for other sizes than at initialization."""
+        b, *spatial, c = x.shape
+        positions = math.prod(spatial)
+        heads, tokens = split_heads(c, self.num_heads, self.head_channels), positions + 1
         if self.has_variable("params", "position") and self.get_variable("params", "position").shape[0] != tokens:
             known = self.get_variable("params", "position").shape[0] - 1
             raise ValueError(
                 f"the position embedding of this classifier fixes the image size: it has {known} positions after "
-                f"downsampling, and these images have {height}x{width}; resize the images"
+                f"downsampling, and these images have {'x'.join(map(str, spatial))}; resize the images"
             )
         position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)
-        x = x.reshape(b, height * width, c)
+        x = x.reshape(b, positions, c)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + position
         q, k, v = (
             self.layers.dense(c, name)(part).reshape(b, -1, heads, c // heads)
@@ -55,7 +57,7 @@ class Classifier(Encoder):
     """Logits of an image's class from x_t and its network time; the defaults are ADM's classifier of 128x128 ImageNet.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
-    probabilities. It accepts only the height and width at initialization. Fields: `Encoder`'s, and
+    probabilities. It accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields: `Encoder`'s, and
 
     num_classes: the number of classes.
     """
@@ -75,11 +77,12 @@ class Classifier(Encoder):
 
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
-        """x_t: [B, H, W, C]; time: float [B]; train: whether dropout is active.
+        """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
 
-        Raises: ValueError for a height or width that 2^(levels - 1) does not divide, or other than at initialization.
+        Raises: ValueError for sizes not divisible by 2^(levels - 1), or other than at initialization.
         """
         self.check_input(x_t)
+        self.check_divisible(x_t, "its pooling reads every position")
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
         h, _ = self.encode(x_t, self.embed_time(time), train)

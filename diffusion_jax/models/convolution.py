@@ -1,4 +1,6 @@
-"""Convolutions of stride 1: of upsampled images with fewer multiplications, and as matrix products for CPUs in bfloat16.
+"""Convolutions of arrays with 1, 2 or 3 spatial axes: of upsampled arrays, and as matrix products for CPUs in bfloat16.
+
+Arrays are [B, *spatial, C] and kernels [*kernel size, C, K]; a padding has (before, after) for each spatial axis.
 
 XLA's CPU backend computes a bfloat16 convolution in float32, but computes a bfloat16 matrix product with float32 sums by
 the instructions made for it (AMX, AVX512-BF16). `convolve_matmul` concatenates the shifted columns that a kernel row covers,
@@ -17,36 +19,59 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["PADDING_1", "convolve_matmul", "convolve_upsampled", "convolve_xla", "dot_general_float32"]
+__all__ = [
+    "PADDING_1",
+    "convolve_matmul",
+    "convolve_matmul_nd",
+    "convolve_periodic",
+    "convolve_upsampled",
+    "convolve_xla",
+    "dot_general_float32",
+]
 
 PADDING_1 = ((1, 1), (1, 1))  # zeros before and after, in height and width
 
 
-def convolve_xla(x, kernel, padding=PADDING_1) -> jax.Array:
-    """XLA's convolution. x: [B, H, W, C]; kernel: [h, w, C, K]; returns [B, H', W', K] in x's dtype."""
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def convolve_xla(x, kernel, padding=PADDING_1, stride: int = 1) -> jax.Array:
+    """XLA's convolution. x: [B, *spatial, C]; kernel: [*size, C, K]; returns [B, *spatial', K] in x's dtype."""
+    axes = "DHW"[5 - x.ndim :]
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * len(axes), padding, dimension_numbers=numbers)
+
+
+def convolve_periodic(convolve: Callable, x, kernel, padding, **options) -> jax.Array:
+    """convolve(x, kernel, ...) of an array that repeats beyond its ends, instead of zeros."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap")
+    return convolve(x, kernel, ((0, 0),) * len(padding), **options)
 
 
 def convolve_upsampled(convolve: Callable, x, kernel) -> jax.Array:
-    """convolve(upsample_2x(x), kernel), where `upsample_2x` repeats each pixel in height and width; [B, 2 H, 2 W, K].
+    """convolve(upsample_2x(x), kernel), where `upsample_2x` repeats each position along every axis; [B, *2 spatial, K].
 
-    convolve: `convolve_xla` or `convolve_matmul`. kernel: [3, 3, C, K]. The nine pixels that a copy of a pixel sees are
-    copies of four, two in each direction: if the kernel's rows and columns are added accordingly, 4 products replace 9.
-    The kernel is summed in its own dtype, float32, and then rounded to x's dtype.
+    convolve: a function of (x, kernel, padding) such as `convolve_xla`. kernel: [3, ..., 3, C, K]. In an image the nine
+    pixels that a copy of a pixel sees are copies of four, two in each direction: if the kernel's rows and columns are added
+    accordingly, 4 products replace 9 (2 replace 3 in a series, 8 replace 27 in a volume). The kernel is summed in its own
+    dtype, float32, and then rounded to x's dtype.
     """
+    batch, *spatial, _ = x.shape
 
     def sum_taps(kernel, axis):
         """The two taps of the first copy and of the second."""
         first, middle, last = jnp.split(kernel, 3, axis)
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
-    copies = [
-        [convolve(x, part.astype(x.dtype), ((1 - i, i), (1 - j, j))) for j, part in enumerate(sum_taps(rows, 1))]
-        for i, rows in enumerate(sum_taps(kernel, 0))
-    ]
-    batch, height, width, _ = x.shape
-    y = jnp.stack([jnp.stack(row, axis=3) for row in copies], axis=2)  # [B, H, 2, W, 2, K]
-    return y.reshape(batch, 2 * height, 2 * width, -1)
+    def convolve_copies(kernel, padding) -> list[jax.Array]:
+        """The results [B, *spatial, K] for each copy of a position, the copies along the last axis next to each other."""
+        axis = len(padding)
+        if axis == len(spatial):
+            return [convolve(x, kernel.astype(x.dtype), padding)]
+        taps = enumerate(sum_taps(kernel, axis))
+        return [y for i, part in taps for y in convolve_copies(part, (*padding, (1 - i, i)))]
+
+    copies = convolve_copies(kernel, ())
+    for axis in reversed(range(2, len(spatial) + 2)):  # in the end [B, H, 2, W, 2, K] of an image
+        copies = [jnp.stack(copies[i : i + 2], axis=axis) for i in range(0, len(copies), 2)]
+    return copies[0].reshape(batch, *(2 * size for size in spatial), -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -74,6 +99,25 @@ def _backward(padding, residuals, g):
 
 
 convolve_matmul.defvjp(_forward, _backward)
+
+
+def convolve_matmul_nd(x, kernel, padding) -> jax.Array:
+    """`convolve_matmul` of arrays with 1, 2 or 3 spatial axes: a series is an image of height 1, a volume a stack of images.
+
+    The convolution of a volume is the sum of the products for each slice of its kernel.
+    """
+    if len(padding) == 2:
+        return convolve_matmul(x, kernel, padding)
+    if len(padding) == 1:
+        return jnp.asarray(convolve_matmul(x[:, None], kernel[None], ((0, 0), *padding)))[:, 0]
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+    batch, depth = x.shape[0], x.shape[1] - kernel.shape[0] + 1
+    slices = [
+        jnp.asarray(convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:]))
+        for i, part in enumerate(kernel)
+    ]
+    y = functools.reduce(jnp.add, slices)
+    return y.reshape(batch, depth, *y.shape[1:])
 
 
 def dot_general_float32(x, kernel, dimensions, precision=None) -> jax.Array:

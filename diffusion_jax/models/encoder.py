@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.blocks import Attention, ResBlock, downsample_2x
-from diffusion_jax.models.layers import LayerFactory, timestep_embedding
+from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
 
 __all__ = ["REMAT_NAME", "Encoder"]
 
 # The name, for a policy of jax.checkpoint, of the activations between blocks, which `remat` keeps for the backward pass.
 REMAT_NAME = "between blocks"
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
 
@@ -44,6 +45,9 @@ class Encoder(nn.Module):
       "xla" leaves them to XLA; "auto" is the first for a network that computes in bfloat16 on one CPU device. The numbers
       differ by rounding. Use "xla" if a network is traced on a CPU for another machine, or for forward-mode derivatives.
     remat: recompute each block's activations in the backward pass: less memory, about a third more time.
+    spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
+    padding: "zeros", or "periodic" for data on a torus: convolutions continue an array by its other end, so that a shift
+      of the input by a multiple of 2^(levels - 1) positions shifts the output of a U-Net.
     """
 
     channels: int = 128
@@ -64,15 +68,26 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     convolution: str = "auto"
     remat: bool = False
+    spatial_dims: int = 2
+    padding: str = "zeros"
 
     @property
     def layers(self) -> LayerFactory:
         """The factory of this network's layers."""
-        dtype = jnp.dtype(self.dtype)
-        use_matmul = self.convolution == "products"
-        if self.convolution == "auto":
-            use_matmul = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and jax.device_count() == 1
-        return LayerFactory(self.num_groups, self.norm_epsilon, self.initializer, dtype, use_matmul)
+        return LayerFactory(
+            self.num_groups,
+            self.norm_epsilon,
+            self.initializer,
+            jnp.dtype(self.dtype),
+            use_matmul(self.convolution, self.dtype),
+            self.spatial_dims,
+            self.padding == "periodic",
+        )
+
+    @property
+    def divisor(self) -> int:
+        """2^(levels - 1), by which the downsampling path divides sizes."""
+        return 2 ** (len(self.channel_multipliers) - 1)
 
     def width(self, level: int) -> int:
         """Channels of a level."""
@@ -94,14 +109,12 @@ class Encoder(nn.Module):
 
     def embed_time(self, time) -> jax.Array:
         """The embedding [B, 4 channels] of the network time [B]."""
-        embedding = timestep_embedding(
-            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        return embed_time(
+            self.layers, time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
         )
-        embedding = nn.silu(self.layers.dense(4 * self.channels, "time_0")(embedding.astype(self.dtype)))
-        return self.layers.dense(4 * self.channels, "time_1")(embedding)
 
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
-        """(the middle's output, the activations for skip connections in order) of images x [B, H, W, C]."""
+        """(the middle's output, the activations for skip connections in order) of x [B, *spatial, C]."""
         num_levels = len(self.channel_multipliers)
         h = self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype))
         skips = [h]
@@ -123,27 +136,33 @@ class Encoder(nn.Module):
         return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
 
     def check_input(self, x) -> None:
-        """Raises: ValueError for fields that do not describe a network, or images that do not fit this one."""
+        """Raises: ValueError for fields that do not describe a network, or arrays that do not fit this one."""
         num_levels = len(self.channel_multipliers)
         kind = type(self).__name__
+        if self.spatial_dims not in _AXES:
+            raise ValueError(f"spatial_dims={self.spatial_dims} must be 1, 2 or 3; vectors need an MLP")
+        if self.padding not in ("zeros", "periodic"):
+            raise ValueError(f"padding={self.padding!r} must be 'zeros' or 'periodic'")
+        noun = "images" if self.spatial_dims == 2 else "arrays"
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"the {kind} needs float images, in [-1, 1]; got {x.dtype}; convert uint8 images with x / 127.5 - 1"
+                f"the {kind} needs float {noun}, such as images in [-1, 1]; got {x.dtype}; convert uint8 images with "
+                "x / 127.5 - 1"
             )
-        if x.ndim != 4:
-            raise ValueError(f"the {kind} needs images [B, H, W, C], got shape {x.shape}")
-        divisor = 2 ** (num_levels - 1)
-        if x.shape[1] % divisor or x.shape[2] % divisor:
+        if x.ndim != self.spatial_dims + 2:
             raise ValueError(
-                f"a {kind} of {num_levels} levels needs a height and width divisible by {divisor}, got {x.shape[1:3]}; "
-                "resize the images or use fewer channel_multipliers"
+                f"the {kind} needs {noun} [B, {_AXES[self.spatial_dims]}, C], got shape {x.shape}; spatial_dims gives the "
+                "number of spatial axes"
             )
-        if self.initializer not in ("ho", "openai"):
-            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
-        if self.convolution not in ("auto", "products", "xla"):
-            raise ValueError(f"convolution={self.convolution!r} must be 'auto', 'products' or 'xla'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_options(self.initializer, self.convolution, self.dropout)
         outside = [level for level in self.attention_levels if not 0 <= level < num_levels]
         if outside:
             raise ValueError(f"attention_levels must lie in 0 ... {num_levels - 1}, got {outside[0]}")
+
+    def check_divisible(self, x, reason: str) -> None:
+        """Raises: ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""
+        if any(size % self.divisor for size in x.shape[1:-1]):
+            raise ValueError(
+                f"a {type(self).__name__} of {len(self.channel_multipliers)} levels needs sizes divisible by {self.divisor}, "
+                f"because {reason}; got {x.shape[1:-1]}; resize the arrays or use fewer channel_multipliers"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,17 @@ import jax.numpy as jnp
 
 from diffusion_jax.models import convolution
 
-__all__ = ["Conv", "Dense", "Dropout", "GroupNorm", "LayerFactory", "timestep_embedding"]
+__all__ = [
+    "Conv",
+    "Dense",
+    "Dropout",
+    "GroupNorm",
+    "LayerFactory",
+    "check_options",
+    "embed_time",
+    "timestep_embedding",
+    "use_matmul",
+]
 
 
 def timestep_embedding(
@@ -108,7 +119,7 @@ class Conv(nn.Conv):
     """A convolution that returns `dtype`, also when `convolution.convolve_matmul` returns float32."""
 
     def __call__(self, x) -> jax.Array:
-        """x: [B, H, W, C]; returns [B, H', W', features]."""
+        """x: [B, *spatial, C]; returns [B, *spatial', features]."""
         return super().__call__(x).astype(self.dtype)
 
 
@@ -125,6 +136,8 @@ class LayerFactory:
     """Makes the layers of a network with the options that they share.
 
     use_matmul: whether convolutions of stride 1 and dense layers are computed as `models.convolution` does.
+    spatial_dims: the number of axes that convolutions go over; 0 for vectors, whose layers are all dense.
+    periodic: whether convolutions continue an array periodically beyond its ends, instead of by zeros.
     """
 
     num_groups: int
@@ -132,6 +145,8 @@ class LayerFactory:
     initializer: str
     dtype: Any
     use_matmul: bool = False
+    spatial_dims: int = 2
+    periodic: bool = False
 
     def _kernel_init(self, last: bool):
         """Layers that end a residual branch, and the network's last, start at 0 (OpenAI) or close to it (Ho et al.)."""
@@ -142,22 +157,28 @@ class LayerFactory:
     def conv(
         self, features: int, name: str, *, last: bool = False, stride: int = 1, padding=(1, 1), upsample: bool = False
     ) -> Conv:
-        """A 3x3 convolution.
+        """A convolution with a kernel of size 3 along every axis.
 
-        last: whether it ends a residual branch or the network. padding: before and after, in height and width. upsample:
+        last: whether it ends a residual branch or the network. padding: before and after, along every axis. upsample:
         whether it takes `blocks.upsample_2x` of its input, computed with fewer multiplications.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        padding = (tuple(padding),) * 2
-        convolve = convolution.convolve_matmul if self.use_matmul else convolution.convolve_xla
+        padding = (tuple(padding),) * self.spatial_dims
+        convolve = convolution.convolve_xla
+        if self.use_matmul and stride == 1:
+            convolve = convolution.convolve_matmul_nd
+        elif stride != 1:
+            convolve = functools.partial(convolve, stride=stride)
+        if self.periodic:
+            convolve = functools.partial(convolution.convolve_periodic, convolve)
         if upsample:
             options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolution.convolve_upsampled(
                 convolve, x, kernel
             )
             options["promote_dtype"] = _promote_except_kernel
-        elif self.use_matmul and stride == 1:
+        elif self.periodic or (self.use_matmul and stride == 1):
             options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolve(x, kernel, padding)
-        return Conv(features, (3, 3), stride, padding=padding, **options)
+        return Conv(features, (3,) * self.spatial_dims, stride, padding=padding, **options)
 
     def dense(self, features: int, name: str | None, *, last: bool = False) -> Dense:
         """A dense layer over the last axis. last: whether it ends a residual branch."""
@@ -176,3 +197,27 @@ class LayerFactory:
         if self.initializer == "openai":
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
+
+
+def embed_time(layers: LayerFactory, time, channels: int, *, cos_first: bool, freq_shift: float) -> jax.Array:
+    """The embedding [B, 4 channels] of the network time [B]: sines, cosines and two dense layers of the calling module."""
+    embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
+    embedding = nn.silu(layers.dense(4 * channels, "time_0")(embedding.astype(layers.dtype)))
+    return layers.dense(4 * channels, "time_1")(embedding)
+
+
+def use_matmul(convolution: str, dtype: str) -> bool:
+    """Whether a network's field `convolution` stands for products of matrices, on this machine."""
+    if convolution == "auto":
+        return jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu" and jax.device_count() == 1
+    return convolution == "products"
+
+
+def check_options(initializer: str, convolution: str, dropout: float) -> None:
+    """Raises: ValueError for values that a network's fields of these names do not allow."""
+    if initializer not in ("ho", "openai"):
+        raise ValueError(f"initializer={initializer!r} must be 'ho' or 'openai'")
+    if convolution not in ("auto", "products", "xla"):
+        raise ValueError(f"convolution={convolution!r} must be 'auto', 'products' or 'xla'")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")

@@ -47,6 +47,10 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
         model, shape = training.model_from_config(config), training.input_shape(config)
+        if isinstance(model, models.MLP):
+            raise PretrainedError(
+                f"{path} holds an MLP (model.kind=mlp), and only U-Nets and classifiers can be loaded"
+            )
         height, width, channels = data.image_shape(config["data"])
         diffusion = config["diffusion"]
         description = dataclasses.replace(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.models import Classifier, UNet
+from diffusion_jax.models import Classifier, UNet, initial_inputs
 from diffusion_jax.models.blocks import split_heads
 
 __all__ = [
@@ -174,10 +174,9 @@ def parameter_shapes(model: UNet | Classifier, size: tuple[int, int], in_channel
 
     size: (height, width) of the images. Raises: PretrainedError for fields that do not describe a network.
     """
-    y = (jnp.zeros(1, jnp.int32),) if isinstance(model, UNet) and model.num_classes else ()
     try:
-        image = jax.ShapeDtypeStruct((1, *size, in_channels), jnp.float32)
-        tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, jnp.zeros(1), *y)["params"], image)
+        shape = (*size, in_channels)
+        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **initial_inputs(model, shape))["params"])
     except (ValueError, TypeError, ArithmeticError) as error:
         raise PretrainedError(f"no network has these fields: {error}") from None
     return flat_shapes(tree)

@@ -147,7 +147,7 @@ class InitialWeights(NamedTuple):
 
 
 def load_initial_weights(
-    config: Mapping, model: models.UNet | models.Classifier, use_ema: bool = True
+    config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
 ) -> InitialWeights:
     """The weights that `config.init_from` names. Raises: UserError if they are of another network; PretrainedError."""
     path = config["init_from"]
@@ -159,7 +159,7 @@ def load_initial_weights(
     return InitialWeights(net.params, _diffusion_differences(config, net))
 
 
-def _check_same_network(config: Mapping, net, model: models.UNet | models.Classifier) -> None:
+def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:
     path = config["init_from"]
     if type(net.model) is not type(model):
         raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import identity_leaves, migrate
+from diffusion_jax.config import identity_leaves, migrate, resolve
 from diffusion_jax.data import Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
@@ -59,8 +59,11 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     stored = read_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    old, new = identity_leaves(migrate(stored)), identity_leaves(to_dict(config))
-    differing = [key for key in new if key in old and old[key] != new[key]]
+    # A stored config lacks the leaves that later versions added; it was trained with what their defaults describe.
+    defaults = resolve({"diffusion": {"loss": config.diffusion.loss}})
+    old = identity_leaves(to_dict(defaults)) | identity_leaves(migrate(stored))
+    new = identity_leaves(to_dict(config))
+    differing = [key for key in new if old[key] != new[key]]
     if not differing:
         return
     listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)

@@ -66,14 +66,13 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def model_from_config(config: Mapping[str, Any]) -> Network:
-    """The network of `config.model`: a U-Net with the output channels that the variance needs, or a classifier.
+    """The network of `config.model`: a U-Net or MLP with the output channels that the variance needs, or a classifier.
 
     Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
     """
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier)
     model = models.from_config(config["model"])
-    assert isinstance(model, models.UNet)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):

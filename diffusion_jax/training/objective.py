@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import losses, timesteps
 from diffusion_jax.models import upsampling
+from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.training.state import Network
 
@@ -45,10 +46,11 @@ class Microbatch:
 
     def dropout(self, layer: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext):
         """A Linen interceptor: dropout takes this microbatch's rows of the mask of the whole batch."""
-        if self.count == 1 or not isinstance(context.module, nn.Dropout):
+        if self.count == 1 or not isinstance(context.module, nn.Dropout | Dropout):
             return layer(*args, **kwargs)
         (x,) = args
-        return x * self.take(layer(jnp.ones((len(x) * self.count, *x.shape[1:]), x.dtype), **kwargs))
+        mask = self.take(layer(jnp.ones((len(x) * self.count, *x.shape[1:])), **kwargs))  # zeros and 1 / (1 - rate)
+        return (x * mask).astype(x.dtype)
 
 
 _WHOLE_BATCH = Microbatch()

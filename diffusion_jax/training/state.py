@@ -15,7 +15,7 @@ from diffusion_jax.training.metrics import empty_window, metric_names
 
 __all__ = ["IMPORTANCE_SAMPLER", "Network", "TrainState", "initial_params", "initial_state"]
 
-Network = models.UNet | models.Classifier
+Network = models.UNet | models.MLP | models.Classifier
 
 IMPORTANCE_SAMPLER = "loss_second_moment"
 
@@ -37,11 +37,9 @@ class TrainState:
     loss_history: timesteps.LossHistory | None = None
 
 
-def initial_params(key: jax.Array, model: Network, image_shape: tuple[int, int, int]) -> Mapping[str, Any]:
-    """Initial parameters of a network whose input is `image_shape` (H, W, C), which `training.input_shape` gives."""
-    takes_labels = model.num_classes and not isinstance(model, models.Classifier)
-    y = (jnp.zeros(1, jnp.int32),) if takes_labels else ()
-    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), *y)["params"]
+def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
+    """Initial parameters of a network whose input is `shape` [*spatial, C], which `training.input_shape` gives."""
+    return model.init(key, **models.initial_inputs(model, shape))["params"]
 
 
 def initial_state(

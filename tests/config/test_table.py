@@ -77,12 +77,20 @@ def test_only_strings_and_booleans_have_no_wrong_value():
 
 
 def test_the_model_leaves_are_the_fields_of_the_networks():
+    """Besides `kind`, the class, and `spatial_dims`, which follows from the data."""
+    defaults = []
     for network, leaves in ((models.UNet, config.LEAVES), (models.Classifier, config.CLASSIFIER_LEAVES)):
-        fields = {
-            field.name: field.default for field in dataclasses.fields(network) if field.name not in ("parent", "name")
-        }
+        fields = {field.name: field.default for field in dataclasses.fields(network)}
         stored = {name.removeprefix("model."): leaf for name, leaf in leaves.items() if name.startswith("model.")}
-        assert {name: leaf.default for name, leaf in stored.items()} == fields
+        defaults.append({name: leaf.default for name, leaf in stored.items()})
+        assert {name: fields[name] for name in fields.keys() - {"parent", "name", "spatial_dims"}} == {
+            name: value for name, value in defaults[-1].items() if name != "kind"
+        }
+    mlp = {
+        field.name: field.default for field in dataclasses.fields(models.MLP) if field.name not in ("parent", "name")
+    }
+    assert mlp == {name: defaults[0][name] for name in mlp}
+    assert config.LEAVES["model.kind"].kind.choices == ("unet", "mlp")
 
 
 def test_allowed_names_are_those_of_the_functions_that_read_them():

@@ -134,7 +134,7 @@ def test_classifier_refuses_other_image_sizes():
     model, params, _ = a_network()
     with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
         model.apply({"params": params}, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-    with pytest.raises(ValueError, match="Classifier of 2 levels needs a height and width divisible by 2"):
+    with pytest.raises(ValueError, match="Classifier of 2 levels needs sizes divisible by 2, because its pooling"):
         model.init(jax.random.key(0), jnp.zeros((1, 5, 4, 1)), jnp.zeros(1))
     for fields, words in [
         ({"num_classes": 1}, "at least 2 classes"),

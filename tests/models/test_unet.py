@@ -232,7 +232,6 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
 @pytest.mark.parametrize(
     ("fields", "shape", "y", "words"),
     [
-        ({}, (1, 9, 8, 3), None, "divisible by 2"),
         ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
         ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
         ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),

@@ -1,0 +1,286 @@
+"""Distances between two sets of float arrays [n, *spatial, C], without a network of features.
+
+Vectors, series, fields and volumes are compared as they are: if channels have different units, divide each by its standard
+deviation first. The examples of each set are independent draws. Sums are float64 NumPy, over blocks of examples, so a set
+may be a memory map that is larger than memory. `array_statistics` has means, covariances and spectra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.evaluation.array_statistics import Measurement
+from diffusion_jax.evaluation.example_blocks import as_example_pair, read_blocks
+
+__all__ = [
+    "MarginalHistograms",
+    "SlicedWasserstein",
+    "energy_distance",
+    "marginal_histograms",
+    "sliced_wasserstein",
+]
+
+_MAX_PROJECTED_BYTES = 2**26
+
+
+# ---- Energy distance
+
+
+def energy_distance(reference: Any, samples: Any) -> Measurement:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two laws (Szekely and Rizzo 2013): 0 if they are equal, otherwise above 0.
+
+    The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
+    example. SciPy's `energy_distance` is the square root of this number, for whole sets of numbers. The standard error is
+    that of Hoeffding's decomposition, with the terms of both orders: it also holds for equal laws, where the jackknife's
+    variance is twice the true one. The time grows as the square of the number of examples.
+
+    Returns: Measurement of two floats. Raises: ValueError for fewer than four examples, different shapes of examples, or
+      values that are not finite.
+    """
+    reference, samples = as_example_pair(reference, samples, 4)
+    center = np.asarray(sum(block.sum(axis=0) for _, block in read_blocks(reference))) / len(reference)
+    n, m = len(reference), len(samples)
+    rows, columns, squares = _distance_sums(reference, samples, center)
+    within = []
+    for x in (reference, samples):
+        sums, _, squared = _distance_sums(x, None, center)
+        within.append((sums, squared))
+    mean = rows.sum() / (n * m)
+    value = 2 * mean - sum(sums.sum() / (len(sums) * (len(sums) - 1)) for sums, _ in within)
+    # The variances of the kernel's parts that depend on both examples of a pair: doubly centered distances.
+    centered = squares - (rows**2).sum() / m - (columns**2).sum() / n + n * m * mean**2
+    cross = centered / ((n - 1) * (m - 1))
+    inner = [_centered_variance(sums, squared) for sums, squared in within]
+    second = 4 * cross / (n * m) + sum(2 * v / (k * (k - 1)) for v, k in zip(inner, (n, m), strict=True))
+    first = 0.0
+    for across, (sums, _), v, k, other in zip((rows, columns), within, inner, (n, m), (m, n), strict=True):
+        projection = across / other - sums / (k - 1)
+        first += 4 * (projection.var(ddof=1) - cross / other - v * (k - 2) / (k - 1) ** 2) / k
+    return Measurement(float(value), float(np.sqrt(max(first, 0.0) + max(second, 0.0))))
+
+
+def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sums of |x_i - y_j| over j [n] and over i [m], and the sum of squares; y None: of |x_i - x_j| for i != j."""
+    columns_of = x if y is None else y
+    rows, columns, total = np.zeros(len(x)), np.zeros(len(columns_of)), 0.0
+    for i, x_block in read_blocks(x):
+        a = (x_block - center).reshape(len(x_block), -1)
+        for j, y_block in read_blocks(columns_of):
+            b = (y_block - center).reshape(len(y_block), -1)
+            squares = np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)
+            if y is None and i == j:
+                np.fill_diagonal(squares, 0)
+            distances = np.sqrt(squares)
+            rows[i : i + len(a)] += distances.sum(axis=1)
+            columns[j : j + len(b)] += distances.sum(axis=0)
+            total += squares.sum()
+    return rows, columns, total
+
+
+def _centered_variance(sums: np.ndarray, squares: float) -> float:
+    """The unbiased variance of the doubly centered distances within a set (U-centering, Szekely and Rizzo 2014)."""
+    n = len(sums)
+    centered = squares - 2 * (sums**2).sum() / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
+    return centered / (n * (n - 3))
+
+
+# ---- Sliced Wasserstein
+
+
+class SlicedWasserstein(NamedTuple):
+    """value, standard_error: of the distance. same_law, same_law_std: of two sets of these sizes from one law.
+
+    The distance of finite sets is above 0 even if their laws are equal. same_law and same_law_std are its mean and standard
+    deviation when examples are assigned to the two sets at random; compare `value` with them.
+    """
+
+    value: float
+    standard_error: float
+    same_law: float
+    same_law_std: float
+
+
+def sliced_wasserstein(
+    key: jax.Array,
+    reference: Any,
+    samples: Any,
+    *,
+    order: float = 2,
+    projections: int = 256,
+    groups: int = 20,
+    permutations: int = 20,
+) -> SlicedWasserstein:
+    """(E_u W_p(u.X, u.Y)^p)^(1/p) over random unit vectors u, with p the order (Bonneel et al. 2015).
+
+    W_p is the exact Wasserstein distance of the two projected sets, which may have different sizes.
+
+    Args:
+      key: draws the directions, the groups and the permutations.
+      projections: how many directions.
+      groups: the standard error is that of the jackknife that leaves out one of so many groups of examples of both sets,
+        plus that of the choice of directions. It is too large for equal laws, where the distance is not smooth.
+      permutations: of the examples over both sets, for `same_law`.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, values that are not finite, or
+      options that are too small.
+    """
+    for name, number, minimum in (
+        ("order", order, 1),
+        ("projections", projections, 2),
+        ("groups", groups, 2),
+        ("permutations", permutations, 2),
+    ):
+        if not number >= minimum:
+            raise ValueError(f"{name}={number} must be at least {minimum}")
+    reference, samples = as_example_pair(reference, samples, 2 * groups)
+    n, m = len(reference), len(samples)
+    key_directions, key_groups, key_permutations = jax.random.split(key, 3)
+    is_sample = np.arange(n + m) >= n
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key_groups, (4,))))
+    group = np.concatenate([rng.permutation(size) % groups for size in (n, m)])
+    # Which set an example is in; -1: in none.
+    assignments = [is_sample.astype(int)]
+    assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
+    assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
+    powers = np.empty((len(assignments), projections))  # W_p^p of every assignment and direction
+    width = max(reference[0].size, n + m)
+    size = max(_MAX_PROJECTED_BYTES // (8 * width), 1)
+    for start in range(0, projections, size):
+        indices = np.arange(start, min(start + size, projections))
+        directions = _directions(key_directions, indices, reference[0].size)
+        projected = np.concatenate([_project(x, directions) for x in (reference, samples)])
+        order_of_values = projected.argsort(axis=0)
+        values = np.take_along_axis(projected, order_of_values, axis=0)
+        for i, assignment in enumerate(assignments):
+            powers[i, indices] = _wasserstein_power(values, assignment[order_of_values], order)
+    distances = powers.mean(axis=1) ** (1 / order)
+    value, left_out, permuted = distances[0], distances[1 : groups + 1], distances[groups + 1 :]
+    data_variance = (groups - 1) * left_out.var()
+    direction_error = powers[0].std(ddof=1) / np.sqrt(projections)
+    if value > 0:
+        direction_error /= order * value ** (order - 1)
+    error = np.sqrt(data_variance + direction_error**2)
+    return SlicedWasserstein(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
+
+
+def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndarray:
+    """Unit vectors [D, len(indices)], each a function of the key and its index."""
+
+    def draw(i):
+        return jax.random.normal(jax.random.fold_in(key, i), (dimensions,), jnp.float32)
+
+    vectors = np.asarray(jax.vmap(draw)(indices), np.float64).T
+    return vectors / np.linalg.norm(vectors, axis=0)
+
+
+def _project(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    return np.concatenate([block.reshape(len(block), -1) @ directions for _, block in read_blocks(x)])
+
+
+def _wasserstein_power(values: np.ndarray, assignment: np.ndarray, order: float) -> np.ndarray:
+    """W_p^p [P] of sorted numbers [N, P] that belong to set 0, to set 1 or, at -1, to none."""
+    columns = values.shape[1]
+    x, y = (values.T[(assignment == i).T].reshape(columns, -1) for i in (0, 1))
+    n, m = x.shape[1], y.shape[1]
+    if n == m:
+        return (np.abs(x - y) ** order).mean(axis=1)
+    # Quantile functions are constant between multiples of 1/n and of 1/m, here in units of 1 / (n m).
+    ends = np.union1d(np.arange(1, n + 1, dtype=np.int64) * m, np.arange(1, m + 1, dtype=np.int64) * n)
+    lengths = np.diff(ends, prepend=0)
+    differences = np.abs(x[:, (ends - 1) // m] - y[:, (ends - 1) // n]) ** order
+    return differences @ (lengths / (n * m))
+
+
+# ---- Histograms
+
+
+class MarginalHistograms(NamedTuple):
+    """edges: of the bins [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
+
+    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C].
+    same_law: the distance to expect from the errors of the shares alone [C].
+    """
+
+    edges: np.ndarray
+    reference: Measurement
+    samples: Measurement
+    distance: Measurement
+    same_law: np.ndarray
+
+
+def marginal_histograms(
+    reference: Any, samples: Any, bins: int = 50, *, limits: Any = None, groups: int = 20
+) -> MarginalHistograms:
+    """Histograms of the values of each channel at all positions, with common bins of equal width, and their distances.
+
+    Args:
+      limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins. None: the range of
+        both sets.
+      groups: the standard error of the distance is that of the jackknife that leaves out one of so many groups of examples.
+        It is too large for equal laws. Those of the shares are from the scatter over examples.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, values that are not finite, or
+      limits that are not in order.
+    """
+    if bins < 1 or groups < 2:
+        raise ValueError(f"bins={bins} must be at least 1 and groups={groups} at least 2")
+    reference, samples = as_example_pair(reference, samples, 2 * groups)
+    low, high = _common_range(reference, samples) if limits is None else limits
+    low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in (low, high))
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+        raise ValueError(f"limits={limits} must be finite, with low below high")
+    counts, histograms, sums = [], [], []
+    for x in (reference, samples):
+        total, squares, count = _group_shares(x, low, high, bins, groups)
+        mean = total.sum(axis=0) / len(x)
+        variance = np.maximum(squares / len(x) - mean**2, 0) / (len(x) - 1)
+        histograms.append(Measurement(mean, np.sqrt(variance)))
+        sums.append(total)
+        counts.append(count)
+
+    def distance(one, other):
+        return 0.5 * np.abs(one - other).sum(axis=-1)
+
+    left_out = distance(
+        *(
+            (total.sum(axis=0) - total) / (count.sum() - count)[:, None, None]
+            for total, count in zip(sums, counts, strict=True)
+        )
+    )
+    value, error = distance(*(h.value for h in histograms)), np.sqrt((groups - 1) * left_out.var(axis=0))
+    # E|z| of a normal z is its standard deviation times sqrt(2 / pi).
+    noise = np.hypot(*(h.standard_error for h in histograms))
+    same_law = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
+    edges = np.linspace(low, high, bins + 1, axis=-1)
+    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error), same_law)
+
+
+def _common_range(*sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reduce(function: Callable[..., np.ndarray]) -> np.ndarray:
+        blocks = [function(b.reshape(-1, b.shape[-1]), axis=0) for x in sets for _, b in read_blocks(x)]
+        return function(np.stack(blocks), axis=0)
+
+    low, high = reduce(np.min), reduce(np.max)
+    constant = low == high
+    return np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
+
+
+def _group_shares(
+    x: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int, groups: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over examples of the shares of each bin by group [G, C, bins], of their squares [C, bins], and counts [G]."""
+    channels = x.shape[-1]
+    total, squares = np.zeros((groups, channels, bins)), np.zeros((channels, bins))
+    for start, block in read_blocks(x, channels * bins):
+        values = block.reshape(len(block), -1, channels)
+        index = np.clip(np.floor((values - low) / (high - low) * bins), 0, bins - 1).astype(np.int64)
+        index += bins * (np.arange(channels) + channels * np.arange(len(block))[:, None, None])
+        counted = np.bincount(index.reshape(-1), minlength=len(block) * channels * bins)
+        shares = counted.reshape(len(block), channels, bins) / values.shape[1]
+        np.add.at(total, np.arange(start, start + len(block)) % groups, shares)
+        squares += np.square(shares).sum(axis=0)
+    return total, squares, np.bincount(np.arange(len(x)) % groups, minlength=groups)

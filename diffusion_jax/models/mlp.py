@@ -1,0 +1,101 @@
+"""A network for vectors [B, C]: residual blocks of dense layers, with the time embedding and the conditions of the U-Net."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.models.blocks import ResBlock
+from diffusion_jax.models.conditions import Conditional
+from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
+
+__all__ = ["MLP"]
+
+_REMAT_BLOCK = nn.remat(ResBlock, static_argnums=(3,))
+
+
+class MLP(Conditional):
+    """A residual MLP for vectors.
+
+    `MLP(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, out_channels] float32. Each block is
+    x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all of a vector's channels.
+    Fields: `Conditional`'s (an array condition is [B, K] here), and
+
+    channels: width of every block, an even number.
+    num_res_blocks: the number of blocks.
+    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
+    norm_epsilon: of every norm.
+    initializer: "ho" or "openai", as of the U-Net. Both start the end of each block and of the network at 0 or close to it.
+    dropout: rate before the second dense layer of each block, in training only.
+    out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
+    dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
+      float32.
+    convolution: as of the U-Net, for dense layers.
+    remat: recompute each block's activations in the backward pass.
+    """
+
+    channels: int = 128
+    num_res_blocks: int = 2
+    scale_shift_norm: bool = False
+    embedding_cos_first: bool = False
+    embedding_freq_shift: float = 1.0
+    norm_epsilon: float = 1e-6
+    initializer: str = "ho"
+    dropout: float = 0.1
+    out_channels: int | None = None
+    dtype: str = "float32"
+    convolution: str = "auto"
+    remat: bool = False
+
+    @property
+    def layers(self) -> LayerFactory:
+        """The factory of this network's layers; its norms have one group."""
+        return LayerFactory(
+            num_groups=1,
+            norm_epsilon=self.norm_epsilon,
+            initializer=self.initializer,
+            dtype=jnp.dtype(self.dtype),
+            use_matmul=use_matmul(self.convolution, self.dtype),
+            spatial_dims=0,
+        )
+
+    def embed_time(self, time) -> jax.Array:
+        """The embedding [B, 4 channels] of the network time [B]."""
+        return embed_time(
+            self.layers, time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+
+    @nn.compact
+    def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
+        """x_t: [B, C]; time: float [B]; y, condition, train: as of `UNet`.
+
+        Raises: ValueError for an x_t that is not float or has another number of axes, and for labels and conditions as
+        `UNet`.
+        """
+        if not jnp.issubdtype(x_t.dtype, jnp.floating) or x_t.ndim != 2:
+            raise ValueError(
+                f"the MLP needs float vectors [B, C], got {x_t.dtype} of shape {x_t.shape}; a UNet takes arrays with spatial "
+                "axes"
+            )
+        check_options(self.initializer, self.convolution, self.dropout)
+        y = self.check_labels(y)
+        condition = self.check_condition(condition, x_t)
+        layers, features = self.layers, 4 * self.channels
+        embedding = self.embed_time(time)
+        if y is not None:
+            embedding += self.embed_labels(layers, y, features, train)
+        h = x_t
+        if condition is not None and self.condition_features:
+            embedding += self.embed_condition(layers, condition, features, train)
+        elif condition is not None:
+            h = self.concatenate_condition(h, condition, train)
+        h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
+        block = _REMAT_BLOCK if self.remat else ResBlock
+        for j in range(self.num_res_blocks):
+            h = block(self.channels, self.dropout, self.scale_shift_norm, layers, name=f"block_{j}")(
+                h, embedding, train
+            )
+        h = nn.silu(layers.norm("norm_out")(h))
+        return layers.dense(self.out_channels or x_t.shape[-1], "dense_out", last=True)(h).astype(jnp.float32)

@@ -1,0 +1,237 @@
+"""Statistics of sets of arrays: NumPy, closed forms of known processes, and z-scores of unit variance."""
+
+import numpy as np
+import pytest
+
+from diffusion_jax.evaluation import array_statistics, example_blocks
+
+RHO = 0.7
+MIXING = np.array([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [-0.3, 0.2, 2.0]])
+
+
+def ar_1(rng, n, length, channels=1, rho=RHO):
+    """Stationary series of variance 1, by the recursion."""
+    noise = rng.normal(size=(n, length, channels))
+    x = [noise[:, 0]]
+    for i in range(1, length):
+        x.append(rho * x[-1] + np.sqrt(1 - rho**2) * noise[:, i])
+    return np.stack(x, axis=1)
+
+
+def periodic_field(rng, n, spectrum):
+    """A Gaussian field of a given spectrum on the grid, from white noise."""
+    white = np.fft.fftn(rng.normal(size=(n, *spectrum.shape)), axes=range(1, 1 + spectrum.ndim))
+    return np.fft.ifftn(white * np.sqrt(spectrum), axes=range(1, 1 + spectrum.ndim)).real[..., None]
+
+
+def smooth_spectrum(shape, power=2.0):
+    squares = sum(f**2 for f in np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"))
+    return 1 / (0.02 + squares) ** power
+
+
+def check_calibrated(z):
+    """z-scores [repetitions, *entries] of a right law: mean 0 and variance 1 within five errors, over independent rows.
+
+    Errors that are estimated from n examples make the variance larger by about 2 / n.
+    """
+    count, z = len(z), np.asarray(z).reshape(len(z), -1)
+    assert (abs(z.mean(axis=0)) < 5 / np.sqrt(count)).all()
+    assert (abs(z.var(axis=0) - 1) < 5 * np.sqrt(2 / count) + 0.05).all()
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """Blocks of at most five examples."""
+    monkeypatch.setattr(example_blocks, "_MAX_BLOCK_EXAMPLES", 5)
+
+
+# Mean and covariance.
+
+
+def test_vectors_have_the_mean_and_covariance_of_numpy(tiny_blocks):
+    x = np.random.default_rng(0).normal(50, 1, (23, 3)) @ MIXING.T
+    found = array_statistics.mean_and_covariance(x)
+    np.testing.assert_allclose(found.mean.value, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.mean.standard_error, x.std(0, ddof=1) / np.sqrt(23), rtol=1e-10)
+    np.testing.assert_allclose(found.covariance.value, np.cov(x, rowvar=False), rtol=1e-10)
+
+
+def test_the_covariance_of_correlated_channels_of_a_series():
+    """AR(1) series, mixed: positions depend on each other, and the errors know it."""
+    rng, means, covariances = np.random.default_rng(0), [], []
+    for _ in range(300):
+        found = array_statistics.mean_and_covariance(2.0 + ar_1(rng, 60, 12, 3) @ MIXING.T)
+        means.append(array_statistics.z_scores(found.mean, np.full(3, 2.0)))
+        covariances.append(array_statistics.z_scores(found.covariance, MIXING @ MIXING.T))
+    check_calibrated(means)
+    # Sums of squares of 60 examples are skewed, and their z-scores lean to the negative side by up to 0.3.
+    covariances = np.array(covariances)
+    assert (abs(covariances.mean(0)) < 0.45).all() and (abs(covariances.var(0) - 1) < 0.6).all()
+    wrong = MIXING @ np.diag([1, 1.6, 1]) @ MIXING.T
+    many = array_statistics.mean_and_covariance(ar_1(rng, 4000, 12, 3) @ MIXING.T)
+    assert abs(array_statistics.z_scores(many.covariance, wrong)).max() > 6
+    assert abs(array_statistics.z_scores(many.covariance, MIXING @ MIXING.T)).max() < 4.5
+
+
+# The power spectrum.
+
+
+@pytest.mark.parametrize("shape", [(9,), (8,), (6, 4), (4, 3, 5)])
+def test_parseval(shape, tiny_blocks):
+    x = np.random.default_rng(0).normal(3, 2, (17, *shape, 3)) @ MIXING.T
+    covariance = array_statistics.mean_and_covariance(x).covariance.value
+    for radial in (True, False):
+        found = array_statistics.power_spectrum(x, radial=radial, cross=True)
+        weights = found.num_averaged / found.num_averaged.sum()
+        assert found.num_averaged.sum() == np.prod(shape)
+        mean = np.tensordot(weights, found.value, weights.ndim)
+        # The correction of the mean is that of frequency 0 here, and of the whole covariance there: the same number.
+        np.testing.assert_allclose(mean, covariance, rtol=1e-10, atol=1e-10)
+        alone = array_statistics.power_spectrum(x, radial=radial)
+        np.testing.assert_allclose(alone.value, np.diagonal(found.value, axis1=-2, axis2=-1).real, rtol=1e-10)
+        np.testing.assert_allclose(alone.frequencies, found.frequencies)
+
+
+def test_one_wave_has_its_frequency():
+    """sqrt(2) cos(2 pi 3 r / 16 + phase), with random phases: the variance 1, in one shell."""
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(0, 2 * np.pi, (400, 1, 1))
+    x = np.sqrt(2) * np.cos(2 * np.pi * 3 * np.arange(16)[:, None] / 16 + phase)
+    found = array_statistics.power_spectrum(x)
+    np.testing.assert_allclose(found.frequencies, np.arange(9) / 16)
+    assert found.value[3, 0] * found.num_averaged[3] / 16 == pytest.approx(1, rel=0.02)
+    assert np.delete(found.value[:, 0], 3).max() < 1e-10
+
+
+@pytest.mark.parametrize("window", array_statistics.WINDOWS)
+def test_white_noise_is_flat(window):
+    x = np.random.default_rng(0).normal(0, 3, (2000, 12, 10, 1))
+    for radial in (True, False):
+        z = array_statistics.z_scores(array_statistics.power_spectrum(x, radial=radial, window=window), 9.0)
+        assert abs(z).max() < 4.8
+
+
+def test_the_spectrum_of_a_periodic_field_is_recovered_and_a_wrong_one_detected():
+    shape = (12, 16)
+    rng, exact = np.random.default_rng(0), smooth_spectrum(shape)
+    found = array_statistics.power_spectrum(periodic_field(rng, 2000, exact), radial=False)
+    assert abs(array_statistics.z_scores(found, exact[..., None])).max() < 4.8  # of 192 frequencies
+    wrong = smooth_spectrum(shape, 2.2) * (exact.mean() / smooth_spectrum(shape, 2.2).mean())  # of the same variance
+    assert abs(array_statistics.z_scores(found, wrong[..., None])).max() > 8
+    other = array_statistics.power_spectrum(periodic_field(rng, 1000, exact))
+    shells = array_statistics.power_spectrum(periodic_field(rng, 2000, exact))
+    assert abs(array_statistics.z_scores(shells, other)).max() < 4.5
+    different = array_statistics.power_spectrum(periodic_field(rng, 1000, wrong))
+    assert abs(array_statistics.z_scores(shells, different)).max() > 6
+
+
+def test_z_scores_of_spectra_are_calibrated():
+    rng, exact = np.random.default_rng(0), smooth_spectrum((8,))
+    z = [
+        array_statistics.z_scores(array_statistics.power_spectrum(periodic_field(rng, 400, exact)), exact[:5][:, None])
+        for _ in range(200)
+    ]
+    # The periodogram is a chi-square, and 400 of them are skewed: z leans to the negative side by about 0.1.
+    z = np.array(z)[..., 0]
+    assert (abs(z.mean(0) + 0.07) < 0.35).all() and (abs(z.var(0) - 1) < 0.55).all()
+
+
+def test_the_expected_periodogram_of_an_ar_1_process():
+    """sum over lags of (1 - |h| / L) rho^|h| cos(2 pi f h), which no window changes."""
+    length = 16
+    lags = np.arange(1 - length, length)
+    found = array_statistics.power_spectrum(ar_1(np.random.default_rng(0), 4000, length))
+    weights = (1 - abs(lags) / length) * RHO ** abs(lags)
+    exact = (weights * np.cos(2 * np.pi * np.outer(found.frequencies, lags))).sum(1)
+    assert abs(array_statistics.z_scores(found, exact[:, None])).max() < 4.5
+    limit = (1 - RHO**2) / (1 - 2 * RHO * np.cos(2 * np.pi * found.frequencies) + RHO**2)
+    assert abs(array_statistics.z_scores(found, limit[:, None])).max() > 8  # leakage
+    hann = array_statistics.power_spectrum(ar_1(np.random.default_rng(0), 4000, 64), window="hann")
+    limit = (1 - RHO**2) / (1 - 2 * RHO * np.cos(2 * np.pi * hann.frequencies) + RHO**2)
+    np.testing.assert_allclose(hann.value[4:, 0], limit[4:], rtol=0.08)
+
+
+def test_a_delayed_channel_has_the_phase_of_its_delay():
+    """F_1(k) = F_0(k) exp(-2 pi i k d): the cross-spectrum F_0 conj(F_1) turns by +2 pi f d, and back for the other pair."""
+    white = np.random.default_rng(0).normal(size=(3000, 16))
+    x = np.stack([white, np.roll(white, 2, axis=1)], axis=-1)
+    found = array_statistics.power_spectrum(x, radial=False, cross=True)
+    phase = np.exp(2j * np.pi * 2 * found.frequencies[:, 0])
+    # Each is phase * |F_0|^2 / N, of mean 1 and standard deviation 1, or sqrt(2) at the two frequencies where F_0 is real.
+    deviation = np.where(np.arange(16) % 8 == 0, np.sqrt(2), 1)
+    errors = np.stack([abs(phase.real), abs(phase.imag)]) * deviation / np.sqrt(3000)
+    found_errors = found.standard_error[:, 0, 1]
+    np.testing.assert_allclose([found_errors.real, found_errors.imag], errors, rtol=0.2, atol=1e-6)
+    np.testing.assert_allclose(found.value[:, 1, 0], found.value[:, 0, 1].conj(), rtol=1e-10)
+    np.testing.assert_allclose(found.value[:, 0, 1], phase, atol=0.15)
+
+
+# The autocorrelation.
+
+
+def test_the_autocorrelation_by_its_definition(tiny_blocks):
+    x = np.random.default_rng(0).gamma(2.0, size=(17, 9, 2))
+    centered = x - x.mean((0, 1))
+    of_mean = centered.mean(1).var(0, ddof=1) / 17
+    for periodic in (False, True):
+        covariance = np.stack(
+            [
+                (
+                    (centered * np.roll(centered, -h, axis=1)) if periodic else (centered[:, : 9 - h] * centered[:, h:])
+                ).mean((0, 1))
+                + of_mean
+                for h in range(6)
+            ]
+        )
+        found = array_statistics.autocorrelation(x, 5, periodic=periodic)
+        np.testing.assert_allclose(found.value, covariance / covariance[0], rtol=1e-10)
+        assert (found.lags == np.arange(6)).all() and (found.standard_error[0] == 0).all()
+    assert len(array_statistics.autocorrelation(x).lags) == 5
+
+
+def test_the_autocorrelation_of_an_ar_1_process():
+    rng, lags = np.random.default_rng(0), np.arange(6)
+    z = []
+    for _ in range(200):
+        found = array_statistics.autocorrelation(5.0 + ar_1(rng, 100, 24), 5)
+        z.append(array_statistics.z_scores(found, RHO ** lags[:, None])[1:, 0])
+    z = np.array(z)
+    # A ratio of means of 100 examples: biased by about 1 / 100 of its scatter per example.
+    assert (abs(z.mean(0)) < 0.4).all() and (abs(z.var(0) - 1) < 0.55).all()
+    found = array_statistics.autocorrelation(ar_1(rng, 4000, 24), 5)
+    assert abs(array_statistics.z_scores(found, RHO ** lags[:, None])).max() < 4.5
+    assert abs(array_statistics.z_scores(found, (RHO - 0.04) ** lags[:, None])).max() > 6
+
+
+# Arguments.
+
+
+def test_z_scores_of_equal_numbers_without_errors():
+    one = array_statistics.Measurement(np.array([1.0, 2.0]), np.array([0.0, 0.5]))
+    np.testing.assert_allclose(array_statistics.z_scores(one, np.array([1.0, 1.0])), [0, 2])
+    np.testing.assert_allclose(array_statistics.z_scores(one, one), [0, 0])
+    assert np.isinf(array_statistics.z_scores(one, np.array([0.0, 2.0]))[0])
+
+
+def test_bad_arguments():
+    x = np.random.default_rng(0).normal(size=(6, 8, 2))
+    with pytest.raises(ValueError, match="needs at least one spatial axis"):
+        array_statistics.power_spectrum(x[:, 0])
+    with pytest.raises(ValueError, match="unknown window 'box'; known: none, hann"):
+        array_statistics.power_spectrum(x, window="box")
+    with pytest.raises(ValueError, match=r"needs series \[n, L, C\]"):
+        array_statistics.autocorrelation(x[..., None])
+    for lag in (-1, 8):
+        with pytest.raises(ValueError, match=f"max_lag={lag} must lie in 0 ... 7"):
+            array_statistics.autocorrelation(x, lag)
+    with pytest.raises(ValueError, match="channel 1 is constant"):
+        array_statistics.autocorrelation(x * [1, 0])
+    for function in (
+        array_statistics.mean_and_covariance,
+        array_statistics.power_spectrum,
+        array_statistics.autocorrelation,
+    ):
+        with pytest.raises(ValueError, match="x has 1 examples; this needs at least 2"):
+            function(x[:1])
+        with pytest.raises(ValueError, match="example 0 has values that are not finite"):
+            function(x * np.inf)

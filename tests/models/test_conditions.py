@@ -1,0 +1,176 @@
+"""Vectors and arrays as conditions: against networks without conditions that have the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import guidance, models
+from helpers.networks import TINY, apply, redraw
+
+SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
+
+
+def parameters(model, *inputs, **named):
+    """Large enough for conditions to matter."""
+    params = redraw(jax.jit(model.init)(jax.random.key(0), *inputs, **named)["params"])
+    return jax.tree.map(lambda leaf: 3 * leaf, params)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def without(params, *names):
+    return {name: own for name, own in params.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "shape"),
+    [
+        (models.MLP, SMALL, (3,)),
+        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.whole),
+    ],
+)
+def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
+    """By two dense layers, in NumPy: the network without conditions whose time embedding has that bias is the same."""
+    model = kind(**fields, condition_features=2)
+    x, c, time = jax.random.normal(jax.random.key(0), (1, *shape)), jnp.array([[0.7, -2.0]]), jnp.array([30.0])
+    params = parameters(model, x, time, condition=c)
+    p = jax.tree.map(np.float64, params)
+    shift = silu(np.float64(c) @ p["condition_0"]["kernel"] + p["condition_0"]["bias"])
+    shift = shift @ p["condition_1"]["kernel"] + p["condition_1"]["bias"]
+    plain = without(params, "condition_0", "condition_1")
+    shifted = plain | {"time_1": plain["time_1"] | {"bias": plain["time_1"]["bias"] + jnp.float32(shift[0])}}
+    expected = apply(kind(**fields), shifted, x, time)
+    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-4, atol=1e-4)
+    assert abs(apply(kind(**fields), plain, x, time) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "fields", "shape"),
+    [
+        (models.MLP, SMALL, (3,)),
+        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.whole),
+    ],
+)
+def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
+    """With the dropout of conditions one more channel marks the examples that have one."""
+    model = kind(**fields, condition_channels=2, condition_dropout=dropout)
+    x, time = jax.random.normal(jax.random.key(0), (2, *shape)), jnp.array([30.0, 7.0])
+    c = jax.random.normal(jax.random.key(1), (2, *shape[:-1], 2))
+    params = parameters(model, x, time, condition=c)
+    marks = [jnp.ones((2, *shape[:-1], 1))] if dropout else []
+    plain = kind(**fields, out_channels=3)
+    expected = apply(plain, params, jnp.concatenate([x, c, *marks], -1), time)
+    np.testing.assert_allclose(apply(model, params, x, time, condition=c), expected, rtol=1e-4, atol=1e-4)
+    if dropout:
+        null = apply(plain, params, jnp.concatenate([x, 0 * c, 0 * marks[0]], -1), time)
+        np.testing.assert_allclose(apply(model, params, x, time), null, rtol=1e-4, atol=1e-4)
+        assert abs(apply(model, params, x, time, condition=0 * c) - null).max() > 1e-3  # zeros are data
+
+
+@pytest.mark.parametrize("kind", ["features", "channels"])
+def test_dropout_gives_the_null_condition_in_training_alone(kind):
+    """A training output is that of the condition or of the null condition, at the configured rate."""
+    rate, n = 0.3, 400
+    model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=rate)
+    x, time, c = jnp.ones((n, 3)), jnp.zeros(n), jnp.broadcast_to(jnp.array([2.0, -1.0]), (n, 2))
+    params = parameters(model, x[:1], time[:1])
+    assert np.isnan(model.null_condition) and models.MLP(**SMALL, condition_features=2).null_condition is None
+    mixed = apply(model, params, x, time, condition=c.at[0].set(model.null_condition))
+    null, given = mixed[0], mixed[1]
+    assert abs(given - null).max() > 1e-2
+    np.testing.assert_allclose(mixed[2:], jnp.broadcast_to(given, (n - 2, 3)), atol=1e-4)
+    np.testing.assert_allclose(apply(model, params, x, time), jnp.broadcast_to(null, (n, 3)), atol=1e-4)
+    trained = apply(model, params, x, time, condition=c, train=True, rngs={"dropout": jax.random.key(1)})
+    kept, dropped = (abs(trained - one).max(axis=1) < 1e-3 for one in (given, null))
+    assert (kept ^ dropped).all()
+    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
+    # One entry that is not a number is not "no condition".
+    assert np.isnan(apply(model, params, x, time, condition=c.at[3, 0].set(jnp.nan))).any(axis=1).nonzero()[0] == [3]
+
+
+@pytest.mark.parametrize("kind", ["features", "channels"])
+def test_gradients_are_finite_where_some_have_no_condition(kind):
+    model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=0.5, dtype="bfloat16")
+    x, time, c = jax.random.normal(jax.random.key(0), (4, 3)), jnp.zeros(4), jnp.ones((4, 2)).at[0].set(jnp.nan)
+    params = parameters(model, x, time)
+
+    def loss(params, c):
+        return (model.apply({"params": params}, x, time, condition=c) ** 2).sum()
+
+    grads, of_condition = jax.jit(jax.grad(loss, (0, 1)))(params, c)
+    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(grads))
+    assert (of_condition[0] == 0).all() and (of_condition[1:] != 0).all() and np.isfinite(of_condition).all()
+
+
+def test_classifier_free_guidance_of_a_condition():
+    model = models.MLP(**SMALL, condition_features=2, condition_dropout=0.1)
+    x, time, c = jax.random.normal(jax.random.key(0), (4, 3)), jnp.arange(4.0), jnp.ones((4, 2))
+    params = parameters(model, x, time)
+
+    def network(x_t, time, c=None):
+        return model.apply({"params": params}, x_t, time, condition=c)
+
+    guided = guidance.classifier_free(network, c, model.null_condition, 3.0)
+    np.testing.assert_allclose(guided(x, time), 3 * network(x, time, c) - 2 * network(x, time), rtol=1e-4, atol=1e-4)
+
+
+def test_labels_and_conditions_together_and_before_the_loop_of_a_sampler():
+    model = models.MLP(**SMALL, num_classes=3, condition_features=2, condition_dropout=0.1)
+    x, c, y = jax.random.normal(jax.random.key(0), (2, 3)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 2])
+    time = jnp.array([700.0, 3.0])
+    params = parameters(model, x, time, y)
+    for own in (
+        model,
+        model.clone(num_classes=0),
+        model.clone(num_classes=0, condition_features=0, condition_dropout=0),
+    ):
+        given = {"condition": c} if own.condition_features else {}
+        labels = y if own.num_classes else None
+        expected = apply(own, params, x, time, labels, **given)
+        network = jax.jit(models.precompute_time_embeddings(own, params, np.array([3.0, 250.5, 700.0])))
+        np.testing.assert_allclose(network(x, time, labels, **given), expected, rtol=1e-4, atol=1e-4)
+        assert np.isnan(network(x, jnp.array([700.0, 4.0]), labels, **given)[1]).all()
+
+
+def test_networks_without_conditions_have_no_parameters_for_them():
+    """And with them, the other parameters have the same initial values."""
+    x, time = jnp.ones((1, 3)), jnp.zeros(1)
+
+    def initial(**fields):
+        return models.MLP(**SMALL, **fields).init(jax.random.key(0), x, time)["params"]
+
+    plain, given = initial(), initial(condition_features=2, condition_dropout=0.5)
+    assert set(given) - set(plain) == {"condition_0", "condition_1", "condition_null"}
+    jax.tree.map(np.testing.assert_array_equal, plain, {name: given[name] for name in plain})
+
+
+@pytest.mark.parametrize(
+    ("fields", "condition", "words"),
+    [
+        ({}, jnp.zeros((2, 2)), "a condition was given to a network without"),
+        ({"condition_dropout": 0.1}, None, "condition_dropout=0.1 needs conditions to drop"),
+        ({"condition_features": 2, "condition_dropout": 1.0}, None, r"condition_dropout must lie in \[0, 1\), got 1.0"),
+        ({"condition_features": 2}, None, r"needs a condition of shape \(2, 2\)"),
+        (
+            {"condition_features": 2},
+            jnp.zeros((2, 3)),
+            r"must be float of shape \(2, 2\), got float32 of shape \(2, 3\)",
+        ),
+        ({"condition_features": 2}, jnp.zeros((1, 2)), r"got float32 of shape \(1, 2\)"),
+        ({"condition_features": 2}, jnp.zeros((2, 2), int), "must be float of shape .* got int32"),
+        (
+            {"condition_channels": 1},
+            jnp.zeros((2, 1)),
+            r"must be float of shape \(2, 8, 1\), got float32 of shape \(2, 1\)",
+        ),
+        ({"condition_features": 2, "condition_channels": 1}, None, "a network takes one kind of condition"),
+    ],
+)
+def test_refusals(fields, condition, words):
+    model = models.UNet(**TINY, **fields, spatial_dims=1)
+    with pytest.raises(ValueError, match=words):
+        model.init(jax.random.key(0), jnp.zeros((2, 8, 3)), jnp.zeros(2), condition=condition)

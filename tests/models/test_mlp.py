@@ -1,0 +1,104 @@
+"""The network for vectors: against float64 NumPy, and what it shares with the U-Net."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+from helpers.networks import apply, init, redraw
+
+FIELDS = {"channels": 8, "num_res_blocks": 2, "dropout": 0.0}
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def dense(x, layer):
+    return x @ layer["kernel"] + layer["bias"]
+
+
+def norm(x, layer):
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    return x * layer["norm"]["scale"] + layer["norm"]["bias"]
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_the_network_in_numpy(scale_shift):
+    model = models.MLP(**FIELDS, num_classes=3, scale_shift_norm=scale_shift, out_channels=4)
+    x, time, y = (
+        jax.random.normal(jax.random.key(0), (5, 2)),
+        np.array([0.0, 3, 40, 500, 999]),
+        np.array([0, 1, 2, 0, 1]),
+    )
+    params = redraw(init(model, (1, 2), y[:1]))
+    out = apply(model, params, x, jnp.float32(time), y)
+    p = jax.tree.map(np.float64, params)
+    w = 10_000.0 ** (-np.arange(4) / 3)
+    embedding = np.concatenate([np.sin(time[:, None] * w), np.cos(time[:, None] * w)], axis=1)
+    embedding = dense(silu(dense(embedding, p["time_0"])), p["time_1"]) + p["class"]["embedding"][y]
+    h = dense(np.float64(x), p["dense_in"])
+    for block in (p["block_0"], p["block_1"]):
+        inner, given = dense(silu(norm(h, block["norm1"])), block["dense1"]), dense(silu(embedding), block["time_proj"])
+        if scale_shift:
+            inner = norm(inner, block["norm2"]) * (1 + given[:, :8]) + given[:, 8:]
+        else:
+            inner = norm(inner + given, block["norm2"])
+        h = h + dense(silu(inner), block["dense2"])
+    np.testing.assert_allclose(out, dense(silu(norm(h, p["norm_out"])), p["dense_out"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("initializer", ["ho", "openai"])
+def test_it_starts_near_zero_and_every_parameter_has_a_gradient(initializer):
+    model = models.MLP(**FIELDS, num_classes=3, condition_features=2, initializer=initializer)
+    x, time, y, c = (
+        jax.random.normal(jax.random.key(0), (4, 2)),
+        jnp.arange(4.0),
+        jnp.array([0, 1, 2, 0]),
+        jnp.ones((4, 2)),
+    )
+    params = jax.jit(model.init)(jax.random.key(0), x, time, y, condition=c)["params"]
+    assert abs(apply(model, params, x, time, y, condition=c)).max() < 1e-4
+    grads = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, time, y, condition=c) ** 2).sum()))(
+        redraw(params)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+def test_options_change_what_they_say():
+    model, x, time = models.MLP(**FIELDS), jax.random.normal(jax.random.key(0), (4, 2)), jnp.arange(4.0)
+    params = redraw(init(model, (1, 2)))
+    exact = apply(model, params, x, time)
+    np.testing.assert_allclose(apply(model.clone(remat=True), params, x, time), exact, rtol=1e-5, atol=1e-5)
+    half = apply(model.clone(dtype="bfloat16"), params, x, time)
+    assert half.dtype == jnp.float32 and 0 < np.linalg.norm(half - exact) < 0.05 * np.linalg.norm(exact)
+    dropped = apply(model.clone(dropout=0.5), params, x, time, train=True, rngs={"dropout": jax.random.key(0)})
+    assert abs(dropped - exact).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "x", "words"),
+    [
+        ({}, jnp.zeros((1, 4, 2)), r"needs float vectors \[B, C\], got float32 of shape \(1, 4, 2\); a UNet takes"),
+        ({}, jnp.zeros((1, 2), int), "needs float vectors .* got int32"),
+        ({"initializer": "he"}, jnp.zeros((1, 2)), "'ho' or 'openai'"),
+        ({"dropout": 1.0}, jnp.zeros((1, 2)), r"dropout must lie in \[0, 1\)"),
+        ({"num_classes": 2}, jnp.zeros((1, 2)), "needs y"),
+    ],
+)
+def test_refusals(fields, x, words):
+    with pytest.raises(ValueError, match=words):
+        models.MLP(**{**FIELDS, **fields}).init(jax.random.key(0), x, jnp.zeros(1))
+
+
+def test_from_config_takes_the_leaves_of_its_kind():
+    config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the defaults of the U-Net
+    assert models.from_config(config) == models.MLP(channels=16)
+    assert models.from_config({"kind": "unet", "spatial_dims": 1}) == models.UNet(spatial_dims=1)
+    with pytest.raises(ValueError, match=r"model.attention_levels is not a field of models.MLP"):
+        models.from_config(config | {"attention_levels": (2,)})
+    with pytest.raises(ValueError, match=r"model.kind='cnn' must be unet or mlp"):
+        models.from_config({"kind": "cnn"})

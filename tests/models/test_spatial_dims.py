@@ -1,0 +1,218 @@
+"""Networks of series, images and volumes: layers against explicit sums in float64, and whole networks against each other."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import models
+from diffusion_jax.models import convolution
+from diffusion_jax.models.blocks import Attention, downsample_2x, upsample_2x
+from diffusion_jax.models.layers import LayerFactory
+from helpers.networks import TINY, apply, init, redraw
+
+SIZES = {1: (6,), 2: (6, 4), 3: (4, 6, 2)}
+
+
+def explicit(x, kernel, padding, stride=1, periodic=False):
+    """A convolution in float64, one entry of the kernel at a time."""
+    n = x.ndim - 2
+    x = np.pad(np.float64(x), ((0, 0), *(padding,) * n, (0, 0)), mode="wrap" if periodic else "constant")
+    kernel, y = np.float64(kernel), 0
+    counts = [(size - 3) // stride + 1 for size in x.shape[1:-1]]
+    for offsets in itertools.product(range(3), repeat=n):
+        ranges = (slice(i, i + stride * count, stride) for i, count in zip(offsets, counts, strict=True))
+        y = y + x[:, *ranges] @ kernel[offsets]
+    return y
+
+
+def layer(n, *, periodic=False, use_matmul=False, **options):
+    """A convolution of 5 to 3 channels, its input, and its kernel."""
+    factory = LayerFactory(1, 1e-6, "ho", jnp.dtype("float32"), use_matmul, n, periodic)
+    conv = factory.conv(3, "conv", **options)
+    x = jax.random.normal(jax.random.key(n), (2, *SIZES[n], 5))
+    params = redraw(conv.init(jax.random.key(0), x))
+    assert params["params"]["kernel"].shape == (*(3,) * n, 5, 3)
+    return conv, params, x
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_convolutions_are_the_explicit_sums(n, periodic):
+    for use_matmul, options in itertools.product((False, True), ({}, {"stride": 2}, {"stride": 2, "padding": (0, 1)})):
+        conv, params, x = layer(n, periodic=periodic, use_matmul=use_matmul, **options)
+        kernel, bias = (params["params"][name] for name in ("kernel", "bias"))
+        expected = explicit(x, kernel, options.get("padding", (1, 1)), options.get("stride", 1), periodic)
+        np.testing.assert_allclose(conv.apply(params, x), expected + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic):
+    for use_matmul in (False, True):
+        conv, params, x = layer(n, periodic=periodic, use_matmul=use_matmul, upsample=True)
+        large = np.asarray(x)
+        for axis in range(1, n + 1):
+            large = large.repeat(2, axis)
+        np.testing.assert_array_equal(upsample_2x(x), large)
+        np.testing.assert_allclose(downsample_2x(large), x, rtol=1e-6)
+        kernel, bias = (params["params"][name] for name in ("kernel", "bias"))
+        expected = explicit(large, kernel, (1, 1), 1, periodic) + bias
+        np.testing.assert_allclose(conv.apply(params, x), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_series_is_convolved_as_numpy_does():
+    x, kernel = np.random.default_rng(0).normal(size=16), np.array([1.0, 2.0, -4.0])
+    y = convolution.convolve_xla(jnp.float32(x)[None, :, None], jnp.float32(kernel)[:, None, None], ((1, 1),))
+    np.testing.assert_allclose(y[0, :, 0], np.convolve(x, kernel[::-1], "same"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_products_have_the_gradients_of_xla_s_convolution(n):
+    x, kernel = (
+        jax.random.normal(jax.random.key(0), (2, *SIZES[n], 5)),
+        jax.random.normal(jax.random.key(1), (*(3,) * n, 5, 4)),
+    )
+    padding = ((1, 1), (0, 2), (1, 0))[:n]
+    g = jax.random.normal(jax.random.key(2), convolution.convolve_xla(x, kernel, padding).shape)
+    computed, true = (
+        jax.vjp(lambda x, kernel, f=f: f(x, kernel, padding), x, kernel)[1](g)
+        for f in (convolution.convolve_matmul_nd, convolution.convolve_xla)
+    )
+    for mine, exact in zip(computed, true, strict=True):
+        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
+
+
+def test_attention_does_not_depend_on_the_order_of_positions():
+    layers = LayerFactory(2, 1e-6, "ho", jnp.dtype("float32"), spatial_dims=3)
+    attention = Attention(2, None, layers)
+    x = jax.random.normal(jax.random.key(0), (2, 2, 3, 4, 8))
+    params = redraw(attention.init(jax.random.key(0), x))
+    order = np.random.default_rng(0).permutation(24)
+
+    def permuted(x):
+        return x.reshape(2, 24, 8)[:, order].reshape(x.shape)
+
+    moved = attention.apply(params, permuted(x))
+    np.testing.assert_allclose(moved, permuted(attention.apply(params, x)), rtol=1e-5, atol=1e-5)
+    assert abs(moved - x).max() > 0.1
+
+
+def without_first_axis(params):
+    """Parameters of a network with one axis less, which is the same on arrays that are constant along the first axis."""
+    return jax.tree.map(lambda leaf: leaf.sum(0) if leaf.ndim > 2 else leaf, params)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("n", "fields"),
+    [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), (2, {"convolution": "products"}), (3, {})],
+)
+def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, fields):
+    """On a torus kernels add up along an axis on which the array is constant; norms and attention do not see copies."""
+    size = (8, 4)[: n - 1]
+    large, small = (models.UNet(**TINY, **fields, padding="periodic", spatial_dims=d) for d in (n, n - 1))
+    x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
+    params = redraw(init(large, (1, 2, *size, 3)))
+    expected_tree = jax.eval_shape(lambda: init(small, (1, *size, 3)))
+    assert jax.tree.map(jnp.shape, without_first_axis(params)) == jax.tree.map(jnp.shape, expected_tree)
+    expected = apply(large, params, jnp.stack([x, x], axis=1), time)
+    out = apply(small, without_first_axis(params), x, time)
+    np.testing.assert_allclose(expected[:, 0], expected[:, 1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("n", "fields"), [(1, {}), (1, {"convolution": "products"}), (2, {"resample_blocks": True}), (3, {})]
+)
+def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
+    size = (8, 4, 4)[:n]
+    x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
+    model = models.UNet(**TINY, **fields, padding="periodic", spatial_dims=n)
+    params, axes = redraw(init(model, (1, *size, 3))), tuple(range(1, n + 1))
+
+    def error(model, shift):
+        shifted, out = (apply(model, params, a, time) for a in (jnp.roll(x, shift, axes), x))
+        return abs(shifted - jnp.roll(out, shift, axes)).max() / abs(out).max()
+
+    assert error(model, (2,) * n) < 1e-5 and error(model, (-4,) + (2,) * (n - 1)) < 1e-5
+    assert error(model, (1,) * n) > 1e-3  # not a multiple of the stride of the second level
+    assert error(model.clone(padding="zeros"), (2,) * n) > 1e-3
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 5, 2)])
+def test_any_size_is_padded_with_zeros_and_cropped(shape):
+    """As the same network of the padded array and condition, cropped by hand."""
+    n = len(shape)
+    model = models.UNet(**TINY, spatial_dims=n, condition_channels=2)
+    even = tuple(-(-size // 2) * 2 for size in shape)
+    x, condition = (jax.random.normal(jax.random.key(c), (2, *shape, c)) for c in (3, 2))
+    params = redraw(jax.jit(model.init)(jax.random.key(0), x, jnp.zeros(2), condition=condition)["params"])
+    out = apply(model, params, x, jnp.ones(2), condition=condition)
+    widths = ((0, 0), *((0, e - s) for e, s in zip(even, shape, strict=True)), (0, 0))
+    padded = apply(model, params, jnp.pad(x, widths), jnp.ones(2), condition=jnp.pad(condition, widths))
+    assert out.shape == x.shape and padded.shape == (2, *even, 3)
+    np.testing.assert_allclose(out, padded[:, *map(slice, shape)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("n", "convolution"), [(1, "products"), (3, "products"), (3, "xla")])
+def test_bfloat16_has_finite_gradients_near_float32_s(n, convolution):
+    x, time = jax.random.normal(jax.random.key(2), (2, *(8, 4, 4)[:n], 3)), jnp.array([3.0, 700.0])
+    model = models.UNet(**TINY, spatial_dims=n, convolution="xla")
+    params = redraw(init(model, (1, *x.shape[1:])))
+
+    def flat_gradient(model):
+        gradient = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, time) ** 2).mean()))(params)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+    exact, rounded = flat_gradient(model), flat_gradient(model.clone(dtype="bfloat16", convolution=convolution))
+    assert np.isfinite(rounded).all() and np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.whole
+def test_vmap_of_a_series_network_is_its_batch():
+    model = models.UNet(**TINY, spatial_dims=1, condition_features=2, remat=True)
+    x, c = jax.random.normal(jax.random.key(0), (3, 7, 2)), jax.random.normal(jax.random.key(1), (3, 2))
+    time = jnp.array([1.0, 20.0, 300.0])
+    params = redraw(jax.jit(model.init)(jax.random.key(0), x, time, condition=c)["params"])
+
+    def loss(x, time, c):
+        return (model.apply({"params": params}, x, time, condition=c) ** 2).sum()
+
+    one = jax.jit(jax.vmap(lambda *row: jax.grad(loss, (0, 2))(*(a[None] for a in row))))(x, time, c)
+    batch = jax.jit(jax.grad(loss, (0, 2)))(x, time, c)
+    for single, whole in zip(one, batch, strict=True):
+        np.testing.assert_allclose(single[:, 0], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "words"),
+    [
+        ({"spatial_dims": 1}, (1, 8, 8, 3), r"needs arrays \[B, L, C\], got shape \(1, 8, 8, 3\)"),
+        ({"spatial_dims": 3}, (1, 8, 8, 3), r"needs arrays \[B, D, H, W, C\]"),
+        ({"spatial_dims": 0}, (1, 3), "spatial_dims=0 must be 1, 2 or 3; vectors need an MLP"),
+        ({"spatial_dims": 4}, (1, 2, 2, 2, 2, 3), "spatial_dims=4 must be 1, 2 or 3"),
+        ({"padding": "reflect"}, (1, 8, 8, 3), "padding='reflect' must be 'zeros' or 'periodic'"),
+        (
+            {"padding": "periodic"},
+            (1, 8, 9, 3),
+            r"needs sizes divisible by 2, because with padding='periodic' .*\(8, 9\)",
+        ),
+    ],
+)
+def test_refusals(fields, shape, words):
+    with pytest.raises(ValueError, match=words):
+        models.UNet(**TINY, **fields).init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(1))
+
+
+def test_a_classifier_of_series():
+    model = models.Classifier(**{**TINY, "attention_levels": ()}, spatial_dims=1, head_channels=4, num_classes=5)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, jnp.zeros(2)))
+    assert shapes["params"]["pool"]["position"].shape == (5, 16)
+    assert jax.eval_shape(lambda p: model.apply(p, x, jnp.zeros(2)), shapes).shape == (2, 5)
