@@ -133,8 +133,10 @@ def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, Classifier) else "hybrid" if is_learned else "simple"
     height, width = description.image_size
+    model = fields_of(description.model)
+    del model["spatial_dims"]  # no leaf: that of images, as the description's height and width
     return {
-        "model": fields_of(description.model),
+        "model": model,
         "diffusion": dict(description.diffusion) | {"loss": loss, "conditioning_noise": description.conditioning_noise},
         "data": {
             "image_size": height if height == width else (height, width),

@@ -72,7 +72,8 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     """
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier)
-    model = models.from_config(config["model"])
+    _check_is_of_images(config["model"])
+    model = models.from_config(config["model"], models.UNet)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):
@@ -81,6 +82,17 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
             f"need {needed}; leave it out"
         )
     return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
+
+
+def _check_is_of_images(config: Mapping[str, Any]) -> None:
+    """Raises: ValueError for networks of vectors and conditions, which the training program has no data for."""
+    for leaf, usual in (("kind", "unet"), ("condition_features", 0), ("condition_channels", 0)):
+        value = config.get(leaf, usual)
+        if value != usual:
+            raise ValueError(
+                f"model.{leaf}={value!r}: the training program has no such data; use {usual!r}, or use models.MLP or "
+                "models.UNet in a program of your own"
+            )
 
 
 def check_loss(config: Mapping[str, Any]) -> None:

@@ -306,6 +306,9 @@ def test_a_schedule_needs_a_known_prediction_and_variance(leaf, words):
     [
         ({"mesh.data": 3}, "number of devices"),
         ({"mesh.fsdp": 2}, "mesh.fsdp=2 must divide"),
+        ({"model.kind": "mlp"}, "model.kind='mlp': the training program has no such data; use 'unet'"),
+        ({"model.condition_features": 3}, "model.condition_features=3: the training program has no such data; use 0"),
+        ({"model.condition_channels": 2}, "model.condition_channels=2: the training program has no such data; use 0"),
         ({"training.accumulation_steps": 0}, "at least 1"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
         ({"training.batch_size": 0}, "training.batch_size=0 must be a whole number of at least 1"),
