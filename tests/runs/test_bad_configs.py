@@ -34,7 +34,6 @@ BAD = [
     ("mesh.fsdp", 5, "mesh.fsdp=5"),
     ("data.dataset", "folder", "data.data_dir"),
     ("data.image_size", 0, "data.image_size=0"),
-    ("data.image_size", 7, "7"),
     ("data.channels", 2, "data.channels=2"),
     ("data.split", "validation", "data.split='validation'"),
     ("data.levels", 1, "data.levels=1"),
