@@ -147,6 +147,7 @@ def test_projection_changes_only_the_measured_part(name, x64):
     np.testing.assert_allclose(editing.project(linear, y, clip=False)(moved), moved, atol=1e-12)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["gray", "average_pool"])
 def test_restored_images_agree_with_the_measurement(name):
     """Independent Gaussian pixels: the measured means come back, the rest keeps its spread."""

@@ -127,6 +127,7 @@ def test_rescaling_does_not_change_constant_outputs():
     np.testing.assert_allclose(guided[:, 0, 0, 0], [-4 * 4 + 5 * 1, -4 * 4 + 5 * 3])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x64):
     schedule_time = TIME

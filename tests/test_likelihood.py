@@ -146,6 +146,7 @@ def test_with_the_fixed_small_variance_terms_are_snr_differences(x64):
     np.testing.assert_allclose(bits.vlb[:, 1:], drops * bits.x_0_mse[:, 1:], rtol=1e-8)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_the_bound_does_not_depend_on_the_prediction(prediction, x64):
     def denoise_fn(x_t, time):
@@ -188,6 +189,7 @@ def test_rate_and_distortion_of_a_gaussian():
 # The estimate from some of the steps.
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("strata", [1, 7, 49])
 def test_strata_are_an_unbiased_estimate(strata):
     x_0 = gaussian_data(20_000, 5)
@@ -250,6 +252,7 @@ def test_tables_and_jit_do_not_change_the_bound():
     np.testing.assert_allclose(traced, one_by_one.total, rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_the_bound_is_differentiable():
     x_0 = jnp.array([[-1.0, 1.0, 0.2]])
     total = lambda w: likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, lambda x, time: w * x, x_0).total.sum()  # noqa: E731

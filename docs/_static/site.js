@@ -5,3 +5,15 @@ document.addEventListener("DOMContentLoaded", () => {
     summary.setAttribute("aria-label", `Pages of ${link?.textContent.trim() ?? "this folder"}`);
   }
 });
+
+// An equation that is wider than the page scrolls: the keyboard must reach it.
+window.addEventListener("load", async () => {
+  await window.MathJax?.startup?.promise;
+  for (const equation of document.querySelectorAll("mjx-container[display='true']")) {
+    if (equation.scrollWidth > equation.clientWidth) {
+      equation.tabIndex = 0;
+      equation.setAttribute("role", "group");
+      equation.setAttribute("aria-label", "Equation, scrolls sideways");
+    }
+  }
+});

@@ -20,6 +20,7 @@ from helpers.paths import ROOT
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.whole
 def test_the_command_writes_records_and_a_table(tmp_path, capsys):
     samples = save(tmp_path / "half.npz", all_digits("train")[:200])
     command.main(["digits:train", samples])
@@ -236,6 +237,7 @@ command.main(["digits:train", "samples.npz", "--batch_size=20", "--output=eight.
 """
 
 
+@pytest.mark.whole
 def test_eight_devices_give_the_metrics_of_one(tmp_path):
     save(tmp_path / "samples.npz", all_digits("test")[:250])
     command.main(["digits:train", "samples.npz", "--output=one.json"])

@@ -130,6 +130,7 @@ def test_the_options_reach_the_core(trained):
     assert abs(found["uniform"] - found["variational"]) > 0.01
 
 
+@pytest.mark.whole
 def test_the_split_can_be_read_from_another_directory(trained, monkeypatch):
     asked = []
 

@@ -228,6 +228,7 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [

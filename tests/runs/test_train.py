@@ -36,6 +36,7 @@ def event_scalars(directory):
     return found
 
 
+@pytest.mark.whole
 def test_a_run_writes_the_documented_files(trained):
     assert json.loads((trained / "config.json").read_text()) == workdir.to_dict(tiny_config())
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
@@ -46,6 +47,7 @@ def test_a_run_writes_the_documented_files(trained):
     assert not (trained / "samples").exists()  # training.sample_every is 0: never
 
 
+@pytest.mark.whole
 def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
     train.run(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [

@@ -250,6 +250,7 @@ def test_full_schedules_from_pure_noise_are_finite(name):
     assert np.isfinite(x_0).all()
 
 
+@pytest.mark.whole
 def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
 

@@ -103,6 +103,7 @@ def test_damage_is_named_and_the_step_before_restored(two_steps, tmp_path, capsy
         saved.finish(2)
 
 
+@pytest.mark.whole
 def test_weights_fall_back_as_well_and_change_nothing(two_steps, tmp_path, capsys):
     source, abstract, states = two_steps
     directory = tmp_path / "checkpoints"
