@@ -136,7 +136,7 @@ def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: 
             power = transform[..., :, None] * transform[..., None, :].conj()
             power = power.real if radial else power
         else:
-            power = np.square(np.real(transform)) + np.square(np.imag(transform))
+            power = _squared_magnitude(transform)
         power /= math.prod(spatial)
         if window == "none":  # the mean of the examples was subtracted, which lowers this frequency alone
             power[:, 0] *= count / (count - 1)
@@ -187,7 +187,7 @@ def autocorrelation(x: Any, max_lag: int | None = None, *, periodic: bool = Fals
     total, squares, with_variance = np.zeros((3, len(lags), channels))
     for _, block in read_blocks(x, 4 * padded * channels):
         transform = np.fft.rfft(block - mean, padded, axis=1)
-        power = np.square(np.real(transform)) + np.square(np.imag(transform))
+        power = _squared_magnitude(transform)
         products = np.fft.irfft(power, padded, axis=1)[:, : len(lags)] / pairs[:, None]
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
@@ -213,6 +213,11 @@ def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = means.mean(axis=0)
     centered = means - mean
     return mean, centered.T @ centered / ((len(x) - 1) * len(x))
+
+
+def _squared_magnitude(x: np.ndarray) -> np.ndarray:
+    """|x|^2 of complex numbers, without the square root."""
+    return np.square(np.real(x)) + np.square(np.imag(x))
 
 
 def _square_parts(x: np.ndarray) -> np.ndarray:
