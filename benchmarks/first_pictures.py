@@ -2,9 +2,9 @@
 
     python benchmarks/first_pictures.py DIR [--plot=docs/images/first_pictures.png]
 
-Runs in DIR the page's Python block and its two commands of the run `runs/shapes`, training and sampling, with an empty cache
-of compiled programs, and prints the wall and CPU seconds of each. The picture has the samples that the training command drew,
-and training images.
+Runs in DIR the page's Python block and its two commands of the run `runs/shapes`, training and sampling, with a cache of
+compiled programs in DIR, and prints the wall and CPU seconds of each; then continues the run to 1,000 steps. The picture has
+the samples that the run drew while it was trained, and training images.
 """
 
 import argparse
@@ -50,11 +50,16 @@ def run_page(directory: pathlib.Path) -> None:
     """Draws the shapes, trains and samples, as the page does."""
     (directory / "draw.py").write_text(blocks("python")[0])
     run([sys.executable, "draw.py"], directory)
+    commands = []
     for block in blocks("sh"):
         words = shlex.split(block.replace("\\\n", " "))
         if "--workdir=runs/shapes" in words:
-            config = [word.replace("--config=", f"--config={ROOT}/") for word in words[2:]]
-            run([sys.executable, str(ROOT / "main.py"), *config], directory)
+            arguments = [word.replace("--config=", f"--config={ROOT}/") for word in words[2:]]
+            commands.append([sys.executable, str(ROOT / "main.py"), *arguments])
+    train, sample = commands
+    run(train, directory)
+    run(sample, directory)
+    run([*train, f"--config.training.num_steps={STEPS[-1]}"], directory)
 
 
 def training_images(directory: pathlib.Path) -> np.ndarray:
@@ -72,7 +77,7 @@ def plot(directory: pathlib.Path):
         for step in STEPS
     }
     panels[f"{NUM_IMAGES} of the training images"] = pictures.grid(training_images(directory))
-    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(12, 3.15), dpi=100, layout="constrained")
     for axes, (title, picture) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.imshow(picture)
         axes.set_axis_off()
