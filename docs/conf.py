@@ -108,6 +108,7 @@ if REPOSITORY_URL:
     extensions.append("sphinx.ext.linkcode")
     html_theme_options |= {
         "repository_url": REPOSITORY_URL,
+        "repository_provider": "github",  # also where the address is that of a mirror
         "repository_branch": "main",
         "path_to_docs": "docs",
         "use_repository_button": True,
