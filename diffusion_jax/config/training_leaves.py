@@ -166,7 +166,7 @@ MODEL: dict[str, Leaf] = {
         "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
     ),
     "remat": _IdentityLeaf(
-        False, Boolean(), "Whether the backward pass recomputes activations: less memory, a third more time."
+        False, Boolean(), "Whether the backward pass recomputes activations: less memory, more time."
     ),
 }
 
