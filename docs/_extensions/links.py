@@ -1,7 +1,8 @@
 """Links that pages need not write.
 
 From the name of a public object to its API entry, from the name of an object of another project to its documentation (with
-DOCS_ONLINE=1), and from a document of the repository's root to its page.
+DOCS_ONLINE=1), and from a document of the repository's root to its page. With DOCS_REPOSITORY_URL the commands that clone the
+repository have its address.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PAGES = {
     "README.md": "index.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_PLACEHOLDER = re.compile(r"REPOSITORY is the address of this repository\.\s?")
 _NAME = re.compile(r"^([A-Za-z_][\w.]*)(\(.*\))?$", re.DOTALL)
 
 
@@ -58,6 +60,8 @@ def _rewrite(app: Sphinx, source: list[str], folder: pathlib.Path, page: str) ->
         return f"{start}{os.path.relpath(path, here)}{end}"
 
     source[0] = _LINK.sub(replace, source[0])
+    if url:
+        source[0] = _PLACEHOLDER.sub("", source[0]).replace("git clone REPOSITORY ", f"git clone {url} ")
 
 
 def _link_code(app: Sphinx, doctree: nodes.document, page: str) -> None:
