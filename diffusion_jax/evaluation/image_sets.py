@@ -34,9 +34,6 @@ class NpzImages:
     channels: 1 or 3 converts the images to gray or to three channels; None leaves them unchanged.
     """
 
-    num_classes = 0
-    class_names: tuple[str, ...] = ()
-
     def __init__(self, path: pathlib.Path, channels: int | None = None):
         self._channels = channels
         try:
@@ -48,14 +45,13 @@ class NpzImages:
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(images uint8 [n, H, W, C], labels int32 [n], all 0)."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         images = np.asarray(self._images[indices])
         if self._channels == 3:
             images = np.broadcast_to(images, (*images.shape[:3], 3))
         elif self._channels == 1 and images.shape[3] == 3:  # the conversion of folders
             images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
-        return images, np.zeros(len(indices), np.int32)
+        return {"image": images}
 
 
 def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
@@ -203,7 +199,7 @@ def pixel_digest(source: data.Source, chunk: int, progress: Callable[[int], None
     """SHA-256 of the pixels of a source, read `chunk` images at a time. progress: called with the number of read images."""
     digest = hashlib.sha256()
     for start in range(0, len(source), chunk):
-        images, _ = source.read(np.arange(start, min(start + chunk, len(source))))
+        images = source.read(np.arange(start, min(start + chunk, len(source))))["image"]
         digest.update(repr(images.shape[1:]).encode())
         digest.update(np.ascontiguousarray(images).data)
         progress(start + len(images))
