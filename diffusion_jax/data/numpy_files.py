@@ -18,7 +18,7 @@ import numpy as np
 __all__ = ["ArrayLayout", "map_array", "map_layout", "npy_layout", "npz_layouts", "read_rows", "seeks_rows"]
 
 _MAX_HEADER = 10_000  # bytes, NumPy's own limit
-_MIN_SEEK_BYTES = 2**15  # rows of at least this size are read faster by read() than through a memory map
+_MIN_SEEK_BYTES = 2**18  # rows of at least this size are read at least as fast by read() as through a memory map
 
 
 class ArrayLayout(NamedTuple):
