@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diffusion_jax import data
+from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
 
@@ -37,7 +38,7 @@ class NpzImages:
     def __init__(self, path: pathlib.Path, channels: int | None = None):
         self._channels = channels
         try:
-            self._images = _map_array(path, "arr_0")
+            self._images = map_array(path, "arr_0")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} contains neither images (arr_0) nor statistics (mu, sigma): {error}") from None
         _check_images(path, self._images)
@@ -52,24 +53,6 @@ class NpzImages:
         elif self._channels == 1 and images.shape[3] == 3:  # the conversion of folders
             images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
         return {"image": images}
-
-
-def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
-    """An array of an .npz, memory-mapped unless it is compressed."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{name}.npy")
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, is_fortran, dtype = read_header[version](file)
-            start = file.tell()
-    if member.compress_type != zipfile.ZIP_STORED or is_fortran or dtype.hasobject:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # of the local header: the lengths of the name and of the extra field
-        start += member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _check_images(path: pathlib.Path, images: np.ndarray) -> None:
