@@ -48,7 +48,7 @@ class SamplingSetup:
     def __init__(
         self,
         config: Mapping,
-        model: models.UNet,
+        model: models.UNet | models.MLP,
         schedule: schedules.Schedule,
         mesh: Mesh | None,
         class_names: Sequence[str] = (),
