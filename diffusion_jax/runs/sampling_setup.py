@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
-from diffusion_jax.config import resolve
+from diffusion_jax.config import clips_by_default, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.models import upsampling
@@ -20,6 +21,7 @@ from diffusion_jax.runs.sample_name import sample_name
 from diffusion_jax.runs.sampler_config import (
     calls_between_steps,
     is_stochastic,
+    resolve_clip,
     resolve_spacing,
     respace,
     sampler_from_config,
@@ -39,19 +41,21 @@ class _Classifier(NamedTuple):
 class SamplingSetup:
     """All decisions of a config about sampling, checked before anything is compiled.
 
-    schedule: the steps of the sampler. labels: a `ClassLabels`. classifier_params: of the guiding classifier, None without
-    one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a reason why
-    samples will look wrong, None if none is known.
+    schedule: the steps of the sampler. labels: a `ClassLabels`. conditions: [N, ...], standardized, of which sample i has row
+    i modulo N; None for a model without conditions, or for samples without one. classifier_params: of the guiding classifier,
+    None without one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a
+    reason why samples will look wrong, None if none is known.
     """
 
     def __init__(
         self,
         config: Mapping,
-        model: models.UNet,
+        model: models.UNet | models.MLP,
         schedule: schedules.Schedule,
         mesh: Mesh | None,
         class_names: Sequence[str] = (),
         load_classifier: bool = True,
+        conditions: np.ndarray | None = None,
     ):
         """Checks the config and prepares the networks and functions that sampling needs.
 
@@ -62,6 +66,7 @@ class SamplingSetup:
         """
         config = resolve(config)
         self._config, self._model, self._full_schedule = config, model, schedule
+        config.sampling.clip = resolve_clip(config)
         options = self._options = config["sampling"]
         sampler = sampler_from_config(options, config["diffusion"])
         self._spacing = resolve_spacing(options, sampler, schedule)
@@ -69,6 +74,7 @@ class SamplingSetup:
         self._classifier = self._load_classifier(mesh) if options["classifier"] and load_classifier else None
         self.classifier_params = None if self._classifier is None else self._classifier.params
         self.labels = ClassLabels(self._parse_classes(class_names, load_classifier), class_names)
+        self.conditions = conditions
         self.is_guided = options["guidance_scale"] != 1
         self._interval = options["guidance_interval"] or None
         self._check_guidance()
@@ -93,7 +99,8 @@ class SamplingSetup:
     @property
     def name(self) -> str:
         """The part of a file name that distinguishes samples with different options."""
-        return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels)
+        clips = clips_by_default(self._config)
+        return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels, clips)
 
     @property
     def is_stochastic(self) -> bool:
@@ -113,6 +120,10 @@ class SamplingSetup:
         if self.classes is not None and self._options["label"] is None:
             self.labels.set_given(labels)
 
+    def condition(self, indices: np.ndarray) -> np.ndarray | None:
+        """The standardized conditions of the samples of these numbers; None if they have none."""
+        return None if self.conditions is None else self.conditions[indices % len(self.conditions)]
+
     def _parse_classes(self, class_names: Sequence[str], load_classifier: bool) -> tuple[int, ...] | None:
         path, num_classes = self._options["classifier"], self._model.num_classes
         if self._classifier is not None:
@@ -129,10 +140,11 @@ class SamplingSetup:
 
     def _check_guidance(self) -> None:
         options, model = self._options, self._model
-        if self.is_guided and not (model.num_classes and model.label_dropout):
+        if self.is_guided and model.null_label is None and model.null_condition is None:
             raise UserError(
                 f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
-                "model.label_dropout above 0; use 1, or sampling.classifier"
+                "model.label_dropout above 0, or with conditions and model.condition_dropout above 0; use 1, or "
+                "sampling.classifier"
             )
         noise, maximum = options["low_resolution_noise"], self._config["diffusion"]["conditioning_noise"]
         if noise > maximum:
@@ -172,7 +184,7 @@ class SamplingSetup:
             if not np.array_equal(getattr(net.schedule, name), getattr(self._full_schedule, name)):
                 differences.append("another noise schedule")
                 break
-        classifier_shape, image_shape = (*net.image_size, net.channels), data.image_shape(self._config["data"])
+        classifier_shape, image_shape = (*net.image_size, net.channels), data.example_shape(self._config["data"])
         if classifier_shape != image_shape:
             differences.append(f"images: {classifier_shape} there, {image_shape} here")
         if differences:
@@ -196,31 +208,34 @@ class SamplingSetup:
             arguments["mean_shift"] = guidance.log_prob_gradient(log_prob, scale)
         return sampler_from_config(self._options, self.parameterization, clip, **arguments)
 
-    def network(self, params, classifier_params, y, low=None) -> Callable:
-        """The guided denoise_fn(x_t, time), pure. y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler."""
+    def network(self, params, classifier_params, y, low=None, condition=None) -> Callable:
+        """The guided denoise_fn(x_t, time), pure.
+
+        y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler. condition: as of the network, standardized.
+        """
         options = self._options
         apply: Callable[..., Any]
+        conditional: Callable[..., Any]
         denoise_fn: Callable[..., Any]
         if calls_between_steps(options):
-            apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
+            apply = functools.partial(self._model.apply, {"params": params})
         else:
             apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
-        conditional = apply if low is None else self._conditioned_on(low, apply)
-
+        apply_to = apply if low is None else self._conditioned_on(low, apply)
+        given = {"y": y} if self._model.num_classes else {}
+        given |= {} if condition is None else {"condition": condition}
+        conditional = lambda x_t, time, given: apply_to(x_t, time, **given)  # noqa: E731
         if self.is_guided:
-            null_label = self._model.null_label
-            assert null_label is not None  # `_check_guidance` refuses models without one
             denoise_fn = guidance.classifier_free(
                 conditional,
-                y,
-                null_label,
+                given,
+                self._without(given),
                 options["guidance_scale"],
                 interval=self._interval,
                 rescale=options["guidance_rescale"],
             )
         else:
-            labels = y if self._model.num_classes else None
-            denoise_fn = lambda x_t, time: conditional(x_t, time, labels)  # noqa: E731
+            denoise_fn = lambda x_t, time: conditional(x_t, time, given)  # noqa: E731
         if self._classifier is not None and not self._shifts_mean:
             denoise_fn = guidance.classifier(
                 denoise_fn,
@@ -231,11 +246,16 @@ class SamplingSetup:
             )
         return denoise_fn
 
+    def _without(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The label and condition of an unguided output: null ones, but the given ones where the model has none."""
+        null = {"y": self._model.null_label, "condition": self._model.null_condition}
+        return {name: value if null[name] is None else null[name] for name, value in given.items()}
+
     def _conditioned_on(self, low, apply: Callable) -> Callable:
         """`apply(x_t, time, y)` with the small images beside x_t in the channels."""
         has_noise = self._config["diffusion"]["conditioning_noise"]
 
-        def conditional(x_t, time, y):
+        def conditional(x_t, time, y=None):
             repeats = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
             noise = jnp.full(x_t.shape[:1], self._options["low_resolution_noise"]) if has_noise else None
             return apply(upsampling.condition(x_t, jnp.tile(low, (repeats, 1, 1, 1)), noise), time, y)
@@ -250,16 +270,17 @@ class SamplingSetup:
         shape: tuple[int, ...],
         y=None,
         low=None,
+        condition=None,
         *,
         constrain: Callable = lambda x: x,
         **options: Any,
     ) -> Any:
-        """Images [B, H, W, C] in [-1, 1] from noise, or the result of `sampling.sample` with `options`; pure.
+        """Samples [B, *spatial, C] in the model's range from noise, or what `sampling.sample` returns with `options`; pure.
 
-        shape: (B, H, W, C). y, low: as in `network`. constrain: applied to x_T, to place it on a mesh.
+        shape: (B, *spatial, C). y, low, condition: as in `network`. constrain: applied to x_T, to place it on a mesh.
         """
         key_noise, key_steps = jax.random.split(key)
         x_T = constrain(jax.random.normal(key_noise, shape))
-        denoise_fn = self.network(params, classifier_params, y, low)
+        denoise_fn = self.network(params, classifier_params, y, low, condition)
         sampler = self.sampler(classifier_params, y)
         return sampling.sample(key_steps, self.schedule, denoise_fn, x_T, sampler, **options)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
 from diffusion_jax.runs import chunk_store, measure_likelihood, progressive, trained_model, workdir
-from diffusion_jax.runs.batch_sampler import trajectory_picture
+from diffusion_jax.runs.batch_sampler import sample_trajectory
+from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config
@@ -76,7 +77,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
     found = []
     for batch, places in enumerate([range(0, 4), range(4, 8), [8, 9, 9, 9]]):
         key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
-        bits, kept = bound(key, *source.read(np.array(places))), min(4, 10 - 4 * batch)
+        bits, kept = bound(key, *source.read(np.array(places)).values()), min(4, 10 - 4 * batch)
         found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], bits))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
@@ -215,7 +216,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {
-            show: trajectory_picture(jax.random.key(0), config_with(), drawn, params, 3, show=show)
+            show: draw_trajectory(sample_trajectory(jax.random.key(0), config_with(), drawn, params, 3, show=show), "")
             for show in ("x_0", "x_t")
         }
         np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])
@@ -224,7 +225,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         assert picture.size == (3 * 68 + 4, 14 + 4 * 68 + 4)
         source = data.load(ConfigDict({**config_with().data, "split": "test"}))
         last = np.asarray(picture)[18:82:8, 2 * 68 + 4 : 2 * 68 + 68 : 8]
-        np.testing.assert_array_equal(last, source.read(np.array([0]))[0][0, :, :, 0])
+        np.testing.assert_array_equal(last, source.read(np.array([0]))["image"][0, :, :, 0])
     assert "RMSE" in capsys.readouterr().out
 
 
@@ -257,7 +258,7 @@ def test_a_failed_ode_solver_is_an_error(trained):
 
 
 def test_images_of_other_gray_levels_are_refused():
-    digits = data.load(tiny_config().data).read(np.arange(100))[0]
+    digits = data.load(tiny_config().data).read(np.arange(100))["image"]
     data.check_levels(digits, 17)
     data.check_levels(digits, 256)
     for levels in (2, 16, 18, 100):
