@@ -65,7 +65,7 @@ def run_page(directory: pathlib.Path) -> None:
 def training_images(directory: pathlib.Path) -> np.ndarray:
     """The first training images as the program reads them, uint8 [NUM_IMAGES, 32, 32, 3]."""
     source = data.Folder(str(directory / "shapes"), (32, 32), 3)
-    return source.read(np.arange(NUM_IMAGES))[0]
+    return source.read(np.arange(NUM_IMAGES))["image"]
 
 
 def plot(directory: pathlib.Path):
@@ -77,9 +77,9 @@ def plot(directory: pathlib.Path):
         for step in STEPS
     }
     panels[f"{NUM_IMAGES} of the training images"] = pictures.grid(training_images(directory))
-    figure = Figure(figsize=(12, 3.15), dpi=100, layout="constrained")
-    for axes, (title, picture) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        axes.imshow(picture)
+    figure = Figure(figsize=(7, 7.3), dpi=100, layout="constrained")
+    for axes, (title, picture) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
+        axes.imshow(picture, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(title)
     return figure
