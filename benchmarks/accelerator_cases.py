@@ -127,7 +127,7 @@ def _set_jax_precision(precision: str) -> None:
 
 
 def _size_of(case: Case, built: training.TrainingProgram, parameters) -> dict:
-    shape = data.image_shape(config_of(case)["data"])
+    shape = data.example_shape(config_of(case)["data"])
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     return {"parameters": count, "gmac": roofline.forward_macs(built.model, shape) / 1e9}
 
@@ -141,7 +141,7 @@ def _train(case: Case) -> tuple[training.TrainingProgram, Callable, dict]:
     if not case.changes.get("donate", True):
         step = jax.jit(step.__wrapped__, compiler_options=compiler.options())
     leading = (num_steps,) if num_steps > 1 else ()
-    image = jax.ShapeDtypeStruct((*leading, case.batch, *data.image_shape(config["data"])), jnp.uint8)
+    image = jax.ShapeDtypeStruct((*leading, case.batch, *data.example_shape(config["data"])), jnp.uint8)
     return built, step, {"image": image, "label": jax.ShapeDtypeStruct((*leading, case.batch), jnp.int32)}
 
 
@@ -159,7 +159,7 @@ def _sample(case: Case) -> tuple[training.TrainingProgram, Callable, tuple]:
 
         return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
 
-    x_T = jax.ShapeDtypeStruct((case.batch, *data.image_shape(config["data"])), jnp.float32)
+    x_T = jax.ShapeDtypeStruct((case.batch, *data.example_shape(config["data"])), jnp.float32)
     program = jax.jit(generate, compiler_options=compiler.options())
     return built, program, (built.abstract_state.params, x_T, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
 

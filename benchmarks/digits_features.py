@@ -64,7 +64,7 @@ def main() -> None:
 
 def _read(split: str):
     source = Digits(split, (8, 8), 1)
-    return tuple(map(jnp.asarray, source.read(np.arange(len(source)))))
+    return tuple(map(jnp.asarray, source.read(np.arange(len(source))).values()))
 
 
 if __name__ == "__main__":

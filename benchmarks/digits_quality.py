@@ -35,7 +35,7 @@ def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 def fit_classifier() -> tuple[MLPClassifier, np.ndarray, np.ndarray]:
     """A classifier of real digits, its training digits, and the held-out digits."""
     train, test = (data.Digits(split, (8, 8), 1) for split in ("train", "test"))
-    (real, labels), (held_out, _) = (source.read(np.arange(len(source))) for source in (train, test))
+    (real, labels), (held_out, _) = (source.read(np.arange(len(source))).values() for source in (train, test))
     return MLPClassifier((256,), max_iter=300, random_state=0).fit(features(real), labels), real, held_out
 
 

@@ -141,7 +141,7 @@ def programs(presets: list[str], compiled: bool) -> None:
         if models.preset(name).out_channels == 6:
             config.diffusion.update(variance="learned_range", loss="hybrid")
         built = training.build_program(config)
-        shape = data.image_shape(config.data)
+        shape = data.example_shape(config.data)
 
         def arguments(images, dtype, shape=shape):
             labels = jax.ShapeDtypeStruct((images,), jnp.int32)

@@ -161,7 +161,7 @@ def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
-    (height, width, channels), taken = data.image_shape(config.data), training.input_shape(config)
+    (height, width, channels), taken = data.example_shape(config.data), training.input_shape(config)
     learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
     labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
     out = jax.eval_shape(

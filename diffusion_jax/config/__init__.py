@@ -25,9 +25,11 @@ from diffusion_jax.config.resolution import (
 from diffusion_jax.config.table import (
     CLASSIFIER_LEAVES,
     LEAVES,
+    clips_by_default,
     flatten,
     identity_leaves,
     is_classifier,
+    is_continuous,
     is_upsampler,
     reference,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "LEAVES",
     "ConfigDict",
     "ConfigError",
+    "clips_by_default",
     "default",
     "default_classifier",
     "drop_unknown_leaves",
@@ -47,6 +50,7 @@ __all__ = [
     "identity_leaves",
     "is_boolean_leaf",
     "is_classifier",
+    "is_continuous",
     "is_upsampler",
     "load_experiment",
     "migrate",

@@ -74,9 +74,10 @@ SAMPLING: dict[str, Leaf] = {
     ),
     "churn_noise": Leaf(1.0, Number(minimum=0), "S_noise of heun."),
     "clip": Leaf(
-        True,
-        OneOf(Boolean(), Choice("dynamic")),
-        "Whether x_0 is clipped to [-1, 1] at every step. dynamic: to a quantile of |x_0|, which is then scaled to 1.",
+        None,
+        OneOf(Boolean(), Choice("dynamic"), Nothing()),
+        "Whether x_0 is clipped to [-1, 1] at every step; None follows the data: True for gray levels and for `data.limits`, "
+        "False for other continuous data. dynamic: to a quantile of |x_0|, which is then scaled to 1.",
     ),
     "clip_quantile": Leaf(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
     "label": Leaf(
@@ -120,6 +121,12 @@ SAMPLING: dict[str, Leaf] = {
         0.0,
         Number(minimum=0),
         "Standard deviation of the noise on the small images, up to `diffusion.conditioning_noise`.",
+    ),
+    "conditions": Leaf(
+        "",
+        Text(path=True),
+        'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
+        "modulo the number of rows.",
     ),
     "num_samples": Leaf(64, Integer(1), "Number of samples."),
     "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
@@ -176,7 +183,11 @@ EVALUATION: dict[str, Leaf] = {
         "of S strata.",
     ),
     "cdf": Leaf("exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."),
-    "clip": Leaf(True, Boolean(), "Whether x_0 is clipped to [-1, 1], as in the figures of Ho et al. and OpenAI."),
+    "clip": Leaf(
+        None,
+        optional(Boolean()),
+        "Whether x_0 is clipped to [-1, 1], as in the figures of Ho et al. and OpenAI; None as for `sampling.clip`.",
+    ),
     "seed": Leaf(0, SEED, "Seed of the noise of the measurements."),
     "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is measured."),
     "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),

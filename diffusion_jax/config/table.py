@@ -27,9 +27,11 @@ __all__ = [
     "GROUPS",
     "LEAVES",
     "ROOT_GROUP",
+    "clips_by_default",
     "flatten",
     "identity_leaves",
     "is_classifier",
+    "is_continuous",
     "is_upsampler",
     "nearest_name",
     "reference",
@@ -90,6 +92,16 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 def is_upsampler(config: Mapping[str, Any]) -> bool:
     """Whether the diffusion model of a complete config enlarges small images, which are an input of its network."""
     return bool(config["data"]["low_resolution"])
+
+
+def is_continuous(config: Mapping[str, Any]) -> bool:
+    """Whether the data of a complete config are float numbers without gray levels."""
+    return config["data"]["levels"] is None
+
+
+def clips_by_default(config: Mapping[str, Any]) -> bool:
+    """Whether the data of a complete config lie in [-1, 1], so that the predicted x_0 is clipped to it."""
+    return not is_continuous(config) or config["data"]["normalization"] == "limits"
 
 
 def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:

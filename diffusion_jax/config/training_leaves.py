@@ -13,6 +13,7 @@ from diffusion_jax.config.values import (
     ChoiceOrNone,
     DType,
     Integer,
+    Interval,
     Number,
     OneOf,
     Text,
@@ -41,9 +42,12 @@ DATA: dict[str, Leaf] = {
     "dataset": _IdentityLeaf(
         "cifar10",
         Text(),
-        'Name of a TFDS data set, "folder" (images below `data.data_dir`) or "digits" (scikit-learn\'s).',
+        'Name of a TFDS data set, "folder" (images below `data.data_dir`), "arrays" (.npy, .npz, .zarr or .h5 at '
+        '`data.data_dir`), "digits" (scikit-learn\'s), or module:function (`config.data` to a `data.Source`).',
     ),
-    "data_dir": Leaf("", Text(path=True), 'Directory of TFDS ("" for ~/tensorflow_datasets), or the folder of images.'),
+    "data_dir": Leaf(
+        "", Text(path=True), 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
+    ),
     "download": Leaf(
         True,
         Boolean(),
@@ -52,10 +56,11 @@ DATA: dict[str, Leaf] = {
     "split": _IdentityLeaf("train", Text(), "Split of the data set that is trained on."),
     "image_size": _IdentityLeaf(
         32,
-        OneOf(Integer(1), Tuple(Integer(1), "whole numbers", length=2, shown="(32, 48)")),
-        "Size of the images in pixels: one number, or (height, width).",
+        OneOf(Integer(1), Tuple(Integer(1), "0 to 3 whole numbers", maximum_length=3, shown="(32, 48)")),
+        "Size of an example: one number for square images, or the size of each spatial axis, (height, width) for images, "
+        "(length,) for series, () for vectors.",
     ),
-    "channels": _IdentityLeaf(3, Choice(1, 3), "Channels of the images: 3 for color, 1 for gray."),
+    "channels": _IdentityLeaf(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
     "low_resolution": _IdentityLeaf(
         0,
         Integer(0),
@@ -63,13 +68,25 @@ DATA: dict[str, Leaf] = {
     ),
     "levels": _IdentityLeaf(
         256,
-        Integer(2, 256),
-        "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels.",
+        optional(Integer(2, 256)),
+        "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels. None for continuous "
+        "data: numbers that are not uint8, whose likelihoods are densities.",
     ),
-    "random_flip": _IdentityLeaf(True, Boolean(), "Whether each image is mirrored with probability 1/2."),
-    "memory_mb": Leaf(
-        2048, Integer(0), "Megabytes of decoded images that are kept in memory. A larger data set is streamed."
+    "normalization": _IdentityLeaf(
+        "auto",
+        Choice("auto", "limits", "none"),
+        "How continuous data are scaled for the network. auto: each channel by its mean and standard deviation over "
+        "`data.split`; limits: `data.limits` become [-1, 1]; none: not at all. Images of gray levels become [-1, 1].",
     ),
+    "limits": _IdentityLeaf(
+        (),
+        Interval("none", finite=True),
+        "The smallest and the largest value of continuous data, for the normalization limits.",
+    ),
+    "random_flip": _IdentityLeaf(
+        True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for images of gray levels."
+    ),
+    "memory_mb": Leaf(2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."),
     "workers": Leaf(8, Integer(0), "Number of processes that decode images when the data set is streamed."),
 }
 

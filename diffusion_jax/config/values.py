@@ -269,6 +269,7 @@ class Tuple:
     items: str
     length: int | None = None
     minimum_length: int = 0
+    maximum_length: int | None = None
     shown: str = ""
     bare: bool = False
 
@@ -283,7 +284,8 @@ class Tuple:
 
     def check(self, value: Any) -> tuple:
         items = to_items(value)
-        if len(items) < self.minimum_length or (self.length is not None and len(items) != self.length):
+        longest = len(items) if self.maximum_length is None else self.maximum_length
+        if not self.minimum_length <= len(items) <= longest or self.length not in (None, len(items)):
             raise ValueError
         return tuple(self.item.check(item) for item in items)
 
@@ -313,9 +315,10 @@ class Tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """() or (low, high) with low <= high; high may be infinite."""
+    """() or (low, high) with low <= high; high may be infinite. finite: both are finite, and low < high."""
 
     unit: str
+    finite: bool = False
     example: str = ""
 
     @property
@@ -325,6 +328,8 @@ class Interval:
     def check(self, value: Any) -> tuple[float, ...]:
         bounds = tuple(to_float(bound) for bound in to_items(value))
         if len(bounds) not in (0, 2) or (bounds and not bounds[0] <= bounds[1]):
+            raise ValueError
+        if self.finite and bounds and not (bounds[0] < bounds[1] and all(map(math.isfinite, bounds))):
             raise ValueError
         return bounds
 

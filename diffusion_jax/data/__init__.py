@@ -1,71 +1,70 @@
-"""Data: sources of images, and batches as a pure function of (seed, step)."""
+"""Data: sources of examples, their normalization, and batches as a pure function of (seed, step)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from diffusion_jax.config import LEAVES, resolve
+from diffusion_jax.config import resolve
+from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.checks import check_examples, check_image_leaves, check_levels, example_shape, import_source
+from diffusion_jax.data.normalization import Normalization, Normalizations, Normalized, find_normalizations
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
-from diffusion_jax.data.sources import Digits, Folder, InMemory, Source, Tfds, fit, make_builder, natural_shape
+from diffusion_jax.data.sources import (
+    Digits,
+    Folder,
+    InMemory,
+    Source,
+    Tfds,
+    fit,
+    make_builder,
+    natural_shape,
+    read_class_names,
+    read_num_classes,
+)
 from diffusion_jax.errors import DataError, UnreadableFilesError
 
 __all__ = [
+    "ArrayFiles",
     "Batches",
     "DataError",
     "Digits",
     "Folder",
     "InMemory",
+    "Normalization",
+    "Normalizations",
+    "Normalized",
     "Source",
     "Tfds",
     "UnreadableFilesError",
+    "check_examples",
     "check_levels",
     "describe",
     "example_indices",
+    "example_shape",
+    "find_normalizations",
     "fit",
-    "image_shape",
     "load",
     "natural_shape",
+    "read_class_names",
+    "read_num_classes",
     "stream",
 ]
 
 
-def image_shape(config: Mapping) -> tuple[int, int, int]:
-    """(H, W, C) of `config.data`, whose `image_size` is a number or (height, width).
-
-    Raises: DataError for a size or a number of channels that its leaf does not allow.
-    """
-    for name in ("image_size", "channels"):
-        kind = LEAVES[f"data.{name}"].kind
-        try:
-            kind.check(config[name])
-        except ValueError:
-            raise DataError(f"data.{name}={config[name]!r} must be {kind.allowed}") from None
-    size = config["image_size"]
-    height, width = size if isinstance(size, tuple | list) else (size, size)
-    return height, width, config["channels"]
-
-
-def check_levels(images: np.ndarray, levels: int) -> None:
-    """Raises: DataError for uint8 images with other values than `levels` even gray levels, which a likelihood assumes."""
-    grid = np.arange(256) * ((levels - 1) / 255)
-    is_between = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # gray levels may be rounded to integers
-    wrong = images[is_between[images]]
-    if wrong.size:
-        raise DataError(
-            f"data.levels={levels}, but the images contain the value {wrong[0]}, which is not one of {levels} even gray "
-            "levels (resized images have others); use data.levels=256, in a new --workdir"
-        )
-
-
 def describe(source: Source) -> str:
-    """The numbers of images and classes of a source, with the names of up to 12 classes."""
-    images, names = f"{len(source):,} image{'s' * (len(source) != 1)}", source.class_names
-    if not names:
-        return f"{images} without classes"
-    classes = f"{images} of {len(names):,} class{'es' * (len(names) != 1)}"
+    """The numbers of examples and classes of a source, with the names of up to 12 classes."""
+    first, names, num_classes = _read_first(source), read_class_names(source), read_num_classes(source)
+    noun = "example" if "x" in first or ("image" in first and first["image"].ndim != 4) else "image"
+    examples = f"{len(source):,} {noun}{'s' * (len(source) != 1)}"
+    if "condition" in first:
+        examples += f" with conditions of shape {list(first['condition'].shape[1:])}"
+    if not num_classes:
+        return f"{examples} without classes"
+    classes = f"{examples} of {num_classes:,} class{'es' * (num_classes != 1)}"
     if all(name == str(i) for i, name in enumerate(names)):
         return classes
     labeled = [f"{i} {name}" for i, name in enumerate(names)]
@@ -78,32 +77,55 @@ def load(
     config: Mapping,
     progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
     log: Callable[[str], None] = lambda line: None,
+    source: Source | None = None,
 ) -> Source:
-    """The source of `config.data`, in memory if it fits into `data.memory_mb`.
+    """The source of `config.data`, in memory if it fits into `data.memory_mb`; its "x" are in the units of the data.
 
     config: the leaves of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
     downloaded and prepared first, if `data.download` is true.
-    progress: as for `InMemory`, while the images are decoded. log: called with lines about the images.
+    progress: as for `InMemory`, while the examples are read. log: called with lines about the examples. source: the one to
+    load, in place of that which `config` names; it is checked against the other leaves.
     Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
-    height, width, channels = image_shape(config)
-    source = _open_source(config, (height, width), channels)
+    if source is None:
+        source = _open_source(config)
+    else:
+        check_examples(config, source)
     log(f"{describe(source)}.")
-    megabytes = len(source) * height * width * channels / 2**20
     try:
-        return InMemory(source, progress) if megabytes <= config["memory_mb"] else source
+        return InMemory(source, progress) if _megabytes(source, config) <= config["memory_mb"] else source
     finally:  # also if corrupted images raise an error
         for note in source.notes() if isinstance(source, Folder) else ():
             log(note)
 
 
-def _open_source(config: Mapping, image_size: tuple[int, int], channels: int) -> Source:
-    if config["dataset"] == "digits":
-        return Digits(config["split"], image_size, channels)
-    if config["dataset"] == "folder":
-        return Folder(config["data_dir"] or "", image_size, channels)
-    name, data_dir = config["dataset"], config["data_dir"] or None
+def _read_first(source: Source) -> dict[str, np.ndarray]:
+    """The first example; {} if its image is corrupted, which is reported later together with all others."""
+    try:
+        return source.read([0])
+    except UnreadableFilesError:
+        return {}
+
+
+def _megabytes(source: Source, config: Mapping) -> float:
+    """The size of a source in memory, in megabytes."""
+    arrays = [array for name, array in _read_first(source).items() if name != "label"]
+    bytes_per_example = sum(array.nbytes for array in arrays) if arrays else math.prod(example_shape(config))
+    return len(source) * bytes_per_example / 2**20
+
+
+def _open_source(config: Mapping) -> Source:
+    name, data_dir, shape = config["dataset"], config["data_dir"], example_shape(config)
+    if ":" in name or name == "arrays":
+        source = ArrayFiles(data_dir, config["split"], shape) if name == "arrays" else import_source(name, config)
+        check_examples(config, source)
+        return source
+    size, channels = check_image_leaves(config)
+    if name == "digits":
+        return Digits(config["split"], size, channels)
+    if name == "folder":
+        return Folder(data_dir or "", size, channels)
     if config["download"]:
-        prepare(name, lambda: make_builder(name, data_dir), data_dir)
-    return Tfds(name, config["split"], data_dir, image_size, channels)
+        prepare(name, lambda: make_builder(name, data_dir or None), data_dir or None)
+    return Tfds(name, config["split"], data_dir or None, size, channels)

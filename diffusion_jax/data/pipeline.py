@@ -35,7 +35,7 @@ def example_indices(seed: int, num_examples: int, positions) -> np.ndarray:
 
 
 class Batches:
-    """Batches by step: `batches[step] -> {"image": uint8 [rows, H, W, C], "label": int32 [rows]}`.
+    """Batches by step: `batches[step]` is what the source reads: {"image": uint8 [rows, H, W, C], ...}.
 
     batch_size: of all processes together. rows: a slice or indices, the rows of each batch that this process reads, by
     default all.
@@ -53,8 +53,7 @@ class Batches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The batch of a step."""
         indices = example_indices(self._seed, len(self._source), index * self._batch_size + self._rows)
-        images, labels = self._source.read(indices)
-        return {"image": images, "label": labels}
+        return self._source.read(indices)
 
 
 def _ignore_ctrl_c(index: int, count: int) -> None:

@@ -12,7 +12,7 @@ import io
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,13 +21,25 @@ from diffusion_jax.data.preparation import preparation_command
 from diffusion_jax.data.tfrecords import TfRecords
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 
-__all__ = ["Digits", "Folder", "InMemory", "Source", "Tfds", "fit", "make_builder", "natural_shape"]
+__all__ = [
+    "Digits",
+    "Folder",
+    "InMemory",
+    "Source",
+    "Tfds",
+    "fit",
+    "make_builder",
+    "natural_shape",
+    "read_class_names",
+    "read_num_classes",
+]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Images with labels, read by index from any process.
+    """Examples with labels or conditions, read by index from any process.
 
     A source is picklable, because worker processes read from copies of it; files are opened when they are read. Any object
     with these members is a source and can be passed to `data.Batches` or `data.InMemory`:
@@ -43,30 +55,37 @@ class Source(Protocol):
                 images = np.zeros((len(labels), 8, 8, 1), np.uint8)
                 images[labels == 0, ::2] = 255
                 images[labels == 1, :, ::2] = 255
-                return images, labels
+                return {"image": images, "label": labels}
 
-    To make `data.load` find it by name, add it to the function `_open_source` in data/__init__.py.
+    `runs.train.run` takes one as `source`. To name one on a command line, write a function of `config.data` that returns it,
+    in a module that Python can import: `--config.data.dataset=module:function`.
 
-    num_classes: 0 if there are no labels. class_names: () if they are unknown.
+    Two attributes are optional: num_classes, 0 if it is missing, for no labels; class_names, () if it is missing, for unknown
+    names. `read_num_classes` and `read_class_names` return them.
     """
 
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; 0 if there are no labels."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of each class; () if they are unknown."""
-        ...
-
     def __len__(self) -> int:
-        """The number of images."""
+        """The number of examples."""
         ...
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(images uint8 [n, H, W, C], labels int32 [n]) at n indices. Raises: DataError."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of n examples, at these indices, by name. Raises: DataError.
+
+        Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in the units of the data, which
+        `data.Normalized` standardizes. There are 0 to 3 spatial axes: none for vectors, one for series, two for images, three
+        for volumes. "label", int32 [n], is optional, and so is "condition", real numbers [n, D] or [n, *spatial, K].
+        """
         ...
+
+
+def read_num_classes(source: Source) -> int:
+    """The number of classes of a source; 0 if there are no labels."""
+    return getattr(source, "num_classes", 0)
+
+
+def read_class_names(source: Source) -> tuple[str, ...]:
+    """The name of each class of a source; () if they are unknown."""
+    return tuple(getattr(source, "class_names", ()))
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
@@ -100,8 +119,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._images[indices], self._labels[indices]
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": self._images[indices], "label": self._labels[indices]}
 
 
 class Folder:
@@ -164,10 +183,9 @@ class Folder:
         names = list_names(sorted(self.images_outside), 3)
         return f"{names} {verb} outside the subfolders; move every image into the subfolder of its class"
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Raises: UnreadableFilesError with every image that cannot be read."""
         files = [self._files[i] for i in indices]
-        labels = [self._class_index.get(pathlib.PurePath(file).parts[0], 0) for file in files]
         images, failures = [], []
         for file in files:
             try:
@@ -177,7 +195,11 @@ class Folder:
                 failures.append((str(self._root / file), reason))
         if failures:
             raise UnreadableFilesError(failures)
-        return np.stack(images), np.array(labels, np.int32)
+        batch = {"image": np.stack(images)}
+        if self.num_classes:
+            labels = [self._class_index[pathlib.PurePath(file).parts[0]] for file in files]
+            batch["label"] = np.array(labels, np.int32)
+        return batch
 
     def _read_image(self, file: str) -> np.ndarray:
         with Image.open(self._root / file) as image:
@@ -244,8 +266,7 @@ class Tfds:
             raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}") from None
         features = builder.info.features
         _check_has_images(name, features)
-        self._has_label = "label" in features
-        self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if self._has_label else 0
+        self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._tfrecords = TfRecords(instructions) if file_format == "tfrecord" else None
 
@@ -275,42 +296,47 @@ class Tfds:
         raw = {"image": tfds.decode.SkipDecoding()}
         return [self._features.deserialize_example_np(self._tfrecords[i], decoders=raw) for i in indices]
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         try:
             records = self._examples([int(i) for i in indices])
             images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
         except (OSError, SyntaxError, ValueError) as error:
             examples = f"examples {indices[0]} ... {indices[-1]}"
             raise DataError(f"cannot read {examples} of {self._name!r} {self._split!r}: {error}") from None
-        labels = [record["label"] for record in records] if self._has_label else np.zeros(len(indices))
-        return np.stack(images), np.array(labels, np.int32)
+        batch = {"image": np.stack(images)}
+        if self.num_classes:
+            batch["label"] = np.array([record["label"] for record in records], np.int32)
+        return batch
 
 
 class InMemory:
-    """A source that is decoded once: images uint8 [N, H, W, C] and labels int32 [N]."""
+    """A source that is read once: arrays by the names of `Source.read`, such as "image" uint8 [N, *spatial, C]."""
 
     def __init__(self, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
-        """progress: (sizes of the decoded chunks, number of images) -> sizes, to show the number of decoded images.
+        """progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
 
         Raises: UnreadableFilesError with all corrupted images.
         """
-        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
         n, failures = len(source), {}
+        self.arrays: dict[str, np.ndarray] = {}
         try:
-            shape = source.read([0])[0].shape[1:]
+            first = source.read([0])
         except UnreadableFilesError as error:
-            shape, failures = (), dict(error.failures)
-        self.images, self.labels = np.empty((n, *shape), np.uint8), np.empty(n, np.int32)
+            failures = dict(error.failures)
+        else:
+            self.arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in first.items()}
 
         def decode(chunk):
             try:
-                images, labels = source.read(chunk)
+                batch = source.read(chunk)
             except UnreadableFilesError as error:
                 failures.update(error.failures)
             else:
                 if not failures:
-                    self.images[chunk], self.labels[chunk] = images, labels
+                    for name, array in self.arrays.items():
+                        array[chunk] = batch[name]
             return len(chunk)
 
         chunks = np.array_split(np.arange(n), -(-n // 256))
@@ -321,7 +347,7 @@ class InMemory:
             raise UnreadableFilesError(failures.items())
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.arrays.values())))
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[indices], self.labels[indices]
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[indices] for name, array in self.arrays.items()}

@@ -142,7 +142,7 @@ class FeaturePipeline:
                 first, size = i * CHUNK, min(CHUNK, count - i * CHUNK)
 
                 def read(rows, first=first):
-                    return source.read(first + rows)[0]
+                    return source.read(first + rows)["image"]
 
                 features = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 cache.save(i, {kind: leaf for kind, leaf in features._asdict().items() if leaf is not None})

@@ -152,7 +152,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1") -> Featu
     return from_function(function, name, f"{content}_{name}")
 
 
-def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, int, int]) -> int | None:
+def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, ...]) -> int | None:
     """D, the number of features, or None if only a call determines it.
 
     Raises: ValueError for images that the extractor does not support.

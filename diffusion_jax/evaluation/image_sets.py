@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diffusion_jax import data
+from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
 
@@ -34,13 +35,10 @@ class NpzImages:
     channels: 1 or 3 converts the images to gray or to three channels; None leaves them unchanged.
     """
 
-    num_classes = 0
-    class_names: tuple[str, ...] = ()
-
     def __init__(self, path: pathlib.Path, channels: int | None = None):
         self._channels = channels
         try:
-            self._images = _map_array(path, "arr_0")
+            self._images = map_array(path, "arr_0")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} contains neither images (arr_0) nor statistics (mu, sigma): {error}") from None
         _check_images(path, self._images)
@@ -48,32 +46,13 @@ class NpzImages:
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(images uint8 [n, H, W, C], labels int32 [n], all 0)."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         images = np.asarray(self._images[indices])
         if self._channels == 3:
             images = np.broadcast_to(images, (*images.shape[:3], 3))
         elif self._channels == 1 and images.shape[3] == 3:  # the conversion of folders
             images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
-        return images, np.zeros(len(indices), np.int32)
-
-
-def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
-    """An array of an .npz, memory-mapped unless it is compressed."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{name}.npy")
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, is_fortran, dtype = read_header[version](file)
-            start = file.tell()
-    if member.compress_type != zipfile.ZIP_STORED or is_fortran or dtype.hasobject:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # of the local header: the lengths of the name and of the extra field
-        start += member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-    return np.memmap(path, dtype, "r", start, shape)
+        return {"image": images}
 
 
 def _check_images(path: pathlib.Path, images: np.ndarray) -> None:
@@ -203,7 +182,7 @@ def pixel_digest(source: data.Source, chunk: int, progress: Callable[[int], None
     """SHA-256 of the pixels of a source, read `chunk` images at a time. progress: called with the number of read images."""
     digest = hashlib.sha256()
     for start in range(0, len(source), chunk):
-        images, _ = source.read(np.arange(start, min(start + chunk, len(source))))
+        images = source.read(np.arange(start, min(start + chunk, len(source))))["image"]
         digest.update(repr(images.shape[1:]).encode())
         digest.update(np.ascontiguousarray(images).data)
         progress(start + len(images))

@@ -92,7 +92,11 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
     fields = _field_names(kind)
     if kind is MLP:
         unused = {name: getattr(UNet, name) for name in _field_names(UNet) if name not in fields}
-        options = {name: value for name, value in options.items() if name not in unused or value != unused[name]}
+        for name in unused.keys() & options.keys():
+            if options.pop(name) != unused[name]:
+                raise ValueError(
+                    f"model.{name}={config[name]!r} has no effect on an MLP (model.kind='mlp'); use {unused[name]!r}"
+                )
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(

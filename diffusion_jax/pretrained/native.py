@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
+from diffusion_jax.config import clips_by_default, drop_unknown_leaves, migrate, resolve
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -51,7 +51,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
             raise PretrainedError(
                 f"{path} holds an MLP (model.kind=mlp), and only U-Nets and classifiers can be loaded"
             )
-        height, width, channels = data.image_shape(config["data"])
+        height, width, channels = data.example_shape(config["data"])
         diffusion = config["diffusion"]
         description = dataclasses.replace(
             make_description(
@@ -60,7 +60,9 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
                 (height, width),
                 {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
                 channels=channels,
-                clip=bool(config["sampling"]["clip"]),
+                clip=clips_by_default(config)
+                if config["sampling"]["clip"] is None
+                else bool(config["sampling"]["clip"]),
                 low_resolution=config["data"]["low_resolution"],
             ),
             conditioning_noise=diffusion["conditioning_noise"],

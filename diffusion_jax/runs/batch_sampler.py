@@ -36,7 +36,7 @@ class BatchSampler:
         on_step: Callable[[int], None] | None = None,
     ):
         self.setup, self.batch_size, self._low = setup, batch_size, low
-        shape, by_rows = (batch_size, *data.image_shape(config["data"])), sharding.batch_sharding(mesh)
+        shape, by_rows = (batch_size, *data.example_shape(config["data"])), sharding.batch_sharding(mesh)
         replicated = sharding.replicated(mesh)
 
         def constrain(x):
@@ -86,7 +86,7 @@ def trajectory_picture(
     steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     # One process draws this, on one device.
     params, classifier_params = jax.device_get((params, setup.classifier_params))
-    shape = (rows, *data.image_shape(config["data"]))
+    shape = (rows, *data.example_shape(config["data"]))
     if low is not None:
         low = to_model_range(low[np.arange(rows) % len(low)])
 

@@ -1,37 +1,83 @@
-"""Checks of the images of a run, and the names of config leaves in their errors."""
+"""The data of a run: loading, normalization and checks, and the names of config leaves in their errors."""
 
 from __future__ import annotations
 
 import contextlib
+import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.config import is_classifier
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError
+from diffusion_jax.runs.console import progress_over
+from diffusion_jax.runs.workdir import read_normalizations
+from diffusion_jax.training.from_config import condition_shape
 
-__all__ = ["check_source", "rename_leaves_in_errors"]
+__all__ = ["check_source", "normalize", "rename_leaves_in_errors", "run_normalizations"]
 
 _NUM_CHECKED_IMAGES = 64
 
 
+def normalize(config: ConfigDict, source: data.Source, normalizations: data.Normalizations) -> data.Source:
+    """The source with its floats standardized; a source of images without conditions is returned as it is."""
+    if not {"x", "condition"} & source.read([0]).keys():
+        return source
+    bounded = ("x",) if config.data.normalization == "limits" else ()
+    return data.Normalized(source, normalizations, bounded)
+
+
+def run_normalizations(config: ConfigDict, source: data.Source, workdir: pathlib.Path) -> data.Normalizations:
+    """The normalizations of a run: the stored ones, or those of the training data at its first launch. Raises: DataError."""
+
+    def find() -> dict[str, Any]:
+        found = read_normalizations(workdir)
+        if found is None:
+            found = data.find_normalizations(config.data, source, progress_over("Measuring the data"))
+        return {name: value.to_json() for name, value in found.items()}
+
+    found = broadcast_from_process_0(find)
+    return {name: data.Normalization.from_json(value) for name, value in found.items()}
+
+
 def check_source(config: ConfigDict, source: data.Source) -> None:
-    """Raises: UserError or DataError for labels that do not fit the network, or gray levels that do not fit the bound."""
-    if config.diffusion.loss in ("vlb", "hybrid"):
-        images, _ = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))
-        data.check_levels(images, config.data.levels)
-    num_classes = config.model.num_classes
-    if num_classes and source.num_classes > num_classes:
+    """Raises: UserError or DataError for labels or conditions that do not fit the network, or gray levels the bound."""
+    batch = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))
+    if config.diffusion.loss in ("vlb", "hybrid") and config.data.levels is not None:
+        data.check_levels(batch["image"], config.data.levels)
+    _check_conditions(config, batch)
+    num_classes, source_classes = config.model.num_classes, data.read_num_classes(source)
+    if num_classes and source_classes > num_classes:
         raise UserError(
-            f"model.num_classes={num_classes}, but the data has {source.num_classes} classes; use that number, or 0"
+            f"model.num_classes={num_classes}, but the data has {source_classes} classes; use that number, or 0"
         )
-    if num_classes and not source.num_classes:
+    if num_classes and "label" not in batch:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
         reason = getattr(source, "no_labels_reason", "")
         because = f" ({reason})" if reason else ""
         raise UserError(f"model.num_classes={num_classes}, but the data has no labels{because}; {advice}")
+
+
+def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> None:
+    """Raises: UserError for conditions that the network does not take, or the reverse."""
+    expected, given = condition_shape(config), batch.get("condition")
+    shape = None if given is None else given.shape[1:]
+    if expected is None and shape is not None and not is_classifier(config):
+        leaf = "condition_features" if len(shape) == 1 else "condition_channels"
+        raise UserError(
+            f"the data has conditions of shape {list(shape)}, but the network takes none; use "
+            f"--config.model.{leaf}={shape[-1]}, or a source without conditions"
+        )
+    if expected is not None and shape != expected:
+        has = "no conditions" if shape is None else f"conditions of shape {list(shape)}"
+        raise UserError(
+            f"the data has {has}, but model.condition_features={config.model.condition_features} and "
+            f"condition_channels={config.model.condition_channels} need shape {list(expected)}"
+        )
 
 
 @contextlib.contextmanager

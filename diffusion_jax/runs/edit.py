@@ -47,8 +47,9 @@ class _Context:
 
     def __init__(self, config: ConfigDict, setup: SamplingSetup):
         self.options, self.setup = config.editing, setup
-        self.shape = data.image_shape(config.data)
-        self.size, self.channels = self.shape[:2], self.shape[2]
+        self.shape = data.example_shape(config.data)
+        (height, width), self.channels = self.shape[:-1], self.shape[-1]
+        self.size = height, width
         self.num_samples = self.options.num_samples
 
     def read(self, leaf: str, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ from diffusion_jax.images import to_model_range
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.data_source import check_source, rename_leaves_in_errors
+from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import to_dict
 
@@ -58,9 +59,9 @@ class LikelihoodRun:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels. Raises: DataError for images with other gray levels than `data.levels`."""
-        images, labels = self.source.read(indices)
-        data.check_levels(images, self.config.data.levels)
-        return images, labels
+        batch = self.source.read(indices)
+        data.check_levels(batch["image"], self.config.data.levels)
+        return batch["image"], batch.get("label", np.zeros(len(indices), np.int32))
 
     def denoise_fn(self, params, labels, convolution: str | None = None) -> Callable:
         """The network as a function of x_t and time. convolution: replaces that of the model."""
@@ -116,7 +117,7 @@ class LikelihoodRun:
         by_rows, replicated = sharding.batch_sharding(self.trained.mesh), sharding.replicated(self.trained.mesh)
         bound = self._bound(ode)
         batch = (
-            jax.ShapeDtypeStruct((batch_size, *data.image_shape(self.config.data)), jnp.uint8),
+            jax.ShapeDtypeStruct((batch_size, *data.example_shape(self.config.data)), jnp.uint8),
             jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         )
         with as_user_error("config.evaluation"):
@@ -145,7 +146,7 @@ class LikelihoodRun:
                 schedule,
                 self.denoise_fn(params, labels),
                 x_0,
-                clip=options.clip,
+                clip=bool(resolve_clip(self.config, "evaluation")),
                 cdf=options.cdf,
                 strata=options.strata,
                 **parameterization,
@@ -168,7 +169,7 @@ class LikelihoodRun:
         return bound
 
     def _digest(self, num_examples: int, batch_size: int, ode: bool) -> str:
-        options = to_dict(self.config.evaluation)
+        options = to_dict(self.config.evaluation) | {"clip": resolve_clip(self.config, "evaluation")}
         return options_digest(
             {key: value for key, value in options.items() if not key.startswith("progressive")},
             to_dict(self.config.data),

@@ -34,12 +34,12 @@ def read_small_images(config: ConfigDict) -> SmallImages:
         raise UserError(
             "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
         )
-    height, width, channels = data.image_shape(config.data)
+    height, width, channels = data.example_shape(config.data)  # `input_shape` refuses other data
     size = (side, width * side // height)
     source = pathlib.Path(path).expanduser()
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)
-        return SmallImages(folder.read(np.arange(len(folder)))[0], None)
+        return SmallImages(folder.read(np.arange(len(folder)))["image"], None)
     if source.is_file() and not zipfile.is_zipfile(source):
         raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
     try:

@@ -21,6 +21,7 @@ from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, mean_and_standard_error, rate_distortion
 from diffusion_jax.runs.metric_options import check_evaluation_options
+from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]
@@ -69,7 +70,8 @@ def _report(likelihood_run: LikelihoodRun, terms: Terms, num_examples: int) -> d
         "num_timesteps": trained.schedule.num_timesteps,
         "prediction": config.diffusion.prediction,
         "variance": config.diffusion.variance,
-        **{key: options[key] for key in ("strata", "cdf", "clip", "seed")},
+        **{key: options[key] for key in ("strata", "cdf", "seed")},
+        "clip": resolve_clip(config, "evaluation"),
         "batch_size": likelihood_run.batch_size(num_examples),  # the noise depends on it
     }
     if options.ode:

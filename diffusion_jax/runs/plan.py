@@ -65,7 +65,7 @@ def estimate(config: Mapping) -> Plan:
     assert isinstance(program.train_step, jax.stages.Wrapped)
     batch_size, state = config["training"]["batch_size"], program.abstract_state
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *data.image_shape(config["data"])), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((batch_size, *data.example_shape(config["data"])), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
     options = compiler.options() | compiler.low_memory_options()

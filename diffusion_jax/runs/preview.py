@@ -30,7 +30,7 @@ def check_sampling(
 
     are_names_final: False if the data, which is not read yet, may hold more class names than `class_names`.
     """
-    if not isinstance(program.model, models.UNet):
+    if not isinstance(program.model, models.Conditional):
         return
     check_sampling_options(config)
     label = config.sampling.label
@@ -43,7 +43,7 @@ def check_sampling(
 
 def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
     """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
-    if num_images < 1 or not isinstance(program.model, models.UNet) or is_upsampler(config):
+    if num_images < 1 or not isinstance(program.model, models.Conditional) or is_upsampler(config):
         return None
     options = to_dict(config)
     options["sampling"] |= {

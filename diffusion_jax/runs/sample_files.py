@@ -25,6 +25,7 @@ from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
+from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import to_dict
@@ -126,6 +127,7 @@ class SampleFile:
             for key, value in options["sampling"].items()
             if not key.startswith(_NOT_SETTINGS) and key not in _FILES
         }
+        sampling["clip"] = resolve_clip(config)
         if config.sampling.label is not None and setup.classes is not None:  # a name and a number may be of one class
             sampling["label"] = list(setup.classes)
         # The times of a number of steps and a spacing may change with the version. Rounded, because machines round them
@@ -137,7 +139,7 @@ class SampleFile:
             "low_resolution_digest": {
                 name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in small.items() if array is not None
             },
-            "image_shape": list(data.image_shape(config.data)),
+            "image_shape": list(data.example_shape(config.data)),
             "model": options["model"],
             "diffusion": options["diffusion"],
             "sampling": sampling,

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     options, extractor = config.evaluation, load_extractor(config)
     with as_user_error("config.evaluation"):
-        feature_extractors.feature_dimension(extractor, data.image_shape(config.data))
+        feature_extractors.feature_dimension(extractor, data.example_shape(config.data))
     reference = load_reference(config)
     minimum = max(named_metrics.MIN_IMAGES[metric] for metric in options.metrics)
     if options.num_samples < minimum:

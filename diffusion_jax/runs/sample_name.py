@@ -13,12 +13,16 @@ __all__ = ["sample_name"]
 _PATHS = ("classifier", "low_resolution")
 
 
-def sample_name(options: Mapping, num_steps: int, spacing: str, labels: ClassLabels) -> str:
+def sample_name(options: Mapping, num_steps: int, spacing: str, labels: ClassLabels, clips_by_default: bool) -> str:
     """The options of `config.sampling` that differ from the defaults, and a digest of those that no name can hold.
 
-    num_steps: those of the sampler. spacing: the resolved one.
+    options: with a resolved clip. num_steps: those of the sampler. spacing: the resolved one.
     """
     parts = [f"{options['sampler']}{num_steps}", *_steps_in_name(options, spacing), *_sampler_options(options)]
+    if options["clip"] == "dynamic":
+        parts.append(f"clip-dynamic{_number(options['clip_quantile'])}")
+    elif options["clip"] != clips_by_default:
+        parts.append("clip" if options["clip"] else "clip-none")
     hashed = {leaf: options[leaf] for leaf in _PATHS if options[leaf]}
     if labels.given is not None:
         hashed["labels"] = labels.given.tolist()
@@ -74,8 +78,4 @@ def _sampler_options(options: Mapping) -> list[str]:
         parts.append(f"churn{_number(options['churn'])}")
         parts += ["range" + "-".join(map(_number, interval))] if interval else []
         parts += [f"noise{_number(options['churn_noise'])}"] * (options["churn_noise"] != 1)
-    if options["clip"] == "dynamic":
-        parts.append(f"clip-dynamic{_number(options['clip_quantile'])}")
-    elif not options["clip"]:
-        parts.append("clip-none")
     return parts

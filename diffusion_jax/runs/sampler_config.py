@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_jax import process, sampling, schedules
+from diffusion_jax.config import clips_by_default
 
 __all__ = [
     "SAMPLERS",
     "calls_between_steps",
     "is_stochastic",
+    "resolve_clip",
     "resolve_spacing",
     "respace",
     "sampler_from_config",
@@ -70,10 +72,16 @@ def unused_leaves(options: Mapping) -> list[str]:
     return unused
 
 
+def resolve_clip(config: Mapping, group: str = "sampling") -> bool | str:
+    """The `clip` of a group of a complete config; None follows the data."""
+    clip = config[group]["clip"]
+    return clips_by_default(config) if clip is None else clip
+
+
 def sampler_from_config(
     options: Mapping, parameterization: Mapping[str, Any], clip: Callable | None = None, **arguments
 ) -> sampling.Sampler:
-    """The sampler of `config.sampling`.
+    """The sampler of `config.sampling`, whose `clip` is resolved.
 
     parameterization: a mapping with `prediction` and `variance`, such as `config.diffusion`. clip: a function from the
     clipping of `sampling.clip` to the one to use instead. arguments: more arguments of the sampler.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
-from diffusion_jax.config import resolve
+from diffusion_jax.config import clips_by_default, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.models import upsampling
@@ -20,6 +20,7 @@ from diffusion_jax.runs.sample_name import sample_name
 from diffusion_jax.runs.sampler_config import (
     calls_between_steps,
     is_stochastic,
+    resolve_clip,
     resolve_spacing,
     respace,
     sampler_from_config,
@@ -47,7 +48,7 @@ class SamplingSetup:
     def __init__(
         self,
         config: Mapping,
-        model: models.UNet,
+        model: models.UNet | models.MLP,
         schedule: schedules.Schedule,
         mesh: Mesh | None,
         class_names: Sequence[str] = (),
@@ -62,6 +63,7 @@ class SamplingSetup:
         """
         config = resolve(config)
         self._config, self._model, self._full_schedule = config, model, schedule
+        config.sampling.clip = resolve_clip(config)
         options = self._options = config["sampling"]
         sampler = sampler_from_config(options, config["diffusion"])
         self._spacing = resolve_spacing(options, sampler, schedule)
@@ -93,7 +95,8 @@ class SamplingSetup:
     @property
     def name(self) -> str:
         """The part of a file name that distinguishes samples with different options."""
-        return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels)
+        clips = clips_by_default(self._config)
+        return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels, clips)
 
     @property
     def is_stochastic(self) -> bool:
@@ -172,7 +175,7 @@ class SamplingSetup:
             if not np.array_equal(getattr(net.schedule, name), getattr(self._full_schedule, name)):
                 differences.append("another noise schedule")
                 break
-        classifier_shape, image_shape = (*net.image_size, net.channels), data.image_shape(self._config["data"])
+        classifier_shape, image_shape = (*net.image_size, net.channels), data.example_shape(self._config["data"])
         if classifier_shape != image_shape:
             differences.append(f"images: {classifier_shape} there, {image_shape} here")
         if differences:

@@ -171,7 +171,7 @@ def _possible_metrics(
             if images.images is not None and len(images.images) < named_metrics.MIN_IMAGES[metric]:
                 message = f"{images.name}: {len(images.images)} images are too few for {metric}"
                 raise ValueError(f"{message}, which needs {named_metrics.MIN_IMAGES[metric]}")
-    dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))[0].shape[1:])
+    dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))["image"].shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
             f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
@@ -184,7 +184,7 @@ def _check_comparable(reference: ImageSet, samples: ImageSet) -> None:
     """Raises: ValueError if the images of the two sets differ in size or number of channels."""
     if reference.images is None or samples.images is None:
         return
-    shapes = [images.read(np.arange(1))[0].shape[1:] for images in (reference.images, samples.images)]
+    shapes = [images.read(np.arange(1))["image"].shape[1:] for images in (reference.images, samples.images)]
     if shapes[0] != shapes[1]:
         kinds = ["x".join(map(str, shape[:2])) + (" gray" if shape[2] == 1 else " color") for shape in shapes]
         advice = ["--channels=1 or 3 makes both gray or both color"] if shapes[0][2] != shapes[1][2] else []
@@ -233,7 +233,11 @@ def _draw_neighbors(
     assert samples.images is not None and reference.images is not None
     suspects = np.argsort(neighbors.distances[:, 0], kind="stable")[:_PICTURED_SAMPLES]
     rows = [
-        (f"sample {i}", samples.images.read(np.array([i]))[0][0], reference.images.read(neighbors.indices[i])[0])
+        (
+            f"sample {i}",
+            samples.images.read(np.array([i]))["image"][0],
+            reference.images.read(neighbors.indices[i])["image"],
+        )
         for i in suspects
     ]
     names = (pathlib.Path(images.name).name for images in (samples, reference))

@@ -19,7 +19,7 @@ from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
-from diffusion_jax.runs.data_source import check_source
+from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
 from diffusion_jax.runs.step_timing import TraceProfile
@@ -32,8 +32,10 @@ from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, res
 __all__ = ["run"]
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
+
+    source: the data, in place of those that `config.data` names; its other leaves describe them.
 
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
@@ -54,9 +56,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     if _is_finished(config, workdir):
         return
-    source = data.load(config.data, progress_over("Reading the images"), log)
-    check_source(config, source)
-    class_names = getattr(source, "class_names", ())
+    loaded = data.load(config.data, progress_over("Reading the data"), log, source)
+    check_source(config, loaded)
+    class_names = data.read_class_names(loaded)
     with as_user_error("config"):
         check_sampling(config, program, class_names, are_names_final=True)
     initial_weights = None
@@ -72,15 +74,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         locked(workdir / ".lock", f"is training in {workdir}"),
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
-        broadcast_from_process_0(lambda: check_data(source, workdir))
+        normalizations = run_normalizations(config, loaded, workdir)
+        broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
         state = _restore_or_initialize(config, program, checkpoints, initial_weights)
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        log(f"{len(source):,} images, {num_parameters:,} parameters, batch {config.training.batch_size}.")
+        log(f"{len(loaded):,} examples, {num_parameters:,} parameters, batch {config.training.batch_size}.")
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
-        _train(config, workdir, program, checkpoints, state, source, preview, training_fid)
+        normalized = normalize(config, loaded, normalizations)
+        _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
 

@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained, schedules
+from diffusion_jax.config import is_continuous
+from diffusion_jax.data import Normalizations
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.runs.workdir import check_identity, read_class_names
+from diffusion_jax.runs.workdir import check_identity, read_class_names, read_normalizations
 from diffusion_jax.training import TrainState, input_shape, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.state import initial_params
@@ -53,7 +55,7 @@ class TrainedModel:
     workdir: pathlib.Path
     use_ema: bool
     mesh: Mesh
-    model: models.UNet
+    model: models.UNet | models.MLP
     schedule: schedules.Schedule
     class_names: tuple[str, ...]
 
@@ -64,7 +66,7 @@ class TrainedModel:
         with as_user_error("config"):
             mesh = sharding.make_mesh(config.mesh)
             model, schedule = model_from_config(config), schedule_from_config(config.diffusion)
-        if not isinstance(model, models.UNet):
+        if not isinstance(model, models.Conditional):
             raise UserError(
                 "diffusion.loss=classify is the config of a classifier; use the config of a diffusion model"
             )
@@ -77,6 +79,20 @@ class TrainedModel:
         Every process must make the first access. Raises: as `load_weights`.
         """
         return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
+
+    @functools.cached_property
+    def normalizations(self) -> Normalizations:
+        """The normalizations of the data that the weights were trained on, {} for images of gray levels.
+
+        Raises: UserError if a model of continuous data has no data.json.
+        """
+        directory = self.workdir
+        if self.config.init_from and not committed_steps(self.workdir / "checkpoints"):
+            directory = pathlib.Path(self.config.init_from).expanduser()
+        found = read_normalizations(directory)
+        if found is None and is_continuous(self.config):
+            raise UserError(f"{directory / 'data.json'}, which stores the scale of the data, is missing: restore it")
+        return found or {}
 
     @property
     def step(self) -> int:

@@ -1,4 +1,4 @@
-"""config.json and data.json of a work directory: which run it holds, and which images that run was trained on."""
+"""config.json and data.json of a work directory: which run it holds, and which data that run was trained on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import identity_leaves, migrate, resolve
-from diffusion_jax.data import Source
+from diffusion_jax.data import Normalization, Normalizations, Source
+from diffusion_jax.data import read_class_names as read_class_names_of
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
@@ -22,12 +24,13 @@ __all__ = [
     "check_identity",
     "read_class_names",
     "read_config",
+    "read_normalizations",
     "to_dict",
     "write_config",
     "write_config_if_untrained",
 ]
 
-_NUM_HASHED_IMAGES = 64
+_NUM_HASHED_EXAMPLES = 64
 
 
 def to_dict(config: ConfigDict) -> dict:
@@ -74,28 +77,54 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(f"{workdir} holds another run ({listed}); {advice}")
 
 
-def check_data(source: Source, workdir: pathlib.Path) -> None:
-    """Writes data.json: the number of images, a digest of 64 of them with their labels, and the names of the classes.
+def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizations | None = None) -> None:
+    """Writes data.json: the number of examples, a digest of 64 of them, the names of the classes, and the normalizations.
 
-    Raises: UserError if the run has a checkpoint and was trained on other images.
+    source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_IMAGES).astype(int))
-    images, labels = source.read(indices)
-    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + np.asarray(labels, np.int32).tobytes()).hexdigest()
-    names, path = list(getattr(source, "class_names", ())), workdir / "data.json"
-    new = {"images": len(source), "sha256_of_some": digest, "classes": names}
-    has_checkpoint = path.exists() and committed_steps(workdir / "checkpoints")
-    old = json.loads(path.read_text()) if has_checkpoint else None
+    names, path = list(read_class_names_of(source)), workdir / "data.json"
+    new: dict[str, Any] = {"images": len(source), "sha256_of_some": _digest_of_some(source), "classes": names}
+    if normalizations:
+        new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
+    old = _read_data_json(workdir) if _has_checkpoint(workdir) else None
     if old is not None and {"classes": names, **old} != new:  # runs of version 0.1 store no names
-        difference = "other pixels or labels"
+        difference = "other values or labels"
         if old.get("classes", names) != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
         raise UserError(
-            f"the images are not those that {workdir} was trained on ({old['images']:,} then, {len(source):,} now, "
+            f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
             f"{shorten(difference, 300)}): restore them, use another --workdir, or remove {path} to continue with these"
         )
     if old != new:
         write_text(path, json.dumps(new) + "\n")
+
+
+def _digest_of_some(source: Source) -> str:
+    """SHA-256 of up to 64 examples with their labels (0 if there are none) and conditions."""
+    indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
+    batch = source.read(indices)
+    labels = batch.get("label", np.zeros(len(indices)))
+    parts = [batch.get("image", batch.get("x")), np.asarray(labels, np.int32), batch.get("condition")]
+    return hashlib.sha256(
+        b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
+    ).hexdigest()
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+    return bool(committed_steps(workdir / "checkpoints"))
+
+
+def _read_data_json(workdir: pathlib.Path) -> dict[str, Any] | None:
+    path = workdir / "data.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_normalizations(workdir: pathlib.Path) -> Normalizations | None:
+    """The normalizations of a run that has a checkpoint, as data.json stores them; None if there is no such run."""
+    stored = _read_data_json(workdir) if _has_checkpoint(workdir) else None
+    if stored is None:
+        return None
+    return {name: Normalization.from_json(value) for name, value in stored.get("normalization", {}).items()}
 
 
 def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax.images import to_model_range
 
-__all__ = ["random_flip", "read_batch"]
+__all__ = ["Examples", "random_flip", "read_batch"]
+
+
+class Examples(NamedTuple):
+    """x_0: float32 [B, *spatial, C]. y: int [B], and condition: float32 [B, D] or [B, *spatial, K]; None if not needed."""
+
+    x_0: jax.Array
+    y: jax.Array | None = None
+    condition: jax.Array | None = None
 
 
 def read_batch(
-    batch: Mapping[str, Any], shape: tuple[int, int, int], takes_labels: bool, num_microbatches: int = 1
-) -> tuple[jax.Array, jax.Array | None]:
-    """(x_0 float32 [B, H, W, C], y int [B] or None) of a batch; reads only shapes and types, so it works under jit.
+    batch: Mapping[str, Any],
+    shape: tuple[int, ...],
+    takes_labels: bool,
+    num_microbatches: int = 1,
+    condition_shape: tuple[int, ...] | None = None,
+) -> Examples:
+    """The examples of a batch; reads only shapes and types, so it works under jit.
 
-    batch: "image", uint8 [B, H, W, C], which is scaled to [-1, 1]; or "x", float [B, H, W, C], which is used as it is.
-    "label", int [B], is read only if `takes_labels`. shape: (H, W, C). num_microbatches: B must be a multiple of it.
+    batch: "image", uint8 [B, *spatial, C], which is scaled to [-1, 1]; or "x", float [B, *spatial, C], which is not scaled.
+    "label", int [B], is read only if `takes_labels`, and "condition", float [B, *condition_shape], only with such a shape.
+    shape: (*spatial, C). num_microbatches: B must be a multiple of it.
     Raises: ValueError for any other batch.
     """
     if not isinstance(batch, Mapping):
@@ -31,7 +44,7 @@ def read_batch(
     (name,) = given
     values = batch[name]
     _check_dtype(name, values)
-    if jnp.ndim(values) != 4 or jnp.shape(values)[1:] != tuple(shape):
+    if jnp.ndim(values) != len(shape) + 1 or jnp.shape(values)[1:] != tuple(shape):
         expected = ", ".join(map(str, shape))
         raise ValueError(
             f'batch["{name}"] must have shape [B, {expected}], as data.image_size and data.channels require; '
@@ -45,7 +58,9 @@ def read_batch(
             f"a batch of {batch_size} must be a multiple of training.accumulation_steps={num_microbatches}"
         )
     x_0 = to_model_range(values) if name == "image" else values.astype(jnp.float32)
-    return x_0, _read_labels(batch, batch_size) if takes_labels else None
+    y = _read_labels(batch, batch_size) if takes_labels else None
+    condition = None if condition_shape is None else _read_condition(batch, (batch_size, *condition_shape))
+    return Examples(x_0, y, condition)
 
 
 def _check_dtype(name: str, values: Any) -> None:
@@ -77,7 +92,25 @@ def _read_labels(batch: Mapping[str, Any], batch_size: int) -> jax.Array:
     return y
 
 
-def random_flip(key: jax.Array, x_0: jax.Array) -> jax.Array:
-    """x_0 [B, H, W, C] with each image mirrored left to right with probability 1/2."""
+def _read_condition(batch: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
+    expected = ", ".join(map(str, shape))
+    if "condition" not in batch:
+        raise ValueError(
+            f'a batch must have "condition", float [{expected}], for model.condition_features or model.condition_channels; '
+            f"got {', '.join(map(repr, batch))}"
+        )
+    condition = batch["condition"]
+    dtype = jnp.result_type(condition) if hasattr(condition, "dtype") else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.shape(condition) != shape:
+        got = type(condition).__name__ if dtype is None else f"{dtype} {list(jnp.shape(condition))}"
+        raise ValueError(f'batch["condition"] must be float of shape [{expected}], standardized; got {got}')
+    return condition.astype(jnp.float32)
+
+
+def random_flip(key: jax.Array, examples: Examples) -> Examples:
+    """Images x_0 [B, H, W, C], each mirrored left to right with probability 1/2, together with a condition of its shape."""
+    x_0, y, condition = examples
     flipped = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
-    return jnp.where(flipped, x_0[:, :, ::-1], x_0)
+    if condition is not None and condition.ndim == x_0.ndim:
+        condition = jnp.where(flipped, condition[:, :, ::-1], condition)
+    return Examples(jnp.where(flipped, x_0[:, :, ::-1], x_0), y, condition)

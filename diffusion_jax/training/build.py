@@ -93,10 +93,11 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
 def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     """(state, train_step) of a config, for use in other programs.
 
-    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, H, W, C],
-    "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state argument. Float data,
-    already standardized, come as "x" [B, H, W, C] instead of "image". "label" is needed only for `model.num_classes` or the
-    loss "classify". A config is any nested mapping, partial or complete, as `config.resolve` takes it.
+    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial,
+    C], "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state. Float data,
+    already standardized, come as "x" [B, *spatial, C] instead of "image". "label" is needed only for `model.num_classes` or
+    the loss "classify", and "condition", float, only for a network that takes conditions. A config is any nested mapping,
+    partial or complete, as `config.resolve` takes it.
     Raises: as `build_program`; train_step raises ValueError for a batch of other names, types or shapes.
     """
     built = build_program(config)

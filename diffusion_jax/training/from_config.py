@@ -13,25 +13,37 @@ from diffusion_jax.training.state import Network
 
 __all__ = [
     "check_loss",
+    "condition_shape",
     "input_shape",
     "model_from_config",
     "schedule_from_config",
 ]
 
 
-def input_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(H, W, C) of the network's input: an image, and for an upsampler also the small image and the channel of its noise.
+def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None without conditions."""
+    features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
+    if features:
+        return (features,)
+    return (*data.example_shape(config["data"])[:-1], channels) if channels else None
+
+
+def input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """(*spatial, C) of the network's input: an example, and for an upsampler the small image and the channel of its noise.
 
     Raises: ValueError for a low resolution or a noise that does not fit the image or the network.
     """
-    height, width, channels = data.image_shape(config["data"])
+    shape = data.example_shape(config["data"])
     low, noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
     if not low:
         if noise:
             raise ValueError(
                 f"diffusion.conditioning_noise={noise} is for upsamplers; set data.low_resolution, or use 0"
             )
-        return height, width, channels
+        return shape
+    if len(shape) != 3:
+        raise ValueError(f"data.low_resolution={low} is for images; examples of shape {list(shape)} need 0")
+    height, width, channels = shape
     if not 1 <= low < height or height % low or width % (height // low):
         raise ValueError(
             f"data.low_resolution={low}: the size of the small images must divide {height}x{width} (0 for no upsampler)"
@@ -70,10 +82,13 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
 
     Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
     """
+    spatial_dims = len(data.example_shape(config["data"])) - 1
+    _check_kind(config["model"].get("kind", "unet"), spatial_dims)
     if is_classifier(config):
-        return models.from_config(config["model"], models.Classifier)
-    _check_is_of_images(config["model"])
-    model = models.from_config(config["model"], models.UNet)
+        return models.from_config(config["model"], models.Classifier).clone(spatial_dims=spatial_dims)
+    model = models.from_config(config["model"])
+    if isinstance(model, models.UNet):
+        model = model.clone(spatial_dims=spatial_dims)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):
@@ -84,15 +99,14 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
 
 
-def _check_is_of_images(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for networks of vectors and conditions, which the training program has no data for."""
-    for leaf, usual in (("kind", "unet"), ("condition_features", 0), ("condition_channels", 0)):
-        value = config.get(leaf, usual)
-        if value != usual:
-            raise ValueError(
-                f"model.{leaf}={value!r}: the training program has no such data; use {usual!r}, or use models.MLP or "
-                "models.UNet in a program of your own"
-            )
+def _check_kind(kind: str, spatial_dims: int) -> None:
+    """Raises: ValueError for a U-Net of vectors, or an MLP of other data."""
+    if kind == "mlp" and spatial_dims:
+        raise ValueError(
+            f"model.kind='mlp' is for vectors (data.image_size=()); data with {spatial_dims} spatial axes need 'unet'"
+        )
+    if kind != "mlp" and not spatial_dims:
+        raise ValueError("data.image_size=(), vectors, need model.kind='mlp'; a U-Net needs spatial axes")
 
 
 def check_loss(config: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ from diffusion_jax import losses, timesteps
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.state import Network
 
 __all__ = ["Microbatch", "Objective", "make_objective", "takes_labels"]
 
-# (params, loss history, key, x_0, y, microbatch) -> (loss [B], values that the loss computed)
+# (params, loss history, key, examples, microbatch) -> (loss [B], values that the loss computed)
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -33,7 +34,7 @@ class Microbatch:
     index: Any = 0
     count: int = 1
 
-    def take(self, x: jax.Array) -> jax.Array:
+    def take(self, x: Any) -> jax.Array:
         """[B, ...] to [B / count, ...]."""
         return x if self.count == 1 else x.reshape(-1, self.count, *x.shape[1:])[:, self.index]
 
@@ -87,10 +88,10 @@ def _input_fn(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: fl
 
 
 def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
-    """objective(params, history, key, x_0, y, microbatch) -> (loss [B], aux): the loss that `config.diffusion` names.
+    """objective(params, history, key, examples, microbatch) -> (loss [B], aux): the loss that `config.diffusion` names.
 
-    history: `TrainState.loss_history`. y: int [B], or None if nothing takes labels. microbatch: the rows that the network
-    sees; the results in the other rows have no meaning. aux: the second result of the function of `losses`.
+    history: `TrainState.loss_history`. examples: as `read_batch` returns them. microbatch: the rows that the network sees;
+    the results in the other rows have no meaning. aux: the second result of the function of `losses`.
     """
     loss, options = _loss_and_options(config)
     classifies = config["diffusion"]["loss"] == "classify"
@@ -98,7 +99,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     sampler_name = config["diffusion"]["timestep_sampler"]
     low_resolution, max_noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
 
-    def objective(params, history, key, x_0, y, microbatch=_WHOLE_BATCH):
+    def objective(params, history, key, examples: Examples, microbatch=_WHOLE_BATCH):
+        x_0, y, condition = examples
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         to_input = _input_fn(key_low, x_0, low_resolution, max_noise)
         if history is None:
@@ -108,9 +110,11 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()
+            conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
             x, time = microbatch.take(to_input(x_t)), microbatch.take(time)
+            rngs = {"dropout": key_dropout}
             with nn.intercept_methods(microbatch.dropout):
-                output = model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key_dropout})
+                output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))
 
         targets = (y,) if classifies else ()

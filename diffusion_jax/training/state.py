@@ -46,11 +46,11 @@ def initial_state(
     config: Mapping[str, Any],
     model: Network,
     optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
+    shape: tuple[int, ...],
 ) -> TrainState:
     """The state before the first step; the EMA starts as a copy of the parameters."""
     diffusion = config["diffusion"]
-    params = initial_params(jax.random.key(config["seed"]), model, image_shape)
+    params = initial_params(jax.random.key(config["seed"]), model, shape)
     window = empty_window(metric_names(diffusion["loss"]))
     history = None
     if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:

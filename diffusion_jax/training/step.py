@@ -11,7 +11,8 @@ import optax
 
 from diffusion_jax import data, timesteps
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.training.batches import random_flip, read_batch
+from diffusion_jax.training.batches import Examples, random_flip, read_batch
+from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.metrics import loss_terms, metric_names, quarter_sums, update_window
 from diffusion_jax.training.objective import Microbatch, Objective, make_objective, takes_labels
 from diffusion_jax.training.state import Network, TrainState
@@ -49,29 +50,30 @@ def make_train_step(
     diffusion, options = config["diffusion"], config["training"]
     num_microbatches = options["accumulation_steps"]
     terms, names = loss_terms(diffusion["loss"]), metric_names(diffusion["loss"])
-    shape, labeled = data.image_shape(config["data"]), takes_labels(model, diffusion["loss"])
+    shape, labeled = data.example_shape(config["data"]), takes_labels(model, diffusion["loss"])
+    shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
     gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
-        x_0, y = read_batch(batch, shape, labeled, num_microbatches)
+        examples = read_batch(batch, shape, labeled, num_microbatches, shape_of_condition)
         if config["data"]["random_flip"]:
-            x_0 = random_flip(key_flip, x_0)
-        grads, examples = gradient(state.params, state.loss_history, key_loss, x_0, y)
-        loss = examples["loss"].mean()
+            examples = random_flip(key_flip, examples)
+        grads, values = gradient(state.params, state.loss_history, key_loss, examples)
+        loss = values["loss"].mean()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
         history = state.loss_history
         if history is not None:
-            history = timesteps.record(history, examples["t"], examples["loss"] / examples["importance"])
+            history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
-        sums = quarter_sums(examples, schedule.num_timesteps)
+        sums = quarter_sums(values, schedule.num_timesteps)
         grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
         sums |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (param_norm, 1)}
         sums |= {"learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), 1)}
-        sums |= {name: ((examples["importance"] * examples[name]).mean(), 1) for name in terms}
+        sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
         metrics = {name: sums[name][0] / sums[name][1] for name in names}
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = update_window(state.window, sums, names, state.step, options["log_every"], finite)
@@ -83,18 +85,18 @@ def make_train_step(
 def _make_gradient(
     objective: Objective, terms: tuple[str, ...], num_microbatches: int, gather_params: Callable[[Callable], Callable]
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """gradient(params, history, key, x_0, y) -> (gradient of the mean loss, values of each example).
+    """gradient(params, history, key, examples) -> (gradient of the mean loss, values of each example).
 
     The values are "loss", "importance", "t" and the `terms` of the loss, each [B].
     """
 
-    def loss_fn(params, history, key, x_0, y, index):
+    def loss_fn(params, history, key, examples: Examples, index):
         microbatch = Microbatch(index, num_microbatches)
-        loss, aux = objective(params, history, key, x_0, y, microbatch)
-        examples = {"loss": loss} | {name: getattr(aux, name) for name in ("importance", *terms)}
-        examples = {name: value.astype(jnp.float32) for name, value in examples.items()} | {"t": aux.t}  # with x64, too
-        examples = jax.tree.map(microbatch.take, examples)
-        return examples["loss"].mean(), examples
+        loss, aux = objective(params, history, key, examples, microbatch)
+        values = {"loss": loss} | {name: getattr(aux, name) for name in ("importance", *terms)}
+        values = {name: value.astype(jnp.float32) for name, value in values.items()} | {"t": aux.t}  # with x64, too
+        values = jax.tree.map(microbatch.take, values)
+        return values["loss"].mean(), values
 
     microbatch_gradient = jax.grad(gather_params(loss_fn), has_aux=True)
 
@@ -103,15 +105,15 @@ def _make_gradient(
             return microbatch_gradient(params, *arguments, 0)
 
         def add(total, index):
-            grads, examples = microbatch_gradient(params, *arguments, index)
-            return jax.tree.map(jnp.add, total, grads), examples
+            grads, values = microbatch_gradient(params, *arguments, index)
+            return jax.tree.map(jnp.add, total, grads), values
 
         # XLA's CPU backend computes the gradient of a convolution many times slower inside a loop than outside.
         unroll = num_microbatches if jax.default_backend() == "cpu" else 1
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, examples = jax.lax.scan(add, zeros, jnp.arange(num_microbatches), unroll=unroll)
+        total, values = jax.lax.scan(add, zeros, jnp.arange(num_microbatches), unroll=unroll)
         grads = jax.tree.map(lambda g: g / num_microbatches, total)
-        return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), examples)
+        return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), values)
 
     return gradient
 

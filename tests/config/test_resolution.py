@@ -73,7 +73,7 @@ def test_values_get_the_type_of_their_leaf():
         ),
         (
             {"data": {"channels": 3.0}},
-            "data.channels=3.0 must be 1 or 3; write 3",
+            "data.channels=3.0 must be a whole number of at least 1; write 3",
         ),
         ({"model": {"dtype": "float16"}}, "type: gradients underflow without loss scaling, so use bfloat16"),
         ({"model": {"dtype": np.float16}}, "type: gradients underflow without loss scaling, so use bfloat16"),
@@ -256,4 +256,4 @@ def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, mo
 
 def test_data_takes_a_partial_mapping():
     source = data.load({"dataset": "digits", "image_size": 8, "channels": np.int64(1)})
-    assert len(source) > 0 and source.read(np.arange(2))[0].shape == (2, 8, 8, 1)
+    assert len(source) > 0 and source.read(np.arange(2))["image"].shape == (2, 8, 8, 1)

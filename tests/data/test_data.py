@@ -26,15 +26,17 @@ CONFIG = {
     ("leaf", "value", "words"),
     [
         ("image_size", -8, "a whole number of at least 1"),
-        ("image_size", (8, -8), "a tuple of 2 whole numbers"),
-        ("image_size", (8, 8, 8), "a tuple of 2 whole numbers"),
-        ("channels", 5, "1 or 3"),
+        ("image_size", (8, -8), "a tuple of 0 to 3 whole numbers"),
+        ("image_size", (8, 8, 8, 8), "a tuple of 0 to 3 whole numbers"),
+        ("channels", 0, "a whole number of at least 1"),
     ],
 )
-def test_image_shape_refuses_invalid_sizes_and_channels(leaf, value, words):
+def test_the_shape_of_examples_refuses_invalid_sizes_and_channels(leaf, value, words):
     with pytest.raises(DataError, match=rf"data.{leaf}=.* must be .*{words}"):
-        data.image_shape(CONFIG | {leaf: value})
-    assert data.image_shape(CONFIG | {"image_size": (4, 6)}) == (4, 6, 1)
+        data.example_shape(CONFIG | {leaf: value})
+    sizes = {8: (8, 8, 1), (4, 6): (4, 6, 1), (): (1,), (5,): (5, 1), (2, 3, 4): (2, 3, 4, 1)}
+    for size, shape in sizes.items():
+        assert data.example_shape(CONFIG | {"image_size": size}) == shape
 
 
 class Numbers:
@@ -50,7 +52,8 @@ class Numbers:
 
     def read(self, indices):
         indices = np.asarray(indices, np.int32)
-        return indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2), indices
+        images = indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2)
+        return {"image": images, "label": indices}
 
 
 def test_batches_visit_every_example_once_per_epoch():
@@ -92,7 +95,7 @@ def test_digits_equal_those_of_scikit_learn():
 
     digits, held_out = load_digits(), np.arange(1797) % 6 == 5
     for split, chosen in (("train", ~held_out), ("test", held_out)):
-        images, labels = data.Digits(split, (8, 8), 1).read(np.arange(chosen.sum()))
+        images, labels = data.Digits(split, (8, 8), 1).read(np.arange(chosen.sum())).values()
         np.testing.assert_array_equal(images[..., 0], np.round(digits.images[chosen] * 255 / 16))
         np.testing.assert_array_equal(labels, digits.target[chosen])
 
@@ -100,8 +103,8 @@ def test_digits_equal_those_of_scikit_learn():
 def test_digits_load_as_train_and_test_split():
     train, test = data.load(CONFIG), data.load({**CONFIG, "split": "test"})
     assert len(train) + len(test) == 1797 and train.num_classes == 10
-    assert train.images.shape[1:] == (8, 8, 1) and len(np.unique(train.images)) == 17
-    assert set(np.unique(test.labels)) == set(range(10))
+    assert train.arrays["image"].shape[1:] == (8, 8, 1) and len(np.unique(train.arrays["image"])) == 17
+    assert set(np.unique(test.arrays["label"])) == set(range(10))
     with pytest.raises(data.DataError, match="'train' and 'test'"):
         data.load({**CONFIG, "split": "validation"})
 
@@ -130,8 +133,8 @@ def test_folder_resizes_and_converts_images_of_all_modes(folder, size, shape, ch
     source = data.load(
         {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": size, "channels": channels}
     )
-    assert source.images.shape == (4, *shape, channels)
-    assert source.num_classes == 2 and source.labels.tolist() == [0, 0, 1, 1]
+    assert source.arrays["image"].shape == (4, *shape, channels)
+    assert source.num_classes == 2 and source.arrays["label"].tolist() == [0, 0, 1, 1]
 
 
 def test_resize_crops_the_center(tmp_path):
@@ -139,7 +142,7 @@ def test_resize_crops_the_center(tmp_path):
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
     source = data.load({**CONFIG, "dataset": "folder", "data_dir": str(tmp_path), "image_size": 10, "channels": 3})
-    np.testing.assert_array_equal(source.images[0], 200)
+    np.testing.assert_array_equal(source.arrays["image"][0], 200)
     assert source.num_classes == 0
 
 
@@ -148,7 +151,7 @@ def test_folder_scales_16_bit_images_and_has_no_classes_with_images_outside_subf
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": (1, 4)}
     source = data.load(config)
     assert len(source) == 5 and source.num_classes == 0
-    assert source.images[2].ravel().tolist() == [0, 1, 255, 128]
+    assert source.arrays["image"][2].ravel().tolist() == [0, 1, 255, 128]
 
 
 def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
@@ -164,9 +167,12 @@ def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
         data.load(config)
     with pytest.raises(data.DataError, match="is not a folder"):
         data.load({**config, "data_dir": ""})
-    for wrong in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"image_size": "wide"}, {"image_size": 2.5}):
+    for wrong in ({"image_size": (1, 2, 3, 4)}, {"channels": 0}, {"image_size": "wide"}, {"image_size": 2.5}):
         with pytest.raises(ConfigError, match="must be"):
             data.load({**config, **wrong})
+    for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}, {"normalization": "none"}):
+        with pytest.raises(data.DataError, match="images"):
+            data.load({**config, **other})
 
 
 def test_tfds_refuses_a_missing_data_set(tmp_path):
@@ -224,8 +230,8 @@ def test_tfds_reads_array_record(tmp_path):
     assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)
     config = {**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28}
     source = data.load(config)
-    assert len(source) == 5 and source.num_classes == 10 and source.labels.tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(source.images[3], np.full((28, 28, 1), 30))
+    assert len(source) == 5 and source.num_classes == 10 and source.arrays["label"].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(source.arrays["image"][3], np.full((28, 28, 1), 30))
     streamed = data.load({**config, "memory_mb": 0, "channels": 3, "image_size": 32})
     batches = data.Batches(streamed, 0, 2, 3)
     for step, batch in enumerate(data.stream(batches, workers=1)):
@@ -256,7 +262,7 @@ class Stripes:
         images = np.zeros((len(labels), 8, 8, 1), np.uint8)
         images[labels == 0, ::2] = 255
         images[labels == 1, :, ::2] = 255
-        return images, labels
+        return {"image": images, "label": labels}
 
 
 def test_batches_read_a_custom_source():

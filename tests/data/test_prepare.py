@@ -98,10 +98,10 @@ def refusal(directory, **more) -> str:
 def check(source):
     """All twelve images, with their labels; TFDS shuffles them."""
     assert len(source) == 12 and source.class_names == ("apple", "pear")
-    shown = source.images[:, 0, 0, 0].astype(int) // 10
+    shown = source.arrays["image"][:, 0, 0, 0].astype(int) // 10
     assert sorted(shown) == list(range(12))
-    np.testing.assert_array_equal(source.labels, shown % 2)
-    assert (source.images == source.images[:, :1, :1]).all()
+    np.testing.assert_array_equal(source.arrays["label"], shown % 2)
+    assert (source.arrays["image"] == source.arrays["image"][:, :1, :1]).all()
 
 
 def test_load_downloads_and_prepares_a_missing_data_set_once(server, tmp_path, capsys):
@@ -313,13 +313,13 @@ def test_tfds_reads_tfrecord_without_conversion(server, tmp_path, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     source, other = data.load(config(tmp_path)), data.load(config(tmp_path / "a"))
     check(source)
-    np.testing.assert_array_equal(source.images, other.images)  # in the same order
+    np.testing.assert_array_equal(source.arrays["image"], other.arrays["image"])  # in the same order
     part = config(tmp_path, split="train[3:5]+train[10:]", memory_mb=0)
     batches = data.Batches(data.load(part), 0, 4, 2)
     for step, batch in enumerate(data.stream(batches, workers=1)):
         assert batch["image"].shape == (4, 8, 8, 1)
         np.testing.assert_array_equal(batch["label"], batches[step]["label"])
-    np.testing.assert_array_equal(data.load(part).read([0, 3])[0], source.images[[3, 11]])
+    np.testing.assert_array_equal(data.load(part).read([0, 3])["image"], source.arrays["image"][[3, 11]])
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     (shard,) = (tmp_path / "local_fruit").rglob("*.tfrecord*")
     for cut in (before[shard][:-1], before[shard][: len(before[shard]) // 2], b""):

@@ -74,7 +74,7 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
         (record,) = json.loads((path / "metrics.json").read_text())
         drawn = np.load(path / "samples" / "step4_ema_ddpm2_seed0_n10.npz")["arr_0"]
         digits = data.Digits("train", (8, 8), 1)
-        moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))[0], drawn)]
+        moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))["image"], drawn)]
         assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
     sample.run(tiny_config(**OVERRIDES), tmp_path)
     for path in (tmp_path, two):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_the_digits_network_classifies_digits():
     params, _ = digits_classifier.load()
     source = data.Digits("test", (8, 8), 1)
-    drawn, labels = source.read(np.arange(len(source)))
+    drawn, labels = source.read(np.arange(len(source))).values()
     judged = digits_classifier.DigitsNetwork().apply({"params": params}, drawn)
     assert (judged.logits.argmax(-1) == labels).mean() > 0.98
 

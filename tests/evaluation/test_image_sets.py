@@ -20,7 +20,7 @@ def test_npz_files_are_read_by_index(tmp_path):
     for path in (plain, str(packed)):
         source = image_sets.open_image_set(path).images
         assert len(source) == 9
-        np.testing.assert_array_equal(source.read(np.array([7, 2]))[0], drawn[[7, 2]])
+        np.testing.assert_array_equal(source.read(np.array([7, 2]))["image"], drawn[[7, 2]])
     assert isinstance(image_sets.open_image_set(plain).images._images, np.memmap)
 
 
@@ -30,11 +30,11 @@ def test_a_folder_is_read_without_resizing(tmp_path):
     drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
     for i, image in enumerate(drawn):
         Image.fromarray(image).save(folder / f"{i}.png")
-    np.testing.assert_array_equal(image_sets.open_image_set(str(folder)).images.read(np.arange(3))[0], drawn)
+    np.testing.assert_array_equal(image_sets.open_image_set(str(folder)).images.read(np.arange(3))["image"], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
     with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
         image_sets.open_image_set(str(folder)).images.read(np.arange(4))
-    assert image_sets.open_image_set(str(folder), image_size=8).images.read(np.arange(4))[0].shape == (4, 8, 8, 3)
+    assert image_sets.open_image_set(str(folder), image_size=8).images.read(np.arange(4))["image"].shape == (4, 8, 8, 3)
     turned = Image.fromarray(drawn[0])
     turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
     turned.save(folder / "z.png", exif=turned.getexif())
@@ -47,12 +47,12 @@ def test_a_folder_with_gray_and_color_images_is_read_as_color(tmp_path):
     folder.mkdir()
     drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(drawn[..., 0]).save(folder / "a.png")
-    assert image_sets.open_image_set(str(folder)).images.read(np.arange(1))[0].shape == (1, 8, 8, 1)
-    assert image_sets.open_image_set(str(folder), image_size=4).images.read(np.arange(1))[0].shape == (1, 4, 4, 1)
+    assert image_sets.open_image_set(str(folder)).images.read(np.arange(1))["image"].shape == (1, 8, 8, 1)
+    assert image_sets.open_image_set(str(folder), image_size=4).images.read(np.arange(1))["image"].shape == (1, 4, 4, 1)
     Image.fromarray(drawn).save(folder / "b.png")
     expected = drawn[..., :1].repeat(3, axis=2), drawn
     for first in ("a.png", "b.png"):  # whichever comes first
-        found = image_sets.open_image_set(str(folder)).images.read(np.arange(2))[0]
+        found = image_sets.open_image_set(str(folder)).images.read(np.arange(2))["image"]
         assert found.shape == (2, 8, 8, 3)
         np.testing.assert_array_equal(
             sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
@@ -76,7 +76,7 @@ def test_images_are_converted_to_the_requested_channels(tmp_path, channels):
         (gray, drawn[..., :1].repeat(channels, axis=3)),
         ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
     ):
-        found = image_sets.open_image_set(what, channels=channels).images.read(np.arange(2))[0]
+        found = image_sets.open_image_set(what, channels=channels).images.read(np.arange(2))["image"]
         np.testing.assert_array_equal(found, expected)
 
 

@@ -8,7 +8,7 @@ from diffusion_jax.distributed import sharding
 
 def all_digits(split="train"):
     source = data.Digits(split, (8, 8), 1)
-    return source.read(np.arange(len(source)))[0]
+    return source.read(np.arange(len(source)))["image"]
 
 
 def save(path, array, **more):

@@ -40,7 +40,7 @@ def pets(tmp_path):
 def test_the_subfolders_of_a_folder_are_its_classes(pets):
     source, said = load(pets)
     assert said == ["6 images of 3 classes: 0 birds, 1 cats, 2 dogs."]
-    assert source.class_names == ("birds", "cats", "dogs") and source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert source.class_names == ("birds", "cats", "dogs") and source.arrays["label"].tolist() == [0, 0, 1, 1, 2, 2]
     assert load(pets, memory_mb=0)[1] == said
 
 
@@ -68,7 +68,7 @@ def test_skipped_and_dropped_images_are_logged(pets):
         "Dropped the transparency of dogs/clear.png, dogs/key.png.",
         "Read only the first frame of cats/moves.webp.",
     ]
-    np.testing.assert_array_equal(source.images[4], 0)  # cats/moves.webp
+    np.testing.assert_array_equal(source.arrays["image"][4], 0)  # cats/moves.webp
     with pytest.raises(data.DataError, match=r"it has only 1 \.gif"):
         (pets / "other").mkdir()
         frames[0].save(pets / "other" / "a.gif")

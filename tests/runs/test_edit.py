@@ -18,7 +18,7 @@ from helpers.work_directories import untrained
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
-    images = data.load(tiny_config().data).read(np.arange(2))[0]
+    images = data.load(tiny_config().data).read(np.arange(2))["image"]
     mask = np.full((8, 8), 255, np.uint8)
     mask[:4] = 0
     for name, image in {

@@ -76,7 +76,7 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
     found = []
     for batch, places in enumerate([range(0, 4), range(4, 8), [8, 9, 9, 9]]):
         key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
-        bits, kept = bound(key, *source.read(np.array(places))), min(4, 10 - 4 * batch)
+        bits, kept = bound(key, *source.read(np.array(places)).values()), min(4, 10 - 4 * batch)
         found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], bits))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
@@ -224,7 +224,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         assert picture.size == (3 * 68 + 4, 14 + 4 * 68 + 4)
         source = data.load(ConfigDict({**config_with().data, "split": "test"}))
         last = np.asarray(picture)[18:82:8, 2 * 68 + 4 : 2 * 68 + 68 : 8]
-        np.testing.assert_array_equal(last, source.read(np.array([0]))[0][0, :, :, 0])
+        np.testing.assert_array_equal(last, source.read(np.array([0]))["image"][0, :, :, 0])
     assert "RMSE" in capsys.readouterr().out
 
 
@@ -257,7 +257,7 @@ def test_a_failed_ode_solver_is_an_error(trained):
 
 
 def test_images_of_other_gray_levels_are_refused():
-    digits = data.load(tiny_config().data).read(np.arange(100))[0]
+    digits = data.load(tiny_config().data).read(np.arange(100))["image"]
     data.check_levels(digits, 17)
     data.check_levels(digits, 256)
     for levels in (2, 16, 18, 100):

@@ -53,7 +53,8 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
         return np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T, sampler))
 
     def configured(**leaves):
-        leaves = {f"sampling.{leaf}": value for leaf, value in {"sampler": name.split()[0], **leaves}.items()}
+        leaves = {"sampler": name.split()[0], "clip": True, **leaves}
+        leaves = {f"sampling.{leaf}": value for leaf, value in leaves.items()}
         return run(sampler_config.sampler_from_config(conditional(**leaves).sampling, diffusion))
 
     np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))

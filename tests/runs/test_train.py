@@ -279,7 +279,7 @@ def test_other_images_are_refused(tmp_path):
     for same in (source(5), source(5)):
         workdir.check_data(same, run)
     for other in (source(6), source(5, seed=1)):
-        with pytest.raises(errors.UserError, match="images are not those that .* remove .*data.json"):
+        with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
             workdir.check_data(other, run)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import losses, timesteps, training
 from diffusion_jax.training import optimizer
-from diffusion_jax.training.batches import read_batch
+from diffusion_jax.training.batches import Examples, read_batch
 from diffusion_jax.training.metrics import QUARTERS
 from diffusion_jax.training.objective import make_objective
 from diffusion_jax.training.state import initial_state
@@ -217,7 +217,7 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
         jax.random.key(3),
     )
     x_0 = jnp.clip(floats(), -1, 1)
-    found, _ = objective({"w": jnp.float32(0.7)}, None, key, x_0, None)
+    found, _ = objective({"w": jnp.float32(0.7)}, None, key, Examples(x_0))
     by_hand, _ = getattr(losses, name)(
         jax.random.split(key, 3)[0],
         schedule,

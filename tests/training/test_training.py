@@ -13,6 +13,7 @@ from diffusion_jax import likelihood, training
 from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
 from diffusion_jax.training import TrainState, optimizer
+from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.metrics import QUARTERS
 from diffusion_jax.training.objective import make_objective
 from diffusion_jax.training.step import ema_decay, make_train_step
@@ -103,7 +104,7 @@ def test_the_bound_in_training_is_of_the_data_s_own_levels_and_of_the_weight_giv
     built = training.build_program(config)
     objective = make_objective(config, built.model, built.schedule)
     x_0 = jnp.asarray(a_batch(config)["image"], jnp.float32) / 127.5 - 1
-    loss, parts = objective(built.init().params, None, jax.random.key(0), x_0, None)
+    loss, parts = objective(built.init().params, None, jax.random.key(0), Examples(x_0))
     options = {"prediction": "eps", "variance": "learned_range", "clip": False}
     by_levels = {
         levels: likelihood.bound_term(
@@ -306,9 +307,13 @@ def test_a_schedule_needs_a_known_prediction_and_variance(leaf, words):
     [
         ({"mesh.data": 3}, "number of devices"),
         ({"mesh.fsdp": 2}, "mesh.fsdp=2 must divide"),
-        ({"model.kind": "mlp"}, "model.kind='mlp': the training program has no such data; use 'unet'"),
-        ({"model.condition_features": 3}, "model.condition_features=3: the training program has no such data; use 0"),
-        ({"model.condition_channels": 2}, "model.condition_channels=2: the training program has no such data; use 0"),
+        ({"model.kind": "mlp"}, "model.kind='mlp' is for vectors .*with 2 spatial axes need 'unet'"),
+        ({"data.image_size": ()}, r"data.image_size=\(\), vectors, need model.kind='mlp'"),
+        (
+            {"model.kind": "mlp", "data.image_size": (), "model.num_heads": 2},
+            "model.[a-z_]*=.* has no effect on an MLP",
+        ),
+        ({"data.image_size": (8, 8, 8), "data.low_resolution": 4}, "data.low_resolution=4 is for images"),
         ({"training.accumulation_steps": 0}, "at least 1"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
         ({"training.batch_size": 0}, "training.batch_size=0 must be a whole number of at least 1"),

@@ -1,0 +1,140 @@
+"""Checks of sources against `config.data`, and sources by the name of a function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.config import LEAVES
+from diffusion_jax.data.sources import Source
+from diffusion_jax.errors import DataError, shorten
+
+__all__ = ["check_examples", "check_image_leaves", "check_levels", "example_shape", "import_source"]
+
+_NUM_CHECKED = 4
+
+
+def example_shape(config: Mapping) -> tuple[int, ...]:
+    """(*spatial, C) of `config.data`, whose `image_size` is the size of each spatial axis, or one number for two axes.
+
+    Raises: DataError for a size or a number of channels that its leaf does not allow.
+    """
+    for name in ("image_size", "channels"):
+        kind = LEAVES[f"data.{name}"].kind
+        try:
+            kind.check(config[name])
+        except ValueError:
+            raise DataError(f"data.{name}={config[name]!r} must be {kind.allowed}") from None
+    size = config["image_size"]
+    return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
+
+
+def check_image_leaves(config: Mapping) -> tuple[tuple[int, int], int]:
+    """((height, width), channels) of a data set of image files. Raises: DataError for leaves that describe other data."""
+    shape, name = example_shape(config), config["dataset"]
+    other = "other arrays are data.dataset=arrays or module:function"
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise DataError(
+            f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} (data.image_size, "
+            f"data.channels); {other}"
+        )
+    if config["levels"] is None:
+        raise DataError(f"data.levels=None is for continuous data, and data.dataset={name!r} has images; {other}")
+    if config["normalization"] != "auto":
+        raise DataError(
+            f"data.normalization={config['normalization']!r} is for continuous data, and images always become [-1, 1]: use "
+            "'auto'"
+        )
+    return shape[:2], shape[2]
+
+
+def check_levels(images: np.ndarray, levels: int) -> None:
+    """Raises: DataError for uint8 images with other values than `levels` even gray levels, which a likelihood assumes."""
+    grid = np.arange(256) * ((levels - 1) / 255)
+    is_between = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # gray levels may be rounded to integers
+    wrong = images[is_between[images]]
+    if wrong.size:
+        raise DataError(
+            f"data.levels={levels}, but the images contain the value {wrong[0]}, which is not one of {levels} even gray "
+            "levels (resized images have others); use data.levels=256, in a new --workdir"
+        )
+
+
+def import_source(name: str, config: Mapping) -> Source:
+    """The source that a function "module:function" returns for `config.data`.
+
+    Modules of the current directory are found, too. Raises: DataError if it cannot be imported, fails, or returns no source.
+    """
+    module_name, _, function_name = name.partition(":")
+    where = f"data.dataset={name!r}"
+    if os.getcwd() not in sys.path:  # the installed command does not add it
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"{where} cannot be imported ({error}); give module:function, a function of config.data"
+        ) from None
+    try:
+        source = function(config)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where} raises {type(error).__name__}: {shorten(str(error), 200)}") from error
+    if not isinstance(source, Source):
+        raise DataError(
+            f"{where} returns a {type(source).__name__}, which has no __len__ and read(indices) (data.Source)"
+        )
+    return source
+
+
+def check_examples(config: Mapping, source: Source) -> None:
+    """Raises: DataError if a source has no examples, or its first ones have another shape or kind than `config.data`."""
+    if not len(source):
+        raise DataError(f"data.dataset={config['dataset']!r} has no examples")
+    indices = np.arange(min(_NUM_CHECKED, len(source)))
+    batch, expected = source.read(indices), example_shape(config)
+    if not isinstance(batch, Mapping) or len({"image", "x"} & batch.keys()) != 1:
+        got = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise DataError(
+            f'a source must return a dictionary with either "image" (uint8) or "x" (other numbers); got {got}'
+        )
+    name = "image" if "image" in batch else "x"
+    values: Any = np.asarray(batch[name])
+    _check_kind(config, name, values.dtype)
+    if values.shape[:1] != (len(indices),):
+        raise DataError(f'read of {len(indices)} examples returns "{name}" of shape {list(values.shape)}')
+    if values.shape[1:] != expected:
+        spatial, channels = values.shape[1:-1], values.shape[-1]
+        advice = f"--config.data.image_size={str(spatial).replace(' ', '')} --config.data.channels={channels}"
+        raise DataError(
+            f"the examples have shape {list(values.shape[1:])}, not {list(expected)} as data.image_size and data.channels "
+            f"say; use {advice}"
+        )
+    for other in ("label", "condition"):
+        if other in batch and len(batch[other]) != len(indices):
+            raise DataError(f'read of {len(indices)} examples returns {len(batch[other])} rows of "{other}"')
+    if config["random_flip"] and (name == "x" or len(expected) != 3):
+        raise DataError(
+            "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
+        )
+
+
+def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
+    """Raises: DataError for a type that the name does not allow, or that contradicts `data.levels`."""
+    is_real = dtype.kind in "iuf" or dtype.name == "bfloat16"
+    if name == "image" and dtype != np.uint8:
+        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
+    if name == "x" and (not is_real or dtype == np.uint8):
+        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
+        raise DataError(f'a source returns "x" as {dtype}; {advice}')
+    levels = config["levels"]
+    if name == "x" and levels is not None:
+        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
+    if name == "image" and levels is None:
+        raise DataError("data.levels=None is for continuous data, but the data are uint8: use data.levels=256")

@@ -1,0 +1,187 @@
+"""Standardization of float data: constants of each channel, and a source whose values are standardized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
+from diffusion_jax.errors import DataError
+
+__all__ = ["Normalization", "Normalizations", "Normalized", "find_normalizations"]
+
+_BLOCK = 256  # examples that are read at a time while the statistics are computed
+
+Values = TypeVar("Values", jax.Array, np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data."""
+
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @classmethod
+    def from_limits(cls, low: float, high: float, channels: int) -> Normalization:
+        """Maps [low, high] to [-1, 1]."""
+        return cls(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
+
+    def apply(self, data: np.ndarray) -> np.ndarray:
+        """float32 x of data [n, *spatial, C]. Float32 data are computed in float32, all others in float64."""
+        dtype = np.float32 if data.dtype in (np.float16, np.float32) else np.float64
+        x = np.subtract(data, np.asarray(self.offset, dtype), dtype=dtype)
+        x /= np.asarray(self.scale, dtype)
+        return x.astype(np.float32, copy=False)
+
+    def invert(self, x: Values) -> Values:
+        """The data, in their units, of x [n, *spatial, C]: float32 (float64 for a float64 x)."""
+        if isinstance(x, np.ndarray):  # float64, because float32 products would be rounded once more
+            data = x.astype(np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
+            return data.astype(np.float64 if x.dtype == np.float64 else np.float32)
+        return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Lists, as data.json stores them."""
+        return {"offset": list(self.offset), "scale": list(self.scale)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Sequence[float]]) -> Normalization:
+        """The reverse of `to_json`."""
+        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])))
+
+
+# The Normalization of each float array of a source, by name: "x" and "condition". Arrays without one are used as they are.
+Normalizations = Mapping[str, Normalization]
+
+
+class Normalized:
+    """A source whose arrays "x" and "condition" are float32 and standardized; the others are those of `source`.
+
+    normalizations: of the arrays by name; an array without one is only converted to float32.
+    bounded: names of arrays that must lie in [-1, 1] afterward, because limits were given for them.
+    """
+
+    def __init__(self, source: Source, normalizations: Normalizations, bounded: Iterable[str] = ()):
+        self.source, self.normalizations, self._bounded = source, dict(normalizations), tuple(bounded)
+        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
+        self.no_labels_reason = getattr(source, "no_labels_reason", "")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Raises: DataError for values that are not finite, or outside the limits."""
+        batch = dict(self.source.read(indices))
+        for name in ("x", "condition"):
+            if name in batch:
+                batch[name] = self._normalize(name, batch[name], indices)
+        return batch
+
+    def _normalize(self, name: str, values: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        normalization = self.normalizations.get(name)
+        x = values.astype(np.float32) if normalization is None else normalization.apply(values)
+        bad = _first_row(~np.isfinite(x))
+        if bad is not None:
+            raise DataError(_not_finite(name, indices[bad]))
+        if name in self._bounded:
+            bad = _first_row(np.abs(x) > 1 + 1e-6)  # rounding
+            if bad is not None:
+                value = values[bad].flat[np.abs(x[bad]).argmax()]
+                raise DataError(f"example {indices[bad]} has the value {value:g}, outside data.limits; widen them")
+        return x
+
+
+def _first_row(is_bad: np.ndarray) -> int | None:
+    """The first of n rows with a true entry, None if there is none."""
+    if not is_bad.any():
+        return None
+    return int(is_bad.reshape(len(is_bad), -1).any(axis=1).argmax())
+
+
+def _not_finite(name: str, index: Any) -> str:
+    what = "" if name == "x" else f" in its {name}"
+    return f"example {index} has values that are not finite{what}; remove or repair it"
+
+
+def find_normalizations(
+    config: Mapping,
+    source: Source,
+    progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
+) -> Normalizations:
+    """The normalizations that `config.data` describes, of a source of the training split.
+
+    `data.normalization` concerns float data: auto standardizes by the mean and the standard deviation of each channel, which
+    are computed in one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. Conditions are
+    standardized, too, unless it is none.
+
+    progress: as for `data.InMemory`, called only if there is a pass.
+    Raises: DataError for a leaf that does not fit the data, values that are not finite, or a channel that is constant.
+    """
+    mode, first = config["normalization"], source.read([0])
+    if mode != "auto" and "x" not in first:
+        raise DataError(f"data.normalization={mode!r} is for float data; uint8 data always become [-1, 1]: use 'auto'")
+    if mode == "none":
+        return {}
+    found: dict[str, Normalization] = {}
+    if mode == "limits":
+        if not config["limits"]:
+            raise DataError("data.normalization='limits' needs data.limits=(low, high), the range of the data")
+        found["x"] = Normalization.from_limits(*config["limits"], channels=first["x"].shape[-1])
+    names = [name for name in ("x", "condition") if name in first and name not in found]
+    if names:
+        found |= {name: _standardization(name, *moments) for name, moments in _moments(source, names, progress).items()}
+    return found
+
+
+def _moments(source: Source, names: Sequence[str], progress) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(mean, standard deviation, largest magnitude) of each channel of the arrays, float64 [C]."""
+    totals: dict[str, _Totals] = {}
+
+    def add(indices):
+        batch = source.read(indices)
+        for name in names:
+            values = np.asarray(batch[name], np.float64).reshape(len(indices), -1, batch[name].shape[-1])
+            bad = _first_row(~np.isfinite(values))
+            if bad is not None:
+                raise DataError(_not_finite(name, indices[bad]))
+            totals.setdefault(name, _Totals()).add(values.reshape(-1, values.shape[-1]))
+        return len(indices)
+
+    n = len(source)
+    chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
+    for _ in progress(map(add, chunks), n):
+        pass
+    return {name: (total.mean, np.sqrt(total.squares / total.count), total.largest) for name, total in totals.items()}
+
+
+class _Totals:
+    """Running mean and sum of squared deviations (Chan et al. 1979), which loses no digits when the mean is large."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares, self.largest = 0, np.zeros(1), np.zeros(1), np.zeros(1)
+
+    def add(self, values: np.ndarray) -> None:
+        """values: float64 [rows, C]."""
+        rows, mean = len(values), values.mean(axis=0)
+        squares, difference = np.square(values - mean).sum(axis=0), mean - self.mean
+        total = self.count + rows
+        self.squares = self.squares + squares + np.square(difference) * (self.count * rows / total)
+        self.mean = self.mean + difference * (rows / total)
+        self.largest = np.maximum(self.largest, np.abs(values).max(axis=0))
+        self.count = total
+
+
+def _standardization(name: str, mean: np.ndarray, deviation: np.ndarray, largest: np.ndarray) -> Normalization:
+    """Raises: DataError for a constant channel, which includes one whose deviation is that of rounding."""
+    constant = np.flatnonzero(deviation <= 1e-12 * largest)
+    if constant.size:
+        channel = int(constant[0])
+        what = f"channel {channel} of the data" if name == "x" else f"entry {channel} of the condition"
+        advice = "remove it, or use data.normalization=limits or none" if name == "x" else "remove it"
+        raise DataError(f"{what} is constant ({mean[channel]:g} everywhere), so it cannot be standardized; {advice}")
+    return Normalization(tuple(mean.tolist()), tuple(deviation.tolist()))

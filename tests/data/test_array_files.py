@@ -1,0 +1,282 @@
+"""Arrays in files: .npy, .npz, folders, HDF5 and Zarr, read by index."""
+
+import importlib
+import multiprocessing
+import os
+import pathlib
+import pickle
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from diffusion_jax.data import numpy_files
+from diffusion_jax.data.array_files import ArrayFiles
+from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
+
+
+def read_in_child(pickled, indices, queue):
+    for source in pickled:
+        queue.put(pickle.loads(source).read(indices))
+
+
+def test_an_npy_file_is_read_in_any_order_and_repeatedly(tmp_path):
+    source = ArrayFiles(save_npy(tmp_path / "a.npy", X), "train", SHAPE)
+    assert (len(source), source.num_classes, source.class_names) == (7, 0, ())
+    batch = source.read(INDICES)
+    assert batch.keys() == {"x"} and batch["x"].dtype == np.float32 and type(batch["x"]) is np.ndarray
+    np.testing.assert_array_equal(batch["x"], X[INDICES])
+    np.testing.assert_array_equal(source.read([6, 1])["x"], X[[6, 1]])
+    assert source.read([])["x"].shape == (0, *SHAPE)
+    for indices in ([7], [-1]):
+        with pytest.raises(IndexError, match=r"\[0, 7\)"):
+            source.read(indices)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("dtype", ["f2", "<f4", ">f4", ">f8", "i2", ">i4", "u2", "i1", "u1"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["npy", "npz", "folder"])
+def test_types_byte_orders_and_fortran_order(tmp_path, monkeypatch, is_mapped, dtype, order, kind):
+    monkeypatch.setattr(numpy_files, "_MIN_SEEK_BYTES", 2**18 if is_mapped else 1)
+    shape = (3, 7)
+    values = np.random.default_rng(0).integers(0, 100, (5, *shape)).astype(dtype, order=order)
+    if kind == "npz":
+        np.savez(tmp_path / "a.npz", pad=np.zeros(3, np.uint8), x=values, label=np.arange(5))
+    else:
+        np.save(tmp_path / "a.npy", values)
+    source = ArrayFiles(str(tmp_path if kind == "folder" else tmp_path / f"a.{kind}"), "train", shape)
+    found = source.read([4, 1, 4])["image" if dtype == "u1" and kind != "npz" else "x"]
+    assert found.dtype == values.dtype.newbyteorder("=") and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, values[[4, 1, 4]])
+
+
+def test_arrays_without_an_axis_of_channels_get_one(tmp_path):
+    fields, vectors = X[..., 0], X[:, 0, 0, 0]
+    found = ArrayFiles(save_npy(tmp_path / "a.npy", fields), "train", (3, 4, 1)).read(INDICES)["x"]
+    np.testing.assert_array_equal(found, fields[INDICES][..., None])
+    found = ArrayFiles(save_npy(tmp_path / "b.npy", vectors), "train", (1,)).read(INDICES)["x"]
+    np.testing.assert_array_equal(found, vectors[INDICES][:, None])
+    save_npy(tmp_path / "c.npy", X[..., :1])
+    assert ArrayFiles(str(tmp_path / "c.npy"), "train", (3, 4, 1)).read([0])["x"].shape == (1, 3, 4, 1)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.hdf5", "a.zarr", "a.v2.zarr", "a.zarr.zip"])
+def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name):
+    path = save_store(tmp_path / name, x=X, label=LABEL, condition=CONDITION)
+    source = pickle.loads(pickle.dumps(ArrayFiles(path, "train", SHAPE)))
+    assert (len(source), source.num_classes, source.class_names, source.no_labels_reason) == (7, 5, (), "")
+    for indices in (INDICES, [3], np.arange(1, 6), np.arange(7)[::-1], []):
+        batch = source.read(indices)
+        assert batch.keys() == {"x", "label", "condition"} and batch["label"].dtype == np.int32
+        rows = np.asarray(indices, int)
+        for key, values in {"x": X, "label": LABEL, "condition": CONDITION}.items():
+            np.testing.assert_array_equal(batch[key], values[rows])
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.zarr", "b.v2.zarr"])
+def test_stores_with_images_or_one_array_of_another_name(tmp_path, name):
+    images = np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)
+    for key, values, expected in (
+        ("image", images, "image"),
+        ("rows", images, "image"),
+        ("rows", X, "x"),
+        ("x", images, "x"),
+    ):
+        folder = tmp_path / f"{key}_{values.dtype}"
+        folder.mkdir()
+        source = ArrayFiles(save_store(folder / name, **{key: values}), "train", SHAPE)
+        batch = source.read(INDICES)
+        assert batch.keys() == {expected} and source.num_classes == 0 and "no array 'label'" in source.no_labels_reason
+        np.testing.assert_array_equal(batch[expected], values[INDICES])
+    found = message(save_store(tmp_path / name, x=X, image=images))
+    assert "'x' and 'image'; keep one" in found
+    (tmp_path / "other").mkdir()
+    found = message(save_store(tmp_path / "other" / name, alpha=X, beta=X))
+    assert "no array 'x' or 'image', only alpha, beta" in found
+    (tmp_path / "wrong").mkdir()
+    assert "'image' as float32, not uint8; save it under the name 'x'" in message(
+        save_store(tmp_path / "wrong" / name, image=X)
+    )
+
+
+def test_a_zarr_or_hdf5_array_in_another_byte_order(tmp_path):
+    for name in ("a.h5", "a.v2.zarr", "a.zarr"):
+        source = ArrayFiles(save_store(tmp_path / name, x=X.astype(">f8")), "train", SHAPE)
+        found = source.read(INDICES)["x"]
+        assert found.dtype.isnative and found.dtype == np.float64
+        np.testing.assert_array_equal(found, X[INDICES])
+
+
+def test_a_zarr_array_without_a_group(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    for zarr_format, name in ((2, "two.zarr"), (3, "three.zarr"), (3, "no_suffix"), (2, "no_suffix_2")):
+        zarr.create_array(tmp_path / name, data=X, chunks=(3, 2, 4, 1), zarr_format=zarr_format)
+        source = ArrayFiles(str(tmp_path / name), "train", SHAPE)
+        np.testing.assert_array_equal(source.read(INDICES)["x"], X[INDICES])
+
+
+def test_positional_arrays_of_an_npz(tmp_path):
+    np.savez(tmp_path / "a.npz", X, LABEL)  # as --mode=sample writes samples
+    batch = ArrayFiles(str(tmp_path / "a.npz"), "train", SHAPE).read(INDICES)
+    np.testing.assert_array_equal(batch["x"], X[INDICES])
+    np.testing.assert_array_equal(batch["label"], LABEL[INDICES])
+
+
+def test_a_condition_of_the_spatial_shape(tmp_path):
+    for suffix, condition in enumerate((X[..., :1], CONDITION, CONDITION[:, :1].astype(np.int16))):
+        path = save_store(tmp_path / f"{suffix}.npz", x=X, condition=condition)
+        np.testing.assert_array_equal(ArrayFiles(path, "train", SHAPE).read(INDICES)["condition"], condition[INDICES])
+
+
+def test_labels_are_scanned_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_jax.data.array_files._LABELS_PER_READ", 2)
+    for i, label in enumerate((LABEL, LABEL[::-1], np.arange(7), np.zeros(7, np.int8))):
+        source = ArrayFiles(save_store(tmp_path / f"{i}.npz", x=X, label=label), "train", SHAPE)
+        assert source.num_classes == label.max() + 1
+
+
+def test_a_folder_of_examples_and_of_several_examples(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    parts = {
+        "a.npy": X[:1],
+        "b.npy": X[1],
+        "deep/c.npy": X[2:4],
+        "deep/d.npy": X[:0],
+        "deep/er/e.NPY": X[4].astype(">f4", order="F"),
+        "z.npy": np.asfortranarray(X[5:]),
+    }
+    for name, values in parts.items():
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, values)
+    for name in (".hidden/a.npy", ".b.npy"):
+        np.save(tmp_path / name, X[0, 0])
+    (tmp_path / "notes.txt").write_text("")
+    source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", SHAPE)))
+    assert len(source) == 7 and source.num_classes == 0 and source.class_names == ()
+    assert source.no_labels_reason.startswith("a.npy, b.npy, z.npy are outside the subfolders")
+    assert source.notes() == ["Skipped other files: 1 .txt."]
+    for indices in (INDICES, np.arange(7), np.arange(7)[::-1], [6, 6], []):
+        np.testing.assert_array_equal(source.read(indices)["x"], X[np.asarray(indices, int)])
+
+
+def test_a_folder_without_an_axis_of_channels(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", X[i, ..., 0])
+    np.save(tmp_path / "3.npy", X[3:, ..., 0])
+    np.testing.assert_array_equal(ArrayFiles(str(tmp_path), "train", (3, 4, 1)).read(INDICES)["x"], X[INDICES][..., :1])
+
+
+def test_subfolders_are_classes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
+    for name in ("pear", "apple", "fig/ripe"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, values in {
+        "apple/0": images[0],
+        "apple/1": images[1:3],
+        "fig/ripe/a": images[3],
+        "pear/z": images[4:],
+    }.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", (2, 2, 1))))
+    assert (source.class_names, source.num_classes, source.no_labels_reason) == (("apple", "fig", "pear"), 3, "")
+    batch = source.read(INDICES)
+    np.testing.assert_array_equal(batch["image"], images[INDICES])
+    assert batch["label"].dtype == np.int32 and batch["label"].tolist() == [2, 0, 2, 0, 1, 0]
+    np.save(tmp_path / "outside.npy", images)
+    source = ArrayFiles(str(tmp_path), "train", (2, 2, 1))
+    assert source.num_classes == 0 and "label" not in source.read([0])
+    assert source.no_labels_reason == "outside.npy is outside the subfolders; move each file into one"
+
+
+@pytest.mark.parametrize("kind", [".npy", ".npz", ".h5", ".zarr", ""])
+def test_splits_are_entries_of_a_folder(tmp_path, kind):
+    for split, values in (("train", X), ("test", X[::-1])):
+        if kind == "":
+            (tmp_path / split / "class").mkdir(parents=True)
+            np.save(tmp_path / split / "class" / "a.npy", values)
+        elif kind == ".npy":
+            np.save(tmp_path / f"{split}.npy", values)
+        else:
+            save_store(tmp_path / f"{split}{kind}", x=values)
+    for split, values in (("train", X), ("test", X[::-1])):
+        np.testing.assert_array_equal(ArrayFiles(str(tmp_path), split, SHAPE).read(INDICES)["x"], values[INDICES])
+    found = message(tmp_path, "validation")
+    assert found == f"data.split='validation': {tmp_path} has the splits test, train; use one of them"
+    (tmp_path / "train.hdf5").write_bytes(b"")
+    both = ", ".join(sorted((f"train{kind}", "train.hdf5")))
+    assert f"{tmp_path} has {both}; keep one of them" in message(tmp_path)
+
+
+def test_another_process_opens_the_files_itself(tmp_path):
+    """A pickled source has paths and no values, even after it was read."""
+    x = np.random.default_rng(0).normal(size=(500, 64))
+    label, condition = np.arange(500) % 3, x[:, :2]
+    np.savez_compressed(tmp_path / "packed.npz", x=x, label=label, condition=condition)
+    paths = [str(tmp_path / "packed.npz"), save_store(tmp_path / "a.npz", x=x, label=label, condition=condition)]
+    for module, name in (("h5py", "a.h5"), ("zarr", "a.zarr")):
+        if importlib.util.find_spec(module):
+            paths.append(save_store(tmp_path / name, x=x, label=label, condition=condition))
+    pickled = []
+    for path in paths:
+        source = ArrayFiles(path, "train", (64,))
+        source.read(INDICES)
+        pickled.append(pickle.dumps(source))
+        assert len(pickled[-1]) < 2000, path
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=read_in_child, args=(pickled, INDICES, queue))
+    child.start()
+    for _ in paths:
+        batch = queue.get(timeout=60)
+        np.testing.assert_array_equal(batch["x"], x[INDICES])
+        np.testing.assert_array_equal(batch["label"], label[INDICES])
+    child.join()
+    assert child.exitcode == 0
+
+
+def _rss_anon() -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("shape", [(256, 256, 5), (5,)], ids=["large rows", "small rows"])
+def test_a_file_of_6_gb_is_not_loaded(tmp_path, shape):
+    path = tmp_path / "a.npy"
+    num_examples = 6 * 10**9 // (4 * int(np.prod(shape)))
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (num_examples, *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        file.seek(start + 4 * int(np.prod(shape)) * (num_examples - 1))
+        file.write(np.full(shape, 3, np.float32).tobytes())
+    assert os.stat(path).st_size > 5.9e9
+    source = ArrayFiles(str(path), "train", shape)
+    before, rng = _rss_anon(), np.random.default_rng(0)
+    for _ in range(20):
+        batch = source.read(np.append(rng.integers(0, num_examples - 1, 7), num_examples - 1))["x"]
+        assert (batch[-1] == 3).all() and not batch[:-1].any()
+    del batch
+    assert _rss_anon() - before < 50e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_folder_keeps_no_file_open(tmp_path):
+    for i in range(300):
+        np.save(tmp_path / f"{i:03}.npy", np.full((4, 2), i, np.int16))
+    source = ArrayFiles(str(tmp_path), "train", (4, 2))
+    before = len(os.listdir("/proc/self/fd"))
+    order = np.random.default_rng(0).permutation(300)
+    np.testing.assert_array_equal(source.read(order)["x"][:, 0, 0], order)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_npz_with_a_comment_and_an_offset_is_mapped_where_its_values_are(tmp_path):
+    """The local header of a member may have another extra field than the central directory."""
+    np.savez(tmp_path / "a.npz", first=np.arange(5), x=X)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.comment = b"comment"
+    np.testing.assert_array_equal(ArrayFiles(str(tmp_path / "a.npz"), "train", SHAPE).read(INDICES)["x"], X[INDICES])
