@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.models import Classifier, UNet, initial_inputs
+from diffusion_jax.models import MLP, Classifier, UNet, initial_inputs
 from diffusion_jax.models.blocks import split_heads
 
 __all__ = [
@@ -169,10 +169,12 @@ def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
     return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def parameter_shapes(model: UNet | Classifier, size: tuple[int, int], in_channels: int) -> dict[Path, tuple[int, ...]]:
+def parameter_shapes(
+    model: UNet | MLP | Classifier, size: tuple[int, ...], in_channels: int
+) -> dict[Path, tuple[int, ...]]:
     """Shape of every parameter of a network, by its path.
 
-    size: (height, width) of the images. Raises: PretrainedError for fields that do not describe a network.
+    size: of each spatial axis, (height, width) for images. Raises: PretrainedError for fields that do not describe a network.
     """
     try:
         shape = (*size, in_channels)
