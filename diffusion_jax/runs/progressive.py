@@ -22,9 +22,10 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.batch_sampler import trajectory_picture
+from diffusion_jax.runs.batch_sampler import sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, rate_distortion
+from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]
@@ -47,7 +48,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     _write_table(workdir / "progressive.csv", terms, trained.schedule.timesteps)
     log("Compiling the programs of the pictures ...")
-    picture = trajectory_picture(
+    trajectory = sample_trajectory(
         jax.random.key(options.seed),
         config,
         setup,
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         options.progressive_columns,
         show="x_0",
     )
-    pictures.save_png(workdir / "progressive.png", picture)
+    pictures.save_png(workdir / "progressive.png", draw_trajectory(trajectory, "x_0 as predicted"))
     picture = _coding_picture(likelihood_run, options.progressive_columns)
     pictures.save_png(workdir / "progressive_coding.png", picture)
     chunks.delete()

@@ -1,57 +1,39 @@
-"""Configs of tiny models of data that are not images, and their data as files."""
+"""Tiny configs of data that are not images, and the files that they read."""
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import resolve
+from diffusion_jax.config import default
 
-UNET = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (), "num_groups": 4}
-MLP = {"kind": "mlp", "channels": 8, "num_res_blocks": 1}
-# By name: the shape of an example, the leaves of `model`, and the shape of its condition.
-KINDS = {
-    "series": ((12, 2), UNET, None),
-    "field": ((8, 6, 5), UNET | {"padding": "periodic"}, None),
-    "volume": ((4, 4, 4, 1), UNET, None),
-    "vectors": ((3,), MLP, None),
-    "conditional_vectors": ((2,), MLP | {"condition_features": 2, "condition_dropout": 0.2}, (2,)),
-    "conditional_series": ((8, 1), UNET | {"condition_channels": 1}, (8, 1)),
-    "labeled_vectors": ((2,), MLP | {"condition_features": 2, "condition_dropout": 0.2, "num_classes": 3}, (2,)),
-}
-KINDS["labeled_vectors"][1]["label_dropout"] = 0.2
-# Units far from those of the network.
-OFFSET, SCALE = 100.0, 7.0
+SHAPES = {"vectors": (3,), "series": (8, 2), "field": (6, 8, 5), "volume": (4, 4, 4, 1)}
 
 
-def array_data(kind: str, num_examples: int = 24) -> dict[str, np.ndarray]:
-    """The arrays of a data set: "x", with channels of different scales, and "condition" and "label" if it has them."""
-    shape, model, condition = KINDS[kind]
-    rng = np.random.default_rng(0)
-    scale = SCALE * (1 + np.arange(shape[-1]))
-    arrays = {"x": (OFFSET + scale * rng.normal(size=(num_examples, *shape))).astype(np.float32)}
-    if condition:
-        arrays["condition"] = (5 + 3 * rng.normal(size=(num_examples, *condition))).astype(np.float32)
-    if model.get("num_classes"):
-        arrays["label"] = rng.integers(0, model["num_classes"], num_examples).astype(np.int32)
-    return arrays
-
-
-def array_config(kind: str, directory, **overrides) -> ConfigDict:
-    """The config of a kind, of data that are written to a file in a directory."""
-    shape, model, _ = KINDS[kind]
-    path = directory / f"{kind}.npz"
-    if not path.exists():
-        np.savez(path, **array_data(kind))
-    data = {"dataset": "arrays", "data_dir": str(path), "image_size": shape[:-1], "channels": shape[-1]}
-    config = resolve(
-        {
-            "data": data | {"levels": None, "random_flip": False},
-            "model": model | {"dropout": 0.0},
-            "diffusion": {"num_timesteps": 20},
-            "optimizer": {"warmup_steps": 0},
-            "training": {"batch_size": 8, "num_steps": 2, "log_every": 2, "sample_every": 0, "checkpoint_every": 2},
-            "sampling": {"num_samples": 3, "batch_size": 2, "steps": 4, "preview_samples": 0},
-            "evaluation": {"num_samples": 0},
-        }
-    )
+def array_config(kind, data_dir, **overrides) -> ConfigDict:
+    """The tiny config of continuous data of a shape of `SHAPES`, which `write_arrays` writes to `data_dir`."""
+    config, shape = default(), SHAPES[kind]
+    config.data.update(dataset="arrays", data_dir=str(data_dir), image_size=shape[:-1], channels=shape[-1])
+    config.data.update(levels=None, random_flip=False)
+    if kind == "vectors":
+        config.model.update(kind="mlp", channels=8, num_res_blocks=1)
+    else:
+        config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+        config.model.attention_levels = ()
+    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
+    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2)
+    config.optimizer.warmup_steps = 0
+    config.evaluation.num_samples = 0
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def examples(kind, count=24, seed=0):
+    """Float examples [count, *spatial, C] in units far from 0 and 1, of which each channel has its own."""
+    shape = SHAPES[kind]
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((count, *shape)) * np.arange(1, shape[-1] + 1) * 10 + 300).astype(np.float32)
+
+
+def write_arrays(kind, path, count=24, **more):
+    """Writes `examples` with further arrays, such as condition [count, D], to an .npz."""
+    np.savez(path, x=examples(kind, count), **more)
+    return path

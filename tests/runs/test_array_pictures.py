@@ -1,0 +1,384 @@
+"""Pictures of float arrays: what is drawn equals what is given, what is left out is stated, and nothing finite is lost."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.evaluation import array_metrics, array_statistics
+from diffusion_jax.runs import figure_panels as panels
+from diffusion_jax.runs.array_pictures import draw_examples
+from diffusion_jax.runs.statistics_pictures import draw_autocorrelation, draw_histograms, draw_spectra
+from diffusion_jax.runs.trajectory_pictures import draw_trajectory
+
+SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
+
+
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def lines(axes):
+    """The data of the lines, without the marks of values that are not finite."""
+    return [line.get_ydata() for line in axes.get_lines() if line.get_gid() != "invalid"]
+
+
+def images(figure):
+    """The axes with images, without color bars, and their images."""
+    shown = [axes for axes in figure.axes if axes.get_images()]
+    return shown, [axes.get_images()[0] for axes in shown]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
+
+
+def count_marked(figure):
+    """Pixels of the color that only values that are not finite have."""
+    return int((panels.render(figure) == [255, 0, 255]).all(axis=-1).sum())
+
+
+# ---- Series
+
+
+def test_series_are_lines_of_all_channels():
+    x = drawn(0, 5, 40, 3)
+    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"], channel_names=["_u", "v", "v"])
+    assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
+    for example, axes in zip(x, figure.axes, strict=True):
+        np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
+        low, high = axes.get_ylim()
+        assert low < x.min() and x.max() < high
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
+    assert legend(figure) == ["_u", "v", "v"] and figure.get_suptitle() == "samples"
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["value", "", "", "value", ""]
+
+
+@pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
+def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
+    x = drawn(1, 4, 40, len(factors)) * np.float32(factors)
+    figure = draw_examples(x, title="samples")
+    assert [axes.get_title() for axes in figure.axes] == [f"channel {c}" for c in range(len(factors))]
+    for c, axes in enumerate(figure.axes):
+        np.testing.assert_array_equal(lines(axes), x[..., c])
+        low, high = axes.get_ylim()
+        assert high - low < 1.2 * np.ptp(x[..., c])
+    assert legend(figure) == [f"example {i}" for i in range(4)]
+
+
+def test_the_axes_of_series_contain_the_reference():
+    figure = draw_examples(drawn(2, 2, 40, 1), title="samples", reference=10 * drawn(3, 5, 40, 1))
+    assert figure.axes[0].get_ylim()[1] > 15
+
+
+@pytest.mark.parametrize("length", [601, 100_000, 99_999])
+def test_long_series_keep_their_extremes(length):
+    """An interval without a finite value has no line; one with some has its finite extremes."""
+    x = drawn(4, 1, length, 1)
+    x[0, 3, 0], x[0, 500, 0], x[0, length - 1, 0] = 50, -60, 70
+    x[0, 600, 0] = np.nan
+    figure = draw_examples(x, title="samples")
+    (values,) = lines(figure.axes[0])
+    (positions,) = (line.get_xdata() for line in figure.axes[0].get_lines() if line.get_gid() != "invalid")
+    assert len(values) <= 602 and (np.diff(positions) >= 0).all()
+    np.testing.assert_array_equal(values, x[0, positions, 0])
+    width = -(-length // 300)
+    starts = np.arange(0, length, width)
+    for reduce, ours in ((np.fmin, values.reshape(-1, 2).min(axis=1)), (np.fmax, values.reshape(-1, 2).max(axis=1))):
+        np.testing.assert_array_equal(ours, reduce.reduceat(x[0, :, 0], starts))
+    assert f"the lowest and highest of every {width} positions" in figure.get_suptitle()
+
+
+# ---- Fields and volumes
+
+
+def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
+    x = drawn(5, 3, 6, 9, 2)
+    x[..., 1] = np.abs(x[..., 1]) + 280
+    figure = draw_examples(x, title="fields", captions=["0: a", "1: b", "2: c"], channel_names=["wind", "heat"])
+    shown, pictures = images(figure)
+    assert len(shown) == 6 and len(figure.axes) == 6 + 2  # a color bar for each channel
+    for i, picture in enumerate(pictures):
+        example, channel = divmod(i, 2)
+        np.testing.assert_array_equal(picture.get_array(), x[example, ..., channel])
+        low, high = picture.get_clim()
+        values = x[..., channel]
+        if channel == 0:
+            np.testing.assert_allclose([low, high], [-np.abs(values).max(), np.abs(values).max()], rtol=1e-7)
+        else:
+            assert (low, high) == (values.min(), values.max())
+    assert pictures[0].cmap.name == "RdBu_r" and pictures[1].cmap.name == "viridis"
+    assert [axes.get_title() for axes in shown[:2]] == ["wind", "heat"]
+    assert [text.get_text() for text in figure.texts][-3:] == ["0: a", "1: b", "2: c"]
+    assert figure.get_suptitle() == "fields\nfields of 6 x 9"
+
+
+@pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
+def test_a_reference_gives_the_colors_of_fields(limits):
+    reference = np.resize(limits, (1, 6, 9, 1))
+    figure = draw_examples(5 * drawn(6, 2, 6, 9, 1), title="fields", reference=reference)
+    _, pictures = images(figure)
+    assert {picture.get_clim() for picture in pictures} == {(-2.0, 2.0)}
+    assert pictures[-1].colorbar.extend == "both" and "the range of the data" in figure.get_suptitle()
+
+
+def test_a_small_part_below_zero_does_not_center_the_colors():
+    x = np.linspace(-0.01, 1, 54).reshape(1, 6, 9, 1)
+    _, (picture,) = images(draw_examples(x, title="fields"))
+    assert picture.get_clim() == (-0.01, 1) and picture.cmap.name == "viridis"
+
+
+def test_volumes_are_slices_and_the_values_farthest_from_zero():
+    x = drawn(7, 2, 4, 5, 6, 2)
+    figure = draw_examples(x, title="volumes")
+    shown, pictures = images(figure)
+    assert len(shown) == 2 * 2 * 6
+    for row in range(4):
+        volume = x[row // 2, ..., row % 2]
+        expected = [volume[2], volume[:, 2], volume[:, :, 3]]
+        for axis in range(3):
+            index = np.abs(volume).argmax(axis=axis, keepdims=True)
+            expected.append(np.take_along_axis(volume, index, axis).squeeze(axis))
+        for picture, array in zip(pictures[6 * row : 6 * row + 6], expected, strict=True):
+            np.testing.assert_array_equal(picture.get_array(), array)
+        assert len({picture.get_clim() for picture in pictures[row % 2 :: 12]}) == 1
+    headers = [axes.get_title() for axes in shown[:6]]
+    assert headers[1].startswith("slice: axis 1 at 2") and headers[5] == "farthest from 0\nalong axis 2"
+    assert [text.get_text() for text in figure.texts][-1] == "example 1\nchannel 1"
+    # All images of a table have the same number of positions per inch.
+    assert len({(np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())) for axes in shown}) == 1
+
+
+# ---- Vectors
+
+
+def test_vectors_are_histograms_of_each_entry_beside_those_of_the_reference():
+    x, reference = drawn(8, 500, 3), drawn(9, 300, 3) + 1
+    figure = draw_examples(x, title="vectors", channel_names=["a"], reference=reference)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["a", "entry 1", "entry 2"]
+    for entry, axes in enumerate(figure.axes):
+        ours, outline = axes.patches
+        for patch, values in ((ours, x), (outline, reference)):
+            heights, edges, _ = patch.get_data()
+            assert (heights * np.diff(edges)).sum() == pytest.approx(1)
+            counts = np.histogram(values[:, entry], edges)[0]
+            np.testing.assert_allclose(heights * np.diff(edges) * len(values), counts, atol=1e-9)
+    assert legend(figure) == ["samples", "data"] and "500 vectors" in figure.get_suptitle()
+
+
+def test_vectors_of_two_entries_are_also_points():
+    x, reference = drawn(10, 50, 2), drawn(11, 20, 2)
+    figure = draw_examples(x, title="vectors", reference=reference)
+    below, above = figure.axes[2].get_lines()
+    np.testing.assert_array_equal(np.transpose(above.get_data()), x)
+    np.testing.assert_array_equal(np.transpose(below.get_data()), reference)
+    assert (figure.axes[2].get_xlabel(), figure.axes[2].get_ylabel()) == ("entry 0", "entry 1")
+
+
+# ---- Trajectories
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_trajectory_has_a_column_for_each_time(shape):
+    x = drawn(12, 4, 2, *shape)
+    figure = draw_trajectory(
+        x, ["t = 9", "t = 5", "t = 1", "sample"], title="being denoised", captions=["0: a", "1: b"]
+    )
+    if len(shape) == 1:
+        for axes, points in zip(figure.axes, x, strict=True):
+            np.testing.assert_array_equal(
+                np.concatenate([line.get_data() for line in axes.get_lines()], 1), points[:, :2].T
+            )
+        shown = figure.axes
+    elif len(shape) == 2:
+        for i, axes in enumerate(figure.axes):
+            np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), x[i % 4, i // 4])
+        shown = figure.axes
+        assert [axes.get_ylabel() for axes in shown[::4]] == ["0: a", "1: b"] and legend(figure)
+    else:
+        shown, pictures = images(figure)
+        assert len(shown) == 2 * 2 * 4
+        slices = x if len(shape) == 3 else x[:, :, 2]
+        for i, picture in enumerate(pictures):
+            row, column = divmod(i, 4)
+            np.testing.assert_array_equal(picture.get_array(), slices[column, row // 2, ..., row % 2])
+        assert len({picture.get_clim() for picture in pictures[:4]}) == 1
+    assert [axes.get_title() for axes in shown[:4]] == ["t = 9", "t = 5", "t = 1", "sample"]
+
+
+def test_a_trajectory_of_numbers_is_histograms():
+    figure = draw_trajectory(drawn(13, 3, 200, 1), "abc", title="numbers")
+    assert [axes.get_title() for axes in figure.axes] == list("abc")
+    assert all(len(axes.patches) == 1 for axes in figure.axes)
+
+
+def test_large_noise_does_not_hide_the_samples():
+    """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
+    factors = np.array([100, 10, 1]).reshape(3, 1, 1, 1)
+    figure = draw_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
+    spans = [np.ptp(axes.get_ylim()) for axes in figure.axes[:3]]
+    assert spans[0] > 5 * spans[1] > 25 * spans[2] and "its own scale" in figure.get_suptitle()
+    x = drawn(15, 3, 2, 6, 9, 1) * factors[..., None]
+    _, pictures = images(draw_trajectory(x, "abc", title="fields"))
+    last = x[-1]
+    limit = max(last.max(), -last.min()) + np.ptp(last) / 2
+    np.testing.assert_allclose([picture.get_clim() for picture in pictures], [(-limit, limit)] * 6)
+    assert pictures[-1].colorbar.extend == "both"
+
+
+# ---- Statistics
+
+
+def test_histograms_have_error_bars_and_their_distance():
+    result = array_metrics.marginal_histograms(drawn(16, 60, 20, 2), drawn(17, 50, 20, 2), bins=10)
+    figure = draw_histograms(result, title="histograms", channel_names=["u", "v"])
+    for c, axes in enumerate(figure.axes):
+        for patch, bars, statistic in zip(axes.patches, axes.containers, result[1:3], strict=True):
+            np.testing.assert_array_equal(patch.get_data()[0], statistic.value[c])
+            np.testing.assert_array_equal(patch.get_data()[1], result.edges[c])
+            ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
+            np.testing.assert_allclose(ends.mean(axis=1), statistic.value[c])
+            np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[c], atol=1e-12)
+        assert f"total variation {result.distance.value[c]:.3g}" in axes.get_title()
+        assert axes.get_xlabel() == "value" and axes.get_ylabel() == "share of the values"
+    assert legend(figure) == ["data", "samples"] and "standard errors" in figure.get_suptitle()
+
+
+def curves(axes):
+    """(x, value, standard error) of each curve with error bars."""
+    for container in axes.containers:
+        line, _, (bars,) = container.lines
+        ends = np.array(bars.get_segments())[:, :, 1]
+        yield line.get_xdata(), line.get_ydata(), np.ptp(ends, axis=1) / 2
+
+
+def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
+    one, other = (array_statistics.power_spectrum(drawn(seed, 30, 16, 2)) for seed in (18, 19))
+    figure = draw_spectra(one, other, title="spectra", names=("law", "samples"))
+    for c, axes in enumerate(figure.axes):
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        for (x, value, error), spectrum in zip(curves(axes), (one, other), strict=True):
+            np.testing.assert_array_equal(x, spectrum.frequencies[1:])
+            np.testing.assert_array_equal(value, spectrum.value[1:, c])
+            np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
+        assert f"at frequency 0: {one.value[0, c]:.3g}" in axes.get_title()
+        assert axes.get_xlabel() and axes.get_ylabel() == "power"
+    assert legend(figure) == ["law", "samples"]
+
+
+def test_autocorrelations_have_error_bars():
+    one, other = (array_statistics.autocorrelation(drawn(seed, 30, 400, 1)) for seed in (20, 21))
+    figure = draw_autocorrelation(one, other, title="autocorrelation")
+    chosen = np.unique(np.linspace(0, 200, 120).round().astype(int))
+    for (x, value, error), result in zip(curves(figure.axes[0]), (one, other), strict=True):
+        np.testing.assert_array_equal(x, chosen)
+        np.testing.assert_array_equal(value, result.value[chosen, 0])
+        np.testing.assert_allclose(error, result.standard_error[chosen, 0], atol=1e-12)
+    assert "120 of 201 lags" in figure.get_suptitle()
+
+
+def test_spectra_without_power_and_of_one_position_are_drawn():
+    for length in (1, 8):
+        spectrum = array_statistics.power_spectrum(np.ones((4, length, 1)))
+        panels.render(draw_spectra(spectrum, spectrum, title="constant"))
+
+
+# ---- Limits, and values that are not finite
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_axes", "notes"),
+    [
+        ((64, 40, 1), 12, ["first 12 of 64 examples"]),
+        ((64, 40, 30), 12, ["first 6 of 64 examples", "first 12 of 30 channels"]),
+        ((64, 6, 9, 30), 8 * 8 + 8, ["first 8 of 64 examples", "first 8 of 30 channels"]),
+        ((2, 6, 900, 1), 2 + 1, ["1 of 4 positions along each axis"]),
+        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1), ["first 4 of 64 examples", "first 3 of 9 channels"]),
+        ((1, 300, 4, 4, 1), 6 + 1, ["1 of 3 positions along each axis"]),
+        ((100_001, 100), 16, ["first 100000 of 100001 vectors", "first 16 of 100 entries"]),
+    ],
+)
+def test_large_sets_are_drawn_in_part_and_the_title_says_so(shape, num_axes, notes):
+    figure = draw_examples(np.broadcast_to(drawn(22, *shape[1:]), shape), title="samples")
+    assert len(figure.axes) == num_axes
+    assert all(note in figure.get_suptitle().replace("\n", " ") for note in notes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_large_trajectories_are_drawn_in_part(shape):
+    x = np.broadcast_to(drawn(23, *shape[:-1], 9), (50, 40, *shape[:-1], 9))
+    figure = draw_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
+    assert len(figure.axes) <= 70
+    title = figure.get_suptitle().replace("\n", " ")
+    assert "10 of 50 times" in title and ("of 9 channels" in title or "of 9 entries" in title)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles[0] == "t = 49" and titles[9] == "t = 0"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_that_are_not_finite_are_counted_and_marked(shape):
+    x = drawn(24, 4, *shape)
+    assert count_marked(draw_examples(x, title="finite")) == 0
+    x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
+    figure = draw_examples(x, title="not finite")
+    assert f"3 of {x.size} drawn values are NaN or infinite (magenta)" in figure.get_suptitle()
+    assert count_marked(figure) > 0
+    if len(shape) == 2:  # a gap in the line, and the mark at its position
+        assert np.isnan(lines(figure.axes[0])[0][0])
+        (marks,) = [line for line in figure.axes[0].get_lines() if line.get_gid() == "invalid"]
+        assert list(marks.get_xdata()) == [0]
+    panels.render(draw_trajectory(np.stack([x, x]), "ab", title="not finite"))
+
+
+@pytest.mark.parametrize("value", [3.0, -1e30, np.nan])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_example_of_one_value(shape, value):
+    x = np.full((1, *shape), value, np.float32)
+    draw_examples(x, title="constant", reference=x)
+    for figure in (draw_examples(x, title="constant"), draw_trajectory(x[None], ["sample"], title="constant")):
+        assert panels.render(figure).dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_text_is_not_mathematical_notation(shape):
+    """A name that Matplotlib cannot read as a formula would raise; very long names are shortened."""
+    text = "$\\frac{$ a" + 40 * "b"
+    options = {"title": text, "captions": [text] * 2, "channel_names": [text] * 3}
+    figures = [
+        draw_examples(drawn(25, 2, *shape), **options),
+        draw_trajectory(drawn(26, 1, 2, *shape), [text], **options),
+    ]
+    for figure in figures:
+        panels.render(figure)
+    assert panels.plain_text("a $x$\n" + 40 * "b", 12) == r"a \$x\$ bbb..."
+
+
+def test_figures_are_files_and_arrays(tmp_path):
+    figure = draw_examples(drawn(27, 2, 6, 9, 1), title="fields")
+    picture = panels.render(figure)
+    assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+    panels.save_figure(tmp_path / "fields.png", figure)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "fields.png")), picture)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="at most three spatial axes"):
+        draw_examples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
+    with pytest.raises(ValueError, match="at least 1"):
+        draw_examples(np.zeros((0, 2)), title="")
+    with pytest.raises(ValueError, match="they must be equal"):
+        draw_examples(np.zeros((1, 2)), title="", reference=np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="2 headers"):
+        draw_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
+    with pytest.raises(ValueError, match="at most 3 spatial axes"):
+        draw_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
+    short, long = (array_statistics.power_spectrum(drawn(28, 4, length, 1)) for length in (8, 16))
+    with pytest.raises(ValueError, match="different frequencies"):
+        draw_spectra(short, long, title="")
+    grid = array_statistics.power_spectrum(drawn(29, 4, 4, 4, 1), radial=False)
+    with pytest.raises(ValueError, match="radial=True"):
+        draw_spectra(grid, grid, title="")
+    lags = [array_statistics.autocorrelation(drawn(30, 4, 16, 1), max_lag) for max_lag in (3, 4)]
+    with pytest.raises(ValueError, match="different lags"):
+        draw_autocorrelation(*lags, title="")
