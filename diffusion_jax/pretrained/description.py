@@ -79,7 +79,7 @@ class Description:
 
     @property
     def in_channels(self) -> int:
-        """Input channels of the network: an example, and for super-resolution the small image and the channel of its noise."""
+        """Input channels: an example's, and for super-resolution those of the small image and the channel of its noise."""
         return self.channels * (2 if self.low_resolution else 1) + (1 if self.conditioning_noise else 0)
 
     @property
@@ -102,8 +102,9 @@ class Pretrained(Description):
 
         y: labels int [B] of a network with classes. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
         network; noise_std: [B], that of their noise. condition: float [B, D] or [B, *spatial, K] of a network with
-        conditions, in the network's units, as x_t: `normalizations["condition"].apply` converts the data's. Under jit the parameters are constants of the program; for a large
-        network use `model.apply` with the parameters as an argument. Raises: TypeError for a classifier.
+        conditions, in the network's units, as x_t: `normalizations["condition"].apply` converts the data's. Under jit the
+        parameters are constants of the program; for a large network use `model.apply` with the parameters as an argument.
+        Raises: TypeError for a classifier.
         """
         if isinstance(self.model, Classifier):
             raise TypeError("these weights are a classifier; use logits(x_t, time)")
@@ -111,7 +112,8 @@ class Pretrained(Description):
             if low is None:
                 raise TypeError("this is a super-resolution network: give low=, the small images")
             x_t = upsampling.condition(x_t, low, noise_std)
-        return _apply(self.model, self.params, x_t, time, y, condition)
+        options = {} if condition is None else {"condition": condition}
+        return apply_network(self.model, self.params, x_t, time, y, **options)
 
     def sample(
         self,
@@ -129,8 +131,9 @@ class Pretrained(Description):
     ) -> jax.Array:
         """Examples float32 [N, *spatial, C], in the units of the data if those are continuous.
 
-        Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of
-        examples and steps reuse it for every key, labels, conditions and guidance scale other than 1.
+        Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first
+        call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of examples
+        and steps reuse it for every key, labels, conditions and guidance scale other than 1.
 
         Args:
           num_images: N, the number of examples, sampled in one batch.
@@ -273,12 +276,6 @@ class Pretrained(Description):
         return apply_network(self.model, self.params, x_t, time)
 
 
-def _apply(model, params, x_t, time, y, condition) -> jax.Array:
-    """The output of a network; `condition` is passed only to a network that takes one, because a classifier has none."""
-    options = {} if condition is None else {"condition": condition}
-    return apply_network(model, params, x_t, time, y, **options)
-
-
 def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
     return dataclasses.replace(sampler, **changes)
 
@@ -290,33 +287,21 @@ def _sample(
     """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
     key_noise, key_steps = jax.random.split(key)
 
-    def network(x_t, time, y, condition):
+    def network(x_t, time, given):
         if low is not None:
             copies = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
             noise = None if noise_std is None else jnp.tile(jnp.broadcast_to(noise_std, low.shape[:1]), copies)
             x_t = upsampling.condition(x_t, jnp.tile(low, (copies, 1, 1, 1)), noise)
-        return _apply(model, params, x_t, time, y, condition)
+        return apply_network(model, params, x_t, time, **given)
 
-    denoise_fn = lambda x_t, time: network(x_t, time, y, condition)  # noqa: E731
+    given = {name: value for name, value in (("y", y), ("condition", condition)) if value is not None}
+    denoise_fn = lambda x_t, time: network(x_t, time, given)  # noqa: E731
     if use_guidance:
-        denoise_fn = _guide(network, model, y, condition, guidance_scale)
+        null = {"y": model.null_label, "condition": model.null_condition}
+        without = {name: value if null[name] is None else null[name] for name, value in given.items()}
+        denoise_fn = guidance.classifier_free(network, given, without, guidance_scale)
     x_T = jax.random.normal(key_noise, shape, jnp.float32)
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler)
-
-
-def _guide(network: Callable, model: Conditional, y, condition, scale) -> Callable:
-    """Classifier-free guidance that drops the labels and the conditions for which the network has a null."""
-    null_y = y if model.null_label is None else model.null_label
-    null_condition = condition if model.null_condition is None else model.null_condition
-    if condition is None:
-        return guidance.classifier_free(lambda x_t, time, y: network(x_t, time, y, None), y, null_y, scale)
-    if y is None:
-        conditional = lambda x_t, time, condition: network(x_t, time, None, condition)  # noqa: E731
-        return guidance.classifier_free(conditional, condition, null_condition, scale)
-    both: Callable[..., Any] = guidance.classifier_free
-    return both(
-        lambda x_t, time, given: network(x_t, time, *given), (y, condition), (null_y, null_condition), scale
-    )
 
 
 def make_clip(clip: bool | float) -> bool | Callable:

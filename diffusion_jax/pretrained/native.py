@@ -20,7 +20,6 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
 from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.state import initial_params
 
 __all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
@@ -94,7 +93,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
 
 def _stored_normalizations(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The normalizations in data.json of a run; {} for images without conditions. Raises: PretrainedError."""
-    if not is_continuous(config) and condition_shape(config) is None:
+    if not is_continuous(config) and training.condition_shape(config) is None:
         return {}
     if not (path / "data.json").is_file():
         raise PretrainedError(f"{path / 'data.json'}, which stores the scale of the data, is missing: restore it")

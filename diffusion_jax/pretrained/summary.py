@@ -44,7 +44,11 @@ def format_summary(description: Description) -> str:
 def _values(description: Description) -> str:
     if description.levels is not None:
         return f"uint8, {description.levels} levels"
-    return f"continuous, limits {description.limits[0]:g} ... {description.limits[1]:g}" if description.limits else "continuous"
+    return (
+        f"continuous, limits {description.limits[0]:g} ... {description.limits[1]:g}"
+        if description.limits
+        else "continuous"
+    )
 
 
 def _shown(normalization: Normalization | None) -> str | None:
