@@ -13,7 +13,8 @@ import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations
-from diffusion_jax.models import MLP, Classifier, Conditional, UNet, apply_network, upsampling
+from diffusion_jax.models import Classifier, Conditional, apply_network, upsampling
+from diffusion_jax.training.state import Network
 
 __all__ = ["DIFFUSION_DEFAULTS", "Description", "Pretrained", "make_clip", "make_description"]
 
@@ -44,7 +45,7 @@ class Description:
     """
 
     family: str
-    model: UNet | MLP | Classifier
+    model: Network
     channels: int
     image_size: tuple[int, ...]
     schedule: schedules.Schedule
@@ -311,7 +312,7 @@ def make_clip(clip: bool | float) -> bool | Callable:
 
 def make_description(
     family: str,
-    model: UNet | MLP | Classifier,
+    model: Network,
     image_size,
     diffusion: Mapping[str, Any],
     *,

@@ -137,11 +137,11 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
     try:
         stored: Mapping[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
         diffusion = stored["diffusion"]
-        kind = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}[stored["kind"]]
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
         description = dataclasses.replace(
             make_description(
                 "diffusion_jax, one file",
-                models.from_config(stored["model"], kind),
+                models.from_config(stored["model"], kinds[stored["kind"]]),
                 stored["image_size"],
                 {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
                 channels=stored["channels"],

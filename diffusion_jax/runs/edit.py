@@ -108,7 +108,8 @@ class _Context:
                 f"editing.mask={self.options.mask!r} has {sizes[1][0]}x{sizes[1][1]} pixels and the image has "
                 f"{sizes[0][0]}x{sizes[0][1]}: they must have the same size, because both are cropped alike"
             )
-        mask = read_mask(self.options.mask, self.size)
+        height, width = self.size
+        mask = read_mask(self.options.mask, (height, width))
         kept, total = int(mask.sum()), mask.size
         log(
             f"The mask keeps its white pixels, {kept:,} of {total:,} ({100 * kept / total:.0f}%), and the model paints the "

@@ -23,7 +23,7 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
 from diffusion_jax.training.state import initial_params
 
-__all__ = ["Plan", "activations_per_example", "estimate", "num_virtual_devices", "run"]
+__all__ = ["Plan", "activations_per_example", "batch_shapes", "estimate", "num_virtual_devices", "run"]
 
 
 class Plan(NamedTuple):
@@ -64,7 +64,7 @@ def estimate(config: Mapping) -> Plan:
     program = training.build_program(config)
     assert isinstance(program.train_step, jax.stages.Wrapped)
     batch_size, state = config["training"]["batch_size"], program.abstract_state
-    batch = _batch_shapes(config)
+    batch = batch_shapes(config)
     options = compiler.options() | compiler.low_memory_options()
     compiled = program.train_step.lower(state, batch).compile(compiler_options=options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
@@ -86,7 +86,7 @@ def estimate(config: Mapping) -> Plan:
     )
 
 
-def _batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a train step, as `data.Batches` makes it."""
     name, dtype = ("x", jnp.float32) if is_continuous(config) else ("image", jnp.uint8)
     shapes = {name: (data.example_shape(config["data"]), dtype), "label": ((), jnp.int32)}

@@ -124,7 +124,7 @@ def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_
     """
     replicated = sharding.replicated(mesh)
     if config["init_from"] and not committed_steps(workdir / "checkpoints"):
-        params, differences = load_initial_weights(config, model, use_ema)
+        params, differences, _ = load_initial_weights(config, model, use_ema)
         if differences:
             raise UserError(
                 f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use "
@@ -215,8 +215,8 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
             f"init_from={path} holds a {type(net.model).__name__}, and the config describes a {type(model).__name__}"
         )
     loaded = net.model
-    if isinstance(loaded, models.UNet) and isinstance(model, models.UNet):
-        # An output with the channels of the image is written as None or as a number.
+    if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
+        # An output with the channels of the data is written as None or as a number.
         loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
     differences = [
