@@ -19,7 +19,7 @@ def test_the_batch_of_a_plan_is_one_of_a_train_step(kind):
     assert shapes["x"].shape == (8, *example_shape(config.data)) and shapes["x"].dtype == "float32"
     assert shapes["condition"].shape == (8, *SHAPES[kind][:-1], 2)
     program = training.build_program(config)
-    state, metrics = jax.eval_shape(program.train_step, program.abstract_state, shapes)
+    state, _ = jax.eval_shape(program.train_step, program.abstract_state, shapes)
     assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, program.abstract_state)
 
 
