@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, guidance, sampling, training
-from diffusion_jax.runs import sample, train, trained_model
+from diffusion_jax.runs import sample, sampler_config, train, trained_model
 from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.state import initial_params
@@ -229,3 +229,18 @@ def test_uint8_arrays_of_any_shape_have_gray_levels_and_are_clipped(tmp_path):
     assert SamplingSetup(config, model, schedule, None).sampler().clip is False
     config.data.update(normalization="limits", limits=(0.0, 1.0))
     assert SamplingSetup(config, model, schedule, None).sampler().clip is True
+
+
+@pytest.mark.whole
+def test_every_sampler_draws_guided_vectors():
+    overrides = {**CONDITIONAL, "sampling.guidance_scale": 2.0, "sampling.steps": 8, "sampling.spacing": "log_snr"}
+    config = array_config("vectors", "", **overrides)
+    model, shape = training.model_from_config(config), SHAPES["vectors"]
+    schedule = training.schedule_from_config(config.diffusion)
+    params = initial_params(jax.random.key(0), model, shape)
+    condition = np.ones((2, 1), np.float32)
+    for name in sampler_config.SAMPLERS:
+        config.sampling.sampler = name
+        setup = SamplingSetup(config, model, schedule, None)
+        x_0 = setup.draw(params, None, jax.random.key(1), (2, *shape), condition=condition)
+        assert x_0.shape == (2, *shape) and np.isfinite(x_0).all(), name
