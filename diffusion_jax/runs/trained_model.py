@@ -212,7 +212,8 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
     path = config["init_from"]
     if type(net.model) is not type(model):
         raise UserError(
-            f"init_from={path} holds a {type(net.model).__name__}, and the config describes a {type(model).__name__}"
+            f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
+            f"models.{type(model).__name__}"
         )
     loaded = net.model
     if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
