@@ -140,7 +140,7 @@ class Pretrained(Description):
           num_images: N, the number of examples, sampled in one batch.
           y: a label for all examples or int [N], for a network with classes.
           sampler: the ancestral `sampling.ddpm` by default. Its prediction is set to the network's, and so is its variance if
-            the network's is learned; its clip does not change.
+            the network's is learned. Its clip does not change, except that for continuous data True becomes the network's.
           steps, spacing: as `schedules.respace`; by default the whole schedule, and for a number of steps the spacing that
             suits the sampler.
           guidance_scale: of classifier-free guidance, which drops the labels and the conditions for which the network has a
@@ -195,7 +195,7 @@ class Pretrained(Description):
         return x if normalization is None else normalization.invert(x)
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
-        """The sampler with the network's prediction, and its variance if that is learned."""
+        """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
         options = dataclasses.fields(sampler) if dataclasses.is_dataclass(sampler) else ()
@@ -203,6 +203,10 @@ class Pretrained(Description):
         changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             changes["variance"] = self.variance
+        if (
+            self.levels is None and getattr(sampler, "clip", None) is True
+        ):  # the default of samplers, for data in [-1, 1]
+            changes["clip"] = self.clip
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)

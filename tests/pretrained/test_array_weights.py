@@ -107,10 +107,13 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
 
 
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
-    """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples."""
+    """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
+
+    The clip of a sampler to [-1, 1] is not for standardized data.
+    """
     net = vectors_net()
     y, condition = np.array([0, 2, 1]), np.array([[54.0, 0.0], [50.0, -2.0], [42.0, 4.0]])
-    x = net.sample(KEY, 3, y=y, condition=condition, sampler=sampling.ddim(clip=False), steps=5, guidance_scale=2.0)
+    x = net.sample(KEY, 3, y=y, condition=condition, sampler=sampling.ddim(), steps=5, guidance_scale=2.0)
     standardized = np.float32([[1, 0], [0, -1], [-2, 2]])
     apply = lambda x_t, time, y, c: net.model.apply({"params": net.params}, x_t, time, y, condition=c)  # noqa: E731
 
