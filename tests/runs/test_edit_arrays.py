@@ -128,7 +128,12 @@ def test_the_means_of_enlarged_fields_are_the_given_ones(roots):
 @pytest.mark.whole
 def test_interpolation_starts_and_ends_near_the_given_vectors(roots):
     root = roots("vectors")
-    options = {"editing.level": 0, "editing.num_samples": 3, "sampling.conditions": str(root / "one.npy")}
+    options = {
+        "sampling.steps": None,
+        "editing.level": 0,
+        "editing.num_samples": 3,
+        "sampling.conditions": str(root / "one.npy"),
+    }
     x = results(configured("vectors", root, "interpolate", **options), root)
     first, second = np.load(root / "image.npy"), np.load(root / "other.npy")
     deviation = examples("vectors").std(axis=0)
