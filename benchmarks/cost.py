@@ -82,7 +82,7 @@ class Network:
     def activation_bytes(self, size: int) -> float:
         """Bytes of the activations that the backward pass needs, for one image."""
         self._config.data.image_size = size
-        return plan.activations_per_image(self._config)
+        return plan.activations_per_example(self._config)
 
     def ddim_seconds(self, steps: int) -> float:
         """Median seconds of DDIM with batch 4."""

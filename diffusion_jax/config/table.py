@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
     "ema": ("The moving average of the parameters.", EMA),
     "mesh": ("The devices.", MESH),
     "sampling": ("Samples (`--mode=sample`, and the pictures during training).", SAMPLING),
-    "editing": ("Edits of images (`--mode=edit`).", EDITING),
+    "editing": ("Edits of images and arrays (`--mode=edit`).", EDITING),
     "evaluation": ("Likelihood and metrics of samples (`--mode=evaluate`, `--mode=progressive`).", EVALUATION),
 }
 

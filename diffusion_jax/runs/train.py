@@ -23,7 +23,12 @@ from diffusion_jax.runs.data_source import check_source, normalize, run_normaliz
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import TraceProfile
-from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
+from diffusion_jax.runs.trained_model import (
+    InitialWeights,
+    load_initial_weights,
+    normalization_differences,
+    set_params,
+)
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
@@ -77,6 +82,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
         state = _restore_or_initialize(config, program, checkpoints, initial_weights)
+        if initial_weights is not None:
+            difference = normalization_differences(initial_weights, normalizations)
+            if difference:
+                log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
