@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Real, Shaped
+from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
 
 from diffusion_jax import labels, process
 from diffusion_jax.schedules import Schedule
@@ -24,10 +24,13 @@ __all__ = ["ConditionalDenoiseFn", "class_log_prob", "classifier", "classifier_f
 
 @runtime_checkable
 class ConditionalDenoiseFn(Protocol):
-    """A network with a condition: (x_t [B, ...], network time [B], y [B, ...]) -> output, such as `UNet.apply`."""
+    """A network with a condition: (x_t [B, ...], network time [B], y) -> output, such as `UNet.apply`.
+
+    y: [B, ...], or a tree of such arrays, for instance {"y": labels, "condition": vectors}.
+    """
 
     def __call__(
-        self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], y: Shaped[Array, "B *condition"], /
+        self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], y: PyTree[Shaped[Array, "B ..."]], /
     ) -> ArrayLike: ...
 
 
@@ -39,8 +42,8 @@ def _expand_rows(values, like):
 
 def classifier_free(
     denoise_fn: ConditionalDenoiseFn,
-    y: Shaped[ArrayLike, "B *condition"],
-    null_y: Shaped[ArrayLike, "..."],
+    y: PyTree[Shaped[ArrayLike, "B ..."]],
+    null_y: PyTree[Shaped[ArrayLike, "..."]],
     scale: Real[ArrayLike, ""] | Real[ArrayLike, "B"],
     *,
     interval: tuple[float, float] | None = None,
@@ -53,7 +56,8 @@ def classifier_free(
 
     Args:
       denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].
-      y: the conditions. null_y: the condition that means "none", of y's shape or broadcast to it (`UNet.null_label`).
+      y: the conditions, an array or a tree of arrays. null_y: the condition that means "none", of y's shape or broadcast to
+        it (`UNet.null_label`, `UNet.null_condition`), or a tree of such; a part that null_y repeats is not guided.
       scale: s.
       interval: (low, high), the network times at which s applies; at others it is 1 (Kynkaanniemi et al. 2024).
       rescale: phi of Lin et al. 2024 section 3.4, in 0 ... 1: 1 gives the result the standard deviation of the conditional
@@ -61,12 +65,17 @@ def classifier_free(
     Returns: a denoise_fn(x_t [B, ...], time [B]). A learned variance is that of the conditional output.
     Raises: ValueError, when called, if y and x_t differ in the number of rows.
     """
-    y = jnp.asarray(y)
-    both = jnp.concatenate([y, jnp.broadcast_to(jnp.asarray(null_y, y.dtype), y.shape)])
+    y = jax.tree.map(jnp.asarray, y)
+    both = jax.tree.map(
+        lambda y, null: jnp.concatenate([y, jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)]), y, null_y
+    )
 
     def guided(x_t, time):
-        if x_t.shape[0] != y.shape[0]:
-            raise ValueError(f"y has {y.shape[0]} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition")
+        for part in jax.tree.leaves(y):
+            if x_t.shape[0] != part.shape[0]:
+                raise ValueError(
+                    f"y has {part.shape[0]} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition"
+                )
         x_t = process.as_float("x_t", x_t)
         output = denoise_fn(jnp.concatenate([x_t, x_t]), jnp.concatenate([time, time]), both)
         output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)

@@ -1,9 +1,9 @@
-"""Compiled sampling: batches of images on all devices, and a picture of trajectories on one."""
+"""Compiled sampling: batches of samples on all devices, and trajectories on one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,19 +11,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from diffusion_jax import data
+from diffusion_jax.config import is_continuous
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
-__all__ = ["BatchSampler", "trajectory_picture"]
+__all__ = ["BatchSampler", "Trajectory", "sample_trajectory"]
 
 
 class BatchSampler:
     """Compiled sampling of a config, distributed over the devices: `batch_sampler(params, seed, batch)`.
 
     Batch i holds samples i B ... (i + 1) B - 1. low: uint8 [N, h, w, C], small images that an upsampler enlarges, in turn.
-    on_step: called with the number of finished steps while a batch is drawn.
+    on_step: called with the number of finished steps while a batch is drawn. normalization: of continuous data, whose samples
+    are in the units of the data.
     """
 
     def __init__(
@@ -34,42 +35,59 @@ class BatchSampler:
         batch_size: int,
         low: np.ndarray | None = None,
         on_step: Callable[[int], None] | None = None,
+        normalization: data.Normalization | None = None,
     ):
         self.setup, self.batch_size, self._low = setup, batch_size, low
+        self.normalization, continuous = normalization, is_continuous(config)
         shape, by_rows = (batch_size, *data.example_shape(config["data"])), sharding.batch_sharding(mesh)
         replicated = sharding.replicated(mesh)
 
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, by_rows)
 
-        def sample_batch(params, classifier_params, seed, batch, y, low):
+        def sample_batch(params, classifier_params, seed, batch, y, low, condition):
             # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
             # gradients or activations that would compete for the memory.
             params = jax.lax.with_sharding_constraint(params, replicated)
-            y, low = jax.tree.map(constrain, (y, low))
+            y, low, condition = jax.tree.map(constrain, (y, low, condition))
             low = None if low is None else to_model_range(low)
             key = jax.random.fold_in(jax.random.key(seed), batch)
-            x = setup.draw(params, classifier_params, key, shape, y, low, constrain=constrain, progress=on_step)
-            return to_uint8(x)
+            x = setup.draw(
+                params, classifier_params, key, shape, y, low, condition, constrain=constrain, progress=on_step
+            )
+            return x if continuous else to_uint8(x)
 
         self._sample_batch = jax.jit(
             sample_batch,
             # None: parameters keep their own sharding.
-            in_shardings=(None, replicated, replicated, replicated, replicated, replicated),
+            in_shardings=(None, *[replicated] * 6),
             out_shardings=by_rows,
             compiler_options=compiler.options(),
         )
 
     def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
-        """One batch, uint8 [B, H, W, C], gathered on every process."""
+        """One batch, uint8 [B, *spatial, C], gathered on every process; float32 in the units of continuous data."""
         indices = batch * self.batch_size + np.arange(self.batch_size)
         low = None if self._low is None else self._low[indices % len(self._low)]
         y = self.setup.labels(indices)
-        images = self._sample_batch(params, self.setup.classifier_params, np.uint32(seed), np.int32(batch), y, low)
-        return np.asarray(multihost_utils.process_allgather(images, tiled=True))
+        condition = self.setup.condition(indices)
+        numbers = np.uint32(seed), np.int32(batch)
+        samples = self._sample_batch(params, self.setup.classifier_params, *numbers, y, low, condition)
+        samples = np.asarray(multihost_utils.process_allgather(samples, tiled=True))
+        return samples if self.normalization is None else self.normalization.invert(samples)
 
 
-def trajectory_picture(
+class Trajectory(NamedTuple):
+    """Samples being denoised. x: [columns, rows, *spatial, C], the noisiest first, uint8 or in the units of continuous data.
+
+    times: the network times of the columns but the last, which holds the samples.
+    """
+
+    x: np.ndarray
+    times: np.ndarray
+
+
+def sample_trajectory(
     key,
     config: Mapping,
     setup: SamplingSetup,
@@ -78,24 +96,28 @@ def trajectory_picture(
     rows: int = 4,
     show: Literal["x_t", "x_0"] = "x_t",
     low: np.ndarray | None = None,
-) -> np.ndarray:
-    """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise (left), and x_0. uint8 [H, W, C].
+    normalization: data.Normalization | None = None,
+) -> Trajectory:
+    """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise on, and x_0.
 
-    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low: as in `BatchSampler`.
+    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low, normalization: as in `BatchSampler`.
     """
     steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     # One process draws this, on one device.
     params, classifier_params = jax.device_get((params, setup.classifier_params))
-    shape = (rows, *data.example_shape(config["data"]))
+    shape, indices = (rows, *data.example_shape(config["data"])), np.arange(rows)
     if low is not None:
-        low = to_model_range(low[np.arange(rows) % len(low)])
+        low = to_model_range(low[indices % len(low)])
 
-    def draw(params, classifier_params, key, y, low):
-        return setup.draw(params, classifier_params, key, shape, y, low, trajectory=steps)
+    def draw(params, classifier_params, key, y, low, condition):
+        return setup.draw(params, classifier_params, key, shape, y, low, condition, trajectory=steps)
 
     draw = jax.jit(draw, compiler_options=compiler.options())
-    x_0, trajectory = draw(params, classifier_params, key, setup.labels(np.arange(rows)), low)
-    x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])  # [columns, rows, H, W, C]
-    images = np.asarray(to_uint8(x)).swapaxes(0, 1)
-    headers = pictures.time_headers(np.asarray(setup.schedule.timesteps)[steps[::-1]])  # the noisiest first, as drawn
-    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=len(x), headers=headers)
+    given = setup.labels(indices), low, setup.condition(indices)
+    x_0, trajectory = draw(params, classifier_params, key, *given)
+    x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])
+    if not is_continuous(config):
+        x = np.asarray(to_uint8(x))
+    elif normalization is not None:
+        x = normalization.invert(x)
+    return Trajectory(x, np.asarray(setup.schedule.timesteps)[steps[::-1]])

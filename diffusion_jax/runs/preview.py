@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import models, training
+from diffusion_jax import data, models, training
 from diffusion_jax.config import is_upsampler
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler
@@ -17,10 +17,12 @@ from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metrics_writer import MetricsWriter
 from diffusion_jax.runs.sample_files import check_sampling_options
+from diffusion_jax.runs.sample_pictures import draw_samples
+from diffusion_jax.runs.sampling_conditions import evenly_spaced_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import to_dict
 
-__all__ = ["PreviewPictures", "check_sampling", "make_preview_sampler"]
+__all__ = ["PreviewPictures", "check_sampling", "make_preview_sampler", "set_data"]
 
 
 def check_sampling(
@@ -60,8 +62,17 @@ def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, 
     return BatchSampler(config, sampling_setup, program.mesh, max(1, num_images // num_devices) * num_devices)
 
 
+def set_data(batch_sampler: BatchSampler, source: data.Source, normalizations: data.Normalizations) -> None:
+    """Gives a sampler what depends on the data: the scale of its samples, and conditions of examples.
+
+    source: normalized.
+    """
+    batch_sampler.normalization = normalizations.get("x")
+    batch_sampler.setup.conditions = evenly_spaced_conditions(source, batch_sampler.batch_size)
+
+
 class PreviewPictures:
-    """Grids of samples, as PNG in `workdir` and as TensorBoard images. class_names: for their captions."""
+    """Pictures of samples, as PNG in `workdir` and as TensorBoard images. class_names: for their captions."""
 
     def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int, class_names: Sequence[str]):
         self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
@@ -69,17 +80,17 @@ class PreviewPictures:
         self._is_compiled = False
 
     def draw(self, params: Any) -> np.ndarray:
-        """Samples uint8 [N, H, W, C], the same random numbers at every call; every process calls this."""
+        """Samples [N, *spatial, C], the same random numbers at every call; every process calls this."""
         if not self._is_compiled:
             log("Compiling the sampler of the pictures ...")
             self._is_compiled = True
         return self._batch_sampler(params, self._seed)
 
-    def write(self, step: int, images: np.ndarray, metrics: MetricsWriter) -> None:
-        """Writes a grid. A PNG that cannot be written is only logged, because a picture is not worth the run."""
-        labels = self._batch_sampler.setup.labels(np.arange(len(images)))
+    def write(self, step: int, samples: np.ndarray, metrics: MetricsWriter) -> None:
+        """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run."""
+        labels = self._batch_sampler.setup.labels(np.arange(len(samples)))
         captions = None if labels is None else class_captions(labels, self._class_names)
-        picture = pictures.grid(images, captions=captions)
+        picture = draw_samples(samples, f"Samples after {step:,} training steps", captions)
         try:
             self._directory.mkdir(exist_ok=True)
             pictures.save_png(self._directory / f"train_step{step:08d}.png", picture)

@@ -1,4 +1,4 @@
-"""`--mode=sample`: images drawn from a trained model."""
+"""`--mode=sample`: samples drawn from a trained model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.config import resolve
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.batch_sampler import trajectory_picture
+from diffusion_jax.runs.batch_sampler import sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sample_files import SampleFile
+from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]
@@ -28,15 +29,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
     file.draw()
     if config.sampling.trajectory and jax.process_index() == 0:
         log("Compiling the sampler of the trajectory ...")
-        picture = trajectory_picture(
+        trajectory = sample_trajectory(
             jax.random.key(config.sampling.seed),
             config,
             file.setup,
             file.trained.params,
             config.sampling.trajectory,
             low=file.low_resolution,
+            normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")
-        pictures.save_png(path, picture)
+        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}"))
         log(f"Samples being denoised: {path}")
     return file

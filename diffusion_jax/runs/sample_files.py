@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.config import flatten
+from diffusion_jax.config import flatten, is_continuous
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error, shorten
@@ -25,7 +25,9 @@ from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
+from diffusion_jax.runs.sample_pictures import draw_samples, is_of_images
 from diffusion_jax.runs.sampler_config import resolve_clip
+from diffusion_jax.runs.sampling_conditions import condition_captions, read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import to_dict
@@ -34,7 +36,7 @@ __all__ = ["SampleFile", "check_sampling_options", "read_settings"]
 
 # Leaves of `config.sampling` that no image depends on, and those whose files are compared by a digest of their contents.
 _NOT_SETTINGS = ("preview", "progress", "trajectory", "batch_size", "use_ema")
-_FILES = ("classifier", "low_resolution")
+_FILES = ("classifier", "low_resolution", "conditions")
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
 
@@ -49,13 +51,20 @@ def check_sampling_options(config: ConfigDict) -> None:
 
 
 class SampleFile:
-    """The samples of a config: PATH.npz (arr_0 uint8 [N, H, W, C]; arr_1 the labels, if any; settings) and PATH.png, a grid.
+    """The samples of a config: PATH.npz and PATH.png, a picture of them.
 
-    path: the .npz. settings: everything that decides the pixels. setup, low_resolution: the inputs of sampling.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data; arr_1, the labels, and condition,
+    the conditions in the units of the data, if there are any; settings.
+
+    path: the .npz. settings: everything that decides the values. setup, low_resolution: the inputs of sampling.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
-        """Loads the weights, after all checks of the config. Raises: UserError, DataError, PretrainedError."""
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, conditions: np.ndarray | None = None):
+        """Loads the weights, after all checks of the config.
+
+        conditions: [N, ...] in the units of the data, in place of `sampling.conditions`.
+        Raises: UserError, DataError, PretrainedError.
+        """
         options = config.sampling
         check_sampling_options(config)
         self.config, self.trained = config, TrainedModel.open(config, workdir, options.use_ema)
@@ -63,7 +72,11 @@ class SampleFile:
         with as_user_error("config"):
             devices = trained.mesh.size
             self.batch_size = -(-min(options.batch_size, options.num_samples) // devices) * devices
-            self.setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
+            self.conditions = read_conditions(config) if conditions is None else conditions
+            standardized = standardize_conditions(self.conditions, trained.normalizations)
+            self.setup = SamplingSetup(
+                config, trained.model, trained.schedule, trained.mesh, trained.class_names, conditions=standardized
+            )
             small = read_small_images(config)
             if small.labels is not None:
                 self.setup.set_labels(small.labels)
@@ -88,7 +101,8 @@ class SampleFile:
             log(f"Sampling again: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
         weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
-        log(f"Sampling {options.num_samples} images from {weights}.")
+        noun = "examples" if is_continuous(self.config) else "images"
+        log(f"Sampling {options.num_samples} {noun} from {weights}.")
         chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")
         num_batches = -(-options.num_samples // batch_size)
         done = len(chunks.finished) * batch_size
@@ -98,25 +112,27 @@ class SampleFile:
                 bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
 
             progress = on_step if options.progress else None
+            normalization = self.trained.normalizations.get("x")
             batch_sampler = BatchSampler(
-                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress
+                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress, normalization
             )
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler and drawing the first batch ...")
             for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
-                    images = batch_sampler(self.trained.params, options.seed, i)
-                chunks.save(i, images=images)
+                    samples = batch_sampler(self.trained.params, options.seed, i)
+                _check_finite(samples)
+                chunks.save(i, images=samples)
                 done = (i + 1) * batch_size
                 bar.update(min(done, options.num_samples))
         if jax.process_index() == 0:
-            images = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
-            self._write(images)
+            samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
+            self._write(samples)
             chunks.delete()
-            if images.shape[2] <= _MAX_PIXELS_AS_TEXT:
-                log(pictures.as_text(images[: _TEXT_COLUMNS // images.shape[2]]))
-            log(f"{len(images)} images: {self.path}, a grid: {self.path.with_suffix('.png')}")
+            if is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
+                log(pictures.as_text(samples[: _TEXT_COLUMNS // samples.shape[2]]))
+            log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
     def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         """Everything that decides the pixels, except rounding, as JSON values. small: images that an upsampler enlarges."""
@@ -133,7 +149,12 @@ class SampleFile:
         # The times of a number of steps and a spacing may change with the version. Rounded, because machines round them
         # differently.
         times = np.round(np.asarray(setup.schedule.timesteps, np.float64), 4) + 0.0
-        return {
+        of_arrays: dict[str, Any] = {}  # files of images lack these, so that those of earlier versions are reused
+        if self.trained.normalizations:
+            of_arrays["normalization"] = {name: value.to_json() for name, value in self.trained.normalizations.items()}
+        if self.conditions is not None:
+            of_arrays["conditions_digest"] = hashlib.sha256(np.ascontiguousarray(self.conditions).tobytes()).hexdigest()
+        return of_arrays | {
             "weights_digest": params_digest(self.trained.params),
             "classifier_digest": None if setup.classifier_params is None else params_digest(setup.classifier_params),
             "low_resolution_digest": {
@@ -152,10 +173,13 @@ class SampleFile:
             },
         }
 
-    def _write(self, images: np.ndarray) -> None:
-        labels = self.setup.labels(np.arange(len(images)))
-        # The images come first, for programs that read the first array.
-        arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
+    def _write(self, samples: np.ndarray) -> None:
+        indices = np.arange(len(samples))
+        labels = self.setup.labels(indices)
+        # The samples come first, for programs that read the first array.
+        arrays = {"arr_0": samples} | ({} if labels is None else {"arr_1": labels})
+        if self.conditions is not None:
+            arrays["condition"] = self.conditions[indices % len(self.conditions)]
         versions = {
             "diffusion_jax": diffusion_jax.__version__,
             "jax": jax.__version__,
@@ -164,9 +188,20 @@ class SampleFile:
         files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})
-        shown = images[:_MAX_IMAGES_IN_GRID]
-        picture = pictures.grid(shown, captions=self.setup.labels.captions(np.arange(len(shown))))
-        pictures.save_png(self.path.with_suffix(".png"), picture)
+        shown = samples if samples.ndim == 2 else samples[:_MAX_IMAGES_IN_GRID]
+        captions = self.setup.labels.captions(indices[: len(shown)])
+        captions = captions or condition_captions(arrays.get("condition"))
+        pictures.save_png(self.path.with_suffix(".png"), draw_samples(shown, f"Samples: {self.name}", captions))
+
+
+def _check_finite(samples: np.ndarray) -> None:
+    """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
+    if samples.dtype != np.uint8 and not np.isfinite(samples).all():
+        raise UserError(
+            "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
+            "sampling.clip=True",
+            exit_code=1,
+        )
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from diffusion_jax.runs.class_labels import ClassLabels
 __all__ = ["sample_name"]
 
 # Leaves of `config.sampling` that are paths: a digest of them is in the name, not their text.
-_PATHS = ("classifier", "low_resolution")
+_PATHS = ("classifier", "low_resolution", "conditions")
 
 
 def sample_name(options: Mapping, num_steps: int, spacing: str, labels: ClassLabels, clips_by_default: bool) -> str:

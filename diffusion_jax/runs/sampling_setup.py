@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ class _Classifier(NamedTuple):
 class SamplingSetup:
     """All decisions of a config about sampling, checked before anything is compiled.
 
-    schedule: the steps of the sampler. labels: a `ClassLabels`. classifier_params: of the guiding classifier, None without
-    one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a reason why
-    samples will look wrong, None if none is known.
+    schedule: the steps of the sampler. labels: a `ClassLabels`. conditions: [N, ...], standardized, of which sample i has row
+    i modulo N; None for a model without conditions, or for samples without one. classifier_params: of the guiding classifier,
+    None without one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a
+    reason why samples will look wrong, None if none is known.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SamplingSetup:
         mesh: Mesh | None,
         class_names: Sequence[str] = (),
         load_classifier: bool = True,
+        conditions: np.ndarray | None = None,
     ):
         """Checks the config and prepares the networks and functions that sampling needs.
 
@@ -71,6 +74,7 @@ class SamplingSetup:
         self._classifier = self._load_classifier(mesh) if options["classifier"] and load_classifier else None
         self.classifier_params = None if self._classifier is None else self._classifier.params
         self.labels = ClassLabels(self._parse_classes(class_names, load_classifier), class_names)
+        self.conditions = conditions
         self.is_guided = options["guidance_scale"] != 1
         self._interval = options["guidance_interval"] or None
         self._check_guidance()
@@ -116,6 +120,10 @@ class SamplingSetup:
         if self.classes is not None and self._options["label"] is None:
             self.labels.set_given(labels)
 
+    def condition(self, indices: np.ndarray) -> np.ndarray | None:
+        """The standardized conditions of the samples of these numbers; None if they have none."""
+        return None if self.conditions is None else self.conditions[indices % len(self.conditions)]
+
     def _parse_classes(self, class_names: Sequence[str], load_classifier: bool) -> tuple[int, ...] | None:
         path, num_classes = self._options["classifier"], self._model.num_classes
         if self._classifier is not None:
@@ -132,10 +140,11 @@ class SamplingSetup:
 
     def _check_guidance(self) -> None:
         options, model = self._options, self._model
-        if self.is_guided and not (model.num_classes and model.label_dropout):
+        if self.is_guided and model.null_label is None and model.null_condition is None:
             raise UserError(
                 f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
-                "model.label_dropout above 0; use 1, or sampling.classifier"
+                "model.label_dropout above 0, or with conditions and model.condition_dropout above 0; use 1, or "
+                "sampling.classifier"
             )
         noise, maximum = options["low_resolution_noise"], self._config["diffusion"]["conditioning_noise"]
         if noise > maximum:
@@ -199,31 +208,34 @@ class SamplingSetup:
             arguments["mean_shift"] = guidance.log_prob_gradient(log_prob, scale)
         return sampler_from_config(self._options, self.parameterization, clip, **arguments)
 
-    def network(self, params, classifier_params, y, low=None) -> Callable:
-        """The guided denoise_fn(x_t, time), pure. y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler."""
+    def network(self, params, classifier_params, y, low=None, condition=None) -> Callable:
+        """The guided denoise_fn(x_t, time), pure.
+
+        y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler. condition: as of the network, standardized.
+        """
         options = self._options
         apply: Callable[..., Any]
+        conditional: Callable[..., Any]
         denoise_fn: Callable[..., Any]
         if calls_between_steps(options):
-            apply = lambda x_t, time, y: self._model.apply({"params": params}, x_t, time, y)  # noqa: E731
+            apply = functools.partial(self._model.apply, {"params": params})
         else:
             apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
-        conditional = apply if low is None else self._conditioned_on(low, apply)
-
+        apply_to = apply if low is None else self._conditioned_on(low, apply)
+        given = {"y": y} if self._model.num_classes else {}
+        given |= {} if condition is None else {"condition": condition}
+        conditional = lambda x_t, time, given: apply_to(x_t, time, **given)  # noqa: E731
         if self.is_guided:
-            null_label = self._model.null_label
-            assert null_label is not None  # `_check_guidance` refuses models without one
             denoise_fn = guidance.classifier_free(
                 conditional,
-                y,
-                null_label,
+                given,
+                self._without(given),
                 options["guidance_scale"],
                 interval=self._interval,
                 rescale=options["guidance_rescale"],
             )
         else:
-            labels = y if self._model.num_classes else None
-            denoise_fn = lambda x_t, time: conditional(x_t, time, labels)  # noqa: E731
+            denoise_fn = lambda x_t, time: conditional(x_t, time, given)  # noqa: E731
         if self._classifier is not None and not self._shifts_mean:
             denoise_fn = guidance.classifier(
                 denoise_fn,
@@ -234,11 +246,16 @@ class SamplingSetup:
             )
         return denoise_fn
 
+    def _without(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The label and condition of an unguided output: null ones, but the given ones where the model has none."""
+        null = {"y": self._model.null_label, "condition": self._model.null_condition}
+        return {name: value if null[name] is None else null[name] for name, value in given.items()}
+
     def _conditioned_on(self, low, apply: Callable) -> Callable:
         """`apply(x_t, time, y)` with the small images beside x_t in the channels."""
         has_noise = self._config["diffusion"]["conditioning_noise"]
 
-        def conditional(x_t, time, y):
+        def conditional(x_t, time, y=None):
             repeats = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
             noise = jnp.full(x_t.shape[:1], self._options["low_resolution_noise"]) if has_noise else None
             return apply(upsampling.condition(x_t, jnp.tile(low, (repeats, 1, 1, 1)), noise), time, y)
@@ -253,16 +270,17 @@ class SamplingSetup:
         shape: tuple[int, ...],
         y=None,
         low=None,
+        condition=None,
         *,
         constrain: Callable = lambda x: x,
         **options: Any,
     ) -> Any:
-        """Images [B, H, W, C] in [-1, 1] from noise, or the result of `sampling.sample` with `options`; pure.
+        """Samples [B, *spatial, C] in the model's range from noise, or what `sampling.sample` returns with `options`; pure.
 
-        shape: (B, H, W, C). y, low: as in `network`. constrain: applied to x_T, to place it on a mesh.
+        shape: (B, *spatial, C). y, low, condition: as in `network`. constrain: applied to x_T, to place it on a mesh.
         """
         key_noise, key_steps = jax.random.split(key)
         x_T = constrain(jax.random.normal(key_noise, shape))
-        denoise_fn = self.network(params, classifier_params, y, low)
+        denoise_fn = self.network(params, classifier_params, y, low, condition)
         sampler = self.sampler(classifier_params, y)
         return sampling.sample(key_steps, self.schedule, denoise_fn, x_T, sampler, **options)

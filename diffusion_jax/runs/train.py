@@ -21,7 +21,7 @@ from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
-from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler
+from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
 from diffusion_jax.runs.training_fid import TrainingFid
@@ -84,6 +84,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
         normalized = normalize(config, loaded, normalizations)
+        for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
+            set_data(batch_sampler, normalized, normalizations)
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 

@@ -54,7 +54,7 @@ def find_blur(schedule: Schedule) -> str | None:
     sigma = _noise_levels(schedule)[-1:]
     if not sigma.size or sigma[0] <= 2 * _DATA_STD:
         return None
-    return f"the last step removes noise of {sigma[0]:.3g} times the image at once, which blurs the samples"
+    return f"the last step removes noise of {sigma[0]:.3g} times the data at once, which blurs the samples"
 
 
 def _innermost(sampler: Sampler) -> Sampler:

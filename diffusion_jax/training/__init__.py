@@ -2,6 +2,7 @@
 
 from diffusion_jax.training.build import TrainingProgram, build_program, create
 from diffusion_jax.training.from_config import (
+    condition_shape,
     input_shape,
     model_from_config,
     schedule_from_config,
@@ -14,6 +15,7 @@ __all__ = [
     "TrainState",
     "TrainingProgram",
     "build_program",
+    "condition_shape",
     "create",
     "input_shape",
     "model_from_config",

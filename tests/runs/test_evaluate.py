@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffusion_jax import data, errors, likelihood, training
 from diffusion_jax.runs import chunk_store, measure_likelihood, progressive, trained_model, workdir
-from diffusion_jax.runs.batch_sampler import trajectory_picture
+from diffusion_jax.runs.batch_sampler import sample_trajectory
+from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config
@@ -215,7 +216,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
         _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {
-            show: trajectory_picture(jax.random.key(0), config_with(), drawn, params, 3, show=show)
+            show: draw_trajectory(sample_trajectory(jax.random.key(0), config_with(), drawn, params, 3, show=show), "")
             for show in ("x_0", "x_t")
         }
         np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])

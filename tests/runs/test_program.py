@@ -115,7 +115,7 @@ def test_the_stored_config_is_used_if_none_is_given(trained):
     flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
     code, out, err = finish(start("--workdir", str(trained), *flags))
     assert code == 0, err
-    assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a grid:" in out
+    assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a picture:" in out
     assert not err.strip()
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").rmdir()
 

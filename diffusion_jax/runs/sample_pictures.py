@@ -1,0 +1,33 @@
+"""Pictures of samples of any kind: grids of images, and figures of other arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion_jax.runs import array_pictures, figure_panels, pictures, trajectory_pictures
+from diffusion_jax.runs.batch_sampler import Trajectory
+
+__all__ = ["draw_samples", "draw_trajectory", "is_of_images"]
+
+
+def is_of_images(samples: np.ndarray) -> bool:
+    """Whether arrays [N, ...] are images: uint8 [N, H, W, C] with one or three channels."""
+    return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
+
+
+def draw_samples(samples: np.ndarray, title: str, captions: Sequence[str] | None = None) -> np.ndarray:
+    """A picture uint8 [H, W, C] of samples [N, *spatial, C]. title: of a figure; grids of images have none."""
+    if is_of_images(samples):
+        return pictures.grid(samples, captions=captions)
+    return figure_panels.render(array_pictures.draw_examples(samples, title=title, captions=captions))
+
+
+def draw_trajectory(trajectory: Trajectory, title: str) -> np.ndarray:
+    """A picture uint8 [H, W, C] of samples being denoised: a row for each sample, a column for each time."""
+    headers = pictures.time_headers(trajectory.times)
+    if not is_of_images(trajectory.x[0]):
+        return figure_panels.render(trajectory_pictures.draw_trajectory(trajectory.x, headers, title=title))
+    images = trajectory.x.swapaxes(0, 1)
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=images.shape[1], headers=headers)

@@ -1,0 +1,39 @@
+"""Tiny configs of data that are not images, and the files that they read."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax.config import default
+
+SHAPES = {"vectors": (3,), "series": (8, 2), "field": (6, 8, 5), "volume": (4, 4, 4, 1)}
+
+
+def array_config(kind, data_dir, **overrides) -> ConfigDict:
+    """The tiny config of continuous data of a shape of `SHAPES`, which `write_arrays` writes to `data_dir`."""
+    config, shape = default(), SHAPES[kind]
+    config.data.update(dataset="arrays", data_dir=str(data_dir), image_size=shape[:-1], channels=shape[-1])
+    config.data.update(levels=None, random_flip=False)
+    if kind == "vectors":
+        config.model.update(kind="mlp", channels=8, num_res_blocks=1)
+    else:
+        config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+        config.model.attention_levels = ()
+    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
+    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2)
+    config.optimizer.warmup_steps = 0
+    config.evaluation.num_samples = 0
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def examples(kind, count=24, seed=0):
+    """Float examples [count, *spatial, C] in units far from 0 and 1, of which each channel has its own."""
+    shape = SHAPES[kind]
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((count, *shape)) * np.arange(1, shape[-1] + 1) * 10 + 300).astype(np.float32)
+
+
+def write_arrays(kind, path, count=24, **more):
+    """Writes `examples` with further arrays, such as condition [count, D], to an .npz."""
+    np.savez(path, x=examples(kind, count), **more)
+    return path
