@@ -183,8 +183,8 @@ EVALUATION: dict[str, Leaf] = {
     "strata": Leaf(
         None,
         optional(Integer(1)),
-        "Strata of the timesteps of the bound. None visits every timestep of every example; S visits the first and two in each "
-        "of S strata.",
+        "Strata of the timesteps of the bound. None visits every timestep of every example; S visits the first and two in "
+        "each of S strata.",
     ),
     "cdf": Leaf("exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."),
     "clip": Leaf(

@@ -1,4 +1,4 @@
-"""Sets of arrays [n, *spatial, C] to compare: examples of a source and samples of an .npz, standardized when they are read."""
+"""Sets of arrays [n, *spatial, C] to compare: examples of a source, and samples of an .npz, standardized when read."""
 
 from __future__ import annotations
 

@@ -129,9 +129,9 @@ def compare_arrays(
         found["histograms"] = _histograms_of_data(histograms, normalization)
     if "mean_and_covariance" in metric_names:
         channels = _even_channels(reference.shape[-1])
-        pair = [array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in (reference, samples)]
-        values |= _moment_values(*pair, channels)
-        found["moments"] = tuple(_moments_of_data(moments, normalization, channels) for moments in pair)
+        one, other = (array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in (reference, samples))
+        values |= _moment_values(one, other, channels)
+        found["moments"] = tuple(_moments_of_data(moments, normalization, channels) for moments in (one, other))
     if "power_spectrum" in metric_names:
         pair = [array_statistics.power_spectrum(x) for x in (reference, samples)]
         values |= _spectrum_values(*pair)
@@ -292,7 +292,7 @@ def _memorization(reference: _Examples, samples: _Examples) -> tuple[dict[str, A
     count = min(MAX_EXAMPLES, max(math.sqrt(_NEIGHBOR_PRODUCTS / dimensions), 1000), _NEIGHBOR_BYTES / (4 * dimensions))
     count = max(int(count), MIN_EXAMPLES["memorization"])
     rows = [even_indices(len(x), count) for x in (reference, samples)]
-    flat = [np.asarray(x[i]).reshape(len(i), -1) for x, i in zip((reference, samples), rows, strict=True)]
-    report, neighbors = memorization_report(*flat, _NEIGHBORS)
-    report |= {"num_reference": len(flat[0]), "num_samples": len(flat[1])}
+    one, other = (np.asarray(x[i]).reshape(len(i), -1) for x, i in zip((reference, samples), rows, strict=True))
+    report, neighbors = memorization_report(one, other, _NEIGHBORS)
+    report |= {"num_reference": len(one), "num_samples": len(other)}
     return report, neighbors._replace(indices=rows[0][neighbors.indices]), rows[1]

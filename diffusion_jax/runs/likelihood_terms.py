@@ -35,7 +35,6 @@ __all__ = [
     "mean_and_standard_error",
     "noun_of",
     "rate_distortion",
-    "resolve_dequantization",
 ]
 
 _TABLES = ("vlb", "mse", "x_0_mse")
@@ -61,13 +60,15 @@ class LikelihoodRun:
     """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
 
     source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives.
-    standardization_bits: what the standardization adds to the bits per dimension of continuous data.
+    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the ODE, None
+    without it.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None):
         """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, workdir
+        self.dequantization = _resolve_dequantization(config) if options.ode else None
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.step, self.params = self.trained.weights
         loaded = _load_source(config, source)
@@ -201,7 +202,7 @@ class LikelihoodRun:
                     # The trace takes forward-mode derivatives, which the convolution as products does not have.
                     self.denoise_fn(params, batch, convolution="xla"),
                     x_0,
-                    dequantization=resolve_dequantization(self.config),
+                    dequantization=self.dequantization or "none",
                     trace=options.ode_trace,
                     tolerance=options.ode_tolerance,
                     **parameterization,
@@ -212,7 +213,7 @@ class LikelihoodRun:
 
     def _digest(self, num_examples: int, batch_size: int, ode: bool) -> str:
         options = to_dict(self.config.evaluation) | {"clip": resolve_clip(self.config, "evaluation")}
-        options["ode_dequantization"] = resolve_dequantization(self.config)
+        options["ode_dequantization"] = self.dequantization
         constants = {name: value.to_json() for name, value in self.trained.normalizations.items()}
         return options_digest(
             constants,
@@ -232,7 +233,7 @@ def noun_of(config: ConfigDict) -> str:
     return "examples" if is_continuous(config) else "images"
 
 
-def resolve_dequantization(config: ConfigDict) -> str:
+def _resolve_dequantization(config: ConfigDict) -> str:
     """`evaluation.ode_dequantization`; None follows the data. Raises: UserError if it contradicts the data."""
     dequantization = config.evaluation.ode_dequantization
     if not is_continuous(config):

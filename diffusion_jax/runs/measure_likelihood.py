@@ -28,7 +28,6 @@ from diffusion_jax.runs.likelihood_terms import (
     mean_and_standard_error,
     noun_of,
     rate_distortion,
-    resolve_dequantization,
 )
 from diffusion_jax.runs.metric_options import check_evaluation_options
 from diffusion_jax.runs.sampler_config import resolve_clip
@@ -91,7 +90,7 @@ def _report(likelihood_run: LikelihoodRun, terms: Terms, num_examples: int) -> d
         "batch_size": likelihood_run.batch_size(num_examples),  # the noise depends on it
     }
     if options.ode:
-        report["ode_dequantization"] = resolve_dequantization(config)
+        report["ode_dequantization"] = likelihood_run.dequantization
         report |= {key: options[key] for key in ("ode_trace", "ode_tolerance")}
     return report
 
