@@ -113,7 +113,7 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
         assert arrays["vlb"][0] == pytest.approx(got["decoder"], rel=1e-6)
         # E |x_0 - E[x_0 | x_t]|^2 = 1 - alpha_bar.
         schedule = training.schedule_from_config(config.diffusion)
-        np.testing.assert_allclose(arrays["distortion"] ** 2, 1 - schedule.alpha_bar, rtol=0.25)
+        np.testing.assert_allclose(arrays["distortion"] ** 2, 1 - schedule.alpha_bar, rtol=5 * (2 / 192) ** 0.5)
     for name in ("likelihood_terms.png", "rate_distortion.png"):
         with Image.open(run / name) as picture:
             assert picture.size == (840, 540)
