@@ -96,7 +96,7 @@ def load(
     try:
         return InMemory(source, progress) if _megabytes(source, config) <= config["memory_mb"] else source
     finally:  # also if corrupted images raise an error
-        for note in source.notes() if isinstance(source, Folder) else ():
+        for note in source.notes() if isinstance(source, Folder | ArrayFiles) else ():
             log(note)
 
 

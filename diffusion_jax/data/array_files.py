@@ -165,9 +165,9 @@ def _find_split(path: str, split: str) -> pathlib.Path:
         if found:
             return root / found[0]
         if entries.keys() & _SPLIT_NAMES:  # a folder with test.npy alone is not training data
-            raise DataError(
-                f"data.split={split!r}: {root} has the splits {list_names(sorted(entries), 8)}; use one of them"
-            )
+            other = "" if split == "train" else ", or set evaluation.data_dir to other examples"
+            names = list_names(sorted(entries), 8)
+            raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
     elif root.is_file() and not _kind(root.name):
         raise DataError(f"data.data_dir={path!r} is a file of another kind; set it to {_ALLOWED}")
     if split != "train":
@@ -210,7 +210,7 @@ def _open_members(path: pathlib.Path) -> Mapping[str, Callable[[], Rows]]:
 
 
 def _numpy_rows(path: str, name: str, layout: ArrayLayout) -> Rows:
-    if layout.offset is not None or layout.dtype.hasobject:
+    if layout.offset is not None:
         return NumpyRows(path, layout)
     if layout.num_bytes > _MAX_LOADED_BYTES:
         raise DataError(

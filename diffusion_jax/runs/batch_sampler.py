@@ -93,19 +93,22 @@ def sample_trajectory(
     setup: SamplingSetup,
     params,
     columns: int,
-    rows: int = 4,
+    rows: int | None = None,
     show: Literal["x_t", "x_0"] = "x_t",
     low: np.ndarray | None = None,
     normalization: data.Normalization | None = None,
 ) -> Trajectory:
     """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise on, and x_0.
 
-    show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). low, normalization: as in `BatchSampler`.
+    rows: the number of samples; by default 4, or 400 vectors, which are points of a picture. show: "x_0" for the x_0
+    predicted at those steps (DDPM figure 6). low, normalization: as in `BatchSampler`.
     """
     steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     # One process draws this, on one device.
     params, classifier_params = jax.device_get((params, setup.classifier_params))
-    shape, indices = (rows, *data.example_shape(config["data"])), np.arange(rows)
+    shape = data.example_shape(config["data"])
+    rows = rows or (400 if len(shape) == 1 else 4)
+    shape, indices = (rows, *shape), np.arange(rows)
     if low is not None:
         low = to_model_range(low[indices % len(low)])
 

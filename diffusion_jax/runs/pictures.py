@@ -59,9 +59,9 @@ def grid(
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
 
 
-def time_headers(times) -> list[str]:
-    """Headers of the columns of x_t at these network times, followed by the images."""
-    return [*(f"t = {time:.4g}" for time in np.asarray(times)), "image"]
+def time_headers(times, last: str = "image") -> list[str]:
+    """Headers of the columns of x_t at these network times, followed by the images, or what `last` names."""
+    return [*(f"t = {time:.4g}" for time in np.asarray(times)), last]
 
 
 def _text(text: str, width: int) -> np.ndarray:

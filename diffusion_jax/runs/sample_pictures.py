@@ -26,8 +26,8 @@ def draw_samples(samples: np.ndarray, title: str, captions: Sequence[str] | None
 
 def draw_trajectory(trajectory: Trajectory, title: str) -> np.ndarray:
     """A picture uint8 [H, W, C] of samples being denoised: a row for each sample, a column for each time."""
-    headers = pictures.time_headers(trajectory.times)
     if not is_of_images(trajectory.x[0]):
+        headers = pictures.time_headers(trajectory.times, "sample")
         return figure_panels.render(trajectory_pictures.draw_trajectory(trajectory.x, headers, title=title))
-    images = trajectory.x.swapaxes(0, 1)
+    headers, images = pictures.time_headers(trajectory.times), trajectory.x.swapaxes(0, 1)
     return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=images.shape[1], headers=headers)

@@ -204,7 +204,8 @@ def test_splits_are_entries_of_a_folder(tmp_path, kind):
     for split, values in (("train", X), ("test", X[::-1])):
         np.testing.assert_array_equal(ArrayFiles(str(tmp_path), split, SHAPE).read(INDICES)["x"], values[INDICES])
     found = message(tmp_path, "validation")
-    assert found == f"data.split='validation': {tmp_path} has the splits test, train; use one of them"
+    expected = f"data.split='validation': {tmp_path} has the splits test, train; use one of them"
+    assert found == f"{expected}, or set evaluation.data_dir to other examples"
     (tmp_path / "train.hdf5").write_bytes(b"")
     both = ", ".join(sorted((f"train{kind}", "train.hdf5")))
     assert f"{tmp_path} has {both}; keep one of them" in message(tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.array_rows import one_line
 from diffusion_jax.errors import DataError
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
@@ -127,6 +128,12 @@ def test_truncated_and_corrupted_stores(tmp_path):
     assert f"cannot read {path}: " in message(path)
     (tmp_path / "c.npz").write_bytes(b"")
     assert "cannot read" in message(tmp_path / "c.npz")
+
+
+def test_messages_of_other_packages_become_one_line():
+    assert one_line(ValueError("bad\n  header")) == "bad header"
+    assert one_line(OSError(2, "No such file", "a")) == "No such file"
+    assert one_line(KeyError()) == "KeyError"
 
 
 def test_a_chunk_that_cannot_be_decoded(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from diffusion_jax import data
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.runs import sample, train
+from helpers.array_configs import array_config, write_arrays
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
@@ -25,10 +26,11 @@ sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
 from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
 
-cli.main()
-command = cli.parse(sys.argv[1:])
-for mode in (sample, measure_likelihood, sample_metrics):
-    mode.run(command.config, command.workdir)
+if __name__ == "__main__":  # the processes that read data import this file, too
+    cli.main()
+    command = cli.parse(sys.argv[1:])
+    for mode in (sample, measure_likelihood, sample_metrics):
+        mode.run(command.config, command.workdir)
 """
 
 
@@ -96,6 +98,42 @@ def test_run_of_eight_devices_resumes_on_four(tmp_path):
     assert "Continuing from step 2" in out
     train.run(tiny_config(**overrides), tmp_path / "one")
     close(lines(tmp_path / "one"), lines(tmp_path / "fewer"))
+
+
+CONFIG_OF_ARRAYS = """
+import sys
+sys.path.insert(0, {tests!r})
+from helpers.array_configs import array_config
+
+def get_config():
+    return array_config("vectors", {data!r}, **{overrides!r})
+"""
+
+
+@pytest.mark.whole
+def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditions(tmp_path):
+    """Streamed by worker processes, as one process on one device."""
+    conditions = np.linspace(-3, 5, 24)[:, None]
+    data_file = str(write_arrays("vectors", tmp_path / "data.npz", condition=conditions))
+    np.save(tmp_path / "conditions.npy", conditions[:3])
+    overrides = {"model.condition_features": 1, "model.condition_dropout": 0.25, "training.log_every": 1}
+    overrides |= {"sampling.conditions": str(tmp_path / "conditions.npy"), "sampling.guidance_scale": 2.0}
+    overrides |= {"sampling.num_samples": 4, "sampling.batch_size": 4, "training.accumulation_steps": 2}
+    split = overrides | {"mesh.fsdp": 4, "data.memory_mb": 0, "data.workers": 1}
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG_OF_ARRAYS.format(tests=str(ROOT / "tests"), data=data_file, overrides=split))
+    program = tmp_path / "program.py"
+    program.write_text(ALL_MODES.replace("(sample, measure_likelihood, sample_metrics)", "(sample,)"))
+    together(program, f"--config={file}", f"--workdir={tmp_path / 'two'}")
+    config = array_config("vectors", data_file, **overrides)
+    train.run(config, tmp_path / "one")
+    sample.run(config, tmp_path / "one")
+    close(lines(tmp_path / "one"), lines(tmp_path / "two"))
+    drawn = []
+    for name in ("one", "two"):
+        (path,) = (tmp_path / name / "samples").glob("*.npz")
+        drawn.append(np.load(path)["arr_0"])
+    np.testing.assert_allclose(*drawn, rtol=1e-3)
 
 
 def test_incomplete_process_flags_are_refused(tmp_path):

@@ -113,10 +113,10 @@ def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
     assert figure.get_suptitle() == "fields\nfields of 6 x 9"
 
 
-def test_a_reference_gives_the_colors_of_fields():
-    figure = draw_examples(
-        5 * drawn(6, 2, 6, 9, 1), title="fields", reference=np.array([-1.0, 2.0] * 27).reshape(1, 6, 9, 1)
-    )
+@pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
+def test_a_reference_gives_the_colors_of_fields(limits):
+    reference = np.resize(limits, (1, 6, 9, 1))
+    figure = draw_examples(5 * drawn(6, 2, 6, 9, 1), title="fields", reference=reference)
     _, pictures = images(figure)
     assert {picture.get_clim() for picture in pictures} == {(-2.0, 2.0)}
     assert pictures[-1].colorbar.extend == "both" and "the range of the data" in figure.get_suptitle()

@@ -1,0 +1,184 @@
+"""The constants of float data: their values, their inverse, and what they refuse."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+from diffusion_jax.config import default
+
+
+class Arrays:
+    """A source of given arrays."""
+
+    def __init__(self, **arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(next(iter(self.arrays.values())))
+
+    def read(self, indices):
+        return {name: array[np.asarray(indices)] for name, array in self.arrays.items()}
+
+
+def leaves(**changes):
+    return dict(default().data) | {"levels": None, "random_flip": False, "image_size": (4,), "channels": 2} | changes
+
+
+def series(count=1000, dtype=np.float64, offset=(300.0, -5e6), scale=(7.0, 0.3)):
+    rng = np.random.default_rng(0)
+    return (rng.standard_normal((count, 4, 2)) * scale + offset).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
+    x = series(dtype=dtype, scale=(7.0, 40.0))
+    found = data.find_normalizations(leaves(), Arrays(x=x))["x"]
+    exact = x.astype(np.float64).reshape(-1, 2)
+    np.testing.assert_allclose(found.offset, exact.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.scale, exact.std(axis=0), rtol=1e-9)
+    standardized = found.apply(x)
+    assert standardized.dtype == np.float32
+    np.testing.assert_allclose(standardized, (x - exact.mean(axis=0)) / exact.std(axis=0), atol=2e-2, rtol=1e-4)
+    np.testing.assert_allclose(found.invert(standardized), x, rtol=1e-6)
+    np.testing.assert_allclose(found.invert(standardized.astype(np.float64)), x, rtol=1e-6)
+
+
+def test_float64_data_lose_no_digits_before_they_are_standardized():
+    """float32 has steps of 0.5 at 5e6, more than the deviation."""
+    x = series()
+    found = data.find_normalizations(leaves(), Arrays(x=x))["x"]
+    np.testing.assert_allclose(found.apply(x), (x - x.mean(axis=(0, 1))) / x.std(axis=(0, 1)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_statistics_do_not_depend_on_how_the_data_are_read():
+    x = series(count=777)
+    whole = data.find_normalizations(leaves(), Arrays(x=x))
+    memory = data.find_normalizations(leaves(), data.InMemory(Arrays(x=x)))
+    assert whole == memory
+
+
+def test_limits_become_the_range_of_the_model():
+    config = leaves(normalization="limits", limits=(-10.0, 30.0))
+    x = np.array([-10.0, 10.0, 30.0, 20.0] * 2, np.float32).reshape(1, 4, 2)
+    found = data.find_normalizations(config, Arrays(x=x))
+    np.testing.assert_allclose(found["x"].apply(x).ravel(), [-1, 0, 1, 0.5] * 2)
+    source = data.Normalized(Arrays(x=np.concatenate([x, x + 1])), found, bounded=["x"])
+    np.testing.assert_allclose(source.read([0])["x"].ravel(), [-1, 0, 1, 0.5] * 2)
+    with pytest.raises(data.DataError, match="example 1 has the value 31, outside data.limits"):
+        source.read([0, 1])
+
+
+def test_conditions_are_standardized_too():
+    c = np.random.default_rng(1).uniform(10, 20, (100, 3))
+    images = np.zeros((100, 4, 2), np.uint8)
+    for arrays, names in (({"image": images}, {"condition"}), ({"x": series(100)}, {"x", "condition"})):
+        source = Arrays(**arrays, condition=c)
+        config = leaves(levels=256 if "image" in arrays else None)
+        found = data.find_normalizations(config, source)
+        assert found.keys() == names
+        read = data.Normalized(source, found).read(np.arange(100))
+        np.testing.assert_allclose(read["condition"].mean(axis=0), 0, atol=1e-6)
+        np.testing.assert_allclose(read["condition"].std(axis=0), 1, rtol=1e-6)
+        if "image" in arrays:
+            assert read["image"] is not None and read["image"].dtype == np.uint8
+    assert data.find_normalizations(leaves(normalization="none"), Arrays(x=series(100), condition=c)) == {}
+
+
+def with_nan(x, row):
+    x = x.copy()
+    x[row, 2, 1] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrays", "words"),
+    [
+        ({}, {"x": with_nan(series(600), 411)}, "example 411 has values that are not finite; remove or repair it"),
+        (
+            {},
+            {"x": series(), "condition": np.r_[np.zeros(9), np.inf, np.zeros(990)][:, None]},
+            "example 9 .* condition",
+        ),
+        (
+            {},
+            {"x": series(scale=(1.0, 0.0))},
+            "channel 1 of the data is constant .-5e.06 everywhere.*data.normalization",
+        ),
+        ({}, {"x": series(), "condition": np.ones((1000, 2))}, "entry 0 of the condition is constant"),
+        ({"normalization": "limits"}, {"x": series()}, r"needs data.limits=\(low, high\)"),
+        ({"normalization": "none"}, {"image": np.zeros((3, 4, 2), np.uint8)}, "always become .-1, 1.: use 'auto'"),
+    ],
+)
+def test_data_that_cannot_be_normalized_are_refused_in_one_line(changes, arrays, words):
+    with pytest.raises(data.DataError, match=words) as error:
+        data.find_normalizations(leaves(**changes), Arrays(**arrays))
+    assert "\n" not in str(error.value)
+
+
+def test_values_that_are_not_finite_are_refused_when_they_are_read():
+    source = data.Normalized(Arrays(x=with_nan(series(50), 41)), {})
+    source.read(np.arange(41))
+    with pytest.raises(data.DataError, match="example 41 has values that are not finite"):
+        source.read([3, 41, 2])
+
+
+def test_a_normalized_source_is_picklable_and_keeps_its_names():
+    inner = Arrays(x=series(20), label=np.arange(20, dtype=np.int32) % 2)
+    inner.num_classes, inner.class_names = 2, ("low", "high")
+    source = pickle.loads(pickle.dumps(data.Normalized(inner, data.find_normalizations(leaves(), inner))))
+    assert (source.num_classes, source.class_names) == (2, ("low", "high"))
+    assert source.read([3])["label"] == [1] and len(source) == 20
+
+
+def test_a_normalization_survives_json():
+    found = data.Normalization((1 / 3, -5e6), (0.1, 7.0))
+    assert data.Normalization.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrays", "words"),
+    [
+        ({}, {"x": np.zeros((3, 5, 2))}, r"not \[4, 2\].*--config.data.image_size=\(5,\) --config.data.channels=2"),
+        ({}, {"x": np.zeros((3, 4, 2), np.uint8)}, '"x" as uint8; give it as "image"'),
+        ({}, {"x": np.zeros((3, 4, 2), complex)}, "complex128; give real numbers"),
+        ({}, {"image": np.zeros((3, 4, 2))}, '"image" as float64, which must be uint8; give other numbers as "x"'),
+        ({}, {"image": np.zeros((3, 4, 2), np.uint8)}, "data.levels=None is for continuous .*use data.levels=256"),
+        ({"levels": 256}, {"x": np.zeros((3, 4, 2))}, "data.levels=256, but the data are float64.*use data.levels=None"),
+        ({}, {"label": np.zeros(3)}, """either "image" .uint8. or "x" .other numbers.; got 'label'"""),
+        ({}, {"x": np.zeros((3, 4, 2)), "image": np.zeros((3, 4, 2), np.uint8)}, "got 'x', 'image'"),
+        ({"random_flip": True}, {"x": np.zeros((3, 4, 2))}, "use data.random_flip=False"),
+        ({}, {"x": np.zeros((0, 4, 2))}, "has no examples"),
+    ],
+)  # fmt: skip
+def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):
+    with pytest.raises(data.DataError, match=words) as error:
+        data.check_examples(leaves(**changes), Arrays(**arrays))
+    assert "\n" not in str(error.value)
+
+
+def hundred(config):
+    """A source named as module:function."""
+    return Arrays(x=np.full((100, *data.example_shape(config)), 2.0, np.float32))
+
+
+def wrong(config):
+    return [1, 2, 3]
+
+
+def failing(config):
+    raise RuntimeError("no such server")
+
+
+def test_a_source_is_found_by_the_name_of_its_function():
+    name = f"{__name__}:hundred"
+    assert len(data.load(leaves(dataset=name))) == 100
+    for name, words in (
+        (f"{__name__}:wrong", "returns a list, which has no __len__ and read"),
+        (f"{__name__}:failing", "raises RuntimeError: no such server"),
+        (f"{__name__}:missing", "cannot be imported"),
+        ("no_module_of_this_name:f", "cannot be imported"),
+    ):
+        with pytest.raises(data.DataError, match=words):
+            data.load(leaves(dataset=name))

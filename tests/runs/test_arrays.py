@@ -1,0 +1,246 @@
+"""Runs on data that are not images: training, resuming and sampling, in the units of the data."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax import data, errors, guidance, sampling, training
+from diffusion_jax.runs import sample, sampler_config, train, trained_model
+from diffusion_jax.runs.sampling_conditions import read_conditions
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.training.state import initial_params
+from helpers.array_configs import SHAPES, array_config, examples, write_arrays
+
+CONDITIONS = np.linspace(-3, 5, 24)[:, None]
+CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
+
+
+def the_samples(directory):
+    (path,) = (directory / "samples").glob("*.npz")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize(
+    "kind", ["vectors", *(pytest.param(kind, marks=pytest.mark.whole) for kind in list(SHAPES)[1:])]
+)
+def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
+    file = write_arrays(kind, tmp_path / "data.npz", condition=CONDITIONS)
+    np.save(tmp_path / "conditions.npy", np.array([[1.0], [4.0]]))
+    overrides = {
+        **CONDITIONAL,
+        "training.sample_every": 4,
+        "sampling.trajectory": 2,
+        "sampling.conditions": str(tmp_path / "conditions.npy"),
+        "sampling.guidance_scale": 2.0,
+    }
+    config = array_config(kind, file, **overrides)
+    train.run(config, tmp_path / "whole")
+    for num_steps in (2, 4):
+        train.run(array_config(kind, file, **overrides, **{"training.num_steps": num_steps}), tmp_path / "parts")
+    digests = [
+        trained_model.params_digest(trained_model.TrainedModel.open(config, tmp_path / name, True).params)
+        for name in ("whole", "parts")
+    ]
+    assert digests[0] == digests[1]
+    assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
+    sample.run(config, tmp_path / "whole")
+    arrays = the_samples(tmp_path / "whole")
+    assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
+    assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
+    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 3
+
+
+def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
+    """Guided by conditions that the normalization of the run standardizes."""
+    file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS)
+    wanted = np.array([[1.0], [4.0]])
+    np.savez(tmp_path / "conditions.npz", condition=wanted)
+    overrides = {
+        **CONDITIONAL,
+        "sampling.conditions": str(tmp_path / "conditions.npz"),
+        "sampling.guidance_scale": 2.5,
+        "sampling.sampler": "ddim",
+        "sampling.num_samples": 2,
+    }
+    config, run = array_config("vectors", file, **overrides), tmp_path / "run"
+    train.run(config, run)
+    sample.run(config, run)
+    stored = json.loads((run / "data.json").read_text())["normalization"]
+    mean, deviation = examples("vectors").mean(axis=0), examples("vectors").std(axis=0)
+    np.testing.assert_allclose(stored["x"]["offset"], mean, rtol=1e-6)
+    np.testing.assert_allclose(stored["x"]["scale"], deviation, rtol=1e-5)
+    trained = trained_model.TrainedModel.open(config, run, True)
+    schedule = SamplingSetup(config, trained.model, trained.schedule, trained.mesh).schedule
+    condition = ((wanted - CONDITIONS.mean()) / CONDITIONS.std()).astype(np.float32)
+
+    params = trained.params
+
+    def network(x_t, time, condition):
+        return trained.model.apply({"params": params}, x_t, time, condition=condition)
+
+    key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+    x_T = jax.random.normal(key_noise, (2, 3))
+    guided = guidance.classifier_free(network, condition, np.nan, 2.5)
+    x_0 = sampling.sample(key_steps, schedule, guided, x_T, sampling.ddim(clip=False))
+    np.testing.assert_allclose(the_samples(run)["arr_0"], np.asarray(x_0) * deviation + mean, rtol=2e-5)
+
+
+def test_guidance_drops_labels_and_conditions_together(tmp_path):
+    config = array_config(
+        "vectors", "", **CONDITIONAL, **{"model.num_classes": 2, "sampling.guidance_scale": 3.0, "sampling.steps": None}
+    )
+    model = training.model_from_config(config)
+    params = initial_params(jax.random.key(0), model, (3,))
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    schedule = training.schedule_from_config(config.diffusion)
+    setup = SamplingSetup(config, model, schedule, None)
+    x, time = jax.random.normal(jax.random.key(2), (2, 3)), np.array([10.0, 500.0], np.float32)
+    y, condition = np.array([0, 1]), np.array([[0.5], [-1.0]], np.float32)
+
+    def output(**given):
+        return model.apply({"params": params}, x, time, **given)
+
+    # The labels have no null label, so both outputs keep them.
+    found = setup.network(params, None, y, condition=condition)(x, time)
+    with_condition, without = (
+        output(y=y, condition=condition),
+        output(y=y, condition=np.full((2, 1), np.nan, np.float32)),
+    )
+    np.testing.assert_allclose(found, 3 * with_condition - 2 * without, rtol=1e-4, atol=1e-5)
+    config.model.label_dropout = 0.1
+    model = training.model_from_config(config)
+    params = initial_params(jax.random.key(0), model, (3,))
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    found = SamplingSetup(config, model, schedule, None).network(params, None, y, condition=condition)(x, time)
+    with_both = output(y=y, condition=condition)
+    without = output(y=np.array([2, 2]), condition=np.full((2, 1), np.nan, np.float32))
+    np.testing.assert_allclose(found, 3 * with_both - 2 * without, rtol=1e-4, atol=1e-5)
+
+
+def test_microbatches_take_their_rows_of_the_conditions():
+    config = array_config("vectors", "", **{"model.condition_features": 2, "model.dropout": 0.0})
+    batch = {
+        "x": np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32),
+        "condition": np.random.default_rng(1).standard_normal((8, 2)).astype(np.float32),
+    }
+    states = []
+    for count in (1, 2):
+        config.training.accumulation_steps = count
+        state, step = training.create(config)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        states.append((state.params, metrics["loss"]))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6), *states)
+    state, step = training.create(config)
+    with pytest.raises(ValueError, match=r'"condition", float \[8, 2\]'):
+        step(state, {"x": batch["x"]})
+    with pytest.raises(
+        ValueError, match=r'batch\["condition"\] must be float of shape \[8, 2\], standardized; got float32'
+    ):
+        step(state, batch | {"condition": batch["x"]})
+
+
+def test_a_source_of_the_caller_takes_the_place_of_the_config_s(tmp_path):
+    class Source:
+        def __len__(self):
+            return 20
+
+        def read(self, indices):
+            return {"x": examples("vectors", 20)[np.asarray(indices)]}
+
+    config = array_config("vectors", "nowhere")
+    train.run(config, tmp_path / "given", Source())
+    np.savez(tmp_path / "data.npz", x=examples("vectors", 20))
+    train.run(array_config("vectors", tmp_path / "data.npz"), tmp_path / "file")
+    digests = {
+        trained_model.params_digest(trained_model.TrainedModel.open(config, tmp_path / name, True).params)
+        for name in ("given", "file")
+    }
+    assert len(digests) == 1
+
+
+def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):
+    file, run = write_arrays("vectors", tmp_path / "data.npz"), tmp_path / "run"
+    train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
+    stored = json.loads((run / "data.json").read_text())
+    np.savez(file, x=examples("vectors", 24, seed=1))
+    with pytest.raises(errors.UserError, match="the data are not those that .* was trained on .*data.json"):
+        train.run(array_config("vectors", file), run)
+    assert json.loads((run / "data.json").read_text()) == stored
+    with pytest.raises(errors.UserError, match="data.normalization: 'auto' there, 'none' here"):
+        train.run(array_config("vectors", file, **{"data.normalization": "none"}), run)
+    (run / "data.json").unlink()
+    with pytest.raises(errors.UserError, match="data.json, which stores the scale of the data, is missing: restore it"):
+        sample.run(array_config("vectors", file), run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {},
+            r"data has conditions of shape \[1\], but the network takes none; use --config.model.condition_features=1",
+        ),
+        ({"model.condition_features": 2}, r"data has conditions of shape \[1\], but .* need shape \[2\]"),
+        ({**CONDITIONAL, "model.num_classes": 3}, "data has no labels"),
+        ({**CONDITIONAL, "data.channels": 4}, r"set data.image_size=\(\) data.channels=3"),
+        ({**CONDITIONAL, "data.levels": 256}, "use data.levels=None"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides, words, tmp_path):
+    file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS)
+    with pytest.raises(errors.DiffusionJaxError, match=words) as error:
+        train.run(array_config("vectors", file, **overrides), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model.condition_dropout": 0.0}, r"set sampling.conditions=FILE.npy, numbers \[N, 1\] in the units"),
+        ({"sampling.guidance_scale": 2.0}, "guidance_scale=2.0 guides by conditions: set sampling.conditions=FILE"),
+        ({"sampling.conditions": "nowhere.npy"}, "is neither an .npy nor an .npz"),
+        ({"sampling.conditions": "wide.npy"}, r"holds float64 \[3, 2\]; this model takes numbers \[N, 1\]"),
+        ({"sampling.conditions": "nan.npy"}, "row 1 has values that are not finite"),
+        ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
+    ],
+)  # fmt: skip
+def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("wide.npy", np.zeros((3, 2)))
+    np.save("nan.npy", np.array([[0.0], [np.nan]]))
+    with pytest.raises(errors.UserError, match=words):
+        read_conditions(array_config("vectors", "", **{**CONDITIONAL, **overrides}))
+
+
+def test_uint8_arrays_of_any_shape_have_gray_levels_and_are_clipped(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 4, 2), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    config = array_config("volume", tmp_path / "x.npy", **{"data.levels": 256, "data.channels": 2})
+    source = data.load(config.data)
+    np.testing.assert_array_equal(source.read([5, 2])["image"], x[[5, 2]])
+    assert data.find_normalizations(config.data, source) == {}
+    model, schedule = training.model_from_config(config), training.schedule_from_config(config.diffusion)
+    assert SamplingSetup(config, model, schedule, None).sampler().clip is True
+    config.data.levels = None
+    assert SamplingSetup(config, model, schedule, None).sampler().clip is False
+    config.data.update(normalization="limits", limits=(0.0, 1.0))
+    assert SamplingSetup(config, model, schedule, None).sampler().clip is True
+
+
+@pytest.mark.whole
+def test_every_sampler_draws_guided_vectors():
+    overrides = {**CONDITIONAL, "sampling.guidance_scale": 2.0, "sampling.steps": 8, "sampling.spacing": "log_snr"}
+    config = array_config("vectors", "", **overrides)
+    model, shape = training.model_from_config(config), SHAPES["vectors"]
+    schedule = training.schedule_from_config(config.diffusion)
+    params = initial_params(jax.random.key(0), model, shape)
+    condition = np.ones((2, 1), np.float32)
+    for name in sampler_config.SAMPLERS:
+        config.sampling.sampler = name
+        setup = SamplingSetup(config, model, schedule, None)
+        x_0 = setup.draw(params, None, jax.random.key(1), (2, *shape), condition=condition)
+        assert x_0.shape == (2, *shape) and np.isfinite(x_0).all(), name
