@@ -176,18 +176,22 @@ EDITING: dict[str, Leaf] = {
     ),
 }
 
+_IMAGE_METRICS = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization")
+_ARRAY_METRICS = ("energy_distance", "sliced_wasserstein", "marginal_histograms", "mean_and_covariance")
+_ARRAY_METRICS += ("power_spectrum", "autocorrelation")
+
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
     "data_dir": Leaf(
         "", Text(path=True), 'Directory of that split, for a folder, which has no splits; "" for `data.data_dir`.'
     ),
-    "num_examples": Leaf(0, Integer(0), "Number of images measured, the first of the split; 0 for all."),
-    "batch_size": Leaf(64, Integer(1), "Images that are measured at a time."),
+    "num_examples": Leaf(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
+    "batch_size": Leaf(64, Integer(1), "Examples that are measured at a time."),
     "strata": Leaf(
         None,
         optional(Integer(1)),
-        "Strata of the timesteps of the bound. None visits every timestep of every image; S visits the first and two in each "
-        "of S strata.",
+        "Strata of the timesteps of the bound. None visits every timestep of every example; S visits the first and two in "
+        "each of S strata.",
     ),
     "cdf": Leaf("exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."),
     "clip": Leaf(
@@ -199,12 +203,14 @@ EVALUATION: dict[str, Leaf] = {
     "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is measured."),
     "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
     "ode_dequantization": Leaf(
-        "uniform", Choice("uniform", "variational", "none"), "Dequantization of the ODE's likelihood."
+        None,
+        optional(Choice("uniform", "variational", "none")),
+        "Dequantization of the ODE's likelihood; None for uniform with gray levels, and none with continuous data.",
     ),
     "ode_trace": Leaf(
         "hutchinson",
         Choice("hutchinson", "exact"),
-        "How the divergence is computed; exact takes as many derivatives as an image has values.",
+        "How the divergence is computed; exact takes as many derivatives as an example has values.",
     ),
     "ode_tolerance": Leaf(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
     "likelihood": Leaf(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
@@ -214,8 +220,8 @@ EVALUATION: dict[str, Leaf] = {
     "features": Leaf(
         "",
         Text(),
-        'Feature extractor: inception, digits, or module:function (images to features); "" for digits on that data set, '
-        "otherwise inception.",
+        'Feature extractor: inception, digits, or module:function (examples to features); "" for digits on that data set, '
+        "none for continuous data, and otherwise inception.",
     ),
     "inception": Leaf(
         "",
@@ -228,19 +234,23 @@ EVALUATION: dict[str, Leaf] = {
         "How images are resized to Inception's 299 pixels: as TensorFlow's FID, pytorch-fid or clean-fid.",
     ),
     "metrics": Leaf(
-        ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization"),
-        Tuple(
-            Choice("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization"),
-            "names from fid, sfid, kid, is, precision_recall, density_coverage, memorization",
-            minimum_length=1,
-            shown="('fid',)",
-            bare=True,
+        None,
+        optional(
+            Tuple(
+                Choice(*_IMAGE_METRICS, *_ARRAY_METRICS),
+                f"names from {', '.join((*_IMAGE_METRICS, *_ARRAY_METRICS))}",
+                minimum_length=1,
+                shown="('fid',)",
+                bare=True,
+            )
         ),
-        "Metrics of samples. Use `evaluation.num_samples=0` for none.",
+        "Metrics of samples; None for all that suit the data. Images have those from fid to memorization, continuous data "
+        "those from memorization to autocorrelation, and with their own `evaluation.features` also fid, kid, "
+        "precision_recall and density_coverage. Use `evaluation.num_samples=0` for none.",
     ),
     "reference_split": Leaf("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Leaf(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),
     "every_samples": Leaf(1000, Integer(2), "Samples of the FID during training."),
-    "progressive_examples": Leaf(64, Integer(1), "Images of --mode=progressive."),
+    "progressive_examples": Leaf(64, Integer(1), "Examples of --mode=progressive."),
     "progressive_columns": Leaf(12, Integer(2), "Columns of the pictures of --mode=progressive."),
 }

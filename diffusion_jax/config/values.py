@@ -301,7 +301,7 @@ class Tuple:
 
     def hint(self, value: Any) -> str:
         try:
-            items = to_items(value)
+            items = self.parse(value) if self.bare and isinstance(value, str) else to_items(value)
         except ValueError:
             return ""
         for item in items:

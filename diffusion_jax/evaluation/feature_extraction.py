@@ -21,7 +21,7 @@ from diffusion_jax.data import Source
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.evaluation.feature_extractors import BatchFeatures, FeatureExtractor, compile_extractor
-from diffusion_jax.evaluation.image_sets import pixel_digest
+from diffusion_jax.evaluation.image_sets import pixel_digest, read_examples
 from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
 
 __all__ = ["CHUNK", "MAX_POOLED", "FeaturePipeline", "SetFeatures", "cache_directory"]
@@ -93,7 +93,7 @@ class FeaturePipeline:
         self._compute = compile_extractor(extractor, mesh)
 
     def __call__(self, images: np.ndarray) -> BatchFeatures:
-        """Features of images uint8 [N, H, W, C], which every process has.
+        """Features of images uint8 [N, H, W, C], or arrays float32 [N, *spatial, C], which every process has.
 
         Raises: ValueError for features that are not finite, or not [N, D].
         """
@@ -128,7 +128,7 @@ class FeaturePipeline:
         return features
 
     def extract_set(self, name: str, source: Source, directory: pathlib.Path) -> SetFeatures:
-        """Features of a source of images, cached below `directory`. name: of the source, for the progress bar."""
+        """Features of a source of images or arrays, cached below `directory`. name: of the source, for the progress bar."""
         count, num_chunks = len(source), -(-len(source) // CHUNK)
         with self._progress_bar(f"Reading {name}", count, 0) as bar:
             digest = broadcast_from_process_0(lambda: pixel_digest(source, CHUNK, bar.update))
@@ -142,7 +142,7 @@ class FeaturePipeline:
                 first, size = i * CHUNK, min(CHUNK, count - i * CHUNK)
 
                 def read(rows, first=first):
-                    return source.read(first + rows)["image"]
+                    return read_examples(source, first + rows)
 
                 features = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 cache.save(i, {kind: leaf for kind, leaf in features._asdict().items() if leaf is not None})

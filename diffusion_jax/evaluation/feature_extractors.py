@@ -118,8 +118,9 @@ def digits() -> FeatureExtractor:
 
 
 def from_function(function: Callable, name: str, digest: str) -> FeatureExtractor:
-    """An extractor of a function images uint8 [B, H, W, C] -> features [B, D], which is not compiled.
+    """An extractor of a function examples -> features [B, D], which is not compiled.
 
+    function: takes images uint8 [B, H, W, C], or continuous data float32 [B, *spatial, C] in the units of the data.
     digest: must change whenever the features would.
     """
     return FeatureExtractor(name, digest, lambda _, images: BatchFeatures(function(images)), compiles=False)

@@ -16,7 +16,7 @@ from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
 
-__all__ = ["ImageSet", "NpzImages", "Statistics", "UnresizedFolder", "open_image_set", "pixel_digest"]
+__all__ = ["ImageSet", "NpzImages", "Statistics", "UnresizedFolder", "open_image_set", "pixel_digest", "read_examples"]
 
 
 class Statistics(NamedTuple):
@@ -178,11 +178,17 @@ def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     return Statistics(Moments(values["mu"], values["sigma"], 0), spatial), has_images
 
 
+def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:
+    """The examples of a source: images uint8, or arrays float32 in the units of the data."""
+    batch = source.read(indices)
+    return batch["image"] if "image" in batch else np.asarray(batch["x"], np.float32)
+
+
 def pixel_digest(source: data.Source, chunk: int, progress: Callable[[int], None]) -> str:
-    """SHA-256 of the pixels of a source, read `chunk` images at a time. progress: called with the number of read images."""
+    """SHA-256 of the values of a source, read `chunk` examples at a time. progress: called with the number of read ones."""
     digest = hashlib.sha256()
     for start in range(0, len(source), chunk):
-        images = source.read(np.arange(start, min(start + chunk, len(source))))["image"]
+        images = read_examples(source, np.arange(start, min(start + chunk, len(source))))
         digest.update(repr(images.shape[1:]).encode())
         digest.update(np.ascontiguousarray(images).data)
         progress(start + len(images))

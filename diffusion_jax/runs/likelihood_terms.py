@@ -1,12 +1,13 @@
-"""The terms of the variational bound on images of a split, measured in batches over all devices."""
+"""The terms of the variational bound on examples of a split, measured in batches over all devices."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +15,39 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, likelihood
+from diffusion_jax import data, likelihood, models
+from diffusion_jax.config import is_continuous
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
-from diffusion_jax.runs.data_source import check_source, rename_leaves_in_errors
+from diffusion_jax.runs.data_source import check_source, normalize, rename_leaves_in_errors
 from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.training.from_config import condition_shape
 
-__all__ = ["LikelihoodRun", "Terms", "mean_and_standard_error", "rate_distortion"]
+__all__ = [
+    "LikelihoodRun",
+    "Terms",
+    "mean_and_standard_error",
+    "noun_of",
+    "rate_distortion",
+]
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
+_NUM_HASHED_EXAMPLES = 64
 
 
 class Terms(NamedTuple):
-    """Terms of the bound in bits per dimension.
+    """Terms of the bound in bits per dimension; of continuous data, those of the density in the units of the data.
 
-    examples: {"total", "prior", "decoder", and "ode" if it is measured: [N]}. counts [T]: images at each timestep. means,
-    standard_errors: {"vlb", "mse", "x_0_mse": [T]} over those, NaN for too few images.
+    examples: {"total", "prior", "decoder", and "ode" if it is measured: [N]}. counts [T]: examples at each timestep. means,
+    standard_errors: {"vlb", "mse", "x_0_mse": [T]} over those, NaN for too few examples; mse and x_0_mse are of standardized
+    data.
     """
 
     examples: dict[str, np.ndarray]
@@ -46,31 +57,63 @@ class Terms(NamedTuple):
 
 
 class LikelihoodRun:
-    """The newest weights of a run, and the images of `evaluation.split` whose likelihood is measured."""
+    """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
-        """Raises: UserError, DataError, PretrainedError."""
+    source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives.
+    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the ODE, None
+    without it.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None):
+        """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, workdir
+        self.dequantization = _resolve_dequantization(config) if options.ode else None
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.step, self.params = self.trained.weights
-        self.source = _load_source(config)
-        check_source(config, self.source)
+        loaded = _load_source(config, source)
+        check_source(config, loaded)
+        given = source is not None
+        self.dataset = type(source).__name__ if given else config.data.dataset
+        self.split: str | None = None if given else options.split
+        self.source = normalize(config, loaded, self.trained.normalizations)
+        self.standardization_bits = 0.0
+        if is_continuous(config) and "x" in self.trained.normalizations:
+            scale = self.trained.normalizations["x"].scale
+            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
+        self._given_digest = None if not given else _digest_of_some(self.source)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels. Raises: DataError for images with other gray levels than `data.levels`."""
-        batch = self.source.read(indices)
-        data.check_levels(batch["image"], self.config.data.levels)
-        return batch["image"], batch.get("label", np.zeros(len(indices), np.int32))
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch: "image" or "x", "label", and "condition" if the network takes one.
 
-    def denoise_fn(self, params, labels, convolution: str | None = None) -> Callable:
-        """The network as a function of x_t and time. convolution: replaces that of the model."""
-        model = self.trained.model.clone(convolution=convolution or self.trained.model.convolution)
-        y = labels if self.config.model.num_classes else None
-        return lambda x_t, time: model.apply({"params": params}, x_t, time, y)
+        Raises: DataError for images with other gray levels than `data.levels`, or values that are not finite.
+        """
+        batch = dict(self.source.read(indices))
+        if "image" in batch:
+            data.check_levels(batch["image"], self.config.data.levels)
+        batch.setdefault("label", np.zeros(len(indices), np.int32))
+        return {name: batch[name] for name in self._batch_shapes()}
+
+    def _batch_shapes(self) -> dict[str, Any]:
+        """The shape and type of an example's arrays."""
+        shape, condition = data.example_shape(self.config.data), condition_shape(self.config)
+        name, dtype = ("x", jnp.float32) if is_continuous(self.config) else ("image", jnp.uint8)
+        shapes = {name: jax.ShapeDtypeStruct(shape, dtype), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+        if condition is not None:
+            shapes["condition"] = jax.ShapeDtypeStruct(condition, jnp.float32)
+        return shapes
+
+    def denoise_fn(self, params, batch, convolution: str | None = None) -> Callable:
+        """The network for a batch, as a function of x_t and time. convolution: replaces that of a U-Net."""
+        model = self.trained.model
+        if convolution and isinstance(model, models.UNet):
+            model = model.clone(convolution=convolution)
+        y = batch["label"] if self.config.model.num_classes else None
+        condition = {"condition": batch["condition"]} if "condition" in batch else {}
+        return lambda x_t, time: model.apply({"params": params}, x_t, time, y, **condition)
 
     def measure(self, num_examples: int, ode: bool) -> tuple[Terms, ChunkStore]:
-        """The terms of the first `num_examples` images.
+        """The terms of the first `num_examples` examples.
 
         Every batch is kept, so that a rerun continues after the last one; the caller deletes them when all files are written.
         Raises: UserError, also if the ODE solver fails.
@@ -87,16 +130,16 @@ class LikelihoodRun:
             if missing:
                 log("Compiling the bound and measuring the first batch ...")
             for i in watch_batches(missing, self.config.training.stall_timeout):
-                # The last batch is padded with copies of its last image, which are dropped again.
-                images, labels = self.read(np.minimum(i * batch_size + own_rows, num_examples - 1))
-                placed = [jax.make_array_from_process_local_data(by_rows, array) for array in (images, labels)]
-                out = compiled(self.params, np.uint32(options.seed), np.int32(i), *placed)
+                # The last batch is padded with copies of its last example, which are dropped again.
+                batch = self.read(np.minimum(i * batch_size + own_rows, num_examples - 1))
+                placed = {name: jax.make_array_from_process_local_data(by_rows, array) for name, array in batch.items()}
+                out = compiled(self.params, np.uint32(options.seed), np.int32(i), placed)
                 out = multihost_utils.process_allgather(out, tiled=True)
                 kept = {key: np.asarray(value)[: num_examples - i * batch_size] for key, value in out.items()}
-                chunks.save(i, **_sum_over_images(kept, num_timesteps))
+                chunks.save(i, **_sum_over_examples(kept, num_timesteps))
                 bar.update(min((i + 1) * batch_size, num_examples))
         multihost_utils.sync_global_devices("likelihood chunks written")
-        terms = _join([chunks.load(i) for i in range(num_batches)])
+        terms = _add_to_density(_join([chunks.load(i) for i in range(num_batches)]), self.standardization_bits)
         multihost_utils.sync_global_devices("likelihood chunks read")
         if "ode" in terms.examples and not np.isfinite(terms.examples["ode"]).all():
             if jax.process_index() == 0:
@@ -104,33 +147,33 @@ class LikelihoodRun:
             num_failed = (~np.isfinite(terms.examples["ode"])).sum()
             raise UserError(
                 f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
-                f"for {num_failed} of {num_examples} images; try a larger one"
+                f"for {num_failed} of {num_examples} {noun_of(self.config)}; try a larger one"
             )
         return terms, chunks
 
     def batch_size(self, num_examples: int) -> int:
-        """`evaluation.batch_size`, capped at the number of images, rounded up to a multiple of the devices."""
+        """`evaluation.batch_size`, capped at the number of examples, rounded up to a multiple of the devices."""
         devices = self.trained.mesh.size
         return -(-min(self.config.evaluation.batch_size, num_examples) // devices) * devices
 
     def _compile(self, batch_size: int, ode: bool) -> Callable:
         by_rows, replicated = sharding.batch_sharding(self.trained.mesh), sharding.replicated(self.trained.mesh)
         bound = self._bound(ode)
-        batch = (
-            jax.ShapeDtypeStruct((batch_size, *data.example_shape(self.config.data)), jnp.uint8),
-            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        )
+        batch = {
+            name: jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype)
+            for name, row in self._batch_shapes().items()
+        }
         with as_user_error("config.evaluation"):
-            jax.eval_shape(bound, self.params, np.uint32(0), np.int32(0), *batch)
+            jax.eval_shape(bound, self.params, np.uint32(0), np.int32(0), batch)
         return jax.jit(
             bound,
-            in_shardings=(replicated, replicated, replicated, by_rows, by_rows),
+            in_shardings=(replicated, replicated, replicated, by_rows),
             out_shardings=by_rows,
             compiler_options=compiler.options(),
         )
 
     def _bound(self, ode: bool) -> Callable:
-        """(params, seed, batch index, images uint8, labels) -> {"total", ..., "t", the tables, "ode"}, not yet compiled."""
+        """(params, seed, batch index, batch) -> {"total", ..., "t", the tables, "ode"}, not yet compiled."""
         options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.trained.schedule
         parameterization = {
             "prediction": diffusion.prediction,
@@ -138,13 +181,13 @@ class LikelihoodRun:
             "gray_levels": self.config.data.levels,
         }
 
-        def bound(params, seed, batch, images, labels):
-            key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), batch))
-            x_0 = to_model_range(images)
+        def bound(params, seed, index, batch):
+            key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+            x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
             bits = likelihood.bits_per_dim(
                 key_bound,
                 schedule,
-                self.denoise_fn(params, labels),
+                self.denoise_fn(params, batch),
                 x_0,
                 clip=bool(resolve_clip(self.config, "evaluation")),
                 cdf=options.cdf,
@@ -157,9 +200,9 @@ class LikelihoodRun:
                     key_ode,
                     schedule,
                     # The trace takes forward-mode derivatives, which the convolution as products does not have.
-                    self.denoise_fn(params, labels, convolution="xla"),
+                    self.denoise_fn(params, batch, convolution="xla"),
                     x_0,
-                    dequantization=options.ode_dequantization,
+                    dequantization=self.dequantization or "none",
                     trace=options.ode_trace,
                     tolerance=options.ode_tolerance,
                     **parameterization,
@@ -170,7 +213,11 @@ class LikelihoodRun:
 
     def _digest(self, num_examples: int, batch_size: int, ode: bool) -> str:
         options = to_dict(self.config.evaluation) | {"clip": resolve_clip(self.config, "evaluation")}
+        options["ode_dequantization"] = self.dequantization
+        constants = {name: value.to_json() for name, value in self.trained.normalizations.items()}
         return options_digest(
+            constants,
+            self._given_digest,
             {key: value for key, value in options.items() if not key.startswith("progressive")},
             to_dict(self.config.data),
             ode,
@@ -181,8 +228,38 @@ class LikelihoodRun:
         )
 
 
-def _load_source(config: ConfigDict):
-    """The images of `evaluation.split` and `evaluation.data_dir`. Raises: DataError."""
+def noun_of(config: ConfigDict) -> str:
+    """What the examples of a config are called in messages."""
+    return "examples" if is_continuous(config) else "images"
+
+
+def _resolve_dequantization(config: ConfigDict) -> str:
+    """`evaluation.ode_dequantization`; None follows the data. Raises: UserError if it contradicts the data."""
+    dequantization = config.evaluation.ode_dequantization
+    if not is_continuous(config):
+        return dequantization or "uniform"
+    if dequantization not in (None, "none"):
+        raise UserError(
+            f"evaluation.ode_dequantization={dequantization!r} is for data of gray levels; use None or 'none' for continuous "
+            "data (data.levels=None)"
+        )
+    return "none"
+
+
+def _digest_of_some(source: data.Source) -> str:
+    """SHA-256 of the arrays of up to 64 examples."""
+    indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
+    digest = hashlib.sha256(str(len(source)).encode())
+    for name, array in sorted(source.read(indices).items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _load_source(config: ConfigDict, source: data.Source | None) -> data.Source:
+    """The examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError."""
+    progress = progress_over(f"Reading the {noun_of(config)}")
+    if source is not None:
+        return data.load(config.data, progress, source=source)
     options, renamed = config.evaluation, {"data.split": "evaluation.split"}
     location = ConfigDict({**config.data, "split": options.split})
     if options.data_dir:
@@ -194,7 +271,7 @@ def _load_source(config: ConfigDict):
             "to use others."
         )
     with rename_leaves_in_errors(renamed):
-        return data.load(location, progress_over("Reading the images"))
+        return data.load(location, progress)
 
 
 def _import_ode_likelihood():
@@ -206,8 +283,8 @@ def _import_ode_likelihood():
     return ode_likelihood
 
 
-def _sum_over_images(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
-    """The numbers of a batch, with its tables summed over the images, float64 [T]."""
+def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
+    """The numbers of a batch, with its tables summed over the examples, float64 [T]."""
     chunk = {key: out[key] for key in _EXAMPLE_TERMS if key in out}
     t = out["t"].ravel()
     chunk["count"] = np.bincount(t, minlength=num_timesteps)
@@ -237,12 +314,26 @@ def _join(chunks: list[dict[str, np.ndarray]]) -> Terms:
     return Terms(examples, counts, means, standard_errors)
 
 
-def rate_distortion(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rate (bits per dimension) and distortion (RMSE, 0-255) [T], interpolated at timesteps without images."""
+def _add_to_density(terms: Terms, bits: float) -> Terms:
+    """The terms with bits per dimension added to those of a density of x_0, which are the decoder's and the ODE's."""
+    if not bits:
+        return terms
+    densities = ("total", "decoder", "ode")
+    examples = {name: values + bits if name in densities else values for name, values in terms.examples.items()}
+    vlb = terms.means["vlb"].copy()
+    vlb[0] += bits
+    return terms._replace(examples=examples, means={**terms.means, "vlb": vlb})
+
+
+def rate_distortion(terms: Terms, continuous: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Mean rate (bits per dimension) and distortion [T], interpolated at timesteps without examples.
+
+    The distortion is a root mean squared error: on the scale 0-255, or of standardized data if they are continuous.
+    """
     measured, all_steps = np.flatnonzero(terms.counts), np.arange(len(terms.counts))
     vlb, x_0_mse = (np.interp(all_steps, measured, terms.means[name][measured]) for name in ("vlb", "x_0_mse"))
     rate, distortion = likelihood.rate_distortion(terms.examples["prior"].mean(), vlb, x_0_mse)
-    return np.asarray(rate), np.asarray(distortion)
+    return np.asarray(rate), np.sqrt(x_0_mse) if continuous else np.asarray(distortion)
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[float, float | None]:

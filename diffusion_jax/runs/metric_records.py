@@ -14,10 +14,12 @@ __all__ = ["add_record", "differing_settings", "read_likelihood", "read_records"
 
 # Two records with equal values of these keys are of the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
+# Dictionaries with an entry for each metric of arrays.
+_OF_EACH_METRIC = ("definitions", "files")
 
 
 def read_likelihood(path: pathlib.Path) -> dict[str, Any] | None:
-    """The bits per dimension of a likelihood.json and the weights they are of; None if there is no file.
+    """The bits (and nats) per dimension of a likelihood.json and the weights they are of; None if there is no file.
 
     Raises: ValueError for another file.
     """
@@ -30,7 +32,7 @@ def read_likelihood(path: pathlib.Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} is not a valid likelihood.json ({error!r}); run --mode=evaluate again, or move the file away"
         ) from None
-    return kept | {key: value for key, value in report.items() if "bits_per_dim" in key and value is not None}
+    return kept | {key: value for key, value in report.items() if "_per_dim" in key and value is not None}
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
@@ -41,7 +43,11 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
             earlier |= old
         else:
             records.append(old)
-    write_text(path, json.dumps([*records, earlier | dict(record)], indent=2, allow_nan=False) + "\n")
+    merged = earlier | dict(record)
+    for key in _OF_EACH_METRIC:
+        if isinstance(earlier.get(key), dict) and isinstance(record.get(key), dict):
+            merged[key] = earlier[key] | record[key]
+    write_text(path, json.dumps([*records, merged], indent=2, allow_nan=False) + "\n")
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:

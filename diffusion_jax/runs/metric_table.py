@@ -10,6 +10,8 @@ from diffusion_jax.runs.metric_records import differing_settings, read_likelihoo
 
 __all__ = ["format_table", "read_runs"]
 
+# Endings of entries that describe a metric, and are no metrics.
+_NOT_METRICS = ("_std", "_standard_error", "_same_law", "_limit", "_frequency")
 _FIRST_SETTINGS = ("step", "weights", "sampler", "steps", "features", "num_samples")
 _Record = dict[str, Any]
 
@@ -35,7 +37,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[tuple[pathlib.Path, _Record]],
 
 
 def _add_likelihood(records: list[_Record], likelihood: Mapping[str, Any]) -> list[_Record]:
-    bits = {key: value for key, value in likelihood.items() if "bits_per_dim" in key}
+    bits = {key: value for key, value in likelihood.items() if "_per_dim" in key}
     has_same_weights = [
         all(record.get(key) == likelihood.get(key) for key in ("step", "weights")) for record in records
     ]
@@ -66,7 +68,7 @@ def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -
     if "samples" in row:
         row["samples"] = pathlib.Path(row["samples"]).name
     for key, value in record.items():
-        if isinstance(value, float) and not key.endswith(("_std", "_standard_error")):
+        if isinstance(value, float) and not key.endswith(_NOT_METRICS):
             error = record.get(f"{key}_standard_error")
             row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
     if "memorization" in record:

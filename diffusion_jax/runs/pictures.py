@@ -107,14 +107,17 @@ def _save_figure(path: pathlib.Path, figure) -> None:
         figure.savefig(temporary, format="png")
 
 
-def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
-    """The terms of the bound [T] in bits per dimension against t, both on logarithmic axes (Improved DDPM figure 2)."""
+def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> None:
+    """The terms of the bound [T] against t, both on logarithmic axes (Improved DDPM figure 2).
+
+    An L_0 of continuous data, which may be negative, is shown at the bottom of the axis.
+    """
     figure, axes = _axes(f"Terms of the variational bound: {title}")
     t = np.arange(1, len(vlb) + 1)
     seen = np.isfinite(vlb) & (vlb > 0)
     seen[0] = False
     axes.plot(t[seen], vlb[seen], linewidth=1.2, label="transitions $L_{t-1}$")
-    axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel="bits per dimension")
+    axes.set(xscale="log", yscale="log", xlabel="t (1 is the cleanest)", ylabel=unit)
     # An L_0 near 0 would stretch the logarithmic axis without limit, so an arrow at the bottom represents it.
     bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
     above = bool(vlb[0] >= bottom)
@@ -134,13 +137,22 @@ def plot_terms(path: pathlib.Path, vlb: np.ndarray, title: str) -> None:
 
 
 def plot_rate_distortion(
-    path: pathlib.Path, rate: np.ndarray, distortion: np.ndarray, lossless: float, title: str
+    path: pathlib.Path,
+    rate: np.ndarray,
+    distortion: np.ndarray,
+    lossless: float | None,
+    title: str,
+    units: tuple[str, str] = ("bits per dimension", "0-255"),
 ) -> None:
-    """Root mean squared error (0-255) against rate in bits per dimension (DDPM figure 5), and the lossless rate."""
+    """Root mean squared error against rate (DDPM figure 5), and the lossless rate, None if no code is lossless.
+
+    units: of the rate and of the distortion.
+    """
     figure, axes = _axes(f"Rate and distortion: {title}")
     axes.plot(rate, distortion, linewidth=1.5, label="progressive code")
-    axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} bits per dimension")
-    axes.set(xlabel="rate (bits per dimension)", ylabel="distortion (RMSE, 0-255)", xlim=(0, None), ylim=(0, None))
+    if lossless is not None:
+        axes.axvline(lossless, color="tab:red", linestyle="--", label=f"lossless: {lossless:.3f} {units[0]}")
+    axes.set(xlabel=f"rate ({units[0]})", ylabel=f"distortion (RMSE, {units[1]})", xlim=(0, None), ylim=(0, None))
     axes.legend()
     _save_figure(path, figure)
 

@@ -1,4 +1,7 @@
-"""`--mode=evaluate`, second part: FID and other metrics of samples, written to metrics.json."""
+"""`--mode=evaluate`, second part: FID and other metrics of samples, written to metrics.json.
+
+Samples that are no images have metrics without features (`named_array_metrics`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -14,50 +18,61 @@ from diffusion_jax.config import is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import feature_extractors, image_sets, named_metrics
+from diffusion_jax.evaluation import array_sets, feature_extractors, image_sets, named_array_metrics, named_metrics
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.array_set_metrics import ArraySets, FeatureOptions, record_array_metrics
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
     check_evaluation_options,
     features_cache,
+    has_array_metrics,
     lacks_inception,
     load_extractor,
     load_reference,
+    resolve_metrics,
 )
 from diffusion_jax.runs.metric_records import differing_settings, read_records, record_settings
 from diffusion_jax.runs.sample_files import SampleFile, read_settings
 from diffusion_jax.runs.set_metrics import record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
+from diffusion_jax.training.from_config import condition_shape
 
 __all__ = ["run"]
 
+_BLOCK = 1024
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Measures `evaluation.num_samples` samples against the reference images; draws them unless they exist already.
 
+def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+    """Measures `evaluation.num_samples` samples against the reference; draws them unless they exist already.
+
+    source: takes the place of the reference, in the units of the data.
     Raises: UserError, DataError, PretrainedError.
     """
     config = resolve(config)
     check_evaluation_options(config)
     if not config.evaluation.num_samples or _is_skipped(config):
         return
-    options, extractor = config.evaluation, load_extractor(config)
+    if has_array_metrics(config):
+        _run_of_arrays(config, workdir, source)
+    else:
+        _run_of_images(config, workdir, source)
+    write_config_if_untrained(config, workdir)
+
+
+def _run_of_images(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None) -> None:
+    options, extractor, metric_names = config.evaluation, load_extractor(config), resolve_metrics(config)
     with as_user_error("config.evaluation"):
         feature_extractors.feature_dimension(extractor, data.example_shape(config.data))
-    reference = load_reference(config)
-    minimum = max(named_metrics.MIN_IMAGES[metric] for metric in options.metrics)
-    if options.num_samples < minimum:
-        raise UserError(
-            f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}"
-        )
+    reference = load_reference(config, source)
+    _check_number(config, max(named_metrics.MIN_IMAGES[metric] for metric in metric_names))
     file = _draw_samples(config, workdir)
     try:
         record_metrics(
             reference,
             image_sets.ImageSet(str(file.path), image_sets.NpzImages(file.path)),
             extractor,
-            options.metrics,
+            metric_names,
             sharding.make_mesh(config.mesh),
             options.batch_size,
             workdir / "metrics.json",
@@ -68,7 +83,65 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise UserError(f"the samples cannot be measured: {error}") from error
     if jax.process_index() == 0:
         _plot_against_steps(workdir, named_metrics.reported_name("fid", extractor))
-    write_config_if_untrained(config, workdir)
+
+
+def _run_of_arrays(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None) -> None:
+    options, metric_names = config.evaluation, resolve_metrics(config)
+    features = None
+    if options.features:
+        extractor, mesh = load_extractor(config), sharding.make_mesh(config.mesh)
+        features = FeatureOptions(extractor, mesh, options.batch_size, features_cache(workdir))
+    name, loaded, _ = load_reference(config, source)
+    assert loaded is not None  # a data set, not a file of statistics
+    minimums = named_array_metrics.MIN_EXAMPLES | named_metrics.MIN_IMAGES
+    minimum = max(minimums[metric] for metric in metric_names)
+    if len(loaded) < minimum:
+        raise UserError(
+            f"{name} has {len(loaded)} examples: these metrics need at least {minimum} (evaluation.metrics)"
+        )
+    _check_number(config, minimum)
+    reference = array_sets.EvenRows(loaded, array_sets.MAX_EXAMPLES)
+    file = _draw_samples(config, workdir, _reference_conditions(config, reference))
+    normalization = file.trained.normalizations.get("x")
+    settings = _settings(config, file)
+    if condition_shape(config) is not None:
+        settings["conditions"] = config.sampling.conditions or f"those of the examples of {name}"
+    try:
+        samples = array_sets.EvenRows(array_sets.NpzArrays(file.path), array_sets.MAX_EXAMPLES)
+        record_array_metrics(
+            ArraySets(name, reference, str(file.path), samples, normalization),
+            metric_names,
+            options.seed,
+            workdir / "metrics.json",
+            settings,
+            features,
+            periodic=config.model.get("padding") == "periodic",
+        )
+    except ValueError as error:
+        raise UserError(f"the samples cannot be measured: {error}") from error
+    if jax.process_index() == 0:
+        _plot_against_steps(workdir, "energy_distance")
+
+
+def _check_number(config: ConfigDict, minimum: int) -> None:
+    """Raises: UserError for too few samples."""
+    if config.evaluation.num_samples < minimum:
+        raise UserError(
+            f"evaluation.num_samples={config.evaluation.num_samples} is too few: these metrics need at least {minimum}"
+        )
+
+
+def _reference_conditions(config: ConfigDict, reference: data.Source) -> np.ndarray | None:
+    """The conditions of samples without `sampling.conditions`: those of the reference, in the units of the data.
+
+    Sample i has that of example i, where there are as many samples as examples; fewer samples have those of examples that
+    are evenly spread.
+    """
+    if condition_shape(config) is None or config.sampling.conditions:
+        return None
+    rows = array_sets.EvenRows(reference, config.evaluation.num_samples)
+    starts = range(0, len(rows), _BLOCK)
+    return np.concatenate([rows.read(np.arange(i, min(i + _BLOCK, len(rows))))["condition"] for i in starts])
 
 
 def _is_skipped(config: ConfigDict) -> bool:
@@ -85,12 +158,12 @@ def _is_skipped(config: ConfigDict) -> bool:
     return False
 
 
-def _draw_samples(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
+def _draw_samples(config: ConfigDict, workdir: pathlib.Path, conditions: np.ndarray | None = None) -> SampleFile:
     """The samples of `evaluation.num_samples`, drawn by all processes unless the file exists."""
     sampling_config = ConfigDict(to_dict(config))
     options = config.evaluation
     sampling_config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
-    file = SampleFile(sampling_config, workdir)
+    file = SampleFile(sampling_config, workdir, **({} if conditions is None else {"conditions": conditions}))
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     return file

@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     if config.init_from and not _checkpoint_steps(workdir):
         initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
-    training_fid = TrainingFid(config, workdir, fid_sampler) if fid_sampler else None
+    training_fid = TrainingFid(config, workdir, fid_sampler, source) if fid_sampler else None
     preview = None
     if preview_sampler:
         preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax import data
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, named_metrics
@@ -17,6 +18,7 @@ from diffusion_jax.runs.console import ProgressBar
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
     features_cache,
+    has_array_metrics,
     lacks_inception,
     load_extractor,
     load_reference,
@@ -31,15 +33,26 @@ class TrainingFid:
     name: of the metric, with the number of samples and steps, on which the distance depends.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler):
-        """Computes the features of the reference. Raises: UserError, DataError, PretrainedError."""
+    def __init__(
+        self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler, source: data.Source | None = None
+    ):
+        """Computes the features of the reference.
+
+        source: the training data, if a caller gives them in place of `config.data`. Raises: UserError, DataError,
+        PretrainedError.
+        """
         options = config.evaluation
+        if has_array_metrics(config) and not options.features:
+            raise UserError(
+                f"evaluation.every={options.every} logs a Frechet distance of features, which these data do not have: set "
+                "evaluation.features=module:function, or evaluation.every=0"
+            )
         if lacks_inception(config):
             raise UserError(f"evaluation.every needs {HOW_TO_GET_INCEPTION}")
         extractor, self._seed, self._num_samples = load_extractor(config), options.seed, options.every_samples
         self._batch_sampler = batch_sampler
         self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
-        reference = load_reference(config)
+        reference = load_reference(config, None if options.reference_split else source)
         assert reference.images is not None  # a data set, not a file of statistics
         try:
             features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
@@ -53,6 +66,6 @@ class TrainingFid:
         """The distance for these parameters. Every call draws with the same random numbers."""
         num_batches = -(-self._num_samples // self._batch_sampler.batch_size)
         batches = [self._batch_sampler(params, self._seed, i) for i in range(num_batches)]
-        images = np.concatenate(batches)[: self._num_samples]
-        chunks = (self._extraction(images[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
+        samples = np.concatenate(batches)[: self._num_samples]
+        chunks = (self._extraction(samples[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
         return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))

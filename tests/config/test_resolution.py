@@ -149,7 +149,8 @@ def test_training_takes_a_partial_mapping():
 
 def test_a_config_of_version_0_1_is_translated():
     stored = json.loads(config.default().to_json())
-    stored["evaluation"]["ode_dequantisation"] = stored["evaluation"].pop("ode_dequantization")
+    del stored["evaluation"]["ode_dequantization"]
+    stored["evaluation"]["ode_dequantisation"] = "uniform"
     stored["evaluation"]["metrics"] = ["fid", "memorisation"]
     stored["editing"]["task"] = "colourise"
     resolved = config.resolve(config.migrate(stored))

@@ -1,0 +1,146 @@
+"""The metrics of arrays by name: which suit the data, and their values, also of sets that are read when needed."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+from diffusion_jax.evaluation import array_sets, array_statistics, named_array_metrics
+from diffusion_jax.evaluation.example_blocks import LazyExamples
+from diffusion_jax.evaluation.named_array_metrics import ARRAY_METRICS, compare_arrays, suitable_metrics
+
+KEY = jax.random.key(0)
+
+
+def series(seed, n=200, slope=0.8, length=16):
+    """Stationary series of an AR(1) process and independent noise, [n, length, 2]."""
+    rng = np.random.default_rng(seed)
+    x = np.empty((n, length, 2))
+    x[:, 0] = rng.standard_normal((n, 2))
+    for i in range(1, length):
+        x[:, i, 0] = slope * x[:, i - 1, 0] + math.sqrt(1 - slope**2) * rng.standard_normal(n)
+        x[:, i, 1] = rng.standard_normal(n)
+    return x.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def same():
+    return compare_arrays(KEY, series(1), series(2), ARRAY_METRICS)
+
+
+def test_equal_laws_are_within_their_limits(same):
+    values = same.values
+    for name in ("mean", "covariance", "power_spectrum", "autocorrelation"):
+        limit = values["mean_and_covariance_z_limit" if name in ("mean", "covariance") else f"{name}_z_limit"]
+        assert abs(values[f"{name}_z"]) < limit + 0.5, name
+    assert abs(values["energy_distance"]) < 4 * values["energy_distance_standard_error"]
+    for name in ("sliced_wasserstein", "histogram_distance"):
+        assert values[name] < 1.5 * values[f"{name}_same_law"]
+    assert values["memorization"]["close_share"] < 0.05
+    json.dumps(values, allow_nan=False)
+
+
+def test_a_wrong_spectrum_is_found_where_it_is(same):
+    """Of a process with the same mean and covariance at one position."""
+    found = compare_arrays(KEY, series(1), series(3, slope=0.5), ARRAY_METRICS).values
+    for name in ("power_spectrum", "autocorrelation"):
+        assert abs(found[f"{name}_z"]) > 2 * found[f"{name}_z_limit"] and found[f"{name}_channel"] == 0, name
+    assert found["autocorrelation_lag"] <= 3 and found["autocorrelation_deviation"] < -0.2
+    assert found["sliced_wasserstein"] > same.values["sliced_wasserstein"]
+    assert abs(found["covariance_z"]) < found["mean_and_covariance_z_limit"] + 1
+
+
+def test_a_shift_and_a_scale_are_found():
+    x, y = series(1), series(2) * np.float32(1.2) + np.array([0, 0.5], np.float32)
+    values = compare_arrays(KEY, x, y, ("mean_and_covariance", "marginal_histograms")).values
+    assert values["mean_channel"] == 1 and values["mean_deviation"] == pytest.approx(0.5, abs=0.1)
+    assert values["covariance_channels"] == [1, 1] and values["covariance_deviation"] == pytest.approx(0.44, abs=0.15)
+    moments = [array_statistics.mean_and_covariance(part).mean for part in (x, y)]
+    error = np.hypot(moments[0].standard_error[1], moments[1].standard_error[1])
+    assert values["mean_deviation_standard_error"] == pytest.approx(error)
+    assert values["mean_z"] == pytest.approx(values["mean_deviation"] / error)
+    assert values["histogram_distance_channel"] == 1
+
+
+def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
+    x, y = series(1), 1.5 * series(2)
+    values = compare_arrays(KEY, x, y, ("power_spectrum",)).values
+    one, other = (array_statistics.power_spectrum(part) for part in (x, y))
+    shell = int(np.argmin(np.abs(one.frequencies - values["power_spectrum_frequency"])))
+    at = shell, values["power_spectrum_channel"]
+    ratio = other.value[at] / one.value[at]
+    assert values["power_spectrum_deviation"] == pytest.approx(ratio - 1)
+    relative = [part.standard_error[at] / part.value[at] for part in (one, other)]
+    assert values["power_spectrum_deviation_standard_error"] == pytest.approx(ratio * np.hypot(*relative))
+
+
+@pytest.mark.parametrize("count", [1, 20, 500])
+def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
+    rng, limit = np.random.default_rng(0), named_array_metrics._largest_z(count)
+    exceeded = np.mean(np.abs(rng.standard_normal((4000, count))).max(axis=1) > limit)
+    assert exceeded == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
+
+
+def test_copies_of_the_data_are_found():
+    x = series(1)
+    copies = np.concatenate([series(2, 100), x[50:150]])
+    found = compare_arrays(KEY, x, copies, ("memorization",))
+    assert 0.5 <= found.values["memorization"]["close_share"] < 0.55
+    np.testing.assert_array_equal(found.neighbors.indices[100:, 0], np.arange(50, 150))
+    np.testing.assert_array_equal(found.neighbor_samples, np.arange(200))
+
+
+def test_one_far_sample_does_not_hide_the_others():
+    x, y = series(1), series(2) + np.float32(1)
+    y[0] = 1e6
+    assert compare_arrays(KEY, x, y, ("marginal_histograms",)).values["histogram_distance"] > 0.3
+
+
+def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
+    """The same numbers as of arrays in memory, of evenly spread examples."""
+    x, y = (300 + 10 * series(seed) for seed in (1, 2))
+    constants = data.Normalization((300.0, 300.0), (10.0, 10.0))
+
+    class Rows:
+        def __init__(self, x):
+            self.x = x
+
+        def __len__(self):
+            return len(self.x)
+
+        def read(self, indices):
+            return {"x": self.x[indices]}
+
+    monkeypatch.setattr(named_array_metrics, "_ENERGY_EXAMPLES", 50)
+    monkeypatch.setattr(named_array_metrics, "_NEIGHBOR_BYTES", 100 * 4 * 32)
+    monkeypatch.setattr(named_array_metrics, "_MAX_COVARIANCE_CHANNELS", 1)
+    in_memory = [array_sets.standardize(Rows(part), constants) for part in (x, y)]
+    monkeypatch.setattr(array_sets, "_MAX_BYTES_IN_MEMORY", 1000)
+    lazy = [array_sets.standardize(Rows(part), constants) for part in (x, y)]
+    assert all(isinstance(part, LazyExamples) for part in lazy)
+    np.testing.assert_allclose(in_memory[0], series(1), atol=1e-4)
+    found = [compare_arrays(KEY, *sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]
+    assert found[0] == found[1]
+    values = found[0]
+    assert values["energy_distance_num_examples"] == [50, 50] and values["mean_and_covariance_num_channels"] == 1
+    assert values["memorization"]["num_reference"] == values["memorization"]["num_samples"] == 100
+    np.testing.assert_array_equal(array_sets.select(x, 50), x[::4])
+
+
+def test_metrics_suit_the_shape():
+    assert "power_spectrum" not in suitable_metrics(0, False) and "autocorrelation" in suitable_metrics(1, False)
+    assert "autocorrelation" not in suitable_metrics(2, False) and "power_spectrum" in suitable_metrics(3, False)
+    assert "fid" in suitable_metrics(0, True) and "fid" not in suitable_metrics(0, False)
+    assert named_array_metrics.DEFINITIONS.keys() == set(ARRAY_METRICS)
+
+
+def test_a_constant_channel_has_no_autocorrelation_and_finite_numbers():
+    notes, (x, y) = [], (series(1, 60), series(2, 60))
+    x[..., 1], y[..., 1] = 0, 1
+    values = compare_arrays(KEY, x, y, ARRAY_METRICS, log=notes.append).values
+    assert "autocorrelation_z" not in values and "channel 1 is constant" in notes[0]
+    assert values["mean_z"] is None and values["mean_deviation"] == 1
+    json.dumps(values, allow_nan=False)
