@@ -20,7 +20,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
-from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
+from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import TraceProfile
 from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
@@ -42,6 +42,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     """
     config = resolve(config)
     _check_intervals(config)
+    check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
@@ -150,7 +151,7 @@ def _train(
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
     loader = BatchLoader(config, program, source, step)
     batch, count = loader.next(step)
-    import_writers()
+    import_writers(config)
     compiled = _CompiledSteps(program)
     with log_compilation("the train step"):
         compiled.get(count, state, batch)
@@ -158,7 +159,7 @@ def _train(
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if options.profile and is_writer else None)
     with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
+        metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)

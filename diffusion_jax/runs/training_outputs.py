@@ -12,7 +12,7 @@ from diffusion_jax import training
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.metrics_writer import MetricsWriter
+from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.runs.preview import PreviewPictures
 from diffusion_jax.runs.step_timing import LoopTimer, StepTimes
 from diffusion_jax.runs.training_fid import TrainingFid
@@ -31,7 +31,7 @@ class TrainingOutputs:
 
     config: ConfigDict
     logged_step: int
-    metrics: MetricsWriter | None
+    metrics: RunMetrics | None
     checkpoints: Checkpoints
     watchdog: Watchdog
     preview: PreviewPictures | None
