@@ -90,7 +90,7 @@ class _WandB:
         wandb = importlib.import_module("wandb")
 
         self._wandb = wandb
-        settings = wandb.Settings(silent=True, console="off", disable_git=True)
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=25)
         options: dict[str, Any] = {"project": run.project, "id": run.id, "name": run.title, "resume": "allow"}
         self._run = wandb.init(**options, config=run.config, dir=workdir, settings=settings)
         self.last_step = max(run.last_step, self._run.step - 1)
