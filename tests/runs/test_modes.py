@@ -8,7 +8,7 @@ import pytest
 
 from helpers.paths import ROOT
 
-MODES = {"train", "sample", "edit", "measure_likelihood", "sample_metrics", "progressive", "plan"}
+MODES = {"train", "sample", "edit", "measure_likelihood", "sample_metrics", "progressive", "plan", "status"}
 TREES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "diffusion_jax" / "runs").glob("*.py")}
 
 
