@@ -240,7 +240,10 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
     config.evaluation.metrics = ("energy_distance",)
     sample_metrics.run(config, run)
     assert len(json.loads((run / "metrics.json").read_text())) == 1
-    assert record(run)["sliced_wasserstein"] == got["sliced_wasserstein"] and "power_spectrum" in record(run)["definitions"]
+    assert (
+        record(run)["sliced_wasserstein"] == got["sliced_wasserstein"]
+        and "power_spectrum" in record(run)["definitions"]
+    )
 
 
 @pytest.mark.whole
@@ -266,7 +269,11 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
     conditions = np.random.default_rng(3).standard_normal((50, 2)).astype(np.float32)
     np.save("c.npy", conditions[:5])
     write_arrays("vectors", "x.npz", 50, condition=conditions)
-    overrides = {"model.condition_features": 2, "evaluation.num_samples": 40, "evaluation.metrics": ("energy_distance",)}
+    overrides = {
+        "model.condition_features": 2,
+        "evaluation.num_samples": 40,
+        "evaluation.metrics": ("energy_distance",),
+    }
     config = config_of("vectors", **overrides, **{"data.data_dir": "x.npz", "sampling.conditions": given})
     run = a_run(tmp_path / "run", config, Rows(examples("vectors", 50), condition=conditions))
     sample_metrics.run(config, run)
@@ -279,8 +286,16 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
 @pytest.mark.parametrize(
     ("kind", "overrides", "words"),
     [
-        ("vectors", {"metrics": ("fid",)}, "fid is not for data with 0 spatial axes and without evaluation.features=mod"),
-        ("vectors", {"metrics": ("is",)}, "is is not for data with 0 spatial axes; use None, or names from energy_dist"),
+        (
+            "vectors",
+            {"metrics": ("fid",)},
+            "fid is not for data with 0 spatial axes and without evaluation.features=mod",
+        ),
+        (
+            "vectors",
+            {"metrics": ("is",)},
+            "is is not for data with 0 spatial axes; use None, or names from energy_dist",
+        ),
         ("vectors", {"metrics": ("power_spectrum",)}, "power_spectrum is not for data with 0 spatial axes"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
         ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, 8, 2\]"),
@@ -302,7 +317,9 @@ def test_training_logs_a_distance_of_own_features_alone(tmp_path, monkeypatch):
     source = Rows(examples("vectors", 50))
     with pytest.raises(UserError, match="these data do not have: set evaluation.features=module:function"):
         train.run(config_of("vectors", **overrides), tmp_path / "run", source)
-    train.run(config_of("vectors", **overrides, **{"evaluation.features": "own_features:flat"}), tmp_path / "run", source)
+    train.run(
+        config_of("vectors", **overrides, **{"evaluation.features": "own_features:flat"}), tmp_path / "run", source
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line]
     # In the units of the data, whose variances are 100, 400 and 900.
