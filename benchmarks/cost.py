@@ -82,7 +82,7 @@ class Network:
     def activation_bytes(self, size: int) -> float:
         """Bytes of the activations that the backward pass needs, for one image."""
         self._config.data.image_size = size
-        return plan.activations_per_image(self._config)
+        return plan.activations_per_example(self._config)
 
     def ddim_seconds(self, steps: int) -> float:
         """Median seconds of DDIM with batch 4."""
@@ -146,27 +146,32 @@ def plot(costs: Costs):
     """A figure of the costs, one panel for each table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), dpi=80, layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
-    panels[0].plot(BATCHES, costs.by_batch, "o-", label="a call, 32x32, two CPU cores")
-    panels[0].set(xlabel="batch", ylabel="seconds")
-    panels[1].plot(SIZES, costs.by_size, "o-", label="seconds per image, measured")
+    figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
+    figure.suptitle("Costs of the CIFAR-10 network on two CPU cores, and of ADM-256 on many devices")
+    batch, steps, seconds, flops, activations, devices = figure.subplots(3, 2).ravel()
     gflop, megabytes = zip(*costs.counted, strict=True)
+    batch.plot(BATCHES, costs.by_batch, "o-", label="measured")
+    batch.set(title="A network call, 32x32 pixels", xlabel="batch size", ylabel="seconds")
+    steps.plot(STEPS, costs.by_steps, "o-", label="measured")
+    steps.set(title="DDIM, batch size 4, 32x32 pixels", xlabel="sampling steps", ylabel="seconds")
     scale = costs.by_size[SIZES.index(32)] / gflop[COUNTED_SIZES.index(32)]
-    panels[1].plot(COUNTED_SIZES, np.multiply(gflop, scale), "--", label="growth of the FLOPs")
-    panels[1].plot(COUNTED_SIZES, np.divide(megabytes, 1e3), "s:", label="GB of activations per image")
-    panels[1].set(xlabel="width in pixels", ylabel="seconds, or GB")
-    panels[2].plot(STEPS, costs.by_steps, "o-", label="DDIM, batch 4")
-    panels[2].set(xlabel="sampling steps", ylabel="seconds")
-    panels[3].plot(DEVICES, costs.state, "o-", label="ADM-256: state per device")
-    panels[3].plot(DEVICES[1:], costs.sent[1:], "s--", label="sent per device and step")
-    panels[3].set(xlabel="devices (mesh.fsdp)", ylabel="GB")
-    for axes, ticks in zip(panels, (BATCHES, COUNTED_SIZES, STEPS, DEVICES), strict=True):
+    seconds.plot(COUNTED_SIZES, np.multiply(gflop, scale), "--", color="gray", label="in proportion to the FLOPs")
+    seconds.plot(SIZES, costs.by_size, "o-", label="measured, batch size 4")
+    seconds.set(title="A network call", xlabel="width and height in pixels", ylabel="seconds per image")
+    flops.plot(COUNTED_SIZES, gflop, "o-", label="traced program")
+    flops.set(title="FLOPs of a network call", xlabel="width and height in pixels", ylabel="GFLOP per image")
+    activations.plot(COUNTED_SIZES, np.divide(megabytes, 1e3), "o-", label="traced program")
+    activations.set(title="Activations of a train step", xlabel="width and height in pixels", ylabel="GB per image")
+    devices.plot(DEVICES, costs.state, "o-", label="state on each device")
+    devices.plot(DEVICES[1:], costs.sent[1:], "s--", color="tab:red", label="sent by each device in a step")
+    devices.set(title="ADM-256", xlabel="devices (mesh.fsdp)", ylabel="GB", ylim=(0.03, 15))
+    ticks = (BATCHES, STEPS, COUNTED_SIZES, COUNTED_SIZES, COUNTED_SIZES, DEVICES)
+    for axes, values in zip(figure.axes, ticks, strict=True):
         axes.set(xscale="log", yscale="log")
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
+        axes.set_xticks(values, map(str, values))
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(loc="lower left" if axes is devices else "upper left")
     return figure
 
 

@@ -76,30 +76,40 @@ def error(name, calls, x_T, truth, spacing="karras"):
     return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
 
 
-# One color and one marker for each solver, so that the lines can be distinguished in gray, too.
-COLORS = [f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()] + [
-    "black",
-    "gold",
-]
-MARKERS = "os^vD<>pPX*h"
+# The panels of the figure. Each also has the first solver, as a reference.
+PANELS = {
+    "DPM-Solver++, multistep": ("DPM-Solver++ 2M", "DPM-Solver++ 3M"),
+    "DPM-Solver++, singlestep": ("DPM-Solver++ 2S", "DPM-Solver++ 3S"),
+    "UniPC": ("UniPC 2", "UniPC 3"),
+    "DEIS": ("DEIS 2", "DEIS 3"),
+    "PNDM": ("PNDM", "PLMS"),
+    "Heun": ("Heun",),
+}
+REFERENCE = "DDIM (Euler)"
 
 
 def plot(errors, all_calls, spacing):
-    """A figure of the errors, {solver: [error at each number of calls]}."""
+    """A figure of the errors, {solver: [error at each number of calls]}, one panel for each family of solvers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for (name, values), color, marker in zip(errors.items(), COLORS, MARKERS, strict=True):
-        axes.plot(all_calls, values, color=color, marker=marker, markersize=5, linewidth=1.3, label=name)
-    axes.set(
-        xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact map (data has radius 0.8)"
+    figure = Figure(figsize=(7.5, 9), dpi=120, layout="constrained")
+    figure.suptitle(
+        f"Error of each solver with the spacing {spacing!r}\n(data: five modes at radius 0.8 with standard deviation 0.05)"
     )
-    axes.set_xticks(all_calls, map(str, all_calls))
-    axes.set_title(f"Error of each solver: five modes of standard deviation 0.05, spacing {spacing!r}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.minorticks_off()
-    axes.legend(fontsize=8, ncols=2)
+    panels = figure.subplots(3, 2, sharex=True, sharey=True)
+    for axes, (title, names) in zip(panels.ravel(), PANELS.items(), strict=True):
+        axes.plot(all_calls, errors[REFERENCE], color="gray", linestyle="--", label=REFERENCE)
+        for name, color, marker in zip(names, ("tab:blue", "tab:red"), "os", strict=False):
+            axes.plot(all_calls, errors[name], color=color, marker=marker, markersize=5, label=name)
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xticks(all_calls[::2], map(str, all_calls[::2]))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    for axes in panels[-1]:
+        axes.set_xlabel("network calls")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("RMS distance to the exact map")
     return figure
 
 

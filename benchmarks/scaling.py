@@ -81,7 +81,7 @@ def main() -> None:
     devices.start_virtual(max(1, options.compile))
     config = imagenet_adm.get_config(options.size)
     config.model.update(dtype="bfloat16", remat=True)
-    shapes, activations = parameter_shapes(config), plan.activations_per_image(config)
+    shapes, activations = parameter_shapes(config), plan.activations_per_example(config)
     print(
         f"ADM-{options.size}: {sum(map(math.prod, shapes)):,} parameters, {activations / 1e9:.2f} GB of activations per image"
     )
@@ -105,7 +105,7 @@ def main() -> None:
         print(f"Compiled for {options.compile}, float32, one image per device:")
         print(f"  state {state:,} bytes, by the rule {state_bytes(shapes, options.compile):,.0f}")
         print(f"  sent {measured.ring_bytes:,.0f} bytes, by the rule {sent_bytes(shapes, options.compile, 4, 2):,.0f}")
-        print(f"  temporaries {measured.temporaries:,} bytes; {measured.flops_per_image / 1e9:,.1f} GFLOP per image")
+        print(f"  temporaries {measured.temporaries:,} bytes; {measured.flops_per_example / 1e9:,.1f} GFLOP per image")
 
 
 if __name__ == "__main__":

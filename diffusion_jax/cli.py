@@ -41,6 +41,7 @@ MODES = {
     "evaluate": "measure bits per dimension, and metrics of samples such as the FID",
     "progressive": "measure rate and distortion",
     "train_classifier": "train a classifier of noisy images, for guidance",
+    "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
@@ -244,7 +245,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
     if is_classifier and mode == "train":
         raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
-    if is_classifier and mode not in ("train_classifier", "plan"):
+    if is_classifier and mode not in ("train_classifier", "plan", "status"):
         raise UserError(
             f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify)"
         )
@@ -273,6 +274,11 @@ def run(command: Command) -> None:
     check_mode(command.mode, command.config)
     if command.workdir is None or command.mode == "plan":
         _run_plan(command)
+        return
+    if command.mode == "status":
+        from diffusion_jax.runs import status
+
+        status.run(command.config, command.workdir)
         return
     from diffusion_jax.training.checkpoints import resume_hint
 

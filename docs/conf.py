@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(BUILD / "cache" / "jax"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 REPOSITORY_URL = os.environ.get("DOCS_REPOSITORY_URL", "").rstrip("/")
-BASE_URL = os.environ.get("DOCS_BASE_URL", "")
+BASE_URL = os.environ.get("DOCS_BASE_URL", "").rstrip("/")
 ONLINE = os.environ.get("DOCS_ONLINE") == "1"
 
 project = "diffusion_jax"
@@ -108,6 +108,7 @@ if REPOSITORY_URL:
     extensions.append("sphinx.ext.linkcode")
     html_theme_options |= {
         "repository_url": REPOSITORY_URL,
+        "repository_provider": "github",  # also where the address is that of a mirror
         "repository_branch": "main",
         "path_to_docs": "docs",
         "use_repository_button": True,
@@ -115,7 +116,7 @@ if REPOSITORY_URL:
     }
 if BASE_URL:
     extensions.append("sphinx_sitemap")
-    html_baseurl = BASE_URL
+    html_baseurl = f"{BASE_URL}/"
     sitemap_url_scheme = "{link}"
     sitemap_show_lastmod = False
 if ONLINE:

@@ -49,7 +49,7 @@ def repainted(resamplings):
 @pytest.mark.whole
 def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
-    found = {r: repainted(r) for r in (1, 5, 20)}
+    found = {r: repainted(r) for r in (1, 5, 10, 20)}
     errors = {r: abs(m - mean) for r, (m, _) in found.items()}
     bar = {r: np.sqrt(v / N) for r, (_, v) in found.items()}
     print({r: (float(m), float(v)) for r, (m, v) in found.items()}, "exact", mean, variance)

@@ -150,11 +150,18 @@ EDITING: dict[str, Leaf] = {
         Choice("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate"),
         "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
     ),
-    "image": Leaf("", Text(path=True), "File of the image to edit."),
-    "mask": Leaf(
-        "", Text(path=True), "File of the mask of inpaint and replace: an image that is white where pixels are known."
+    "image": Leaf(
+        "",
+        Text(path=True),
+        "File of the image to edit. For data that are not images, an .npy of one example [*spatial, C] in their units.",
     ),
-    "other": Leaf("", Text(path=True), "File of the second image of interpolate."),
+    "mask": Leaf(
+        "",
+        Text(path=True),
+        "File of the mask of inpaint and replace: an image that is white where pixels are known, or a bool .npy that is True "
+        "where values are known.",
+    ),
+    "other": Leaf("", Text(path=True), "File of the second image or example of interpolate."),
     "num_samples": Leaf(
         8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
     ),

@@ -15,6 +15,7 @@ from diffusion_jax.config.training_leaves import (
     DATA,
     DIFFUSION,
     EMA,
+    LOGGING,
     MESH,
     MODEL,
     OPTIMIZER,
@@ -49,8 +50,9 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
     "optimizer": ("The optimizer.", OPTIMIZER),
     "ema": ("The moving average of the parameters.", EMA),
     "mesh": ("The devices.", MESH),
+    "logging": ("Metrics and pictures of training.", LOGGING),
     "sampling": ("Samples (`--mode=sample`, and the pictures during training).", SAMPLING),
-    "editing": ("Edits of images (`--mode=edit`).", EDITING),
+    "editing": ("Edits of images and arrays (`--mode=edit`).", EDITING),
     "evaluation": ("Likelihood and metrics of samples (`--mode=evaluate`, `--mode=progressive`).", EVALUATION),
 }
 

@@ -21,7 +21,19 @@ from diffusion_jax.config.values import (
     optional,
 )
 
-__all__ = ["CLASSIFIER_MODEL", "DATA", "DIFFUSION", "EMA", "MESH", "MODEL", "OPTIMIZER", "ROOT", "SEED", "TRAINING"]
+__all__ = [
+    "CLASSIFIER_MODEL",
+    "DATA",
+    "DIFFUSION",
+    "EMA",
+    "LOGGING",
+    "MESH",
+    "MODEL",
+    "OPTIMIZER",
+    "ROOT",
+    "SEED",
+    "TRAINING",
+]
 
 _IdentityLeaf = functools.partial(Leaf, identity=True)
 SEED = Integer(0, 2**32 - 1)
@@ -183,7 +195,7 @@ MODEL: dict[str, Leaf] = {
         "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
     ),
     "remat": _IdentityLeaf(
-        False, Boolean(), "Whether the backward pass recomputes activations: less memory, a third more time."
+        False, Boolean(), "Whether the backward pass recomputes activations: less memory, more time."
     ),
 }
 
@@ -277,6 +289,23 @@ OPTIMIZER: dict[str, Leaf] = {
     "eps": _IdentityLeaf(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
     "weight_decay": _IdentityLeaf(0.0, Number(minimum=0), "Weight decay, of adamw."),
     "grad_clip": _IdentityLeaf(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
+}
+
+LOGGING: dict[str, Leaf] = {
+    "writers": Leaf(
+        ("tensorboard",),
+        Tuple(
+            Choice("tensorboard", "wandb", "mlflow", "trackio"),
+            "names from tensorboard, wandb, mlflow, trackio",
+            shown="('tensorboard', 'wandb')",
+            bare=True,
+        ),
+        "Where metrics and pictures of training are written besides metrics.jsonl. The trackers are packages of their own, "
+        "which their environment variables configure.",
+    ),
+    "project": Leaf(
+        "diffusion_jax", Text(), "Project of the run in a tracker, where the run has the name of the work directory."
+    ),
 }
 
 EMA: dict[str, Leaf] = {

@@ -13,7 +13,7 @@ from typing import IO
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 
-__all__ = ["LockHeldError", "locked"]
+__all__ = ["LockHeldError", "find_holder", "locked"]
 
 if sys.platform == "win32":
     import msvcrt
@@ -29,6 +29,21 @@ else:
     def _lock(file: IO) -> None:
         """Takes a POSIX record lock, which a data worker that outlives its parent does not inherit, unlike `flock`'s."""
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def find_holder(path: pathlib.Path) -> str | None:
+    """The process that holds the lock on a file, such as "process 1 of HOST"; None if none does, or without locks."""
+    with contextlib.ExitStack() as files:
+        try:
+            file = files.enter_context(path.open("r+"))
+        except OSError:  # there is none, or it cannot be written
+            return None
+        try:
+            _lock(file)  # released when the file is closed
+        except OSError as error:
+            is_held = error.errno in (errno.EACCES, errno.EAGAIN)
+            return (file.read().strip() or "another process") if is_held else None
+    return None
 
 
 class LockHeldError(OSError):

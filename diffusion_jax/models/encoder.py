@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     convolution: "products" computes convolutions of stride 1 and dense layers as matrix products (`models.convolution`);
       "xla" leaves them to XLA; "auto" is the first for a network that computes in bfloat16 on one CPU device. The numbers
       differ by rounding. Use "xla" if a network is traced on a CPU for another machine, or for forward-mode derivatives.
-    remat: recompute each block's activations in the backward pass: less memory, about a third more time.
+    remat: recompute each block's activations in the backward pass: less memory, more time.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
     padding: "zeros", or "periodic" for data on a torus: convolutions continue an array by its other end, so that a shift
       of the input by a multiple of 2^(levels - 1) positions shifts the output of a U-Net.

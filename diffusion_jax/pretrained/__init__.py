@@ -1,4 +1,4 @@
-"""Pretrained weights, read and written: every published DDPM, Improved DDPM and ADM.
+"""Pretrained weights, read and written: every published DDPM, Improved DDPM and ADM, and the runs of this program.
 
     from diffusion_jax import pretrained, sampling
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.models import Classifier, fields_of
+from diffusion_jax.models import MLP, Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai
 from diffusion_jax.pretrained.description import Description, Pretrained
 from diffusion_jax.pretrained.summary import format_summary
@@ -124,7 +124,7 @@ def read_flags(text: str | None) -> Flags:
 
 
 def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
-    """Leaves of a config that build the same network, schedule and images. Raises: PretrainedError."""
+    """Leaves of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
             "a config cannot describe these weights' table of betas, or the range of their clip; use pretrained.load in a "
@@ -132,16 +132,23 @@ def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
         )
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, Classifier) else "hybrid" if is_learned else "simple"
-    height, width = description.image_size
-    model = fields_of(description.model)
-    del model["spatial_dims"]  # no leaf: that of images, as the description's height and width
+    size, model = description.image_size, fields_of(description.model)
+    model.pop("spatial_dims", None)  # no leaf: the number of sizes
+    if isinstance(description.model, MLP):
+        model["kind"] = "mlp"
+    normalization = "auto"
+    if description.levels is None:
+        normalization = "limits" if description.limits else "auto" if "x" in description.normalizations else "none"
     return {
         "model": model,
         "diffusion": dict(description.diffusion) | {"loss": loss, "conditioning_noise": description.conditioning_noise},
         "data": {
-            "image_size": height if height == width else (height, width),
+            "image_size": size[0] if len(size) == 2 and size[0] == size[1] else size,
             "channels": description.channels,
             "low_resolution": description.low_resolution,
+            "levels": description.levels,
+            "normalization": normalization,
+            "limits": description.limits,
         },
         "sampling": {"clip": description.clip},
     }

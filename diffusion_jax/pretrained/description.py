@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
-from diffusion_jax.models import Classifier, UNet, apply_network, upsampling
+from diffusion_jax.data import Normalization, Normalizations
+from diffusion_jax.models import Classifier, Conditional, apply_network, upsampling
+from diffusion_jax.training.state import Network
 
 __all__ = ["DIFFUSION_DEFAULTS", "Description", "Pretrained", "make_clip", "make_description"]
 
@@ -32,17 +34,20 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 class Description:
     """The description of pretrained weights: all of `Pretrained` except the parameters.
 
-    family: a text that names the source. model: the network. channels: of an image. image_size: (height, width). schedule:
-    the one of training; its timesteps are the network times. prediction, variance, clip: as the samplers take them.
-    low_resolution: height of the small images of a super-resolution network, else 0. conditioning_noise: the largest
-    standard deviation of the noise on these. diffusion: leaves of `config.diffusion`; None if the schedule is a table of
-    betas, which no leaves describe.
+    family: a text that names the source. model: the network. channels: of an example. image_size: the size of each of its
+    0 to 3 spatial axes, (height, width) for images. schedule: the one of training; its timesteps are the network times.
+    prediction, variance, clip: as the samplers take them. low_resolution: height of the small images of a super-resolution
+    network, else 0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: leaves of
+    `config.diffusion`; None if the schedule is a table of betas, which no leaves describe. levels: gray levels of the data;
+    None for continuous data. normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from
+    their units to the network's; an array without one has the network's units. limits: (low, high) if that of "x" maps them
+    to [-1, 1].
     """
 
     family: str
-    model: UNet | Classifier
+    model: Network
     channels: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]
     schedule: schedules.Schedule
     prediction: str
     variance: str
@@ -50,10 +55,32 @@ class Description:
     low_resolution: int = 0
     conditioning_noise: float = 0.0
     diffusion: Mapping[str, Any] | None = None
+    levels: int | None = 256
+    normalizations: Normalizations = dataclasses.field(default_factory=dict)
+    limits: tuple[float, ...] = ()
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(*spatial, C) of an example."""
+        return (*self.image_size, self.channels)
+
+    @property
+    def is_images(self) -> bool:
+        """Whether the examples are images of gray levels."""
+        return self.levels is not None and len(self.image_size) == 2
+
+    @property
+    def condition_shape(self) -> tuple[int, ...] | None:
+        """(D,) or (*spatial, K) of an example's condition; None for a network without conditions."""
+        if not isinstance(self.model, Conditional):
+            return None
+        if self.model.condition_features:
+            return (self.model.condition_features,)
+        return (*self.image_size, self.model.condition_channels) if self.model.condition_channels else None
 
     @property
     def in_channels(self) -> int:
-        """Input channels of the network: an image, and for super-resolution the small image and the channel of its noise."""
+        """Input channels: an example's, and for super-resolution those of the small image and the channel of its noise."""
         return self.channels * (2 if self.low_resolution else 1) + (1 if self.conditioning_noise else 0)
 
     @property
@@ -71,12 +98,14 @@ class Pretrained(Description):
 
     params: Any = dataclasses.field(default=None, repr=False)
 
-    def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None) -> jax.Array:
-        """The output [B, H, W, channels or 2 channels] of the network, as samplers and losses call it.
+    def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None) -> jax.Array:
+        """The output [B, *spatial, channels or 2 channels] of the network, as samplers and losses call it.
 
-        y: labels int [B] of a conditional network. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
-        network; noise_std: [B], that of their noise. Under jit the parameters are constants of the program; for a large
-        network use `model.apply` with the parameters as an argument. Raises: TypeError for a classifier.
+        y: labels int [B] of a network with classes. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
+        network; noise_std: [B], that of their noise. condition: float [B, D] or [B, *spatial, K] of a network with
+        conditions, in the network's units, as x_t: `normalizations["condition"].apply` converts the data's. Under jit the
+        parameters are constants of the program; for a large network use `model.apply` with the parameters as an argument.
+        Raises: TypeError for a classifier.
         """
         if isinstance(self.model, Classifier):
             raise TypeError("these weights are a classifier; use logits(x_t, time)")
@@ -84,7 +113,8 @@ class Pretrained(Description):
             if low is None:
                 raise TypeError("this is a super-resolution network: give low=, the small images")
             x_t = upsampling.condition(x_t, low, noise_std)
-        return apply_network(self.model, self.params, x_t, time, y)
+        options = {} if condition is None else {"condition": condition}
+        return apply_network(self.model, self.params, x_t, time, y, **options)
 
     def sample(
         self,
@@ -98,24 +128,29 @@ class Pretrained(Description):
         guidance_scale: float = 1.0,
         low=None,
         noise_std=None,
+        condition=None,
     ) -> jax.Array:
-        """Images float32 [N, H, W, C] in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them.
+        """Examples float32 [N, *spatial, C], in the units of the data if those are continuous.
 
-        The first call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of
-        images and steps reuse it for every key, every labels and every guidance scale other than 1.
+        Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first
+        call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of examples
+        and steps reuse it for every key, labels, conditions and guidance scale other than 1.
 
         Args:
-          num_images: N, sampled in one batch.
-          y: a label for all images or int [N], for a conditional network.
+          num_images: N, the number of examples, sampled in one batch.
+          y: a label for all examples or int [N], for a network with classes.
           sampler: the ancestral `sampling.ddpm` by default. Its prediction is set to the network's, and so is its variance if
-            the network's is learned; its clip does not change.
+            the network's is learned. Its clip does not change, except that for continuous data True becomes the network's.
           steps, spacing: as `schedules.respace`; by default the whole schedule, and for a number of steps the spacing that
             suits the sampler.
-          guidance_scale: of classifier-free guidance; 1 for none.
+          guidance_scale: of classifier-free guidance, which drops the labels and the conditions for which the network has a
+            null (label_dropout, condition_dropout); 1 for none.
           low, noise_std: the images to enlarge [N, h, w, C] in [-1, 1] and the standard deviation [N] of their noise, for a
             super-resolution network.
-        Raises: ValueError for labels, guidance or small images that do not fit the network, or steps for which the sampler is
-          known to fail; TypeError for a classifier.
+          condition: for a network with conditions one for all examples, [D] or [*spatial, K], or one for each, with the
+            axis N in front, in the units of the data. With condition_dropout, None or a row of NaN for none.
+        Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
+          the sampler is known to fail; TypeError for a classifier.
         """
         if isinstance(self.model, Classifier):
             raise TypeError("these weights are a classifier; use logits(x_t, time)")
@@ -125,8 +160,8 @@ class Pretrained(Description):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
-        if guidance_scale != 1 and self.model.null_label is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a network trained with label_dropout; use 1")
+        if guidance_scale != 1:
+            self._check_guidance(guidance_scale, condition)
         if (low is not None) != bool(self.low_resolution):
             raise ValueError("low= is required by super-resolution networks and allowed for no other")
         if noise_std is not None and not self.conditioning_noise:
@@ -142,22 +177,25 @@ class Pretrained(Description):
         problem = sampling.find_problem(sampler, schedule)
         if problem:
             raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
-        return _sample(
+        x = _sample(
             self.params,
             key,
             schedule,
             self._check_labels(y, num_images),
+            self._to_conditions(condition, int(num_images)),
             jnp.float32(guidance_scale),
             low,
             noise_std,
             model=self.model,
             sampler=sampler,
-            shape=(int(num_images), *self.image_size, self.channels),
+            shape=(int(num_images), *self.example_shape),
             use_guidance=guidance_scale != 1,
         )
+        normalization = self.normalizations.get("x")
+        return x if normalization is None else normalization.invert(x)
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
-        """The sampler with the network's prediction, and its variance if that is learned."""
+        """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
         options = dataclasses.fields(sampler) if dataclasses.is_dataclass(sampler) else ()
@@ -165,6 +203,10 @@ class Pretrained(Description):
         changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             changes["variance"] = self.variance
+        if (
+            self.levels is None and getattr(sampler, "clip", None) is True
+        ):  # the default of samplers, for data in [-1, 1]
+            changes["clip"] = self.clip
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)
@@ -175,6 +217,49 @@ class Pretrained(Description):
             )
         return sampler
 
+    def _check_guidance(self, guidance_scale: float, condition) -> None:
+        """Raises: ValueError if the network has no label and no condition that guidance can drop."""
+        assert isinstance(self.model, Conditional)  # `sample` refuses classifiers
+        if self.model.null_label is None and self.model.null_condition is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a network trained with label_dropout or condition_dropout; use 1"
+            )
+        if self.model.null_label is None and condition is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
+
+    def _to_conditions(self, condition, num_examples: int) -> jax.Array | None:
+        """Conditions float32 [N, ...] in the network's units; None for a network without. Raises: ValueError."""
+        shape = self.condition_shape
+        if shape is None:
+            if condition is not None:
+                raise ValueError("this network takes no conditions; omit condition")
+            return None
+        assert isinstance(self.model, Conditional)  # others have no conditions
+        has_null = self.model.null_condition is not None
+        rows = (num_examples, *shape)
+        if condition is None:
+            if not has_null:
+                raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
+            return jnp.full(rows, jnp.nan, jnp.float32)
+        values = np.asarray(condition)
+        is_real = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)
+        if values.shape not in (shape, rows) or not is_real:
+            raise ValueError(
+                f"condition must be real numbers of shape {list(shape)} or {list(rows)}; got {values.dtype} "
+                f"{list(values.shape)}"
+            )
+        values = np.broadcast_to(values, rows)
+        wrong = ~np.isfinite(values).reshape(num_examples, -1)
+        if has_null:
+            wrong &= ~np.isnan(values).reshape(num_examples, -1).all(axis=1, keepdims=True)
+        if wrong.any():
+            allowed = "; a row of NaN alone stands for no condition" if has_null else ""
+            raise ValueError(
+                f"condition {int(wrong.any(axis=1).argmax())} has values that are not finite{allowed}; correct it"
+            )
+        normalization = self.normalizations.get("condition")
+        return jnp.asarray(values.astype(np.float32) if normalization is None else normalization.apply(values))
+
     def _check_labels(self, y, num_images: int) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network. Raises: ValueError."""
         if not self.num_classes:
@@ -184,14 +269,14 @@ class Pretrained(Description):
         if y is None:
             raise ValueError(f"this network has {self.num_classes} classes: give y, one label or {num_images}")
         if np.shape(y) not in ((), (num_images,)):
-            raise ValueError(f"y must be one label or {num_images}, one for each image; got shape {np.shape(y)}")
+            raise ValueError(f"y must be one label or {num_images}, one for each example; got shape {np.shape(y)}")
         null_label = self.model.null_label is not None
         y = labels.in_range(np.asarray(y), self.num_classes + null_label, null_label)
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
         """The logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
-        if isinstance(self.model, UNet):
+        if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoise_fn(x_t, time)")
         return apply_network(self.model, self.params, x_t, time)
 
@@ -201,20 +286,25 @@ def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
 
 
 @partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))
-def _sample(params, key, schedule, y, guidance_scale, low, noise_std, *, model, sampler, shape, use_guidance):
+def _sample(
+    params, key, schedule, y, condition, guidance_scale, low, noise_std, *, model, sampler, shape, use_guidance
+):
     """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
     key_noise, key_steps = jax.random.split(key)
 
-    def network(x_t, time, y=None):
+    def network(x_t, time, given):
         if low is not None:
             copies = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
             noise = None if noise_std is None else jnp.tile(jnp.broadcast_to(noise_std, low.shape[:1]), copies)
             x_t = upsampling.condition(x_t, jnp.tile(low, (copies, 1, 1, 1)), noise)
-        return apply_network(model, params, x_t, time, y)
+        return apply_network(model, params, x_t, time, **given)
 
-    denoise_fn = lambda x_t, time: network(x_t, time, y)  # noqa: E731
+    given = {name: value for name, value in (("y", y), ("condition", condition)) if value is not None}
+    denoise_fn = lambda x_t, time: network(x_t, time, given)  # noqa: E731
     if use_guidance:
-        denoise_fn = guidance.classifier_free(network, y, model.null_label, guidance_scale)
+        null = {"y": model.null_label, "condition": model.null_condition}
+        without = {name: value if null[name] is None else null[name] for name, value in given.items()}
+        denoise_fn = guidance.classifier_free(network, given, without, guidance_scale)
     x_T = jax.random.normal(key_noise, shape, jnp.float32)
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler)
 
@@ -226,21 +316,25 @@ def make_clip(clip: bool | float) -> bool | Callable:
 
 def make_description(
     family: str,
-    model: UNet | Classifier,
+    model: Network,
     image_size,
     diffusion: Mapping[str, Any],
     *,
     channels: int = 3,
     clip: bool | Callable = True,
     low_resolution: int = 0,
+    levels: int | None = 256,
+    normalizations: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    limits: Sequence[float] = (),
 ) -> Description:
     """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
-    Raises: ValueError for values that `training.schedule_from_config` does not allow; `pretrained.load` turns it into a
-    PretrainedError.
+    image_size: the size of each spatial axis, or one number for two axes. normalizations: as JSON stores them.
+    Raises: ValueError for values that `training.schedule_from_config` does not allow, and normalizations of other arrays or
+    channels; `pretrained.load` turns it into a PretrainedError.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
-    return Description(
+    description = Description(
         family=family,
         model=model,
         channels=channels,
@@ -251,4 +345,21 @@ def make_description(
         clip=clip,
         low_resolution=low_resolution,
         diffusion=leaves,
+        levels=levels,
+        normalizations={name: Normalization.from_json(value) for name, value in (normalizations or {}).items()},
+        limits=tuple(limits),
     )
+    _check_normalizations(description)
+    return description
+
+
+def _check_normalizations(description: Description) -> None:
+    """Raises: ValueError for normalizations of arrays that the network does not take, or of other numbers of channels."""
+    channels = {"x": description.channels, "condition": (description.condition_shape or (0,))[-1]}
+    for name, (offset, scale) in ((name, (n.offset, n.scale)) for name, n in description.normalizations.items()):
+        if not channels.get(name) or (name == "x" and description.levels is not None):
+            raise ValueError(f"these weights have a normalization of {name!r}, which their network does not take")
+        if not len(offset) == len(scale) == channels[name]:
+            raise ValueError(f"the normalization of {name!r} must have {channels[name]} channels, not {len(scale)}")
+        if not np.isfinite([*offset, *scale]).all() or not np.all(scale):
+            raise ValueError(f"the normalization of {name!r} must be finite, with scales other than 0")

@@ -165,7 +165,8 @@ def unet_to_config(description: Description) -> dict[str, Any]:
     """The config of UNet2DModel. Raises: PretrainedError that names a field which UNet2DModel does not support."""
     model = description.model
     if not isinstance(model, UNet):
-        raise PretrainedError("diffusers has no such classifier; use save_safetensors")
+        raise PretrainedError(f"{type(model).__name__}: diffusers has no such network; use save_safetensors")
+    _check_data(description, model)
     if description.low_resolution:
         raise PretrainedError("low_resolution: DDPMPipeline has no super-resolution; use save_safetensors")
     widths = [model.width(level) for level in range(len(model.channel_multipliers))]
@@ -218,6 +219,23 @@ def unet_to_config(description: Description) -> dict[str, Any]:
         "mid_block_scale_factor": 1,
         "add_attention": True,
     }
+
+
+def _check_data(description: Description, model: UNet) -> None:
+    """Raises: PretrainedError for data and conditions that UNet2DModel does not support."""
+    problem = None
+    if model.spatial_dims != 2:
+        problem = f"spatial_dims={model.spatial_dims}: UNet2DModel has two"
+    elif description.condition_shape:
+        problem = f"conditions of shape {list(description.condition_shape)}: UNet2DModel takes classes alone"
+    elif model.padding != "zeros":
+        problem = f"padding={model.padding!r}: UNet2DModel pads with zeros"
+    elif any(size % model.divisor for size in description.image_size):
+        problem = f"image_size={description.image_size}: UNet2DModel needs multiples of {model.divisor}"
+    elif "x" in description.normalizations:
+        problem = "normalizations: a diffusers folder cannot store the units of the data"
+    if problem:
+        raise PretrainedError(f"{problem}; use save_safetensors")
 
 
 def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:

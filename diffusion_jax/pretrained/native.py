@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import clips_by_default, drop_unknown_leaves, migrate, resolve
+from diffusion_jax.config import clips_by_default, drop_unknown_leaves, is_continuous, migrate, resolve
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -47,23 +47,22 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
         model, shape = training.model_from_config(config), training.input_shape(config)
-        if isinstance(model, models.MLP):
-            raise PretrainedError(
-                f"{path} holds an MLP (model.kind=mlp), and only U-Nets and classifiers can be loaded"
-            )
-        height, width, channels = data.example_shape(config["data"])
+        *image_size, channels = data.example_shape(config["data"])
         diffusion = config["diffusion"]
         description = dataclasses.replace(
             make_description(
                 "diffusion_jax, a work directory",
                 model,
-                (height, width),
+                image_size,
                 {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
                 channels=channels,
                 clip=clips_by_default(config)
                 if config["sampling"]["clip"] is None
                 else bool(config["sampling"]["clip"]),
                 low_resolution=config["data"]["low_resolution"],
+                levels=config["data"]["levels"],
+                normalizations=_stored_normalizations(path, config),
+                limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
             ),
             conditioning_noise=diffusion["conditioning_noise"],
         )
@@ -92,6 +91,15 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
     return description, params
 
 
+def _stored_normalizations(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The normalizations in data.json of a run; {} for images without conditions. Raises: PretrainedError."""
+    if not is_continuous(config) and training.condition_shape(config) is None:
+        return {}
+    if not (path / "data.json").is_file():
+        raise PretrainedError(f"{path / 'data.json'}, which stores the scale of the data, is missing: restore it")
+    return read_json(path / "data.json").get("normalization", {})
+
+
 def write_file(description: Description, params, path: pathlib.Path) -> None:
     """Writes one .safetensors: tensors by their paths, in Flax's layout, and the description as JSON metadata.
 
@@ -114,6 +122,9 @@ def write_file(description: Description, params, path: pathlib.Path) -> None:
         "clip": clip,
         "low_resolution": description.low_resolution,
         "conditioning_noise": description.conditioning_noise,
+        "levels": description.levels,
+        "normalizations": {name: value.to_json() for name, value in description.normalizations.items()},
+        "limits": description.limits,
     }
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
@@ -126,16 +137,19 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
     try:
         stored: Mapping[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
         diffusion = stored["diffusion"]
-        kind = {"UNet": models.UNet, "Classifier": models.Classifier}[stored["kind"]]
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
         description = dataclasses.replace(
             make_description(
                 "diffusion_jax, one file",
-                models.from_config(stored["model"], kind),
+                models.from_config(stored["model"], kinds[stored["kind"]]),
                 stored["image_size"],
                 {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
                 channels=stored["channels"],
                 clip=make_clip(stored["clip"]),
                 low_resolution=stored["low_resolution"],
+                levels=stored.get("levels", 256),  # files of earlier versions hold networks of images
+                normalizations=stored.get("normalizations"),
+                limits=stored.get("limits", ()),
             ),
             conditioning_noise=stored["conditioning_noise"],
         )

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.models import Classifier, UNet, initial_inputs
+from diffusion_jax.models import UNet, initial_inputs
 from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.training.state import Network
 
 __all__ = [
     "DIFFUSERS",
@@ -46,10 +47,10 @@ class Naming:
     module: (module here, whether it is a single layer, the network) -> its name there. layers: names of layers in a block.
     """
 
-    module: Callable[[str, bool, UNet | Classifier], str]
+    module: Callable[[str, bool, Network], str]
     layers: Mapping[str, str]
 
-    def __call__(self, path: Path, model: UNet | Classifier) -> str:
+    def __call__(self, path: Path, model: Network) -> str:
         """The name there of a parameter, as PyTorch writes it: NAME.weight and NAME.bias."""
         module, *layers, leaf = path
         if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
@@ -68,7 +69,7 @@ def _split_module(module: str) -> tuple[str, int, str, str] | None:
     return match and (match[1], int(match[2]), match[3] or "resample", match[4] or "")
 
 
-def _diffusers_module(module: str, single: bool, model: UNet | Classifier) -> str:
+def _diffusers_module(module: str, single: bool, model: Network) -> str:
     parts = _split_module(module)
     if parts:
         direction, level, kind, j = parts
@@ -101,7 +102,7 @@ DIFFUSERS = Naming(
 )
 
 
-def _openai_module(module: str, single: bool, model: UNet | Classifier) -> str:
+def _openai_module(module: str, single: bool, model: Network) -> str:
     n, levels = model.num_res_blocks, len(model.channel_multipliers)
     parts = _split_module(module)
     if parts:
@@ -141,7 +142,7 @@ _OPENAI_LAYERS = {
 OPENAI = Naming(_openai_module, _OPENAI_LAYERS)
 
 
-def _ho_module(module: str, single: bool, model: UNet | Classifier) -> str:
+def _ho_module(module: str, single: bool, model: Network) -> str:
     parts = _split_module(module)
     if parts:
         direction, level, kind, j = parts
@@ -169,10 +170,10 @@ def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
     return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def parameter_shapes(model: UNet | Classifier, size: tuple[int, int], in_channels: int) -> dict[Path, tuple[int, ...]]:
+def parameter_shapes(model: Network, size: tuple[int, ...], in_channels: int) -> dict[Path, tuple[int, ...]]:
     """Shape of every parameter of a network, by its path.
 
-    size: (height, width) of the images. Raises: PretrainedError for fields that do not describe a network.
+    size: of each spatial axis, (height, width) for images. Raises: PretrainedError for fields that do not describe a network.
     """
     try:
         shape = (*size, in_channels)
@@ -246,7 +247,7 @@ def build_params(
     return flax.traverse_util.unflatten_dict(params)
 
 
-def num_heads_of(path: Path, model: UNet | Classifier, channels: int) -> int:
+def num_heads_of(path: Path, model: Network, channels: int) -> int:
     """The number of heads of an attention layer of that many channels."""
     num_heads_up = model.num_heads_up if isinstance(model, UNet) and path[0].startswith("up_") else None
     return split_heads(channels, num_heads_up or model.num_heads, model.head_channels)

@@ -281,7 +281,8 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
 def draw_histogram(axes: Axes, values: np.ndarray, reference: np.ndarray | None = None) -> None:
     """The density of values [n] with NaN, and that of the reference as a black outline, with common bins."""
     sets = [x[~np.isnan(x)] for x in ([values] if reference is None else [values, reference])]
-    low, high = panels.widen(*panels.full_range(*sets)) if any(map(len, sets)) else (0.0, 1.0)
+    filled = [x for x in sets if len(x)]
+    low, high = panels.widen(*panels.full_range(*filled)) if filled else (0.0, 1.0)
     bins = int(np.clip(math.sqrt(max(map(len, sets))), 8, 60))
     edges = np.linspace(low, high, bins + 1)
     for i, finite in enumerate(sets):

@@ -16,7 +16,7 @@ from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
-__all__ = ["BatchSampler", "Trajectory", "sample_trajectory"]
+__all__ = ["BatchSampler", "SampleTrajectory", "sample_trajectory"]
 
 
 class BatchSampler:
@@ -77,7 +77,7 @@ class BatchSampler:
         return samples if self.normalization is None else self.normalization.invert(samples)
 
 
-class Trajectory(NamedTuple):
+class SampleTrajectory(NamedTuple):
     """Samples being denoised. x: [columns, rows, *spatial, C], the noisiest first, uint8 or in the units of continuous data.
 
     times: the network times of the columns but the last, which holds the samples.
@@ -97,7 +97,7 @@ def sample_trajectory(
     show: Literal["x_t", "x_0"] = "x_t",
     low: np.ndarray | None = None,
     normalization: data.Normalization | None = None,
-) -> Trajectory:
+) -> SampleTrajectory:
     """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise on, and x_0.
 
     rows: the number of samples; by default 4, or 400 vectors, which are points of a picture. show: "x_0" for the x_0
@@ -123,4 +123,4 @@ def sample_trajectory(
         x = np.asarray(to_uint8(x))
     elif normalization is not None:
         x = normalization.invert(x)
-    return Trajectory(x, np.asarray(setup.schedule.timesteps)[steps[::-1]])
+    return SampleTrajectory(x, np.asarray(setup.schedule.timesteps)[steps[::-1]])

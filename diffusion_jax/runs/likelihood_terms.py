@@ -60,8 +60,8 @@ class LikelihoodRun:
     """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
 
     source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives.
-    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the ODE, None
-    without it.
+    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the
+    ODE, None without it.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None):

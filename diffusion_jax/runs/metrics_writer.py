@@ -1,30 +1,64 @@
-"""metrics.jsonl and TensorBoard events of a training run."""
+"""The metrics of a training run: to its work directory and, if its config says so, to experiment trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import os
+import importlib.util
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from diffusion_jax.config import flatten
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import atomic_write, write_text
+from diffusion_jax.runs.console import log
+from diffusion_jax.runs.metrics_files import MetricsLines, TensorBoardWriter
+from diffusion_jax.runs.trackers import TRACKERS, open_tracker
+from diffusion_jax.runs.workdir import to_dict
 
-__all__ = ["MetricsWriter", "import_writers"]
+__all__ = ["MetricsWriter", "RunMetrics", "check_writers", "import_writers"]
 
 
-def import_writers() -> None:
-    """Starts a thread that imports the libraries of `MetricsWriter`, on process 0 only.
+class MetricsWriter(Protocol):
+    """One destination of metrics; the names are those of `clu.metric_writers.MetricWriter`."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers."""
+        ...
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images uint8 [N, H, W, C]."""
+        ...
+
+    def flush(self) -> None:
+        """Makes sure that what was written survives a kill."""
+        ...
+
+    def close(self) -> None:
+        """Ends the writer."""
+        ...
+
+
+def check_writers(config: ConfigDict) -> None:
+    """Raises: UserError for a tracker of `logging.writers` whose package is not installed."""
+    for name in config.logging.writers:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
+            )
+
+
+def import_writers(config: ConfigDict) -> None:
+    """Starts a thread that imports the library of TensorBoard's events, on process 0 only.
 
     That takes seconds, which overlap with a compilation.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or "tensorboard" not in config.logging.writers:
         return
 
     def import_library():
@@ -34,54 +68,26 @@ def import_writers() -> None:
     threading.Thread(target=import_library, daemon=True).start()
 
 
-class MetricsWriter:
-    """Appends to metrics.jsonl and to TensorBoard events. Both are first truncated to the step that a launch starts from.
+class RunMetrics:
+    """Writes metrics to metrics.jsonl and to the writers of `logging.writers`.
 
-    Raises: UserError with exit code 1 if a file cannot be written.
+    The files are first truncated to the step that a launch starts from. Raises: UserError with exit code 1 if a file cannot
+    be written; trackers never raise.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        import tensorflow as tf  # clu's writers need it; imported here because it takes seconds
-
-        tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
-        from clu import metric_writers
-
-        self._path, self._library_error = workdir / "metrics.jsonl", tf.errors.OpError
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, step: int):
+        self._workdir = workdir
+        self._writers: list[MetricsWriter] = []
         with self._write_errors():
-            self._truncate_lines(step)
-            self._truncate_events(tf, workdir, step)
-            self._events = metric_writers.SummaryWriter(str(workdir))
-            self._lines = self._path.open("a")
+            self._writers.append(MetricsLines(workdir, step))
+            if "tensorboard" in config.logging.writers:
+                self._writers.append(TensorBoardWriter(workdir, step))
+        leaves = flatten(to_dict(config))
+        for name in config.logging.writers:
+            if name in TRACKERS:
+                self._writers.append(open_tracker(name, workdir, config.logging.project, leaves, log))
 
-    def _truncate_lines(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # the last line of a killed run may be incomplete
-                continue
-        write_text(self._path, "".join(kept))
-
-    @staticmethod
-    def _truncate_events(tf, workdir: pathlib.Path, step: int) -> None:
-        for leftover in workdir.glob("events.out.tfevents.*.partial.*"):  # of a launch that was killed in this function
-            leftover.unlink()
-        for path in sorted(workdir.glob("events.out.tfevents.*")):
-            records = []
-            try:
-                for record in tf.compat.v1.io.tf_record_iterator(str(path)):
-                    if tf.compat.v1.Event.FromString(record).step <= step:
-                        records.append(record)
-            except tf.errors.DataLossError:  # the last record of a killed run may be incomplete
-                pass
-            with atomic_write(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
-                for record in records:
-                    writer.write(record)
-
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> RunMetrics:
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -95,38 +101,34 @@ class MetricsWriter:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, self._library_error) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+        except OSError as error:
             raise UserError(
-                f"cannot write the logs in {self._path.parent} ({reason}); is the disk full? The checkpoints are kept: free "
-                "some space and rerun the same command to resume from the newest",
+                f"cannot write the logs in {self._workdir} ({error}); is the disk full? The checkpoints are kept: free some "
+                "space and rerun the same command to resume from the newest",
                 exit_code=1,
             ) from error
 
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line of metrics.jsonl and one TensorBoard point for each value."""
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers by name."""
         with self._write_errors():
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()
-            self._events.write_scalars(step, dict(values))
+            for writer in self._writers:
+                writer.write_scalars(step, scalars)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a uint8 image [H, W, C] to TensorBoard."""
+        """Writes a uint8 image [H, W, C]."""
         with self._write_errors():
-            self._events.write_images(step, {name: image[None]})
+            for writer in self._writers:
+                writer.write_images(step, {name: image[None]})
 
     def flush(self) -> None:
-        """Flushes both files to disk: call it before the checkpoint from which a rerun would continue."""
+        """Flushes the files to disk: call it before the checkpoint from which a rerun would continue."""
         with self._write_errors():
-            self._events.flush()
-            self._lines.flush()
-            os.fsync(self._lines.fileno())
+            for writer in self._writers:
+                writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        with self._write_errors():
-            try:
-                self.flush()
-            finally:
-                self._events.close()
-                self._lines.close()
+        """Flushes and closes all writers."""
+        with self._write_errors(), contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            self.flush()

@@ -17,26 +17,26 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
-from diffusion_jax.config import is_classifier, resolve
+from diffusion_jax.config import is_classifier, is_continuous, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
 from diffusion_jax.training.state import initial_params
 
-__all__ = ["Plan", "activations_per_image", "estimate", "num_virtual_devices", "run"]
+__all__ = ["Plan", "activations_per_example", "batch_shapes", "estimate", "num_virtual_devices", "run"]
 
 
 class Plan(NamedTuple):
     """Requirements of a train step: bytes on one device, except for the first three; flops are those of the compiled program.
 
-    activations_per_image: bytes of an image that stay in memory from the forward to the backward pass, for any compiler.
+    activations_per_example: bytes of an example that stay in memory from the forward to the backward pass, for any compiler.
     temporaries: maximum of activations, gradients and gathered parameters. minimum_sent: what a device must send: two gathers
     and a reduce-scatter of the parameters over `fsdp`, and an all-reduce of its part of the gradient over `data`.
     """
 
     num_parameters: int
-    flops_per_image: float
-    activations_per_image: int
+    flops_per_example: float
+    activations_per_example: int
     params: int
     ema: int
     optimizer: int
@@ -64,10 +64,7 @@ def estimate(config: Mapping) -> Plan:
     program = training.build_program(config)
     assert isinstance(program.train_step, jax.stages.Wrapped)
     batch_size, state = config["training"]["batch_size"], program.abstract_state
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *data.example_shape(config["data"])), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
+    batch = batch_shapes(config)
     options = compiler.options() | compiler.low_memory_options()
     compiled = program.train_step.lower(state, batch).compile(compiler_options=options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
@@ -77,8 +74,8 @@ def estimate(config: Mapping) -> Plan:
     data_size, fsdp_size = program.mesh.shape["data"], program.mesh.shape["fsdp"]
     return Plan(
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        flops_per_image=cost["flops"] / (batch_size / num_devices),
-        activations_per_image=activations_per_image(config),
+        flops_per_example=cost["flops"] / (batch_size / num_devices),
+        activations_per_example=activations_per_example(config),
         params=_bytes_per_device(state.params),
         ema=_bytes_per_device(state.ema_params),
         optimizer=_bytes_per_device(state.opt_state),
@@ -89,22 +86,38 @@ def estimate(config: Mapping) -> Plan:
     )
 
 
-def activations_per_image(config: Mapping) -> int:
-    """Bytes that a network keeps of an image for its backward pass: those of two images minus those of one."""
+def batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a train step, as `data.Batches` makes it."""
+    name, dtype = ("x", jnp.float32) if is_continuous(config) else ("image", jnp.uint8)
+    shapes = {name: (data.example_shape(config["data"]), dtype), "label": ((), jnp.int32)}
+    condition = training.condition_shape(config)
+    if condition is not None:
+        shapes["condition"] = (condition, jnp.float32)
+    batch_size = config["training"]["batch_size"]
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def activations_per_example(config: Mapping) -> int:
+    """Bytes that a network keeps of an example for its backward pass: those of two examples minus those of one."""
     model, shape = training.model_from_config(config), training.input_shape(config)
     takes_labels = model.num_classes and not is_classifier(config)
 
-    def residuals(params, x, y, key):
+    condition_shape = training.condition_shape(config)
+
+    def residuals(params, x, y, condition, key):
         def network(params):
             labels = (y,) if takes_labels else ()
-            return model.apply({"params": params}, x, x[:, 0, 0, 0], *labels, train=True, rngs={"dropout": key})
+            options = {} if condition is None else {"condition": condition}
+            time = x.reshape(len(x), -1)[:, 0]
+            return model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key}, **options)
 
         return jax.vjp(network, params)[1]
 
-    def size(num_images: int) -> int:
+    def size(n: int) -> int:
         params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
-        x, y = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32), jax.ShapeDtypeStruct((num_images,), jnp.int32)
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x, y, jax.random.key(0)))
+        x, y = jax.ShapeDtypeStruct((n, *shape), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+        condition = None if condition_shape is None else jax.ShapeDtypeStruct((n, *condition_shape), jnp.float32)
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x, y, condition, jax.random.key(0)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return size(2) - size(1)
@@ -131,8 +144,8 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
         f"in {config.model.dtype}:"
     )
     log(f"  parameters          {plan.num_parameters:,}")
-    log(f"  per image           {plan.flops_per_image / 1e9:,.1f} GFLOP a step, as compiled")
-    log(f"                      {_megabytes(plan.activations_per_image)} of activations kept for the backward pass")
+    log(f"  per example         {_gigaflop(plan.flops_per_example)} a step, as compiled")
+    log(f"                      {_megabytes(plan.activations_per_example)} of activations kept for the backward pass")
     log(f"  memory per device   {_megabytes(plan.arguments + plan.temporaries)}, of which")
     for name, size in (("parameters", plan.params), ("EMA", plan.ema), ("optimizer", plan.optimizer)):
         log(f"    {name:<18}{_megabytes(size)}")
@@ -148,6 +161,10 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
             f"    {plan.ring_bytes / plan.minimum_sent:.2f} times the minimum: two gathers and a reduce-scatter over fsdp, "
             "an all-reduce of the parts over data"
         )
+
+
+def _gigaflop(flops: float) -> str:
+    return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
 
 
 def _megabytes(size: float) -> str:

@@ -15,7 +15,7 @@ from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.metrics_writer import MetricsWriter
+from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.runs.sample_files import check_sampling_options
 from diffusion_jax.runs.sample_pictures import draw_samples
 from diffusion_jax.runs.sampling_conditions import evenly_spaced_conditions
@@ -86,7 +86,7 @@ class PreviewPictures:
             self._is_compiled = True
         return self._batch_sampler(params, self._seed)
 
-    def write(self, step: int, samples: np.ndarray, metrics: MetricsWriter) -> None:
+    def write(self, step: int, samples: np.ndarray, metrics: RunMetrics) -> None:
         """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run."""
         labels = self._batch_sampler.setup.labels(np.arange(len(samples)))
         captions = None if labels is None else class_captions(labels, self._class_names)

@@ -24,7 +24,7 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.batch_sampler import Trajectory, sample_trajectory
+from diffusion_jax.runs.batch_sampler import SampleTrajectory, sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
 from diffusion_jax.runs.sample_pictures import draw_trajectory
@@ -115,7 +115,7 @@ def _first_examples(likelihood_run: LikelihoodRun) -> dict[str, np.ndarray]:
     return likelihood_run.read(np.arange(min(_PICTURED_ROWS, len(likelihood_run.source))))
 
 
-def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> Trajectory:
+def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> SampleTrajectory:
     """x_0 as predicted from examples of the data with less and less noise, and at last these examples."""
     config, schedule = likelihood_run.config, likelihood_run.trained.schedule
     batch = _first_examples(likelihood_run)
@@ -143,4 +143,4 @@ def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> Trajectory:
         x = x if normalization is None else normalization.invert(x)
     else:
         x = np.concatenate([np.asarray(to_uint8(predicted)), batch["image"][None]])
-    return Trajectory(x, np.asarray(schedule.timesteps)[steps])
+    return SampleTrajectory(x, np.asarray(schedule.timesteps)[steps])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_jax.runs import array_pictures, figure_panels, pictures, trajectory_pictures
-from diffusion_jax.runs.batch_sampler import Trajectory
+from diffusion_jax.runs.batch_sampler import SampleTrajectory
 
 __all__ = ["draw_samples", "draw_trajectory", "is_of_images"]
 
@@ -24,7 +24,7 @@ def draw_samples(samples: np.ndarray, title: str, captions: Sequence[str] | None
     return figure_panels.render(array_pictures.draw_examples(samples, title=title, captions=captions))
 
 
-def draw_trajectory(trajectory: Trajectory, title: str) -> np.ndarray:
+def draw_trajectory(trajectory: SampleTrajectory, title: str) -> np.ndarray:
     """A picture uint8 [H, W, C] of samples being denoised: a row for each sample, a column for each time."""
     if not is_of_images(trajectory.x[0]):
         headers = pictures.time_headers(trajectory.times, "sample")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -52,35 +54,57 @@ class LoopTimer:
 
 
 class TraceProfile:
-    """Traces the sixth to the tenth call of the train step into `directory`, for XProf; None: never."""
+    """Traces five calls of the train step for XProf, into the work directory: at the start, or on demand.
 
-    _CALLS = range(5, 10)  # the first calls fill caches
+    On demand: after SIGUSR1, or after `check_request` has found a file PROFILE in the directory. directory: None on all
+    processes but 0, which trace nothing. at_start: traces the sixth to the tenth call; the first calls fill caches.
+    """
 
-    def __init__(self, directory: pathlib.Path | None):
-        self._directory, self._call, self._is_tracing = directory, 0, False
+    _FIRST_CALL, _NUM_CALLS = 5, 5
+
+    def __init__(self, directory: pathlib.Path | None, at_start: bool):
+        self._directory, self._call, self._end = directory, 0, None
+        self._start = self._FIRST_CALL if at_start else None
+        self._earlier_handler: Any = None
 
     def __enter__(self) -> TraceProfile:
+        if self._directory and hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+            self._earlier_handler = signal.signal(signal.SIGUSR1, lambda *_: self.request())
         return self
 
     def __exit__(self, *_) -> None:
-        if self._is_tracing:  # the run ended before the tenth call
+        if self._earlier_handler is not None:
+            signal.signal(signal.SIGUSR1, self._earlier_handler)
+        if self._end is not None:  # the run ended before the last call
             self._stop()
+
+    def request(self) -> None:
+        """Traces the next calls, unless some are traced already."""
+        if self._directory and self._end is None:
+            self._start = self._call
+
+    def check_request(self) -> None:
+        """Requests a trace if there is a file PROFILE, which is removed."""
+        if self._directory and (self._directory / "PROFILE").exists():
+            with contextlib.suppress(OSError):
+                (self._directory / "PROFILE").unlink()
+            self.request()
 
     def annotate(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """The context of one call."""
-        if self._directory and self._call == self._CALLS.start:
+        if self._directory and self._start is not None and self._call >= self._start:
             jax.profiler.start_trace(str(self._directory))
-            self._is_tracing = True
+            self._start, self._end = None, self._call + self._NUM_CALLS
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def count_call(self, state) -> None:
         """Counts a call that has been made, and stops the trace after the last one. state: its result."""
         self._call += 1
-        if self._is_tracing and self._call == self._CALLS.stop:
+        if self._end is not None and self._call >= self._end:
             jax.block_until_ready(state)
             self._stop()
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        self._is_tracing = False
+        self._end = None
         log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")

@@ -48,6 +48,7 @@ def from_weights(path: str, flags: str = "") -> ConfigDict:
     config = from_workdir(path, log=lambda line: None) if pretrained.is_workdir(path) else None
     if config is None:
         leaves = pretrained.config_leaves(description)
-        config = resolve(leaves | {"data": leaves["data"] | {"dataset": "folder", "random_flip": False}})
+        dataset = "folder" if description.is_images and description.channels in (1, 3) else "arrays"
+        config = resolve(leaves | {"data": leaves["data"] | {"dataset": dataset, "random_flip": False}})
     config.init_from, config.init_flags = path, flags
     return config

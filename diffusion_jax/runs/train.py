@@ -20,10 +20,16 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
-from diffusion_jax.runs.metrics_writer import MetricsWriter, import_writers
+from diffusion_jax.runs.goodput import LaunchTimes
+from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import TraceProfile
-from diffusion_jax.runs.trained_model import InitialWeights, load_initial_weights, set_params
+from diffusion_jax.runs.trained_model import (
+    InitialWeights,
+    load_initial_weights,
+    normalization_differences,
+    set_params,
+)
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
@@ -40,8 +46,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
-    config = resolve(config)
+    config, launch = resolve(config), LaunchTimes(workdir)
     _check_intervals(config)
+    check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
@@ -76,7 +83,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     ):
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
-        state = _restore_or_initialize(config, program, checkpoints, initial_weights)
+        with launch.measure("restore"):
+            state = _restore_or_initialize(config, program, checkpoints, initial_weights)
+        if initial_weights is not None:
+            difference = normalization_differences(initial_weights, normalizations)
+            if difference:
+                log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -86,7 +98,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         normalized = normalize(config, loaded, normalizations)
         for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
             set_data(batch_sampler, normalized, normalizations)
-        _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid)
+        _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
 
@@ -145,24 +157,26 @@ def _train(
     source: data.Source,
     preview: PreviewPictures | None,
     training_fid: TrainingFid | None,
+    launch: LaunchTimes,
 ) -> None:
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
     loader = BatchLoader(config, program, source, step)
     batch, count = loader.next(step)
-    import_writers()
+    import_writers(config)
     compiled = _CompiledSteps(program)
-    with log_compilation("the train step"):
+    with log_compilation("the train step"), launch.measure("compile"):
         compiled.get(count, state, batch)
 
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
-    profile = TraceProfile(workdir if options.profile and is_writer else None)
+    profile = TraceProfile(workdir if is_writer else None, options.profile)
+    launch.begin(step)
     with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(MetricsWriter(workdir, step)) if is_writer else None
+        metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
-        outputs = TrainingOutputs(config, step, metrics, checkpoints, watchdog, preview, training_fid)
+        outputs = TrainingOutputs(config, step, metrics, checkpoints, watchdog, preview, training_fid, launch)
         while step < options.num_steps:
             with profile.annotate(step):
                 state, _ = compiled.get(count, state, batch)(state, batch)
@@ -174,6 +188,8 @@ def _train(
                 with outputs.timer.measure("data_wait"):
                     batch, count = loader.next(step)
             note = outputs.log_metrics(step, state)
+            if note:
+                profile.check_request()
             with outputs.timer.measure("logging"):
                 checkpoints.check()
                 bar.update(step, note)
@@ -181,7 +197,10 @@ def _train(
             if must_stop:
                 break
         with watchdog.paused():
-            checkpoints.finish(step)
+            with launch.measure("save"):
+                checkpoints.finish(step)
+            if is_writer:
+                launch.write(step)
             stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.config import is_continuous
-from diffusion_jax.data import Normalizations
+from diffusion_jax.data import Normalization, Normalizations
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names, read_normalizations
@@ -31,10 +31,13 @@ __all__ = [
     "Weights",
     "load_initial_weights",
     "load_weights",
+    "normalization_differences",
     "params_digest",
     "set_params",
     "weights_name",
 ]
+
+_Read = TypeVar("_Read", bound=pretrained.Description)
 
 # Fields of a network that its weights do not depend on.
 _FIELDS_IGNORED = {"dropout", "dtype", "remat", "initializer"}
@@ -86,12 +89,11 @@ class TrainedModel:
 
         Raises: UserError if a model of continuous data has no data.json.
         """
-        directory = self.workdir
         if self.config.init_from and not committed_steps(self.workdir / "checkpoints"):
-            directory = pathlib.Path(self.config.init_from).expanduser()
-        found = read_normalizations(directory)
+            return _load(pretrained.describe, self.config, self.use_ema).normalizations
+        found = read_normalizations(self.workdir)
         if found is None and is_continuous(self.config):
-            raise UserError(f"{directory / 'data.json'}, which stores the scale of the data, is missing: restore it")
+            raise UserError(f"{self.workdir / 'data.json'}, which stores the scale of the data, is missing: restore it")
         return found or {}
 
     @property
@@ -122,7 +124,7 @@ def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_
     """
     replicated = sharding.replicated(mesh)
     if config["init_from"] and not committed_steps(workdir / "checkpoints"):
-        params, differences = load_initial_weights(config, model, use_ema)
+        params, differences, _ = load_initial_weights(config, model, use_ema)
         if differences:
             raise UserError(
                 f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use "
@@ -156,34 +158,66 @@ def weights_name(config: Mapping, step: int) -> str:
 
 
 class InitialWeights(NamedTuple):
-    """Parameters of `config.init_from`. differences: a phrase for each difference between its diffusion and the config's."""
+    """Parameters of `config.init_from`.
+
+    differences: a phrase for each difference between its diffusion and the config's. normalizations: of the data that the
+    parameters were trained on.
+    """
 
     params: Any
     differences: list[str]
+    normalizations: Normalizations
 
 
 def load_initial_weights(
     config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
 ) -> InitialWeights:
     """The weights that `config.init_from` names. Raises: UserError if they are of another network; PretrainedError."""
+    net = _load(pretrained.load, config, use_ema)
+    _check_same_network(config, net, model)
+    return InitialWeights(net.params, _diffusion_differences(config, net), net.normalizations)
+
+
+def _load(read: Callable[..., _Read], config: Mapping, use_ema: bool) -> _Read:
+    """`pretrained.load` or `pretrained.describe` of `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
-        net = pretrained.load(path, pretrained.read_flags(config["init_flags"]), use_ema)
+        return read(path, pretrained.read_flags(config["init_flags"]), use_ema)
     except pretrained.PretrainedError as error:
         raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
-    _check_same_network(config, net, model)
-    return InitialWeights(net.params, _diffusion_differences(config, net))
+
+
+def normalization_differences(initial_weights: InitialWeights, normalizations: Normalizations) -> str | None:
+    """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
+    old, differences = initial_weights.normalizations, []
+    for name in sorted(old.keys() | normalizations.keys()):
+        pair = old.get(name), normalizations.get(name)
+        if pair[0] == pair[1]:
+            continue
+        there, here = ("none" if one is None else _format(one) for one in pair)
+        differences.append(f"{name}: {there} there, {here} here")
+    return "; ".join(differences) or None
+
+
+def _format(normalization: Normalization) -> str:
+    """(data - offset) / scale of the first channels, for a log line."""
+    offset, scale = (
+        ", ".join([f"{value:.4g}" for value in values[:3]] + ["..."] * (len(values) > 3))
+        for values in (normalization.offset, normalization.scale)
+    )
+    return f"(data - ({offset})) / ({scale})"
 
 
 def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:
     path = config["init_from"]
     if type(net.model) is not type(model):
         raise UserError(
-            f"init_from={path} holds a {type(net.model).__name__}, and the config describes a {type(model).__name__}"
+            f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
+            f"models.{type(model).__name__}"
         )
     loaded = net.model
-    if isinstance(loaded, models.UNet) and isinstance(model, models.UNet):
-        # An output with the channels of the image is written as None or as a number.
+    if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
+        # An output with the channels of the data is written as None or as a number.
         loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
     differences = [
@@ -191,8 +225,9 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
         for name in sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
         if getattr(loaded, name) != getattr(model, name)
     ]
-    if net.in_channels != input_shape(config)[2]:
-        differences.append(f"input channels: {net.in_channels} there, {input_shape(config)[2]} here")
+    in_channels = input_shape(config)[-1]
+    if net.in_channels != in_channels:
+        differences.append(f"input channels: {net.in_channels} there, {in_channels} here")
     if differences:
         raise UserError(
             f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"
@@ -202,7 +237,7 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
 def _diffusion_differences(config: Mapping, net) -> list[str]:
     schedule, diffusion = schedule_from_config(config["diffusion"]), config["diffusion"]
     parameterizations = {}
-    if isinstance(net.model, models.UNet):
+    if not isinstance(net.model, models.Classifier):
         parameterizations["prediction"] = (net.prediction, diffusion["prediction"])
         if any(variance.startswith("learned") for variance in (net.variance, diffusion["variance"])):
             # Fixed variances are an option of the sampler, not of the network.
@@ -210,6 +245,8 @@ def _diffusion_differences(config: Mapping, net) -> list[str]:
     differences = [
         f"{name}: {loaded!r} there, {own!r} here" for name, (loaded, own) in parameterizations.items() if loaded != own
     ]
+    if (net.levels is None) != is_continuous(config):
+        differences.append(f"data.levels: {net.levels} there, {config['data']['levels']} here")
     if any(
         not np.array_equal(getattr(net.schedule, name), getattr(schedule, name)) for name in ("timesteps", "alpha_bar")
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from diffusion_jax import training
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.metrics_writer import MetricsWriter
+from diffusion_jax.runs.goodput import LaunchTimes
+from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.runs.preview import PreviewPictures
 from diffusion_jax.runs.step_timing import LoopTimer, StepTimes
 from diffusion_jax.runs.training_fid import TrainingFid
@@ -26,16 +28,18 @@ class TrainingOutputs:
     """Writes the outputs of a training run; every process calls it after each call of the train step.
 
     logged_step: the step of the last metrics, at first the step that the launch starts from. metrics: None on all processes
-    but 0. preview, training_fid: None if the config requests none. timer: measures how the time between metrics is spent.
+    but 0. preview, training_fid: None if the config requests none. launch: of the whole launch.
+    timer: measures how the time between metrics is spent.
     """
 
     config: ConfigDict
     logged_step: int
-    metrics: MetricsWriter | None
+    metrics: RunMetrics | None
     checkpoints: Checkpoints
     watchdog: Watchdog
     preview: PreviewPictures | None
     training_fid: TrainingFid | None
+    launch: LaunchTimes
     timer: LoopTimer = dataclasses.field(default_factory=LoopTimer)
 
     def log_metrics(self, step: int, state: training.TrainState) -> str:
@@ -48,9 +52,12 @@ class TrainingOutputs:
         means = training.window_means(self._finite_window(state))
         self.watchdog.record_step()
         times = self.timer.restart()
+        for part, share in (("train", times.compute), ("input", times.data_wait), ("output", times.logging)):
+            self.launch.add(part, share * times.seconds)
         with self.timer.measure("logging"):
             speed = self._speed(step, times)
             if self.metrics:
+                speed["goodput"] = self.launch.write(step)
                 self.metrics.write_scalars(step, means | speed)
         self.logged_step = step
         return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
@@ -119,5 +126,9 @@ class TrainingOutputs:
         self._finite_window(state)
         if self.metrics:
             self.metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
+        start = time.perf_counter()
         with self.watchdog.paused():
             self.checkpoints.save(step, state)
+        seconds = time.perf_counter() - start
+        self.launch.add("save", seconds)
+        self.launch.add("output", -seconds)  # the timer counts it as logging

@@ -18,6 +18,7 @@ from typing import Any
 
 import docstrings
 from docutils import nodes
+from links import external_link
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -229,13 +230,14 @@ def _show_values(app: Sphinx, domain: str, objtype: str, content: addnodes.desc_
 
 
 def _resolve_annotation(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, contnode: nodes.Element):
-    """Links a name in a signature to its page; names of other projects stay text."""
+    """Links a name in a signature to its page; names of other projects stay text where intersphinx does not find them."""
     if node.get("refdomain") != "py" or not node.get("refdoc", "").startswith("reference/api/"):
         return None
     objects = env.domains.python_domain.objects
-    full = _documented_name(node.get("py:module") or PACKAGE, node["reftarget"], objects)
+    module = node.get("py:module") or PACKAGE
+    full = _documented_name(module, node["reftarget"], objects)
     if full is None:
-        return contnode
+        return external_link(app, _external_name(module, node["reftarget"]), contnode) or contnode
     return make_refnode(app.builder, node["refdoc"], objects[full].docname, objects[full].node_id, contnode, full)
 
 
@@ -258,6 +260,13 @@ def _documented_name(module: str, target: str, objects: Mapping[str, Any]) -> st
         break  # an alias of types does not know its module
     found = [name for name in objects if name.endswith(f".{target}")]
     return found[0] if len(found) == 1 else None
+
+
+def _external_name(module: str, target: str) -> str:
+    """What another project's documentation calls `target` of a module: numpy.ndarray for np.ndarray."""
+    first, _, rest = target.partition(".")
+    value = getattr(sys.modules[module], first, None)
+    return f"{value.__name__}.{rest}" if rest and inspect.ismodule(value) else target
 
 
 _LINES = re.compile(r'<dl>\s*(<dd><em class="sig-param".*?)</dl>', re.DOTALL)

@@ -1,4 +1,9 @@
-"""Links that pages need not write: from the name of a public object to its API entry, from a root document to its page."""
+"""Links that pages need not write.
+
+From the name of a public object to its API entry, from the name of an object of another project to its documentation (with
+DOCS_ONLINE=1), and from a document of the repository's root to its page. With DOCS_REPOSITORY_URL the commands that clone the
+repository have its address.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.ext import intersphinx
 from sphinx.util.nodes import make_refnode
 
 PACKAGE = "diffusion_jax"
@@ -20,6 +26,7 @@ PAGES = {
     "README.md": "index.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_PLACEHOLDER = re.compile(r"REPOSITORY is the address of this repository\.\s?")
 _NAME = re.compile(r"^([A-Za-z_][\w.]*)(\(.*\))?$", re.DOTALL)
 
 
@@ -53,6 +60,8 @@ def _rewrite(app: Sphinx, source: list[str], folder: pathlib.Path, page: str) ->
         return f"{start}{os.path.relpath(path, here)}{end}"
 
     source[0] = _LINK.sub(replace, source[0])
+    if url:
+        source[0] = _PLACEHOLDER.sub("", source[0]).replace("git clone REPOSITORY ", f"git clone {url} ")
 
 
 def _link_code(app: Sphinx, doctree: nodes.document, page: str) -> None:
@@ -74,6 +83,18 @@ def _link_code(app: Sphinx, doctree: nodes.document, page: str) -> None:
                 link = make_refnode(app.builder, page, entry.docname, entry.node_id, literal.deepcopy(), full)
                 literal.replace_self(link)
                 break
+        else:
+            link = external_link(app, match[1], literal.deepcopy()) if "." in match[1] else None
+            if link is not None:
+                literal.replace_self(link)
+
+
+def external_link(app: Sphinx, name: str, content: nodes.Element) -> nodes.Element | None:
+    """A link to what another project's documentation calls `name`; None without DOCS_ONLINE=1 or such a name."""
+    if "sphinx.ext.intersphinx" not in app.extensions:
+        return None
+    reference = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=name)
+    return intersphinx.missing_reference(app, app.env, reference, content)
 
 
 def _candidates(target: str, module: str | None, own: str | None) -> list[str]:

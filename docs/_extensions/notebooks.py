@@ -64,9 +64,9 @@ def _add_links(app: Sphinx, doctree: nodes.document) -> None:
     link = '<a class="reference external" href="{}">{}</a>'
     file = name.rpartition("/")[2] + ".ipynb"
     line += nodes.raw("", link.format(file, "Download this page as a notebook"), format="html")
-    url = app.config.html_theme_options.get("repository_url", "")
-    if url:
-        address = f"{_COLAB}/{url.partition('github.com/')[2]}/blob/gh-pages/{name}.ipynb"
+    repository = app.config.html_theme_options.get("repository_url", "").partition("//github.com/")[2]
+    if repository:  # Colab opens notebooks of GitHub only
+        address = f"{_COLAB}/{repository}/blob/gh-pages/{name}.ipynb"
         line += nodes.raw("", " · " + link.format(address, "Open in Colab"), format="html")
     section = next(iter(doctree.findall(nodes.section)), None)
     if section is not None:

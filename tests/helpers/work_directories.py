@@ -10,7 +10,7 @@ from diffusion_jax.runs import workdir
 from diffusion_jax.runs.sample_files import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
-SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
+SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
 def untrained(directory, config):

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.paths import ROOT
 
-MODES = {"train", "sample", "edit", "measure_likelihood", "sample_metrics", "progressive", "plan"}
+MODES = {"train", "sample", "edit", "measure_likelihood", "sample_metrics", "progressive", "plan", "status"}
 TREES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "diffusion_jax" / "runs").glob("*.py")}
 
 
@@ -37,7 +37,8 @@ def test_the_modes_are_the_modules_with_a_run_function():
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_a_mode_takes_a_config_and_a_work_directory(mode):
     module = importlib.import_module(f"diffusion_jax.runs.{mode}")
-    assert list(inspect.signature(module.run).parameters) == ["config", "workdir"]
+    parameters = list(inspect.signature(module.run).parameters)
+    assert parameters == ["config", "workdir", "source"][: len(parameters)] and len(parameters) >= 2
     assert "run" in module.__all__
 
 

@@ -21,6 +21,10 @@ def drawn(monkeypatch):
 
 def labeled(axes):
     assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+    return lines(axes)
+
+
+def lines(axes):
     return {text.get_text(): line for text, line in zip(axes.get_legend().get_texts(), axes.get_lines(), strict=True)}
 
 
@@ -78,7 +82,7 @@ def test_neighbors_have_captions(drawn):
         assert texts[3:] == ["sample 7", "0.5", "1.5", "sample 3", "0.75", "2.5"]
 
 
-def test_every_solver_has_its_own_color_and_marker():
+def test_every_solver_is_in_a_panel_where_no_two_lines_look_alike():
     """In the plot of docs/start/sampler.md."""
     path = ROOT / "benchmarks" / "samplers.py"
     spec = importlib.util.spec_from_file_location("samplers_benchmark", path)
@@ -86,9 +90,12 @@ def test_every_solver_has_its_own_color_and_marker():
     spec.loader.exec_module(benchmark)
     figure = benchmark.plot({name: [1.0, 0.5] for name in benchmark.SOLVERS}, [10, 20], "karras")
     assert isinstance(figure, Figure)
-    lines = labeled(figure.axes[0]).values()
-    assert len(lines) == len(benchmark.SOLVERS) == len({line.get_color() for line in lines})
-    assert len({line.get_marker() for line in lines}) == len(lines)
+    panels = [lines(axes) for axes in figure.axes]
+    assert set().union(*panels) == set(benchmark.SOLVERS)
+    for panel in panels:
+        assert len({line.get_color() for line in panel.values()}) == len(panel)
+        assert len({line.get_marker() for line in panel.values()}) == len(panel)
+    labeled(figure.axes[-2])  # the axes below and at the left have the labels of all
 
 
 def test_grids_and_text_show_the_images():

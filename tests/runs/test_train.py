@@ -81,7 +81,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
 def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     """Lines and events after the last checkpoint, and a torn last line, are written anew and only once."""
     train.run(tiny_config(), tmp_path)
-    metrics = metrics_writer.MetricsWriter(tmp_path, step=4)
+    metrics = metrics_writer.RunMetrics(tiny_config(), tmp_path, step=4)
     metrics.write_scalars(5, {"loss": 9.0})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:

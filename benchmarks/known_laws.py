@@ -1,0 +1,291 @@
+"""Trains the configs whose data have a known law, draws samples and compares them with the law.
+
+    python benchmarks/known_laws.py [series field volume moons mixture conditional] [--workdir=runs/laws]
+
+Each line of the output is one comparison: the largest deviation from the exact law, the error bar, and the largest deviation
+from a wrong law, which must be outside its error bar. An error bar is the stated bias of a network that is trained for
+minutes (the constants below, chosen before the first run) plus four Monte Carlo standard errors. The likelihood of test data
+must be at least the entropy of the law, and at most the entropy plus the slack of the bound and a stated excess. A work
+directory with a finished run is not trained again.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import pathlib
+import resource
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+
+from diffusion_jax import data, likelihood
+from diffusion_jax.config import resolve
+from diffusion_jax.data import synthetic
+from diffusion_jax.data.synthetic import FieldLaw, SeriesLaw
+from diffusion_jax.evaluation.array_statistics import mean_and_covariance, power_spectrum
+from diffusion_jax.runs import sample, train
+from diffusion_jax.runs.trained_model import TrainedModel
+
+# Bias of a trained network that an error bar allows, beside the Monte Carlo error.
+POWER_BIAS = 0.15  # of the power in a shell of frequencies, relative to the exact one
+CORRELATION_BIAS = 0.05  # of the correlation of two channels at one position
+WEIGHT_BIAS = 0.02  # of the weight of a mode
+MEAN_BIAS = 0.2  # of a conditional mean, in conditional standard deviations
+EXCESS_NATS = 0.1  # of the bound per dimension, beyond its slack with the exact score
+
+NUM_TEST = 512
+CONFIGS = {
+    "series": ("series", "synthetic"),
+    "field": ("field",),
+    "volume": ("volume",),
+    "moons": ("vectors", "moons"),
+    "mixture": ("vectors", "mixture"),
+    "conditional": ("vectors", "conditional"),
+}
+WRONG_LAWS = {
+    "series": {"half the damping": {"damping": 8.0}, "another correlation": {"correlation": 0.0}},
+    "field": {"other exponents": {"exponents": (1.0, 1.0, 1.0, 1.0, 1.0)}, "no mixing": {"mixing": np.eye(5).tolist()}},
+    "volume": {"other exponents": {"exponents": (1.0,)}},
+}
+
+
+def report(name: str, what: str, deviation: np.ndarray, bar: np.ndarray | float, is_wrong: bool = False) -> bool:
+    """Prints and returns whether deviations are within their error bars (of a wrong law: whether one is outside)."""
+    ratio = np.abs(deviation) / bar
+    worst = int(np.argmax(ratio))
+    largest, its_bar = np.ravel(np.abs(deviation))[worst], np.ravel(np.broadcast_to(bar, np.shape(deviation)))[worst]
+    good = bool((ratio.max() > 1) if is_wrong else (ratio.max() <= 1))
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {what}: {largest:.4f}, error bar {its_bar:.4f}", flush=True)
+    return good
+
+
+# ---- Stationary Gaussian laws
+
+
+def shell_average(values: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
+    """The diagonals of spectra [*K, C, C], averaged over the shells of `power_spectrum`: [shells, C]."""
+    frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, spatial), indexing="ij"), axis=-1)
+    shells = np.round(np.linalg.norm(frequencies, axis=-1).ravel() * max(spatial)).astype(int)
+    power = np.diagonal(values.real, axis1=-2, axis2=-1).reshape(len(shells), -1)
+    return np.stack([power[shells == shell].mean(axis=0) for shell in np.unique(shells)])
+
+
+def law_at(law: SeriesLaw | FieldLaw, spatial: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
+    """(spectrum, correlation of the channels at one position, entropy) of arrays of this shape."""
+    if isinstance(law, SeriesLaw):
+        spectrum, covariance, entropy = law.spectrum(spatial[0]), law.cross_covariance([0])[0], law.entropy(spatial[0])
+    else:
+        covariance = law.cross_covariance(spatial)[(0,) * len(spatial)]
+        spectrum, entropy = law.spectrum(spatial), law.entropy(spatial)
+    deviations = np.sqrt(np.diag(covariance))
+    return spectrum, covariance / np.outer(deviations, deviations), entropy
+
+
+def compare_gaussian(name: str, x: np.ndarray, law: SeriesLaw | FieldLaw) -> list[bool]:
+    """Power in every shell of frequencies, and the correlations of channels, against the law and against wrong ones."""
+    spatial = x.shape[1:-1]
+    measured = power_spectrum(x)
+    moments = mean_and_covariance(x).covariance
+    laws = {"the law": law}
+    laws |= {wrong: dataclasses.replace(law, **change) for wrong, change in WRONG_LAWS[name].items()}
+    results = []
+    spectral, correlated = [], []
+    for candidate in laws.values():
+        spectrum, correlation, _ = law_at(candidate, spatial)
+        exact = shell_average(spectrum, spatial)
+        spectral.append((measured.value / exact - 1, POWER_BIAS + 4 * measured.standard_error / exact))
+        scales = np.sqrt(np.diag(moments.value))
+        scales = np.outer(scales, scales)
+        correlated.append(
+            (moments.value / scales - correlation, CORRELATION_BIAS + 4 * moments.standard_error / scales)
+        )
+    results.append(report(name, "power of a shell, relative", *spectral[0]))
+    print(f"     {name}: root mean square of these: {np.sqrt(np.mean(spectral[0][0] ** 2)):.4f}")
+    if x.shape[-1] > 1:
+        results.append(report(name, "correlation of two channels", *correlated[0]))
+    for i, wrong in enumerate(list(laws)[1:], start=1):
+        either = [(d, np.broadcast_to(b, d.shape)) for d, b in (spectral[i], correlated[i])]
+        deviations, bars = (np.concatenate([part.ravel() for part in parts]) for parts in zip(*either, strict=True))
+        results.append(report(name, f"power or correlation, against {wrong}", deviations, bars, is_wrong=True))
+    return results
+
+
+# ---- Vectors
+
+
+def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> list[bool]:
+    """Weights of modes, conditional means, or the mean log density of samples."""
+    if name == "mixture":
+        law = synthetic.MIXTURE
+        weights = np.array(law.weights)
+        shares = np.bincount(law.mode_of(x), minlength=len(weights)) / len(x)
+        print(f"     {name}: weights of the samples {np.round(shares, 4)}, of the law {weights}")
+        bar = WEIGHT_BIAS + 4 * np.sqrt(weights * (1 - weights) / len(x))
+        return [
+            report(name, "weight of a mode", shares - weights, bar),
+            report(name, "weight of a mode, against equal weights", shares - 1 / len(weights), bar, is_wrong=True),
+        ]
+    if name == "conditional":
+        assert condition is not None
+        law = synthetic.CONDITIONAL
+        place = np.floor(condition[:, 0] * 4).astype(int).clip(0, 15)
+        deviation = law.standard_deviation(condition)
+        errors = 1 / np.sqrt(np.bincount(place, minlength=16))
+
+        def mean_in_bins(values: np.ndarray) -> np.ndarray:
+            return np.stack([values[place == k].mean(axis=0) for k in range(16)])
+
+        residual = (x - law.mean(condition)) / deviation
+        linear = np.stack([np.polyval(np.polyfit(condition[:, 0], column, 1), condition[:, 0]) for column in x.T], -1)
+        bar = MEAN_BIAS + 4 * errors[:, None]
+        print(f"     {name}: standard deviation over the exact one {residual.std(axis=0).round(3)}")
+        return [
+            report(name, "conditional mean, in standard deviations", mean_in_bins(residual), bar),
+            report(
+                name, "conditional mean, against a line", mean_in_bins((x - linear) / deviation), bar, is_wrong=True
+            ),
+        ]
+    values = -synthetic.MOONS.log_density(x) / 2
+    error = 4 * values.std() / np.sqrt(len(x))
+    excess = np.array([values.mean() - synthetic.MOONS.entropy()])
+    wrong = dataclasses.replace(synthetic.MOONS, noise=0.2)
+    return [
+        report(name, "-log density of samples minus the entropy", excess, EXCESS_NATS + error),
+        report(
+            name,
+            "the same of noise 0.2",
+            np.array([(-wrong.log_density(x) / 2).mean() - wrong.entropy()]),
+            EXCESS_NATS + error,
+            is_wrong=True,
+        ),
+    ]
+
+
+# ---- Likelihood
+
+
+def exact_slack(schedule, variances: np.ndarray) -> float:
+    """The bound of a Gaussian law with the exact score, minus its entropy, in nats per dimension, for fixed_large.
+
+    variances: of the standardized data along their principal axes [K]. Nearly all of the slack is from the smallest noise,
+    where it is the same for every law with a density.
+    """
+    alpha_bar, reverse = schedule.alpha_bar[:, None], schedule.fixed_large_variance[:, None]
+    posterior = np.exp(schedule.posterior_log_variance)[:, None]
+    error = variances * (1 - alpha_bar) / (alpha_bar * variances + 1 - alpha_bar)  # E (x_0 - E[x_0 | x_t])^2
+    previous = np.append(1.0, schedule.alpha_bar[:-1])[:, None]
+    coefficient = np.sqrt(previous) * schedule.betas[:, None] / (1 - alpha_bar)
+    kl = 0.5 * (np.log(reverse / posterior) + (posterior + coefficient**2 * error) / reverse - 1)
+    decoder = 0.5 * (np.log(2 * np.pi * reverse[0]) + error[0] / reverse[0])
+    prior = 0.5 * (alpha_bar[-1] * variances - alpha_bar[-1] - np.log1p(-alpha_bar[-1]))
+    entropy = 0.5 * np.log(2 * np.pi * np.e * variances)
+    return float((prior + decoder + kl[1:].sum(axis=0) - entropy).mean())
+
+
+def principal_variances(name: str, law, scale: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
+    """The variances along the principal axes of the standardized data; 1 for vectors, whose laws are not Gaussian."""
+    if name == "series":
+        size = spatial[0] * len(scale)
+        scales = np.tile(scale, spatial[0])
+        return np.linalg.eigvalsh(law.covariance(spatial[0]).reshape(size, size) / np.outer(scales, scales))
+    if name in ("field", "volume"):
+        return np.linalg.eigvalsh(law.spectrum(spatial) / np.outer(scale, scale)).ravel()
+    return np.array([1.0])
+
+
+def compare_likelihood(name: str, config, trained: TrainedModel, law) -> list[bool]:
+    """The variational bound of test data in nats per dimension, in their units, against the entropy."""
+    normalizations = trained.normalizations
+    scale = np.asarray(normalizations["x"].scale, np.float64)
+    source = data.Normalized(data.load({**config.data, "split": "test"}), normalizations)
+    batch = source.read(np.arange(NUM_TEST))
+    condition = batch.get("condition")
+
+    extra = {} if condition is None else {"condition": condition}
+    params = trained.params  # read here: a checkpoint cannot be read while a function is traced
+
+    def denoise_fn(x_t, time):
+        return trained.model.apply({"params": params}, x_t, time, **extra)
+
+    bits = jax.jit(
+        lambda key, x: (
+            likelihood.bits_per_dim(
+                key,
+                trained.schedule,
+                denoise_fn,
+                x,
+                prediction=config.diffusion.prediction,
+                variance="fixed_large",
+                clip=False,
+                gray_levels=None,
+                strata=100,
+                tables=False,
+            ).total
+        )
+    )(jax.random.key(0), batch["x"])
+    nats = np.asarray(bits, np.float64) * np.log(2) + np.log(scale).mean()
+    spatial = tuple(config.data.image_size)
+    if name == "mixture":
+        entropy = law.entropy(np.random.default_rng(0), 400_000).value
+    else:
+        entropy = law_at(law, spatial)[2] if spatial else law.entropy()
+    slack = exact_slack(trained.schedule, principal_variances(name, law, scale, spatial))
+    error = nats.std(ddof=1) / np.sqrt(NUM_TEST)
+    good = entropy - 4 * error <= nats.mean() <= entropy + slack + EXCESS_NATS + 4 * error
+    print(
+        f"{'ok  ' if good else 'FAIL'} {name}: bound {nats.mean():.4f} ± {error:.4f} nats per dimension, "
+        f"entropy {entropy:.4f}, slack with the exact score {slack:.4f}, "
+        f"excess {nats.mean() - entropy - slack:.4f} of {EXCESS_NATS}",
+        flush=True,
+    )
+    return [bool(good)]
+
+
+# ---- Runs
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(name: str, workdir: pathlib.Path) -> bool:
+    """Trains, samples and compares one config."""
+    module, *variant = CONFIGS[name]
+    config = resolve(importlib.import_module(f"configs.{module}").get_config(*variant))
+    for job, what in ((train.run, "training"), (sample_run, "sampling")):
+        wall, cpu = time.time(), cpu_seconds()
+        job(config, workdir / name)
+        print(f"     {name}: {what}: {time.time() - wall:.0f} s, {cpu_seconds() - cpu:.0f} s of CPU", flush=True)
+    (path,) = (workdir / name / "samples").glob("*_n*.npz")
+    with np.load(path) as arrays:
+        x, condition = arrays["arr_0"].astype(np.float64), arrays.get("condition")
+    law = getattr(synthetic, name.upper())
+    trained = TrainedModel.open(config, workdir / name, use_ema=True)
+    results = compare_gaussian(name, x, law) if x.ndim > 2 else compare_vectors(name, x, condition)
+    return all(results + compare_likelihood(name, config, trained, law))
+
+
+def sample_run(config, workdir: pathlib.Path) -> None:
+    """Draws the samples; those with a condition for conditions that the law draws."""
+    if config.model.condition_features:
+        conditions = synthetic.CONDITIONAL.sample_conditions(np.random.default_rng(1), config.sampling.num_samples)
+        np.save(workdir / "conditions.npy", conditions)
+        config.sampling.conditions = str(workdir / "conditions.npy")
+    sample.run(config, workdir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; by default all")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/laws"))
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(CONFIGS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CONFIGS)}")
+    good = [run(name, options.workdir) for name in options.names or CONFIGS]
+    sys.exit(0 if all(good) else 1)

@@ -1,0 +1,37 @@
+"""Vectors, with a multilayer perceptron: two moons, a mixture of Gaussians, or vectors that depend on a condition.
+
+    python main.py --config=configs/vectors.py --workdir=runs/moons
+    python main.py --config=configs/vectors.py:mixture --workdir=runs/mixture
+    python main.py --workdir=runs/moons --mode=sample
+
+| argument | vectors |
+|---|---|
+| moons (the default) | two half circles with noise in the plane |
+| mixture | five Gaussians of unequal weights in 10 dimensions |
+| conditional | points on a spiral in the plane, at the place that a number gives: `--config.sampling.conditions=FILE` |
+
+The samples are compared with the exact laws by `python benchmarks/known_laws.py moons mixture conditional`.
+"""
+
+from diffusion_jax.config import ConfigDict, default
+
+_CHANNELS = {"moons": 2, "mixture": 10, "conditional": 2}
+
+
+def get_config(variant: str = "moons") -> ConfigDict:
+    """variant: "moons", "mixture" or "conditional"."""
+    if variant not in _CHANNELS:
+        raise ValueError(f"vectors.py:{variant}: known are {', '.join(_CHANNELS)}")
+    config = default()
+    config.data.update(dataset=f"diffusion_jax.data.synthetic:{variant}", image_size=(), channels=_CHANNELS[variant])
+    config.data.update(levels=None, random_flip=False)
+    config.model.update(kind="mlp", channels=128, num_res_blocks=3, dropout=0.0, scale_shift_norm=True)
+    config.model.condition_features = 1 if variant == "conditional" else 0
+    config.diffusion.update(prediction="v", timestep_sampler="stratified")
+    config.training.update(num_steps=4000, batch_size=256, log_every=100, sample_every=0, checkpoint_every=1000)
+    config.training.checkpoint_keep_every = 0
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine", decay_steps=4000)
+    config.ema.update(decay=0.999, warmup=True)
+    config.sampling.update(sampler="dpm_solver_pp", spacing="log_snr", steps=50, num_samples=4000, batch_size=1000)
+    config.evaluation.num_samples = 4000
+    return config

@@ -1,0 +1,101 @@
+"""Goodput: the fraction of the wall time since a run's first launch that its steps took, and where the rest went.
+
+goodput.json of the work directory has an entry for each launch, which is rewritten at every line of the log, so that a kill
+loses at most one interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from diffusion_jax.files import write_text
+
+__all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput"]
+
+_FILE = "goodput.json"
+# The parts of a launch, besides `other`. start: reading and checking, until the first compilation.
+PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
+
+
+class Goodput(NamedTuple):
+    """fractions: of the wall time since the first launch, by part; their sum is 1.
+
+    train is the goodput: steps that count. repeated: steps that were lost in a kill and done again. idle: between launches.
+    """
+
+    fractions: dict[str, float]
+    wall_seconds: float
+    num_launches: int
+
+
+class LaunchTimes:
+    """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970."""
+
+    def __init__(self, workdir: pathlib.Path, clock: Callable[[], float] = time.time):
+        self._path, self._clock, self._start = workdir / _FILE, clock, clock()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._first_step = self._step = 0
+        self._earlier: list[dict[str, Any]] = []
+
+    def begin(self, step: int) -> None:
+        """Notes the step that the launch starts from; everything so far that was not measured was `start`."""
+        self._first_step = self._step = step
+        self._earlier = _read(self._path)
+        self._seconds["start"] = self._clock() - self._start - sum(self._seconds.values())
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time of the block to a part."""
+        start = self._clock()
+        yield
+        self.add(part, self._clock() - start)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Adds seconds to a part."""
+        self._seconds[part] += seconds
+
+    def write(self, step: int) -> float:
+        """Writes the times up to a step. Returns: the goodput of the run."""
+        self._step = step
+        launches = [*self._earlier, self._entry()]
+        write_text(self._path, json.dumps(launches) + "\n")
+        return _goodput(launches, self._clock()).fractions["train"]
+
+    def _entry(self) -> dict[str, Any]:
+        times = {"start": self._start, "end": self._clock(), "first_step": self._first_step, "last_step": self._step}
+        return times | {"seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items()}}
+
+
+def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | None:
+    """The goodput of a run up to now, or up to the end of its last launch; None without a launch that logged a line."""
+    launches = _read(workdir / _FILE)
+    return _goodput(launches, launches[-1]["end"] if now is None else now) if launches else None
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return []
+
+
+def _goodput(launches: list[dict[str, Any]], now: float) -> Goodput:
+    totals = dict.fromkeys([*PARTS, "repeated", "other", "idle"], 0.0)
+    for launch, following in zip(launches, [*launches[1:], None], strict=True):
+        seconds = launch["seconds"]
+        for part in PARTS:
+            totals[part] += seconds[part]
+        totals["other"] += max(launch["end"] - launch["start"] - sum(seconds.values()), 0.0)
+        end = now if following is None else following["start"]
+        totals["idle"] += max(end - launch["end"], 0.0)
+        steps = launch["last_step"] - launch["first_step"]
+        if following is not None and steps:
+            lost = min(max(launch["last_step"] - following["first_step"], 0), steps)
+            totals["repeated"] += seconds["train"] * lost / steps
+    totals["train"] -= totals["repeated"]
+    wall = max(sum(totals.values()), 1e-9)
+    return Goodput({part: seconds / wall for part, seconds in totals.items()}, wall, len(launches))

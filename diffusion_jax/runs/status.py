@@ -1,0 +1,83 @@
+"""`--mode=status`: the state of a work directory on one screen. Reads only, also while the run trains."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import time
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from diffusion_jax.distributed.file_lock import find_holder
+from diffusion_jax.runs.console import format_duration
+from diffusion_jax.runs.goodput import Goodput, read_goodput
+from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.training.digests import committed_steps
+
+__all__ = ["report", "run", "sparkline"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SHOWN_LOSSES = 40
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Prints the state of a work directory."""
+    print(report(config, workdir), flush=True)
+
+
+def report(config: ConfigDict, workdir: pathlib.Path) -> str:
+    """The state of a work directory as lines of text."""
+    lines, num_steps = read_metrics(workdir), config.training.num_steps
+    saved, holder = committed_steps(workdir / "checkpoints"), find_holder(workdir / ".lock")
+    step = max([line["step"] for line in lines] + saved, default=0)
+    rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
+    rows["progress"] = f"step {step:,} of {num_steps:,} ({100 * step // num_steps}%)"
+    timed = [line for line in lines if "step_seconds" in line]
+    if timed:
+        seconds = timed[-1]["step_seconds"]
+        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} examples/s"
+        if step < num_steps:
+            rows["time left"] = f"{format_duration((num_steps - step) * seconds)} at this speed"
+    rows["checkpoint"] = _checkpoint(workdir, saved)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if losses:
+        rows["loss"] = f"{losses[-1]:.4g}  {sparkline(losses)}"
+    goodput = read_goodput(workdir)
+    if goodput:
+        rows["goodput"] = _describe_goodput(goodput)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _state(holder: str | None, step: int, num_steps: int, lines: Sequence) -> str:
+    if holder:
+        return f"training: {holder} holds the lock"
+    if step >= num_steps:
+        return "finished"
+    return "not running; rerun its command to resume" if lines or step else "nothing was trained yet"
+
+
+def _checkpoint(workdir: pathlib.Path, saved: Sequence[int]) -> str:
+    if not saved:
+        return "none yet"
+    age = time.time() - (workdir / "checkpoints" / str(saved[-1])).stat().st_mtime
+    when = datetime.datetime.now() - datetime.timedelta(seconds=age)
+    return f"step {saved[-1]:,}, {when:%Y-%m-%d %H:%M:%S}, {format_duration(age)} ago"
+
+
+def _describe_goodput(goodput: Goodput) -> str:
+    """The fraction of training, and the other parts by size."""
+    others = sorted(((share, part) for part, share in goodput.fractions.items() if part != "train"), reverse=True)
+    shown = ", ".join(f"{part} {100 * share:.1f}%" for share, part in others if share >= 0.0005)
+    launches = f"{goodput.num_launches} launch{'es' * (goodput.num_launches != 1)}"
+    spent = f"{format_duration(goodput.wall_seconds)} in {launches}"
+    return f"{100 * goodput.fractions['train']:.1f}% of {spent} in training steps" + (f"; {shown}" if shown else "")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The last values as bars between their lowest and their highest, one character each."""
+    shown = list(values)[-_SHOWN_LOSSES:]
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in shown)

@@ -1,0 +1,250 @@
+"""Weights of series, fields, volumes and vectors, with conditions: a run, one file of it, and what they sample."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from diffusion_jax import data, models, pretrained, sampling, schedules
+from diffusion_jax.data import Normalization
+from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.pretrained.description import make_description
+from diffusion_jax.pretrained.parameters import parameter_shapes
+from diffusion_jax.runs import stored_config, train, workdir
+from helpers.array_configs import SHAPES, array_config, write_arrays
+from helpers.networks import TINY, redraw
+from helpers.work_directories import untrained
+
+KEY = jax.random.key(3)
+CONDITION = np.random.default_rng(5).standard_normal((24, 2)) * 4 + 50
+VECTOR = {"model.condition_features": 2, "model.condition_dropout": 0.3}
+DIFFUSION = {"num_timesteps": 50}
+UNET = models.UNet(**TINY | {"attention_levels": ()})
+
+
+def net_of(model, image_size, channels, **options):
+    """Weights at random, for data with the offset 300 and the scale 10."""
+    normalizations = {"x": {"offset": [300.0] * channels, "scale": [10.0] * channels}}
+    options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
+    description = make_description("random", model, image_size, DIFFUSION, channels=channels, **options)
+    shape = (*image_size, description.in_channels)
+    params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, shape))["params"])()
+    values = {field.name: getattr(description, field.name) for field in dataclasses.fields(description)}
+    return pretrained.Pretrained(**values, params=redraw(params))
+
+
+def vectors_net(**options):
+    fields = {"num_classes": 3, "label_dropout": 0.1, "condition_features": 2, "condition_dropout": 0.1}
+    normalizations = {
+        "x": {"offset": [300.0, -5.0], "scale": [10.0, 0.5]},
+        "condition": {"offset": [50.0, 0.0], "scale": [4.0, 2.0]},
+    }
+    model = models.MLP(channels=8, num_res_blocks=1, **fields | options)
+    return net_of(model, (), 2, normalizations=normalizations)
+
+
+def untrained_run(config, directory):
+    """A work directory as training leaves it, with weights at random and the normalization of the data."""
+    untrained(directory, config)
+    source = data.load(config.data)
+    workdir.check_data(source, directory, data.find_normalizations(config.data, source))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("vectors", VECTOR),
+        *(
+            pytest.param(kind, overrides, marks=pytest.mark.whole)
+            for kind, overrides in (
+                ("vectors", {"diffusion.variance": "learned_range", "diffusion.loss": "hybrid"}),
+                ("vectors", {"data.normalization": "none"}),
+                ("series", {"model.condition_channels": 2}),
+                ("field", {"model.padding": "periodic", "data.normalization": "limits", "data.limits": (0.0, 600.0)}),
+                ("volume", {}),
+            )
+        ),
+    ],
+)
+def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tmp_path):
+    condition = CONDITION if "model.condition_features" in overrides else None
+    if "model.condition_channels" in overrides:
+        condition = np.random.default_rng(1).standard_normal((24, *SHAPES[kind][:-1], 2))
+    more = {} if condition is None else {"condition": condition}
+    file = write_arrays(kind, tmp_path / "data.npz", **more)
+    config = array_config(kind, file, **{"training.num_steps": 2, "sampling.preview_samples": 0, **overrides})
+    make = train.run if "model.condition_features" in overrides else untrained_run  # compiling a step takes longest
+    make(config, tmp_path / "run")
+    net = pretrained.load(tmp_path / "run")
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    again = pretrained.load(tmp_path / "net.safetensors")
+    for field in ("model", "image_size", "channels", "levels", "normalizations", "limits", "clip", "variance"):
+        assert getattr(again, field) == getattr(net, field), field
+    assert net.image_size == SHAPES[kind][:-1] and net.channels == SHAPES[kind][-1]
+    stored = json.loads((tmp_path / "run" / "data.json").read_text()).get("normalization", {})
+    assert {name: value.to_json() for name, value in net.normalizations.items()} == stored
+    assert net.clip is (config.data.normalization == "limits")
+    options = {"steps": 3} if condition is None else {"steps": 3, "condition": condition[:2]}
+    x, same = net.sample(KEY, 2, **options), again.sample(KEY, 2, **options)
+    np.testing.assert_array_equal(x, same)
+    assert x.shape == (2, *SHAPES[kind]) and x.dtype == jnp.float32
+    if "x" in stored:
+        without = {name: value for name, value in net.normalizations.items() if name != "x"}
+        standardized = dataclasses.replace(net, normalizations=without).sample(KEY, 2, **options)
+        scale, offset = (np.float32(stored["x"][name]) for name in ("scale", "offset"))
+        np.testing.assert_allclose(x, standardized * scale + offset, rtol=1e-6)
+    for path in (tmp_path / "run", tmp_path / "net.safetensors"):
+        new = stored_config.from_weights(str(path))
+        for group in ("model", "data", "diffusion"):
+            ignored = {"data_dir", "memory_mb", "workers", "dropout", "split", "out_channels"}
+            for name, value in config[group].items():
+                assert name in ignored or new[group][name] == value, (path, group, name)
+    pretrained.format_summary(again)
+
+
+def test_samples_are_those_of_the_core_in_the_units_of_the_data():
+    """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
+
+    The clip of a sampler to [-1, 1] is not for standardized data.
+    """
+    net = vectors_net()
+    y, condition = np.array([0, 2, 1]), np.array([[54.0, 0.0], [50.0, -2.0], [42.0, 4.0]])
+    x = net.sample(KEY, 3, y=y, condition=condition, sampler=sampling.ddim(), steps=5, guidance_scale=2.0)
+    standardized = np.float32([[1, 0], [0, -1], [-2, 2]])
+    apply = lambda x_t, time, y, c: net.model.apply({"params": net.params}, x_t, time, y, condition=c)  # noqa: E731
+
+    def guided(x_t, time):
+        n = len(x_t)
+        null = apply(x_t, time, np.full(n, 3), np.full((n, 2), np.nan, np.float32))
+        return 2 * apply(x_t, time, y, standardized) - null
+
+    key_noise, key_steps = jax.random.split(KEY)
+    x_T = jax.random.normal(key_noise, (3, 2))
+    schedule = schedules.respace(net.schedule, 5, "trailing")
+    expected = jax.jit(lambda x: sampling.sample(key_steps, schedule, guided, x, sampling.ddim(clip=False)))(x_T)
+    np.testing.assert_allclose((x - np.array([300, -5])) / np.array([10, 0.5]), expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        net.denoise_fn(x_T, np.zeros(3, np.float32), y, condition=standardized),
+        apply(x_T, np.zeros(3, np.float32), y, standardized),
+        rtol=1e-6,
+    )
+
+
+def test_one_condition_serves_all_and_none_is_the_null_condition():
+    net = vectors_net(num_classes=0, label_dropout=0.0)
+    sampler, one = sampling.ddim(clip=False), [54.0, 2.0]
+    x = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3)
+    np.testing.assert_array_equal(x, net.sample(KEY, 2, condition=np.array([one, one]), sampler=sampler, steps=3))
+    without = net.sample(KEY, 2, sampler=sampler, steps=3)
+    np.testing.assert_array_equal(without, net.sample(KEY, 2, condition=[np.nan] * 2, sampler=sampler, steps=3))
+    unguided = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3, guidance_scale=0.0)
+    np.testing.assert_allclose(unguided, without, rtol=1e-5)
+    assert (x != without).any()
+
+
+def test_conditions_that_do_not_fit_a_network_are_one_line():
+    plain = net_of(models.MLP(channels=8, num_res_blocks=1), (), 2)
+    needed, dropped = (
+        vectors_net(condition_dropout=0.0, num_classes=0, label_dropout=0.0),
+        vectors_net(num_classes=0, label_dropout=0.0),
+    )
+    for net, options, words in (
+        (plain, {"condition": [1.0, 2.0]}, "takes no conditions; omit condition"),
+        (needed, {}, r"needs condition, an array of shape \[2\] or \[3, 2\]"),
+        (needed, {"condition": np.zeros((2, 2))}, r"of shape \[2\] or \[3, 2\]; got float64 \[2, 2\]"),
+        (needed, {"condition": ["a", "b"]}, "must be real numbers"),
+        (needed, {"condition": [np.nan, np.nan]}, "condition 0 has values that are not finite; correct it"),
+        (dropped, {"condition": [[1, 2], [1, np.nan], [1, 2]]}, "condition 1 has .* finite; a row of NaN alone stands"),
+        (dropped, {"guidance_scale": 2.0}, "guidance_scale=2.0 needs a condition"),
+        (plain, {"guidance_scale": 2.0}, "needs a network trained with label_dropout or condition_dropout"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words) as caught:
+            net.sample(KEY, 3, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="a diffusion model; use denoise_fn"):
+        plain.logits(jnp.zeros((1, 2)), jnp.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (lambda: net_of(UNET.clone(spatial_dims=1), (8,), 2), "spatial_dims=1: UNet2DModel has two"),
+        (lambda: net_of(UNET.clone(spatial_dims=3), (4, 4, 4), 2), "spatial_dims=3: UNet2DModel has two"),
+        (vectors_net, "MLP: diffusers has no such network"),
+        (lambda: net_of(UNET.clone(condition_features=2), (4, 4), 3), r"conditions of shape \[2\]"),
+        (lambda: net_of(UNET.clone(padding="periodic"), (4, 4), 3), "padding='periodic'"),
+        (lambda: net_of(UNET, (4, 5), 3), r"image_size=\(4, 5\): UNet2DModel needs multiples of 2"),
+        (lambda: net_of(UNET, (4, 4), 3), "cannot store the units of the data"),
+    ],
+)
+def test_networks_of_other_data_are_refused_by_diffusers(net, words, tmp_path):
+    with pytest.raises(PretrainedError, match=f"{words}.*; use save_safetensors"):
+        pretrained.save_diffusers(net(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_summary_shows_the_shape_the_scale_and_the_conditions():
+    text = pretrained.format_summary(vectors_net())
+    assert "MLP" in text and "vectors, 2 channels" in text and "shape [2], or none, (data - (50, 0)) / (4, 2)" in text
+    text = pretrained.format_summary(net_of(UNET.clone(spatial_dims=3), (4, 8, 4), 8))
+    assert "4 x 8 x 4, 8 channels" in text and "continuous" in text
+    assert "(data - (300, 300, 300, 300, 300, 300, ...)) / (10," in text
+    assert "images" in pretrained.format_summary(net_of(UNET, (4, 4), 3, levels=256, normalizations={}))
+
+
+def test_files_of_earlier_versions_are_of_images(tmp_path):
+    net = net_of(UNET, (4, 4), 3, levels=256, normalizations={}, clip=True)
+    pretrained.save_safetensors(net, tmp_path / "new.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "new.safetensors")
+    with safetensors.safe_open(tmp_path / "new.safetensors", "numpy") as file:
+        stored = json.loads(file.metadata()["diffusion_jax"])
+    for name in ("levels", "normalizations", "limits"):
+        del stored[name]
+    for name in ("spatial_dims", "padding", "condition_features", "condition_channels", "condition_dropout"):
+        del stored["model"][name]
+    metadata = {"diffusion_jax": json.dumps(stored)}
+    safetensors.numpy.save_file(tensors, tmp_path / "old.safetensors", metadata)
+    old = pretrained.load(tmp_path / "old.safetensors")
+    assert (old.levels, old.normalizations, old.model, old.limits) == (256, {}, net.model, ())
+    np.testing.assert_array_equal(old.sample(KEY, 1, steps=2), net.sample(KEY, 1, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizations": {"x": {"offset": [0.0], "scale": [1.0]}}}, "normalization of 'x' must have 2 channels, not 1"),
+        ({"normalizations": {"x": {"offset": [0.0, 1.0], "scale": [1.0, 0.0]}}}, "scales other than 0"),
+        ({"normalizations": {"condition": {"offset": [0.0], "scale": [1.0]}}}, "which their network does not take"),
+        ({"levels": 256}, "normalization of 'x', which their network does not take"),
+    ],
+)  # fmt: skip
+def test_a_file_with_another_normalization_is_refused(change, words, tmp_path):
+    net = net_of(models.MLP(channels=8, num_res_blocks=1), (), 2)
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "net.safetensors")
+    with safetensors.safe_open(tmp_path / "net.safetensors", "numpy") as file:
+        stored = json.loads(file.metadata()["diffusion_jax"])
+    metadata = {"diffusion_jax": json.dumps(stored | change)}
+    safetensors.numpy.save_file(tensors, tmp_path / "net.safetensors", metadata)
+    with pytest.raises(PretrainedError, match=words) as caught:
+        pretrained.load(tmp_path / "net.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_number_of_parameters_does_not_depend_on_the_size_of_a_volume():
+    small, large = (parameter_shapes(UNET.clone(spatial_dims=3), size, 2) for size in ((4, 4, 4), (8, 4, 6)))
+    assert small == large and len(small["conv_in", "kernel"]) == 5
+
+
+def test_a_normalization_is_exact_in_a_file(tmp_path):
+    """float64 numbers that have no short decimal form."""
+    net = net_of(models.MLP(channels=8, num_res_blocks=1), (), 1)
+    normalization = Normalization((np.pi * 1e5,), (np.nextafter(1.0, 2.0),))
+    pretrained.save_safetensors(
+        dataclasses.replace(net, normalizations={"x": normalization}), tmp_path / "x.safetensors"
+    )
+    assert pretrained.load(tmp_path / "x.safetensors").normalizations == {"x": normalization}

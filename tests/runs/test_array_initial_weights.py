@@ -1,0 +1,91 @@
+"""`init_from` of runs on data that are not images: the same network, its normalization, and new data."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax import data, errors, pretrained, training
+from diffusion_jax.data import Normalization
+from diffusion_jax.runs import sample, stored_config, train, trained_model, workdir
+from helpers.array_configs import array_config, examples, write_arrays
+from helpers.work_directories import untrained
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A directory with data.npz, an untrained run of these vectors, and net.safetensors."""
+    root = tmp_path_factory.mktemp("weights")
+    config = array_config("vectors", write_arrays("vectors", root / "data.npz"))
+    untrained(root / "run", config)
+    source = data.load(config.data)
+    workdir.check_data(source, root / "run", data.find_normalizations(config.data, source))
+    pretrained.save_safetensors(pretrained.load(root / "run"), root / "net.safetensors")
+    return root
+
+
+def initial(root, name="run", **overrides):
+    config = array_config("vectors", root / "data.npz", **{"init_from": str(root / name), **overrides})
+    return trained_model.load_initial_weights(config, training.model_from_config(config))
+
+
+def test_weights_of_vectors_are_compared_with_the_config(weights):
+    params, differences, normalizations = initial(weights, "net.safetensors")
+    assert not differences and normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))
+    jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(weights / "run").params)
+    assert initial(weights, **{"data.levels": 256}).differences == ["data.levels: None there, 256 here"]
+    assert initial(weights, **{"diffusion.prediction": "v"}).differences == ["prediction: 'eps' there, 'v' here"]
+    for overrides, words in (
+        ({"data.channels": 4}, "input channels: 3 there, 4 here"),
+        ({"model.num_res_blocks": 2}, "model.num_res_blocks: 1 there, 2 here"),
+        ({"model.condition_features": 2}, "model.condition_features: 0 there, 2 here"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            initial(weights, **overrides)
+    series = array_config("series", "", init_from=str(weights / "run"))
+    with pytest.raises(errors.UserError, match="holds weights of models.MLP, and the config describes models.UNet"):
+        trained_model.load_initial_weights(series, training.model_from_config(series))
+
+
+def test_other_normalizations_are_described(weights):
+    found = initial(weights)
+    assert trained_model.normalization_differences(found, found.normalizations) is None
+    other = {"x": Normalization((1.0, 2.0, 3.0, 4.0), (0.5,) * 4)}
+    changed = dataclasses.replace(found.normalizations["x"], offset=(300.0, 301.0, 302.0), scale=(10.0, 20.0, 30.0))
+    assert (
+        trained_model.normalization_differences(found._replace(normalizations={"x": changed}), other)
+        == "x: (data - (300, 301, 302)) / (10, 20, 30) there, (data - (1, 2, 3, ...)) / (0.5, 0.5, 0.5, ...) here"
+    )
+    assert trained_model.normalization_differences(found._replace(normalizations={}), other).startswith("x: none there")
+
+
+@pytest.mark.parametrize("name", ["run", "net.safetensors"])
+def test_samples_of_initial_weights_have_the_units_of_their_data(weights, name, tmp_path):
+    """The config of the weights suffices, and no data are read."""
+    config = stored_config.from_weights(str(weights / name))
+    config.data.data_dir = "nowhere"
+    config.sampling.update(num_samples=2, batch_size=2, steps=2, sampler="ddim")
+    sample.run(config, tmp_path / name)
+    (path,) = (tmp_path / name / "samples").glob("*.npz")
+    with np.load(path) as arrays:
+        found = arrays["arr_0"]
+    trained = trained_model.TrainedModel.open(config, tmp_path / name, True)
+    assert trained.normalizations == pretrained.describe(weights / "run").normalizations
+    config.sampling.seed = 0
+    again = sample.run(config, tmp_path / "again").path
+    with np.load(again) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], found)
+
+
+@pytest.mark.whole
+def test_fine_tuning_measures_its_own_data_and_says_so(weights, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", x=examples("vectors", seed=2) * 3)
+    config = array_config(
+        "vectors", tmp_path / "other.npz", **{"init_from": str(weights / "run"), "training.num_steps": 2}
+    )
+    train.run(config, tmp_path / "new")
+    out = capsys.readouterr().out
+    assert "Note: the data are scaled by their own constants, not those of the weights (x: (data - (" in out
+    own = workdir.read_normalizations(tmp_path / "new")["x"]
+    np.testing.assert_allclose(own.offset, 3 * examples("vectors", seed=2).mean(axis=0), rtol=1e-6)

@@ -1,0 +1,205 @@
+"""--mode=edit on data that are not images: files of arrays, results in the units of the data, conditions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import data, editing, errors, sampling, schedules
+from diffusion_jax.runs import edit, edit_arrays, trained_model, workdir
+from helpers.array_configs import SHAPES, array_config, examples, write_arrays
+from helpers.work_directories import untrained
+
+BASE = {
+    "model.condition_features": 1,
+    "model.condition_dropout": 0.25,
+    "sampling.sampler": "ddim",
+    "diffusion.num_timesteps": 20,
+    "editing.num_samples": 2,
+    "editing.resamplings": 2,
+    "editing.jump": 1,
+}
+CONDITION = np.linspace(-3, 5, 24)[:, None]
+
+
+def known_values(kind):
+    """bool [*spatial, C]: the first half of the first axis."""
+    known = np.zeros(SHAPES[kind], bool)
+    known[: len(known) // 2] = True
+    return known
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Directories by kind, made when they are first needed: an untrained run with conditions, and the files of edits."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = root = tmp_path_factory.mktemp(kind)
+            config = array_config(kind, write_arrays(kind, root / "data.npz", condition=CONDITION), **BASE)
+            untrained(root / "run", config)
+            source = data.load(config.data)
+            workdir.check_data(source, root / "run", data.find_normalizations(config.data, source))
+            first, second = examples(kind, 2, seed=1)
+            known = known_values(kind)
+            mask = known if kind == "vectors" else known[..., 0]
+            holes = np.where(known, first, np.nan)
+            for name, array in {"image": first, "other": second, "mask": mask, "holes": holes}.items():
+                np.save(root / f"{name}.npy", array)
+            np.save(root / "two.npy", [[2.0], [3.0]])
+            np.save(root / "one.npy", [[2.0]])
+        return made[kind]
+
+    return get
+
+
+def configured(kind, root, task, **overrides):
+    files = {f"editing.{leaf}": str(root / f"{leaf}.npy") for leaf in ("image", "other", "mask")}
+    conditions = {"sampling.conditions": str(root / "two.npy"), "editing.task": task}
+    return array_config(kind, root / "data.npz", **{**BASE, **files, **conditions, **overrides})
+
+
+def results(config, root):
+    edit.run(config, root / "run")
+    (path,) = (root / "run" / "samples").glob("*.npz")
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert min(picture.size) > 80
+    with np.load(path) as arrays:
+        x = arrays["arr_0"]
+    path.unlink()
+    assert x.dtype == np.float32 and np.isfinite(x).all()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("vectors", "inpaint"),
+        *(
+            pytest.param(*case, marks=pytest.mark.whole)
+            for case in (("series", "replace"), ("field", "inpaint"), ("volume", "replace"))
+        ),
+    ],
+)
+def test_inpainting_returns_the_known_numbers_of_the_file(roots, kind, task, capsys):
+    """Exactly, and the others may be NaN in the file."""
+    root, known = roots(kind), known_values(kind)
+    first = np.load(root / "image.npy")
+    x = results(configured(kind, root, task, **{"editing.image": str(root / "holes.npy")}), root)
+    assert x.shape == (2, *SHAPES[kind])
+    for row in x:
+        np.testing.assert_array_equal(row[known], first[known])
+    assert (x[0][~known] != x[1][~known]).all()
+    assert f"The mask keeps {known.sum()} of {known.size} values" in capsys.readouterr().out
+
+
+@pytest.mark.whole
+def test_edits_are_those_of_the_core_in_the_units_of_the_data(roots):
+    """sdedit from a file in the data's units, with a standardized condition for each result."""
+    root = roots("series")
+    config = configured("series", root, "sdedit", **{"editing.strength": 0.7, "sampling.steps": 5})
+    x = results(config, root)
+    trained = trained_model.TrainedModel.open(config, root / "run", True)
+    mean, deviation = (of(examples("series"), axis=(0, 1)) for of in (np.mean, np.std))
+    x_0 = jnp.repeat((np.load(root / "image.npy") - mean)[None] / deviation, 2, axis=0)
+    condition = jnp.float32((np.array([[2.0], [3.0]]) - CONDITION.mean()) / CONDITION.std())
+    params, schedule = trained.params, schedules.respace(trained.schedule, 5, "trailing")
+    network = lambda x_t, time: trained.model.apply({"params": params}, x_t, time, condition=condition)  # noqa: E731
+    run = lambda x_0: editing.sdedit(  # noqa: E731
+        jax.random.key(0), schedule, network, x_0, sampling.ddim(clip=False), strength=0.7
+    )
+    np.testing.assert_allclose((x - mean) / deviation, jax.jit(run)(x_0), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.whole
+def test_the_means_of_enlarged_fields_are_the_given_ones(roots):
+    root = roots("field")
+    small = examples("field", 1, seed=4)[0].reshape(3, 2, 4, 2, 5).mean(axis=(1, 3))
+    np.save(root / "small.npy", small)
+    options = {"editing.image": str(root / "small.npy"), "editing.factor": 2, "sampling.steps": 4}
+    x = results(configured("field", root, "super_resolution", **options), root)
+    means = x.reshape(2, 3, 2, 4, 2, 5).mean(axis=(2, 4))
+    scale = abs(x).max()  # of an untrained network's large values, which cancel in the means
+    np.testing.assert_allclose(means, np.stack([small] * 2), rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.whole
+def test_interpolation_starts_and_ends_near_the_given_vectors(roots):
+    root = roots("vectors")
+    options = {
+        "sampling.steps": None,
+        "editing.level": 0,
+        "editing.num_samples": 3,
+        "sampling.conditions": str(root / "one.npy"),
+    }
+    x = results(configured("vectors", root, "interpolate", **options), root)
+    first, second = np.load(root / "image.npy"), np.load(root / "other.npy")
+    deviation = examples("vectors").std(axis=0)
+    # At index 0 of 20 steps the noise is below 0.02 of the data's deviation, and the mean is linear.
+    for row, expected in zip(x, (first, (first + second) / 2, second), strict=True):
+        np.testing.assert_allclose(row / deviation, expected / deviation, atol=0.2)
+
+
+@pytest.mark.whole
+def test_uint8_arrays_are_edited_in_uint8(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (24, 8, 2), dtype=np.uint8)
+    np.save(tmp_path / "data.npy", x)
+    config = array_config("series", tmp_path / "data.npy", **{"data.levels": 256, "diffusion.num_timesteps": 20})
+    untrained(tmp_path / "run", config)
+    np.save(tmp_path / "image.npy", x[0])
+    np.save(tmp_path / "mask.npy", known_values("series"))
+    config.editing.update(
+        task="replace", image=str(tmp_path / "image.npy"), mask=str(tmp_path / "mask.npy"), num_samples=2
+    )
+    edit.run(config, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "samples").glob("*.npz")
+    with np.load(path) as arrays:
+        found = arrays["arr_0"]
+    assert found.dtype == np.uint8 and (found[0, 4:] != found[1, 4:]).any()
+    np.testing.assert_array_equal(found[:, :4], np.stack([x[0, :4]] * 2))
+
+
+def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypatch):
+    root = roots("series")
+    monkeypatch.chdir(root)
+    np.save("wide.npy", np.zeros((9, 2)))
+    np.save("complex.npy", np.zeros((8, 2), complex))
+    np.save("pickled.npy", np.array([{}]), allow_pickle=True)
+    np.savez("several.npz", np.zeros((8, 2)))
+    np.save("numbers.npy", np.ones(8))
+    np.save("all.npy", np.ones(8, bool))
+    np.save("none.npy", np.zeros((8, 1), bool))
+    for task, overrides, words in (
+        ("sdedit", {"editing.image": ""}, "editing.image=FILE.npy is needed"),
+        ("sdedit", {"editing.image": "nowhere.npy"}, "editing.image='nowhere.npy' cannot be read as an .npy file"),
+        ("sdedit", {"editing.image": "pickled.npy"}, "cannot be read as an .npy file: Object arrays cannot be loaded"),
+        ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
+        ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be one example of shape \[8, 2\]"),
+        ("sdedit", {"editing.image": "complex.npy"}, r"holds complex128 .* of real numbers, in the units of the data"),
+        ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
+        ("interpolate", {}, "needs a single condition, and sampling.conditions has 2"),
+        ("inpaint", {"editing.mask": ""}, "editing.mask=FILE.npy is needed"),
+        (
+            "inpaint",
+            {"editing.mask": "numbers.npy"},
+            r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or \[8, 1\]",
+        ),
+        ("inpaint", {"editing.mask": "all.npy"}, "is True everywhere: nothing is left to generate"),
+        ("replace", {"editing.mask": "none.npy"}, "is False everywhere: no value is known"),
+        ("colorize", {}, "editing.task='colorize' is for images; use inpaint"),
+        ("super_resolution", {}, r"two spatial axes, not for examples of shape \[8, 2\]"),
+        ("sdedit", {"sampling.conditions": "", "sampling.guidance_scale": 2.0}, "guides by conditions: set"),
+    ):
+        with pytest.raises(errors.UserError, match=words) as caught:
+            edit.run(configured("series", root, task, **overrides), root / "run")
+        assert "\n" not in str(caught.value)
+
+
+def test_values_outside_the_limits_of_the_data_are_refused():
+    with pytest.raises(
+        errors.UserError, match=r"editing.image has .* from 0.5 to 2.5, outside data.limits=\(0.0, 1.0\)"
+    ):
+        edit_arrays.check_known(np.array([0.5, 2.5]), "image", (0.0, 1.0))
+    edit_arrays.check_known(np.array([0.0, 1.0]), "image", (0.0, 1.0))

@@ -1,0 +1,144 @@
+"""Goodput over launches, the status of a directory, and profiles on demand."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from diffusion_jax import cli
+from diffusion_jax.distributed.file_lock import find_holder, locked
+from diffusion_jax.runs import status, train
+from diffusion_jax.runs.goodput import LaunchTimes, read_goodput
+from diffusion_jax.runs.step_timing import TraceProfile
+from helpers.array_configs import array_config, write_arrays
+from helpers.work_directories import lines
+
+
+class Clock:
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def launch(workdir, clock, first_step, train_seconds, last_step):
+    """A launch that starts in 10 s, compiles for 20 s, trains, and saves for 5 s."""
+    times = LaunchTimes(workdir, clock)
+    clock.now += 10
+    with times.measure("compile"):
+        clock.now += 20
+    times.begin(first_step)
+    clock.now += train_seconds
+    times.add("train", train_seconds)
+    with times.measure("save"):
+        clock.now += 5
+    return times.write(last_step)
+
+
+def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
+    clock = Clock()
+    assert launch(tmp_path, clock, 0, 65, 65) == pytest.approx(65 / 100)
+    clock.now += 50  # the machine was gone
+    # The checkpoint was of step 52, so 13 of the 65 steps, 13 s, are done again.
+    goodput = launch(tmp_path, clock, 52, 115, 167)
+    assert goodput == pytest.approx((65 - 13 + 115) / 300)
+    found = read_goodput(tmp_path)
+    assert found.num_launches == 2 and found.wall_seconds == pytest.approx(300)
+    expected = {"train": 167, "repeated": 13, "idle": 50, "start": 20, "compile": 40, "save": 10}
+    assert {part: 300 * share for part, share in found.fractions.items() if share > 1e-9} == pytest.approx(expected)
+    assert sum(found.fractions.values()) == pytest.approx(1)
+    assert read_goodput(tmp_path, now=clock.now + 700).fractions["train"] == pytest.approx(167 / 1000)
+    assert read_goodput(tmp_path / "none") is None
+
+
+def test_sparkline():
+    assert status.sparkline([0.0, 1.0, 3.0, 7.0]) == "▁▂▄█"
+    assert status.sparkline([2.0, 2.0]) == "▁▁"
+    assert len(status.sparkline(range(1000))) == 40
+
+
+def test_the_holder_of_a_lock(tmp_path):
+    path = tmp_path / ".lock"
+    assert find_holder(path) is None and not path.exists()
+    with locked(path, "is training"):
+        pid = os.fork()
+        if not pid:  # the lock is of a process, so another one must look
+            os._exit(0 if "process" in (find_holder(path) or "") else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert find_holder(path) is None
+
+
+def test_the_status_of_a_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 2})
+    train.run(config, run)
+    entries = json.loads((run / "goodput.json").read_text())
+    assert [(entry["first_step"], entry["last_step"]) for entry in entries] == [(0, 2)]
+    assert 0 < lines(run, without=())[-1]["goodput"] < 1
+    config.training.num_steps = 4
+    report = status.report(config, run)
+    for words in (
+        "not running; rerun its command",
+        "step 2 of 4 (50%)",
+        "examples/s",
+        "time left",
+        "step 2, ",
+        "1 launch",
+    ):
+        assert words in report, report
+    train.run(config, run)
+    assert "finished" in status.report(config, run) and "2 launches" in status.report(config, run)
+    before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
+    cli.main([f"--workdir={run}", "--mode=status"])
+    assert "step 4 of 4 (100%)" in capsys.readouterr().out
+    assert sorted(path.stat().st_mtime_ns for path in run.rglob("*")) == before
+    assert "nothing was trained yet" in status.report(config, tmp_path / "empty")
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The calls of the profiler."""
+    called = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: called.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: called.append("stop"))
+    return called
+
+
+def steps(profile, count):
+    for step in range(count):
+        with profile.annotate(step):
+            pass
+        profile.count_call(None)
+
+
+def test_a_profile_on_demand_traces_five_steps(tmp_path, traces):
+    with TraceProfile(tmp_path, at_start=False) as profile:
+        steps(profile, 20)
+        profile.check_request()
+        assert traces == []
+        (tmp_path / "PROFILE").touch()
+        profile.check_request()
+        assert not (tmp_path / "PROFILE").exists()
+        steps(profile, 4)
+        assert traces == ["start"]
+        steps(profile, 1)
+        assert traces == ["start", "stop"]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        steps(profile, 2)
+        assert traces == ["start", "stop", "start"]
+    assert traces == ["start", "stop"] * 2  # the run ended
+
+
+def test_a_profile_at_the_start_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
+    with TraceProfile(tmp_path, at_start=True) as profile:
+        steps(profile, 5)
+        assert traces == []
+        steps(profile, 5)
+        assert traces == ["start", "stop"]
+        steps(profile, 9)
+    assert traces == ["start", "stop"]
+    with TraceProfile(None, at_start=True) as profile:  # the other processes
+        steps(profile, 12)
+    assert traces == ["start", "stop"]
