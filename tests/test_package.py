@@ -161,7 +161,7 @@ def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
-    (height, width, channels), taken = data.example_shape(config.data), training.input_shape(config)
+    (*spatial, channels), taken = data.example_shape(config.data), training.input_shape(config)
     learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
     labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
     out = jax.eval_shape(
@@ -171,8 +171,8 @@ def test_every_config_builds(name):
         jax.ShapeDtypeStruct((1,), "float32"),
         *labels,
     )
-    image = (height, width, channels * (2 if learned else 1))
-    assert out.shape == (1, *((config.model.num_classes,) if classifier else image))
+    example = (*spatial, channels * (2 if learned else 1))
+    assert out.shape == (1, *((config.model.num_classes,) if classifier else example))
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
     assert ("--mode=train_classifier" in docstring) == classifier
