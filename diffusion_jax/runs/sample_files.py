@@ -189,7 +189,7 @@ class SampleFile:
         files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})
-        shown = samples if samples.ndim == 2 else samples[:_MAX_IMAGES_IN_GRID]
+        shown = samples[:_MAX_IMAGES_IN_GRID] if is_of_images(samples) else samples
         captions = self.setup.labels.captions(indices[: len(shown)])
         captions = captions or condition_captions(arrays.get("condition"))
         pictures.save_png(self.path.with_suffix(".png"), draw_samples(shown, f"Samples: {self.name}", captions))
