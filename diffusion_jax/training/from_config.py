@@ -28,8 +28,8 @@ def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return (*data.example_shape(config["data"])[:-1], channels) if channels else None
 
 
-def _upsampler_fields(config: Mapping[str, Any]) -> dict[str, int]:
-    """The field of an upsampler's network that follows from the data, {} for other models.
+def _small_image_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the condition of an upsampler, the small image and its noise; 0 for other models.
 
     Raises: ValueError for a low resolution or a noise that does not fit the image or the network, and other conditions.
     """
@@ -40,7 +40,7 @@ def _upsampler_fields(config: Mapping[str, Any]) -> dict[str, int]:
             raise ValueError(
                 f"diffusion.conditioning_noise={noise} is for upsamplers; set data.low_resolution, or use 0"
             )
-        return {}
+        return 0
     if len(shape) != 3:
         raise ValueError(f"data.low_resolution={low} is for images; examples of shape {list(shape)} need 0")
     height, width, channels = shape
@@ -56,7 +56,7 @@ def _upsampler_fields(config: Mapping[str, Any]) -> dict[str, int]:
                 f"model.{leaf}={config['model'][leaf]}: the small image is the condition of an upsampler "
                 f"(data.low_resolution={low}); use 0"
             )
-    return {"condition_channels": upsampling.condition_channels(channels, noise)}
+    return upsampling.condition_channels(channels, noise)
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
@@ -90,12 +90,13 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     """
     spatial_dims = len(data.example_shape(config["data"])) - 1
     _check_kind(config["model"].get("kind", "unet"), spatial_dims)
-    upsampler_fields = _upsampler_fields(config)
+    small_image_channels = _small_image_channels(config)
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier).clone(spatial_dims=spatial_dims)
     model = models.from_config(config["model"])
     if isinstance(model, models.UNet):
-        model = model.clone(spatial_dims=spatial_dims, **upsampler_fields)
+        condition_channels = small_image_channels or model.condition_channels
+        model = model.clone(spatial_dims=spatial_dims, condition_channels=condition_channels)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):
