@@ -4,7 +4,7 @@
 
 Each line of the output is one comparison: the largest deviation from the exact law, the error bar, and the largest deviation
 from a wrong law, which must be outside its error bar. An error bar is the stated bias of a network that is trained for
-minutes (the constants below, chosen before the first run) plus four Monte Carlo standard errors. The likelihood of test data
+minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data
 must be at least the entropy of the law, and at most the entropy plus the slack of the bound and a stated excess. A work
 directory with a finished run is not trained again.
 """

@@ -3,10 +3,10 @@
     python main.py --config=configs/series.py --workdir=runs/series
     python main.py --workdir=runs/series --mode=sample
 
-| argument | series | network |
-|---|---|---|
-| synthetic (the default) | 64 positions, 2 channels: a damped oscillation with delays, and rough noise | 131,394 parameters |
-| real | 64 positions 2 ms apart, 1 channel: a neuron's membrane potential in millivolts, from matplotlib's sample data | |
+| argument | series |
+|---|---|
+| synthetic (the default) | 64 positions, 2 channels: a damped oscillation with delays, and rough noise |
+| real | 64 positions 2 ms apart, 1 channel: a neuron's membrane potential in millivolts, from matplotlib's sample data |
 
 The samples are compared with the exact law by `python benchmarks/known_laws.py series`. The network predicts v: without a
 clip of x_0, a network that predicts eps amplifies its errors at the first steps of a deterministic sampler.

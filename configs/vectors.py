@@ -29,8 +29,12 @@ def get_config(variant: str = "moons") -> ConfigDict:
     config.model.condition_features = 1 if variant == "conditional" else 0
     config.diffusion.update(prediction="v", timestep_sampler="stratified")
     config.training.update(num_steps=4000, batch_size=256, log_every=100, sample_every=0, checkpoint_every=1000)
+    if variant == "moons":  # sharp curves in two dimensions need more steps, and less width
+        config.model.update(channels=64, num_res_blocks=4)
+        config.training.num_steps = 8000
     config.training.checkpoint_keep_every = 0
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine", decay_steps=4000)
+    config.optimizer.update(warmup_steps=100, schedule="cosine", decay_steps=config.training.num_steps)
+    config.optimizer.learning_rate = 3e-3 if variant == "moons" else 2e-3
     config.ema.update(decay=0.999, warmup=True)
     config.sampling.update(sampler="dpm_solver_pp", spacing="log_snr", steps=50, num_samples=4000, batch_size=1000)
     config.evaluation.num_samples = 4000

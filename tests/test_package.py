@@ -161,12 +161,12 @@ def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
-    height, width, channels = data.example_shape(config.data)
+    *spatial, channels = shape = data.example_shape(config.data)
     learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
-    inputs = models.initial_inputs(built.model, (height, width, channels))
+    inputs = models.initial_inputs(built.model, shape)
     out = jax.eval_shape(lambda p: built.model.apply({"params": p}, **inputs), built.abstract_state.params)
-    image = (height, width, channels * (2 if learned else 1))
-    assert out.shape == (1, *((config.model.num_classes,) if classifier else image))
+    example = (*spatial, channels * (2 if learned else 1))
+    assert out.shape == (1, *((config.model.num_classes,) if classifier else example))
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
     assert ("--mode=train_classifier" in docstring) == classifier

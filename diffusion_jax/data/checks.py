@@ -40,8 +40,8 @@ def check_image_leaves(config: Mapping) -> tuple[tuple[int, int], int]:
     other = "other arrays are data.dataset=arrays or module:function"
     if len(shape) != 3 or shape[-1] not in (1, 3):
         raise DataError(
-            f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} (data.image_size, "
-            f"data.channels); {other}"
+            f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} "
+            f"(data.image_size={config['image_size']}, data.channels={config['channels']}); {other}"
         )
     if config["levels"] is None:
         raise DataError(f"data.levels=None is for continuous data, and data.dataset={name!r} has images; {other}")

@@ -54,8 +54,10 @@ def z_scores(one: Any, other: Any) -> np.ndarray:
 
     if not np.iscomplexobj(values):
         return divide(values, np.real(error), np.real(other_error))
-    real, imaginary = (divide(part(values), part(error), part(other_error)) for part in (np.real, np.imag))
-    return real + 1j * imaginary
+    z = np.empty(np.broadcast_shapes(values.shape, error.shape), complex)
+    # Not real + 1j * imaginary, in which an infinite imaginary part makes the real part NaN.
+    z.real, z.imag = (divide(part(values), part(error), part(other_error)) for part in (np.real, np.imag))
+    return z
 
 
 class MeanAndCovariance(NamedTuple):

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from diffusion_jax import data
 from diffusion_jax.config import is_continuous
 from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.errors import UserError
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
-__all__ = ["BatchSampler", "SampleTrajectory", "sample_trajectory"]
+__all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "sample_trajectory"]
 
 
 class BatchSampler:
@@ -69,6 +70,16 @@ class BatchSampler:
         samples = self._sample_batch(params, self.setup.classifier_params, *numbers, y, condition)
         samples = np.asarray(multihost_utils.process_allgather(samples, tiled=True))
         return samples if self.normalization is None else self.normalization.invert(samples)
+
+
+def check_finite(samples: np.ndarray) -> None:
+    """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
+    if samples.dtype != np.uint8 and not np.isfinite(samples).all():
+        raise UserError(
+            "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
+            "sampling.clip=True",
+            exit_code=1,
+        )
 
 
 class SampleTrajectory(NamedTuple):

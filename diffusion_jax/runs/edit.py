@@ -20,6 +20,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs import array_pictures, figure_panels, pictures
+from diffusion_jax.runs.batch_sampler import check_finite
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.edit_arrays import check_known, read_array, read_array_mask
@@ -282,15 +283,6 @@ def _draw(edit: _Edit, results: np.ndarray, config: ConfigDict) -> np.ndarray:
     return figure_panels.render(array_pictures.draw_examples(shown, title=title, captions=captions))
 
 
-def _check_finite(results: np.ndarray) -> None:
-    if not np.isfinite(results).all():
-        raise UserError(
-            "the results have values that are not finite: use more sampling.steps, another sampling.sampler, or "
-            "sampling.clip=True",
-            exit_code=1,
-        )
-
-
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Edits `editing.image`: writes a picture of the given examples and the results, and an .npz of the results.
 
@@ -331,7 +323,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         results = context.to_data(results)
         if edit.known is not None:  # exactly the numbers of the file, without the rounding of the normalization
             results = np.where(edit.known, edit.given[0], results).astype(np.float32)
-        _check_finite(results)
+        check_finite(results)
     given_digest = hashlib.sha256(edit.given.tobytes()).hexdigest()
     name = f"edit_{config.editing.task}_{trained.weights_name}_{setup.name}_seed{config.sampling.seed}"
     name += f"_{options_digest(to_dict(config.editing), given_digest)[:6]}"

@@ -21,7 +21,7 @@ from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error, shorten
 from diffusion_jax.files import save_npz
 from diffusion_jax.runs import pictures
-from diffusion_jax.runs.batch_sampler import BatchSampler
+from diffusion_jax.runs.batch_sampler import BatchSampler, check_finite
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
@@ -77,6 +77,7 @@ class SampleFile:
             self.setup = SamplingSetup(
                 config, trained.model, trained.schedule, trained.mesh, trained.class_names, conditions=standardized
             )
+            self.setup.check_classifier_scale(trained.normalizations)
             small = read_small_images(config)
             if small.images is not None:
                 self.setup.conditions = small.images
@@ -124,7 +125,7 @@ class SampleFile:
             for i in watch_batches(missing, self.config.training.stall_timeout):
                 with as_user_error("config"):  # for errors that occur only when the sampler is traced
                     samples = batch_sampler(self.trained.params, options.seed, i)
-                _check_finite(samples)
+                check_finite(samples)
                 chunks.save(i, images=samples)
                 done = (i + 1) * batch_size
                 bar.update(min(done, options.num_samples))
@@ -194,16 +195,6 @@ class SampleFile:
         captions = self.setup.labels.captions(indices[: len(shown)])
         captions = captions or condition_captions(arrays.get("condition"))
         pictures.save_png(self.path.with_suffix(".png"), draw_samples(shown, f"Samples: {self.name}", captions))
-
-
-def _check_finite(samples: np.ndarray) -> None:
-    """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
-    if samples.dtype != np.uint8 and not np.isfinite(samples).all():
-        raise UserError(
-            "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
-            "sampling.clip=True",
-            exit_code=1,
-        )
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ class _Classifier(NamedTuple):
 
     model: models.Classifier
     params: Any
+    normalizations: data.Normalizations
 
 
 class SamplingSetup:
@@ -190,7 +191,15 @@ class SamplingSetup:
         if differences:
             raise UserError(f"sampling.classifier={path} was trained on other x_t ({'; '.join(differences)})")
         assert mesh is not None
-        return _Classifier(net.model, jax.device_put(net.params, sharding.replicated(mesh)))
+        return _Classifier(net.model, jax.device_put(net.params, sharding.replicated(mesh)), net.normalizations)
+
+    def check_classifier_scale(self, normalizations: data.Normalizations) -> None:
+        """Raises: UserError for a classifier of data that were scaled by other constants than those of the model."""
+        if self._classifier is not None and self._classifier.normalizations.get("x") != normalizations.get("x"):
+            raise UserError(
+                f"sampling.classifier={self._options['classifier']} was trained on data with other constants of "
+                "data.normalization (data.json); train both on the same data"
+            )
 
     def _class_log_prob(self, classifier_params, y) -> Callable:
         assert self._classifier is not None

@@ -1,12 +1,15 @@
 """The synthetic sources: their draws against their exact laws, and the laws against independent formulas."""
 
 import dataclasses
+import importlib
 import pickle
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from diffusion_jax import data
+from diffusion_jax.config import resolve
 from diffusion_jax.data import synthetic
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.array_statistics import power_spectrum
@@ -279,3 +282,34 @@ def test_windows_of_the_recording_are_split_in_time():
 def test_configs_that_do_not_fit_are_refused(name, changes, message):
     with pytest.raises(DataError, match=message):
         load(name, **({"split": "test"} | changes))
+
+
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        ("series", "synthetic"),
+        ("series", "real"),
+        ("field", None),
+        ("volume", None),
+        *(("vectors", v) for v in ("moons", "mixture", "conditional")),
+    ],
+)
+def test_the_experiments_describe_their_sources(name, variant):
+    config = resolve(importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else [])))
+    source = data.load(config.data)
+    normalizations = data.find_normalizations(config.data, source)
+    batch = data.Normalized(source, normalizations).read(np.arange(500))
+    assert batch["x"].shape == (500, *data.example_shape(config.data))
+    condition = batch.get("condition", np.zeros((500, 0)))
+    assert condition.shape == (500, config.model.condition_features)
+    whole = data.Normalized(source, normalizations).read(np.arange(len(source)))["x"].astype(np.float64)
+    axes = tuple(range(whole.ndim - 1))
+    np.testing.assert_allclose(whole.mean(axis=axes), 0, atol=1e-4)
+    np.testing.assert_allclose(whole.std(axis=axes), 1, atol=1e-4)
+    assert config.optimizer.decay_steps == config.training.num_steps
+
+
+@pytest.mark.parametrize("name, known", [("series", "synthetic, real"), ("vectors", "moons, mixture, conditional")])
+def test_an_unknown_argument_of_an_experiment_is_refused(name, known):
+    with pytest.raises(ValueError, match=f"{name}.py:other: known are {known}"):
+        importlib.import_module(f"configs.{name}").get_config("other")

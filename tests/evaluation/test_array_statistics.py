@@ -235,3 +235,10 @@ def test_bad_arguments():
             function(x[:1])
         with pytest.raises(ValueError, match="example 0 has values that are not finite"):
             function(x * np.inf)
+
+
+def test_an_infinite_imaginary_part_of_a_z_score_leaves_the_real_part():
+    exact = np.array([1.0 + 0.0j])
+    one = array_statistics.Measurement(np.array([3.0 + 2.0j]), np.array([1.0 + 0.0j]))
+    z = array_statistics.z_scores(one, exact)
+    assert z.real.tolist() == [2.0] and z.imag.tolist() == [np.inf]

@@ -98,7 +98,7 @@ def test_from_config_takes_the_leaves_of_its_kind():
     config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the defaults of the U-Net
     assert models.from_config(config) == models.MLP(channels=16)
     assert models.from_config({"kind": "unet", "spatial_dims": 1}) == models.UNet(spatial_dims=1)
-    with pytest.raises(ValueError, match=r"model.attention_levels is not a field of models.MLP"):
+    with pytest.raises(ValueError, match=r"model.attention_levels=\(2,\) has no effect on an MLP"):
         models.from_config(config | {"attention_levels": (2,)})
     with pytest.raises(ValueError, match=r"model.kind='cnn' must be unet or mlp"):
         models.from_config({"kind": "cnn"})

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -63,10 +66,12 @@ def test_the_holder_of_a_lock(tmp_path):
     path = tmp_path / ".lock"
     assert find_holder(path) is None and not path.exists()
     with locked(path, "is training"):
-        pid = os.fork()
-        if not pid:  # the lock is of a process, so another one must look
-            os._exit(0 if "process" in (find_holder(path) or "") else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        # The lock is of a process, so another one must look.
+        code = (
+            f"import pathlib; from {find_holder.__module__} import *; print(find_holder(pathlib.Path({str(path)!r})))"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert found.strip() == f"process {os.getpid()} of {socket.gethostname()}"
     assert find_holder(path) is None
 
 
