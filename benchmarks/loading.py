@@ -57,9 +57,7 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
         naming, folder, flags = parameters.OPENAI, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}
-    for path_in_tree, shape in parameters.parameter_shapes(
-        model, description.image_size, description.in_channels
-    ).items():
+    for path_in_tree, shape in parameters.parameter_shapes(model, description.example_shape).items():
         value = rng.standard_normal(shape, np.float32)
         tensors[naming(path_in_tree, model)] = parameters.to_torch(value, path_in_tree)
     if naming is parameters.OPENAI:

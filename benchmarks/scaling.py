@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 
 from configs import imagenet_adm
-from diffusion_jax import training
+from diffusion_jax import data, training
 from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import devices, plan
 from diffusion_jax.training.state import initial_params
@@ -53,7 +53,7 @@ UTILIZATION = 0.4  # of the peak FLOPs, as reported for good trainers of such ne
 
 def parameter_shapes(config) -> list[tuple[int, ...]]:
     """The shapes of the parameters."""
-    model, shape = training.model_from_config(config), training.input_shape(config)
+    model, shape = training.model_from_config(config), data.example_shape(config["data"])
     return [
         leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape)))
     ]

@@ -13,7 +13,7 @@ import tomllib
 import jax
 import pytest
 
-from diffusion_jax import data, training
+from diffusion_jax import data, models, training
 from diffusion_jax.config import is_classifier
 from diffusion_jax.runs import stored_config, workdir
 from helpers.paths import ROOT
@@ -161,16 +161,10 @@ def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
-    (*spatial, channels), taken = data.example_shape(config.data), training.input_shape(config)
+    *spatial, channels = shape = data.example_shape(config.data)
     learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
-    labels = () if classifier or not config.model.num_classes else (jax.ShapeDtypeStruct((1,), "int32"),)
-    out = jax.eval_shape(
-        lambda p, x, t, *y: built.model.apply({"params": p}, x, t, *y),
-        built.abstract_state.params,
-        jax.ShapeDtypeStruct((1, *taken), "float32"),
-        jax.ShapeDtypeStruct((1,), "float32"),
-        *labels,
-    )
+    inputs = models.initial_inputs(built.model, shape)
+    out = jax.eval_shape(lambda p: built.model.apply({"params": p}, **inputs), built.abstract_state.params)
     example = (*spatial, channels * (2 if learned else 1))
     assert out.shape == (1, *((config.model.num_classes,) if classifier else example))
     docstring = importlib.import_module(f"configs.{name}").__doc__

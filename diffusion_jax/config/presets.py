@@ -21,7 +21,12 @@ OPENAI: dict[str, Any] = {
 _IMPROVED = OPENAI | {"num_heads": 4, "scale_shift_norm": True, "num_res_blocks": 3, "out_channels": 6}
 _ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": True, "out_channels": 6}
 _CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
-_UPSAMPLER = {"channels": 192, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 1000}
+_UPSAMPLER = {
+    "channels": 192,
+    "channel_multipliers": (1, 1, 2, 2, 4, 4),
+    "num_classes": 1000,
+    "condition_channels": 3,
+}
 
 # The channel multipliers of OpenAI's networks by image size.
 MULTIPLIERS = {
@@ -72,14 +77,16 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "adm_classifier512": _CLASSIFIER | _fields_at(512),
 }
 PRESETS = (*UNET_PRESETS, *CLASSIFIER_PRESETS)
+_FOLLOWING = ("out_channels", "condition_channels")  # from other leaves
 
 
 def preset_fields(name: str) -> dict[str, Any]:
     """Leaves of `model` for a published network: its fields that differ from the defaults.
 
-    Without `out_channels`, which follows from the data and the variance of a config. Raises: ValueError for an unknown name.
+    Without `out_channels` and `condition_channels`, which follow from the data and the variance of a config.
+    Raises: ValueError for an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     fields = UNET_PRESETS | CLASSIFIER_PRESETS
-    return {field: value for field, value in fields[name].items() if field != "out_channels"}
+    return {field: value for field, value in fields[name].items() if field not in _FOLLOWING}

@@ -22,7 +22,7 @@
 | adm_classifier256 | 54,096,360 | |
 | adm_classifier512 | 54,448,360 | |
 
-Super-resolution networks take six channels: see `models.upsampling`.
+Super-resolution networks take the small image as their condition: see `models.upsampling`.
 """
 
 from __future__ import annotations

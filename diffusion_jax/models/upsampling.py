@@ -1,7 +1,8 @@
 """Conditioning of a network on a smaller image: super-resolution as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
 
-The small image is resized to the size of x_t and concatenated to its channels. With noise augmentation (Ho et al. 2021,
-Cascaded Diffusion Models, section 4) it is noisy, and one more channel holds the standard deviation of the noise.
+The small image, resized to the size of x_t, is an array condition of the network (`models.Conditional.condition_channels`).
+With noise augmentation (Ho et al. 2021, Cascaded Diffusion Models, section 4) it is noisy, and one more channel holds the
+standard deviation of the noise.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["augment", "condition", "downsample", "enlarge"]
+__all__ = ["augment", "condition", "condition_channels", "downsample", "enlarge"]
 
 
 def downsample(x_0, height: int) -> jax.Array:
@@ -34,16 +35,21 @@ def enlarge(low, shape: tuple[int, int]) -> jax.Array:
     return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
 
 
-def condition(x_t, low, noise_std=None) -> jax.Array:
-    """The input of a super-resolution network: x_t, the resized small image, and a constant channel of its noise, if any.
+def condition_channels(channels: int, conditioning_noise: float) -> int:
+    """`condition_channels` of a super-resolution network for images of C channels: C, and one more with noise."""
+    return channels + (1 if conditioning_noise else 0)
 
-    x_t: [B, H, W, C]. low: [B, h, w, C], in [-1, 1] plus its noise; at H x W it is not resized. noise_std: float [B], the
-    standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
-    Returns: [B, H, W, 2 C], or 2 C + 1 channels. Raises: ValueError for images whose batch or channels differ.
+
+def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
+    """The condition of a super-resolution network: the resized small image, and a constant channel of its noise, if any.
+
+    low: [B, h, w, C], in [-1, 1] plus its noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float,
+    or [B], the standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
+    Returns: [B, H, W, C], or C + 1 channels. Raises: ValueError for images whose batch or channels differ from x_t's.
     """
-    if low.shape[0] != x_t.shape[0] or low.shape[-1] != x_t.shape[-1]:
-        raise ValueError(f"x_t {x_t.shape} needs as many small images with as many channels, got {low.shape}")
-    parts = [x_t, low if low.shape == x_t.shape else enlarge(low, x_t.shape[1:3])]
+    if low.shape[0] != shape[0] or low.shape[-1] != shape[-1]:
+        raise ValueError(f"x_t {shape} needs as many small images with as many channels, got {low.shape}")
+    parts = [low if low.shape == shape else enlarge(low, shape[1:3])]
     if noise_std is not None:
-        parts.append(jnp.broadcast_to(noise_std[:, None, None, None], (*x_t.shape[:-1], 1)))
+        parts.append(jnp.broadcast_to(jnp.reshape(noise_std, (-1, 1, 1, 1)), (*shape[:-1], 1)))
     return jnp.concatenate(parts, axis=-1)

@@ -134,6 +134,8 @@ def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
     loss = "classify" if isinstance(description.model, Classifier) else "hybrid" if is_learned else "simple"
     size, model = description.image_size, fields_of(description.model)
     model.pop("spatial_dims", None)  # no leaf: the number of sizes
+    if description.low_resolution:
+        del model["condition_channels"]  # follows from low_resolution
     if isinstance(description.model, MLP):
         model["kind"] = "mlp"
     normalization = "auto"

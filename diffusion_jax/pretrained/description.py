@@ -71,17 +71,12 @@ class Description:
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
-        """(D,) or (*spatial, K) of an example's condition; None for a network without conditions."""
-        if not isinstance(self.model, Conditional):
+        """(D,) or (*spatial, K) of an example's condition; None without conditions, and for super-resolution."""
+        if not isinstance(self.model, Conditional) or self.low_resolution:
             return None
         if self.model.condition_features:
             return (self.model.condition_features,)
         return (*self.image_size, self.model.condition_channels) if self.model.condition_channels else None
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels: an example's, and for super-resolution those of the small image and the channel of its noise."""
-        return self.channels * (2 if self.low_resolution else 1) + (1 if self.conditioning_noise else 0)
 
     @property
     def num_classes(self) -> int:
@@ -110,9 +105,9 @@ class Pretrained(Description):
         if isinstance(self.model, Classifier):
             raise TypeError("these weights are a classifier; use logits(x_t, time)")
         if self.low_resolution:
-            if low is None:
-                raise TypeError("this is a super-resolution network: give low=, the small images")
-            x_t = upsampling.condition(x_t, low, noise_std)
+            if low is None or condition is not None:
+                raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
+            condition = upsampling.condition(low, x_t.shape, noise_std)
         options = {} if condition is None else {"condition": condition}
         return apply_network(self.model, self.params, x_t, time, y, **options)
 
@@ -177,18 +172,20 @@ class Pretrained(Description):
         problem = sampling.find_problem(sampler, schedule)
         if problem:
             raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
+        shape = (int(num_images), *self.example_shape)
+        given = self._to_conditions(condition, int(num_images))
+        if low is not None:
+            given = upsampling.condition(low, shape, noise_std)
         x = _sample(
             self.params,
             key,
             schedule,
             self._check_labels(y, num_images),
-            self._to_conditions(condition, int(num_images)),
+            given,
             jnp.float32(guidance_scale),
-            low,
-            noise_std,
             model=self.model,
             sampler=sampler,
-            shape=(int(num_images), *self.example_shape),
+            shape=shape,
             use_guidance=guidance_scale != 1,
         )
         normalization = self.normalizations.get("x")
@@ -286,19 +283,10 @@ def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
 
 
 @partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))
-def _sample(
-    params, key, schedule, y, condition, guidance_scale, low, noise_std, *, model, sampler, shape, use_guidance
-):
+def _sample(params, key, schedule, y, condition, guidance_scale, *, model, sampler, shape, use_guidance):
     """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
     key_noise, key_steps = jax.random.split(key)
-
-    def network(x_t, time, given):
-        if low is not None:
-            copies = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
-            noise = None if noise_std is None else jnp.tile(jnp.broadcast_to(noise_std, low.shape[:1]), copies)
-            x_t = upsampling.condition(x_t, jnp.tile(low, (copies, 1, 1, 1)), noise)
-        return apply_network(model, params, x_t, time, **given)
-
+    network = lambda x_t, time, given: apply_network(model, params, x_t, time, **given)  # noqa: E731
     given = {name: value for name, value in (("y", y), ("condition", condition)) if value is not None}
     denoise_fn = lambda x_t, time: network(x_t, time, given)  # noqa: E731
     if use_guidance:
@@ -323,6 +311,7 @@ def make_description(
     channels: int = 3,
     clip: bool | Callable = True,
     low_resolution: int = 0,
+    conditioning_noise: float = 0.0,
     levels: int | None = 256,
     normalizations: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     limits: Sequence[float] = (),
@@ -334,6 +323,8 @@ def make_description(
     channels; `pretrained.load` turns it into a PretrainedError.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
+    if low_resolution:  # stored networks of versions before 0.3 lack the field
+        model = model.clone(condition_channels=upsampling.condition_channels(channels, conditioning_noise))
     description = Description(
         family=family,
         model=model,
@@ -344,6 +335,7 @@ def make_description(
         variance=leaves["variance"],
         clip=clip,
         low_resolution=low_resolution,
+        conditioning_noise=conditioning_noise,
         diffusion=leaves,
         levels=levels,
         normalizations={name: Normalization.from_json(value) for name, value in (normalizations or {}).items()},

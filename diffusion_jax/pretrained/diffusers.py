@@ -117,7 +117,7 @@ def _load_params(network: pathlib.Path, description: Description) -> dict:
         return ".".join(_OLD_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
 
     names = {new_name(name): name for name in tensors}
-    shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
+    shapes = parameters.parameter_shapes(description.model, description.example_shape)
 
     def read(name, parameter, shape):
         return parameters.from_torch(tensors[names[name]], parameter, shape)

@@ -195,7 +195,7 @@ def unet_to_config(description: Description) -> dict[str, Any]:
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.35.0",
         "sample_size": height if height == width else [height, width],
-        "in_channels": description.in_channels,
+        "in_channels": description.channels,
         "out_channels": model.out_channels or description.channels,
         "block_out_channels": widths,
         "layers_per_block": model.num_res_blocks,

@@ -105,6 +105,6 @@ def load_ho(
         value = tensors[names[name]]
         return value if is_tensorflow else parameters.from_torch(value, parameter, shape)
 
-    shapes = parameters.parameter_shapes(model, description.image_size, channels)
+    shapes = parameters.parameter_shapes(model, description.example_shape)
     params = parameters.build_params(str(path), shapes, names, lambda p: parameters.HO(p, model), read)
     return description, params

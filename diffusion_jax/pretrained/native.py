@@ -46,25 +46,20 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
     try:
         known, unknown = drop_unknown_leaves(migrate(stored))
         config = resolve(known)
-        model, shape = training.model_from_config(config), training.input_shape(config)
-        *image_size, channels = data.example_shape(config["data"])
+        model, shape = training.model_from_config(config), data.example_shape(config["data"])
         diffusion = config["diffusion"]
-        description = dataclasses.replace(
-            make_description(
-                "diffusion_jax, a work directory",
-                model,
-                image_size,
-                {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
-                channels=channels,
-                clip=clips_by_default(config)
-                if config["sampling"]["clip"] is None
-                else bool(config["sampling"]["clip"]),
-                low_resolution=config["data"]["low_resolution"],
-                levels=config["data"]["levels"],
-                normalizations=_stored_normalizations(path, config),
-                limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
-            ),
+        description = make_description(
+            "diffusion_jax, a work directory",
+            model,
+            shape[:-1],
+            {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
+            channels=shape[-1],
+            clip=clips_by_default(config) if config["sampling"]["clip"] is None else bool(config["sampling"]["clip"]),
+            low_resolution=config["data"]["low_resolution"],
             conditioning_noise=diffusion["conditioning_noise"],
+            levels=config["data"]["levels"],
+            normalizations=_stored_normalizations(path, config),
+            limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
         )
     except (KeyError, ValueError, TypeError, DataError) as error:
         raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
@@ -138,20 +133,18 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
         stored: Mapping[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
         diffusion = stored["diffusion"]
         kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
-        description = dataclasses.replace(
-            make_description(
-                "diffusion_jax, one file",
-                models.from_config(stored["model"], kinds[stored["kind"]]),
-                stored["image_size"],
-                {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
-                channels=stored["channels"],
-                clip=make_clip(stored["clip"]),
-                low_resolution=stored["low_resolution"],
-                levels=stored.get("levels", 256),  # files of earlier versions hold networks of images
-                normalizations=stored.get("normalizations"),
-                limits=stored.get("limits", ()),
-            ),
+        description = make_description(
+            "diffusion_jax, one file",
+            models.from_config(stored["model"], kinds[stored["kind"]]),
+            stored["image_size"],
+            {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
+            channels=stored["channels"],
+            clip=make_clip(stored["clip"]),
+            low_resolution=stored["low_resolution"],
             conditioning_noise=stored["conditioning_noise"],
+            levels=stored.get("levels", 256),  # files of earlier versions hold networks of images
+            normalizations=stored.get("normalizations"),
+            limits=stored.get("limits", ()),
         )
         if "betas" in diffusion:
             table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
@@ -162,7 +155,7 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
         ) from None
     if not with_params:
         return description, None
-    shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
+    shapes = parameters.parameter_shapes(description.model, description.example_shape)
     params = parameters.build_params(
         str(path), shapes, tensors, ".".join, lambda name, parameter, shape: np.asarray(tensors[name])
     )

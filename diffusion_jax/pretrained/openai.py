@@ -189,6 +189,6 @@ def load_params(path: pathlib.Path, tensors: Tensors, description: Description, 
             split.update({f"{stem}.{layer}.{leaf}": part for layer, part in zip("qkv", value, strict=True)})
         return parameters.from_torch(split.pop(name), parameter, shape)
 
-    shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
+    shapes = parameters.parameter_shapes(description.model, description.example_shape)
     names = (*stored, *joined)
     return parameters.build_params(str(path), shapes, names, lambda p: parameters.OPENAI(p, description.model), read)

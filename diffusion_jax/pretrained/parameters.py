@@ -170,13 +170,12 @@ def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
     return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def parameter_shapes(model: Network, size: tuple[int, ...], in_channels: int) -> dict[Path, tuple[int, ...]]:
+def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple[int, ...]]:
     """Shape of every parameter of a network, by its path.
 
-    size: of each spatial axis, (height, width) for images. Raises: PretrainedError for fields that do not describe a network.
+    shape: (*spatial, C) of an example. Raises: PretrainedError for fields that do not describe a network.
     """
     try:
-        shape = (*size, in_channels)
         tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **initial_inputs(model, shape))["params"])
     except (ValueError, TypeError, ArithmeticError) as error:
         raise PretrainedError(f"no network has these fields: {error}") from None

@@ -16,7 +16,7 @@ _MAX_CHANNELS = 6
 
 def format_summary(description: Description) -> str:
     """The description of weights, one line for each setting."""
-    shapes = parameters.parameter_shapes(description.model, description.image_size, description.in_channels)
+    shapes = parameters.parameter_shapes(description.model, description.example_shape)
     size, schedule = " x ".join(map(str, description.image_size)), description.schedule
     rows = {
         "family": description.family,

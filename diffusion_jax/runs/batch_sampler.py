@@ -14,7 +14,7 @@ from diffusion_jax import data
 from diffusion_jax.config import is_continuous
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.errors import UserError
-from diffusion_jax.images import to_model_range, to_uint8
+from diffusion_jax.images import to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "sample_trajectory"]
@@ -23,9 +23,8 @@ __all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "sample_trajector
 class BatchSampler:
     """Compiled sampling of a config, distributed over the devices: `batch_sampler(params, seed, batch)`.
 
-    Batch i holds samples i B ... (i + 1) B - 1. low: uint8 [N, h, w, C], small images that an upsampler enlarges, in turn.
-    on_step: called with the number of finished steps while a batch is drawn. normalization: of continuous data, whose samples
-    are in the units of the data.
+    Batch i holds samples i B ... (i + 1) B - 1. on_step: called with the number of finished steps while a batch is drawn.
+    normalization: of continuous data, whose samples are in the units of the data.
     """
 
     def __init__(
@@ -34,11 +33,10 @@ class BatchSampler:
         setup: SamplingSetup,
         mesh: Mesh,
         batch_size: int,
-        low: np.ndarray | None = None,
         on_step: Callable[[int], None] | None = None,
         normalization: data.Normalization | None = None,
     ):
-        self.setup, self.batch_size, self._low = setup, batch_size, low
+        self.setup, self.batch_size = setup, batch_size
         self.normalization, continuous = normalization, is_continuous(config)
         shape, by_rows = (batch_size, *data.example_shape(config["data"])), sharding.batch_sharding(mesh)
         replicated = sharding.replicated(mesh)
@@ -46,22 +44,19 @@ class BatchSampler:
         def constrain(x):
             return jax.lax.with_sharding_constraint(x, by_rows)
 
-        def sample_batch(params, classifier_params, seed, batch, y, low, condition):
+        def sample_batch(params, classifier_params, seed, batch, y, condition):
             # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
             # gradients or activations that would compete for the memory.
             params = jax.lax.with_sharding_constraint(params, replicated)
-            y, low, condition = jax.tree.map(constrain, (y, low, condition))
-            low = None if low is None else to_model_range(low)
+            y, condition = jax.tree.map(constrain, (y, condition))
             key = jax.random.fold_in(jax.random.key(seed), batch)
-            x = setup.draw(
-                params, classifier_params, key, shape, y, low, condition, constrain=constrain, progress=on_step
-            )
+            x = setup.draw(params, classifier_params, key, shape, y, condition, constrain=constrain, progress=on_step)
             return x if continuous else to_uint8(x)
 
         self._sample_batch = jax.jit(
             sample_batch,
             # None: parameters keep their own sharding.
-            in_shardings=(None, *[replicated] * 6),
+            in_shardings=(None, *[replicated] * 5),
             out_shardings=by_rows,
             compiler_options=compiler.options(),
         )
@@ -69,11 +64,10 @@ class BatchSampler:
     def __call__(self, params, seed: int, batch: int = 0) -> np.ndarray:
         """One batch, uint8 [B, *spatial, C], gathered on every process; float32 in the units of continuous data."""
         indices = batch * self.batch_size + np.arange(self.batch_size)
-        low = None if self._low is None else self._low[indices % len(self._low)]
         y = self.setup.labels(indices)
         condition = self.setup.condition(indices)
         numbers = np.uint32(seed), np.int32(batch)
-        samples = self._sample_batch(params, self.setup.classifier_params, *numbers, y, low, condition)
+        samples = self._sample_batch(params, self.setup.classifier_params, *numbers, y, condition)
         samples = np.asarray(multihost_utils.process_allgather(samples, tiled=True))
         return samples if self.normalization is None else self.normalization.invert(samples)
 
@@ -106,13 +100,12 @@ def sample_trajectory(
     columns: int,
     rows: int | None = None,
     show: Literal["x_t", "x_0"] = "x_t",
-    low: np.ndarray | None = None,
     normalization: data.Normalization | None = None,
 ) -> SampleTrajectory:
     """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise on, and x_0.
 
     rows: the number of samples; by default 4, or 400 vectors, which are points of a picture. show: "x_0" for the x_0
-    predicted at those steps (DDPM figure 6). low, normalization: as in `BatchSampler`.
+    predicted at those steps (DDPM figure 6). normalization: as in `BatchSampler`.
     """
     steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
     # One process draws this, on one device.
@@ -120,15 +113,12 @@ def sample_trajectory(
     shape = data.example_shape(config["data"])
     rows = rows or (400 if len(shape) == 1 else 4)
     shape, indices = (rows, *shape), np.arange(rows)
-    if low is not None:
-        low = to_model_range(low[indices % len(low)])
 
-    def draw(params, classifier_params, key, y, low, condition):
-        return setup.draw(params, classifier_params, key, shape, y, low, condition, trajectory=steps)
+    def draw(params, classifier_params, key, y, condition):
+        return setup.draw(params, classifier_params, key, shape, y, condition, trajectory=steps)
 
     draw = jax.jit(draw, compiler_options=compiler.options())
-    given = setup.labels(indices), low, setup.condition(indices)
-    x_0, trajectory = draw(params, classifier_params, key, *given)
+    x_0, trajectory = draw(params, classifier_params, key, setup.labels(indices), setup.condition(indices))
     x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])
     if not is_continuous(config):
         x = np.asarray(to_uint8(x))

@@ -34,7 +34,7 @@ def read_small_images(config: ConfigDict) -> SmallImages:
         raise UserError(
             "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
         )
-    height, width, channels = data.example_shape(config.data)  # `input_shape` refuses other data
+    height, width, channels = data.example_shape(config.data)  # `training.model_from_config` refuses other data
     size = (side, width * side // height)
     source = pathlib.Path(path).expanduser()
     if source.is_dir():

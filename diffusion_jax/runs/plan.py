@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, training
-from diffusion_jax.config import is_classifier, is_continuous, resolve
+from diffusion_jax import data, models, training
+from diffusion_jax.config import is_continuous, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs.console import log, log_compilation
@@ -99,25 +99,19 @@ def batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
 
 def activations_per_example(config: Mapping) -> int:
     """Bytes that a network keeps of an example for its backward pass: those of two examples minus those of one."""
-    model, shape = training.model_from_config(config), training.input_shape(config)
-    takes_labels = model.num_classes and not is_classifier(config)
+    model, shape = training.model_from_config(config), data.example_shape(config["data"])
+    example = jax.eval_shape(lambda: models.initial_inputs(model, shape))
 
-    condition_shape = training.condition_shape(config)
-
-    def residuals(params, x, y, condition, key):
+    def residuals(params, inputs, key):
         def network(params):
-            labels = (y,) if takes_labels else ()
-            options = {} if condition is None else {"condition": condition}
-            time = x.reshape(len(x), -1)[:, 0]
-            return model.apply({"params": params}, x, time, *labels, train=True, rngs={"dropout": key}, **options)
+            return model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
 
         return jax.vjp(network, params)[1]
 
     def size(n: int) -> int:
         params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
-        x, y = jax.ShapeDtypeStruct((n, *shape), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
-        condition = None if condition_shape is None else jax.ShapeDtypeStruct((n, *condition_shape), jnp.float32)
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x, y, condition, jax.random.key(0)))
+        inputs = {name: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype) for name, leaf in example.items()}
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, inputs, jax.random.key(0)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return size(2) - size(1)

@@ -35,7 +35,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
             file.setup,
             file.trained.params,
             config.sampling.trajectory,
-            low=file.low_resolution,
             normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")

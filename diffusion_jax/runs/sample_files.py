@@ -56,7 +56,7 @@ class SampleFile:
     The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data; arr_1, the labels, and condition,
     the conditions in the units of the data, if there are any; settings.
 
-    path: the .npz. settings: everything that decides the values. setup, low_resolution: the inputs of sampling.
+    path: the .npz. settings: everything that decides the values. setup: the options of sampling.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, conditions: np.ndarray | None = None):
@@ -79,11 +79,13 @@ class SampleFile:
             )
             self.setup.check_classifier_scale(trained.normalizations)
             small = read_small_images(config)
+            if small.images is not None:
+                self.setup.conditions = small.images
             if small.labels is not None:
                 self.setup.set_labels(small.labels)
         for note in self.setup.notes:
             log(f"Note: {note}.")
-        self.low_resolution, self.num_steps = small.images, self.setup.schedule.num_timesteps
+        self.num_steps = self.setup.schedule.num_timesteps
         self.name = (
             f"{trained.weights_name}_{trained.weights_kind}_{self.setup.name}_seed{options.seed}_n{options.num_samples}"
         )
@@ -115,7 +117,7 @@ class SampleFile:
             progress = on_step if options.progress else None
             normalization = self.trained.normalizations.get("x")
             batch_sampler = BatchSampler(
-                self.config, self.setup, self.trained.mesh, batch_size, self.low_resolution, progress, normalization
+                self.config, self.setup, self.trained.mesh, batch_size, progress, normalization
             )
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
-from diffusion_jax.config import clips_by_default, resolve
+from diffusion_jax.config import clips_by_default, is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
+from diffusion_jax.images import to_model_range
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs.class_labels import ClassLabels, parse_classes
 from diffusion_jax.runs.sample_name import sample_name
@@ -43,9 +43,9 @@ class SamplingSetup:
     """All decisions of a config about sampling, checked before anything is compiled.
 
     schedule: the steps of the sampler. labels: a `ClassLabels`. conditions: [N, ...], standardized, of which sample i has row
-    i modulo N; None for a model without conditions, or for samples without one. classifier_params: of the guiding classifier,
-    None without one; they are an argument of `draw` because they are too large for constants of compiled code. warning: a
-    reason why samples will look wrong, None if none is known.
+    i modulo N, and for an upsampler the small images, uint8 [N, h, w, C]; None for a model without conditions, or for samples
+    without one. classifier_params: of the guiding classifier, None without one; they are an argument of `draw` because they
+    are too large for constants of compiled code. warning: a reason why samples will look wrong, None if none is known.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SamplingSetup:
             self.labels.set_given(labels)
 
     def condition(self, indices: np.ndarray) -> np.ndarray | None:
-        """The standardized conditions of the samples of these numbers; None if they have none."""
+        """The rows of `conditions` for the samples of these numbers; None if they have none."""
         return None if self.conditions is None else self.conditions[indices % len(self.conditions)]
 
     def _parse_classes(self, class_names: Sequence[str], load_classifier: bool) -> tuple[int, ...] | None:
@@ -217,10 +217,10 @@ class SamplingSetup:
             arguments["mean_shift"] = guidance.log_prob_gradient(log_prob, scale)
         return sampler_from_config(self._options, self.parameterization, clip, **arguments)
 
-    def network(self, params, classifier_params, y, low=None, condition=None) -> Callable:
+    def network(self, params, classifier_params, y, condition=None) -> Callable:
         """The guided denoise_fn(x_t, time), pure.
 
-        y: int32 [B] or None. low: [B, h, w, C] in [-1, 1], for an upsampler. condition: as of the network, standardized.
+        y: int32 [B] or None. condition: rows of `conditions`, or None.
         """
         options = self._options
         apply: Callable[..., Any]
@@ -230,10 +230,9 @@ class SamplingSetup:
             apply = functools.partial(self._model.apply, {"params": params})
         else:
             apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
-        apply_to = apply if low is None else self._conditioned_on(low, apply)
         given = {"y": y} if self._model.num_classes else {}
-        given |= {} if condition is None else {"condition": condition}
-        conditional = lambda x_t, time, given: apply_to(x_t, time, **given)  # noqa: E731
+        given |= {} if condition is None else {"condition": self._to_network(condition)}
+        conditional = lambda x_t, time, given: apply(x_t, time, **given)  # noqa: E731
         if self.is_guided:
             denoise_fn = guidance.classifier_free(
                 conditional,
@@ -260,16 +259,13 @@ class SamplingSetup:
         null = {"y": self._model.null_label, "condition": self._model.null_condition}
         return {name: value if null[name] is None else null[name] for name, value in given.items()}
 
-    def _conditioned_on(self, low, apply: Callable) -> Callable:
-        """`apply(x_t, time, y)` with the small images beside x_t in the channels."""
-        has_noise = self._config["diffusion"]["conditioning_noise"]
-
-        def conditional(x_t, time, y=None):
-            repeats = x_t.shape[0] // low.shape[0]  # guidance doubles the batch
-            noise = jnp.full(x_t.shape[:1], self._options["low_resolution_noise"]) if has_noise else None
-            return apply(upsampling.condition(x_t, jnp.tile(low, (repeats, 1, 1, 1)), noise), time, y)
-
-        return conditional
+    def _to_network(self, condition) -> jax.Array:
+        """Rows of `conditions` as the network takes them."""
+        if not is_upsampler(self._config):
+            return condition
+        noise_std = self._options["low_resolution_noise"] if self._config["diffusion"]["conditioning_noise"] else None
+        shape = (condition.shape[0], *data.example_shape(self._config["data"]))
+        return upsampling.condition(to_model_range(condition), shape, noise_std)
 
     def draw(
         self,
@@ -278,7 +274,6 @@ class SamplingSetup:
         key,
         shape: tuple[int, ...],
         y=None,
-        low=None,
         condition=None,
         *,
         constrain: Callable = lambda x: x,
@@ -286,10 +281,10 @@ class SamplingSetup:
     ) -> Any:
         """Samples [B, *spatial, C] in the model's range from noise, or what `sampling.sample` returns with `options`; pure.
 
-        shape: (B, *spatial, C). y, low, condition: as in `network`. constrain: applied to x_T, to place it on a mesh.
+        shape: (B, *spatial, C). y, condition: as in `network`. constrain: applied to x_T, to place it on a mesh.
         """
         key_noise, key_steps = jax.random.split(key)
         x_T = constrain(jax.random.normal(key_noise, shape))
-        denoise_fn = self.network(params, classifier_params, y, low, condition)
+        denoise_fn = self.network(params, classifier_params, y, condition)
         sampler = self.sampler(classifier_params, y)
         return sampling.sample(key_steps, self.schedule, denoise_fn, x_T, sampler, **options)

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.config import is_continuous
-from diffusion_jax.data import Normalization, Normalizations
+from diffusion_jax.data import Normalization, Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names, read_normalizations
-from diffusion_jax.training import TrainState, input_shape, model_from_config, schedule_from_config
+from diffusion_jax.training import TrainState, model_from_config, schedule_from_config
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.state import initial_params
 
@@ -133,7 +133,7 @@ def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_
         return Weights(0, jax.device_put(params, replicated))
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train first: python main.py --config=... --workdir={workdir}")
-    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, input_shape(config)))
+    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, example_shape(config["data"])))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, use_ema)
@@ -225,9 +225,9 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
         for name in sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
         if getattr(loaded, name) != getattr(model, name)
     ]
-    in_channels = input_shape(config)[-1]
-    if net.in_channels != in_channels:
-        differences.append(f"input channels: {net.in_channels} there, {in_channels} here")
+    channels = config["data"]["channels"]
+    if net.channels != channels:
+        differences.append(f"input channels: {net.channels} there, {channels} here")
     if differences:
         raise UserError(
             f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"

@@ -3,7 +3,6 @@
 from diffusion_jax.training.build import TrainingProgram, build_program, create
 from diffusion_jax.training.from_config import (
     condition_shape,
-    input_shape,
     model_from_config,
     schedule_from_config,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "build_program",
     "condition_shape",
     "create",
-    "input_shape",
     "model_from_config",
     "scan_steps",
     "schedule_from_config",

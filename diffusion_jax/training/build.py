@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from diffusion_jax import models, schedules
+from diffusion_jax import data, models, schedules
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler, sharding
-from diffusion_jax.training.from_config import check_loss, input_shape, model_from_config, schedule_from_config
+from diffusion_jax.training.from_config import check_loss, model_from_config, schedule_from_config
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, initial_state
@@ -52,7 +52,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     check_loss(config["diffusion"])
     model = model_from_config(config)
     optimizer = optimizer_from_config(config["optimizer"])
-    shape = input_shape(config)
+    shape = data.example_shape(config["data"])
 
     def init() -> TrainState:
         return initial_state(config, model, optimizer, shape)

@@ -1,4 +1,4 @@
-"""The schedule, the network and the shape of its input, from the groups of a config."""
+"""The schedule, the network and the shape of its condition, from the groups of a config."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax import data, models, process, schedules
-from diffusion_jax.config import is_classifier, is_upsampler
+from diffusion_jax.config import is_classifier
+from diffusion_jax.models import upsampling
 from diffusion_jax.training.state import Network
 
 __all__ = [
     "check_loss",
     "condition_shape",
-    "input_shape",
     "model_from_config",
     "schedule_from_config",
 ]
 
 
 def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None without conditions."""
+    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None if the data have none."""
     features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
     if features:
         return (features,)
     return (*data.example_shape(config["data"])[:-1], channels) if channels else None
 
 
-def input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """(*spatial, C) of the network's input: an example, and for an upsampler the small image and the channel of its noise.
+def _small_image_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the condition of an upsampler, the small image and its noise; 0 for other models.
 
-    Raises: ValueError for a low resolution or a noise that does not fit the image or the network.
+    Raises: ValueError for a low resolution or a noise that does not fit the image or the network, and other conditions.
     """
     shape = data.example_shape(config["data"])
     low, noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
@@ -40,7 +40,7 @@ def input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
             raise ValueError(
                 f"diffusion.conditioning_noise={noise} is for upsamplers; set data.low_resolution, or use 0"
             )
-        return shape
+        return 0
     if len(shape) != 3:
         raise ValueError(f"data.low_resolution={low} is for images; examples of shape {list(shape)} need 0")
     height, width, channels = shape
@@ -50,7 +50,13 @@ def input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
         )
     if is_classifier(config):
         raise ValueError(f"data.low_resolution={low}: a classifier (diffusion.loss=classify) has none; use 0")
-    return height, width, 2 * channels + (1 if noise else 0)
+    for leaf in ("condition_features", "condition_channels", "condition_dropout"):
+        if config["model"].get(leaf):
+            raise ValueError(
+                f"model.{leaf}={config['model'][leaf]}: the small image is the condition of an upsampler "
+                f"(data.low_resolution={low}); use 0"
+            )
+    return upsampling.condition_channels(channels, noise)
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
@@ -84,11 +90,13 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     """
     spatial_dims = len(data.example_shape(config["data"])) - 1
     _check_kind(config["model"].get("kind", "unet"), spatial_dims)
+    small_image_channels = _small_image_channels(config)
     if is_classifier(config):
         return models.from_config(config["model"], models.Classifier).clone(spatial_dims=spatial_dims)
     model = models.from_config(config["model"])
     if isinstance(model, models.UNet):
-        model = model.clone(spatial_dims=spatial_dims)
+        condition_channels = small_image_channels or model.condition_channels
+        model = model.clone(spatial_dims=spatial_dims, condition_channels=condition_channels)
     channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
     needed = channels * (2 if variance.startswith("learned") else 1)
     if model.out_channels not in (None, needed):
@@ -96,7 +104,7 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
             f"model.out_channels={model.out_channels}, but diffusion.variance={variance!r} and data.channels={channels} "
             f"need {needed}; leave it out"
         )
-    return model.clone(out_channels=None if needed == channels and not is_upsampler(config) else needed)
+    return model.clone(out_channels=None if needed == channels else needed)
 
 
 def _check_kind(kind: str, spatial_dims: int) -> None:

@@ -75,16 +75,14 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     }[diffusion["loss"]]
 
 
-def _input_fn(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> Callable:
-    """x_t -> the input of the network: for an upsampler, x_t and the small version of x_0; else x_t alone."""
-    if not low_resolution:
-        return lambda x_t: x_t
+def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
+    """The condition of an upsampler [B, H, W, K]: the small version of x_0, with noise of random size if max_noise > 0."""
     low, noise_std = upsampling.downsample(x_0, low_resolution), None
     if max_noise:
         key_std, key_noise = jax.random.split(key)
         noise_std = jax.random.uniform(key_std, x_0.shape[:1], x_0.dtype, maxval=max_noise)
         low = upsampling.augment(key_noise, low, noise_std)
-    return lambda x_t: upsampling.condition(x_t, low, noise_std)
+    return upsampling.condition(low, x_0.shape, noise_std)
 
 
 def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
@@ -102,7 +100,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     def objective(params, history, key, examples: Examples, microbatch=_WHOLE_BATCH):
         x_0, y, condition = examples
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
-        to_input = _input_fn(key_low, x_0, low_resolution, max_noise)
+        if low_resolution:
+            condition = _small_image(key_low, x_0, low_resolution, max_noise)
         if history is None:
             timestep_sampler = timesteps.SAMPLERS[sampler_name]
         else:
@@ -111,7 +110,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()
             conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
-            x, time = microbatch.take(to_input(x_t)), microbatch.take(time)
+            x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)

@@ -38,7 +38,7 @@ class TrainState:
 
 
 def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Initial parameters of a network whose input is `shape` [*spatial, C], which `training.input_shape` gives."""
+    """Initial parameters of a network for examples of `shape`, (*spatial, C)."""
     return model.init(key, **models.initial_inputs(model, shape))["params"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import accelerator, accelerator_cases, compiled, diffusers_network, roofline
 from benchmarks.accelerator_cases import Case
-from diffusion_jax import models, training
+from diffusion_jax import data, models, training
 
 
 @pytest.mark.whole
@@ -279,7 +279,7 @@ def test_diffusers_networks_are_of_the_same_size_and_cost():
         parameters, multiplied = diffusers_network.count_parameters_and_macs(diffusers_network.unet_fields(config))
         built = training.build_program(config)
         assert parameters == sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
-        ours = roofline.forward_macs(built.model, training.input_shape(config))
+        ours = roofline.forward_macs(built.model, data.example_shape(config.data))
         # Each level but the first ends with a convolution of its own width, of images doubled to the size of the next.
         widths = [round(config.model.channels * multiplier) for multiplier in config.model.channel_multipliers]
         sizes = [config.data.image_size >> level for level in range(len(widths))]

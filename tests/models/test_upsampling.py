@@ -40,21 +40,40 @@ def test_enlarge_inverts_downsample_for_linear_images():
     np.testing.assert_allclose(upsampling.enlarge(upsampling.downsample(constant, 2), (8, 8)), constant, rtol=1e-6)
 
 
-def test_condition_concatenates_x_t_the_small_image_and_its_noise():
-    x_t = jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
+def test_condition_concatenates_the_small_image_and_its_noise():
+    shape = (2, 4, 8, 3)
     low, std = jax.random.normal(jax.random.key(1), (2, 2, 4, 3)), jnp.array([0.1, 0.7])
-    given = upsampling.condition(x_t, low, std)
-    assert given.shape == (2, 4, 8, 7)
-    np.testing.assert_array_equal(given[..., :3], x_t)
+    given = upsampling.condition(low, shape, std)
+    assert given.shape == (2, 4, 8, upsampling.condition_channels(3, 0.7)) == (2, 4, 8, 4)
     large = upsampling.enlarge(low, (4, 8))
-    np.testing.assert_allclose(given[..., 3:6], large, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(given[..., 6], std[:, None, None].repeat(4, 1).repeat(8, 2))
-    again = upsampling.condition(x_t, large)  # as enlarged already
-    np.testing.assert_array_equal(again[..., 3:], large)
-    np.testing.assert_array_equal(again[..., :3], x_t)
+    np.testing.assert_allclose(given[..., :3], large, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(given[..., 3], std[:, None, None].repeat(4, 1).repeat(8, 2))
+    np.testing.assert_array_equal(upsampling.condition(low, shape, 0.1)[..., 3], jnp.full((2, 4, 8), 0.1))
+    np.testing.assert_array_equal(upsampling.condition(large, shape), large)  # as enlarged already
+    assert upsampling.condition_channels(3, 0.0) == 3
     for wrong in (low[:1], low[..., :1]):
         with pytest.raises(ValueError, match="needs as many small images with as many channels"):
-            upsampling.condition(x_t, wrong)
+            upsampling.condition(wrong, shape)
+
+
+def test_networks_take_x_t_the_small_image_and_its_noise_in_this_order():
+    """The order of the input channels, which trained weights depend on: as one network of the concatenated channels."""
+    config = upsampler_config(**{"diffusion.conditioning_noise": 0.5})
+    model = training.model_from_config(config)
+    shape = (2, 8, 8, 1)
+    x_t, low = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
+    std, time = jnp.array([0.1, 0.4]), jnp.zeros(2)
+    params = redraw(jax.jit(model.init)(jax.random.key(2), **models.initial_inputs(model, shape[1:]))["params"])
+    noise = jnp.broadcast_to(std[:, None, None, None], shape)
+    together = jnp.concatenate([x_t, upsampling.enlarge(low, (8, 8)), noise], axis=-1)
+    one = model.clone(condition_channels=0, out_channels=1)
+    condition = upsampling.condition(low, shape, std)
+    np.testing.assert_allclose(
+        jax.jit(lambda p: model.apply({"params": p}, x_t, time, condition=condition))(params),
+        jax.jit(lambda p: one.apply({"params": p}, together, time))(params),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_augment_adds_noise_of_the_given_standard_deviation():
@@ -72,9 +91,9 @@ class Spy:
     def __init__(self):
         self.seen = []
 
-    def apply(self, variables, x, time, train, rngs):
-        jax.debug.callback(lambda x: self.seen.append(np.asarray(x)), x)
-        return x[..., :1] * variables["params"]["w"]
+    def apply(self, variables, x, time, train, rngs, condition):
+        jax.debug.callback(lambda condition: self.seen.append(np.asarray(condition)), condition)
+        return x * variables["params"]["w"]
 
 
 @pytest.mark.whole
@@ -88,28 +107,29 @@ def test_objective_conditions_on_the_downsampled_x_0(most):
     objective({"w": jnp.ones(())}, None, jax.random.key(1), x_0, jnp.zeros(n, int))
     jax.effects_barrier()
     given, exact = spy.seen[0], np.asarray(upsampling.enlarge(upsampling.downsample(x_0, 4), (8, 8)))[..., 0]
-    assert given.shape == (n, *training.input_shape(config)) == (n, 8, 8, 3 if most else 2)
+    channels = training.model_from_config(config).condition_channels
+    assert given.shape == (n, 8, 8, channels) == (n, 8, 8, 2 if most else 1)
     if not most:
-        np.testing.assert_allclose(given[..., 1], exact, atol=1e-6)
+        np.testing.assert_allclose(given[..., 0], exact, atol=1e-6)
         return
-    std = given[:, 0, 0, 2]
-    np.testing.assert_array_equal(given[..., 2], std[:, None, None].repeat(8, 1).repeat(8, 2))
+    std = given[:, 0, 0, 1]
+    np.testing.assert_array_equal(given[..., 1], std[:, None, None].repeat(8, 1).repeat(8, 2))
     assert 0 <= std.min() and std.max() < most
     assert abs(std.mean() - most / 2) < 4 * most / (12 * n) ** 0.5
     # The enlargement of white noise of deviation 1 has a mean square that the same enlargement of one pixel tells.
     pixels = upsampling.enlarge(jnp.eye(16).reshape(16, 4, 4, 1), (8, 8))
-    ratio = ((given[..., 1] - exact) ** 2).mean((1, 2)) / std**2 / ((pixels**2).sum(0).mean())
+    ratio = ((given[..., 0] - exact) ** 2).mean((1, 2)) / std**2 / ((pixels**2).sum(0).mean())
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5
 
 
 @pytest.mark.whole
 def test_gradient_reaches_the_small_image():
-    model = models.UNet(**TINY, out_channels=3)
+    model = models.UNet(**TINY, condition_channels=3)
     x_t, low = jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3))
-    params = redraw(jax.jit(model.init)(jax.random.key(1), upsampling.condition(x_t, low), jnp.zeros(1))["params"])
+    params = redraw(jax.jit(model.init)(jax.random.key(1), **models.initial_inputs(model, (8, 8, 3)))["params"])
 
     def run(low):
-        out = model.apply({"params": params}, upsampling.condition(x_t, low), jnp.zeros(1))
+        out = model.apply({"params": params}, x_t, jnp.zeros(1), condition=upsampling.condition(low, x_t.shape))
         assert out.shape == x_t.shape
         return (out**2).sum()
 
@@ -148,6 +168,12 @@ def test_upsampler_learns_from_the_small_image():
         ({"data.low_resolution": -4}, "data.low_resolution=-4"),
         ({"diffusion.conditioning_noise": -1.0}, "diffusion.conditioning_noise=-1.0 must be a number of at least 0"),
         ({"data.low_resolution": 0, "diffusion.conditioning_noise": 0.1}, "is for upsamplers"),
+        (
+            {"model.condition_channels": 1},
+            "model.condition_channels=1: the small image is the condition of an upsampler",
+        ),
+        ({"model.condition_features": 2}, "model.condition_features=2: the small image"),
+        ({"model.condition_dropout": 0.1}, "model.condition_dropout=0.1: the small image"),
     ],
 )
 def test_build_program_refuses_invalid_upsamplers(overrides, words):

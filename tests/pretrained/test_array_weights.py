@@ -31,8 +31,7 @@ def net_of(model, image_size, channels, **options):
     normalizations = {"x": {"offset": [300.0] * channels, "scale": [10.0] * channels}}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
     description = make_description("random", model, image_size, DIFFUSION, channels=channels, **options)
-    shape = (*image_size, description.in_channels)
-    params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, shape))["params"])()
+    params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, description.example_shape))["params"])()
     values = {field.name: getattr(description, field.name) for field in dataclasses.fields(description)}
     return pretrained.Pretrained(**values, params=redraw(params))
 
@@ -236,7 +235,7 @@ def test_a_file_with_another_normalization_is_refused(change, words, tmp_path):
 
 
 def test_the_number_of_parameters_does_not_depend_on_the_size_of_a_volume():
-    small, large = (parameter_shapes(UNET.clone(spatial_dims=3), size, 2) for size in ((4, 4, 4), (8, 4, 6)))
+    small, large = (parameter_shapes(UNET.clone(spatial_dims=3), (*size, 2)) for size in ((4, 4, 4), (8, 4, 6)))
     assert small == large and len(small["conv_in", "kernel"]) == 5
 
 

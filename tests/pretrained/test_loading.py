@@ -128,11 +128,11 @@ def test_a_scheduler_s_fields_can_be_given(tmp_path):
 
 @pytest.mark.whole
 def test_upsamplers_take_their_small_images(tmp_path):
-    """As one network: the enlarged image beside x_t."""
+    """As the network of x_t and the enlarged image in six channels, which has the same parameters."""
     from diffusion_jax.models import upsampling
 
     model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
-    shapes = parameters.parameter_shapes(model, (8, 8), 6)
+    shapes = parameters.parameter_shapes(model, (8, 8, 6))
     rng = np.random.default_rng(0)
     params = flax.traverse_util.unflatten_dict(
         {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
@@ -140,10 +140,12 @@ def test_upsamplers_take_their_small_images(tmp_path):
     described = description.make_description("x", model, 8, {}, low_resolution=4)
     net = pretrained.Pretrained(**vars(described), params=params)
     x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
-    expected = model.apply({"params": params}, upsampling.condition(jnp.float32(x), jnp.float32(low)), time)
+    large = upsampling.enlarge(jnp.float32(low), (8, 8))
+    expected = model.apply({"params": params}, jnp.concatenate([jnp.float32(x), large], axis=-1), time)
     np.testing.assert_allclose(net.denoise_fn(jnp.float32(x), time, low=jnp.float32(low)), expected, atol=1e-6)
-    with pytest.raises(TypeError, match="give low="):
-        net.denoise_fn(x, time)
+    for options in ({}, {"low": jnp.float32(low), "condition": large}):
+        with pytest.raises(TypeError, match="give low=, the small images, and no condition"):
+            net.denoise_fn(jnp.float32(x), time, **options)
 
 
 @pytest.mark.whole

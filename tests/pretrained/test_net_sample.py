@@ -18,9 +18,8 @@ def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields)
     model = models.UNet(**FIELDS | {"out_channels": 2 if variance.startswith("learned") else 1} | fields)
     diffusion = {"schedule": "cosine", "num_timesteps": 100, "prediction": prediction, "variance": variance}
     found = description.make_description("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
-    y = jnp.zeros(1, jnp.int32) if model.num_classes else None
-    x = jnp.zeros((1, 4, 4, found.in_channels))
-    params = jax.jit(model.init)(jax.random.key(1), x, jnp.zeros(1), y)["params"]
+    inputs = models.initial_inputs(found.model, found.example_shape)
+    params = jax.jit(found.model.init)(jax.random.key(1), **inputs)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     params = jax.tree.unflatten(

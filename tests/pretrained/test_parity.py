@@ -41,8 +41,8 @@ def save(model, path):
 def ours(net, x, times, y=None, low=None):
     def run(params):
         labels = () if y is None else (y,)
-        taken = x if low is None else upsampling.condition(x, low)
-        return net.model.apply({"params": params}, taken, jnp.float32(times), *labels)
+        options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
+        return net.model.apply({"params": params}, x, jnp.float32(times), *labels, **options)
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(run)(net.params))
@@ -163,8 +163,9 @@ def test_gradients(name, tmp_path):
         theirs = openai.load_params(pathlib.Path("g"), tensors, found, order)
     weighting = weighting.transpose(0, 2, 3, 1) if weighting.ndim == 4 else weighting
     labels = () if y is None else (y,)
-    taken = x if low is None else upsampling.condition(x, low)
-    loss = lambda p: (net.model.apply({"params": p}, taken, jnp.float32(times), *labels) * weighting).sum()  # noqa: E731
+    options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
+    apply = lambda p: net.model.apply({"params": p}, x, jnp.float32(times), *labels, **options)  # noqa: E731
+    loss = lambda p: (apply(p) * weighting).sum()  # noqa: E731
     with jax.default_matmul_precision("highest"):
         own = jax.jit(jax.grad(loss))(net.params)
     errors = []
@@ -215,7 +216,7 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
 
     model = torch_networks.diffusers(torch_networks.PUBLISHED)
     net = pretrained.load(write_folder(tmp_path / "f", {**torch_networks.PUBLISHED}, weights_of(model)))
-    shapes = parameters.parameter_shapes(net.model, (32, 32), 3)
+    shapes = parameters.parameter_shapes(net.model, (32, 32, 3))
     import flax.traverse_util
 
     flat = flax.traverse_util.flatten_dict(net.params)

@@ -11,10 +11,10 @@ from diffusion_jax.pretrained.tensors import Tensors
 from helpers.published_files import README
 
 
-def named(model, size, channels, naming):
+def named(model, size, naming, channels=3):
     """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
     shapes = {}
-    for path, shape in parameters.parameter_shapes(model, (size, size), channels).items():
+    for path, shape in parameters.parameter_shapes(model, (size, size, channels)).items():
         name, shape = naming(path, model), parameters.torch_shape(shape, path)
         if naming is parameters.OPENAI:
             name = name.replace("out.2.proj_out", "out.2.c_proj")
@@ -35,8 +35,8 @@ def named(model, size, channels, naming):
 @pytest.mark.parametrize("name", README)
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
-    size, low, _ = openai.PRESETS[name]
-    shapes = named(models.preset(name), min(size, 256), 6 if low else 3, parameters.OPENAI)
+    size, *_ = openai.PRESETS[name]
+    shapes = named(models.preset(name), min(size, 256), parameters.OPENAI)
     if "classifier" in name:
         tokens = (size >> len(models.preset(name).channel_multipliers) - 1) ** 2 + 1
         shapes["out.2.positional_embedding"] = (shapes["out.2.positional_embedding"][0], tokens)
@@ -48,7 +48,7 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
         flags += " --use_new_attention_order False"
     from_flags, new_order = openai.describe_openai(tmp_path / "any.pt", tensors, flags)
     from_name, its_order = openai.describe_openai(tmp_path / "any.pt", tensors, name)
-    for field in ("model", "prediction", "variance", "image_size", "low_resolution", "channels", "in_channels"):
+    for field in ("model", "prediction", "variance", "image_size", "low_resolution", "channels"):
         if not ("classifier" in name and field == "variance"):
             assert getattr(from_flags, field) == getattr(from_name, field), field
     assert new_order == its_order == (name == "adm_imagenet64")
@@ -96,8 +96,8 @@ COUNTS = {
 @pytest.mark.whole
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_presets_have_the_published_numbers_of_parameters(name):
-    size, low, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
-    shapes = parameters.parameter_shapes(models.preset(name), (size, size), 6 if low else 3)
+    size, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
+    shapes = parameters.parameter_shapes(models.preset(name), (size, size, 3))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
     assert f"| {name} | {COUNTS[name]:,} |" in models.presets.__doc__
     with pytest.raises(ValueError, match="unknown preset"):
@@ -106,7 +106,7 @@ def test_presets_have_the_published_numbers_of_parameters(name):
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
     for name, (size, diffusion) in ho.PRESETS.items():
-        shapes = named(models.preset(name), size, 3, parameters.HO)
+        shapes = named(models.preset(name), size, parameters.HO)
         found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
         assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
@@ -143,5 +143,5 @@ def test_configs_of_published_weights_are_the_presets():
         model = models.preset(name)
         made = models.from_config(config.model, type(model))
         if isinstance(model, models.UNet):
-            made = made.clone(out_channels=model.out_channels)
+            made = made.clone(out_channels=model.out_channels, condition_channels=model.condition_channels)
         assert made == model, config_name

@@ -136,9 +136,8 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
 
     def network(batch):
         small = jnp.asarray(low[(4 * batch + np.arange(4)) % 3] / 127.5 - 1, jnp.float32)
-        return lambda x, time: model.apply(
-            {"params": params}, upsampling.condition(x, small, jnp.full(x.shape[0], 0.1)), time
-        )
+        condition = upsampling.condition(small, (4, 8, 8, 1), jnp.full(4, 0.1))
+        return lambda x, time: model.apply({"params": params}, x, time, condition=condition)
 
     agree(images, by_hand(network, walked, lambda batch: sampling.ddim())[:6])
     sample.run(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)

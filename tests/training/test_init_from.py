@@ -173,7 +173,7 @@ def openai_upsampler(directory):
     )
     rng = np.random.default_rng(0)
     made = {}
-    for path, shape in parameters.parameter_shapes(model, (16, 16), 6).items():
+    for path, shape in parameters.parameter_shapes(model, (16, 16, 6)).items():
         value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
         made[parameters.OPENAI(path, model)] = value
     for name in [name for name in made if ".q." in name]:
