@@ -49,7 +49,7 @@ def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
     """
     if low.shape[0] != shape[0] or low.shape[-1] != shape[-1]:
         raise ValueError(f"x_t {shape} needs as many small images with as many channels, got {low.shape}")
-    parts = [low if low.shape == shape else enlarge(low, shape[1:3])]
+    parts = [low if low.shape == shape else enlarge(low, (shape[1], shape[2]))]
     if noise_std is not None:
         parts.append(jnp.broadcast_to(jnp.reshape(noise_std, (-1, 1, 1, 1)), (*shape[:-1], 1)))
     return jnp.concatenate(parts, axis=-1)
