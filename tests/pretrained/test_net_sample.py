@@ -97,7 +97,7 @@ def test_what_does_not_fit_a_net_is_one_line():
         (conditional, {}, "has 3 classes: give y, one label or 2"),
         (conditional, {"y": 3}, r"labels must lie in 0 \.\.\. 2, got 3"),
         (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
-        (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each image; got shape \(3,\)"),
+        (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each example; got shape \(3,\)"),
         (conditional, {"y": 0.5}, "labels must be int"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
         (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "required by super-resolution networks"),
