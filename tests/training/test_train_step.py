@@ -31,8 +31,8 @@ class Recorder:
     def init(key, x_t, time, *labels):
         return {"params": {"w": jnp.ones(())}}
 
-    def apply(self, variables, x_t, time, *labels, train, rngs):
-        self.calls.append(SimpleNamespace(x_t=x_t, time=time, labels=labels, train=train, **rngs))
+    def apply(self, variables, x_t, time, *labels, train, rngs, condition=None):
+        self.calls.append(SimpleNamespace(x_t=x_t, time=time, labels=labels, train=train, condition=condition, **rngs))
         return self._output(variables["params"]["w"], x_t, time)
 
 
