@@ -140,7 +140,7 @@ def test_plan_prints_for_virtual_devices_and_writes_nothing(tmp_path):
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
     assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
     assert "On 4 devices (data 2, fsdp 2), batch 64 (16 per device, in 1 microbatch" in out.stdout
-    words = ("parameters", "GFLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
+    words = ("parameters", "FLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
     assert all(word in out.stdout for word in words)
     refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr

@@ -56,6 +56,7 @@ def test_condition_concatenates_the_small_image_and_its_noise():
             upsampling.condition(wrong, shape)
 
 
+@pytest.mark.whole
 def test_networks_take_x_t_the_small_image_and_its_noise_in_this_order():
     """The order of the input channels, which trained weights depend on: as one network of the concatenated channels."""
     config = upsampler_config(**{"diffusion.conditioning_noise": 0.5})

@@ -105,6 +105,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
     pretrained.format_summary(again)
 
 
+@pytest.mark.whole
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
 
@@ -168,6 +169,7 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         plain.logits(jnp.zeros((1, 2)), jnp.zeros(1))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("net", "words"),
     [
@@ -186,6 +188,7 @@ def test_networks_of_other_data_are_refused_by_diffusers(net, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.whole
 def test_the_summary_shows_the_shape_the_scale_and_the_conditions():
     text = pretrained.format_summary(vectors_net())
     assert "MLP" in text and "vectors, 2 channels" in text and "shape [2], or none, (data - (50, 0)) / (4, 2)" in text
@@ -195,6 +198,7 @@ def test_the_summary_shows_the_shape_the_scale_and_the_conditions():
     assert "images" in pretrained.format_summary(net_of(UNET, (4, 4), 3, levels=256, normalizations={}))
 
 
+@pytest.mark.whole
 def test_files_of_earlier_versions_are_of_images(tmp_path):
     net = net_of(UNET, (4, 4), 3, levels=256, normalizations={}, clip=True)
     pretrained.save_safetensors(net, tmp_path / "new.safetensors")

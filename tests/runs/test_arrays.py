@@ -53,6 +53,7 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 3
 
 
+@pytest.mark.whole
 def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
     """Guided by conditions that the normalization of the run standardizes."""
     file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS)
@@ -88,6 +89,7 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
     np.testing.assert_allclose(the_samples(run)["arr_0"], np.asarray(x_0) * deviation + mean, rtol=2e-5)
 
 
+@pytest.mark.whole
 def test_guidance_drops_labels_and_conditions_together(tmp_path):
     config = array_config(
         "vectors", "", **CONDITIONAL, **{"model.num_classes": 2, "sampling.guidance_scale": 3.0, "sampling.steps": None}
@@ -120,6 +122,7 @@ def test_guidance_drops_labels_and_conditions_together(tmp_path):
     np.testing.assert_allclose(found, 3 * with_both - 2 * without, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_microbatches_take_their_rows_of_the_conditions():
     config = array_config("vectors", "", **{"model.condition_features": 2, "model.dropout": 0.0})
     batch = {
@@ -143,6 +146,7 @@ def test_microbatches_take_their_rows_of_the_conditions():
         step(state, batch | {"condition": batch["x"]})
 
 
+@pytest.mark.whole
 def test_a_source_of_the_caller_takes_the_place_of_the_config_s(tmp_path):
     class Source:
         def __len__(self):

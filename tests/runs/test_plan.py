@@ -28,6 +28,7 @@ def test_images_are_planned_as_uint8():
     assert set(shapes) == {"image", "label"} and shapes["image"].dtype == "uint8"
 
 
+@pytest.mark.whole
 def test_the_activations_of_an_example_grow_with_its_size():
     sizes = [plan.activations_per_example(array_config("series", "", **{"data.image_size": (n,)})) for n in (8, 16, 32)]
     # All is proportional to the length, but the time embedding and the few bytes of the middle's attention.
