@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax import models, training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import train
+from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.objective import make_objective
 from helpers.configs import a_batch, classifier_config, upsampler_config
 from helpers.networks import TINY, redraw
@@ -105,7 +106,7 @@ def test_objective_conditions_on_the_downsampled_x_0(most):
     spy, n = Spy(), 512
     objective = make_objective(config, spy, training.schedule_from_config(config.diffusion))
     x_0 = jax.random.normal(jax.random.key(0), (n, 8, 8, 1))
-    objective({"w": jnp.ones(())}, None, jax.random.key(1), x_0, jnp.zeros(n, int))
+    objective({"w": jnp.ones(())}, None, jax.random.key(1), Examples(x_0, jnp.zeros(n, int)))
     jax.effects_barrier()
     given, exact = spy.seen[0], np.asarray(upsampling.enlarge(upsampling.downsample(x_0, 4), (8, 8)))[..., 0]
     channels = training.model_from_config(config).condition_channels
