@@ -32,6 +32,7 @@ from diffusion_jax.config.table import (
     is_continuous,
     is_upsampler,
     reference,
+    resolve_clip,
 )
 from diffusion_jax.errors import ConfigError
 
@@ -58,4 +59,5 @@ __all__ = [
     "preset_fields",
     "reference",
     "resolve",
+    "resolve_clip",
 ]

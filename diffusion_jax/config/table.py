@@ -36,6 +36,7 @@ __all__ = [
     "is_upsampler",
     "nearest_name",
     "reference",
+    "resolve_clip",
 ]
 
 ROOT_GROUP = ""  # the leaves that belong to no group
@@ -104,6 +105,12 @@ def is_continuous(config: Mapping[str, Any]) -> bool:
 def clips_by_default(config: Mapping[str, Any]) -> bool:
     """Whether the data of a complete config lie in [-1, 1], so that the predicted x_0 is clipped to it."""
     return not is_continuous(config) or config["data"]["normalization"] == "limits"
+
+
+def resolve_clip(config: Mapping[str, Any], group: str = "sampling") -> bool | str:
+    """The leaf `clip` of a group of a complete config; None follows the data."""
+    clip = config[group]["clip"]
+    return clips_by_default(config) if clip is None else clip
 
 
 def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:

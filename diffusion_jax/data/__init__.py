@@ -9,8 +9,22 @@ import numpy as np
 
 from diffusion_jax.config import resolve
 from diffusion_jax.data.array_files import ArrayFiles
-from diffusion_jax.data.checks import check_examples, check_image_leaves, check_levels, example_shape, import_source
-from diffusion_jax.data.normalization import Normalization, Normalizations, Normalized, find_normalizations
+from diffusion_jax.data.checks import (
+    check_examples,
+    check_image_leaves,
+    check_levels,
+    example_shape,
+    import_source,
+    is_of_images,
+)
+from diffusion_jax.data.normalization import (
+    Normalization,
+    Normalizations,
+    Normalized,
+    find_normalizations,
+    to_data_units,
+    to_model_units,
+)
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
 from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.sources import (
@@ -47,11 +61,14 @@ __all__ = [
     "example_shape",
     "find_normalizations",
     "fit",
+    "is_of_images",
     "load",
     "natural_shape",
     "read_class_names",
     "read_num_classes",
     "stream",
+    "to_data_units",
+    "to_model_units",
 ]
 
 

@@ -14,7 +14,7 @@ from diffusion_jax.config import LEAVES
 from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import DataError, shorten
 
-__all__ = ["check_examples", "check_image_leaves", "check_levels", "example_shape", "import_source"]
+__all__ = ["check_examples", "check_image_leaves", "check_levels", "example_shape", "import_source", "is_of_images"]
 
 _NUM_CHECKED = 4
 
@@ -32,6 +32,12 @@ def example_shape(config: Mapping) -> tuple[int, ...]:
             raise DataError(f"data.{name}={config[name]!r} must be {kind.allowed}") from None
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
+
+
+def is_of_images(config: Mapping) -> bool:
+    """Whether `config.data` describes images: gray levels, two spatial axes, and 1 or 3 channels."""
+    shape = example_shape(config)
+    return config["levels"] is not None and len(shape) == 3 and shape[-1] in (1, 3)
 
 
 def check_image_leaves(config: Mapping) -> tuple[tuple[int, int], int]:

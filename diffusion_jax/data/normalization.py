@@ -12,7 +12,14 @@ import numpy as np
 from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
 from diffusion_jax.errors import DataError
 
-__all__ = ["Normalization", "Normalizations", "Normalized", "find_normalizations"]
+__all__ = [
+    "Normalization",
+    "Normalizations",
+    "Normalized",
+    "find_normalizations",
+    "to_data_units",
+    "to_model_units",
+]
 
 _BLOCK = 256  # examples that are read at a time while the statistics are computed
 
@@ -55,6 +62,16 @@ class Normalization:
         return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])))
 
 
+def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.ndarray:
+    """float32 x of data [n, *spatial, C]; without a normalization the same numbers."""
+    return data.astype(np.float32) if normalization is None else normalization.apply(data)
+
+
+def to_data_units(x: Values, normalization: Normalization | None) -> Values:
+    """The data of x [n, *spatial, C]; without a normalization x itself."""
+    return x if normalization is None else normalization.invert(x)
+
+
 # The Normalization of each float array of a source, by name: "x" and "condition". Arrays without one are used as they are.
 Normalizations = Mapping[str, Normalization]
 
@@ -83,8 +100,7 @@ class Normalized:
         return batch
 
     def _normalize(self, name: str, values: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        normalization = self.normalizations.get(name)
-        x = values.astype(np.float32) if normalization is None else normalization.apply(values)
+        x = to_model_units(values, self.normalizations.get(name))
         bad = _first_row(~np.isfinite(x))
         if bad is not None:
             raise DataError(_not_finite(name, indices[bad]))

@@ -20,6 +20,7 @@ from diffusion_jax.evaluation.example_blocks import as_example_pair, read_blocks
 __all__ = [
     "MarginalHistograms",
     "SlicedWasserstein",
+    "common_range",
     "energy_distance",
     "marginal_histograms",
     "sliced_wasserstein",
@@ -229,7 +230,7 @@ def marginal_histograms(
     if bins < 1 or groups < 2:
         raise ValueError(f"bins={bins} must be at least 1 and groups={groups} at least 2")
     reference, samples = as_example_pair(reference, samples, 2 * groups)
-    low, high = _common_range(reference, samples) if limits is None else limits
+    low, high = common_range(reference, samples) if limits is None else limits
     low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in (low, high))
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ValueError(f"limits={limits} must be finite, with low below high")
@@ -259,7 +260,9 @@ def marginal_histograms(
     return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error), same_law)
 
 
-def _common_range(*sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def common_range(*sets: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(lowest, highest) value of each channel [C] in sets of examples [n, *spatial, C]; a constant channel has width 1."""
+
     def reduce(function: Callable[..., np.ndarray]) -> np.ndarray:
         blocks = [function(b.reshape(-1, b.shape[-1]), axis=0) for x in sets for _, b in read_blocks(x)]
         return function(np.stack(blocks), axis=0)

@@ -65,7 +65,7 @@ def standardize(source: data.Source, normalization: data.Normalization | None) -
     def read(indices: np.ndarray) -> np.ndarray:
         batch = source.read(indices)
         values = batch["image"] if "image" in batch else batch["x"]
-        return values.astype(np.float32) if normalization is None else normalization.apply(values)
+        return data.to_model_units(values, normalization)
 
     shape = (len(source), *read(np.arange(1)).shape[1:])
     if 4 * math.prod(shape) > _MAX_BYTES_IN_MEMORY:

@@ -19,7 +19,7 @@ from diffusion_jax.evaluation import array_metrics, array_statistics
 from diffusion_jax.evaluation.array_metrics import MarginalHistograms
 from diffusion_jax.evaluation.array_sets import MAX_EXAMPLES, even_indices, select
 from diffusion_jax.evaluation.array_statistics import Autocorrelation, MeanAndCovariance, Measurement, PowerSpectrum
-from diffusion_jax.evaluation.example_blocks import LazyExamples, read_blocks
+from diffusion_jax.evaluation.example_blocks import LazyExamples
 from diffusion_jax.evaluation.metrics import Neighbors
 from diffusion_jax.evaluation.named_metrics import memorization_report
 
@@ -117,13 +117,14 @@ def compare_arrays(
     if "sliced_wasserstein" in metric_names:
         values |= _sliced_wasserstein(key, reference, samples)
     if "marginal_histograms" in metric_names:
-        histograms = array_metrics.marginal_histograms(
-            reference, samples, _BINS, limits=_limits(reference), groups=_GROUPS
-        )
+        # Samples beyond the range of the reference, which could widen the bins at will, do not count.
+        limits = array_metrics.common_range(reference)
+        histograms = array_metrics.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
         values |= _histogram_values(histograms)
         found["histograms"] = _histograms_of_data(histograms, normalization)
     if "mean_and_covariance" in metric_names:
-        channels = _even_channels(reference.shape[-1])
+        # Time and memory grow as the square of the number of channels.
+        channels = even_indices(reference.shape[-1], _MAX_COVARIANCE_CHANNELS)
         one, other = (array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in (reference, samples))
         values |= _moment_values(one, other, channels)
         found["moments"] = tuple(_moments_of_data(moments, normalization, channels) for moments in (one, other))
@@ -171,15 +172,6 @@ def _sliced_wasserstein(key: jax.Array, reference: _Examples, samples: _Examples
     }
 
 
-def _limits(reference: _Examples) -> tuple[np.ndarray, np.ndarray]:
-    """The range of each channel of the reference; samples beyond it, which could widen the bins at will, do not count."""
-    low, high = math.inf, -math.inf
-    for _, block in read_blocks(reference):
-        flat = block.reshape(-1, block.shape[-1])
-        low, high = np.minimum(low, flat.min(axis=0)), np.maximum(high, flat.max(axis=0))
-    return np.where(low == high, low - 0.5, low), np.where(low == high, high + 0.5, high)
-
-
 def _histogram_values(histograms: MarginalHistograms) -> dict[str, Any]:
     distance, errors = histograms.distance
     channel = int(np.argmax(distance))
@@ -197,13 +189,6 @@ def _histograms_of_data(histograms: MarginalHistograms, normalization: Normaliza
         return histograms
     offset, scale = (np.asarray(part)[:, None] for part in (normalization.offset, normalization.scale))
     return histograms._replace(edges=histograms.edges * scale + offset)
-
-
-def _even_channels(channels: int) -> np.ndarray:
-    """The channels whose covariance is measured: its time and memory grow as the square of their number."""
-    if channels <= _MAX_COVARIANCE_CHANNELS:
-        return np.arange(channels)
-    return np.arange(_MAX_COVARIANCE_CHANNELS) * channels // _MAX_COVARIANCE_CHANNELS
 
 
 def _with_channels(x: _Examples, channels: np.ndarray) -> _Examples:

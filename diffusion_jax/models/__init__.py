@@ -53,10 +53,9 @@ def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(model, Conditional):
         if model.num_classes:
             inputs["y"] = jnp.zeros(1, jnp.int32)
-        if model.condition_features:
-            inputs["condition"] = jnp.zeros((1, model.condition_features))
-        elif model.condition_channels:
-            inputs["condition"] = jnp.zeros((1, *shape[:-1], model.condition_channels))
+        condition_shape = model.condition_shape(shape[:-1])
+        if condition_shape is not None:
+            inputs["condition"] = jnp.zeros((1, *condition_shape))
     return inputs
 
 

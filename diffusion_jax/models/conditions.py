@@ -7,6 +7,9 @@ probability.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,20 @@ class Conditional(nn.Module):
         `guidance.classifier_free` takes it as `null_y`, with a denoise_fn that passes its third argument as condition.
         """
         return float("nan") if self.condition_dropout else None
+
+    def nulls_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The null label and condition, for those of "y" and "condition" that `given` has; the null_y of guidance.
+
+        Where the network has no null, the given one itself, which guidance then leaves as it is.
+        """
+        nulls = {"y": self.null_label, "condition": self.null_condition}
+        return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
+
+    def condition_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
+        if self.condition_features:
+            return (self.condition_features,)
+        return (*spatial, self.condition_channels) if self.condition_channels else None
 
     @property
     def _num_labels(self) -> int:
@@ -122,7 +139,8 @@ class Conditional(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"condition_dropout must lie in [0, 1), got {dropout}")
-        if not features and not channels:
+        example_shape = self.condition_shape(x_t.shape[1:-1])
+        if example_shape is None:
             if dropout:
                 raise ValueError(
                     f"condition_dropout={dropout} needs conditions to drop; give condition_features or "
@@ -133,7 +151,7 @@ class Conditional(nn.Module):
                     "a condition was given to a network without; use condition_features or condition_channels"
                 )
             return None
-        shape = (x_t.shape[0], features) if features else (*x_t.shape[:-1], channels)
+        shape = (x_t.shape[0], *example_shape)
         if condition is None:
             if not dropout:
                 raise ValueError(f"this network needs a condition of shape {shape}; only condition_dropout allows None")

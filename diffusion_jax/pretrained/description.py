@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
-from diffusion_jax.data import Normalization, Normalizations
+from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.models import Classifier, Conditional, apply_network, upsampling
 from diffusion_jax.training.state import Network
 
@@ -74,9 +74,7 @@ class Description:
         """(D,) or (*spatial, K) of an example's condition; None without conditions, and for super-resolution."""
         if not isinstance(self.model, Conditional) or self.low_resolution:
             return None
-        if self.model.condition_features:
-            return (self.model.condition_features,)
-        return (*self.image_size, self.model.condition_channels) if self.model.condition_channels else None
+        return self.model.condition_shape(self.image_size)
 
     @property
     def num_classes(self) -> int:
@@ -188,8 +186,7 @@ class Pretrained(Description):
             shape=shape,
             use_guidance=guidance_scale != 1,
         )
-        normalization = self.normalizations.get("x")
-        return x if normalization is None else normalization.invert(x)
+        return to_data_units(x, self.normalizations.get("x"))
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
         """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
@@ -254,8 +251,7 @@ class Pretrained(Description):
             raise ValueError(
                 f"condition {int(wrong.any(axis=1).argmax())} has values that are not finite{allowed}; correct it"
             )
-        normalization = self.normalizations.get("condition")
-        return jnp.asarray(values.astype(np.float32) if normalization is None else normalization.apply(values))
+        return jnp.asarray(to_model_units(values, self.normalizations.get("condition")))
 
     def _check_labels(self, y, num_images: int) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network. Raises: ValueError."""
@@ -290,9 +286,7 @@ def _sample(params, key, schedule, y, condition, guidance_scale, *, model, sampl
     given = {name: value for name, value in (("y", y), ("condition", condition)) if value is not None}
     denoise_fn = lambda x_t, time: network(x_t, time, given)  # noqa: E731
     if use_guidance:
-        null = {"y": model.null_label, "condition": model.null_condition}
-        without = {name: value if null[name] is None else null[name] for name, value in given.items()}
-        denoise_fn = guidance.classifier_free(network, given, without, guidance_scale)
+        denoise_fn = guidance.classifier_free(network, given, model.nulls_of(given), guidance_scale)
     x_T = jax.random.normal(key_noise, shape, jnp.float32)
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import clips_by_default, drop_unknown_leaves, is_continuous, migrate, resolve
+from diffusion_jax.config import drop_unknown_leaves, is_continuous, migrate, resolve, resolve_clip
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -54,7 +54,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
             shape[:-1],
             {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
             channels=shape[-1],
-            clip=clips_by_default(config) if config["sampling"]["clip"] is None else bool(config["sampling"]["clip"]),
+            clip=bool(resolve_clip(config)),
             low_resolution=config["data"]["low_resolution"],
             conditioning_noise=diffusion["conditioning_noise"],
             levels=config["data"]["levels"],

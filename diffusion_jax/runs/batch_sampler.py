@@ -69,7 +69,7 @@ class BatchSampler:
         numbers = np.uint32(seed), np.int32(batch)
         samples = self._sample_batch(params, self.setup.classifier_params, *numbers, y, condition)
         samples = np.asarray(multihost_utils.process_allgather(samples, tiled=True))
-        return samples if self.normalization is None else self.normalization.invert(samples)
+        return data.to_data_units(samples, self.normalization)
 
 
 def check_finite(samples: np.ndarray) -> None:
@@ -120,8 +120,5 @@ def sample_trajectory(
     draw = jax.jit(draw, compiler_options=compiler.options())
     x_0, trajectory = draw(params, classifier_params, key, setup.labels(indices), setup.condition(indices))
     x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])
-    if not is_continuous(config):
-        x = np.asarray(to_uint8(x))
-    elif normalization is not None:
-        x = normalization.invert(x)
+    x = data.to_data_units(x, normalization) if is_continuous(config) else np.asarray(to_uint8(x))
     return SampleTrajectory(x, np.asarray(setup.schedule.timesteps)[steps[::-1]])

@@ -46,9 +46,10 @@ def run_normalizations(config: ConfigDict, source: data.Source, workdir: pathlib
 
 def check_source(config: ConfigDict, source: data.Source) -> None:
     """Raises: UserError or DataError for labels or conditions that do not fit the network, or gray levels the bound."""
-    batch = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))
-    if config.diffusion.loss in ("vlb", "hybrid") and config.data.levels is not None:
-        data.check_levels(batch["image"], config.data.levels)
+    levels = config.data.levels if config.diffusion.loss in ("vlb", "hybrid") else None
+    batch = source.read(np.arange(min(1 if levels is None else _NUM_CHECKED_IMAGES, len(source))))
+    if levels is not None:
+        data.check_levels(batch["image"], levels)
     _check_conditions(config, batch)
     num_classes, source_classes = config.model.num_classes, data.read_num_classes(source)
     if num_classes and source_classes > num_classes:

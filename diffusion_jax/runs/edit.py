@@ -61,7 +61,7 @@ class _Context:
         self.num_samples = self.options.num_samples
         self._levels, self._normalization = config.data.levels, normalization
         self._limits = config.data.limits if config.data.normalization == "limits" else ()
-        self.is_of_images = self._levels is not None and len(self.size) == 2 and self.channels in (1, 3)
+        self.is_of_images = data.is_of_images(config.data)
 
     def read(self, leaf: str, size: tuple[int, ...] | None = None) -> np.ndarray:
         """`config.editing[leaf]` as uint8 [*spatial, C], or in the units of continuous data. Raises: UserError."""
@@ -76,8 +76,7 @@ class _Context:
         """An example as a batch float32 [1, *spatial, C] in the model's range."""
         if self._levels is not None:
             return to_model_range(jnp.asarray(example))[None]
-        x = example[None]
-        return jnp.asarray(x.astype(np.float32) if self._normalization is None else self._normalization.apply(x))
+        return jnp.asarray(data.to_model_units(example[None], self._normalization))
 
     def repeat(self, example: np.ndarray) -> jax.Array:
         """An example as `num_samples` equal ones in the model's range."""
@@ -87,8 +86,7 @@ class _Context:
         """Examples [B, *spatial, C] in the model's range as uint8, or float32 in the units of continuous data."""
         if self._levels is not None:
             return np.asarray(to_uint8(x))
-        x = np.asarray(x)
-        return x if self._normalization is None else self._normalization.invert(x)
+        return data.to_data_units(np.asarray(x), self._normalization)
 
     def sample(self, key, denoise_fn, sampler: sampling.Sampler) -> jax.Array:
         """Samples from noise."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import pathlib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, models
-from diffusion_jax.config import is_continuous
+from diffusion_jax.config import is_continuous, resolve_clip
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error
@@ -24,9 +23,8 @@ from diffusion_jax.images import to_model_range
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, rename_leaves_in_errors
-from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
-from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.runs.workdir import digest_of_some, to_dict
 from diffusion_jax.training.from_config import condition_shape
 
 __all__ = [
@@ -39,7 +37,6 @@ __all__ = [
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
-_NUM_HASHED_EXAMPLES = 64
 
 
 class Terms(NamedTuple):
@@ -81,7 +78,7 @@ class LikelihoodRun:
         if is_continuous(config) and "x" in self.trained.normalizations:
             scale = self.trained.normalizations["x"].scale
             self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
-        self._given_digest = None if not given else _digest_of_some(self.source)
+        self._given_digest = [len(self.source), digest_of_some(self.source)] if given else None
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch: "image" or "x", "label", and "condition" if the network takes one.
@@ -244,15 +241,6 @@ def _resolve_dequantization(config: ConfigDict) -> str:
             "data (data.levels=None)"
         )
     return "none"
-
-
-def _digest_of_some(source: data.Source) -> str:
-    """SHA-256 of the arrays of up to 64 examples."""
-    indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
-    digest = hashlib.sha256(str(len(source)).encode())
-    for name, array in sorted(source.read(indices).items()):
-        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _load_source(config: ConfigDict, source: data.Source | None) -> data.Source:

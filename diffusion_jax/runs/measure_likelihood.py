@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import is_continuous, resolve
+from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
@@ -30,7 +30,6 @@ from diffusion_jax.runs.likelihood_terms import (
     rate_distortion,
 )
 from diffusion_jax.runs.metric_options import check_evaluation_options
-from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]

@@ -8,7 +8,6 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import is_continuous
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import feature_extractors, image_sets, named_array_metrics, named_metrics
 from diffusion_jax.evaluation.feature_extraction import cache_directory
@@ -43,8 +42,7 @@ def check_evaluation_options(config: ConfigDict) -> None:
 
 def has_array_metrics(config: ConfigDict) -> bool:
     """Whether samples have the metrics of arrays: those of data that are continuous, or no images of 1 or 3 channels."""
-    shape = data.example_shape(config.data)
-    return is_continuous(config) or len(shape) != 3 or shape[-1] not in (1, 3)
+    return not data.is_of_images(config.data)
 
 
 def resolve_metrics(config: ConfigDict) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, process
-from diffusion_jax.config import is_continuous, resolve
+from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
@@ -28,7 +28,6 @@ from diffusion_jax.runs.batch_sampler import SampleTrajectory, sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
 from diffusion_jax.runs.sample_pictures import draw_trajectory
-from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]
@@ -139,8 +138,8 @@ def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> SampleTraject
     x_0 = batch["x"] if continuous else to_model_range(batch["image"])
     predicted = jax.jit(predict, compiler_options=compiler.options())(params, x_0, batch)
     if continuous:
-        x, normalization = np.concatenate([predicted, x_0[None]]), likelihood_run.trained.normalizations.get("x")
-        x = x if normalization is None else normalization.invert(x)
+        x = np.concatenate([predicted, x_0[None]])
+        x = data.to_data_units(x, likelihood_run.trained.normalizations.get("x"))
     else:
         x = np.concatenate([np.asarray(to_uint8(predicted)), batch["image"][None]])
     return SampleTrajectory(x, np.asarray(schedule.timesteps)[steps])

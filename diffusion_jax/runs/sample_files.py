@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data
-from diffusion_jax.config import flatten, is_continuous
+from diffusion_jax.config import flatten, is_continuous, resolve_clip
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error, shorten
@@ -26,7 +26,6 @@ from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
 from diffusion_jax.runs.sample_pictures import draw_samples, is_of_images
-from diffusion_jax.runs.sampler_config import resolve_clip
 from diffusion_jax.runs.sampling_conditions import condition_captions, read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest

@@ -163,7 +163,7 @@ def _draw_samples(config: ConfigDict, workdir: pathlib.Path, conditions: np.ndar
     sampling_config = ConfigDict(to_dict(config))
     options = config.evaluation
     sampling_config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
-    file = SampleFile(sampling_config, workdir, **({} if conditions is None else {"conditions": conditions}))
+    file = SampleFile(sampling_config, workdir, conditions)
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     return file

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_jax import process, sampling, schedules
-from diffusion_jax.config import clips_by_default
 
 __all__ = [
     "SAMPLERS",
     "calls_between_steps",
     "is_stochastic",
-    "resolve_clip",
     "resolve_spacing",
     "respace",
     "sampler_from_config",
@@ -70,12 +68,6 @@ def unused_leaves(options: Mapping) -> list[str]:
         if options[leaf] and options["guidance_scale"] == 1:
             unused.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
     return unused
-
-
-def resolve_clip(config: Mapping, group: str = "sampling") -> bool | str:
-    """The `clip` of a group of a complete config; None follows the data."""
-    clip = config[group]["clip"]
-    return clips_by_default(config) if clip is None else clip
 
 
 def sampler_from_config(

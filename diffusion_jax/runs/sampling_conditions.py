@@ -12,7 +12,6 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.training import condition_shape
 
 __all__ = [
-    "check_conditions",
     "condition_captions",
     "evenly_spaced_conditions",
     "read_conditions",
@@ -40,10 +39,10 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
         conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None
-    return check_conditions(conditions, shape, leaf)
+    return _check_conditions(conditions, shape, leaf)
 
 
-def check_conditions(conditions: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+def _check_conditions(conditions: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
     """The conditions [N, *shape]. where: the start of an error. Raises: UserError for others, or for none."""
     if conditions.dtype.kind not in "iuf" or conditions.shape[1:] != shape or not len(conditions):
         expected = ", ".join(map(str, ("N", *shape)))
@@ -71,10 +70,7 @@ def _check_needed(config: ConfigDict) -> None:
 
 def standardize_conditions(conditions: np.ndarray | None, normalizations: data.Normalizations) -> np.ndarray | None:
     """The conditions as the model takes them, float32."""
-    if conditions is None:
-        return None
-    normalization = normalizations.get("condition")
-    return conditions.astype(np.float32) if normalization is None else normalization.apply(conditions)
+    return None if conditions is None else data.to_model_units(conditions, normalizations.get("condition"))
 
 
 def evenly_spaced_conditions(source: data.Source, count: int) -> np.ndarray | None:

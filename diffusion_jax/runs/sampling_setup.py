@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
-from diffusion_jax.config import clips_by_default, is_upsampler, resolve
+from diffusion_jax.config import clips_by_default, is_upsampler, resolve, resolve_clip
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.images import to_model_range
@@ -21,7 +21,6 @@ from diffusion_jax.runs.sample_name import sample_name
 from diffusion_jax.runs.sampler_config import (
     calls_between_steps,
     is_stochastic,
-    resolve_clip,
     resolve_spacing,
     respace,
     sampler_from_config,
@@ -237,7 +236,7 @@ class SamplingSetup:
             denoise_fn = guidance.classifier_free(
                 conditional,
                 given,
-                self._without(given),
+                self._model.nulls_of(given),
                 options["guidance_scale"],
                 interval=self._interval,
                 rescale=options["guidance_rescale"],
@@ -253,11 +252,6 @@ class SamplingSetup:
                 prediction=self.parameterization["prediction"],
             )
         return denoise_fn
-
-    def _without(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The label and condition of an unguided output: null ones, but the given ones where the model has none."""
-        null = {"y": self._model.null_label, "condition": self._model.null_condition}
-        return {name: value if null[name] is None else null[name] for name, value in given.items()}
 
     def _to_network(self, condition) -> jax.Array:
         """Rows of `conditions` as the network takes them."""

@@ -28,6 +28,7 @@ __all__ = ["TRACKERS", "BackgroundTracker", "Tracker", "TrackerRun", "open_track
 
 _MAX_WAITING = 1000  # items in the queue of a tracker
 _CLOSE_SECONDS = 30.0
+_FILE_LOCK = threading.Lock()  # of trackers.json
 
 
 class TrackerRun:
@@ -50,12 +51,9 @@ class TrackerRun:
 
     def store(self, **changes: Any) -> None:
         """Stores the id and the last step, after they have changed."""
-        with _FILE:  # the threads of several trackers write it
+        with _FILE_LOCK:  # the threads of several trackers write it
             stored = self._read() | {self._tracker: {"id": self.id, "step": self.last_step} | changes}
             write_text(self._path, json.dumps(stored) + "\n")
-
-
-_FILE = threading.Lock()
 
 
 class Tracker(Protocol):

@@ -18,6 +18,7 @@ from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_loader import BatchLoader
+from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.goodput import LaunchTimes
@@ -54,13 +55,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         program = training.build_program(config)
         check_sampling(config, program, read_class_names(config, workdir))
         preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
-        fid_sampler = None
-        if config.evaluation.every:
-            fid_sampler = make_preview_sampler(config, program, config.sampling.batch_size)
-    if config.evaluation.every and not fid_sampler:
-        raise UserError(
-            f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use evaluation.every=0"
-        )
+        fid_sampler = _make_fid_sampler(config, program)
     if _is_finished(config, workdir):
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
@@ -100,6 +95,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
             set_data(batch_sampler, normalized, normalizations)
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
+
+
+def _make_fid_sampler(config: ConfigDict, program: training.TrainingProgram) -> BatchSampler | None:
+    """The sampler of the Frechet distance during training; None without `evaluation.every`. Raises: UserError."""
+    if not config.evaluation.every:
+        return None
+    sampler = make_preview_sampler(config, program, config.sampling.batch_size)
+    if not sampler:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use evaluation.every=0"
+        )
+    return sampler
 
 
 def _check_intervals(config: ConfigDict) -> None:

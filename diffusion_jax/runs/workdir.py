@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax import data
 from diffusion_jax.config import identity_leaves, migrate, resolve
 from diffusion_jax.data import Normalization, Normalizations, Source
-from diffusion_jax.data import read_class_names as read_class_names_of
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
@@ -22,6 +22,7 @@ from diffusion_jax.training.digests import committed_steps
 __all__ = [
     "check_data",
     "check_identity",
+    "digest_of_some",
     "read_class_names",
     "read_config",
     "read_normalizations",
@@ -82,8 +83,8 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
 
     source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
     """
-    names, path = list(read_class_names_of(source)), workdir / "data.json"
-    new: dict[str, Any] = {"images": len(source), "sha256_of_some": _digest_of_some(source), "classes": names}
+    names, path = list(data.read_class_names(source)), workdir / "data.json"
+    new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
     old = _read_data_json(workdir) if _has_checkpoint(workdir) else None
@@ -99,7 +100,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
         write_text(path, json.dumps(new) + "\n")
 
 
-def _digest_of_some(source: Source) -> str:
+def digest_of_some(source: Source) -> str:
     """SHA-256 of up to 64 examples with their labels (0 if there are none) and conditions."""
     indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)

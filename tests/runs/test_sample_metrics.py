@@ -61,7 +61,7 @@ def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
 def test_the_requested_weights_are_measured(run, use_ema, monkeypatch):
     asked = []
 
-    def sample_file(config, directory):
+    def sample_file(config, directory, conditions=None):
         asked.append((config.sampling.use_ema, config.sampling.num_samples))
         raise KeyboardInterrupt
 
