@@ -10,8 +10,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DiffusionJaxError",
+    "LeaseLostError",
     "PretrainedError",
     "SaveError",
+    "StorageError",
     "UnreadableFilesError",
     "UserError",
     "as_user_error",
@@ -39,6 +41,14 @@ class UserError(DiffusionJaxError):
 
 class ConfigError(UserError, ValueError):
     """A config with an unknown leaf, or with a value that its leaf does not allow."""
+
+
+class StorageError(UserError):
+    """An object store that cannot be used: wrong URL, missing package, no credentials, no such bucket, or no permission."""
+
+
+class LeaseLostError(UserError):
+    """Another launch has taken over the work directory in an object store, so this one must not write there any more."""
 
 
 class DataError(DiffusionJaxError):

@@ -15,6 +15,8 @@ from helpers import type_checks
 
 type_checks.import_core_with_checks()
 
+pytest_plugins = ["helpers.object_stores"]
+
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(tempfile.gettempdir()) / "diffusion_jax_tests")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start share it
 jax.config.update("jax_compilation_cache_dir", CACHE)

@@ -71,7 +71,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"config"},
-    {"distributed"},
+    {"distributed", "storage"},
     {"data", "models"},
     {"training"},
     {"pretrained"},

@@ -1,0 +1,1 @@
+"""Objects in buckets of Google Cloud Storage and S3, and leases on them."""

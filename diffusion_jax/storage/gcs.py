@@ -1,0 +1,169 @@
+"""A bucket of Google Cloud Storage, through gcsfs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import datetime
+import hashlib
+import inspect
+import json
+import logging
+import os
+import pathlib
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import google.auth
+import google.auth.exceptions
+import requests
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import ChecksumError, HttpError
+from google.auth.transport.requests import Request
+
+from diffusion_jax.errors import StorageError
+from diffusion_jax.storage.bucket import CONNECT_TIMEOUT, READ_TIMEOUT, ChangedError, ObjectInfo, content_type
+
+__all__ = ["GcsBucket"]
+
+# One attempt: gcsfs's own retries do not end at a deadline, and log a traceback at their end.
+_request_once = inspect.unwrap(GCSFileSystem._request)
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_RETRIED = {408, 429, *range(500, 600)}
+_ADVICE = "type: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
+
+
+class _ShortRequest(Request):
+    """Requests for credentials that do not wait minutes for a metadata server that does not exist."""
+
+    def __call__(self, url: str, method: str = "GET", body=None, headers=None, timeout=None, **options):
+        limit = 2 if url.startswith("http:") else 5  # the metadata server, which is tried three times, alone has no TLS
+        timeout = min(timeout or limit, limit)
+        return super().__call__(url, method=method, body=body, headers=headers, timeout=timeout, **options)
+
+
+def _find_credentials(url: str) -> Any:
+    """Credentials that are valid now; "anon" for an emulator. Raises: StorageError."""
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return "anon"
+    try:
+        with requests.Session() as session:
+            request = _ShortRequest(session)
+            credentials, _ = google.auth.default(scopes=[_SCOPE], request=request)
+            credentials.refresh(request)
+    except google.auth.exceptions.DefaultCredentialsError:
+        raise StorageError(f"{url}: no credentials for Google Cloud Storage were found; {_ADVICE}") from None
+    except google.auth.exceptions.GoogleAuthError as error:
+        reason = str(error.args[0] if error.args else error).splitlines()[0]
+        raise StorageError(f"{url}: the credentials were refused ({reason}); {_ADVICE}") from None
+    return credentials
+
+
+class GcsBucket:
+    """A bucket of Google Cloud Storage; tags are generations. Raises: StorageError without credentials."""
+
+    delete_limit = 1  # one request deletes one object
+    advice = {"credentials": _ADVICE, "bucket": "gcloud storage buckets create"}  # noqa: RUF012
+
+    def __init__(self, name: str, url: str):
+        logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # tracebacks of uploads that are tried again
+        self._name = name
+        self._fs = GCSFileSystem(
+            token=_find_credentials(url),
+            access="read_write",
+            requests_timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    @property
+    def loop(self) -> Any:
+        return self._fs.loop
+
+    async def _call(self, method: str, path: str, *args: str, **options: Any) -> tuple[Any, bytes]:
+        """(headers, body) of the answer to one request. args: fill the braces of `path`, percent-encoded."""
+        _, headers, _, body = await _request_once(self._fs, method, path, *args, **options)
+        return headers, body
+
+    async def list_page(self, prefix: str, token: str | None, limit: int) -> tuple[dict[str, ObjectInfo], str | None]:
+        fields = "nextPageToken,items(name,size,generation,updated)"
+        _, body = await self._call(
+            "GET", "b/{}/o", self._name, prefix=prefix, pageToken=token, maxResults=limit, fields=fields
+        )
+        page = json.loads(body)
+        return {item["name"]: _object_info(item) for item in page.get("items", ())}, page.get("nextPageToken")
+
+    async def find(self, key: str) -> ObjectInfo:
+        _, body = await self._call("GET", "b/{}/o/{}", self._name, key, fields="size,generation,updated")
+        return _object_info(json.loads(body))
+
+    async def read(self, key: str) -> tuple[bytes, str]:
+        headers, body = await self._call("GET", "b/{}/o/{}", self._name, key, alt="media")
+        return body, headers["X-Goog-Generation"]
+
+    async def write(self, key: str, data: bytes, tag: str | None = None) -> str:
+        boundary = uuid.uuid4().hex
+        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()  # compared by the service
+        metadata = json.dumps({"name": key, "md5Hash": md5})
+        head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{metadata}\r\n"
+        head += f"--{boundary}\r\nContent-Type: {content_type(key)}\r\n\r\n"
+        try:
+            _, body = await self._call(
+                "POST",
+                self._fs.base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o",
+                self._name,
+                uploadType="multipart",
+                ifGenerationMatch={None: None, "": "0"}.get(tag, tag),
+                headers={"Content-Type": f'multipart/related; boundary="{boundary}"'},
+                data=head.encode() + data + f"\r\n--{boundary}--\r\n".encode(),
+            )
+        except FileExistsError:  # status 412
+            raise ChangedError(key) from None
+        return json.loads(body)["generation"]
+
+    async def upload_large(self, path: pathlib.Path, key: str) -> None:
+        await self._fs._put_file(
+            str(path), f"{self._name}/{key}", content_type=content_type(key), chunksize=2**25, consistency="md5"
+        )
+
+    async def download(self, key: str, path: pathlib.Path) -> None:
+        await self._fs._get_file(f"{self._name}/{key}", str(path))
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            try:
+                await self._call("DELETE", "b/{}/o/{}", self._name, key)
+            except FileNotFoundError:
+                pass
+
+    async def copy(self, key: str, new_key: str) -> None:
+        await self._fs._cp_file(f"{self._name}/{key}", f"{self._name}/{new_key}")
+
+    def is_transient(self, error: BaseException) -> bool:
+        if isinstance(error, HttpError):  # 401: the token could not be renewed at the moment
+            return self.status(error) in _RETRIED | {401}
+        kinds = (
+            aiohttp.ClientError,
+            requests.RequestException,
+            asyncio.TimeoutError,
+            ConnectionError,
+            ChecksumError,
+            google.auth.exceptions.TransportError,
+        )
+        return isinstance(error, kinds)
+
+    def lacks_credentials(self, error: BaseException) -> bool:
+        return self.status(error) == 401
+
+    def status(self, error: BaseException) -> int | None:
+        if isinstance(error, HttpError):
+            code = str(getattr(error, "code", None))
+            return int(code) if code.isdigit() else None
+        return 403 if isinstance(error, OSError) and str(error).startswith("Forbidden:") else None
+
+
+def _object_info(item: dict[str, str]) -> ObjectInfo:
+    modified = datetime.datetime.fromisoformat(item["updated"]).timestamp()
+    return ObjectInfo(int(item.get("size", 0)), item["generation"], modified)
