@@ -31,6 +31,7 @@ from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
+from diffusion_jax.storage.locations import with_urls
 
 __all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
 
@@ -122,9 +123,7 @@ def parse(arguments: Sequence[str]) -> Command:
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
     config = configs.load_experiment(flags.config) if flags.config else None
     log = print if flags.process_id in (None, 0) else lambda line: None
-    if flags.workdir:
-        check_workdir(flags.workdir)
-    workdir = pathlib.Path(flags.workdir).expanduser() if flags.workdir else None
+    workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, log)
         overrides = init | overrides
@@ -184,10 +183,19 @@ def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None
         raise
 
 
+def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
+    """The directory of a run; for a bucket, its local mirror. Raises: UserError if it cannot hold a run."""
+    if "://" not in workdir:
+        check_workdir(workdir)
+        return pathlib.Path(workdir).expanduser()
+    from diffusion_jax.storage.workdirs import mirror_workdir
+
+    trains = mode in ("train", "train_classifier")
+    return mirror_workdir(workdir.rstrip("/"), with_samples=not trains and mode != "status", read_only=mode == "status")
+
+
 def check_workdir(workdir: str) -> None:
-    """Raises: UserError for a path that cannot hold a run: a bucket, a file, or a directory that cannot be written."""
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: only directories of a mounted file system can hold a run")
+    """Raises: UserError for a path that cannot hold a run: a file, or a directory that cannot be written."""
     path = pathlib.Path(workdir).expanduser()
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
@@ -360,5 +368,5 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     """Writes one line to standard error and ends the program."""
     if processes.is_multiprocess():
         processes.abort_process(message, exit_code)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {with_urls(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all; those of a mirror are uploaded, too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+
+from diffusion_jax.storage import locations
 
 __all__ = ["atomic_directory", "atomic_write", "save_npz", "write_text"]
 
@@ -23,6 +25,7 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+        locations.written(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -43,6 +46,7 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         if path.exists():
             path.rmdir()  # Windows cannot replace a directory
         os.replace(temporary, path)
+        locations.written(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -66,12 +66,12 @@ assert compiled(3.0) == 4.0
 
 
 LAYERS = [  # lowest first; a module imports from its own layer or a lower one
-    {"errors", "files", "images", "labels", "types"},
+    {"errors", "images", "labels", "types"},
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "likelihood", "sampling", "guidance", "editing"},
     {"config"},
-    {"distributed", "storage"},
+    {"distributed", "storage", "files"},
     {"data", "models"},
     {"training"},
     {"pretrained"},

@@ -34,12 +34,14 @@ from diffusion_jax.data.sources import (
     Source,
     Tfds,
     fit,
+    local_data_dir,
     make_builder,
     natural_shape,
     read_class_names,
     read_num_classes,
 )
 from diffusion_jax.errors import DataError, UnreadableFilesError
+from diffusion_jax.storage.objects import is_url
 
 __all__ = [
     "ArrayFiles",
@@ -143,6 +145,7 @@ def _open_source(config: Mapping) -> Source:
         return Digits(config["split"], size, channels)
     if name == "folder":
         return Folder(data_dir or "", size, channels)
-    if config["download"]:
-        prepare(name, lambda: make_builder(name, data_dir or None), data_dir or None)
-    return Tfds(name, config["split"], data_dir or None, size, channels)
+    local_dir = local_data_dir(name, data_dir or None)
+    if config["download"] and not is_url(data_dir):
+        prepare(name, lambda: make_builder(name, local_dir), local_dir)
+    return Tfds(name, config["split"], local_dir, size, channels)

@@ -25,6 +25,7 @@ from diffusion_jax.data.array_rows import (
 )
 from diffusion_jax.data.numpy_files import ArrayLayout, npy_layout, npz_layouts
 from diffusion_jax.errors import DataError, list_names
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["ArrayFiles"]
 
@@ -153,7 +154,7 @@ def _kind(name: str) -> str:
 
 def _find_split(path: str, split: str) -> pathlib.Path:
     """The file or folder of a split. Raises: DataError."""
-    root = pathlib.Path(path or "").expanduser()
+    root = local_path(path or "")
     if not path or not root.exists():
         what = "no such file or folder" if path else "empty"
         raise DataError(f"data.data_dir={str(path or '')!r} is {what}; set it to {_ALLOWED}")

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from diffusion_jax.data.preparation import preparation_command
 from diffusion_jax.data.tfrecords import TfRecords
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
     "Digits",
@@ -28,6 +29,7 @@ __all__ = [
     "Source",
     "Tfds",
     "fit",
+    "local_data_dir",
     "make_builder",
     "natural_shape",
     "read_class_names",
@@ -131,7 +133,7 @@ class Folder:
     """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
-        root = pathlib.Path(directory).expanduser()
+        root = local_path(directory)
         if not directory or not root.is_dir():
             raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
         self._root, self._size, self._channels = root, image_size, channels
@@ -226,9 +228,14 @@ def make_builder(name: str, data_dir: str | None) -> Any:
         ) from None
 
 
+def local_data_dir(name: str, data_dir: str | None) -> str | None:
+    """The directory of TFDS; of one in a bucket, a copy of the part that belongs to a data set."""
+    return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
+
+
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
     """((H, W), channels) of a TFDS data set's images, (None, channels) if they differ in size. Raises: DataError."""
-    features = make_builder(name, data_dir).info.features
+    features = make_builder(name, local_data_dir(name, data_dir)).info.features
     _check_has_images(name, features)
     height, width, channels = features["image"].shape
     return (height, width) if height and width else None, channels or 3
@@ -281,7 +288,10 @@ class Tfds:
         import tensorflow_datasets as tfds
 
         return tfds.data_source(
-            self._name, split=self._split, data_dir=self._data_dir, decoders={"image": tfds.decode.SkipDecoding()}
+            self._name,
+            split=self._split,
+            data_dir=self._data_dir,
+            decoders={"image": tfds.decode.SkipDecoding()},
         )
 
     @functools.cached_property

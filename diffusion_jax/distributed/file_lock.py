@@ -13,7 +13,7 @@ from typing import IO
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 
-__all__ = ["LockHeldError", "find_holder", "locked"]
+__all__ = ["LockHeldError", "find_holder", "locked", "try_lock"]
 
 if sys.platform == "win32":
     import msvcrt
@@ -29,6 +29,19 @@ else:
     def _lock(file: IO) -> None:
         """Takes a POSIX record lock, which a data worker that outlives its parent does not inherit, unlike `flock`'s."""
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def try_lock(path: pathlib.Path) -> IO | None:
+    """The file, locked until it is closed or the process ends; None if another process holds the lock. Raises: OSError."""
+    file = path.open("a+")
+    try:
+        _lock(file)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise
+    return file
 
 
 def find_holder(path: pathlib.Path) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.distributed import termination
+from diffusion_jax.storage.locations import with_urls
 
 __all__ = [
     "abort_process",
@@ -62,7 +63,7 @@ def broadcast_from_process_0(function: Callable[[], T]) -> T:
 def log(text: str) -> None:
     """Prints one line, on process 0 only."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(with_urls(text), flush=True)
 
 
 def all_processes_agree(value: bool) -> bool:

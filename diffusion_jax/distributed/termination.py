@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 
+from diffusion_jax.storage.locations import with_urls
+
 __all__ = ["EXIT_INTERRUPTED", "EXIT_PEER_LOST", "EXIT_PREEMPTED", "exit_now"]
 
 EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL of sysexits.h
@@ -31,7 +33,7 @@ def write_last_line(message: str) -> None:
     if _LAST_LINE.acquire(blocking=False):
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
-        os.write(2, f"error: {' '.join(message.split())}\n".encode())
+        os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
 
 
 def exit_without_cleanup(exit_code: int) -> None:

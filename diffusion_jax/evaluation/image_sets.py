@@ -15,6 +15,7 @@ from diffusion_jax import data
 from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["ImageSet", "NpzImages", "Statistics", "UnresizedFolder", "open_image_set", "pixel_digest", "read_examples"]
 
@@ -127,7 +128,7 @@ def open_image_set(
     different sizes. channels: 1 or 3 converts all images to gray or to three channels; None leaves them unchanged.
     Raises: ValueError, DataError, OSError: one line.
     """
-    path = pathlib.Path(location).expanduser()
+    path = local_path(location)
     if path.is_dir():
         files = [
             p for p in (path / "samples").glob("*.npz") if not p.name.startswith("edit_") and ".partial." not in p.name

@@ -23,6 +23,7 @@ from diffusion_jax.pretrained import diffusers, ho, native, openai
 from diffusion_jax.pretrained.description import Description, Pretrained
 from diffusion_jax.pretrained.summary import format_summary
 from diffusion_jax.pretrained.tensors import is_tensorflow_checkpoint, open_tensors
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
     "Description",
@@ -70,7 +71,7 @@ def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> 
 def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
     """As `_read`, with every error of an invalid file as a PretrainedError."""
     try:
-        return _read(pathlib.Path(path).expanduser(), flags, ema, with_params)
+        return _read(local_path(path), flags, ema, with_params)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PretrainedError(
@@ -110,7 +111,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tup
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a path is a work directory with a config and checkpoints."""
-    return native.is_workdir(pathlib.Path(path).expanduser())
+    return native.is_workdir(local_path(path))
 
 
 def read_flags(text: str | None) -> Flags:

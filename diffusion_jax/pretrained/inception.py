@@ -15,6 +15,7 @@ from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models.inception import IMAGE_SIZE, Inception
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.tensors import Tensors, open_tensors, require_module
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["DOWNLOAD_SOURCES", "InceptionWeights", "load_inception"]
 
@@ -80,7 +81,7 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
     safetensors, or `classify_image_graph_def.pb`.
     Raises: PretrainedError, one line, for a file that does not exist or is of another network.
     """
-    path = pathlib.Path(path).expanduser()
+    path = local_path(path)
     if not path.is_file():
         raise PretrainedError(f"{path}: no such file; download the weights of FID's Inception, {DOWNLOAD_SOURCES}")
     with path.open("rb") as file:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.files import save_npz
+from diffusion_jax.storage import locations
+from diffusion_jax.storage.locks import locked
 
 __all__ = ["ChunkStore", "options_digest"]
 
@@ -48,7 +49,7 @@ class ChunkStore:
 
     def load(self, i: int) -> dict[str, np.ndarray]:
         """The arrays of chunk i."""
-        with np.load(self._directory / f"{i}.npz") as arrays:
+        with np.load(locations.fetch(self._directory / f"{i}.npz")) as arrays:
             return dict(arrays)
 
     def delete(self) -> None:
@@ -56,3 +57,4 @@ class ChunkStore:
         for path in self._directory.iterdir():
             path.unlink()
         self._directory.rmdir()
+        locations.removed(self._directory)

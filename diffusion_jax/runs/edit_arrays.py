@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["check_known", "read_array", "read_array_mask"]
 
@@ -17,7 +17,7 @@ def _load(path: str, leaf: str) -> np.ndarray:
     if not path:
         raise UserError(f"editing.{leaf}=FILE.npy is needed: the path of an array file")
     try:
-        array = np.load(pathlib.Path(path).expanduser(), allow_pickle=False)
+        array = np.load(local_path(path), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"editing.{leaf}={path!r} cannot be read as an .npy file: {reason}") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["open_image", "read_image", "read_mask"]
 
@@ -20,7 +19,7 @@ def open_image(path: str, leaf: str) -> Image.Image:
     if not path:
         raise UserError(f"editing.{leaf}=FILE is needed: the path of an image file")
     try:
-        with Image.open(pathlib.Path(path).expanduser()) as image:
+        with Image.open(local_path(path)) as image:
             image.load()
             return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from diffusion_jax.files import write_text
+from diffusion_jax.storage.locations import find_mirror
 
 __all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput"]
 
 _FILE = "goodput.json"
+_SECONDS_BETWEEN_UPLOADS = 60.0
 # The parts of a launch, besides `other`. start: reading and checking, until the first compilation.
 PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
 
@@ -40,6 +43,7 @@ class LaunchTimes:
         self._path, self._clock, self._start = workdir / _FILE, clock, clock()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._first_step = self._step = 0
+        self._written = -math.inf
         self._earlier: list[dict[str, Any]] = []
 
     def begin(self, step: int) -> None:
@@ -59,11 +63,16 @@ class LaunchTimes:
         """Adds seconds to a part."""
         self._seconds[part] += seconds
 
-    def write(self, step: int) -> float:
-        """Writes the times up to a step. Returns: the goodput of the run."""
+    def write(self, step: int, is_last: bool = False) -> float:
+        """Writes the times up to a step, to a bucket at most once a minute unless `is_last`.
+
+        Returns: the goodput of the run.
+        """
         self._step = step
         launches = [*self._earlier, self._entry()]
-        write_text(self._path, json.dumps(launches) + "\n")
+        if is_last or not find_mirror(self._path) or self._clock() - self._written > _SECONDS_BETWEEN_UPLOADS:
+            write_text(self._path, json.dumps(launches) + "\n")
+            self._written = self._clock()
         return _goodput(launches, self._clock()).fractions["train"]
 
     def _entry(self) -> dict[str, Any]:

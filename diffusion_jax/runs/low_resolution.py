@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import zipfile
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["SmallImages", "read_small_images"]
 
@@ -36,7 +36,7 @@ def read_small_images(config: ConfigDict) -> SmallImages:
         )
     height, width, channels = data.example_shape(config.data)  # `training.model_from_config` refuses other data
     size = (side, width * side // height)
-    source = pathlib.Path(path).expanduser()
+    source = local_path(path)
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)
         return SmallImages(folder.read(np.arange(len(folder)))["image"], None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records, record_settings
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["format_table", "read_runs"]
 
@@ -25,7 +26,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[tuple[pathlib.Path, _Record]],
     rows: list[tuple[pathlib.Path, _Record]] = []
     notes = []
     for name in paths:
-        path = pathlib.Path(name).expanduser()
+        path = local_path(name)
         path = path / "metrics.json" if path.is_dir() else path
         records, likelihood = read_records(path), read_likelihood(path.with_name("likelihood.json"))
         if likelihood:

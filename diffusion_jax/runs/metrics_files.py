@@ -1,4 +1,8 @@
-"""The metrics of a run in its work directory: metrics.jsonl, and TensorBoard events."""
+"""The metrics of a run in its work directory: lines of JSON, and TensorBoard events.
+
+A local directory has metrics.jsonl, which grows. Objects of a bucket cannot grow, so there each flush writes a new one:
+metrics/<last step>.jsonl, and a file of events whose name ends with the step.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,56 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffusion_jax.files import atomic_write, write_text
+from diffusion_jax.storage import locations
+from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.storage.locations import find_mirror
+from diffusion_jax.storage.mirror import EVENTS, Mirror
 
-__all__ = ["MetricsLines", "TensorBoardWriter", "read_metrics"]
+__all__ = ["MetricsLines", "MetricsWriter", "TensorBoardWriter", "open_lines", "read_metrics"]
 
-_LINES = "metrics.jsonl"
+_LINES, _PARTS = "metrics.jsonl", "metrics"
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl: dictionaries with "step" and the means since the line before; [] without the file.
+class MetricsWriter(Protocol):
+    """One destination of metrics; the names are those of `clu.metric_writers.MetricWriter`."""
 
-    A last line that a killed run did not finish is left out.
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers."""
+        ...
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images uint8 [N, H, W, C]."""
+        ...
+
+    def flush(self) -> None:
+        """Makes sure that what was written survives a kill."""
+        ...
+
+    def close(self) -> None:
+        """Ends the writer."""
+        ...
+
+
+def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
+    """The metrics of a run: dictionaries with "step" and the means since the line before; [] if it has logged nothing.
+
+    workdir: a path, or the URL of a work directory in a bucket. A last line that a killed run did not finish is left out.
     """
-    path, lines = workdir / _LINES, []
+    directory = local_path(workdir)
+    return [line for path in [directory / _LINES, *_parts(directory)] for line in _read_lines(path)]
+
+
+def _parts(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((workdir / _PARTS).glob("*.jsonl"))
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
@@ -32,14 +69,22 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _as_text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def open_lines(workdir: pathlib.Path, step: int) -> MetricsWriter:
+    """The writer of lines of JSON for a directory, after lines beyond `step`, from which a launch starts, are removed."""
+    return _MetricsParts(workdir, step) if find_mirror(workdir) else MetricsLines(workdir, step)
+
+
 class MetricsLines:
     """Appends to metrics.jsonl, after its lines beyond `step`, from which a launch starts, are removed."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
         path = workdir / _LINES
         if path.exists():
-            kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(path, _as_text([line for line in _read_lines(path) if line["step"] <= step]))
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -60,6 +105,41 @@ class MetricsLines:
         self._file.close()
 
 
+class _MetricsParts:
+    """Writes the lines since the last flush to a new file of metrics/, named by their last step."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._directory, self._lines = workdir / _PARTS, []
+        self._directory.mkdir(exist_ok=True)
+        for path in _parts(workdir):
+            lines = _read_lines(path)
+            if any(line["step"] > step for line in lines):
+                self._lines += [line for line in lines if line["step"] <= step]
+                path.unlink()
+                locations.removed(path)
+        self.flush()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Keeps one line for the next flush."""
+        self._lines.append({"step": step, **scalars})
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Does nothing: pictures are files of their own."""
+
+    def flush(self) -> None:
+        """Writes and uploads the lines since the last flush."""
+        if not self._lines:
+            return
+        name = f"{self._lines[-1]['step']:08d}"
+        count = len(list(self._directory.glob(f"{name}*.jsonl")))  # other lines of this step
+        write_text(self._directory / (f"{name}_{count}.jsonl" if count else f"{name}.jsonl"), _as_text(self._lines))
+        self._lines = []
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.flush()
+
+
 class TensorBoardWriter:
     """Writes TensorBoard events, after those beyond `step`, from which a launch starts, are removed."""
 
@@ -69,10 +149,15 @@ class TensorBoardWriter:
         tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
         from clu import metric_writers
 
-        self._library_error = tf.errors.OpError
+        self._library_error, self._workdir, self._mirror = tf.errors.OpError, workdir, find_mirror(workdir)
+        self._open = lambda: metric_writers.SummaryWriter(str(workdir))
+        self._last_step: int | None = None  # of the events that are not uploaded yet
         with self._as_os_errors():
-            _truncate_events(tf, workdir, step)
-            self._events = metric_writers.SummaryWriter(str(workdir))
+            if self._mirror:
+                _delete_events(self._mirror, step)
+            else:
+                _truncate_events(tf, workdir, step)
+            self._events = self._open()
 
     @contextlib.contextmanager
     def _as_os_errors(self):
@@ -85,22 +170,43 @@ class TensorBoardWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one point for each value."""
         with self._as_os_errors():
+            self._last_step = step
             self._events.write_scalars(step, dict(scalars))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images uint8 [N, H, W, C]."""
         with self._as_os_errors():
+            self._last_step = step
             self._events.write_images(step, dict(images))
 
     def flush(self) -> None:
-        """Flushes the events to disk."""
+        """Flushes the events to disk; to a bucket, uploads them and begins a new file."""
         with self._as_os_errors():
             self._events.flush()
+            if self._mirror and self._last_step is not None:
+                self._events.close()
+                self._upload(self._mirror)
+                self._events = self._open()
 
     def close(self) -> None:
         """Closes the file of events."""
         with self._as_os_errors():
             self._events.close()
+            if self._mirror and self._last_step is not None:
+                self._upload(self._mirror)
+
+    def _upload(self, mirror: Mirror) -> None:
+        for path in self._workdir.glob(f"{EVENTS}*"):
+            path = path.rename(path.with_name(f"{path.name}.{self._last_step:08d}"))
+            mirror.upload(path)
+            path.unlink()
+        self._last_step = None
+
+
+def _delete_events(mirror: Mirror, step: int) -> None:
+    """Deletes the events of a bucket beyond a step."""
+    steps = {name: name.rpartition(".")[2] for name in mirror.store.list(EVENTS)}
+    mirror.store.delete([name for name, last in steps.items() if last.isdecimal() and int(last) > step])
 
 
 def _truncate_events(tf, workdir: pathlib.Path, step: int) -> None:

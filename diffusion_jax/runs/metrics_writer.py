@@ -7,8 +7,8 @@ import importlib
 import importlib.util
 import pathlib
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -17,31 +17,14 @@ from ml_collections import ConfigDict
 from diffusion_jax.config import flatten
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.metrics_files import MetricsLines, TensorBoardWriter
+from diffusion_jax.runs.metrics_files import MetricsWriter, TensorBoardWriter, open_lines
 from diffusion_jax.runs.trackers import TRACKERS, open_tracker
 from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.storage.locations import find_mirror
 
-__all__ = ["MetricsWriter", "RunMetrics", "check_writers", "import_writers"]
+__all__ = ["RunMetrics", "check_writers", "import_writers"]
 
-
-class MetricsWriter(Protocol):
-    """One destination of metrics; the names are those of `clu.metric_writers.MetricWriter`."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers."""
-        ...
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images uint8 [N, H, W, C]."""
-        ...
-
-    def flush(self) -> None:
-        """Makes sure that what was written survives a kill."""
-        ...
-
-    def close(self) -> None:
-        """Ends the writer."""
-        ...
+_SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
 
 
 def check_writers(config: ConfigDict) -> None:
@@ -76,10 +59,10 @@ class RunMetrics:
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, step: int):
-        self._workdir = workdir
+        self._workdir, self._is_mirrored, self._last_flush = workdir, find_mirror(workdir) is not None, time.monotonic()
         self._writers: list[MetricsWriter] = []
         with self._write_errors():
-            self._writers.append(MetricsLines(workdir, step))
+            self._writers.append(open_lines(workdir, step))
             if "tensorboard" in config.logging.writers:
                 self._writers.append(TensorBoardWriter(workdir, step))
         leaves = flatten(to_dict(config))
@@ -113,6 +96,8 @@ class RunMetrics:
         with self._write_errors():
             for writer in self._writers:
                 writer.write_scalars(step, scalars)
+        if self._is_mirrored and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 image [H, W, C]."""
@@ -122,6 +107,7 @@ class RunMetrics:
 
     def flush(self) -> None:
         """Flushes the files to disk: call it before the checkpoint from which a rerun would continue."""
+        self._last_flush = time.monotonic()
         with self._write_errors():
             for writer in self._writers:
                 writer.flush()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError
+from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
 
 __all__ = [
@@ -33,7 +32,7 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
         return None
     if shape is None:
         raise UserError(f"{leaf}: this model takes no conditions (model.condition_features, model.condition_channels)")
-    path = pathlib.Path(options.conditions).expanduser()
+    path = local_path(options.conditions)
     try:
         loaded = np.load(path, allow_pickle=False)
         conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.distributed.file_lock import find_holder
 from diffusion_jax.runs.console import format_duration
 from diffusion_jax.runs.goodput import Goodput, read_goodput
 from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.storage.locations import with_urls
+from diffusion_jax.storage.locks import find_holder
 from diffusion_jax.training.digests import committed_steps
 
 __all__ = ["report", "run", "sparkline"]
@@ -23,7 +24,7 @@ _SHOWN_LOSSES = 40
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints the state of a work directory."""
-    print(report(config, workdir), flush=True)
+    print(with_urls(report(config, workdir)), flush=True)
 
 
 def report(config: ConfigDict, workdir: pathlib.Path) -> str:

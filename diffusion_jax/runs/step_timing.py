@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from diffusion_jax.runs.console import log
+from diffusion_jax.storage import locations
 
 __all__ = ["LoopTimer", "StepTimes", "TraceProfile"]
 
@@ -85,9 +86,7 @@ class TraceProfile:
 
     def check_request(self) -> None:
         """Requests a trace if there is a file PROFILE, which is removed."""
-        if self._directory and (self._directory / "PROFILE").exists():
-            with contextlib.suppress(OSError):
-                (self._directory / "PROFILE").unlink()
+        if self._directory and locations.take(self._directory / "PROFILE"):
             self.request()
 
     def annotate(self, step: int) -> jax.profiler.StepTraceAnnotation:
@@ -107,4 +106,6 @@ class TraceProfile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._end = None
+        assert self._directory
+        locations.written(self._directory / "plugins")
         log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")

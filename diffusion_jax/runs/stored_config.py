@@ -12,6 +12,7 @@ from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.runs import console
 from diffusion_jax.runs.workdir import read_config
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["from_weights", "from_workdir"]
 
@@ -23,7 +24,7 @@ def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = con
     log: called with a line that names the ignored leaves; it must not use JAX, because the processes may not have joined yet.
     Raises: UserError for a config that is damaged.
     """
-    directory = pathlib.Path(directory).expanduser()
+    directory = local_path(directory)
     stored = read_config(directory)
     if stored is None:
         return None

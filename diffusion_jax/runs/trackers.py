@@ -23,12 +23,19 @@ from PIL import Image
 
 from diffusion_jax.errors import shorten
 from diffusion_jax.files import write_text
+from diffusion_jax.storage.locations import find_mirror
 
 __all__ = ["TRACKERS", "BackgroundTracker", "Tracker", "TrackerRun", "open_tracker"]
 
 _MAX_WAITING = 1000  # items in the queue of a tracker
 _CLOSE_SECONDS = 30.0
 _FILE_LOCK = threading.Lock()  # of trackers.json
+
+
+def _title(workdir: pathlib.Path) -> str:
+    """The name of a work directory."""
+    mirror = find_mirror(workdir)
+    return mirror.url.rpartition("/")[2] if mirror else workdir.absolute().name
 
 
 class TrackerRun:
@@ -38,7 +45,7 @@ class TrackerRun:
     """
 
     def __init__(self, workdir: pathlib.Path, tracker: str, project: str, config: Mapping[str, Any]):
-        self.project, self.title, self.config = project, workdir.absolute().name, dict(config)
+        self.project, self.title, self.config = project, _title(workdir), dict(config)
         self._path, self._tracker = workdir / "trackers.json", tracker
         stored = self._read().get(tracker, {})
         self.is_new = not stored

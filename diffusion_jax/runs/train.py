@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
-from diffusion_jax.distributed.file_lock import locked
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
@@ -34,6 +33,7 @@ from diffusion_jax.runs.trained_model import (
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
+from diffusion_jax.storage.locks import locked
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
 __all__ = ["run"]
@@ -207,7 +207,7 @@ def _train(
             with launch.measure("save"):
                 checkpoints.finish(step)
             if is_writer:
-                launch.write(step)
+                launch.write(step, is_last=True)
             stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped

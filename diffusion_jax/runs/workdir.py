@@ -17,6 +17,7 @@ from diffusion_jax.data import Normalization, Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
+from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training.digests import committed_steps
 
 __all__ = [
@@ -139,7 +140,7 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
     )
     for directory in filter(None, directories):
         try:
-            stored = json.loads((pathlib.Path(directory).expanduser() / "data.json").read_text())
+            stored = json.loads((local_path(directory) / "data.json").read_text())
             return tuple(map(str, stored["classes"]))
         except (OSError, ValueError, KeyError, TypeError):  # published weights, or a run of version 0.1
             continue

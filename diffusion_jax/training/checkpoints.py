@@ -24,7 +24,9 @@ from etils import epath
 
 from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, log
 from diffusion_jax.errors import CheckpointError, SaveError
-from diffusion_jax.training import digests
+from diffusion_jax.storage import locations
+from diffusion_jax.storage.locations import find_mirror
+from diffusion_jax.training import bucket_checkpoints, digests
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.state import TrainState
 
@@ -94,6 +96,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             broadcast_from_process_0(self._set_aside_uncommitted)
+            broadcast_from_process_0(functools.partial(bucket_checkpoints.remove_uncommitted, self._directory))
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=kept,
                 keep_period=keep_every or None,
@@ -152,6 +155,9 @@ class Checkpoints:
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         metadata = {"digests": digests.NAME}  # distinguishes a step that lost its digests from one that never had any
         self._manager.save(step, args=ocp.args.Composite(**saves), force=True, custom_metadata=metadata)
+        if find_mirror(self._directory):
+            self._manager.wait_until_finished()
+            bucket_checkpoints.publish(self._directory, step)
 
     def check(self) -> None:
         """Raises: SaveError if a save in the background has failed; does not wait."""
@@ -218,6 +224,7 @@ class Checkpoints:
             items = None
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
             if problem is None:
+                bucket_checkpoints.fetch_items(self._directory, step, abstract)
                 self._check_leaves(step, abstract)
                 try:
                     items = self._read(step, abstract)
@@ -237,6 +244,7 @@ class Checkpoints:
         return None
 
     def _find_corruption(self, step: int, items: Iterable[str]) -> str | None:
+        bucket_checkpoints.fetch_items(self._directory, step, items)
         try:
             return digests.find_corruption(self._directory / str(step), items)
         except FileNotFoundError:
@@ -284,6 +292,7 @@ class Checkpoints:
         unreadable = path.with_name(f"{path.name}.unreadable")
         shutil.rmtree(unreadable, ignore_errors=True)  # from an earlier launch
         path.rename(unreadable)
+        locations.moved(path, unreadable)
         return str(unreadable)
 
     def _uncommitted(self) -> list[str]:

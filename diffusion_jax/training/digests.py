@@ -14,15 +14,24 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-__all__ = ["COMMITTED", "NAME", "committed_steps", "find_corruption", "write"]
+from diffusion_jax.storage.locations import find_mirror
+from diffusion_jax.storage.mirror import COMMITTED
+from diffusion_jax.storage.mirror import MANIFEST as NAME
 
-NAME = "digests.json"
-COMMITTED = "_CHECKPOINT_METADATA"
+__all__ = ["COMMITTED", "NAME", "committed_steps", "find_corruption", "local_steps", "write"]
+
 _NOT_LISTED = {NAME, COMMITTED, "commit_success.txt"}
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a committed checkpoint in `directory`, in increasing order; Orbax would count an empty `7/`, too."""
+    """Steps with a committed checkpoint, in increasing order; in a mirror, those that are committed in the bucket."""
+    mirror = find_mirror(directory)
+    steps = local_steps(directory)
+    return [step for step in steps if step in mirror.known_steps] if mirror else steps
+
+
+def local_steps(directory: pathlib.Path) -> list[int]:
+    """Steps that Orbax has committed in a local directory, in increasing order; Orbax would count an empty `7/`, too."""
     paths = directory.glob(f"*/{COMMITTED}")
     return sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
 

@@ -1,12 +1,11 @@
 """Work directories: made without training, and what a run left in its own."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax import training
 from diffusion_jax.runs import workdir
+from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.sample_files import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -30,8 +29,7 @@ def untrained(directory, config):
 
 
 def lines(directory, without=SPEED):
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+    return [{key: value for key, value in row.items() if key not in without} for row in read_metrics(directory)]
 
 
 def last_state(config, directory):

@@ -1,0 +1,193 @@
+"""Local mirrors of work directories in buckets: what is fetched, uploaded and deleted."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+from diffusion_jax.runs.chunk_store import ChunkStore
+from diffusion_jax.runs.goodput import LaunchTimes
+from diffusion_jax.runs.metrics_files import TensorBoardWriter, open_lines, read_metrics
+from diffusion_jax.storage import downloads, locations
+from diffusion_jax.storage.mirror import is_safe
+from diffusion_jax.storage.objects import open_store
+from diffusion_jax.storage.workdirs import mirror_workdir
+
+pytestmark = pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)  # the services differ below ObjectStore only
+
+
+@pytest.fixture
+def url(bucket_url):
+    return f"{bucket_url}/runs/one"
+
+
+@pytest.fixture
+def store(url):
+    return open_store(url)
+
+
+def test_finished_files_are_uploaded_and_partial_ones_are_not(url, store):
+    workdir = mirror_workdir(url)
+    files.write_text(workdir / "config.json", "{}")
+    (workdir / "samples").mkdir()
+    files.save_npz(workdir / "samples" / "a.npz", {"arr_0": np.arange(3)})
+    with pytest.raises(RuntimeError), files.atomic_write(workdir / "broken.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with files.atomic_directory(workdir / "export") as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(b"w")
+    assert sorted(store.list()) == ["config.json", "export/model/weights", "samples/a.npz"]
+    assert store.read("config.json") == b"{}"
+
+
+def test_a_mirror_holds_the_small_files_and_committed_steps_only(url, store):
+    for name in ("config.json", "metrics/00000010.jsonl", "samples/a.png", "events.out.tfevents.1.host.00000010"):
+        store.write(name, name.encode())
+    for step, names in ((10, ("_CHECKPOINT_METADATA", "params/d/0", "digests.json")), (20, ("_CHECKPOINT_METADATA",))):
+        for name in names:
+            store.write(f"checkpoints/{step}/{name}", b"{}")
+    workdir = mirror_workdir(url, with_samples=False)
+    found = {path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file()}
+    checkpoint = {"checkpoints/10/_CHECKPOINT_METADATA", "checkpoints/10/digests.json"}
+    assert found == {"config.json", "metrics/00000010.jsonl"} | checkpoint
+    assert (mirror_workdir(url) / "samples" / "a.png").exists()
+
+
+def test_refresh_follows_the_bucket(url, store):
+    store.write("a", b"1")
+    store.write("b", b"1")
+    workdir = mirror_workdir(url)
+    store.write("a", b"2")
+    store.delete(["b"])
+    store.write("c", b"1")
+    locations.find_mirror(workdir / "x").refresh()
+    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == {"a": b"2", "c": b"1"}
+
+
+def test_names_cannot_leave_the_mirror():
+    assert is_safe("a/b") and not any(map(is_safe, ("../a", "a/../../b", "/a", "a\\..\\b")))
+
+
+def test_a_read_only_mirror_uploads_nothing(url, store):
+    store.write("config.json", b"{}")
+    workdir = mirror_workdir(url, read_only=True)
+    with pytest.raises(PermissionError, match="is only read"):
+        files.write_text(workdir / "config.json", "changed")
+    assert store.read("config.json") == b"{}"
+
+
+def test_messages_name_the_url(url, capsys):
+    workdir = mirror_workdir(url)
+    assert locations.with_urls(f"Done: {workdir}/samples/a.png.") == f"Done: {url}/samples/a.png."
+
+
+def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    first = mirror_workdir(url)
+    (first.parent / "dead").mkdir()
+    (first.parent / "dead.lock").touch()
+    second = mirror_workdir(url)
+    # The lock of a live process is respected between processes; this one cannot refuse itself.
+    assert second.exists() and not (first.parent / "dead").exists() and not (first.parent / "dead.lock").exists()
+
+
+def test_lines_are_parts_and_a_relaunch_drops_what_is_beyond_its_step(url, store):
+    workdir = mirror_workdir(url)
+    lines = open_lines(workdir, 0)
+    for step in (10, 20):
+        lines.write_scalars(step, {"loss": 1.0 / step})
+    lines.flush()
+    lines.flush()  # nothing new
+    lines.write_scalars(20, {"fid": 3.0})
+    lines.flush()
+    lines.write_scalars(30, {"loss": 0.1})
+    lines.write_scalars(40, {"loss": 0.1})
+    lines.close()
+    assert sorted(store.list("metrics/")) == [f"metrics/{n}.jsonl" for n in ("00000020", "00000020_1", "00000040")]
+    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30, 40]
+
+    again = mirror_workdir(url)
+    open_lines(again, 30)
+    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30]
+    assert sorted(store.list("metrics/"))[-1] == "metrics/00000030.jsonl"
+
+
+def test_events_are_new_objects_and_a_relaunch_deletes_those_beyond_its_step(url, store):
+    workdir = mirror_workdir(url)
+    events = TensorBoardWriter(workdir, 0)
+    for step in (10, 20):
+        events.write_scalars(step, {"loss": 1.0})
+        events.flush()
+    events.flush()  # nothing new
+    events.close()
+    assert [name.rpartition(".")[2] for name in sorted(store.list("events"))] == ["00000010", "00000020"]
+    TensorBoardWriter(mirror_workdir(url), 10).close()
+    assert [name.rpartition(".")[2] for name in store.list("events")] == ["00000010"]
+
+
+def test_goodput_is_uploaded_once_a_minute_and_at_the_end(url, store):
+    now = [0.0]
+    times = LaunchTimes(mirror_workdir(url), clock=lambda: now[0])
+    times.begin(0)
+    for seconds, expected in ((0, 1), (30, 1), (61, 3)):
+        now[0] = seconds
+        times.write(seconds // 30 + 1)
+        assert json.loads(store.read("goodput.json"))[-1]["last_step"] == expected
+    times.write(4, is_last=True)
+    assert json.loads(store.read("goodput.json"))[-1]["last_step"] == 4
+
+
+def test_another_machine_continues_after_finished_chunks(url, store):
+    chunks = ChunkStore(mirror_workdir(url) / "samples" / ".chunks")
+    chunks.save(3, images=np.arange(4))
+    assert "samples/.chunks/3.npz" in store.list()
+    mirror = locations.find_mirror(mirror_workdir(url) / "x")
+    path = mirror.root / "samples" / ".chunks" / "3.npz"
+    assert path.exists()
+    path.unlink()  # as if it had been uploaded later, by process 0
+    with np.load(locations.fetch(path)) as arrays:
+        np.testing.assert_array_equal(arrays["images"], np.arange(4))
+    chunks.delete()
+    assert not [name for name in store.list("samples/") if name.endswith(".npz")]
+
+
+def test_a_file_that_asks_for_a_profile_is_taken_once(url, store):
+    workdir = mirror_workdir(url)
+    store.write("PROFILE", b"")
+    assert locations.take(workdir / "PROFILE")
+    assert not store.list() and not locations.take(workdir / "PROFILE")
+
+
+def test_files_and_folders_are_downloaded_once(bucket_url, own_cache, capsys):
+    store = open_store(bucket_url)
+    store.write("data/train/a.npy", b"1")
+    store.write("data/train/b.npy", b"2")
+    store.write("data/test/c.npy", b"3")
+    store.write("weights.npz", b"w")
+    assert downloads.local_path(f"{bucket_url}/weights.npz").read_bytes() == b"w"
+    folder = downloads.local_path(f"{bucket_url}/data/", below="train/")
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")) == ["train/a.npy", "train/b.npy"]
+    assert "2 files" in capsys.readouterr().out
+    assert downloads.local_path(f"{bucket_url}/data", below="train/") == folder and not capsys.readouterr().out
+
+    store.write("data/train/a.npy", b"changed")
+    store.delete(["data/train/b.npy"])
+    downloads.local_path(f"{bucket_url}/data")
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")) == ["test/c.npy", "train/a.npy"]
+    assert (folder / "train" / "a.npy").read_bytes() == b"changed"
+    assert locations.with_urls(f"{folder}/test") == f"{bucket_url}/data/test"
+
+
+def test_a_url_that_names_nothing_has_a_path_that_does_not_exist(bucket_url, own_cache):
+    assert not downloads.local_path(f"{bucket_url}/nothing").exists()
+
+
+def test_a_disk_that_is_too_small_is_named(bucket_url, own_cache, monkeypatch):
+    open_store(bucket_url).write("weights.npz", b"w" * 100)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result and type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a directory of a larger disk"):
+        downloads.local_path(f"{bucket_url}/weights.npz")
