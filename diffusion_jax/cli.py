@@ -31,7 +31,7 @@ from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
-from diffusion_jax.storage.locations import with_urls
+from diffusion_jax.storage.locations import find_mirror, with_urls
 
 __all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
 
@@ -352,7 +352,8 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        in_bucket = workdir is not None and find_mirror(workdir) is not None  # it was tried before anything started
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or in_bucket
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)

@@ -138,6 +138,12 @@ class GcsBucket:
             except FileNotFoundError:
                 pass
 
+    async def delete_version(self, key: str, tag: str) -> None:
+        try:
+            await self._call("DELETE", "b/{}/o/{}", self._name, key, ifGenerationMatch=tag)
+        except (FileNotFoundError, FileExistsError):  # status 404 or 412
+            raise ChangedError(key) from None
+
     async def copy(self, key: str, new_key: str) -> None:
         await self._fs._cp_file(f"{self._name}/{key}", f"{self._name}/{new_key}")
 

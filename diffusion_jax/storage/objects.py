@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import os
 import pathlib
@@ -71,10 +72,10 @@ class ObjectStore:
     a data worker, must open the URL itself.
     """
 
-    def __init__(self, url: str, bucket: Bucket, retry_seconds: float = 120.0):
+    def __init__(self, url: str, bucket: Bucket, retry_seconds: float = 120.0, attempt_seconds: float | None = None):
         scheme, bucket_name, self._prefix = _split_url(url)
         self.url = f"{scheme}://{bucket_name}/{self._prefix}".rstrip("/")
-        self.retry_seconds = retry_seconds
+        self.retry_seconds, self._attempt_seconds = retry_seconds, attempt_seconds
         self._bucket = bucket
 
     def __repr__(self) -> str:
@@ -82,6 +83,10 @@ class ObjectStore:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self!r} cannot be sent to another process; open its URL there")
+
+    def with_limits(self, retry_seconds: float, attempt_seconds: float | None = None) -> ObjectStore:
+        """The same objects with another time for retries, and a limit on each attempt; None: enough for a slow connection."""
+        return ObjectStore(self.url, self._bucket, retry_seconds, attempt_seconds)
 
     def list(self, prefix: str = "") -> dict[str, ObjectInfo]:
         """All objects whose names start with `prefix`. Placeholders of folders, whose names end with "/", are left out."""
@@ -164,6 +169,11 @@ class ObjectStore:
         chunks = [keys[start : start + limit] for start in range(0, len(keys), limit)]
         _run_all([lambda chunk=chunk: self._call("", self._bucket.delete, chunk) for chunk in chunks])
 
+    def delete_version(self, name: str, tag: str) -> None:
+        """Deletes an object if it is the version `tag`; a missing object and another version are fine."""
+        with contextlib.suppress(ChangedError):
+            self._call(name, self._bucket.delete_version, self._key(name), tag)
+
     def move(self, name: str, new_name: str) -> None:
         """Copies an object to another name, then deletes it under the old one."""
         self._call(name, self._bucket.copy, self._key(name), self._key(new_name))
@@ -228,7 +238,7 @@ class ObjectStore:
         """The result of a coroutine of the bucket. limit: seconds for one attempt. Raises: OSError, ChangedError."""
         url = f"{self.url}/{name}".rstrip("/")
         try:
-            return self._retry(function, args, limit, self.retry_seconds)
+            return self._retry(function, args, self._attempt_seconds or limit, self.retry_seconds)
         except ChangedError:
             raise
         except Exception as error:

@@ -105,6 +105,14 @@ class S3Bucket:
                 kind = PermissionError if code == "AccessDenied" else TemporaryError
                 raise kind(f"{failure.get('Key')} was not deleted: {failure.get('Message', code)}")
 
+    async def delete_version(self, key: str, tag: str) -> None:
+        try:
+            await self._call("delete_object", Key=key, IfMatch=tag)
+        except OSError as error:
+            if self.status(error) in (404, 412):
+                raise ChangedError(key) from None
+            raise
+
     async def copy(self, key: str, new_key: str) -> None:
         await self._fs._cp_file(f"{self._name}/{key}", f"{self._name}/{new_key}")
 

@@ -1,0 +1,196 @@
+"""Faults of programs and of the network while a run's work directory is in a bucket: `make faults`.
+
+Every run that was disturbed must end with the log and the last state, to the bit, of one that was not, and leave no object
+that a reader does not count. The services are emulators behind a proxy that injects the faults.
+"""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.distributed.termination import EXIT_PREEMPTED
+from diffusion_jax.storage.objects import open_store
+from diffusion_jax.storage.workdirs import mirror_workdir
+from helpers.configs import tiny_config
+from helpers.fault_proxy import MUTATING, FaultProxy
+from helpers.object_stores import variables
+from helpers.paths import ROOT
+from helpers.program import tiny_flags
+from helpers.work_directories import last_state, lines
+
+pytestmark = pytest.mark.faults
+
+STEPS, PATIENCE = 60, 300
+OVERRIDES = {"training.num_steps": STEPS, "training.checkpoint_every": 4, "training.sample_every": 20}
+OVERRIDES |= {"training.checkpoints_kept": 2}
+
+
+def config(**overrides):
+    return tiny_config(**OVERRIDES | overrides)
+
+
+def figure(text):
+    print(f"\nFIGURE {text}", flush=True)
+
+
+class Runs:
+    """Launches of one work directory, whose requests pass a proxy."""
+
+    def __init__(self, url, proxy, log):
+        self.url, self.proxy, self._log = url, proxy, log
+        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.environment |= variables(url.partition(":")[0], proxy.address)
+
+    def launch(self, **overrides):
+        with self._log.open("a") as file:
+            return subprocess.Popen(
+                [sys.executable, "main.py", *tiny_flags(self.url, **OVERRIDES | overrides)],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=file,
+                stderr=file,
+            )
+
+    def to_the_end(self, **overrides):
+        assert self.launch(**overrides).wait(PATIENCE) == 0, self.text()
+
+    def text(self):
+        return self._log.read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A local run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("faults") / "whole"
+    process = subprocess.run([sys.executable, "main.py", *tiny_flags(directory, **OVERRIDES)], cwd=ROOT)
+    assert process.returncode == 0
+    return directory
+
+
+@pytest.fixture
+def runs(bucket_url, emulators, tmp_path):
+    with FaultProxy(emulators[bucket_url[:2]], seed=0) as proxy:
+        yield Runs(f"{bucket_url}/run", proxy, tmp_path / "log")
+
+
+def assert_same(url, whole):
+    workdir = mirror_workdir(url, read_only=True)
+    assert lines(workdir) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(last_state(config(), path) for path in (workdir, whole)))
+
+
+def assert_nothing_leaked(url):
+    """Objects: two steps with the files that their manifests list, lines, events and pictures once, no lease."""
+    store = open_store(url)
+    steps = collections.defaultdict(set)
+    for name in store.list("checkpoints/"):
+        steps[name.split("/")[1]].add(name.split("/", 2)[2])
+    assert sorted(steps, key=int) == [str(STEPS - 4), str(STEPS)]
+    for step, names in steps.items():
+        manifest = json.loads(store.read(f"checkpoints/{step}/digests.json"))
+        assert manifest.keys() <= names
+        assert names - manifest.keys() <= {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
+    assert sorted(others) == ["config.json", "data.json", "goodput.json"]
+    ends = [name.rpartition(".")[2] for name in store.list("events")]
+    assert len(ends) == len(set(ends))
+
+
+def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whole):
+    """Fifteen for each service, each right after a random change of an object was carried out."""
+    rng, kinds = random.Random(runs.url[:2]), collections.Counter()
+    for _ in range(15):
+        process = runs.launch()
+        runs.proxy.call_after(rng.randint(3, 140), process.kill)
+        process.wait(PATIENCE)
+        if process.returncode == 0:
+            pytest.fail("the run ended before it was killed")
+        kinds[[kind for kind, _ in runs.proxy.requests if kind in MUTATING][-1]] += 1
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
+    figure(
+        f"15 SIGKILLs at object boundaries of {runs.url[:2]}://: {dict(kinds)}; equal to the bit, no object left over"
+    )
+
+
+def test_run_resumes_bit_identically_after_kills_at_random_moments(runs, whole):
+    rng = random.Random(1)
+    for _ in range(5):
+        process = runs.launch()
+        time.sleep(rng.uniform(4, 20))
+        process.kill()
+        process.wait()
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
+
+
+def test_network_faults_change_nothing(runs, whole):
+    """Every kind of fault at least three times, in one run that none of them ends."""
+    proxy = runs.proxy
+    proxy.inject("stale", "list", skip=3, every=7, times=3)
+    for skip in (5, 60, 200, 420):
+        proxy.inject("refuse", "write", status=503, skip=skip, times=1)
+        proxy.inject("refuse", "write", status=429, skip=skip, times=1)
+        proxy.inject("cut", "write", skip=skip, times=1)
+        proxy.inject("lose", "write", skip=skip, times=1)
+        proxy.inject("delay", "write", skip=skip, times=1, seconds=3)
+    proxy.inject("refuse", "list", status=503, skip=2, every=3, times=4)
+    proxy.inject("refuse", "delete", status=503, skip=1, every=2, times=4)
+    proxy.inject("lose", "delete", skip=1, every=2, times=3)
+    proxy.inject("silence", "write", skip=100, times=1, seconds=5)
+    runs.to_the_end(**{"training.num_steps": STEPS // 2})
+    proxy.inject("truncate", "read", skip=1, every=3, times=4)
+    proxy.inject("refuse", "read", status=503, skip=2, every=4, times=4)
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
+    assert sum(proxy.injected.values()) >= 30, proxy.injected
+    figure(f"network faults of {runs.url[:2]}://: {dict(proxy.injected)}; equal to the bit, no object left over")
+
+
+def test_sigterm_saves_and_the_next_launch_resumes(runs, whole):
+    process = runs.launch()
+    while "Training" not in runs.text() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == EXIT_PREEMPTED, runs.text()
+    assert "rerun the same command" in runs.text()
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
+
+
+def test_a_second_launch_is_refused(runs, whole):
+    first = runs.launch(**{"training.num_steps": 100_000})
+    while "Starting from step 0" not in runs.text() and first.poll() is None:
+        time.sleep(0.05)
+    second = runs.launch()
+    assert second.wait(PATIENCE) == 2 and f"process {first.pid} of" in runs.text().splitlines()[-1], runs.text()
+    first.kill()
+    first.wait()
+
+
+def test_a_store_that_takes_no_more_ends_the_run_with_one_line(runs, whole):
+    runs.to_the_end(**{"training.num_steps": 8})
+    process = runs.launch()
+    while "Continuing from step 8" not in runs.text() and process.poll() is None:
+        time.sleep(0.02)
+    runs.proxy.inject("refuse", "write", status=403, times=10**9)
+    assert process.wait(PATIENCE) == 1, runs.text()
+    last = runs.text().splitlines()[-1]
+    assert last.startswith("error: ") and runs.url in last and "Traceback" not in runs.text(), last
+    runs.proxy.clear()
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
