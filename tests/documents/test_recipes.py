@@ -1,0 +1,178 @@
+"""The files of docs/recipes: their syntax, their commands, and the exit codes after which they start the program again."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from diffusion_jax import cli, config
+from helpers.paths import ROOT
+
+FOLDER = ROOT / "docs" / "recipes"
+PAGE = ROOT / "docs" / "guides" / "pods.md"
+RECIPES = sorted(FOLDER.iterdir())
+WITHOUT_COMMANDS = {"Dockerfile", "tpu_pod.sh"}
+WITH_COMMANDS = [path for path in RECIPES if path.name not in WITHOUT_COMMANDS]
+RESUMABLE = (69, 75, 134, 137, 143)  # docs/guides/resume_and_faults.md
+RUN = "gs://BUCKET/cifar10"
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def name(path):
+    return path.name
+
+
+def commands_of_yaml(value):
+    """The command lines in a document: lists of words, and lines of scripts."""
+    if isinstance(value, dict):
+        return [command for child in value.values() for command in commands_of_yaml(child)]
+    if isinstance(value, list):
+        return [value] if value[:1] == ["diffusion-jax"] else [c for child in value for c in commands_of_yaml(child)]
+    return commands_of_script(value) if isinstance(value, str) else []
+
+
+def commands_of_script(text):
+    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
+    lines = text.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        match = re.match(r"[^#]*?((?:\S*/|\s)diffusion-jax\s.*)", line)
+        if match:
+            found.append([re.sub(r"\$(\w+)", lambda m: variables[m[1]], word) for word in shlex.split(match[1])])
+    return found
+
+
+def commands(path):
+    text = path.read_text()
+    return commands_of_yaml(yaml.safe_load(text)) if path.suffix == ".yaml" else commands_of_script(text)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.suffix == ".yaml"], ids=name)
+def test_yaml_is_valid(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_the_page_shows_every_recipe(path):
+    page = PAGE.read_text()
+    assert f"{{literalinclude}} ../recipes/{path.name}" in page
+    assert f"](../recipes/{path.name})" in page
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name)
+def test_the_command_line_parses_the_commands(path):
+    assert commands(path)
+    for _, *arguments in commands(path):
+        flags, leaves = cli.make_parser().parse_known_args(arguments)
+        overrides = dict(leaf.removeprefix("--config.").split("=", 1) for leaf in leaves)
+        config.override(config.load_experiment(flags.config), overrides)
+        assert re.fullmatch(r"(gs|s3)://BUCKET/\w+", flags.workdir)
+
+
+def test_the_lists_of_exit_codes_agree():
+    job = yaml.safe_load((FOLDER / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+    sky = yaml.safe_load((FOLDER / "skypilot.yaml").read_text())["resources"]["job_recovery"]["recover_on_exit_codes"]
+    assert set(sky) == {*RESUMABLE} - {137}
+    guide = (ROOT / "docs" / "guides" / "resume_and_faults.md").read_text()
+    assert "|".join(map(str, RESUMABLE)) in guide
+
+
+class Shell:
+    """Runs a recipe with replaced commands, whose calls are written to a file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.replace("sleep", "")
+
+    def replace(self, command, script):
+        path = self.bin / command
+        path.write_text(f'#!/bin/bash\necho "{command} $*" >> {self.folder}/calls\n{script}\n')
+        path.chmod(0o755)
+
+    def answer(self, command, lines):
+        """Makes a command end with the exit codes, one for each call."""
+        (self.folder / f"{command}.codes").write_text("".join(f"{line}\n" for line in lines))
+        codes = self.folder / f"{command}.codes"
+        self.replace(command, f"read -r code < {codes}; sed -i 1d {codes}; exit ${{code:-99}}")
+
+    def run(self, recipe, **variables):
+        environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOSTNAME": "host", **variables}
+        done = subprocess.run(
+            ["bash", str(FOLDER / recipe)], env=environment, cwd=self.folder, capture_output=True, timeout=60
+        )
+        return done.returncode
+
+    def calls(self, start):
+        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(start)]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+@needs_bash
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_host_of_a_tpu_pod_is_relaunched_until_another_exit_code(shell, last):
+    shell.replace("gcloud", "cat > /dev/null")
+    shell.answer("docker", [*RESUMABLE, last])
+    assert shell.run("tpu_host.sh") == last
+    assert len(shell.calls("docker run")) == len(RESUMABLE) + 1
+    assert len(shell.calls(f"gcloud storage cp - {RUN}.failed")) == (last != 0)
+
+
+@needs_bash
+def test_a_host_of_a_tpu_pod_is_not_relaunched_forever(shell):
+    shell.replace("gcloud", "cat > /dev/null")
+    shell.replace("docker", "exit 69")
+    assert shell.run("tpu_host.sh") == 69
+    assert len(shell.calls("docker run")) == 20
+
+
+@needs_bash
+def test_a_preempted_tpu_pod_is_created_again_and_deleted_at_the_end(shell):
+    states = shell.folder / "states"
+    states.write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDING\nSUSPENDED\n\nACTIVE\n")
+    shell.replace(
+        "gcloud",
+        f"""case "$*" in
+          "storage ls "*) ! [ -s {states} ] ;;
+          "storage cat "*) false ;;
+          *describe*) head -n1 {states}; sed -i 1d {states} ;;
+        esac""",
+    )
+    assert shell.run("tpu_pod.sh") == 0
+    verbs = [call.split()[4] for call in shell.calls("gcloud compute tpus queued-resources")]
+    assert [verb for verb in verbs if verb != "describe"] == ["create", "delete", "create", "delete"]
+
+
+@needs_bash
+def test_a_failed_run_on_a_tpu_pod_ends_the_watch(shell):
+    shell.replace("gcloud", 'case "$*" in "storage ls "*) exit 1 ;; esac')
+    assert shell.run("tpu_pod.sh") == 1
+    assert not shell.calls("gcloud compute")
+
+
+@needs_bash
+@pytest.mark.parametrize("code", [0, 1, 2, *RESUMABLE])
+def test_a_slurm_job_is_requeued_after_resumable_exit_codes(shell, code):
+    shell.answer("srun", [code])
+    shell.replace("scontrol", "")
+    assert shell.run("slurm.sbatch", SLURM_JOB_ID="7") == code
+    assert shell.calls("scontrol") == (["scontrol requeue 7"] if code in RESUMABLE else [])
+
+
+@needs_bash
+def test_a_slurm_job_is_not_requeued_forever(shell):
+    shell.answer("srun", [69])
+    shell.replace("scontrol", "")
+    assert shell.run("slurm.sbatch", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="50") == 69
+    assert not shell.calls("scontrol")
