@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 from diffusion_jax.distributed.file_lock import try_lock
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.locations import add_url, find_mirror
 from diffusion_jax.storage.mirror import is_safe
@@ -36,6 +36,8 @@ def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
     if not is_url(text):
         return pathlib.Path(text).expanduser()
     parent, _, name = text.rstrip("/").rpartition("/")
+    if parent.endswith(":/"):
+        raise StorageError(f"{text} is a whole bucket; name a folder or a file in it")
     store = open_store(parent)
     if store.find(f"{name}/config.json"):
         return _mirror(f"{parent}/{name}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import TensorBoardWriter, open_lines, read_metrics
@@ -16,7 +16,11 @@ from diffusion_jax.storage.mirror import is_safe
 from diffusion_jax.storage.objects import open_store
 from diffusion_jax.storage.workdirs import mirror_workdir
 
-pytestmark = pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)  # the services differ below ObjectStore only
+
+@pytest.fixture
+def scheme():
+    """One service: they differ below ObjectStore only."""
+    return "gs"
 
 
 @pytest.fixture
@@ -184,6 +188,11 @@ def test_files_and_folders_are_downloaded_once(bucket_url, own_cache, capsys):
 
 def test_a_url_that_names_nothing_has_a_path_that_does_not_exist(bucket_url, own_cache):
     assert not downloads.local_path(f"{bucket_url}/nothing").exists()
+
+
+def test_a_whole_bucket_is_refused(bucket_url):
+    with pytest.raises(StorageError, match="is a whole bucket"):
+        downloads.local_path(f"{bucket_url}/")
 
 
 def test_a_disk_that_is_too_small_is_named(bucket_url, own_cache, monkeypatch):
