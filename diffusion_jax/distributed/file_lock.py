@@ -13,7 +13,7 @@ from typing import IO
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 
-__all__ = ["LockHeldError", "find_holder", "locked"]
+__all__ = ["LockHeldError", "describe_process", "find_holder", "held_error", "locked"]
 
 if sys.platform == "win32":
     import msvcrt
@@ -46,8 +46,18 @@ def find_holder(path: pathlib.Path) -> str | None:
     return None
 
 
+def describe_process(pid: int, host: str) -> str:
+    """The name of a process in messages."""
+    return f"process {pid} of {host}"
+
+
 class LockHeldError(OSError):
     """Another launch holds the lock; the message names it in one line."""
+
+
+def held_error(holder: str, activity: str) -> LockHeldError:
+    """The error that refuses a second launch. activity: as for `locked`."""
+    return LockHeldError(f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir")
 
 
 @contextlib.contextmanager
@@ -74,13 +84,11 @@ def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
                 file.seek(0)
                 return file.read().strip() or "another process"
             file.truncate(0)
-            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.write(describe_process(os.getpid(), socket.gethostname()))
             file.flush()
             return None
 
         holder = broadcast_from_process_0(acquire)
         if holder:
-            raise LockHeldError(
-                f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
-            )
+            raise held_error(holder, activity)
         yield

@@ -82,6 +82,10 @@ class Bucket(Protocol):
     @property
     def delete_limit(self) -> int: ...
 
+    async def delete_version(self, key: str, tag: str) -> None:
+        """Deletes the version `tag` of an object. Raises: ChangedError if the object is missing or another version."""
+        ...
+
     async def copy(self, key: str, new_key: str) -> None: ...
 
     def is_transient(self, error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import os
 import pathlib
@@ -26,7 +27,7 @@ _NUM_THREADS = 16
 _SINGLE_REQUEST_SIZE = 2**25  # bytes; larger files are uploaded in several requests
 _LIST_LIMIT = 1000  # objects in each answer, the most that both services allow
 _SLOWEST_UPLOAD = 100_000  # bytes for each second; a slower one is tried again
-_OPEN_TIMEOUT = 12.0  # seconds, after those that the search for credentials takes
+_OPEN_TIMEOUT = 10.0  # seconds, after those that the search for credentials takes
 
 
 def is_url(text: str) -> bool:
@@ -71,10 +72,10 @@ class ObjectStore:
     a data worker, must open the URL itself.
     """
 
-    def __init__(self, url: str, bucket: Bucket, retry_seconds: float = 120.0):
+    def __init__(self, url: str, bucket: Bucket, retry_seconds: float = 120.0, attempt_seconds: float | None = None):
         scheme, bucket_name, self._prefix = _split_url(url)
         self.url = f"{scheme}://{bucket_name}/{self._prefix}".rstrip("/")
-        self.retry_seconds = retry_seconds
+        self.retry_seconds, self._attempt_seconds = retry_seconds, attempt_seconds
         self._bucket = bucket
 
     def __repr__(self) -> str:
@@ -82,6 +83,10 @@ class ObjectStore:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self!r} cannot be sent to another process; open its URL there")
+
+    def with_limits(self, retry_seconds: float, attempt_seconds: float | None = None) -> ObjectStore:
+        """The same objects with another time for retries, and a limit on each attempt; None: enough for a slow connection."""
+        return ObjectStore(self.url, self._bucket, retry_seconds, attempt_seconds)
 
     def list(self, prefix: str = "") -> dict[str, ObjectInfo]:
         """All objects whose names start with `prefix`. Placeholders of folders, whose names end with "/", are left out."""
@@ -164,8 +169,13 @@ class ObjectStore:
         chunks = [keys[start : start + limit] for start in range(0, len(keys), limit)]
         _run_all([lambda chunk=chunk: self._call("", self._bucket.delete, chunk) for chunk in chunks])
 
+    def delete_version(self, name: str, tag: str) -> None:
+        """Deletes an object if it is the version `tag`; a missing object and another version are fine."""
+        with contextlib.suppress(ChangedError):
+            self._call(name, self._bucket.delete_version, self._key(name), tag)
+
     def move(self, name: str, new_name: str) -> None:
-        """Copies an object to another name, then deletes it under the old one."""
+        """Copies an object to another name, then deletes it under the old one. S3 copies at most 5 GB."""
         self._call(name, self._bucket.copy, self._key(name), self._key(new_name))
         self.delete([name])
 
@@ -185,7 +195,7 @@ class ObjectStore:
         _run_all([lambda path=path, name=name: self.download(name, path) for name, path in files.items()], progress)
 
     def check(self, write: bool) -> None:
-        """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 12 seconds."""
+        """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 10 seconds."""
         end = time.monotonic() + _OPEN_TIMEOUT
         probe = self._key(f".write_check-{uuid.uuid4().hex[:8]}")
         action = "listed"
@@ -201,9 +211,7 @@ class ObjectStore:
     def _check_request(self, end: float, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         remaining = max(end - time.monotonic(), 0.1)
         limit = min(4.0, remaining)
-        self._retry(
-            function, args, limit, remaining - limit, stop_at=lambda error: self._bucket.lacks_credentials(error)
-        )
+        self._retry(function, args, limit, max(remaining - 2 * limit, 0), stop_at=self._bucket.lacks_credentials)
 
     def _explain(self, error: Exception, action: str) -> str:
         """The message of a StorageError."""
@@ -228,7 +236,7 @@ class ObjectStore:
         """The result of a coroutine of the bucket. limit: seconds for one attempt. Raises: OSError, ChangedError."""
         url = f"{self.url}/{name}".rstrip("/")
         try:
-            return self._retry(function, args, limit, self.retry_seconds)
+            return self._retry(function, args, self._attempt_seconds or limit, self.retry_seconds)
         except ChangedError:
             raise
         except Exception as error:

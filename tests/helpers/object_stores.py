@@ -11,6 +11,8 @@ import uuid
 
 import pytest
 
+from helpers.fault_proxy import FaultProxy
+
 S3_VARIABLES = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -119,10 +121,24 @@ def emulators():
 
 
 @pytest.fixture(params=["gs", "s3"])
-def bucket_url(request, emulators, monkeypatch):
-    """The URL of an empty bucket of each service; this process and the programs that it starts reach it."""
-    scheme = request.param
+def scheme(request):
+    """Both services, one after the other."""
+    return request.param
+
+
+@pytest.fixture
+def bucket_url(scheme, emulators, monkeypatch):
+    """The URL of an empty bucket; this process and the programs that it starts reach it."""
     address = emulators[scheme]
     for name, value in variables(scheme, address).items():
         monkeypatch.setenv(name, value)
     return make_bucket(scheme, address)
+
+
+@pytest.fixture
+def proxy(bucket_url, scheme, emulators, monkeypatch):
+    """A FaultProxy between the service of `bucket_url` and its clients."""
+    with FaultProxy(emulators[scheme]) as proxy:
+        for name, value in variables(scheme, proxy.address).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
