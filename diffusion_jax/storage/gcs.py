@@ -28,8 +28,9 @@ from diffusion_jax.storage.bucket import CONNECT_TIMEOUT, READ_TIMEOUT, ChangedE
 
 __all__ = ["GcsBucket"]
 
-# One attempt: gcsfs's own retries do not end at a deadline, and log a traceback at their end.
+# One attempt each: gcsfs's own retries are nested, so that a download fails after minutes, and end with a logged traceback.
 _request_once = inspect.unwrap(GCSFileSystem._request)
+_download_once = inspect.unwrap(GCSFileSystem._get_file_request)
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _RETRIED = {408, 429, *range(500, 600)}
 _ADVICE = "type: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
@@ -68,7 +69,9 @@ class GcsBucket:
     advice = {"credentials": _ADVICE, "bucket": "gcloud storage buckets create"}  # noqa: RUF012
 
     def __init__(self, name: str, url: str):
-        logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # tracebacks of uploads that are tried again
+        logger = logging.getLogger("gcsfs")
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.CRITICAL)  # it logs a traceback of each large upload that ObjectStore tries again
         self._name = name
         self._fs = GCSFileSystem(
             token=_find_credentials(url),
@@ -129,7 +132,7 @@ class GcsBucket:
         )
 
     async def download(self, key: str, path: pathlib.Path) -> None:
-        await self._fs._get_file(f"{self._name}/{key}", str(path))
+        await _download_once(self._fs, f"{self._name}/{key}", str(path))
 
     async def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -145,7 +148,15 @@ class GcsBucket:
             raise ChangedError(key) from None
 
     async def copy(self, key: str, new_key: str) -> None:
-        await self._fs._cp_file(f"{self._name}/{key}", f"{self._name}/{new_key}")
+        token = None  # of a copy in several requests
+        while True:
+            _, body = await self._call(
+                "POST", "b/{}/o/{}/rewriteTo/b/{}/o/{}", self._name, key, self._name, new_key, rewriteToken=token
+            )
+            answer = json.loads(body)
+            if answer["done"]:
+                return
+            token = answer["rewriteToken"]
 
     def is_transient(self, error: BaseException) -> bool:
         if isinstance(error, HttpError):  # 401: the token could not be renewed at the moment

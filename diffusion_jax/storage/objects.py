@@ -27,7 +27,7 @@ _NUM_THREADS = 16
 _SINGLE_REQUEST_SIZE = 2**25  # bytes; larger files are uploaded in several requests
 _LIST_LIMIT = 1000  # objects in each answer, the most that both services allow
 _SLOWEST_UPLOAD = 100_000  # bytes for each second; a slower one is tried again
-_OPEN_TIMEOUT = 12.0  # seconds, after those that the search for credentials takes
+_OPEN_TIMEOUT = 10.0  # seconds, after those that the search for credentials takes
 
 
 def is_url(text: str) -> bool:
@@ -175,7 +175,7 @@ class ObjectStore:
             self._call(name, self._bucket.delete_version, self._key(name), tag)
 
     def move(self, name: str, new_name: str) -> None:
-        """Copies an object to another name, then deletes it under the old one."""
+        """Copies an object to another name, then deletes it under the old one. S3 copies at most 5 GB."""
         self._call(name, self._bucket.copy, self._key(name), self._key(new_name))
         self.delete([name])
 
@@ -195,7 +195,7 @@ class ObjectStore:
         _run_all([lambda path=path, name=name: self.download(name, path) for name, path in files.items()], progress)
 
     def check(self, write: bool) -> None:
-        """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 12 seconds."""
+        """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 10 seconds."""
         end = time.monotonic() + _OPEN_TIMEOUT
         probe = self._key(f".write_check-{uuid.uuid4().hex[:8]}")
         action = "listed"
@@ -211,9 +211,7 @@ class ObjectStore:
     def _check_request(self, end: float, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         remaining = max(end - time.monotonic(), 0.1)
         limit = min(4.0, remaining)
-        self._retry(
-            function, args, limit, remaining - limit, stop_at=lambda error: self._bucket.lacks_credentials(error)
-        )
+        self._retry(function, args, limit, max(remaining - 2 * limit, 0), stop_at=self._bucket.lacks_credentials)
 
     def _explain(self, error: Exception, action: str) -> str:
         """The message of a StorageError."""

@@ -49,12 +49,14 @@ class S3Bucket:
             config_kwargs={
                 "connect_timeout": CONNECT_TIMEOUT,
                 "read_timeout": READ_TIMEOUT,
-                "retries": {"mode": "standard", "max_attempts": 3},
+                "retries": {"mode": "standard", "max_attempts": 2},
             },
             use_listings_cache=False,
             skip_instance_cache=True,
         )
-        self._fs.retries = 1  # those of botocore and of ObjectStore remain
+        self._fs.retries = (
+            1  # one of botocore, which also resends a part of a large file, and those of ObjectStore remain
+        )
 
     @property
     def loop(self) -> Any:
@@ -114,7 +116,7 @@ class S3Bucket:
             raise
 
     async def copy(self, key: str, new_key: str) -> None:
-        await self._fs._cp_file(f"{self._name}/{key}", f"{self._name}/{new_key}")
+        await self._call("copy_object", Key=new_key, CopySource={"Bucket": self._name, "Key": key})
 
     def is_transient(self, error: BaseException) -> bool:
         response = _response(error)

@@ -38,10 +38,10 @@ class Rule:
     """A fault of some requests.
 
     fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes it in the
-    middle of the request's body; "lose" carries the request out and closes the connection without an answer; "truncate" closes
-    it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale" repeats the first
-    answer to a listing. kind: of the requests it applies to, None for all. name: a part of the URL. skip: so many requests are
-    left alone first. every: applies to each second one, for example. times: how often it applies.
+    middle of the request's body; "lose" carries the request out and closes the connection without an answer; "truncate"
+    closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale" repeats the
+    first answer to a listing. kind: of the requests it applies to, None for all. name: a part of the URL. skip: so many
+    requests are left alone first. every: applies to each second one, for example. times: how often it applies.
     """
 
     fault: str
