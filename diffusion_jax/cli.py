@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
+from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
@@ -352,8 +353,9 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
-        in_bucket = workdir is not None and find_mirror(workdir) is not None  # it was tried before anything started
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or in_bucket
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if workdir is not None and find_mirror(workdir) and not isinstance(error, LockHeldError):
+            failed = True  # the bucket could be used when the program started
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)

@@ -23,6 +23,7 @@ from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.evaluation.feature_extractors import BatchFeatures, FeatureExtractor, compile_extractor
 from diffusion_jax.evaluation.image_sets import pixel_digest, read_examples
 from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
+from diffusion_jax.storage import locations
 
 __all__ = ["CHUNK", "MAX_POOLED", "FeaturePipeline", "SetFeatures", "cache_directory"]
 
@@ -50,6 +51,7 @@ class SetFeatures(NamedTuple):
         """Removes the cached features of a set that is not measured again; one process calls this."""
         if self.cache:
             shutil.rmtree(self.cache)
+            locations.removed(self.cache)
 
 
 class _ChunkCache:
@@ -69,10 +71,11 @@ class _ChunkCache:
             with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".partial", delete=False) as file:
                 np.savez(file, **arrays)
             os.replace(file.name, self._directory / f"{i}.npz")
+            locations.written(self._directory / f"{i}.npz")
 
     def load(self, i: int) -> dict[str, np.ndarray]:
         """The arrays of chunk i."""
-        with np.load(self._directory / f"{i}.npz") as arrays:
+        with np.load(locations.fetch(self._directory / f"{i}.npz")) as arrays:
             return dict(arrays)
 
 

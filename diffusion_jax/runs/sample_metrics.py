@@ -36,6 +36,7 @@ from diffusion_jax.runs.metric_records import differing_settings, read_records, 
 from diffusion_jax.runs.sample_files import SampleFile, read_settings
 from diffusion_jax.runs.set_metrics import record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
+from diffusion_jax.storage import locations
 from diffusion_jax.training.from_config import condition_shape
 
 __all__ = ["run"]
@@ -166,6 +167,7 @@ def _draw_samples(config: ConfigDict, workdir: pathlib.Path, conditions: np.ndar
     file = SampleFile(sampling_config, workdir, conditions)
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
+    locations.fetch(file.path)
     return file
 
 

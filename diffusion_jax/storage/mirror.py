@@ -7,6 +7,7 @@ renamed does. Checkpoints are fetched and published by `diffusion_jax.training.b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
@@ -21,6 +22,8 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "digests.json"
 COMMITTED = "_CHECKPOINT_METADATA"
 EVENTS = "events.out.tfevents."
+LOCK = ".lock"
+_ATTEMPTS = 5
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 
 
@@ -49,6 +52,12 @@ class Mirror:
 
     def refresh(self) -> None:
         """Fetches what has changed in the bucket since the last call, and removes what has been deleted there."""
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):  # deleted after it was listed
+                return self._refresh()
+        self._refresh()
+
+    def _refresh(self) -> None:
         found = self.store.list()
         needed = {name: info for name, info in found.items() if self._is_needed(name, found)}
         changed = {name: info for name, info in needed.items() if self._tags.get(name) != info.tag}
@@ -61,14 +70,14 @@ class Mirror:
 
     def _is_needed(self, name: str, found: dict[str, ObjectInfo]) -> bool:
         parts = pathlib.PurePosixPath(name).parts
-        if name.endswith("/") or not is_safe(name) or parts[-1].startswith(EVENTS):
+        if name.endswith("/") or not is_safe(name) or parts[-1].startswith(EVENTS) or parts[-1] == LOCK:
             return False
         if parts[0] == "samples":
             return self._with_samples
         if parts[0] != CHECKPOINTS:
             return True
         is_committed = "/".join((*parts[:2], MANIFEST)) in found
-        return is_committed and len(parts) == 3 and parts[2] in (MANIFEST, COMMITTED)
+        return is_committed and len(parts) == 3
 
     def _download(self, objects: dict[str, ObjectInfo]) -> None:
         paths = {name: self.root / name for name in objects}

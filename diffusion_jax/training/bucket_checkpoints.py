@@ -1,20 +1,23 @@
 """Checkpoints of a work directory in a bucket: written in its mirror, then uploaded, the manifest last.
 
 A step exists when its manifest does, the digests of its other files. So a launch that is killed at any object leaves either
-the step or objects that no reader counts, which the next launch deletes. Every function does nothing for a local directory.
+the step or objects that no reader counts, which the next launch deletes. Every function but `commit` does nothing for a
+directory that is only local.
 """
 
 from __future__ import annotations
 
-import os
 import pathlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
+
+import jax
 
 from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.storage.mirror import MANIFEST, Mirror
-from diffusion_jax.training.digests import local_steps
+from diffusion_jax.storage.mirror import Mirror
+from diffusion_jax.training import digests
 
-__all__ = ["fetch_items", "publish", "remove_uncommitted"]
+__all__ = ["commit", "delete_step", "fetch_items", "remove_uncommitted", "upload_part"]
 
 
 def fetch_items(directory: pathlib.Path, step: int, items: Iterable[str]) -> None:
@@ -28,29 +31,39 @@ def fetch_items(directory: pathlib.Path, step: int, items: Iterable[str]) -> Non
             mirror.fetch_directory(path)
 
 
-def publish(directory: pathlib.Path, step: int) -> None:
-    """Uploads a step and then its manifest; then deletes the steps that the local directory has no more.
+def upload_part(part: pathlib.Path, table: digests.Table, directory: pathlib.Path) -> None:
+    """Uploads the files of this process of a step, which do not make it exist. Raises: OSError."""
+    mirror = find_mirror(directory)
+    if mirror:
+        mirror.store.upload_all({part / name: f"{mirror.name_of(directory)}/{name}" for name in table})
+        if jax.process_index() > 0:
+            shutil.rmtree(part, ignore_errors=True)  # without files there is none
 
-    Raises: OSError; LeaseLostError if another launch has taken over the bucket.
+
+def commit(part: pathlib.Path, tables: Sequence[digests.Table], directory: pathlib.Path) -> None:
+    """Uploads the manifest of a step, whose other files are uploaded, and keeps its small files in the mirror.
+
+    part: of process 0. Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
     mirror = find_mirror(directory)
-    if mirror is None:
-        return
-    path = directory / str(step)
-    manifest, name = path / MANIFEST, mirror.name_of(path / MANIFEST)
-    files: dict[str | os.PathLike, str] = {
-        file: mirror.name_of(file) for file in path.rglob("*") if file.is_file() and file != manifest
-    }
-    mirror.store.delete([name])  # of the same step, saved before an earlier one was restored
-    mirror.store.upload_all(files)
+    assert mirror
+    name, table = mirror.name_of(directory), digests.join(tables)
+    digests.write(part, table)
     mirror.before_commit()
-    mirror.store.delete(mirror.store.list(f"{mirror.name_of(path)}/").keys() - files.values())  # of a failed upload
-    mirror.store.upload(manifest, name)
-    mirror.known_steps.add(step)
-    dropped = mirror.known_steps - set(local_steps(directory))
-    for old in dropped:  # by Orbax; steps that this launch has never seen stay
-        _delete_step(mirror, mirror.name_of(directory / str(old)))
-    mirror.known_steps -= dropped
+    known = {f"{name}/{file}" for file in table}
+    mirror.store.delete(mirror.store.list(f"{name}/").keys() - known)  # of a failed save of the same step
+    mirror.store.upload(part / digests.NAME, f"{name}/{digests.NAME}")
+    mirror.known_steps.add(int(directory.name))
+    for path in filter(pathlib.Path.is_dir, part.iterdir()):
+        shutil.rmtree(path)
+    part.rename(directory)
+
+
+def delete_step(directory: pathlib.Path) -> None:
+    """Deletes the objects of a step, the manifest first."""
+    mirror = find_mirror(directory)
+    if mirror:
+        _delete_step(mirror, mirror.name_of(directory))
 
 
 def remove_uncommitted(directory: pathlib.Path) -> None:
@@ -61,10 +74,10 @@ def remove_uncommitted(directory: pathlib.Path) -> None:
     prefix = f"{mirror.name_of(directory)}/"
     steps = {name.removeprefix(prefix).split("/")[0] for name in mirror.store.list(prefix)}
     for step in filter(str.isdecimal, steps):
-        if mirror.store.find(f"{prefix}{step}/{MANIFEST}") is None:
+        if mirror.store.find(f"{prefix}{step}/{digests.NAME}") is None:
             _delete_step(mirror, f"{prefix}{step}")
 
 
 def _delete_step(mirror: Mirror, name: str) -> None:
-    mirror.store.delete([f"{name}/{MANIFEST}"])
+    mirror.store.delete([f"{name}/{digests.NAME}"])
     mirror.store.delete(mirror.store.list(f"{name}/"))

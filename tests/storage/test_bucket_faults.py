@@ -29,7 +29,7 @@ from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
 
-STEPS, PATIENCE = 60, 300
+STEPS, PATIENCE = 100, 300
 OVERRIDES = {"training.num_steps": STEPS, "training.checkpoint_every": 4, "training.sample_every": 20}
 OVERRIDES |= {"training.checkpoints_kept": 2}
 

@@ -66,7 +66,7 @@ def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
     assert others == {"config", "data", "events", "goodput", "metrics"}
 
 
-@pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)  # the services differ below ObjectStore only
+@pytest.mark.parametrize("scheme", ["gs"])  # the services differ below ObjectStore only
 def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cache):
     local = shutil.copytree(local, tmp_path / "local")
     config = tiny_config(**SAMPLES)
@@ -110,14 +110,13 @@ def test_weights_status_and_metrics_are_read_by_url(url, local):
 
 
 @pytest.mark.parametrize(
-    ("bucket_url", "fault", "item"),
+    ("scheme", "fault", "item"),
     [
         ("gs", "flipped", "params"),
         ("gs", "missing", "ema_params"),
         ("gs", "shorter", "rest"),
         ("s3", "flipped", "rest"),
     ],
-    indirect=["bucket_url"],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local, fault, item):
     train.run(tiny_config(), mirror_workdir(url))

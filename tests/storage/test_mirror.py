@@ -72,6 +72,23 @@ def test_refresh_follows_the_bucket(url, store):
     assert {path.name: path.read_bytes() for path in workdir.iterdir()} == {"a": b"2", "c": b"1"}
 
 
+def test_an_object_that_vanishes_after_it_was_listed_is_not_missed(url, store, monkeypatch):
+    store.write("a", b"1")
+    store.write("b", b"1")
+    mirror = locations.find_mirror(mirror_workdir(url) / "x")
+    store.write("a", b"2")
+    store.write("b", b"2")
+    download = mirror.store.download
+
+    def download_after_deletion(name, path):
+        store.delete(["b"])
+        download(name, path)
+
+    monkeypatch.setattr(mirror.store, "download", download_after_deletion)
+    mirror.refresh()
+    assert {path.name: path.read_bytes() for path in mirror.root.iterdir()} == {"a": b"2"}
+
+
 def test_names_cannot_leave_the_mirror():
     assert is_safe("a/b") and not any(map(is_safe, ("../a", "a/../../b", "/a", "a\\..\\b")))
 
