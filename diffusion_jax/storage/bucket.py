@@ -11,6 +11,7 @@ from typing import Any, Protocol
 __all__ = [
     "CONNECT_TIMEOUT",
     "READ_TIMEOUT",
+    "RETRIED_STATUSES",
     "Bucket",
     "ChangedError",
     "ObjectInfo",
@@ -19,6 +20,7 @@ __all__ = [
     "find_causes",
 ]
 
+RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 30.0  # seconds without a byte of the answer
 
@@ -48,6 +50,11 @@ class Bucket(Protocol):
 
     @property
     def loop(self) -> Any: ...
+
+    @property
+    def wrong_tag(self) -> str:
+        """A well-formed tag that no object has."""
+        ...
 
     @property
     def advice(self) -> dict[str, str]:

@@ -23,8 +23,15 @@ from gcsfs.core import GCSFileSystem
 from gcsfs.retry import ChecksumError, HttpError
 from google.auth.transport.requests import Request
 
-from diffusion_jax.errors import StorageError
-from diffusion_jax.storage.bucket import CONNECT_TIMEOUT, READ_TIMEOUT, ChangedError, ObjectInfo, content_type
+from diffusion_jax.errors import StorageError, shorten
+from diffusion_jax.storage.bucket import (
+    CONNECT_TIMEOUT,
+    READ_TIMEOUT,
+    RETRIED_STATUSES,
+    ChangedError,
+    ObjectInfo,
+    content_type,
+)
 
 __all__ = ["GcsBucket"]
 
@@ -32,7 +39,6 @@ __all__ = ["GcsBucket"]
 _request_once = inspect.unwrap(GCSFileSystem._request)
 _download_once = inspect.unwrap(GCSFileSystem._get_file_request)
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_RETRIED = {408, 429, *range(500, 600)}
 _ADVICE = "type: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 
 
@@ -54,11 +60,9 @@ def _find_credentials(url: str) -> Any:
             request = _ShortRequest(session)
             credentials, _ = google.auth.default(scopes=[_SCOPE], request=request)
             credentials.refresh(request)
-    except google.auth.exceptions.DefaultCredentialsError:
-        raise StorageError(f"{url}: no credentials for Google Cloud Storage were found; {_ADVICE}") from None
     except google.auth.exceptions.GoogleAuthError as error:
-        reason = str(error.args[0] if error.args else error).splitlines()[0]
-        raise StorageError(f"{url}: the credentials were refused ({reason}); {_ADVICE}") from None
+        reason = " ".join(str(error.args[0] if error.args else error).split()).partition(". To set up")[0]
+        raise StorageError(f"{url}: no valid credentials ({shorten(reason, 200)}); {_ADVICE}") from None
     return credentials
 
 
@@ -66,6 +70,7 @@ class GcsBucket:
     """A bucket of Google Cloud Storage; tags are generations. Raises: StorageError without credentials."""
 
     delete_limit = 1  # one request deletes one object
+    wrong_tag = "1"
     advice = {"credentials": _ADVICE, "bucket": "gcloud storage buckets create"}  # noqa: RUF012
 
     def __init__(self, name: str, url: str):
@@ -108,8 +113,9 @@ class GcsBucket:
 
     async def write(self, key: str, data: bytes, tag: str | None = None) -> str:
         boundary = uuid.uuid4().hex
-        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()  # compared by the service
-        metadata = json.dumps({"name": key, "md5Hash": md5})
+        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()  # compared by the service
+        # Objects that anyone may read are cached for an hour by default.
+        metadata = json.dumps({"name": key, "md5Hash": md5, "cacheControl": "no-store"})
         head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{metadata}\r\n"
         head += f"--{boundary}\r\nContent-Type: {content_type(key)}\r\n\r\n"
         try:
@@ -128,7 +134,12 @@ class GcsBucket:
 
     async def upload_large(self, path: pathlib.Path, key: str) -> None:
         await self._fs._put_file(
-            str(path), f"{self._name}/{key}", content_type=content_type(key), chunksize=2**25, consistency="md5"
+            str(path),
+            f"{self._name}/{key}",
+            content_type=content_type(key),
+            chunksize=2**25,
+            consistency="md5",
+            fixed_key_metadata={"cache_control": "no-store"},
         )
 
     async def download(self, key: str, path: pathlib.Path) -> None:
@@ -160,7 +171,7 @@ class GcsBucket:
 
     def is_transient(self, error: BaseException) -> bool:
         if isinstance(error, HttpError):  # 401: the token could not be renewed at the moment
-            return self.status(error) in _RETRIED | {401}
+            return self.status(error) in RETRIED_STATUSES | {401}
         kinds = (
             aiohttp.ClientError,
             requests.RequestException,

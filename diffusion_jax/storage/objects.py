@@ -196,22 +196,33 @@ class ObjectStore:
 
     def check(self, write: bool) -> None:
         """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 10 seconds."""
-        end = time.monotonic() + _OPEN_TIMEOUT
+        deadline = time.monotonic() + _OPEN_TIMEOUT
         probe = self._key(f".write_check-{uuid.uuid4().hex[:8]}")
-        action = "listed"
+        action, ignored = "listed", []
         try:
-            self._check_request(end, self._bucket.list_page, self._prefix, None, 1)
+            self._check_request(deadline, self._bucket.list_page, self._prefix, None, 1)
             if write:
                 action = "written to"
-                self._check_request(end, self._bucket.write, probe, b"")
-                self._check_request(end, self._bucket.delete, [probe])
+                self._check_request(deadline, self._bucket.write, probe, b"1")
+                ignored = [tag for tag in ("", self._bucket.wrong_tag) if not self._is_refused(deadline, probe, tag)]
+                self._check_request(deadline, self._bucket.delete, [probe])
         except Exception as error:
             raise StorageError(self._explain(error, action)) from error
+        if ignored:  # as some services that resemble S3 do
+            raise StorageError(
+                f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use another one"
+            )
 
-    def _check_request(self, end: float, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        remaining = max(end - time.monotonic(), 0.1)
-        limit = min(4.0, remaining)
-        self._retry(function, args, limit, max(remaining - 2 * limit, 0), stop_at=self._bucket.lacks_credentials)
+    def _check_request(self, deadline: float, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        self._retry(function, args, None, deadline, stop_at=self._bucket.lacks_credentials)
+
+    def _is_refused(self, deadline: float, key: str, tag: str) -> bool:
+        """Whether a conditional write to an existing object is refused, as it must be."""
+        try:
+            self._check_request(deadline, self._bucket.write, key, b"2", tag)
+        except ChangedError:
+            return True
+        return False
 
     def _explain(self, error: Exception, action: str) -> str:
         """The message of a StorageError."""
@@ -236,7 +247,7 @@ class ObjectStore:
         """The result of a coroutine of the bucket. limit: seconds for one attempt. Raises: OSError, ChangedError."""
         url = f"{self.url}/{name}".rstrip("/")
         try:
-            return self._retry(function, args, self._attempt_seconds or limit, self.retry_seconds)
+            return self._retry(function, args, self._attempt_seconds or limit)
         except ChangedError:
             raise
         except Exception as error:
@@ -253,22 +264,26 @@ class ObjectStore:
         self,
         function: Callable[..., Awaitable[T]],
         args: tuple,
-        limit: float | None,
-        seconds: float,
+        attempt_seconds: float | None,
+        deadline: float | None = None,
         stop_at: Callable[[Exception], bool] = lambda error: False,
     ) -> T:
-        """Calls until an attempt succeeds, fails for good, or fails more than `seconds` after the first failure."""
+        """Calls until an attempt succeeds, fails for good, or fails after the deadline.
+
+        deadline: of the monotonic clock, also for an attempt; None: `retry_seconds` after the first failure.
+        """
         from fsspec.asyn import sync
 
-        end, pause = None, 0.25
+        end, pause = deadline, 0.25
         while True:
+            limit = attempt_seconds if deadline is None else max(deadline - time.monotonic(), 0.1)
             try:
                 return cast(T, sync(self._bucket.loop, function, *args, timeout=limit))
             except Exception as error:
                 if not self._bucket.is_transient(error) or stop_at(error):
                     raise
                 now = time.monotonic()
-                end = now + seconds if end is None else end
+                end = now + self.retry_seconds if end is None else end
                 wait = pause * random.uniform(0.5, 1.0)
                 if now + wait > end:
                     raise

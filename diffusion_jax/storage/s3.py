@@ -15,6 +15,7 @@ from s3fs import S3FileSystem
 from diffusion_jax.storage.bucket import (
     CONNECT_TIMEOUT,
     READ_TIMEOUT,
+    RETRIED_STATUSES,
     ChangedError,
     ObjectInfo,
     TemporaryError,
@@ -24,7 +25,7 @@ from diffusion_jax.storage.bucket import (
 
 __all__ = ["S3Bucket"]
 
-_RETRIED = {408, 409, 429, *range(500, 600)}  # 409: another conditional write is in progress
+_RETRIED = RETRIED_STATUSES | {409}  # another conditional write is in progress
 _NO_CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
@@ -38,6 +39,7 @@ class S3Bucket:
     """A bucket of S3; tags are ETags."""
 
     delete_limit = 1000
+    wrong_tag = f'"{"0" * 32}"'
     advice = {  # noqa: RUF012
         "credentials": "type: aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         "bucket": "aws s3 mb",

@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 
 MUTATING = {"write", "copy", "delete"}
-FAULTS = ("refuse", "silence", "cut", "lose", "truncate", "delay", "stale")
+FAULTS = ("refuse", "silence", "cut", "lose", "truncate", "delay", "stale", "unconditional")
 
 
 def kind_of(method, target, headers):
@@ -40,8 +40,9 @@ class Rule:
     fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes it in the
     middle of the request's body; "lose" carries the request out and closes the connection without an answer; "truncate"
     closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale" repeats the
-    first answer to a listing. kind: of the requests it applies to, None for all. name: a part of the URL. skip: so many
-    requests are left alone first. every: applies to each second one, for example. times: how often it applies.
+    first answer to a listing; "unconditional" removes the conditions of a write.
+    kind: of the requests it applies to, None for all. name: a part of their URLs. skip: so many requests are left alone
+    first. every: applies to each second one, for example. times: how often it applies.
     """
 
     fault: str
@@ -147,7 +148,7 @@ def _make_handler(proxy):
             if rule.fault in ("silence", "cut"):
                 self._close()
                 return
-            answer = self._forward(self._read_body())
+            answer = self._forward(self._read_body(), rule.fault != "unconditional")
             if kind == "list":
                 first = proxy.first_answer(self.path, answer)
                 answer = first if rule.fault == "stale" else answer
@@ -170,15 +171,15 @@ def _make_handler(proxy):
                 return body
             return self.rfile.read(int(int(self.headers.get("Content-Length", 0)) * fraction))
 
-        def _forward(self, body):
+        def _forward(self, body, conditional):
             upstream = urllib.parse.urlsplit(proxy.upstream)
-            headers = {
-                key: value for key, value in self.headers.items() if key.lower() not in ("transfer-encoding", "expect")
-            }
+            left_out = {"transfer-encoding", "expect", *(() if conditional else ("if-match", "if-none-match"))}
+            headers = {key: value for key, value in self.headers.items() if key.lower() not in left_out}
+            target = self.path if conditional else re.sub(r"ifGenerationMatch=\d+", "", self.path)
             headers |= {"Host": upstream.netloc, "Content-Length": str(len(body)), "Connection": "close"}
             connection = http.client.HTTPConnection(upstream.netloc, timeout=60)
             with contextlib.closing(connection):
-                connection.request(self.command, self.path, body, headers)
+                connection.request(self.command, target, body, headers)
                 answer = connection.getresponse()
                 return answer.status, answer.getheaders(), answer.read()
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,7 +57,7 @@ def test_a_second_launch_is_refused_while_the_first_renews(store, capfd):
         with pytest.raises(
             LockHeldError, match=f"^{name}.* is training in {store.url}: a second launch must wait until it"
         ):
-            with hold(store, last=60):
+            with hold(store, last=6):
                 pass
         assert f"Note: {name}" in capfd.readouterr().out
         held.check()
@@ -90,7 +91,7 @@ def test_an_abandoned_lease_is_taken_over_after_its_time(store, capfd):
 def test_a_lease_that_is_released_meanwhile_is_created_anew(store):
     abandon(store)
     threading.Timer(0.2, store.delete, [[".lock"]]).start()
-    with hold(store, last=60):
+    with hold(store, last=6):
         assert f"process {os.getpid()} of " in lease.find_holder(store, ".lock")
 
 
@@ -107,6 +108,7 @@ def test_the_lease_of_a_process_that_has_ended_here_is_taken_over_at_once(store,
         assert not holder.has_ended()
 
 
+@pytest.mark.whole
 def test_one_of_many_takeovers_succeeds(store):
     abandon(store)
     barrier, held = threading.Barrier(20), []
@@ -157,11 +159,12 @@ def test_a_deleted_lease_is_lost_and_said_once(store, capfd):
     assert store.list() == {}
 
 
+@pytest.mark.whole
 def test_a_lease_survives_faults(store, proxy):
-    """Renewals are refused, lost and unanswered; the holder notices nothing."""
+    """Renewals are refused, lost, unanswered and late; the holder notices nothing."""
     store = objects.open_store(store.url)
     with hold(store, renew=0.2) as held:
-        for fault in ("refuse", "lose", "cut", "silence"):
+        for fault in ("refuse", "lose", "cut", "silence", "delay"):
             injected = proxy.injected[fault]
             proxy.inject(fault, "write", times=2, seconds=1)
             wait_for(lambda fault=fault, injected=injected: proxy.injected[fault] == injected + 2)
@@ -194,31 +197,72 @@ def test_an_end_without_network_leaves_the_lease_to_expire(store, proxy):
     assert ".lock" in store.list()
 
 
+def test_process_0_alone_holds_the_lease(store, monkeypatch):
+    monkeypatch.setattr(lease, "broadcast_from_process_0", lambda function: None)  # as process 1 sees it
+    monkeypatch.setattr(lease.jax, "process_index", lambda: 1)
+    with hold(store) as held:
+        held.check()
+        assert store.list() == {}
+    monkeypatch.setattr(lease, "broadcast_from_process_0", lambda function: "process 1 of there")
+    with pytest.raises(LockHeldError, match="process 1 of there is training in"):
+        with hold(store):
+            pass
+
+
 HOLDER = """
 import sys, time
+from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.storage import lease, objects
-with lease.leased(objects.open_store(sys.argv[1]), ".lock", "is training", 0.1, 1.0):
+with lease.leased(objects.open_store(sys.argv[1]), ".lock", "is training", 0.1, 1.0) as held:
     print("held", flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(0.1)
+        try:
+            held.check()
+        except LeaseLostError as error:
+            sys.exit(f"lost: {error}")
 """
+
+
+@contextlib.contextmanager
+def holder_program(store):
+    command = [sys.executable, "-c", HOLDER, store.url]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
 
 
 @pytest.mark.whole
 def test_a_killed_program_s_lease_is_taken_over(store):
     """After the lease's time while the killed process has not been reaped and so still exists; then at once."""
-    command = [sys.executable, "-c", HOLDER, store.url]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with holder_program(store) as holder:
         with pytest.raises(LockHeldError, match=f"process {holder.pid} of .* is training in"):
-            with hold(store, last=60):
+            with hold(store, last=6):
                 pass
         holder.kill()
         with hold(store):
             pass
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with holder_program(store) as holder:
         holder.kill()
         holder.wait()
         if sys.platform == "linux":
             with hold(store, last=1e6):
                 pass
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
+def test_a_suspended_program_notices_that_it_was_replaced(store):
+    with holder_program(store) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        with hold(store) as held:
+            holder.send_signal(signal.SIGCONT)
+            err = holder.communicate(timeout=60)[1]
+            assert (
+                holder.returncode == 1 and err.startswith(f"lost: process {os.getpid()} of ") and "Traceback" not in err
+            )
+            held.check()
+    assert store.list() == {}

@@ -82,6 +82,7 @@ def test_one_of_many_creations_and_replacements_succeeds(store):
     assert store.read_version("lease") == (b"new %d" % winner, tags[winner])
 
 
+@pytest.mark.whole
 def test_many_files(store, tmp_path):
     for i in range(40):
         (tmp_path / f"{i}").write_bytes(b"%d" % i)

@@ -1,0 +1,91 @@
+"""What open_store refuses before any object is touched: missing packages and missing credentials."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_jax.errors import StorageError
+from diffusion_jax.storage import objects
+from helpers.paths import ROOT
+
+OPEN = """
+import sys
+from diffusion_jax.errors import StorageError
+from diffusion_jax.storage import objects
+try:
+    objects.open_store(sys.argv[1])
+except StorageError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, package, extra):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"diffusion_jax.storage.{extra}", raising=False)
+    with pytest.raises(
+        StorageError, match=rf"{scheme}:// needs {package} \(.*\): pip install '.\[{extra}\]'"
+    ) as caught:
+        objects.open_store(f"{scheme}://bucket/run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent_address():
+    """The address of a server that accepts connections and never answers, as a metadata server may seem behind a firewall."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def open_in_a_new_process(url, home, **variables):
+    """(exit code, output) of a program that opens a URL without credentials and emulators."""
+    left_out = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "GCE_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    environment |= {"HOME": str(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, url], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == "", done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.whole
+def test_no_credentials_and_no_metadata_server(tmp_path, silent_address):
+    variables = {"GCE_METADATA_IP": silent_address, "GCE_METADATA_HOST": silent_address}
+    code, out = open_in_a_new_process("gs://bucket/run", tmp_path, **variables)
+    reason = (
+        "no valid credentials (Your default credentials were not found); type: gcloud auth application-default login"
+    )
+    assert code == 2 and out.startswith(f"gs://bucket/run: {reason}") and out.count("\n") == 1
+    variables = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{silent_address}/"}
+    code, out = open_in_a_new_process("s3://bucket/run", tmp_path, **variables)
+    reason = "no valid credentials (Unable to locate credentials); type: aws configure"
+    assert code == 2 and out.startswith(f"s3://bucket/run: {reason}") and out.count("\n") == 1
+
+
+@pytest.mark.whole
+def test_credentials_that_cannot_be_used(tmp_path):
+    missing = tmp_path / "missing.json"
+    code, out = open_in_a_new_process("gs://bucket/run", tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(missing))
+    assert code == 2 and str(missing) in out and out.count("\n") == 1
+    key = tmp_path / "key.json"
+    key.write_text('{"type": "authorized_user", "client_id": "x", "client_secret": "x", "refresh_token": "x"}')
+    code, out = open_in_a_new_process(
+        "gs://bucket/run", tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(key), HTTPS_PROXY="http://127.0.0.1:1"
+    )
+    assert code == 2 and "gs://bucket/run: no valid credentials (" in out and out.count("\n") == 1
+    code, out = open_in_a_new_process("s3://bucket/run", tmp_path, AWS_PROFILE="missing")
+    assert code == 2 and "missing" in out and out.count("\n") == 1
+    variables = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    code, out = open_in_a_new_process("s3://bucket/run", tmp_path, **variables)
+    assert code == 2 and "Could not connect to the endpoint URL" in out and out.count("\n") == 1
+    code, out = open_in_a_new_process("gs://bucket/run", tmp_path, STORAGE_EMULATOR_HOST="http://127.0.0.1:1")
+    assert code == 2 and "Cannot connect to host" in out and out.count("\n") == 1
