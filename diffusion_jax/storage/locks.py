@@ -29,6 +29,8 @@ def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
         mirror.refresh()  # another launch may have written until now
         mirror.before_commit = held.check
         yield
+        held.check()
+        mirror.store.delete_old_probes(mirror.name_of(path))
 
 
 def find_holder(path: pathlib.Path) -> str | None:

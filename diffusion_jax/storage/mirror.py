@@ -14,7 +14,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from diffusion_jax.storage.objects import ObjectInfo, ObjectStore
+from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore
 
 __all__ = ["COMMITTED", "EVENTS", "MANIFEST", "Mirror", "is_safe"]
 
@@ -70,7 +70,12 @@ class Mirror:
 
     def _is_needed(self, name: str, found: dict[str, ObjectInfo]) -> bool:
         parts = pathlib.PurePosixPath(name).parts
-        if name.endswith("/") or not is_safe(name) or parts[-1].startswith(EVENTS) or parts[-1] == LOCK:
+        if (
+            name.endswith("/")
+            or not is_safe(name)
+            or parts[-1].startswith(EVENTS)
+            or parts[-1].startswith((LOCK, PROBE))
+        ):
             return False
         if parts[0] == "samples":
             return self._with_samples

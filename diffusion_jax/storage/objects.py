@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from diffusion_jax.errors import StorageError, shorten
 from diffusion_jax.storage.bucket import Bucket, ChangedError, ObjectInfo
 
-__all__ = ["ObjectInfo", "ObjectStore", "is_url", "open_store"]
+__all__ = ["PROBE", "ObjectInfo", "ObjectStore", "is_url", "open_store"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ _NUM_THREADS = 16
 _SINGLE_REQUEST_SIZE = 2**25  # bytes; larger files are uploaded in several requests
 _LIST_LIMIT = 1000  # objects in each answer, the most that both services allow
 _SLOWEST_UPLOAD = 100_000  # bytes for each second; a slower one is tried again
+PROBE = ".write_check-"  # the beginning of the names of small objects that show whether a bucket can be written
 _OPEN_TIMEOUT = 10.0  # seconds, after those that the search for credentials takes
 
 
@@ -197,7 +198,7 @@ class ObjectStore:
     def check(self, write: bool) -> None:
         """Lists an object; with `write`, also creates and deletes one. Raises: StorageError, within 10 seconds."""
         deadline = time.monotonic() + _OPEN_TIMEOUT
-        probe = self._key(f".write_check-{uuid.uuid4().hex[:8]}")
+        probe = self._key(f"{PROBE}{uuid.uuid4().hex[:8]}")
         action, ignored = "listed", []
         try:
             self._check_request(deadline, self._bucket.list_page, self._prefix, None, 1)
@@ -212,6 +213,16 @@ class ObjectStore:
             raise StorageError(
                 f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use another one"
             )
+
+    def delete_old_probes(self, name: str) -> None:
+        """Deletes the small objects of `check` that killed programs left. name: of an object that was just written.
+
+        Both times are of the service's clock. A check ends within 12 seconds.
+        """
+        now = self.find(name)
+        if now is not None:
+            probes = self.list(PROBE).items()
+            self.delete(probe for probe, info in probes if info.modified < now.modified - _OPEN_TIMEOUT)
 
     def _check_request(self, deadline: float, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         self._retry(function, args, None, deadline, stop_at=self._bucket.lacks_credentials)

@@ -23,7 +23,7 @@ from etils import epath
 
 from diffusion_jax.distributed.messages import call_on_process_0
 from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, is_peer_failure, log
-from diffusion_jax.errors import CheckpointError, SaveError
+from diffusion_jax.errors import CheckpointError, LeaseLostError, SaveError
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.locations import find_mirror
 from diffusion_jax.training import bucket_checkpoints, digests
@@ -184,7 +184,9 @@ class Checkpoints:
                 saving.result()
         except Exception as error:
             self._last_check = math.inf
-            if isinstance(error, jax.errors.JaxRuntimeError) and is_peer_failure(error):
+            if isinstance(error, LeaseLostError) or (
+                isinstance(error, jax.errors.JaxRuntimeError) and is_peer_failure(error)
+            ):
                 raise
             raise self._save_error(error) from error
 

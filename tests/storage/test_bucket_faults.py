@@ -181,6 +181,21 @@ def test_a_second_launch_is_refused(runs, whole):
     first.wait()
 
 
+def test_a_suspended_launch_that_was_replaced_writes_no_more_checkpoints(runs, whole):
+    first = runs.launch()
+    while "checkpoints" not in str(open_store(runs.url).list("checkpoints/").keys()) and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)
+    runs.to_the_end()
+    assert "to see whether it is alive" in runs.text()
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(PATIENCE) == 2, runs.text()
+    assert "has taken over" in runs.text() or "was deleted" in runs.text()
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
+
+
 def test_a_store_that_takes_no_more_ends_the_run_with_one_line(runs, whole):
     runs.to_the_end(**{"training.num_steps": 8})
     process = runs.launch()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from diffusion_jax import pretrained
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.runs import edit, progressive, sample, status, stored_config, train
 from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.storage import objects
 from diffusion_jax.storage.objects import open_store
 from diffusion_jax.storage.workdirs import mirror_workdir
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -158,6 +160,15 @@ def test_without_an_intact_checkpoint_the_run_does_not_start_over(url):
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         train.run(tiny_config(), mirror_workdir(url))
     assert "checkpoints/2/digests.json" in store.list()
+
+
+def test_what_a_killed_check_left_is_deleted(url, monkeypatch):
+    monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 0.5)
+    store = open_store(url)
+    store.write(".write_check-killed", b"1")
+    time.sleep(1)
+    train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))
+    assert not store.list(".write_check")
 
 
 def test_old_steps_are_deleted_from_the_bucket(url):
