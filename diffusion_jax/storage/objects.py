@@ -143,12 +143,20 @@ class ObjectStore:
             return None
         return stored_tag if stored == data else None
 
-    def upload(self, path: str | os.PathLike, name: str) -> None:
-        """Creates or overwrites an object with the contents of a local file."""
+    def upload(self, path: str | os.PathLike, name: str, before_overwriting: Callable[[], None] | None = None) -> None:
+        """Creates or overwrites an object with the contents of a local file.
+
+        before_overwriting: called if the object exists with other contents; may raise. Not called for files above 32 MiB.
+        """
         path = pathlib.Path(path)
         size = path.stat().st_size
         if size <= _SINGLE_REQUEST_SIZE:
-            self.write(name, path.read_bytes())
+            data = path.read_bytes()
+            if before_overwriting:
+                if self.create(name, data) is not None:
+                    return
+                before_overwriting()
+            self.write(name, data)
         else:
             self._call(name, self._bucket.upload_large, path, self._key(name), limit=_upload_limit(size))
 
@@ -181,13 +189,19 @@ class ObjectStore:
         self.delete([name])
 
     def upload_all(
-        self, files: Mapping[str | os.PathLike, str], progress: Callable[[int, int], None] | None = None
+        self,
+        files: Mapping[str | os.PathLike, str],
+        progress: Callable[[int, int], None] | None = None,
+        before_overwriting: Callable[[], None] | None = None,
     ) -> None:
         """Uploads several files at once. files: {path: name}. progress: called with the number of finished files, and of all.
 
-        Raises: the first error; other files may have been uploaded.
+        before_overwriting: as for `upload`. Raises: the first error; other files may have been uploaded.
         """
-        _run_all([lambda path=path, name=name: self.upload(path, name) for path, name in files.items()], progress)
+        _run_all(
+            [lambda path=path, name=name: self.upload(path, name, before_overwriting) for path, name in files.items()],
+            progress,
+        )
 
     def download_all(
         self, files: Mapping[str, str | os.PathLike], progress: Callable[[int, int], None] | None = None

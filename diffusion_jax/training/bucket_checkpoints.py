@@ -17,7 +17,7 @@ from diffusion_jax.storage.locations import find_mirror
 from diffusion_jax.storage.mirror import Mirror
 from diffusion_jax.training import digests
 
-__all__ = ["commit", "delete_step", "fetch_items", "remove_uncommitted", "upload_part"]
+__all__ = ["check_lease", "commit", "delete_step", "fetch_items", "remove_uncommitted", "upload_part"]
 
 
 def fetch_items(directory: pathlib.Path, step: int, items: Iterable[str]) -> None:
@@ -32,12 +32,24 @@ def fetch_items(directory: pathlib.Path, step: int, items: Iterable[str]) -> Non
 
 
 def upload_part(part: pathlib.Path, table: digests.Table, directory: pathlib.Path) -> None:
-    """Uploads the files of this process of a step, which do not make it exist. Raises: OSError."""
+    """Uploads the files of this process of a step, which do not make it exist.
+
+    A launch that was suspended in an upload overwrites nothing when it goes on, if another launch has taken over the bucket.
+    Raises: OSError, LeaseLostError.
+    """
     mirror = find_mirror(directory)
     if mirror:
-        mirror.store.upload_all({part / name: f"{mirror.name_of(directory)}/{name}" for name in table})
+        names = {part / name: f"{mirror.name_of(directory)}/{name}" for name in table}
+        mirror.store.upload_all(names, before_overwriting=mirror.before_commit)
         if jax.process_index() > 0:
             shutil.rmtree(part, ignore_errors=True)  # without files there is none
+
+
+def check_lease(directory: pathlib.Path) -> None:
+    """Raises: LeaseLostError if another launch has taken over the bucket."""
+    mirror = find_mirror(directory)
+    if mirror:
+        mirror.before_commit()
 
 
 def commit(part: pathlib.Path, tables: Sequence[digests.Table], directory: pathlib.Path) -> None:

@@ -137,6 +137,7 @@ class Checkpoints:
         try:
             for process, report in enumerate(map(json.loads, reports)):
                 if "error" in report:
+                    bucket_checkpoints.check_lease(self._directory)
                     raise OSError(f"process {process}: {report['error']}" if len(reports) > 1 else report["error"])
                 tables.append(report["files"])
             parts = [self._part(step, process) for process in range(len(tables))]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import files
-from diffusion_jax.errors import StorageError, UserError
+from diffusion_jax.errors import LeaseLostError, StorageError, UserError
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import TensorBoardWriter, open_lines, read_metrics
@@ -87,6 +87,24 @@ def test_an_object_that_vanishes_after_it_was_listed_is_not_missed(url, store, m
     monkeypatch.setattr(mirror.store, "download", download_after_deletion)
     mirror.refresh()
     assert {path.name: path.read_bytes() for path in mirror.root.iterdir()} == {"a": b"2"}
+
+
+def test_a_launch_that_was_replaced_overwrites_no_file_of_a_checkpoint(url, store, tmp_path):
+    for name in ("new", "same", "other"):
+        (tmp_path / name).write_text(name)
+    store.write("same", b"same")
+    store.write("other", b"of the launch that replaced it")
+
+    def refuse():
+        raise LeaseLostError("another launch")
+
+    for name in ("new", "same"):
+        store.upload(tmp_path / name, name, refuse)
+    with pytest.raises(LeaseLostError):
+        store.upload(tmp_path / "other", "other", refuse)
+    assert store.read("other") == b"of the launch that replaced it"
+    store.upload(tmp_path / "other", "other", lambda: None)
+    assert [store.read(name) for name in ("new", "same", "other")] == [b"new", b"same", b"other"]
 
 
 def test_names_cannot_leave_the_mirror():
