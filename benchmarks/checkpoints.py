@@ -1,9 +1,9 @@
-"""How long a save stops the train loop, compared with copies of the same bytes; and the time of writing and hashing.
+"""How long a save stops the train loop, compared with a copy of the same bytes; and the time of writing and hashing.
 
     python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5] [--processes=1,2,4] [--replicated]
 
-For each number of processes it starts as many, with one CPU device each, which split the state among them (fsdp), or, with
---replicated, all hold it. In every round all of them begin each measurement together, and the slowest counts. The state is made
+For each number of processes it starts as many, with one CPU device each. They split the state among them (fsdp), or, with
+--replicated, all hold it. In every round all begin each measurement together, and the slowest counts. The state is made
 of random numbers: only its size matters, and no network is compiled.
 """
 
@@ -25,12 +25,11 @@ import numpy as np
 from diffusion_jax import training
 from diffusion_jax.distributed.processes import barrier
 from diffusion_jax.runs import devices
-from diffusion_jax.training.checkpoint_writing import HostCopies, HostCopy
+from diffusion_jax.training.checkpoint_writing import HostCopy
 from diffusion_jax.training.checkpoints import Checkpoints
 
 MEASURED = {
-    "copy": "copying the bytes into new memory",
-    "copy_again": "copying them into the same memory again",
+    "copy": "copying the bytes in memory",
     "save": "save() stops the loop for",
     "finish": "writing them in the background",
     "check": "hashing all files, on restart",
@@ -46,7 +45,7 @@ def seconds(function) -> float:
 
 
 def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -> None:
-    """Prints the seconds of this process as JSON: {name: one of each round}, without those of a first round."""
+    """Prints the seconds of this process as JSON: {name: one number for each round but the first}."""
     config = runpy.run_path(config_file)["get_config"]()
     config.mesh.fsdp = fsdp
     abstract = training.build_program(config).abstract_state
@@ -56,46 +55,39 @@ def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
     state = jax.tree.map(random, abstract)
-    copies = jax.tree.leaves(HostCopies().copy(state), is_leaf=lambda leaf: isinstance(leaf, HostCopy))
-    own = [np.asarray(chunk) for copy in copies for chunk in copy.chunks.values()]
-    buffers = [np.array(chunk, copy=True) for chunk in own]
-    found = {"megabytes": sum(chunk.nbytes for chunk in own) / 1e6} | {name: [] for name in MEASURED}
+    own = [chunk for leaf in jax.tree.leaves(state) for chunk in HostCopy(leaf).select(leaf)]
+    memory = [np.array(chunk, copy=True) for chunk in own]
+    found = {name: [] for name in MEASURED}
     with Checkpoints(directory, kept=1) as checkpoints:
         for step in range(1, rounds + 2):
             functions = {
-                "copy": lambda: [np.array(chunk, copy=True) for chunk in own],
-                "copy_again": lambda: [np.copyto(*pair) for pair in zip(buffers, own, strict=True)],
+                "copy": lambda: [np.copyto(*pair) for pair in zip(memory, own, strict=True)],
                 "save": lambda: checkpoints.save(step, state),  # noqa: B023 (called at once)
                 "finish": lambda: checkpoints.finish(step),  # noqa: B023
                 "check": checkpoints.newest_intact_step,
             }
             for name, function in functions.items():
                 found[name].append(seconds(function))
-    print(json.dumps({name: value[1:] if name in MEASURED else value for name, value in found.items()}), flush=True)
+    megabytes = sum(chunk.nbytes for chunk in own) / 1e6
+    print(json.dumps({name: values[1:] for name, values in found.items()} | {"megabytes": megabytes}), flush=True)
     barrier()
 
 
 def run(options: argparse.Namespace, num_processes: int) -> dict[str, float]:
-    """The medians over the rounds, of the slowest process in each, and the total of megabytes."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as directory:
+    """The medians over the rounds, of the slowest process in each, and the megabytes of all processes."""
+    with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-        free.close()
-        command = [
-            sys.executable,
-            __file__,
-            f"--config={options.config}",
-            f"--rounds={options.rounds}",
-            f"--directory={directory}",
-        ]
-        command += [f"--fsdp={1 if options.replicated else num_processes}"]
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, __file__, f"--config={options.config}", f"--rounds={options.rounds}"]
+        command += [f"--directory={directory}", f"--fsdp={1 if options.replicated else num_processes}"]
         started = [
             subprocess.Popen([*command, f"--join={address},{num_processes},{i}"], stdout=subprocess.PIPE, text=True)
             for i in range(num_processes)
         ]
         outputs = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
     slowest = {name: np.median(np.max([output[name] for output in outputs], axis=0)) for name in MEASURED}
-    return {"megabytes": sum(output["megabytes"] for output in outputs)} | slowest
+    return slowest | {"megabytes": sum(output["megabytes"] for output in outputs)}
 
 
 def main() -> None:
@@ -111,16 +103,18 @@ def main() -> None:
     devices.silence_libraries()
     if options.join:
         address, count, index = options.join.split(",")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 1)
         jax.distributed.initialize(address, int(count), int(index))
         measure(options.config, options.rounds, pathlib.Path(options.directory), int(options.fsdp))
         return
     for count in map(int, options.processes.split(",")):
         found = run(options, count)
         print(
-            f"{count} processes, state of {found.pop('megabytes'):,.0f} MB, medians of {options.rounds} rounds after a first one"
+            f"processes: {count}; state of {found['megabytes']:,.0f} MB; medians of {options.rounds} saves after a first one"
         )
-        for name, value in found.items():
-            print(f"{MEASURED[name]:40} {value:7.3f} s")
+        for name, meaning in MEASURED.items():
+            print(f"{meaning:35} {found[name]:7.3f} s")
 
 
 if __name__ == "__main__":

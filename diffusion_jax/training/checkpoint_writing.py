@@ -3,8 +3,8 @@
 `HostCopies.copy` is all that stops the train loop. In the background, `write_part` writes what one process copied into a
 directory of its own, without the others, which need not see it. `commit` then joins the parts of all processes to a step.
 
-If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk is a file of its
-own (zarr), so the files of all processes have different names and are together one checkpoint of Orbax.
+If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk is a file of
+its own (zarr), so the files of all processes have different names and are together one checkpoint of Orbax.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def own_options() -> ocp.options.MultiprocessingOptions:
 def write_part(directory: pathlib.Path, items: Mapping[str, Any], metadata: dict[str, Any]) -> digests.Table:
     """Writes the part of this process into `directory`; any thread may call it.
 
-    items: {name: tree of HostCopy}. metadata: stored with the step. Returns: the digests of the files that belong to the step.
+    items: {name: tree of HostCopy}. metadata: stored with the step. Returns: the digests of the files that the step needs.
     """
     trees = {name: jax.tree.map(HostCopy.as_array, tree) for name, tree in items.items()}
     arrays = {name: jax.tree.leaves(tree) for name, tree in trees.items()}

@@ -1,4 +1,4 @@
-"""Several processes save and restore checkpoints together: to the bit on any mesh, and all or none where one process fails."""
+"""Several processes save and restore checkpoints together: to the bit on any mesh; if one process fails, all report it."""
 
 import concurrent.futures
 import json
@@ -66,7 +66,7 @@ def test_two_processes_of_two_devices_restore_what_they_or_others_saved(saved_by
 
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
     one, two = together("fail", 2, 1, tmp_path)
-    assert one == two  # also the number of calls of `check` before the error
+    assert one == two  # also the number of checks before the error
     assert one["left"] == ["1", "5"]
     part, commit, in_the_loop = one["errors"]
     for error in (part, in_the_loop):
@@ -111,6 +111,7 @@ cli.main()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("victim", "moment"),
     [(1, "before its files are written"), (1, "after its files are written"), (0, "in the commit")],

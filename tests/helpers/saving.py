@@ -3,11 +3,13 @@
 The state has the tree of a run, split leaves and others, and random values, so nothing is compiled.
 """
 
+import contextlib
 import errno
 import json
 import pathlib
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -79,40 +81,41 @@ def restore(directory: pathlib.Path, *meshes: str) -> dict:
     return {"restored": [path.name for path in found]}
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk(process: int, module, name: str):
+    """A context in which a function of one process finds no room."""
+    is_broken = jax.process_index() == process
+    return mock.patch.object(module, name, full) if is_broken else contextlib.nullcontext()
+
+
 def fail(directory: pathlib.Path) -> dict:
     """Saves that fail on one process, and then one that does not: what each process sees."""
-    state, errors, calls = random_state(abstract_state(jax.device_count()), seed=0), [], []
-    write_part, write_digests = checkpoints.write_part, digests.write
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    state, errors, num_checks = random_state(abstract_state(jax.device_count()), seed=0), [], 0
     with Checkpoints(directory) as saved:
         saved.save(1, state)
         saved.finish(1)
-        for step, (where, name) in enumerate(((checkpoints, "write_part"), (digests, "write")), 2):
-            broken_process = {"write_part": 1, "write": 0}[name]
-            setattr(where, name, full if jax.process_index() == broken_process else getattr(where, name))
-            saved.save(step, state)
+        for step, broken in ((2, (1, checkpoints, "write_part")), (3, (0, digests, "write"))):
+            with full_disk(*broken):
+                saved.save(step, state)
+                try:
+                    saved.finish(step)
+                except SaveError as error:
+                    errors.append(str(error))
+        with full_disk(1, checkpoints, "write_part"):
+            saved.save(4, state)
             try:
-                saved.finish(step)
+                while True:  # as the train loop does, at another speed on each process
+                    saved.check()
+                    num_checks += 1
+                    time.sleep(0.02 + 0.05 * jax.process_index())
             except SaveError as error:
                 errors.append(str(error))
-            checkpoints.write_part, digests.write = write_part, write_digests
-        checkpoints.write_part = full if jax.process_index() == 1 else write_part
-        saved.save(4, state)
-        for call in range(1000):  # as the train loop does, at another speed on each process
-            try:
-                saved.check()
-            except SaveError as error:
-                errors.append(str(error))
-                calls.append(call)
-                break
-            time.sleep(0.02 + 0.05 * jax.process_index())
-        checkpoints.write_part = write_part
         saved.save(5, state)
         saved.finish(5)
-    return {"errors": errors, "calls": calls, "left": sorted(path.name for path in directory.iterdir())}
+    return {"errors": errors, "num_checks": num_checks, "left": sorted(path.name for path in directory.iterdir())}
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, mon
 
 
 def test_what_a_killed_save_or_removal_left_is_removed(two_steps, tmp_path):
-    source, abstract, _ = two_steps
+    source, _, _ = two_steps
     directory = tmp_path / "checkpoints"
     shutil.copytree(source, directory)
     for name in ("3.partial/0/params/file", "1.removed/params/file", "4.orbax-checkpoint-tmp-17/params/file"):
