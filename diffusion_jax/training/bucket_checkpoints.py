@@ -7,6 +7,7 @@ directory that is only local.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
@@ -39,7 +40,7 @@ def upload_part(part: pathlib.Path, table: digests.Table, directory: pathlib.Pat
     """
     mirror = find_mirror(directory)
     if mirror:
-        names = {part / name: f"{mirror.name_of(directory)}/{name}" for name in table}
+        names: dict[str | os.PathLike, str] = {part / name: f"{mirror.name_of(directory)}/{name}" for name in table}
         mirror.store.upload_all(names, before_overwriting=mirror.before_commit)
         if jax.process_index() > 0:
             shutil.rmtree(part, ignore_errors=True)  # without files there is none

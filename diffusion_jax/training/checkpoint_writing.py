@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -134,7 +134,7 @@ def write_part(directory: pathlib.Path, items: Mapping[str, Any], metadata: dict
         return {}
     is_split = any(isinstance(array, jax.Array) for array in jax.tree.leaves(arrays))
     options = own_options()
-    handlers = {
+    handlers: dict[str, Any] = {
         name: ocp.StandardCheckpointHandler(use_ocdbt=not is_split, multiprocessing_options=options) for name in saves
     }
     composite = ocp.CompositeCheckpointHandler(
