@@ -53,7 +53,7 @@ class _ShortRequest(Request):
 
 def _find_credentials(url: str) -> Any:
     """Credentials that are valid now; "anon" for an emulator. Raises: StorageError."""
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
+    if os.environ.get("STORAGE_EMULATOR_HOST", "default") not in ("", "default"):
         return "anon"
     try:
         with requests.Session() as session:

@@ -17,8 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import jax
-
 from diffusion_jax.distributed.file_lock import describe_process, held_error
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import LeaseLostError
@@ -128,7 +126,7 @@ class Lease:
         self._impatient_store = store.with_limits(renew_seconds, attempt_seconds=renew_seconds)
         self._renew_seconds, self._lease_seconds = renew_seconds, lease_seconds
         self._content = _Holder.this_process()
-        self._tag: str | None = None  # of the version that this process wrote; None before and after
+        self._tag: str | None = None  # of the version that this process wrote; None if it holds no lease
         self._lost: str | None = None  # the message, once another launch holds the lease
         self._mutex, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew_until_end, name="lease", daemon=True)
@@ -138,10 +136,9 @@ class Lease:
 
         Must be called before a write that makes others visible, on process 0; does nothing on other processes.
         """
-        if jax.process_index() == 0:
-            self._renew(self._store)
-            if self._lost:
-                raise LeaseLostError(self._lost)
+        self._renew(self._store)
+        if self._lost:
+            raise LeaseLostError(self._lost)
 
     def acquire(self) -> str | None:
         """Takes the lease, and renews it from then on; returns the name of the holder, None if it is this process."""

@@ -51,6 +51,7 @@ class S3Bucket:
             config_kwargs={
                 "connect_timeout": CONNECT_TIMEOUT,
                 "read_timeout": READ_TIMEOUT,
+                "max_pool_connections": 32,  # for the threads of ObjectStore, and parts of large files
                 "retries": {"mode": "standard", "max_attempts": 2},
             },
             use_listings_cache=False,

@@ -37,10 +37,10 @@ def kind_of(method, target, headers):
 class Rule:
     """A fault of some requests.
 
-    fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes it in the
-    middle of the request's body; "lose" carries the request out and closes the connection without an answer; "truncate"
-    closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale" repeats the
-    first answer to a listing; "unconditional" removes the conditions of a write.
+    fault: "refuse" answers with `status` and `body`; "silence" waits `seconds`, then closes the connection; "cut" closes it
+    in the middle of the request's body; "lose" carries the request out and closes the connection without an answer;
+    "truncate" closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale"
+    repeats the first answer to a listing; "unconditional" removes the conditions of a write.
     kind: of the requests it applies to, None for all. name: a part of their URLs. skip: so many requests are left alone
     first. every: applies to each second one, for example. times: how often it applies.
     """
@@ -53,6 +53,7 @@ class Rule:
     every: int = 1
     probability: float = 1.0
     status: int = 503
+    body: bytes = b"injected"
     seconds: float = 60.0
     seen: int = 0
 
@@ -139,7 +140,7 @@ def _make_handler(proxy):
             rule = proxy.choose(kind, self.path) or Rule("none")
             if rule.fault == "refuse":
                 self._read_body()
-                self._answer(rule.status, [], b"injected")
+                self._answer(rule.status, [], rule.body)
                 return
             if rule.fault in ("silence", "delay"):
                 proxy.wait(rule.seconds)

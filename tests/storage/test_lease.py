@@ -32,8 +32,8 @@ def hold(store, renew=RENEW, last=LAST):
 
 def abandon(store, **changes):
     """Leaves the lease of a process that was killed on another machine."""
-    content = dataclasses.replace(lease._Holder.this_process(), host="there", pid=7, pid_space="x", **changes)
-    store.write(".lock", content.to_bytes())
+    holder = dataclasses.replace(lease._Holder.this_process(), host="there", pid=7, pid_space="x", **changes)
+    store.write(".lock", holder.to_bytes())
 
 
 def counter(store):
@@ -95,12 +95,23 @@ def test_a_lease_that_is_released_meanwhile_is_created_anew(store):
         assert f"process {os.getpid()} of " in lease.find_holder(store, ".lock")
 
 
+def test_the_watch_ends_with_a_change(store):
+    abandon(store)
+    tag = store.find(".lock").tag
+    watcher = lease.Lease(store, ".lock", 1, lease_seconds=0.1)
+    assert watcher._is_unchanged(tag)
+    abandon(store, counter=1)
+    assert not watcher._is_unchanged(tag)
+    store.delete([".lock"])
+    assert not watcher._is_unchanged(tag)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems wait for the time of the lease")
 def test_the_lease_of_a_process_that_has_ended_here_is_taken_over_at_once(store, capfd):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     store.write(".lock", dataclasses.replace(lease._Holder.this_process(), pid=ended.pid).to_bytes())
-    with hold(store, last=1e6):
+    with hold(store, last=60):
         pass
     assert capfd.readouterr().out == ""
     for changes in ({"host": "there"}, {"pid_space": "another container"}, {"pid_space": ""}, {"pid": os.getpid()}):
@@ -199,7 +210,6 @@ def test_an_end_without_network_leaves_the_lease_to_expire(store, proxy):
 
 def test_process_0_alone_holds_the_lease(store, monkeypatch):
     monkeypatch.setattr(lease, "broadcast_from_process_0", lambda function: None)  # as process 1 sees it
-    monkeypatch.setattr(lease.jax, "process_index", lambda: 1)
     with hold(store) as held:
         held.check()
         assert store.list() == {}
@@ -249,7 +259,7 @@ def test_a_killed_program_s_lease_is_taken_over(store):
         holder.kill()
         holder.wait()
         if sys.platform == "linux":
-            with hold(store, last=1e6):
+            with hold(store, last=60):
                 pass
 
 

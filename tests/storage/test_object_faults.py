@@ -108,6 +108,17 @@ def test_a_refusal_is_not_retried(store, proxy):
     assert proxy.counts["write"] == before + 1 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scheme", ["s3"])  # which deletes many objects with one request
+def test_a_deletion_that_the_service_reports_as_failed(store, proxy, scheme):
+    body = "<DeleteResult><Error><Key>run/there</Key><Code>{}</Code><Message>no</Message></Error></DeleteResult>"
+    proxy.inject("refuse", "delete", status=200, body=body.format("AccessDenied").encode())
+    with pytest.raises(PermissionError, match=f"{store.url}: run/there was not deleted: no"):
+        store.delete(["there"])
+    proxy.inject("refuse", "delete", status=200, body=body.format("InternalError").encode())
+    store.delete(["there"])
+    assert store.list() == {} and proxy.injected == {"refuse": 2}
+
+
 @pytest.mark.whole
 def test_a_large_upload_survives_cut_connections(store, proxy, tmp_path):
     data = os.urandom(120 * 2**20)
@@ -193,3 +204,4 @@ def test_invalid_credentials_are_named(bucket_url, proxy):
     proxy.inject("refuse", status=401, times=1e9)
     with pytest.raises(StorageError, match="no valid credentials .*; type: "):
         objects.open_store(f"{bucket_url}/run")
+    assert proxy.counts == {"list": 1}
