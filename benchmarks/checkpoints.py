@@ -1,13 +1,18 @@
-"""How long a save blocks the train loop, compared with a copy of the state and with Orbax; and the cost of digests.
+"""How long a save stops the train loop, compared with a copy of the same bytes; and the time of writing and hashing.
 
-    python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5]
+    python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5] [--processes=1,2,4] [--replicated]
 
-The state is made of random numbers: only its size matters, and no network is compiled.
+For each number of processes it starts as many, with one CPU device each. They split the state among them (fsdp), or, with
+--replicated, all hold it. In every round all begin each measurement together, and the slowest counts. The state is made
+of random numbers: only its size matters, and no network is compiled.
 """
 
 import argparse
+import json
 import pathlib
 import runpy
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,68 +21,100 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from diffusion_jax import training
+from diffusion_jax.distributed.processes import barrier
 from diffusion_jax.runs import devices
-from diffusion_jax.training import digests
+from diffusion_jax.training.checkpoint_writing import HostCopy
 from diffusion_jax.training.checkpoints import Checkpoints
+
+MEASURED = {
+    "copy": "copying the bytes in memory",
+    "save": "save() stops the loop for",
+    "finish": "writing them in the background",
+    "check": "hashing all files, on restart",
+}
 
 
 def seconds(function) -> float:
-    """The seconds of a call."""
+    """The seconds of a call, which all processes begin together."""
+    barrier()
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def orbax_alone(directory: pathlib.Path, state, steps: int) -> list[float]:
-    """Seconds for which each save blocks if the loop calls Orbax directly, as runs of several processes do."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    blocked = []
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        for step in range(1, steps + 1):
-            save = ocp.args.StandardSave(dict(vars(state)))
-            blocked.append(seconds(lambda: manager.save(step, args=save, force=True)))  # noqa: B023 (called at once)
-            manager.wait_until_finished()
-    return blocked
+def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -> None:
+    """Prints the seconds of this process as JSON: {name: one number for each round but the first}."""
+    config = runpy.run_path(config_file)["get_config"]()
+    config.mesh.fsdp = fsdp
+    abstract = training.build_program(config).abstract_state
+
+    def random(leaf):
+        values = np.random.default_rng(0).standard_normal(leaf.shape).astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
+
+    state = jax.tree.map(random, abstract)
+    own = [chunk for leaf in jax.tree.leaves(state) for chunk in HostCopy(leaf).select(leaf)]
+    memory = [np.array(chunk, copy=True) for chunk in own]
+    found = {name: [] for name in MEASURED}
+    with Checkpoints(directory, kept=1) as checkpoints:
+        for step in range(1, rounds + 2):
+            functions = {
+                "copy": lambda: [np.copyto(*pair) for pair in zip(memory, own, strict=True)],
+                "save": lambda: checkpoints.save(step, state),  # noqa: B023 (called at once)
+                "finish": lambda: checkpoints.finish(step),  # noqa: B023
+                "check": checkpoints.newest_intact_step,
+            }
+            for name, function in functions.items():
+                found[name].append(seconds(function))
+    megabytes = sum(chunk.nbytes for chunk in own) / 1e6
+    print(json.dumps({name: values[1:] for name, values in found.items()} | {"megabytes": megabytes}), flush=True)
+    barrier()
+
+
+def run(options: argparse.Namespace, num_processes: int) -> dict[str, float]:
+    """The medians over the rounds, of the slowest process in each, and the megabytes of all processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, __file__, f"--config={options.config}", f"--rounds={options.rounds}"]
+        command += [f"--directory={directory}", f"--fsdp={1 if options.replicated else num_processes}"]
+        started = [
+            subprocess.Popen([*command, f"--join={address},{num_processes},{i}"], stdout=subprocess.PIPE, text=True)
+            for i in range(num_processes)
+        ]
+        outputs = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+    slowest = {name: np.median(np.max([output[name] for output in outputs], axis=0)) for name in MEASURED}
+    return slowest | {"megabytes": sum(output["megabytes"] for output in outputs)}
 
 
 def main() -> None:
-    """Prints the medians over the rounds."""
+    """Prints a table for each number of processes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="configs/cifar10.py")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--replicated", action="store_true")
+    for internal in ("--join", "--directory", "--fsdp"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args()
     devices.silence_libraries()
-    abstract = training.build_program(runpy.run_path(options.config)["get_config"]()).abstract_state
-    rng = np.random.default_rng(0)
-
-    def random_like(leaf):
-        return jax.device_put(rng.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
-
-    state = jax.tree.map(random_like, abstract)
-    megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
-    rows = []
-    with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory), kept=1) as checkpoints:
-        for step in range(1, options.rounds + 2):
-            copy = seconds(lambda: jax.tree.map(lambda leaf: np.array(leaf, copy=True), state))
-            blocked = seconds(lambda: checkpoints.save(step, state))  # noqa: B023 (called at once)
-            background = seconds(lambda: checkpoints.finish(step))  # noqa: B023
-            path = pathlib.Path(directory) / str(step)
-            hashed = seconds(lambda: digests.find_corruption(path, ("params", "ema_params", "rest")))  # noqa: B023
-            rows.append((copy, blocked, background, hashed))
-    with tempfile.TemporaryDirectory() as directory:
-        alone = np.median(orbax_alone(pathlib.Path(directory), state, options.rounds + 1)[1:])
-    copy, blocked, background, hashed = np.median(
-        rows[1:], axis=0
-    )  # the first save also creates threads and directories
-    print(f"state of {megabytes:,.0f} MB, medians of {options.rounds} saves after a first one")
-    print(f"copying it in memory              {copy:7.3f} s")
-    print(f"save() blocks the loop for        {blocked:7.3f} s")
-    print(f"Orbax alone blocks the loop for   {alone:7.3f} s")
-    print(f"writing it in the background      {background:7.3f} s, including about the next time for digests")
-    print(f"hashing all its files, on restart {hashed:7.3f} s")
+    if options.join:
+        address, count, index = options.join.split(",")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 1)
+        jax.distributed.initialize(address, int(count), int(index))
+        measure(options.config, options.rounds, pathlib.Path(options.directory), int(options.fsdp))
+        return
+    for count in map(int, options.processes.split(",")):
+        found = run(options, count)
+        print(
+            f"processes: {count}; state of {found['megabytes']:,.0f} MB; medians of {options.rounds} saves after a first one"
+        )
+        for name, meaning in MEASURED.items():
+            print(f"{meaning:35} {found[name]:7.3f} s")
 
 
 if __name__ == "__main__":

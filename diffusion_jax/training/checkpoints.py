@@ -6,31 +6,34 @@ A step's directory holds three items, so that sampling reads only the weights it
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import os
+import json
+import math
 import pathlib
 import shutil
-import sys
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, log
+from diffusion_jax.distributed.messages import call_on_process_0
+from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, is_peer_failure, log
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import digests
+from diffusion_jax.training.checkpoint_writing import HostCopies, commit, own_options, write_part
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.state import TrainState
 
 __all__ = ["Checkpoints", "committed_steps", "resume_hint"]
 
 _WEIGHTS = ("params", "ema_params")
+_PARTIAL, _REMOVED, _UNREADABLE = ".partial", ".removed", ".unreadable"
+_LEFTOVERS = (f"*{_PARTIAL}", f"*{_REMOVED}", "*.orbax-checkpoint-tmp*")  # the last of earlier versions
 
 
 def resume_hint(directory: pathlib.Path) -> str:
@@ -39,27 +42,6 @@ def resume_hint(directory: pathlib.Path) -> str:
     if not steps:
         return "nothing was saved yet"
     return f"step {steps[-1]} is saved; rerun the same command to resume from it"
-
-
-class _DirectoryWithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A directory that gets its digests before the rename that commits it.
-
-    Orbax's background thread calls `finalize` on process 0 after all processes have written their files. Training continues
-    meanwhile, because hashing releases the interpreter lock.
-    """
-
-    async def finalize(self) -> None:
-        try:
-            if self.get_final().name.isdecimal():  # a step, not one of its items
-                await asyncio.to_thread(digests.write, pathlib.Path(self.get()))
-            await super().finalize()
-        except Exception as error:
-            if jax.process_count() > 1:
-                # The other processes wait for this one here, and Orbax's threads would wait forever.
-                message = f"error: a checkpoint could not be written ({_first_line(error)}); is the disk full?"
-                print(message, file=sys.stderr, flush=True)
-                os._exit(SaveError.exit_code)
-            raise
 
 
 def _first_line(error: BaseException | str) -> str:
@@ -90,21 +72,15 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0, read_only: bool = False):
         """read_only: changes nothing in the directory, so that a run in progress is not disturbed."""
         self._directory, self._read_only = directory.absolute(), read_only
-        if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            broadcast_from_process_0(self._set_aside_uncommitted)
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=kept,
-                keep_period=keep_every or None,
-                cleanup_tmp_directories=True,
-                create=True,
-                temporary_path_class=_DirectoryWithDigests,
-            )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._thread = ThreadPoolExecutor(1)
-        self._started: Future[None] = Future()  # whether Orbax has taken over the last save
-        self._started.set_result(None)
+        self._kept, self._keep_every = kept, keep_every
+        if not read_only:
+            broadcast_from_process_0(self._clean_up)
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: Future[None] | None = None  # None once it is known how the last save ended
+        self._lock = threading.Lock()
+        self._num_checks = 0
+        self._last_check: float = math.inf  # the number of the last check that does not report a failed save
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -113,16 +89,10 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # another process may be lost, and closing would wait for it
-        try:
-            self._thread.shutdown()
-            try:
-                self._started.result()
-            finally:
-                self._manager.close()
-        except Exception as close_error:
-            if kind is None:  # otherwise the first error is more useful
-                raise self._save_error(close_error) from close_error
+            return  # another process may be lost, and the thread would wait for it
+        self._thread.shutdown()
+        if kind is None:  # otherwise the first error is more useful
+            self._wait()
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, in increasing order."""
@@ -131,47 +101,84 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state to the host and writes it in the background. Raises: SaveError, also for an earlier save.
 
-        Orbax alone would copy the state too, but block the train loop 0.65 s for 572 MB in 1,332 arrays, most of it
-        bookkeeping for each array, instead of 0.07 s (benchmarks/checkpoints.py). A single process therefore copies the
-        state itself and calls Orbax in a thread, for which the host holds the state twice. Several processes call Orbax in
-        the main thread, because it synchronizes them.
+        It waits for an earlier save, and then for the copies alone. While they are written, the host holds them twice.
         """
-        items = _items(state)
+        self._wait()
         try:
-            self._started.result()
-            if jax.process_count() > 1:
-                self._start_save(step, items)
-            else:
-                jax.tree.map(lambda leaf: leaf.copy_to_host_async(), items)  # starts all copies before waiting for one
-                copies = jax.tree.map(lambda leaf: np.array(leaf, copy=True), items)
-                self._started = self._thread.submit(self._start_save, step, copies)
-        except Exception as error:  # Orbax and tensorstore raise many types for a full disk
+            copies = self._copies.copy(_items(state))
+        except Exception as error:  # jax raises many types when the memory is full
             raise self._save_error(error) from error
+        self._saving = self._thread.submit(self._write, step, copies)
 
-    def _start_save(self, step: int, items: Mapping[str, Any]) -> None:
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    def _write(self, step: int, copies: Mapping[str, Any]) -> None:
+        """Writes the part of this process and commits the step, in the background."""
         metadata = {"digests": digests.NAME}  # distinguishes a step that lost its digests from one that never had any
-        self._manager.save(step, args=ocp.args.Composite(**saves), force=True, custom_metadata=metadata)
+        try:
+            report = {"files": write_part(self._part(step, jax.process_index()), copies, metadata)}
+        except Exception as error:  # Orbax and tensorstore raise many types for a full disk
+            report = {"error": _first_line(error)}
+        try:
+            call_on_process_0("save", functools.partial(self._commit, step), json.dumps(report))
+        except Exception:
+            self._agree_on_last_check()
+            raise
+
+    def _part(self, step: int, process: int) -> pathlib.Path:
+        """Where a process writes its part of a step."""
+        return self._directory / f"{step}{_PARTIAL}" / str(process)
+
+    def _commit(self, step: int, reports: list[str]) -> None:
+        """Makes the step exist and removes old ones. Raises: OSError, also if a process could not write its part."""
+        tables = []
+        try:
+            for process, report in enumerate(map(json.loads, reports)):
+                if "error" in report:
+                    raise OSError(f"process {process}: {report['error']}" if len(reports) > 1 else report["error"])
+                tables.append(report["files"])
+            parts = [self._part(step, process) for process in range(len(tables))]
+            commit(parts, tables, self._directory / str(step))
+        finally:
+            shutil.rmtree(self._directory / f"{step}{_PARTIAL}", ignore_errors=True)
+        for old in self.steps()[: -self._kept]:
+            if not self._keep_every or old % self._keep_every:
+                # Removing takes long, and would leave a damaged step where it is interrupted.
+                shutil.rmtree(self._rename(self._directory / str(old), _REMOVED), ignore_errors=True)
+
+    def _agree_on_last_check(self) -> None:
+        """Makes every process report a failed save in the same call of `check`: none waits for another in a later step."""
+        with self._lock:  # the main thread waits in its next call, so the counts stay
+            try:
+                self._last_check = call_on_process_0(
+                    "checks", lambda counts: max(map(int, counts)), str(self._num_checks)
+                )
+            except Exception:  # a process is lost
+                self._last_check = self._num_checks
 
     def check(self) -> None:
-        """Raises: SaveError if a save in the background has failed; does not wait."""
-        if not self._started.done():
-            return
-        try:
-            self._started.result()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._save_error(error) from error
+        """Raises: SaveError if a save in the background has failed; does not wait for it."""
+        with self._lock:
+            self._num_checks += 1
+            has_failed = self._num_checks > self._last_check
+        if has_failed:
+            self._wait()
 
     def finish(self, step: int) -> None:
         """Waits for the background, then checks that `step` is committed. Raises: SaveError."""
-        try:
-            self._started.result()
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._save_error(error) from error
+        self._wait()
         if step not in broadcast_from_process_0(self.steps):
             raise self._save_error(f"step {step} is missing")
+
+    def _wait(self) -> None:
+        """Waits for the last save. Raises: SaveError, or what jax raises if another process is lost."""
+        saving, self._saving = self._saving, None
+        try:
+            if saving is not None:
+                saving.result()
+        except Exception as error:
+            self._last_check = math.inf
+            if isinstance(error, jax.errors.JaxRuntimeError) and is_peer_failure(error):
+                raise
+            raise self._save_error(error) from error
 
     def _save_error(self, reason: BaseException | str) -> SaveError:
         steps = self.steps()
@@ -266,7 +273,12 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        return self._manager.restore(step, args=ocp.args.Composite(**restores))
+        composite = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=own_options())
+        )
+        # A process that cannot read must not keep the others waiting.
+        with ocp.Checkpointer(composite, multiprocessing_options=own_options()) as checkpointer:
+            return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged steps, unless the directory is read-only."""
@@ -274,17 +286,16 @@ class Checkpoints:
             if self._read_only:
                 log("It is left unchanged; the checkpoint before it is used.")
                 continue
-            path = broadcast_from_process_0(functools.partial(self._rename, self._directory / str(step)))
+            path = broadcast_from_process_0(functools.partial(self._rename, self._directory / str(step), _UNREADABLE))
             log(f"Renamed it to {path}; continuing from the checkpoint before it.")
-        if steps and not self._read_only:
-            self._manager.reload()
 
     @staticmethod
-    def _rename(path: pathlib.Path) -> str:
-        unreadable = path.with_name(f"{path.name}.unreadable")
-        shutil.rmtree(unreadable, ignore_errors=True)  # from an earlier launch
-        path.rename(unreadable)
-        return str(unreadable)
+    def _rename(path: pathlib.Path, suffix: str) -> str:
+        """Appends a suffix to the name of a step, which removes it from the steps. Returns: the new path."""
+        renamed = path.with_name(path.name + suffix)
+        shutil.rmtree(renamed, ignore_errors=True)  # from an earlier launch
+        path.rename(renamed)
+        return str(renamed)
 
     def _uncommitted(self) -> list[str]:
         """Directories that are named like a step and not empty, but not committed."""
@@ -292,11 +303,15 @@ class Checkpoints:
         paths = [path for path in self._directory.glob("*") if path.name.isdecimal() and path.is_dir()]
         return [path.name for path in paths if int(path.name) not in committed and any(path.iterdir())]
 
-    def _set_aside_uncommitted(self) -> None:
-        """Renames or removes directories that are named like a step but not committed: Orbax would not save that step."""
+    def _clean_up(self) -> None:
+        """Creates the directory, removes what an interrupted launch left, and sets aside steps that are not committed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for pattern in _LEFTOVERS:
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path)
         for name in self._uncommitted():
             log(f"The checkpoint of step {name} is damaged: {digests.COMMITTED} is missing.")
-            log(f"Renamed it to {self._rename(self._directory / name)}.")
+            log(f"Renamed it to {self._rename(self._directory / name, _UNREADABLE)}.")
         for path in self._directory.glob("*"):
             if path.name.isdecimal() and path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -1,7 +1,7 @@
 """SHA-256 of a checkpoint's files: written before the checkpoint is committed, compared before it is read.
 
 Orbax itself restores a flipped bit as another number, without an error. The table lists every file of a step's directory
-except itself and the two that Orbax writes during the commit, which hold no numbers:
+except itself:
 
     {"<item>/<file>": [bytes, "<hexadecimal SHA-256>"], ...}
 """
@@ -14,11 +14,11 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-__all__ = ["COMMITTED", "NAME", "committed_steps", "find_corruption", "write"]
+__all__ = ["COMMITTED", "NAME", "Table", "committed_steps", "compute", "find_corruption", "write"]
 
 NAME = "digests.json"
 COMMITTED = "_CHECKPOINT_METADATA"
-_NOT_LISTED = {NAME, COMMITTED, "commit_success.txt"}
+Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
@@ -33,19 +33,22 @@ def _digest(path: pathlib.Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(directory: pathlib.Path) -> None:
-    """Writes the table of all files in `directory` into it, and syncs it to the disk."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    names = {path.relative_to(directory).as_posix(): path for path in files}
-    table = {name: _digest(path) for name, path in names.items() if name not in _NOT_LISTED}
+def compute(directory: pathlib.Path) -> Table:
+    """The table of all files in `directory`."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): _digest(path) for path in files}
+
+
+def write(directory: pathlib.Path, table: Table) -> None:
+    """Writes the table of the files in `directory` into it, and syncs it to the disk."""
     with (directory / NAME).open("w") as file:
-        json.dump(table, file, indent=0)
+        json.dump(dict(sorted(table.items())), file, indent=0)
         file.flush()
         os.fsync(file.fileno())
 
 
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
-    """The first corrupted file of `items` in a step's directory and its fault, as a phrase; None if all files are intact.
+    """The first corrupted file of `items` or of all items and its fault, as a phrase; None if these files are intact.
 
     Raises: FileNotFoundError for a step that was saved without digests, by an earlier version.
     """
@@ -62,18 +65,19 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
         listed = {name: (size, digest) for name, (size, digest) in table.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{NAME} cannot be read: {type(error).__name__}"
-    for item in items:
-        names = [name for name in listed if name.startswith(f"{item}/")]
-        if not names:
-            return f"{NAME} lists no files of {item}"
-        for name in names:
-            expected_size, expected_digest = listed[name]
-            try:
-                size, digest = _digest(directory / name)
-            except OSError as error:
-                return f"{name} {'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
-            if size != expected_size:
-                return f"{name} has {size} bytes, not {expected_size}"
-            if digest != expected_digest:
-                return f"{name} was changed: its SHA-256 differs from the stored one"
+    items = set(items)
+    missing = sorted(items - {name.split("/")[0] for name in listed})
+    if missing:
+        return f"{NAME} lists no files of {missing[0]}"
+    for name, (expected_size, expected_digest) in listed.items():
+        if "/" in name and name.split("/")[0] not in items:
+            continue
+        try:
+            size, digest = _digest(directory / name)
+        except OSError as error:
+            return f"{name} {'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
+        if size != expected_size:
+            return f"{name} has {size} bytes, not {expected_size}"
+        if digest != expected_digest:
+            return f"{name} was changed: its SHA-256 differs from the stored one"
     return None

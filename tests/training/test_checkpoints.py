@@ -13,7 +13,7 @@ import pytest
 from diffusion_jax import training
 from diffusion_jax.distributed import preemption
 from diffusion_jax.errors import CheckpointError, SaveError
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_writing, checkpoints, digests
 from helpers.configs import tiny_config
 
 
@@ -157,37 +157,89 @@ def test_another_state_is_refused_and_nothing_set_aside(two_steps):
     assert checkpoints.committed_steps(directory) == [1, 2]
 
 
-def test_every_flipped_bit_of_a_listed_file_is_found(two_steps, tmp_path):
+def test_a_flipped_bit_of_any_file_is_found(two_steps, tmp_path):
     source, _, _ = two_steps
     directory = tmp_path / "checkpoints"
     shutil.copytree(source, directory)
     rng = np.random.default_rng(0)
     items = ("params", "ema_params", "rest")
     for path in files(directory / "2"):
-        if path.name not in (digests.COMMITTED, "commit_success.txt") or path.parent != directory / "2":
-            content = path.read_bytes()
+        content = path.read_bytes()
+        if content:
             flip(path, int(rng.integers(8 * len(content))))
             assert digests.find_corruption(directory / "2", items), path
             path.write_bytes(content)
     assert digests.find_corruption(directory / "2", items) is None
 
 
-def test_digests_are_written_before_the_commit(two_steps, tmp_path, monkeypatch, capsys):
-    """A save that ends between the files and the commit leaves no step, and the one before whole."""
+def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, monkeypatch):
+    """And none of its files, which would take the room that the next one needs."""
     source, abstract, states = two_steps
     directory = tmp_path / "checkpoints"
     shutil.copytree(source, directory)
     state = restore(directory, abstract)
 
-    def killed(path):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(digests, "write", killed)
-    saved = checkpoints.Checkpoints(directory)
-    saved.save(3, state)
-    with pytest.raises(SaveError, match="No space left.*checkpoint of step 2 is kept"):
-        saved.finish(3)
-    monkeypatch.undo()
-    assert any("tmp" in path.name for path in directory.iterdir())
+    with checkpoints.Checkpoints(directory) as saved:
+        with monkeypatch.context() as patch:
+            patch.setattr(digests, "write", full)
+            saved.save(3, state)
+            with pytest.raises(SaveError, match="No space left.*checkpoint of step 2 is kept"):
+                saved.finish(3)
+            assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+            saved.save(3, state)
+            saved._thread.submit(lambda: None).result()  # after the save
+            with pytest.raises(SaveError, match="No space left"):
+                saved.check()
+        saved.check()
+        saved.save(4, state)
+        saved.finish(4)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restore(directory, abstract)), states[2])
-    assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+
+
+def test_what_a_killed_save_or_removal_left_is_removed(two_steps, tmp_path):
+    source, _, _ = two_steps
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(source, directory)
+    for name in ("3.partial/0/params/file", "1.removed/params/file", "4.orbax-checkpoint-tmp-17/params/file"):
+        (directory / name).parent.mkdir(parents=True)
+        (directory / name).write_text("")
+    (directory / "2.unreadable").mkdir()
+    with checkpoints.Checkpoints(directory, read_only=True) as saved:
+        assert saved.newest_intact_step() == 2
+    assert len(list(directory.iterdir())) == 6
+    with checkpoints.Checkpoints(directory):
+        assert sorted(path.name for path in directory.iterdir()) == ["1", "2", "2.unreadable"]
+
+
+def small_state(step):
+    params = {"kernel": jnp.full((3, 5), step, jnp.float32)}
+    return training.TrainState(jnp.int32(step), params, params, {"count": jnp.int32(step)}, {"total": jnp.float32(0)})
+
+
+def test_the_newest_steps_and_those_at_the_interval_are_kept(tmp_path):
+    with checkpoints.Checkpoints(tmp_path, kept=2, keep_every=2) as saved:
+        for step in range(1, 6):
+            saved.save(step, small_state(step))
+        saved.finish(5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_a_save_holds_the_state_at_its_call(tmp_path, monkeypatch):
+    """The next step overwrites the state; also with the memory of accelerators, which a CPU has as well."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    for kind in (None, "pinned_host"):
+        monkeypatch.setattr(checkpoint_writing, "_host_memory_kind", lambda kind=kind: kind)
+        with checkpoints.Checkpoints(tmp_path / str(kind)) as saved:
+            for step in (1, 2):
+                state = small_state(step)
+                state = state.replace(ema_params=jax.tree.map(jnp.copy, state.params))  # not the same arrays twice
+                saved.save(step, state)
+                jax.block_until_ready(overwrite(state))
+            saved.finish(2)
+            restored = saved.restore(small_state(0))
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(small_state(2)))
+            chunks = jax.tree.leaves([list(copy.chunks.values()) for copy in saved._copies._copies])
+            assert {isinstance(chunk, np.ndarray) for chunk in chunks} == {kind is None}

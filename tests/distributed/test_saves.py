@@ -1,0 +1,135 @@
+"""Several processes save and restore checkpoints together: to the bit on any mesh; if one process fails, all report it."""
+
+import concurrent.futures
+import json
+import signal
+
+import pytest
+
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.runs import train
+from diffusion_jax.training import digests
+from helpers.configs import tiny_config
+from helpers.launcher import launch
+from helpers.paths import ROOT
+from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
+
+pytestmark = pytest.mark.whole
+
+
+def together(scenario, count, num_devices, directory, *more):
+    """What each of several processes returns from a scenario of helpers/saving.py."""
+    port = str(free_port())
+
+    def run(index):
+        arguments = (scenario, port, str(count), str(index), str(num_devices), str(directory), *map(str, more))
+        return launch(*arguments, program="helpers.saving")
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        outputs = list(pool.map(run, range(count)))
+    assert all(code == 0 for code, _, _ in outputs), outputs
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in outputs]
+
+
+def assert_complete(directory, is_split):
+    """One step, whose table lists all files; a file of its own for each chunk if an array is split over processes."""
+    assert [path.name for path in directory.iterdir()] == ["2"]
+    files = {path.relative_to(directory / "2").as_posix() for path in (directory / "2").rglob("*") if path.is_file()}
+    table = json.loads((directory / "2" / digests.NAME).read_text())
+    assert set(table) == files - {digests.NAME}
+    assert ("params/manifest.ocdbt" in files) is not is_split
+    assert ("params/conv/0.0.0.1" in files) is is_split
+
+
+@pytest.fixture(scope="module")
+def saved_by_four(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("four")
+    together("exchange", 4, 1, directory, 4, 2, 1)
+    return directory
+
+
+def test_four_processes_restore_what_they_saved_on_any_mesh(saved_by_four):
+    for fsdp, is_split in ((4, True), (2, True), (1, False)):
+        assert_complete(saved_by_four / str(fsdp), is_split)
+
+
+def test_two_processes_of_two_devices_restore_what_they_or_others_saved(saved_by_four, tmp_path):
+    together("exchange", 2, 2, tmp_path, 4, 2, 1)
+    for fsdp, is_split in ((4, True), (2, False), (1, False)):
+        assert_complete(tmp_path / str(fsdp), is_split)
+    for directory in (tmp_path, saved_by_four):
+        for count, num_devices in ((2, 2), (1, 4), (1, 1)):
+            meshes = [fsdp for fsdp in (4, 1) if fsdp <= count * num_devices]
+            found = together("restore", count, num_devices, directory, *meshes)
+            assert found == [{"restored": ["1", "2", "4"]}] * count
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
+    one, two = together("fail", 2, 1, tmp_path)
+    assert one == two  # also the number of checks before the error
+    assert one["left"] == ["1", "5"]
+    part, commit, in_the_loop = one["errors"]
+    for error in (part, in_the_loop):
+        assert "process 1: [Errno 28] No space left on device" in error and "checkpoint of step 1 is kept" in error
+    assert "process" not in commit and "No space left on device" in commit
+
+
+KILLED = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.distributed import sharding
+from diffusion_jax.training import checkpoints, digests
+
+write_part, write_digests = checkpoints.write_part, digests.write
+victim, moment = "--process_id=1" in sys.argv, os.environ["MOMENT"]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writing(directory, *arguments):
+    is_last = victim and directory.parent.name == "4.partial"
+    if is_last and moment == "before its files are written":
+        die()
+    table = write_part(directory, *arguments)
+    if is_last and moment == "after its files are written":
+        die()
+    return table
+
+
+def committing(directory, table):
+    if directory.parent.name == "4.partial" and moment == "in the commit":
+        die()
+    write_digests(directory, table)
+
+
+checkpoints.write_part, digests.write = writing, committing
+sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
+cli.main()
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [(1, "before its files are written"), (1, "after its files are written"), (0, "in the commit")],
+)
+def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed(tmp_path, victim, moment, capsys):
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0}
+    flags = tiny_flags(directory, **overrides, **{"mesh.fsdp": 4, "training.num_steps": 100})
+    flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    pair = [
+        start(*flags, f"--process_id={i}", program=str(program), XLA_FLAGS=TWO_DEVICES, MOMENT=moment) for i in range(2)
+    ]
+    (code, *_), (peer_code, _, peer_err) = (finish(pair[i]) for i in (victim, 1 - victim))
+    assert code == -signal.SIGKILL and peer_code in (EXIT_PEER_LOST, -signal.SIGABRT), peer_err
+    if peer_code == EXIT_PEER_LOST:
+        assert [line for line in peer_err.splitlines() if "another process of the run was lost" in line], peer_err
+    assert "4.partial" in [path.name for path in (directory / "checkpoints").iterdir()]
+    train.run(tiny_config(**overrides), directory)
+    assert "Continuing from step 2." in capsys.readouterr().out
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["2", "4"]
