@@ -37,7 +37,7 @@ class HostCopy:
         self.sharding = _without_replicas(array.sharding, array.shape, _host_memory_kind())
         chunk = self.sharding.shard_shape(array.shape), array.dtype
         devices = sorted(self.sharding.addressable_devices, key=lambda device: device.id)
-        self.chunks: dict[jax.Device, np.ndarray | jax.Array | None] = {device: np.empty(*chunk) for device in devices}
+        self.chunks: dict[Any, np.ndarray | jax.Array | None] = {device: np.empty(*chunk) for device in devices}
 
     def select(self, array: jax.Array) -> list[jax.Array]:
         """The chunks of an array that are to be copied, in the order of `chunks`."""
@@ -96,7 +96,7 @@ def _host_memory_kind() -> str | None:
     return "pinned_host" if device.platform != "cpu" and "pinned_host" in kinds else None
 
 
-def _host_memory(device: jax.Device) -> SingleDeviceSharding:
+def _host_memory(device: Any) -> SingleDeviceSharding:
     return SingleDeviceSharding(device, memory_kind=_host_memory_kind())
 
 
@@ -106,7 +106,7 @@ def _without_replicas(sharding: Sharding, shape: tuple[int, ...], memory_kind: s
 
     So process 0 has a chunk of every array, and its description of the tree is complete.
     """
-    devices: dict[tuple[int, ...], jax.Device] = {}
+    devices: dict[tuple[int, ...], Any] = {}
     indices = sharding.devices_indices_map(shape).items()
     for device, index in sorted(indices, key=lambda item: (item[0].process_index, item[0].id)):
         devices.setdefault(tuple(part.start or 0 for part in index), device)
