@@ -110,7 +110,7 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
         captions, rows = class_captions(shown, run.class_names), []
         for label, caption in zip(shown, captions, strict=True):
             chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
-            picture = budget.embed(pictures.grid(np.asarray(images[chosen]), columns=_IMAGES_OF_A_CLASS))
+            picture = budget.embed(pictures.grid(np.asarray(images[chosen]), columns=len(chosen)))
             if picture:
                 rows.append(Captioned(picture, f"class {caption}"))
         left_out = len(present) - len(rows)

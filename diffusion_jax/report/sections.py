@@ -301,7 +301,9 @@ def _other_pictures(run: RunFiles, budget: Budget) -> tuple[str, str, Markup] | 
 def _events(run: RunFiles) -> tuple[str, str, Markup] | None:
     if not run.events:
         return None
-    return section("events", "Events", table("Times are in UTC", ["time", "event", "what happened"], run.events))
+    return section(
+        "events", "Events", table("Times are in UTC", ["time", "event", "what happened"], run.events, "times")
+    )
 
 
 def _config(run: RunFiles) -> tuple[str, str, Markup] | None:
