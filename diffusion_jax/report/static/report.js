@@ -20,7 +20,7 @@
   const join = (series) =>
     uPlot.join(series.map((one) => [one.x, one.mean, one.low || one.mean, one.high || one.mean]));
 
-  const positive = (table) => table.slice(1).every((values) => values.every((value) => value === null || value > 0));
+  const positive = (table) => table.slice(1).every((values) => values.every((value) => value === null || value === undefined || value > 0));
 
   class Chart {
     constructor(place, chart) {
