@@ -90,7 +90,8 @@ class PreviewPictures:
         """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run."""
         labels = self._batch_sampler.setup.labels(np.arange(len(samples)))
         captions = None if labels is None else class_captions(labels, self._class_names)
-        title = f"Samples after {step:,} training steps"
+        sampling_steps = self._batch_sampler.setup.schedule.num_timesteps
+        title = f"Samples after {step:,} training steps, by DDIM with {sampling_steps} steps"
         picture = draw_samples(samples, title, captions)
         try:
             self._directory.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import resolve
@@ -39,7 +40,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
             normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")
-        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}"))
+        captions = file.setup.labels.captions(np.arange(trajectory.x.shape[1]))
+        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}", captions))
         frames = {
             "x_t": trajectory.x[:-1],
             "x_0": trajectory.x_0,
