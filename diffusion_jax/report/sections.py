@@ -18,11 +18,11 @@ from diffusion_jax.report.markup import Markup, definitions, element, join, tabl
 from diffusion_jax.runs.metric_table import add_likelihood, table_cells
 from diffusion_jax.runs.sample_files import read_settings
 
-__all__ = ["PageData", "metrics_table", "run_sections", "section"]
+__all__ = ["LIKELIHOOD_TERMS", "PageData", "chart_grid", "format_value", "metrics_table", "run_sections", "section"]
 
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 _MAX_RECORDS, _MAX_COMMANDS = 20, 3
-_LIKELIHOOD_TERMS = {
+LIKELIHOOD_TERMS = {
     "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
     "nats_per_dim": "the same in nats",
     "prior": "KL of q(x_T | x_0) from the standard normal, in bits per dimension",
@@ -195,7 +195,7 @@ def _left_out(names: Sequence[str]) -> Markup:
 def _likelihood(run: RunFiles, data: PageData) -> tuple[str, str, Markup] | None:
     report, terms = run.likelihood, run.terms
     rows = []
-    for name, meaning in _LIKELIHOOD_TERMS.items():
+    for name, meaning in LIKELIHOOD_TERMS.items():
         if isinstance(report.get(name), int | float):
             rows.append([name, format_value(report[name], report.get(f"{name}_standard_error")), meaning])
     content: list[Any] = []
@@ -253,7 +253,7 @@ def metrics_table(runs: Mapping[str, RunFiles]) -> Markup | None:
     names = {str(run.directory): name for name, run in runs.items()}
     texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
     body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
-    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
+    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
     for _, record in pairs:
         meanings |= record.get("definitions", {})
     return join([body, definitions((name, meanings[name]) for name in columns if name in meanings)])
