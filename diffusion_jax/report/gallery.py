@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.data.numpy_files import map_array
+from diffusion_jax.report.array_frames import array_images
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
 from diffusion_jax.report.embed import Budget, Picture
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.class_labels import class_captions
-from diffusion_jax.runs.sample_pictures import draw_samples, is_of_images
+from diffusion_jax.runs.sample_pictures import is_of_images
 
 __all__ = ["Captioned", "Frames", "class_rows", "denoising", "even_subset", "other_pictures", "training_samples"]
 
@@ -86,14 +87,14 @@ def _denoising_frames(name: str, x_t: np.ndarray, x_0: np.ndarray, captions: Seq
         ("x_t, the noisy sample", "x_0, as the network predicts it"),
     )
     for caption, *both in zip(captions, x_t, x_0, strict=True):
-        drawn = [budget.embed(_draw(x, what), limit) for x, what in zip(both, names, strict=True)]
+        drawn = [budget.embed(_draw(x, x_t[-1]), limit) for x in both]
         if None not in drawn:
             frames.append((caption, tuple(drawn)))
     return Frames(names, frames, f"Samples of {name}.")
 
 
-def _draw(samples: np.ndarray, title: str) -> np.ndarray:
-    return pictures.grid(samples) if is_of_images(samples) else draw_samples(samples, title)
+def _draw(x: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    return pictures.grid(x if is_of_images(samples) else array_images(x, samples))
 
 
 def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
