@@ -121,11 +121,11 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
 
 
 def _metrics(run: RunFiles, weights: str, step: int | None) -> dict[str, tuple[float, Any, str]]:
-    """{name: (value, standard error or None, how it was measured)} of these weights, the newest of each."""
+    """{name: (value, standard error or None, how it was measured)} of these weights, each of the most samples."""
     found: dict[str, tuple[float, Any, str]] = {}
     records = [record for record in run.records if (record.get("weights"), record.get("step")) == (weights, step)]
     known = _definitions()
-    for record in records:
+    for record in sorted(records, key=lambda record: record.get("num_samples") or 0):
         how = ", ".join(
             f"{name} {record[name]}" for name in ("num_samples", "steps", "features", "reference") if record.get(name)
         )

@@ -58,6 +58,15 @@ def test_metrics_of_other_weights_are_left_out(run, tmp_path):
     assert "these are the raw weights" in card
 
 
+def test_metrics_of_the_most_samples_are_shown(run, tmp_path):
+    directory, description = run
+    (record,) = json.loads((directory / "metrics.json").read_text())
+    fewer = record | {"num_samples": 3, "frechet_distance": 99.0}
+    (directory / "metrics.json").write_text(json.dumps([record, fewer]))
+    card = model_card(description, tmp_path / "digits", directory, ema=True)
+    assert "3.676" in card and "99" not in card.split("## Metrics")[1].split("## License")[0]
+
+
 def test_a_card_of_published_weights_has_no_run(run, tmp_path):
     card = model_card(run[1], tmp_path / "x.safetensors", None, ema=True)
     assert front_matter(card)["library_name"] == "diffusion_jax"
