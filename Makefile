@@ -71,9 +71,10 @@ docs: setup $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check_site.py
 
-# Opens every page in Chromium, as wide as a phone and as a desktop; screenshots into docs/_build/screenshots.
+# Opens every page of the site, and reports of runs, in Chromium, as wide as a phone and as a desktop; screenshots into
+# docs/_build/screenshots.
 browser: docs
-	$(BIN)/python -m pytest -q -n 0 -m browser tests/documents/test_browser.py
+	$(BIN)/python -m pytest -q -n 0 -m browser tests/documents/test_browser.py tests/report/test_report_in_browser.py
 
 # Writes docs/reference/configuration.md and command_line.md, completely or not at all.
 reference: setup

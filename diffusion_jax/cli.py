@@ -44,6 +44,7 @@ MODES = {
     "progressive": "measure rate and distortion",
     "train_classifier": "train a classifier of noisy images, for guidance",
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
+    "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
@@ -254,7 +255,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
     if is_classifier and mode == "train":
         raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
-    if is_classifier and mode not in ("train_classifier", "plan", "status"):
+    if is_classifier and mode not in ("train_classifier", "plan", "status", "report"):
         raise UserError(
             f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify)"
         )
@@ -289,6 +290,12 @@ def run(command: Command) -> None:
 
         status.run(command.config, command.workdir)
         return
+    if command.mode == "report":
+        from diffusion_jax.report.write import write_report
+
+        path = write_report(command.workdir, command.config)
+        print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
+        return
     from diffusion_jax.training.checkpoints import resume_hint
 
     functions = _functions_of_modes()[command.mode]
@@ -301,7 +308,17 @@ def run(command: Command) -> None:
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
             for function in functions:
                 function(command.config, command.workdir)
+            _write_report(command.config, command.workdir)
             processes.barrier()
+
+
+def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+    import jax
+
+    from diffusion_jax.report.write import write_report_after
+
+    if jax.process_index() == 0:
+        write_report_after(workdir, config, processes.log)
 
 
 def _run_plan(command: Command) -> None:

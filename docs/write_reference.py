@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from diffusion_jax import cli, config, files  # noqa: E402
 from diffusion_jax.evaluation import __main__ as evaluation  # noqa: E402
 from diffusion_jax.pretrained import __main__ as pretrained  # noqa: E402
+from diffusion_jax.report import __main__ as report  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
 _INTRODUCTION = """# Command line
@@ -76,6 +77,7 @@ def command_line() -> str:
         *_command("python -m diffusion_jax.pretrained", pretrained.make_parser()),
         *_command("python -m diffusion_jax.evaluation", evaluation.comparison_parser()),
         *_command("python -m diffusion_jax.evaluation table", evaluation.table_parser()),
+        *_command("python -m diffusion_jax.report", report.make_parser()),
     ]
     return "\n".join(parts).rstrip() + "\n"
 

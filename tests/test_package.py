@@ -77,6 +77,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"pretrained"},
     {"evaluation"},
     {"runs"},
+    {"report"},
 ]
 
 

@@ -17,7 +17,16 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["ImageSet", "NpzImages", "Statistics", "UnresizedFolder", "open_image_set", "pixel_digest", "read_examples"]
+__all__ = [
+    "ImageSet",
+    "NpzImages",
+    "Statistics",
+    "UnresizedFolder",
+    "is_of_samples",
+    "open_image_set",
+    "pixel_digest",
+    "read_examples",
+]
 
 
 class Statistics(NamedTuple):
@@ -54,6 +63,11 @@ class NpzImages:
         elif self._channels == 1 and images.shape[3] == 3:  # the conversion of folders
             images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
         return {"image": images}
+
+
+def is_of_samples(path: pathlib.Path) -> bool:
+    """Whether the name of an .npz of a run is one of samples: not of edits, of a trajectory or of an unfinished file."""
+    return not (path.name.startswith("edit_") or path.stem.endswith("_trajectory") or ".partial." in path.name)
 
 
 def _check_images(path: pathlib.Path, images: np.ndarray) -> None:
@@ -130,9 +144,7 @@ def open_image_set(
     """
     path = local_path(location)
     if path.is_dir():
-        files = [
-            p for p in (path / "samples").glob("*.npz") if not p.name.startswith("edit_") and ".partial." not in p.name
-        ]
+        files = [p for p in (path / "samples").glob("*.npz") if is_of_samples(p)]
         if files:
             newest = max(files, key=lambda p: p.stat().st_mtime)
             return ImageSet(str(newest), NpzImages(newest, channels))

@@ -11,7 +11,15 @@ from diffusion_jax.evaluation import metrics
 from diffusion_jax.evaluation.feature_extraction import SetFeatures
 from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
 
-__all__ = ["METRICS", "MIN_IMAGES", "compute_metrics", "memorization_report", "reported_name", "unavailable_metrics"]
+__all__ = [
+    "DEFINITIONS",
+    "METRICS",
+    "MIN_IMAGES",
+    "compute_metrics",
+    "memorization_report",
+    "reported_name",
+    "unavailable_metrics",
+]
 
 _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 _IS_SPLIT_SIZE = 5000
@@ -27,6 +35,24 @@ MIN_IMAGES = {
     "memorization": 2,
 }
 METRICS = tuple(MIN_IMAGES)
+_FRECHET = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
+# What the numbers of a record mean, by their reported names without the name of a resize.
+DEFINITIONS = {
+    "fid": f"Frechet Inception distance: {_FRECHET}. Lower is better; it falls with the number of samples",
+    "frechet_distance": f"{_FRECHET}. Lower is better; it falls with the number of samples",
+    "sfid": f"the same for spatial features of Inception: {_FRECHET}",
+    "spatial_frechet_distance": f"of spatial features: {_FRECHET}",
+    "kid": "kernel Inception distance: unbiased squared MMD of the features, with a cubic kernel; about 0 for equal laws",
+    "kernel_distance": "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal laws",
+    "inception_score": "exp of the mean divergence of Inception's classes of an image from those of all; higher is better",
+    "precision": "share of samples within the manifold of the reference (nearest-neighbor balls): fidelity",
+    "recall": "share of reference images within the manifold of the samples: diversity",
+    "density": "mean number of reference balls that hold a sample, over k: fidelity, 1 for equal laws",
+    "coverage": "share of reference images whose ball holds a sample: diversity",
+    "close_share": "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
+    "0.01 for new images, near 1 for copies",
+    "memorization": "distances of the features of samples to those of the nearest reference images",
+}
 
 
 def reported_name(metric: str, extractor: FeatureExtractor) -> str:

@@ -4,11 +4,13 @@
     python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
 
 inspect prints the description of the weights at PATH. convert writes them to TO: a file of this package if TO ends in
-.safetensors, else a folder of diffusers. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: the raw weights, not
-their moving average.
+.safetensors, else a folder of diffusers. It also writes a model card, README.md of the folder or NAME.md beside the file,
+with the data, settings and metrics of a run. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: the raw weights,
+not their moving average.
 """
 
 import argparse
+import pathlib
 import sys
 from typing import NoReturn
 
@@ -16,6 +18,7 @@ import absl.logging
 
 from diffusion_jax import pretrained
 from diffusion_jax.errors import DiffusionJaxError
+from diffusion_jax.storage.downloads import local_path
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,10 +54,23 @@ def main(argv: list[str] | None = None) -> None:
             save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
             save(net, args.to)
             print(f"Written: {args.to}")
+            _write_card(net, args)
     except DiffusionJaxError as error:
         _exit(str(error), error.exit_code)
     except OSError as error:
         _exit(str(error))
+
+
+def _write_card(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
+    from diffusion_jax.report.model_card import card_path, write_card
+
+    to = pathlib.Path(args.to).expanduser()
+    workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
+    written = write_card(net, to, workdir, not args.raw)
+    if written:
+        print(f"Model card, whose license is to be filled in: {written}")
+    else:
+        print(f"{card_path(to)} exists and stays as it is.")
 
 
 def _exit(message: str, exit_code: int = 2) -> NoReturn:

@@ -85,11 +85,13 @@ def check_finite(samples: np.ndarray) -> None:
 class SampleTrajectory(NamedTuple):
     """Samples being denoised. x: [columns, rows, *spatial, C], the noisiest first, uint8 or in the units of continuous data.
 
-    times: the network times of the columns but the last, which holds the samples.
+    times: the network times of the columns but the last, which holds the samples. x_0: the x_0 that the network predicts
+    there [columns - 1, rows, *spatial, C], None if it is not known.
     """
 
     x: np.ndarray
     times: np.ndarray
+    x_0: np.ndarray | None = None
 
 
 def sample_trajectory(
@@ -119,6 +121,11 @@ def sample_trajectory(
 
     draw = jax.jit(draw, compiler_options=compiler.options())
     x_0, trajectory = draw(params, classifier_params, key, setup.labels(indices), setup.condition(indices))
+
+    def to_data(x):
+        return data.to_data_units(x, normalization) if is_continuous(config) else np.asarray(to_uint8(x))
+
     x = np.concatenate([np.asarray(getattr(trajectory, show)), np.asarray(x_0)[None]])
-    x = data.to_data_units(x, normalization) if is_continuous(config) else np.asarray(to_uint8(x))
-    return SampleTrajectory(x, np.asarray(setup.schedule.timesteps)[steps[::-1]])
+    return SampleTrajectory(
+        to_data(x), np.asarray(setup.schedule.timesteps)[steps[::-1]], to_data(np.asarray(trajectory.x_0))
+    )

@@ -19,13 +19,13 @@ from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs import array_pictures, figure_panels, pictures
+from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import check_finite
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.edit_arrays import check_known, read_array, read_array_mask
 from diffusion_jax.runs.edit_images import open_image, read_image, read_mask
-from diffusion_jax.runs.sample_pictures import is_of_images
+from diffusion_jax.runs.sample_pictures import draw_edit
 from diffusion_jax.runs.sampling_conditions import read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel
@@ -265,20 +265,8 @@ def _captions(edit: _Edit, config: ConfigDict) -> list[str]:
     """One for each example of the picture: the given ones, then the results."""
     num_samples = config.editing.num_samples
     if config.editing.task == "interpolate":
-        return [*edit.captions, *(f"{weight:.2g}" for weight in np.linspace(0, 1, num_samples))]
+        return [*edit.captions, *(f"weight {weight:.2g}" for weight in np.linspace(0, 1, num_samples))]
     return [*edit.captions, *(f"result {i}" for i in range(1, num_samples + 1))]
-
-
-def _draw(edit: _Edit, results: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """A picture uint8 [H, W, C] of the given examples and the results."""
-    captions, title = _captions(edit, config), f"Results of {config.editing.task}"
-    shown = np.concatenate([edit.given, results])
-    if is_of_images(shown):
-        return pictures.grid(shown, min(len(shown), 10), captions)
-    if results.ndim == 2:  # a vector has no panel of its own
-        title += ", and what was given (data)"
-        return figure_panels.render(array_pictures.draw_examples(results, title=title, reference=edit.given))
-    return figure_panels.render(array_pictures.draw_examples(shown, title=title, captions=captions))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -329,6 +317,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     path.parent.mkdir(exist_ok=True)
     save_npz(path, {"arr_0": results})
     picture = path.with_suffix(".png")
-    pictures.save_png(picture, _draw(edit, results, config))
+    title = f"Edit: {config.editing.task.replace('_', ' ')}, {trained.weights_name}, {setup.name}"
+    pictures.save_png(picture, draw_edit(edit.given, results, _captions(edit, config), title))
     noun = "images" if context.is_of_images else "examples"
     log(f"The given {noun} and {len(results)} results: {picture}; the results alone: {path}")

@@ -11,13 +11,13 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.locations import find_mirror
 
-__all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput"]
+__all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput", "read_launches"]
 
 _FILE = "goodput.json"
 _SECONDS_BETWEEN_UPLOADS = 60.0
@@ -45,10 +45,15 @@ class LaunchTimes:
         self._first_step = self._step = 0
         self._written = -math.inf
         self._earlier: list[dict[str, Any]] = []
+        self._environment: Mapping[str, Any] | None = None
 
-    def begin(self, step: int) -> None:
-        """Notes the step that the launch starts from; everything so far that was not measured was `start`."""
+    def begin(self, step: int, environment: Mapping[str, Any] | None = None) -> None:
+        """Notes the step that the launch starts from; everything so far that was not measured was `start`.
+
+        environment: what the launch runs with, which goodput.json stores.
+        """
         self._first_step = self._step = step
+        self._environment = environment
         self._earlier = _read(self._path)
         self._seconds["start"] = self._clock() - self._start - sum(self._seconds.values())
 
@@ -77,13 +82,19 @@ class LaunchTimes:
 
     def _entry(self) -> dict[str, Any]:
         times = {"start": self._start, "end": self._clock(), "first_step": self._first_step, "last_step": self._step}
-        return times | {"seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items()}}
+        entry = times | {"seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items()}}
+        return entry | ({"environment": dict(self._environment)} if self._environment else {})
 
 
 def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | None:
     """The goodput of a run up to now, or up to the end of its last launch; None without a launch that logged a line."""
-    launches = _read(workdir / _FILE)
+    launches = read_launches(workdir)
     return _goodput(launches, launches[-1]["end"] if now is None else now) if launches else None
+
+
+def read_launches(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The launches of a run that logged a line, as goodput.json has them; [] if there are none."""
+    return _read(workdir / _FILE)
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:

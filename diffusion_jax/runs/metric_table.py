@@ -9,7 +9,7 @@ from typing import Any
 from diffusion_jax.runs.metric_records import differing_settings, read_likelihood, read_records, record_settings
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["format_table", "read_runs"]
+__all__ = ["add_likelihood", "format_table", "read_runs", "table_cells"]
 
 # Endings of entries that describe a metric, and are no metrics.
 _NOT_METRICS = ("_std", "_standard_error", "_same_law", "_limit", "_frequency")
@@ -30,14 +30,15 @@ def read_runs(paths: Iterable[str]) -> tuple[list[tuple[pathlib.Path, _Record]],
         path = path / "metrics.json" if path.is_dir() else path
         records, likelihood = read_records(path), read_likelihood(path.with_name("likelihood.json"))
         if likelihood:
-            records = _add_likelihood(records, likelihood)
+            records = add_likelihood(records, likelihood)
         if not records:
             notes.append(f"{path}: nothing has been measured there; run --mode=evaluate")
         rows += [(path.parent, record) for record in records]
     return rows, notes
 
 
-def _add_likelihood(records: list[_Record], likelihood: Mapping[str, Any]) -> list[_Record]:
+def add_likelihood(records: list[_Record], likelihood: Mapping[str, Any]) -> list[_Record]:
+    """Records with the bits per dimension of a likelihood.json: of the same weights, or in a record of their own."""
     bits = {key: value for key, value in likelihood.items() if "_per_dim" in key}
     has_same_weights = [
         all(record.get(key) == likelihood.get(key) for key in ("step", "weights")) for record in records
@@ -49,6 +50,16 @@ def _add_likelihood(records: list[_Record], likelihood: Mapping[str, Any]) -> li
 
 def format_table(runs: list[tuple[pathlib.Path, _Record]]) -> str:
     """A row for each record, with its metrics and the settings in which any two records differ."""
+    columns, rows = table_cells(runs)
+    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], list[dict[str, str]]]:
+    """(the columns of `format_table`, for each record its texts by column)."""
     differing = differing_settings([record for _, record in runs])
     settings = [key for key in differing if not key.endswith("_digest")]
     settings = list(dict.fromkeys([*_FIRST_SETTINGS, *settings]))
@@ -56,11 +67,7 @@ def format_table(runs: list[tuple[pathlib.Path, _Record]]) -> str:
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
     order = ["run", *settings]
     columns.sort(key=lambda key: order.index(key) if key in order else len(order))
-    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return columns, rows
 
 
 def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -> dict[str, str]:

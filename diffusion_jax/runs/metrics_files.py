@@ -21,20 +21,26 @@ from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.storage.locations import find_mirror
 from diffusion_jax.storage.mirror import EVENTS, Mirror
 
-__all__ = ["MetricsLines", "MetricsWriter", "TensorBoardWriter", "open_lines", "read_metrics"]
+__all__ = ["MetricsLines", "MetricsWriter", "TensorBoardWriter", "open_lines", "read_metrics", "tensorboard_tag"]
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
+_TENSORBOARD_GROUPS = {
+    **dict.fromkeys(("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "mse", "vlb", "accuracy"), "loss"),
+    **dict.fromkeys(("images_per_second", "seconds_left", "step_seconds", "goodput"), "time"),
+    **dict.fromkeys(("compute", "data_wait", "logging"), "time"),
+    **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), "optimizer"),
+}  # the others are metrics of samples
 
 
 class MetricsWriter(Protocol):
-    """One destination of metrics; the names are those of `clu.metric_writers.MetricWriter`."""
+    """One destination of metrics."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes numbers."""
         ...
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images uint8 [N, H, W, C]."""
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
+        """Writes images uint8 [N, H, W, C]. caption: what they show."""
         ...
 
     def flush(self) -> None:
@@ -92,7 +98,7 @@ class MetricsLines:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
         """Does nothing: pictures are files of their own."""
 
     def flush(self) -> None:
@@ -123,7 +129,7 @@ class _MetricsParts:
         """Keeps one line for the next flush."""
         self._lines.append({"step": step, **scalars})
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
         """Does nothing: pictures are files of their own."""
 
     def flush(self) -> None:
@@ -140,17 +146,24 @@ class _MetricsParts:
         self.flush()
 
 
-class TensorBoardWriter:
-    """Writes TensorBoard events, after those beyond `step`, from which a launch starts, are removed."""
+def tensorboard_tag(name: str) -> str:
+    """The tag of a number of the log, in the groups of TensorBoard: loss/, time/, optimizer/ and metrics/."""
+    return f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}"
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        import tensorflow as tf  # clu's writer needs it; imported here because it takes seconds
+
+class TensorBoardWriter:
+    """Writes TensorBoard events, after those beyond `step`, from which a launch starts, are removed.
+
+    leaves: the config by full name, which becomes a text, and, in a run that starts at step 0, the hyperparameters.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, leaves: Mapping[str, Any] | None = None):
+        import tensorflow as tf  # imported here because it takes seconds
 
         tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
-        from clu import metric_writers
-
         self._library_error, self._workdir, self._mirror = tf.errors.OpError, workdir, find_mirror(workdir)
-        self._open = lambda: metric_writers.SummaryWriter(str(workdir))
+        self._summary = tf.summary
+        self._open = lambda: tf.summary.create_file_writer(str(workdir))
         self._last_step: int | None = None  # of the events that are not uploaded yet
         with self._as_os_errors():
             if self._mirror:
@@ -158,6 +171,19 @@ class TensorBoardWriter:
             else:
                 _truncate_events(tf, workdir, step)
             self._events = self._open()
+            if leaves:
+                self._write_config(step, leaves)
+
+    def _write_config(self, step: int, leaves: Mapping[str, Any]) -> None:
+        """Writes the config as a table in Markdown, and as hyperparameters, which have few types."""
+        from tensorboard.plugins.hparams import api
+
+        rows = [f"| {name} | {_in_markdown(value)} |" for name, value in leaves.items()]
+        with self._events.as_default():
+            self._summary.text("config", "\n".join(["| leaf | value |", "|---|---|", *rows]), step=step)
+            if step == 0:
+                plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in leaves.items()}
+                api.hparams(plain)
 
     @contextlib.contextmanager
     def _as_os_errors(self):
@@ -169,15 +195,17 @@ class TensorBoardWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one point for each value."""
-        with self._as_os_errors():
+        with self._as_os_errors(), self._events.as_default():
             self._last_step = step
-            self._events.write_scalars(step, dict(scalars))
+            for name, value in scalars.items():
+                self._summary.scalar(tensorboard_tag(name), value, step=step)
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images uint8 [N, H, W, C]."""
-        with self._as_os_errors():
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
+        """Writes images uint8 [N, H, W, C]. caption: what they show."""
+        with self._as_os_errors(), self._events.as_default():
             self._last_step = step
-            self._events.write_images(step, dict(images))
+            for name, batch in images.items():
+                self._summary.image(name, batch, step=step, max_outputs=len(batch), description=caption)
 
     def flush(self) -> None:
         """Flushes the events to disk; to a bucket, uploads them and begins a new file."""
@@ -201,6 +229,12 @@ class TensorBoardWriter:
             mirror.upload(path)
             path.unlink()
         self._last_step = None
+
+
+def _in_markdown(value: Any) -> str:
+    """A value as code in a cell of a table."""
+    text = " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
+    return f"`{text}`" if text else ""
 
 
 def _delete_events(mirror: Mirror, step: int) -> None:

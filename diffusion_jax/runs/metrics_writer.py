@@ -46,7 +46,7 @@ def import_writers(config: ConfigDict) -> None:
 
     def import_library():
         with contextlib.suppress(ImportError):  # raised again when the writers are used
-            importlib.import_module("clu.metric_writers")
+            importlib.import_module("tensorflow")
 
     threading.Thread(target=import_library, daemon=True).start()
 
@@ -61,11 +61,11 @@ class RunMetrics:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, step: int):
         self._workdir, self._is_mirrored, self._last_flush = workdir, find_mirror(workdir) is not None, time.monotonic()
         self._writers: list[MetricsWriter] = []
+        leaves = flatten(to_dict(config))
         with self._write_errors():
             self._writers.append(open_lines(workdir, step))
             if "tensorboard" in config.logging.writers:
-                self._writers.append(TensorBoardWriter(workdir, step))
-        leaves = flatten(to_dict(config))
+                self._writers.append(TensorBoardWriter(workdir, step, leaves))
         for name in config.logging.writers:
             if name in TRACKERS:
                 self._writers.append(open_tracker(name, workdir, config.logging.project, leaves, log))
@@ -99,11 +99,11 @@ class RunMetrics:
         if self._is_mirrored and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a uint8 image [H, W, C]."""
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        """Writes a uint8 image [H, W, C]. caption: what it shows."""
         with self._write_errors():
             for writer in self._writers:
-                writer.write_images(step, {name: image[None]})
+                writer.write_images(step, {name: image[None]}, caption)
 
     def flush(self) -> None:
         """Flushes the files to disk: call it before the checkpoint from which a rerun would continue."""

@@ -34,10 +34,12 @@ def grid(
     columns: int | None = None,
     captions: Sequence[str] | None = None,
     headers: Sequence[str] | None = None,
+    title: str = "",
 ) -> np.ndarray:
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; images smaller than 64 pixels are enlarged.
 
-    captions: a line of text below each image, shortened to its width. headers: the same above each column.
+    captions: a line of text below each image, shortened to its width. headers: the same above each column. title: above
+    everything, in as many lines as it needs.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -56,6 +58,11 @@ def grid(
         for column, header in enumerate(headers):
             above[:, column * width + GAP : (column + 1) * width] = _text(header, width - GAP)[..., None]
         picture = np.concatenate([above, picture])
+    if title:
+        lines = [_text(line, columns * width - GAP) for line in _wrap(title, columns * width - GAP)]
+        above = np.full((len(lines) * _CAPTION, columns * width, channels), _BACKGROUND, np.uint8)
+        above[:, GAP:] = np.concatenate(lines)[..., None]
+        picture = np.concatenate([above, picture])
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
 
 
@@ -64,11 +71,37 @@ def time_headers(times, last: str = "image") -> list[str]:
     return [*(f"t = {time:.4g}" for time in np.asarray(times)), last]
 
 
+def _font():
+    return ImageFont.load_default(_CAPTION - 3)
+
+
+def _to_drawable(text: str) -> str:
+    """The text with letters that the font has: a Pillow without FreeType has Latin letters only."""
+    if isinstance(_font(), ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words and, if a word is longer, inside it."""
+    font, lines = _font(), [""]
+    for word in _to_drawable(text).split():
+        while word:
+            line = f"{lines[-1]} {word}".strip()
+            if font.getlength(line) <= width:
+                lines[-1], word = line, ""
+            elif lines[-1]:
+                lines.append("")
+            else:
+                count = max(1, sum(font.getlength(word[:n]) <= width for n in range(1, len(word) + 1)))
+                lines[-1], word = word[:count], word[count:]
+                lines += [""] if word else []
+    return lines
+
+
 def _text(text: str, width: int) -> np.ndarray:
     """A line of text as uint8 [_CAPTION, width]."""
-    font = ImageFont.load_default(_CAPTION - 3)
-    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType has Latin letters only
-        text = text.encode("latin-1", "replace").decode("latin-1")
+    font, text = _font(), _to_drawable(text)
     shown = text
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
@@ -181,7 +214,7 @@ def plot_neighbors(path: pathlib.Path, rows: Sequence, distances: np.ndarray, ti
         axes.text(1.1 * column + 0.5, 0.15, header, **text)
     for row, ((name, image, nearest), row_distances) in enumerate(zip(rows, distances, strict=True)):
         top = -row * (height + 0.3)
-        captions = [name, *(f"{distance:.3g}" for distance in row_distances)]
+        captions = [name, *(f"distance {distance:.3g}" for distance in row_distances)]
         for column, (picture, caption) in enumerate(zip([image, *nearest], captions, strict=True)):
             extent = (1.1 * column, 1.1 * column + 1, top - height, top)
             shown = picture.squeeze(-1) if picture.shape[-1] == 1 else picture

@@ -90,10 +90,12 @@ class PreviewPictures:
         """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run."""
         labels = self._batch_sampler.setup.labels(np.arange(len(samples)))
         captions = None if labels is None else class_captions(labels, self._class_names)
-        picture = draw_samples(samples, f"Samples after {step:,} training steps", captions)
+        sampling_steps = self._batch_sampler.setup.schedule.num_timesteps
+        title = f"Samples after {step:,} training steps, by DDIM with {sampling_steps} steps"
+        picture = draw_samples(samples, title, captions)
         try:
             self._directory.mkdir(exist_ok=True)
             pictures.save_png(self._directory / f"train_step{step:08d}.png", picture)
         except OSError as error:
             log(f"Note: the picture of step {step} could not be written: {error}.")
-        metrics.write_image(step, "samples", picture)
+        metrics.write_image(step, "samples", picture, title)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import resolve
+from diffusion_jax.files import save_npz
 from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import sample_trajectory
 from diffusion_jax.runs.console import log
@@ -19,7 +21,7 @@ __all__ = ["run"]
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
-    """Writes an .npz of samples, a PNG grid, and with `sampling.trajectory` a picture of samples being denoised.
+    """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` also a picture and an .npz of denoising.
 
     A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
     """
@@ -38,6 +40,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
             normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")
-        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}"))
+        captions = file.setup.labels.captions(np.arange(trajectory.x.shape[1]))
+        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}", captions))
+        frames = {
+            "x_t": trajectory.x[:-1],
+            "x_0": trajectory.x_0,
+            "times": trajectory.times,
+            "samples": trajectory.x[-1],
+        }
+        save_npz(path.with_suffix(".npz"), frames)
         log(f"Samples being denoised: {path}")
     return file

@@ -117,7 +117,9 @@ def record_metrics(
         report, neighbors = named_metrics.memorization_report(reference_features.pool, sample_features.pool, _NEIGHBORS)
         picture = _neighbors_path(output, samples, extractor, reference_features, sample_features)
         results["memorization"] = {**report, "picture": picture.name}
-        _draw_neighbors(picture, reference, samples, neighbors, f"distances of {extractor.name} features")
+        close = f"{report['close_distance']:.3g}"
+        unit = f"Euclidean distances of {extractor.name} features; at most {close} is close"
+        _draw_neighbors(picture, reference, samples, neighbors, unit)
         log(f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}")
     record = results | {
         "reference": reference.name,

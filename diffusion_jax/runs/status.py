@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from diffusion_jax.storage.locations import with_urls
 from diffusion_jax.storage.locks import find_holder
 from diffusion_jax.training.digests import committed_steps
 
-__all__ = ["report", "run", "sparkline"]
+__all__ = ["describe", "report", "run", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN_LOSSES = 40
@@ -29,7 +30,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def report(config: ConfigDict, workdir: pathlib.Path) -> str:
     """The state of a work directory as lines of text."""
-    lines, num_steps = read_metrics(workdir), config.training.num_steps
+    rows = describe(config, workdir, read_metrics(workdir))
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The state of a work directory by name. lines: its metrics, as `read_metrics` returns them."""
+    num_steps = config.training.num_steps
     saved, holder = committed_steps(workdir / "checkpoints"), find_holder(workdir / ".lock")
     step = max([line["step"] for line in lines] + saved, default=0)
     rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
@@ -47,8 +55,7 @@ def report(config: ConfigDict, workdir: pathlib.Path) -> str:
     goodput = read_goodput(workdir)
     if goodput:
         rows["goodput"] = _describe_goodput(goodput)
-    width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return rows
 
 
 def _state(holder: str | None, step: int, num_steps: int, lines: Sequence) -> str:

@@ -64,7 +64,7 @@ class TrackerRun:
 
 
 class Tracker(Protocol):
-    """What is needed of a tracker; the names are those of `clu.metric_writers.MetricWriter`.
+    """What is needed of a tracker; its methods are those of `metrics_files.MetricsWriter`.
 
     last_step: the last step that the tracker's run has, -1 for a new one.
     """
@@ -75,7 +75,7 @@ class Tracker(Protocol):
         """Logs numbers."""
         ...
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
         """Logs images uint8 [N, H, W, C]."""
         ...
 
@@ -103,10 +103,11 @@ class _WandB:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        self._run.log(
-            {name: [self._wandb.Image(_picture(i)) for i in batch] for name, batch in images.items()}, step=step
-        )
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
+        logged = {
+            name: [self._wandb.Image(_picture(i), caption=caption) for i in batch] for name, batch in images.items()
+        }
+        self._run.log(logged, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -136,7 +137,7 @@ class _MLflow:
         now = int(1000 * time.time())
         self._client.log_batch(self._id, [self._metric(name, value, now, step) for name, value in scalars.items()])
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
         for name, batch in images.items():
             for i, image in enumerate(batch):
                 self._client.log_image(self._id, _picture(image), f"{name}/{step:08d}_{i}.png")
@@ -160,8 +161,11 @@ class _Trackio:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        logged = {name: self._trackio.Image(np.concatenate(list(batch), axis=1)) for name, batch in images.items()}
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
+        logged = {
+            name: self._trackio.Image(np.concatenate(list(batch), axis=1), caption=caption)
+            for name, batch in images.items()
+        }
         self._run.log(logged, step=step)
 
     def close(self) -> None:
@@ -183,7 +187,7 @@ class BackgroundTracker:
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], run: TrackerRun, log: Callable[[str], None]):
         self._name, self._open, self._run, self._log = name, open_tracker, run, log
-        self._queue: queue.Queue[tuple[str, int, Mapping[str, Any]] | None] = queue.Queue(_MAX_WAITING)
+        self._queue: queue.Queue[tuple[Any, ...] | None] = queue.Queue(_MAX_WAITING)  # a method and its arguments
         self.is_dropped = False
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
@@ -199,10 +203,10 @@ class BackgroundTracker:
             known = tracker.last_step
             self._run.store()
             while (item := self._queue.get()) is not None:
-                method, step, values = item
+                method, step, *values = item
                 if step <= known:  # written before the run was interrupted
                     continue
-                getattr(tracker, method)(step, values)
+                getattr(tracker, method)(step, *values)
                 if method == "write_scalars":
                     self._run.last_step = step
                     self._run.store()
@@ -210,7 +214,7 @@ class BackgroundTracker:
         except Exception as error:
             self._drop(f"failed ({type(error).__name__}: {error})")
 
-    def _put(self, item: tuple[str, int, Mapping[str, Any]] | None) -> None:
+    def _put(self, item: tuple[Any, ...] | None) -> None:
         if not self.is_dropped:
             try:
                 self._queue.put_nowait(item)
@@ -221,9 +225,9 @@ class BackgroundTracker:
         """Passes numbers on."""
         self._put(("write_scalars", step, dict(scalars)))
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Passes images uint8 [N, H, W, C] on."""
-        self._put(("write_images", step, dict(images)))
+    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
+        """Passes images uint8 [N, H, W, C] on. caption: what they show."""
+        self._put(("write_images", step, dict(images), caption))
 
     def flush(self) -> None:
         """Does nothing: a tracker sends in the background."""

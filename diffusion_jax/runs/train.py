@@ -20,6 +20,7 @@ from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
+from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers, import_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
@@ -177,7 +178,7 @@ def _train(
 
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer else None, options.profile)
-    launch.begin(step)
+    launch.begin(step, describe_environment())
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))

@@ -12,24 +12,22 @@ import threading
 
 import pytest
 
+from helpers.browser import BROKEN_IMAGES, EXCEEDS_WINDOW, WIDTHS, chromium, open_page, violations, window
 from helpers.paths import ROOT
 
 pytestmark = pytest.mark.browser
 
 SITE = ROOT / "docs" / "_build" / "html"
 SCREENSHOTS = ROOT / "docs" / "_build" / "screenshots"
-WIDTHS = {"phone": 390, "desktop": 1400}
 PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
     if "_static" not in path.parts and not path.name.startswith("_")
 )
-BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
 # Equations that MathJax has not replaced, or shows as an error.
 BROKEN_EQUATIONS = """[...document.querySelectorAll('.math')]
     .filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror, [data-mjx-error]'))
     .map(e => e.textContent.slice(0, 80))"""
-EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -48,41 +46,16 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    assert path, "Chromium is not installed; on Debian: apt install chromium"
     shutil.rmtree(SCREENSHOTS, ignore_errors=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
 def context(request, browser, address):
     """A window; `requests` collects what its pages ask of other machines, and nothing is sent there."""
-    context = browser.new_context(viewport={"width": WIDTHS[request.param], "height": 900})
-    context.requests = []
-
-    def block(route):
-        context.requests.append(route.request.url)
-        route.abort()
-
-    context.route(lambda url: not url.startswith((address, "data:", "blob:")), block)
-    context.label = request.param
-    yield context
-    context.close()
-
-
-def open_page(context, url):
-    """(page, its messages of errors), when everything is loaded and rendered."""
-    page, errors = context.new_page(), []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url, wait_until="load")
-    page.evaluate("window.MathJax?.startup?.promise")
-    return page, errors
+    with window(browser, request.param, (address,)) as context:
+        yield context
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -102,19 +75,6 @@ def test_a_page_is_rendered_and_accessible(context, address, name):
     finally:
         context.requests.clear()
         page.close()
-
-
-def violations(page):
-    """The serious violations that axe-core finds, with the first elements that have them."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-    return [
-        f"{violation['impact']} {violation['id']}: {node['html'][:200]}"
-        for violation in found
-        if violation["impact"] in ("serious", "critical")
-        for node in violation["nodes"][:5]
-    ]
 
 
 def test_equations_are_checked(context, address):

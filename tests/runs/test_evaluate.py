@@ -211,20 +211,23 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     rates = [float(row["rate_bits_per_dim"]) for row in rows]
     assert rates == sorted(rates) and float(rows[-1]["rmse_0_255"]) == 0 and float(rows[0]["rmse_0_255"]) > 20
     with Image.open(trained / "progressive.png") as picture:
-        assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)  # two sampling steps
+        assert picture.width == 2 * 68 + 4 and picture.height > 14 + 4 * 68 + 4  # two sampling steps, below a title
         built = training.build_program(config_with())
         _, params = trained_model.load_weights(config_with(), trained, built.model, built.mesh, True)
         drawn = SamplingSetup(config_with(), built.model, built.schedule, built.mesh)
         by_show = {
-            show: draw_trajectory(sample_trajectory(jax.random.key(0), config_with(), drawn, params, 3, show=show), "")
+            show: draw_trajectory(
+                sample_trajectory(jax.random.key(0), config_with(), drawn, params, 3, show=show),
+                "x_0 predicted from samples at x_t",
+            )
             for show in ("x_0", "x_t")
         }
         np.testing.assert_array_equal(np.asarray(picture), by_show["x_0"][..., 0])
         assert (by_show["x_0"] != by_show["x_t"]).any()
     with Image.open(trained / "progressive_coding.png") as picture:
-        assert picture.size == (3 * 68 + 4, 14 + 4 * 68 + 4)
+        assert picture.width == 3 * 68 + 4 and picture.height > 14 + 4 * 68 + 4
         source = data.load(ConfigDict({**config_with().data, "split": "test"}))
-        last = np.asarray(picture)[18:82:8, 2 * 68 + 4 : 2 * 68 + 68 : 8]
+        last = np.asarray(picture)[-(4 * 68 + 4) :][4:68:8, 2 * 68 + 4 : 2 * 68 + 68 : 8]
         np.testing.assert_array_equal(last, source.read(np.array([0]))["image"][0, :, :, 0])
     assert "RMSE" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from diffusion_jax import cli
@@ -81,6 +82,7 @@ def test_the_status_of_a_run(tmp_path, capsys):
     train.run(config, run)
     entries = json.loads((run / "goodput.json").read_text())
     assert [(entry["first_step"], entry["last_step"]) for entry in entries] == [(0, 2)]
+    assert entries[0]["environment"]["versions"]["jax"] == jax.__version__ and entries[0]["environment"]["devices"] >= 1
     assert 0 < lines(run, without=())[-1]["goodput"] < 1
     config.training.num_steps = 4
     report = status.report(config, run)

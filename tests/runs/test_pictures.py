@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import pictures
+from diffusion_jax.runs.batch_sampler import SampleTrajectory
+from diffusion_jax.runs.sample_pictures import draw_trajectory
 from helpers.paths import ROOT
 
 
@@ -63,6 +65,27 @@ def test_grids_have_headers_and_captions():
     assert pictures.time_headers([949.5, 50.0]) == ["t = 949.5", "t = 50", "image"]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grids_have_titles_of_as_many_lines_as_they_need(channels):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), np.uint8)
+    plain = pictures.grid(images, columns=3)
+    for title, lines in (("Samples", 1), ("Samples after 1,500 training steps, by DDIM", 2), ("x" * 100, 3)):
+        picture = pictures.grid(images, columns=3, title=title)
+        np.testing.assert_array_equal(picture[14 * lines :], plain)
+        rows = picture[: 14 * lines].reshape(lines, 14, -1)
+        assert all(row.max() > 150 for row in rows)
+        assert (picture[: 14 * lines, -pictures.GAP :] == plain[0, 0, 0]).all()  # nothing runs over
+
+
+def test_a_trajectory_of_images_has_its_times_and_the_classes_of_its_rows():
+    x = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 1), np.uint8)
+    plain = draw_trajectory(SampleTrajectory(x, np.array([999.0, 499.0])), "Samples")
+    captioned = draw_trajectory(SampleTrajectory(x, np.array([999.0, 499.0])), "Samples", ["1: cat", "2: dog", "3"])
+    assert len(captioned) == len(plain) + 2 * 14
+    texts = [captioned[28 + 68 + 82 * row : 28 + 82 + 82 * row, -68:] for row in range(2)]
+    assert all(text.max() > 150 for text in texts) and (texts[0] != texts[1]).any()
+
+
 def test_lines_against_steps_differ(drawn):
     pictures.plot_against_steps("", {f"sampler {i}": {10: 3.0 + i, 20: 2.0} for i in range(30)}, "FID")
     looks = {(line.get_color(), line.get_marker()) for line in labeled(drawn[0].axes[0]).values()}
@@ -79,7 +102,7 @@ def test_neighbors_have_captions(drawn):
         assert figure.get_suptitle() == "samples of x"
         texts = [text.get_text() for text in figure.axes[0].texts]
         assert texts[:3] == ["sample", "nearest", "nearest no. 2"]
-        assert texts[3:] == ["sample 7", "0.5", "1.5", "sample 3", "0.75", "2.5"]
+        assert texts[3:] == ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]
 
 
 def test_every_solver_is_in_a_panel_where_no_two_lines_look_alike():

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import errors
+from diffusion_jax.evaluation import image_sets
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from helpers.configs import tiny_config
@@ -19,7 +20,8 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         images = arrays["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     with Image.open(f"{path}.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[4:68:8, 4:68:8], images[0, :, :, 0])
+        shown = np.asarray(picture)[-(2 * 68 + 4) :]  # below the title
+        np.testing.assert_array_equal(shown[4:68:8, 4:68:8], images[0, :, :, 0])
     raw = tiny_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
@@ -28,7 +30,13 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with np.load(path) as arrays:
         assert (arrays["arr_0"] != images).any()
     with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
-        assert picture.size == (2 * 68 + 4, 14 + 4 * 68 + 4)
+        width, height = picture.size
+        assert width == 2 * 68 + 4 and height > 14 + 4 * 68 + 4 and (height - 4 * 68 - 4) % 14 == 0
+    with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
+        assert frames["x_t"].shape == frames["x_0"].shape == (1, 4, 8, 8, 1)
+        assert frames["samples"].shape == (4, 8, 8, 1) and frames["times"].shape == (1,)
+        assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
+    assert image_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
 def test_interrupted_sampling_resumes(trained, monkeypatch):

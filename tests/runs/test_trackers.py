@@ -87,7 +87,7 @@ def test_a_relaunch_continues_the_tracked_run_without_duplicates(name, offline):
         tracker = open_tracker(name, offline, PROJECT, {"seed": 0, "model.channels": 8}, said.append)
         for step in steps:
             tracker.write_scalars(step, {"loss": 1 / step, "grad_norm": 2.0})
-            tracker.write_images(step, {"samples": PICTURE[None]})
+            tracker.write_images(step, {"samples": PICTURE[None]}, "Samples")
         tracker.close()
         time.sleep(1.1)  # W&B names the folder of a launch by the second
     assert said == []
@@ -124,7 +124,7 @@ class Slow:
             raise self.error
         self.written.append((step, dict(scalars)))
 
-    def write_images(self, step, images):
+    def write_images(self, step, images, caption):
         pass
 
     def close(self):

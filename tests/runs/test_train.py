@@ -20,7 +20,7 @@ from helpers.work_directories import lines
 
 
 def event_scalars(directory):
-    """{step: {tag: value}} of every event file, read by TensorBoard."""
+    """{step: {name: value}} of every event file, read by TensorBoard; tags are names in their groups."""
     from tensorboard.backend.event_processing import event_accumulator
     from tensorboard.util import tensor_util
 
@@ -28,11 +28,12 @@ def event_scalars(directory):
     accumulator.Reload()
     found = {}
     for tag in accumulator.Tags()["tensors"]:
-        if tag != "samples":
+        if tag.startswith(("loss/", "time/", "optimizer/", "metrics/")):
+            name = tag.partition("/")[2]
             for event in accumulator.Tensors(tag):
                 points = found.setdefault(event.step, {})
-                assert tag not in points, f"{tag} twice at step {event.step}"
-                points[tag] = float(tensor_util.make_ndarray(event.tensor_proto))
+                assert name not in points, f"{tag} twice at step {event.step}"
+                points[name] = float(tensor_util.make_ndarray(event.tensor_proto))
     return found
 
 

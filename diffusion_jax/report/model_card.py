@@ -1,0 +1,168 @@
+"""The model card of converted weights: a README.md with metadata, filled from the run that trained them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusion_jax
+from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.files import write_text
+from diffusion_jax.pretrained import Description, format_summary
+from diffusion_jax.report.collect import RunFiles, collect
+from diffusion_jax.report.commands import train_command
+from diffusion_jax.report.sections import LIKELIHOOD_TERMS, format_value
+from diffusion_jax.training.digests import committed_steps
+
+__all__ = ["card_path", "model_card", "write_card"]
+
+_LICENSE = "unknown"  # an identifier that hubs accept, until somebody fills in another
+
+
+def card_path(to: pathlib.Path) -> pathlib.Path:
+    """The card of what `convert` writes: README.md of a folder, NAME.md beside NAME.safetensors."""
+    return to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
+
+
+def write_card(
+    description: Description, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool
+) -> pathlib.Path | None:
+    """Writes the card of converted weights, and returns its path; None if there is one, which stays. Raises: OSError.
+
+    workdir: of the run whose weights they are. ema: whether they are the moving average.
+    """
+    path = card_path(to)
+    if path.exists():
+        return None
+    write_text(path, model_card(description, to, workdir, ema))
+    return path
+
+
+def model_card(description: Description, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool) -> str:
+    """The card as Markdown that begins with metadata."""
+    run = None if workdir is None else collect(workdir)
+    step = None if workdir is None else max(committed_steps(workdir / "checkpoints"), default=None)
+    weights = "ema" if ema else "raw"
+    metrics = {} if run is None else _metrics(run, weights, step)
+    parts = [
+        f"---\n{_metadata(description, to, run, metrics)}---",
+        f"# {to.stem}",
+        f"Weights of a diffusion model, written by `diffusion_jax.pretrained convert` (version {diffusion_jax.__version__}).",
+        "**Fill in:** the license (here and above), what the model is for, and its limits.",
+        "## Use\n\n" + _code(to),
+        f"## Network and diffusion\n\n```text\n{format_summary(description)}\n```",
+        "" if run is None else _training(run, weights, step),
+        _metrics_section(metrics),
+        "## License\n\nTo be filled in. The license of the data may restrict the use of the weights.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(
+    description: Description, to: pathlib.Path, run: RunFiles | None, metrics: Mapping[str, tuple[float, Any, str]]
+) -> str:
+    """The lines of metadata; JSON values are YAML, too."""
+    is_folder = to.suffix != ".safetensors"
+    dataset = run.config.data.dataset if run is not None and run.config is not None else None
+    task = "unconditional-image-generation" if description.is_images else "other"
+    fields: dict[str, Any] = {
+        "license": _LICENSE,
+        "library_name": "diffusers" if is_folder else "diffusion_jax",
+        "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
+    }
+    if description.is_images:
+        fields["pipeline_tag"] = task
+    if dataset:
+        fields["datasets"] = [dataset]
+    if metrics:
+        values = [{"type": name, "name": name, "value": value} for name, (value, _, _) in metrics.items()]
+        of = {"type": dataset, "name": dataset}
+        fields["model-index"] = [
+            {"name": to.stem, "results": [{"task": {"type": task}, "dataset": of, "metrics": values}]}
+        ]
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join([lines[0] + "  # fill in", *lines[1:]]) + "\n"
+
+
+def _code(to: pathlib.Path) -> str:
+    lines = [
+        "import jax",
+        "from diffusion_jax import pretrained, sampling",
+        "",
+        f"net = pretrained.load({to.name!r})",
+        "samples = net.sample(jax.random.key(0), 16, sampler=sampling.ddim(), steps=50)",
+    ]
+    if to.suffix != ".safetensors":
+        lines += ["", "# or", f"images = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _training(run: RunFiles, weights: str, step: int | None) -> str:
+    """Data, steps, moving average, sampler and command."""
+    config = run.config
+    if config is None:
+        return ""
+    data = f"{config.data.dataset} ({config.data.split})"
+    if "images" in run.data:
+        data += f", {run.data['images']:,} examples"
+    ema = f"decay {config.ema.decay:g}" if weights == "ema" else "not used: these are the raw weights"
+    steps = "all" if config.sampling.steps is None else config.sampling.steps
+    rows = {
+        "data": data,
+        "training steps": "unknown" if step is None else f"{step:,} of batch {config.training.batch_size}",
+        "optimizer": f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.warmup_steps:,} steps of warm-up",
+        "moving average (EMA)": ema,
+        "sampler of the run": f"{config.sampling.sampler}, steps: {steps}",
+    }
+    command = f"The run, in a new directory DIR:\n\n```sh\n{train_command(config)}\n```"
+    return "\n\n".join(["## Training", _table(("what", "value"), rows.items()), command])
+
+
+def _metrics(run: RunFiles, weights: str, step: int | None) -> dict[str, tuple[float, Any, str]]:
+    """{name: (value, standard error or None, how it was measured)} of these weights, each of the most samples."""
+    found: dict[str, tuple[float, Any, str]] = {}
+    records = [record for record in run.records if (record.get("weights"), record.get("step")) == (weights, step)]
+    known = _definitions()
+    for record in sorted(records, key=lambda record: record.get("num_samples") or 0):
+        how = ", ".join(
+            f"{name} {record[name]}" for name in ("num_samples", "steps", "features", "reference") if record.get(name)
+        )
+        how = f"{record.get('sampling', {}).get('sampler', 'samples')}, {how}"
+        for name, value in record.items():
+            if isinstance(value, float) and (name in known or name.partition("_pytorch")[0] in known):
+                found[name] = value, record.get(f"{name}_standard_error"), how
+    likelihood = run.likelihood
+    if (likelihood.get("weights"), likelihood.get("step")) == (weights, step):
+        how = f"{likelihood.get('num_examples')} examples of {likelihood.get('dataset')} {likelihood.get('split')}"
+        for name in ("bits_per_dim", "nats_per_dim", "ode_bits_per_dim", "ode_nats_per_dim"):
+            if isinstance(likelihood.get(name), float):
+                found[name] = likelihood[name], likelihood.get(f"{name}_standard_error"), how
+    return found
+
+
+def _definitions() -> dict[str, str]:
+    return named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
+
+
+def _metrics_section(metrics: Mapping[str, tuple[float, Any, str]]) -> str:
+    if not metrics:
+        return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
+    known = _definitions()
+    rows = [
+        (name, format_value(value, error), how, known.get(name, "")) for name, (value, error, how) in metrics.items()
+    ]
+    return "## Metrics\n\n" + _table(("metric", "value ± standard error", "measured with", "definition"), rows)
+
+
+def _table(header: Sequence[str], rows) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    text = " ".join(str(value).split())
+    for symbol in "\\|<>*_`":  # names of data are text
+        text = text.replace(symbol, f"\\{symbol}")
+    return text

@@ -1,0 +1,63 @@
+"""Pages in Debian's Chromium: what they load, write to the console and break, as the tests of the mark `browser` check it."""
+
+import contextlib
+import shutil
+
+WIDTHS = {"phone": 390, "desktop": 1400}
+BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
+EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@contextlib.contextmanager
+def chromium():
+    """The browser, for as long as the block runs."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path, "Chromium is not installed; on Debian: apt install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def window(browser, label, allowed, **options):
+    """A window as wide as WIDTHS[label]; `requests` collects what its pages ask of other addresses, which is not sent.
+
+    allowed: the beginnings of addresses that pages may load.
+    """
+    context = browser.new_context(viewport={"width": WIDTHS[label], "height": 900}, **options)
+    context.requests = []
+
+    def block(route):
+        context.requests.append(route.request.url)
+        route.abort()
+
+    context.route(lambda url: not url.startswith((*allowed, "data:", "blob:")), block)
+    context.label = label
+    yield context
+    context.close()
+
+
+def open_page(context, url):
+    """(page, its messages of errors), when everything is loaded and rendered."""
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url, wait_until="load")
+    page.evaluate("window.MathJax?.startup?.promise")
+    return page, errors
+
+
+def violations(page):
+    """The serious violations that axe-core finds, with the first elements that have them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [
+        f"{violation['impact']} {violation['id']}: {node['html'][:200]}"
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"][:5]
+    ]

@@ -1,0 +1,91 @@
+"""The model card of converted weights."""
+
+import json
+
+import pytest
+import yaml
+
+from diffusion_jax import pretrained
+from diffusion_jax.config import experiment
+from diffusion_jax.report.model_card import card_path, model_card, write_card
+from helpers.simulated_runs import write_run
+
+
+def front_matter(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(a run at step 1000, its description)."""
+    directory = tmp_path / "run"
+    write_run(directory)
+    (directory / "checkpoints" / "1000").mkdir()
+    (directory / "checkpoints" / "1000" / "_CHECKPOINT_METADATA").write_text("{}")
+    return directory, pretrained.describe(directory)
+
+
+def test_a_card_is_filled_from_the_run(run, tmp_path):
+    directory, description = run
+    card = model_card(description, tmp_path / "digits", directory, ema=True)
+    found = front_matter(card)
+    assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
+    (result,) = found["model-index"][0]["results"]
+    assert {metric["name"]: metric["value"] for metric in result["metrics"]} == {
+        "frechet_distance": 3.6756,
+        "kernel_distance": 0.10675,
+        "bits_per_dim": 3.21,
+    }
+    decay = experiment("digits_conditional").ema.decay
+    for text in (
+        "1,498 examples",
+        "1,000 of batch 64",
+        f"decay {decay:g}",
+        "ddpm, steps: 250",
+        "0.1067 ± 0.04",
+        "unbiased squared MMD",
+        "diffusion-jax --config=digits_conditional",
+        "To be filled in",
+    ):
+        assert text in card, text
+
+
+def test_metrics_of_other_weights_are_left_out(run, tmp_path):
+    directory, description = run
+    card = model_card(description, tmp_path / "digits", directory, ema=False)
+    assert "Nothing was measured of these weights" in card and "model-index" not in front_matter(card)
+    assert "these are the raw weights" in card
+
+
+def test_metrics_of_the_most_samples_are_shown(run, tmp_path):
+    directory, description = run
+    (record,) = json.loads((directory / "metrics.json").read_text())
+    fewer = record | {"num_samples": 3, "frechet_distance": 99.0}
+    (directory / "metrics.json").write_text(json.dumps([record, fewer]))
+    card = model_card(description, tmp_path / "digits", directory, ema=True)
+    assert "3.676" in card and "99" not in card.split("## Metrics")[1].split("## License")[0]
+
+
+def test_a_card_of_published_weights_has_no_run(run, tmp_path):
+    card = model_card(run[1], tmp_path / "x.safetensors", None, ema=True)
+    assert front_matter(card)["library_name"] == "diffusion_jax"
+    assert "## Training" not in card and "network times 0 ..." in card
+
+
+def test_names_are_text(run, tmp_path):
+    directory, description = run
+    (record,) = json.loads((directory / "metrics.json").read_text())
+    (directory / "metrics.json").write_text(json.dumps([record | {"reference": "a|b <script>\n# c: ---"}]))
+    card = model_card(description, tmp_path / "x", directory, ema=True)
+    assert "<script>" not in card.replace("\\<script\\>", "") and "a\\|b" in card
+    assert front_matter(card)["license"] == "unknown"
+
+
+def test_an_edited_card_stays(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = write_card(run[1], tmp_path / "out", None, ema=True)
+    assert path == tmp_path / "out" / "README.md" == card_path(tmp_path / "out")
+    path.write_text("mine")
+    assert write_card(run[1], tmp_path / "out", None, ema=True) is None and path.read_text() == "mine"
+    assert card_path(tmp_path / "x.safetensors") == tmp_path / "x.md"

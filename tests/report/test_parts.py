@@ -1,0 +1,128 @@
+"""Parts of report.html: thinned curves, pictures of a given size, events and commands."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+from diffusion_jax import cli
+from diffusion_jax.config import experiment, flatten, override, resolve
+from diffusion_jax.report import commands
+from diffusion_jax.report.array_frames import array_images
+from diffusion_jax.report.curves import make_series, training_charts
+from diffusion_jax.report.embed import Budget
+from diffusion_jax.report.events import launch_events
+from diffusion_jax.report.markup import element, json_script, table
+from diffusion_jax.runs.workdir import to_dict
+from helpers.simulated_runs import launch
+
+
+def test_intervals_have_their_mean_lowest_and_highest_value():
+    series = make_series("x", np.arange(12.0), np.array([0, 1, 5, 3, 4, 5, 9, 7, 8, 9, 10, 11.0]), max_points=4)
+    assert series["x"] == [1, 4, 7, 10]
+    assert series["mean"] == [2, 4, 8, 10]
+    assert series["low"] == [0, 3, 7, 9] and series["high"] == [5, 5, 9, 11]
+    assert series["values"] == 12
+
+
+def test_short_lines_are_not_thinned_and_values_that_are_not_finite_are_left_out():
+    series = make_series("x", np.arange(4.0), np.array([1.0, np.nan, np.inf, 2.0]))
+    assert series["x"] == [0, 3] and series["mean"] == [1, 2] and "low" not in series
+
+
+def test_a_long_log_has_no_more_points():
+    steps = np.arange(800_000.0)
+    series = make_series("x", steps, np.sin(steps))
+    assert len(series["x"]) == 600
+    assert min(series["low"]) == -1 and max(series["high"]) == 1
+
+
+def test_other_values_of_the_log_have_charts_of_their_own():
+    charts = training_charts([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 2.0, "frechet_distance": 3.0, "note": "x"}])
+    assert [chart["title"] for chart in charts] == ["Loss", "frechet distance"]
+    assert charts[0]["series"][0]["x"] == [1, 2] and charts[0]["series"][0]["mean"] == [2, 1]
+
+
+def test_elements_escape_text_and_attributes():
+    written = element("p", "<b>&", element("i", '"'), title='"><script>', data_x_y=1, hidden=True, id=None)
+    assert written == '<p title="&quot;&gt;&lt;script&gt;" data-x-y="1" hidden>&lt;b&gt;&amp;<i>&quot;</i></p>'
+    assert "<script" not in table("<script>", ["<script>"], [["<script>", "<script>"]])
+    written = json_script("data", ["</script>"])
+    assert written.count("</script>") == 1
+    assert json.loads(written.partition(">")[2].rpartition("<")[0]) == ["</script>"]
+
+
+def test_a_picture_has_at_most_its_bytes():
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    budget = Budget(50_000)
+    picture = budget.embed(noise, 20_000)
+    assert picture.width < 300 and "of 300 columns" in picture.note
+    assert 30_000 <= budget.left < 50_000
+    assert Budget(10).embed(noise) is None
+    small = Budget(50_000).embed(noise[:4, :4])
+    assert (small.width, small.height, small.note) == (4, 4, "")
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"),
+    [((9, 2), 1), ((9, 1), 1), ((9, 30, 5), 4), ((9, 6, 7, 3), 4), ((9, 5, 6, 7, 1), 4)],
+)
+def test_arrays_of_every_kind_have_frames_of_one_scale(shape, images):
+    samples = np.random.default_rng(0).standard_normal(shape)
+    noisy = samples + 100
+    drawn = array_images(samples, samples)
+    assert drawn.dtype == np.uint8 and drawn.shape[0] == images and drawn.shape[-1] == 1
+    assert drawn.min() < 255 and len(np.unique(drawn)) > 1
+    assert (array_images(noisy, samples) != drawn).any()
+    assert (array_images(np.full(shape, np.nan), samples) >= 0).all()
+    if len(shape) == 4:  # fields: dark is high
+        assert np.unravel_index(drawn[..., 0].argmin(), drawn.shape[:3]) == np.unravel_index(
+            samples[:4, ..., 0].argmax(), (4, *shape[1:3])
+        )
+
+
+def test_a_run_in_progress_and_a_stop_lose_nothing():
+    launches = [launch(0, 100, 0, 10), launch(100, 150, 20, 30)]
+    kinds = [event.kind for event in launch_events(launches, 1000, is_running=True)]
+    assert kinds == ["launch", "ended", "restore", "running"]
+    kinds = [event.kind for event in launch_events(launches, 1000, is_running=False)]
+    assert kinds == ["launch", "ended", "restore", "ended early"]
+    assert launch_events([], None, is_running=False) == []
+
+
+def parsed(command, mode):
+    words = shlex.split(command)
+    assert words[0] == "diffusion-jax"
+    result = cli.parse(words[1:])
+    assert result.mode == mode
+    return to_dict(result.config)
+
+
+@pytest.mark.parametrize("name", ["digits_conditional", "vectors", "imagenet_adm:128", "cifar10_classifier"])
+def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed = {"training.num_steps": "77", "optimizer.learning_rate": "3e-05", "sampling.sampler": "heun", "seed": "5"}
+    config = override(experiment(name), changed)
+    command = commands.train_command(config)
+    assert f"--config={name} " in command
+    mode = "train_classifier" if "classifier" in name else "train"
+    assert parsed(command, mode) == to_dict(config)
+
+
+def test_the_command_of_sampling_parses_to_the_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(experiment("digits"))
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "DIR" / "config.json").write_text(json.dumps(to_dict(config)))
+    drawn = override(config, {"sampling.sampler": "ddim", "sampling.steps": "(10, 5)", "sampling.num_samples": "9"})
+    settings = {"sampling": to_dict(drawn)["sampling"], "batch_size": 9}
+    found = parsed(commands.sampling_command(config, {"settings": settings}), "sample")
+    assert flatten(found)["sampling.sampler"] == "ddim"
+    assert found["sampling"]["steps"] == [10, 5] and found["sampling"]["num_samples"] == 9
+
+
+def test_the_differences_from_the_defaults_name_their_defaults():
+    assert commands.differences_from_defaults(resolve({})) == {}
+    changed = commands.differences_from_defaults(resolve({"training": {"num_steps": 5}}))
+    assert list(changed) == ["training.num_steps"] and changed["training.num_steps"][:2] == (5, 800_000)

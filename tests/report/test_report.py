@@ -1,0 +1,215 @@
+"""report.html: what it shows of complete, killed, damaged and empty work directories, and how large it is."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from diffusion_jax import cli
+from diffusion_jax.report import page as page_module
+from diffusion_jax.report import write_comparison, write_report
+from diffusion_jax.report.write import write_report_after
+from diffusion_jax.runs import pictures
+from helpers.simulated_runs import launch, write_log, write_results, write_run
+
+SECTIONS = ["curves", "training-samples", "denoising", "samples", "likelihood", "metrics", "memorization", "events"]
+SECTIONS += ["config", "environment", "reproduce"]
+
+
+class Page(html.parser.HTMLParser):
+    """The parts of a page: sections, texts, images, and what it would load."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.sections, self.images, self.scripts, self.loaded = [], [], [], []
+        self.text, self._tags = "", [""]
+        source = path.read_text()
+        self.size = len(source.encode())
+        self.data = json.loads(re.search(r'id="data">(.*?)</script>', source, re.DOTALL).group(1))
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self._tags.append(tag)
+        if tag == "section":
+            self.sections.append(attributes["id"])
+        if tag == "img":
+            assert attributes["alt"]
+            self.images.append(attributes["src"])
+        if tag == "script":
+            self.scripts.append(attributes)
+        for name in ("src", "href"):
+            if not attributes.get(name, "#").startswith(("#", "data:")):
+                self.loaded.append(attributes[name])
+
+    def handle_data(self, data):
+        if self._tags[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("complete") / "run"
+    write_run(directory)
+    return directory, Page(write_report(directory))
+
+
+def test_a_complete_run_has_every_section(complete):
+    _, page = complete
+    assert [name for name in page.sections if name != "pictures"] == SECTIONS
+    assert len(page.scripts) == 3 and not page.loaded
+    assert page.size < 1e6
+    charts = [chart["title"] for chart in page.data["charts"].values()]
+    assert {"Loss", "Loss by noise level", "Learning rate", "Where the time goes"} <= set(charts)
+    assert {"Gradient norm", "Parameter norm", "Terms of the bound", "Rate and distortion"} <= set(charts)
+
+
+def test_frames_step_through_training_and_denoising(complete):
+    _, page = complete
+    frames = page.data["frames"]
+    assert frames["training-frames"]["captions"] == [
+        f"after {n} training steps" for n in ("250", "500", "750", "1,000")
+    ]
+    assert frames["training-frames"]["start"] == 3
+    assert frames["denoising-frames"]["captions"][:2] == ["network time t = 999", "network time t = 774"]
+    assert len(frames["denoising-frames"]["images"]) == 6
+    for each in frames.values():  # each picture once: the first one shown is in the page itself
+        missing = [i for i, images in enumerate(each["images"]) if images[0] is None]
+        assert missing == [each["start"]]
+
+
+def test_values_have_errors_and_definitions(complete):
+    _, page = complete
+    assert "0.1067 ± 0.04" in page.text and "3.21 ± 0.02" in page.text
+    assert "unbiased squared MMD" in page.text
+    assert "class 1: one" in page.text
+
+
+def test_events_follow_from_launches_and_checkpoints(complete):
+    _, page = complete
+    assert "Launch 1 was lost after step 600, after 16:40; 200 steps were done again." in page.text
+    assert "Launch 2 continues from step 400." in page.text
+    assert "Launch 2 reached the last step, 1,000" in page.text
+    assert "300.unreadable" in page.text and "500.orbax-checkpoint-tmp" in page.text
+
+
+def test_the_environment_and_the_differences_from_the_defaults_are_shown(complete):
+    _, page = complete
+    assert "jax 0.10.2" in page.text and "1 x cpu" in page.text
+    assert "training.num_steps" in page.text and "800000" in page.text  # the default
+    assert "diffusion-jax --config=digits_conditional --workdir=DIR --config.training.num_steps=1000" in page.text
+
+
+def test_an_empty_directory_and_a_missing_one_give_a_page(tmp_path):
+    for directory in (tmp_path, tmp_path / "none"):
+        page = Page(write_report(directory))
+        assert page.sections == ["curves"]
+        assert "holds no run yet" in page.text and "Nothing is logged yet" in page.text
+
+
+def test_a_killed_run_without_samples_gives_a_page(tmp_path):
+    write_log(tmp_path, launches=[launch(0, 600, 0, 100)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 650, "lo')
+    page = Page(write_report(tmp_path))
+    assert {"curves", "events", "config", "reproduce"} <= set(page.sections)
+    assert "The last line of launch 1 is of step 600" in page.text
+    assert not page.images
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "goodput.json", "metrics.json", "likelihood.json", "likelihood.npz", "data.json"]
+)
+def test_a_damaged_file_is_a_note(tmp_path, name):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"[{")
+    page = Page(write_report(tmp_path / "run"))
+    assert name == "goodput.json" or f"{name} could not be read" in page.text
+    assert "curves" in page.sections
+
+
+def test_a_damaged_picture_and_trajectory_are_notes(tmp_path):
+    write_run(tmp_path / "run")
+    samples = tmp_path / "run" / "samples"
+    (samples / "train_step00000500.png").write_bytes(b"\x89PNG damaged")
+    next(samples.glob("*_trajectory.npz")).write_bytes(b"PK")
+    page = Page(write_report(tmp_path / "run"))
+    assert "train_step00000500.png could not be read" in page.text
+    assert "_trajectory.npz could not be read" in page.text
+    assert len(page.data["frames"]["training-frames"]["images"]) == 3
+
+
+EVIL = '</script><script>alert("x")</script>'
+
+
+def test_text_from_data_and_configs_is_escaped(tmp_path):
+    directory = tmp_path / "<script>alert(1)<"
+    write_log(directory)
+    write_results(directory, classes=(EVIL, "<img src=x onerror=alert(1)>", "'\""))
+    config = json.loads((directory / "config.json").read_text())
+    config["data"]["data_dir"] = EVIL
+    (directory / "config.json").write_text(json.dumps(config))
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1000, EVIL: 1.0}) + "\n")
+    page = Page(write_report(directory))
+    assert len(page.scripts) == 3 and not page.loaded
+    assert EVIL in page.text
+    assert all(image.startswith("data:image/") for image in page.images)
+    assert any(EVIL in chart["title"] for chart in page.data["charts"].values())
+
+
+def test_a_page_stays_small(tmp_path, monkeypatch):
+    """Pictures of noise, which do not compress, with a fifteenth of the real limit."""
+    monkeypatch.setattr(page_module, "PICTURE_BYTES", page_module.PICTURE_BYTES // 15)
+    write_log(tmp_path)
+    (tmp_path / "samples").mkdir()
+    rng = np.random.default_rng(0)
+    for step in range(1, 41):
+        noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        pictures.save_png(tmp_path / "samples" / f"train_step{step:08d}.png", noise)
+        pictures.save_png(tmp_path / f"picture{step}.png", noise)
+    written = Page(write_report(tmp_path))
+    assert sum(map(len, written.images)) + len(json.dumps(written.data["frames"])) < 5e6 / 15
+    assert "24 of 40 pictures are in this file." in written.text
+    assert "Left out, because this file stays small: picture" in written.text
+
+
+def test_runs_are_compared(tmp_path):
+    write_run(tmp_path / "a" / "run")
+    write_log(tmp_path / "b" / "run", num_steps=800)
+    write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.sections == ["states", "curves", "config", "metrics", "samples"]
+    loss = page.data["charts"]["curve0"]
+    assert [series["label"] for series in loss["series"]] == ["run", "run (2)"]
+    assert "training.num_steps" in page.text and "optimizer.learning_rate" not in page.text
+
+
+def test_the_command_writes_a_page(tmp_path, capsys):
+    from diffusion_jax.report import __main__ as command
+
+    write_log(tmp_path / "run")
+    command.main([str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(SystemExit) as caught:
+        command.main([str(tmp_path / "missing")])
+    assert caught.value.code == 2
+    assert "is no directory" in capsys.readouterr().err
+
+
+def test_the_mode_changes_nothing_but_the_page(tmp_path, capsys):
+    write_run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    cli.main([f"--workdir={tmp_path}", "--mode=report"])
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert after.pop(tmp_path / "report.html") and after == before
+    assert f"Written: {tmp_path / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    logged = []
+    write_report_after(tmp_path / "run", None, logged.append)
+    assert len(logged) == 1 and logged[0].startswith("Note: ") and "could not be written" in logged[0]

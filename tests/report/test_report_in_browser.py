@@ -1,0 +1,174 @@
+"""report.html in Debian's Chromium, opened as a file: `make browser`. Screenshots: docs/_build/screenshots/reports."""
+
+import shutil
+
+import pytest
+
+from diffusion_jax.report import write_comparison, write_report
+from helpers.browser import BROKEN_IMAGES, EXCEEDS_WINDOW, WIDTHS, chromium, open_page, violations, window
+from helpers.paths import ROOT
+from helpers.simulated_runs import launch, write_log, write_results, write_run
+
+pytestmark = pytest.mark.browser
+
+SCREENSHOTS = ROOT / "docs" / "_build" / "screenshots" / "reports"
+EVIL = '<script>alert("x")</script>'
+REPORTS = ["complete", "long", "killed", "empty", "evil", "comparison"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """{kind: the file}."""
+    root = tmp_path_factory.mktemp("reports")
+    write_run(root / "complete")
+    write_log(root / "long", num_steps=800_000, log_every=100)
+    write_log(root / "killed", launches=[launch(0, 600, 0, 100)])
+    write_log(root / "evil")
+    write_results(root / "evil", classes=(EVIL, "<img src=x onerror=alert(1)>"))
+    files = {kind: write_report(root / kind) for kind in REPORTS[:-1]}
+    files["comparison"] = root / "comparison.html"
+    write_comparison([root / "complete", root / "killed", root / "long"], files["comparison"])
+    return files
+
+
+@pytest.fixture(scope="module")
+def browser():
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def context(request, browser):
+    """A window, on a phone with dark colors."""
+    scheme = "dark" if request.param == "phone" else "light"
+    with window(browser, request.param, ("file:",), color_scheme=scheme) as context:
+        yield context
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_a_report_is_rendered_and_accessible(context, reports, kind):
+    page, errors = open_page(context, reports[kind].as_uri())
+    try:
+        dialogs = []
+        page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
+        page.screenshot(path=SCREENSHOTS / context.label / f"{kind}.png", full_page=True)
+        assert not errors
+        assert not context.requests
+        assert not dialogs
+        assert not page.evaluate(BROKEN_IMAGES)
+        assert page.evaluate(EXCEEDS_WINDOW) <= 0
+        assert not violations(page)
+        assert page.locator(".chart").count() == page.locator(".plot canvas").count()
+    finally:
+        context.requests.clear()
+        page.close()
+
+
+@pytest.fixture
+def complete(context, reports):
+    page, errors = open_page(context, reports["complete"].as_uri())
+    yield page
+    assert not errors
+    page.close()
+
+
+def sources(place):
+    return place.locator("img").evaluate_all("images => images.map(image => image.src)")
+
+
+def test_the_slider_shows_the_samples_of_other_steps(complete):
+    place = complete.locator("#training-samples")
+    caption, last = place.locator(".frame-caption"), sources(place)
+    assert caption.inner_text() == "after 1,000 training steps (4 of 4)"
+    place.locator("input").focus()
+    complete.keyboard.press("Home")
+    assert caption.inner_text() == "after 250 training steps (1 of 4)"
+    assert sources(place) != last
+    complete.keyboard.press("End")
+    assert sources(place) == last
+
+
+def test_denoising_is_stepped_through_by_buttons(complete):
+    place = complete.locator("#denoising")
+    caption = place.locator(".frame-caption")
+    seen = [sources(place)]
+    for _ in range(5):
+        place.get_by_role("button", name="Next").click()
+        seen.append(sources(place))
+    assert caption.inner_text() == "finished samples (6 of 6)"
+    assert len({tuple(each) for each in seen}) == 6
+    assert place.locator("img").first.get_attribute("alt") == "x_t, the noisy sample, finished samples"
+    place.get_by_role("button", name="Previous").click()
+    assert caption.inner_text() == "network time t = 99 (5 of 6)"
+    place.get_by_role("button", name="Play").click()
+    place.get_by_text("network time t = 999 (1 of 6)").wait_for()
+    place.get_by_role("button", name="Stop").click()
+    assert place.get_by_role("button", name="Play").get_attribute("aria-pressed") == "false"
+
+
+def first_chart(page):
+    chart = page.locator("#curves .charts > figure").first
+    chart.scroll_into_view_if_needed()
+    return chart
+
+
+def test_a_chart_shows_the_values_under_the_mouse(complete):
+    chart = first_chart(complete)
+    box = chart.locator(".u-over").bounding_box()
+    complete.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert chart.locator(".axis-x").inner_text() == "training step: 500"
+    assert chart.locator(".values").inner_text().startswith("loss 0.1")
+
+
+def ticks(chart):
+    return chart.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+
+
+def test_a_chart_zooms_by_mouse_and_buttons_and_hides_lines(complete):
+    chart = first_chart(complete)
+    pictures = [ticks(chart)]
+    box = chart.locator(".u-over").bounding_box()
+    complete.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 20)
+    complete.mouse.down()
+    complete.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 20, steps=4)
+    complete.mouse.up()
+    for name in (None, "zoom out", "show everything", "logarithmic axis", "zoom in"):
+        if name:
+            chart.get_by_role("button", name=name).click()
+        complete.wait_for_timeout(50)
+        pictures.append(ticks(chart))
+    assert len(set(pictures)) == 5  # everything is shown first and after "show everything"
+    assert pictures[0] == pictures[3]
+    line = chart.locator(".values button")
+    line.click()
+    assert line.get_attribute("aria-pressed") == "false"
+
+
+def test_a_chart_is_used_by_keyboard(complete):
+    chart = first_chart(complete)
+    chart.locator(".plot").focus()
+    status = chart.locator(".axis-x")
+    for key, step in (("ArrowRight", "50"), ("ArrowRight", "100"), ("End", "1,000"), ("ArrowLeft", "950")):
+        complete.keyboard.press(key)
+        assert status.inner_text() == f"training step: {step}"
+    before = ticks(chart)
+    complete.keyboard.press("+")
+    complete.wait_for_timeout(50)
+    assert ticks(chart) != before
+    complete.keyboard.press("0")
+    complete.wait_for_timeout(50)
+    complete.keyboard.press("Home")
+    assert status.inner_text() == "training step: 50"
+
+
+def test_the_colors_follow_the_system(complete):
+    scheme = "dark" if complete.evaluate("matchMedia('(prefers-color-scheme: light)').matches") else "light"
+    before = ticks(first_chart(complete))
+    complete.emulate_media(color_scheme=scheme)
+    complete.wait_for_timeout(100)
+    assert ticks(first_chart(complete)) != before
+
+
+def test_the_report_of_a_long_run_is_small(reports):
+    assert reports["long"].stat().st_size < 1e6
