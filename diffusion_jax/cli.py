@@ -192,8 +192,8 @@ def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
         return pathlib.Path(workdir).expanduser()
     from diffusion_jax.storage.workdirs import mirror_workdir
 
-    trains = mode in ("train", "train_classifier")
-    return mirror_workdir(workdir.rstrip("/"), with_samples=not trains and mode != "status", read_only=mode == "status")
+    reads = mode == "status"
+    return mirror_workdir(workdir.rstrip("/"), with_samples=not reads, read_only=reads)
 
 
 def check_workdir(workdir: str) -> None:

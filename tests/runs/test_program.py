@@ -90,7 +90,7 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
         ),
         (["--config=configs/digits.py", "leftover"], "unexpected argument"),
         (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
-        (["--config=configs/digits.py", "--workdir=gs://bucket/run"], "mounted file system"),
+        (["--config=configs/digits.py", "--workdir=http://bucket/run"], "gs://BUCKET/DIR"),
         (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
         (["--config=configs/digits.py", "--config.data.image_size=wide"], "data.image_size=wide"),
         ([], "--config=NAME is needed"),
