@@ -81,7 +81,8 @@ class TrainedModel:
 
         Every process must make the first access. Raises: as `load_weights`.
         """
-        return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
+        with jax.ensure_compile_time_eval():  # the first access may be in a function that is being traced
+            return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
 
     @functools.cached_property
     def normalizations(self) -> Normalizations:

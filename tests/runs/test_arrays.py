@@ -12,6 +12,7 @@ from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.state import initial_params
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
+from helpers.work_directories import untrained
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
@@ -199,6 +200,13 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
     with pytest.raises(errors.DiffusionJaxError, match=words) as error:
         train.run(array_config("vectors", file, **overrides), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_weights_can_be_read_first_inside_a_function_that_is_traced(tmp_path):
+    config = array_config("vectors", "nowhere")
+    trained = trained_model.TrainedModel.open(config, untrained(tmp_path / "run", config), use_ema=True)
+    total = jax.jit(lambda: sum(leaf.sum() for leaf in jax.tree.leaves(trained.params)))()
+    assert total == pytest.approx(sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(trained.params)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
