@@ -172,13 +172,19 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
     train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
     stored = json.loads((run / "data.json").read_text())
     np.savez(file, x=examples("vectors", 24, seed=1))
-    with pytest.raises(errors.UserError, match="the data are not those that .* was trained on .*data.json"):
+    with pytest.raises(
+        errors.UserError, match="the data are not those that .* was trained on .*--pretrained=.*run --workdir=NEW$"
+    ):
         train.run(array_config("vectors", file), run)
     assert json.loads((run / "data.json").read_text()) == stored
     with pytest.raises(errors.UserError, match="data.normalization: 'auto' there, 'none' here"):
         train.run(array_config("vectors", file, **{"data.normalization": "none"}), run)
     (run / "data.json").unlink()
-    with pytest.raises(errors.UserError, match="data.json, which stores the scale of the data, is missing: restore it"):
+    for mode in (sample, train):
+        with pytest.raises(errors.CheckpointError, match="data.json, which stores the scale .* is missing: restore it"):
+            mode.run(array_config("vectors", file), run)
+    (run / "data.json").write_text("{")
+    with pytest.raises(errors.CheckpointError, match=r"data.json cannot be read \(Expecting .*\): restore it"):
         sample.run(array_config("vectors", file), run)
 
 
