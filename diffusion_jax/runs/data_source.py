@@ -62,6 +62,11 @@ def check_source(config: ConfigDict, source: data.Source) -> None:
         raise UserError(
             f"model.num_classes={num_classes}, but the data has {source_classes} classes; use that number, or 0"
         )
+    if num_classes and "label" in batch and not source_classes:
+        raise UserError(
+            f"model.num_classes={num_classes}, but the source does not tell its number of classes; give it the attribute "
+            "num_classes"
+        )
     if num_classes and "label" not in batch:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
         reason = getattr(source, "no_labels_reason", "")

@@ -167,6 +167,19 @@ def test_a_source_of_the_caller_takes_the_place_of_the_config_s(tmp_path):
     assert len(digests) == 1
 
 
+def test_a_source_with_labels_tells_its_number_of_classes(tmp_path):
+    class Labeled:
+        def __len__(self):
+            return 20
+
+        def read(self, indices):
+            return {"x": examples("vectors", 20)[indices], "label": np.asarray(indices) % 4}
+
+    config = array_config("vectors", "nowhere", **{"model.num_classes": 3})
+    with pytest.raises(errors.UserError, match="the source does not tell its number of classes; give it the attribute"):
+        train.run(config, tmp_path / "run", Labeled())
+
+
 def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):
     file, run = write_arrays("vectors", tmp_path / "data.npz"), tmp_path / "run"
     train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
@@ -188,6 +201,13 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
         sample.run(array_config("vectors", file), run)
 
 
+def test_weights_can_be_read_first_inside_a_function_that_is_traced(tmp_path):
+    config = array_config("vectors", "nowhere")
+    trained = trained_model.TrainedModel.open(config, untrained(tmp_path / "run", config), use_ema=True)
+    total = jax.jit(lambda: sum(leaf.sum() for leaf in jax.tree.leaves(trained.params)))()
+    assert total == pytest.approx(sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(trained.params)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -206,13 +226,6 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
     with pytest.raises(errors.DiffusionJaxError, match=words) as error:
         train.run(array_config("vectors", file, **overrides), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_weights_can_be_read_first_inside_a_function_that_is_traced(tmp_path):
-    config = array_config("vectors", "nowhere")
-    trained = trained_model.TrainedModel.open(config, untrained(tmp_path / "run", config), use_ema=True)
-    total = jax.jit(lambda: sum(leaf.sum() for leaf in jax.tree.leaves(trained.params)))()
-    assert total == pytest.approx(sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(trained.params)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
