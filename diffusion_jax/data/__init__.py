@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffusion_jax.config import resolve
-from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.array_files import ArrayFiles, has_splits
 from diffusion_jax.data.checks import (
     CheckedSource,
     check_examples,
@@ -62,6 +62,7 @@ __all__ = [
     "example_shape",
     "find_normalizations",
     "fit",
+    "has_splits",
     "is_of_images",
     "load",
     "natural_shape",
