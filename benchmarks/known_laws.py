@@ -1,6 +1,6 @@
 """Trains the configs whose data have a known law, draws samples and compares them with the law.
 
-    python benchmarks/known_laws.py [series field volume moons mixture conditional] [--workdir=runs/laws]
+    python benchmarks/known_laws.py [series field volume moons mixture conditional] [--workdir=runs/laws] [--seed=0]
 
 Each line of the output is one comparison: the largest deviation from the exact law, the error bar, and the largest deviation
 from a wrong law, which must be outside its error bar. An error bar is the stated bias of a network that is trained for
@@ -254,19 +254,21 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run(name: str, workdir: pathlib.Path) -> bool:
-    """Trains, samples and compares one config."""
+def run(name: str, root: pathlib.Path, seed: int) -> bool:
+    """Trains, samples and compares one config. seed: of training and of the samples."""
     module, *variant = CONFIGS[name]
     config = resolve(importlib.import_module(f"configs.{module}").get_config(*variant))
+    config.seed = config.sampling.seed = seed
+    workdir = root / (f"{name}_seed{seed}" if seed else name)
     for job, what in ((train.run, "training"), (sample_run, "sampling")):
         wall, cpu = time.time(), cpu_seconds()
-        job(config, workdir / name)
+        job(config, workdir)
         print(f"     {name}: {what}: {time.time() - wall:.0f} s, {cpu_seconds() - cpu:.0f} s of CPU", flush=True)
-    (path,) = (workdir / name / "samples").glob("*_n*.npz")
+    (path,) = (workdir / "samples").glob(f"*_n{config.sampling.num_samples}.npz")
     with np.load(path) as arrays:
         x, condition = arrays["arr_0"].astype(np.float64), arrays.get("condition")
     law = getattr(synthetic, name.upper())
-    trained = TrainedModel.open(config, workdir / name, use_ema=True)
+    trained = TrainedModel.open(config, workdir, use_ema=True)
     results = compare_gaussian(name, x, law) if x.ndim > 2 else compare_vectors(name, x, condition)
     return all(results + compare_likelihood(name, config, trained, law))
 
@@ -284,8 +286,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; by default all")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/laws"))
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if unknown := set(options.names) - set(CONFIGS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CONFIGS)}")
-    good = [run(name, options.workdir) for name in options.names or CONFIGS]
+    good = [run(name, options.workdir, options.seed) for name in options.names or CONFIGS]
     sys.exit(0 if all(good) else 1)

@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.training.update(num_steps=1500, batch_size=32, sample_every=500, checkpoint_every=500)
     config.optimizer.decay_steps = 1500
     config.sampling.update(num_samples=500, batch_size=100)
-    config.evaluation.num_samples = 500
+    config.evaluation.update(num_samples=500, num_examples=500)
     return config

@@ -33,5 +33,5 @@ def get_config(variant: str = "synthetic") -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine", decay_steps=3000)
     config.ema.update(decay=0.999, warmup=True)
     config.sampling.update(sampler="dpm_solver_pp", spacing="log_snr", steps=50, num_samples=1000, batch_size=250)
-    config.evaluation.num_samples = 1000
+    config.evaluation.update(num_samples=1000, num_examples=1000, strata=50)
     return config

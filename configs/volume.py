@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config.model.update(channels=16, convolution="products")
     config.training.update(num_steps=800, batch_size=16)
     config.optimizer.decay_steps = 800
+    config.evaluation.num_examples = 250
     return config

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffusion_jax.config import resolve
-from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.array_files import ArrayFiles, has_splits
 from diffusion_jax.data.checks import (
+    CheckedSource,
     check_examples,
     check_image_leaves,
     check_levels,
@@ -63,6 +64,7 @@ __all__ = [
     "example_shape",
     "find_normalizations",
     "fit",
+    "has_splits",
     "is_of_images",
     "load",
     "natural_shape",
@@ -110,7 +112,7 @@ def load(
     if source is None:
         source = _open_source(config)
     else:
-        check_examples(config, source)
+        source = _check_source(config, source)
     log(f"{describe(source)}.")
     try:
         return InMemory(source, progress) if _megabytes(source, config) <= config["memory_mb"] else source
@@ -134,10 +136,18 @@ def _megabytes(source: Source, config: Mapping) -> float:
     return len(source) * bytes_per_example / 2**20
 
 
+def _check_source(config: Mapping, source: Source) -> Source:
+    """A source from outside this package, checked now and whenever it is read. Raises: DataError."""
+    check_examples(config, source)
+    return source if isinstance(source, Folder | ArrayFiles) else CheckedSource(source)
+
+
 def _open_source(config: Mapping) -> Source:
     name, data_dir, shape = config["dataset"], config["data_dir"], example_shape(config)
-    if ":" in name or name == "arrays":
-        source = ArrayFiles(data_dir, config["split"], shape) if name == "arrays" else import_source(name, config)
+    if ":" in name:
+        return _check_source(config, import_source(name, config))
+    if name == "arrays":
+        source = ArrayFiles(data_dir, config["split"], shape)
         check_examples(config, source)
         return source
     size, channels = check_image_leaves(config)

@@ -27,7 +27,7 @@ from diffusion_jax.data.numpy_files import ArrayLayout, npy_layout, npz_layouts
 from diffusion_jax.errors import DataError, list_names
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["ArrayFiles"]
+__all__ = ["ArrayFiles", "has_splits"]
 
 _KINDS = (".npy", ".npz", ".zarr", ".zarr.zip", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
@@ -96,12 +96,14 @@ class ArrayFiles:
         return batch
 
     def notes(self) -> list[str]:
-        """Lines about skipped files and missing classes."""
-        return [f"Skipped other files: {self._skipped}."] if self._skipped else []
+        """Lines about skipped files and missing chunks."""
+        notes = [f"Skipped other files: {self._skipped}."] if self._skipped else []
+        arrays = [rows for rows in (self._examples, self._label, self._condition) if rows]
+        return notes + [note for rows in arrays if (note := rows.note())]
 
     def _open_file(self, path: pathlib.Path) -> None:
-        members = _open_members(path)
-        name = _example_name(path, list(members))
+        members, groups = _open_members(path)
+        name = _example_name(path, list(members), groups)
         self._examples = members[name]()
         self._key = name if name in ("x", "image") else "image" if self._examples.dtype == np.uint8 else "x"
         where, length = _where(path, name), self._examples.shape[:1]
@@ -152,6 +154,15 @@ def _kind(name: str) -> str:
     return next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
 
 
+def has_splits(path: str, split: str) -> bool:
+    """Whether `split` selects some of the examples at a path: one file, store or folder of files has no splits."""
+    root = pathlib.Path(path).expanduser()
+    if not root.is_dir() or _is_zarr(root):
+        return False
+    names = _split_entries(root).keys()
+    return split in names or bool(names & _SPLIT_NAMES)
+
+
 def _find_split(path: str, split: str) -> pathlib.Path:
     """The file or folder of a split. Raises: DataError."""
     root = local_path(path or "")
@@ -190,24 +201,31 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
     return {name: sorted(files) for name, files in entries.items()}
 
 
-def _open_members(path: pathlib.Path) -> Mapping[str, Callable[[], Rows]]:
-    """What opens each array of a file or store; its name is "" for the only array of a file. Raises: DataError."""
+def _open_members(path: pathlib.Path) -> tuple[Mapping[str, Callable[[], Rows]], list[str]]:
+    """(what opens each array of a file or store, the names of groups, which are not read).
+
+    The name of an array is "" for the only one of a file. Raises: DataError.
+    """
     location = str(path)
     with readable(path):
         if path.is_dir() or path.name.lower().endswith(".zarr.zip"):
             store = open_zarr(location)
-            names = sorted(store.array_keys()) if hasattr(store, "array_keys") else [""]
-            return {name: functools.partial(ZarrRows, location, name) for name in names}
+            is_group = hasattr(store, "array_keys")
+            names, groups = (sorted(store.array_keys()), sorted(store.group_keys())) if is_group else ([""], [])
+            return {name: functools.partial(ZarrRows, location, name) for name in names}, groups
         kind = path.suffix.lower()
         if kind == ".npy":
-            return {"": functools.partial(_numpy_rows, location, "", npy_layout(path))}
+            return {"": functools.partial(_numpy_rows, location, "", npy_layout(path))}, []
         if kind == ".npz":
             layouts = npz_layouts(path)
-            return {name: functools.partial(_numpy_rows, location, name, layout) for name, layout in layouts.items()}
+            return {
+                name: functools.partial(_numpy_rows, location, name, layout) for name, layout in layouts.items()
+            }, []
         h5py = import_extra("h5py", path)
         with h5py.File(path, "r", locking="best-effort") as file:
             names = [name for name, item in file.items() if isinstance(item, h5py.Dataset)]
-        return {name: functools.partial(Hdf5Rows, location, name) for name in names}
+            groups = [name for name, item in file.items() if isinstance(item, h5py.Group)]
+        return {name: functools.partial(Hdf5Rows, location, name) for name in names}, groups
 
 
 def _numpy_rows(path: str, name: str, layout: ArrayLayout) -> Rows:
@@ -221,16 +239,22 @@ def _numpy_rows(path: str, name: str, layout: ArrayLayout) -> Rows:
     return LoadedRows(path, name, layout)
 
 
-def _example_name(path: pathlib.Path, names: Sequence[str]) -> str:
+def _example_name(path: pathlib.Path, names: Sequence[str], groups: Sequence[str]) -> str:
     """The name of the array with the examples. Raises: DataError."""
     if "x" in names and "image" in names:
         raise DataError(f"{path} has 'x' and 'image'; keep one of them: 'image' for uint8, 'x' for other numbers")
     preferred = [name for name in ("x", "image", "arr_0") if name in names]
     others = [name for name in names if name not in ("label", "condition")]
+    if not preferred and groups:
+        kind = _kind(path.name) or ".zarr"
+        raise DataError(
+            f"{path} has the groups {list_names(groups, 8)}, which are not read; save each split as a file of its own, such "
+            f"as train{kind} and test{kind} in one folder, with its arrays outside groups"
+        )
     if not preferred and len(others) != 1:
         raise DataError(
-            f"{path} has no array 'x' or 'image', only {list_names(names, 8) or 'none'}; save them under these names, and "
-            "optionally 'label' and 'condition'"
+            f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save them "
+            "under these names, and optionally 'label' and 'condition'"
         )
     return preferred[0] if preferred else others[0]
 

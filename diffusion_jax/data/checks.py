@@ -5,18 +5,27 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion_jax.config import LEAVES
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
 from diffusion_jax.errors import DataError, shorten
 
-__all__ = ["check_examples", "check_image_leaves", "check_levels", "example_shape", "import_source", "is_of_images"]
+__all__ = [
+    "CheckedSource",
+    "check_examples",
+    "check_image_leaves",
+    "check_levels",
+    "example_shape",
+    "import_source",
+    "is_of_images",
+]
 
 _NUM_CHECKED = 4
+_ARRAYS = ("x", "image", "label", "condition")
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
@@ -125,10 +134,72 @@ def check_examples(config: Mapping, source: Source) -> None:
     for other in ("label", "condition"):
         if other in batch and len(batch[other]) != len(indices):
             raise DataError(f'read of {len(indices)} examples returns {len(batch[other])} rows of "{other}"')
+    _check_label_and_condition(batch, expected)
     if config["random_flip"] and (name == "x" or len(expected) != 3):
         raise DataError(
             "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
         )
+
+
+def _check_label_and_condition(batch: Mapping, shape: tuple[int, ...]) -> None:
+    """Raises: DataError for labels that are not integers [n], and conditions that fit no example of this shape."""
+    if unknown := sorted(batch.keys() - set(_ARRAYS)):
+        raise DataError(
+            f"a source returns {unknown[0]!r}; it must return some of {', '.join(map(repr, _ARRAYS))} alone"
+        )
+    label, condition = (np.asarray(batch[name]) if name in batch else None for name in ("label", "condition"))
+    if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
+        raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
+    if condition is None:
+        return
+    is_field = condition.ndim == len(shape) + 1 and condition.shape[1:-1] == shape[:-1]
+    if condition.dtype.kind not in "iuf" or not (condition.ndim == 2 or is_field):
+        field = f" or [{', '.join(map(str, ('n', *shape[:-1], 'K')))}]" if shape[:-1] else ""
+        raise DataError(
+            f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
+        )
+
+
+class CheckedSource:
+    """A user's source, of which every batch must have the arrays of the first example, in their shapes and types."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
+        self.no_labels_reason = getattr(source, "no_labels_reason", "")
+        first = {name: np.asarray(array) for name, array in source.read(np.arange(1)).items()}
+        self._expected = {name: (array.shape[1:], array.dtype) for name, array in first.items()}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Raises: DataError for a batch with other arrays, other shapes or types, or labels outside `num_classes`."""
+        batch = {name: np.asarray(array) for name, array in self._source.read(indices).items()}
+        where = f"a source, read at the indices {indices[0]} ... {indices[-1]}," if len(indices) else "a source"
+        if batch.keys() != self._expected.keys():
+            names = (", ".join(map(repr, arrays)) for arrays in (batch, self._expected))
+            raise DataError("{} returns {}, but for its first example {}".format(where, *names))
+        for name, (shape, dtype) in self._expected.items():
+            array = batch[name]
+            if array.shape != (len(indices), *shape) or not np.can_cast(array.dtype, dtype, "same_kind"):
+                raise DataError(
+                    f'{where} returns "{name}" as {array.dtype} {list(array.shape)}; as for its first example it must be '
+                    f"{dtype} {[len(indices), *shape]}"
+                )
+            batch[name] = array.astype(dtype, copy=False)
+        label = batch.get("label")
+        if (
+            label is not None
+            and self.num_classes
+            and label.size
+            and not 0 <= label.min() <= label.max() < self.num_classes
+        ):
+            raise DataError(
+                f"{where} returns labels from {label.min()} to {label.max()}; num_classes={self.num_classes} allows 0 ... "
+                f"{self.num_classes - 1}"
+            )
+        return batch
 
 
 def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
-from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
+from diffusion_jax.data import Normalizations, to_data_units, to_model_units
 from diffusion_jax.models import Classifier, Conditional, apply_network, upsampling
 from diffusion_jax.training.state import Network
 
@@ -307,14 +307,14 @@ def make_description(
     low_resolution: int = 0,
     conditioning_noise: float = 0.0,
     levels: int | None = 256,
-    normalizations: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    normalizations: Normalizations | None = None,
     limits: Sequence[float] = (),
 ) -> Description:
     """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
-    image_size: the size of each spatial axis, or one number for two axes. normalizations: as JSON stores them.
-    Raises: ValueError for values that `training.schedule_from_config` does not allow, and normalizations of other arrays or
-    channels; `pretrained.load` turns it into a PretrainedError.
+    image_size: the size of each spatial axis, or one number for two axes. Raises: ValueError for values that
+    `training.schedule_from_config` does not allow, and normalizations of other arrays or channels; `pretrained.load` turns
+    it into a PretrainedError.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
     if low_resolution:  # stored networks of versions before 0.3 lack the field
@@ -332,7 +332,7 @@ def make_description(
         conditioning_noise=conditioning_noise,
         diffusion=leaves,
         levels=levels,
-        normalizations={name: Normalization.from_json(value) for name, value in (normalizations or {}).items()},
+        normalizations=normalizations or {},
         limits=tuple(limits),
     )
     _check_normalizations(description)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import drop_unknown_leaves, is_continuous, migrate, resolve, resolve_clip
+from diffusion_jax.config import drop_unknown_leaves, migrate, resolve, resolve_clip
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -58,9 +58,11 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
             low_resolution=config["data"]["low_resolution"],
             conditioning_noise=diffusion["conditioning_noise"],
             levels=config["data"]["levels"],
-            normalizations=_stored_normalizations(path, config),
+            normalizations=training.stored_normalizations(config, path),
             limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
         )
+    except CheckpointError as error:
+        raise PretrainedError(str(error)) from None
     except (KeyError, ValueError, TypeError, DataError) as error:
         raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
     if unknown:
@@ -84,15 +86,6 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
     if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise PretrainedError(f"{path}: the checkpoint of step {step} contains values that are not finite")
     return description, params
-
-
-def _stored_normalizations(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The normalizations in data.json of a run; {} for images without conditions. Raises: PretrainedError."""
-    if not is_continuous(config) and training.condition_shape(config) is None:
-        return {}
-    if not (path / "data.json").is_file():
-        raise PretrainedError(f"{path / 'data.json'}, which stores the scale of the data, is missing: restore it")
-    return read_json(path / "data.json").get("normalization", {})
 
 
 def write_file(description: Description, params, path: pathlib.Path) -> None:
@@ -143,7 +136,9 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
             low_resolution=stored["low_resolution"],
             conditioning_noise=stored["conditioning_noise"],
             levels=stored.get("levels", 256),  # files of earlier versions hold networks of images
-            normalizations=stored.get("normalizations"),
+            normalizations={
+                name: data.Normalization.from_json(value) for name, value in stored.get("normalizations", {}).items()
+            },
             limits=stored.get("limits", ()),
         )
         if "betas" in diffusion:

@@ -15,8 +15,8 @@ from diffusion_jax.config import is_classifier
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError
 from diffusion_jax.runs.console import progress_over
-from diffusion_jax.runs.workdir import read_normalizations
-from diffusion_jax.training.from_config import condition_shape
+from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.training.from_config import condition_shape, stored_normalizations
 
 __all__ = ["check_source", "normalize", "rename_leaves_in_errors", "run_normalizations"]
 
@@ -32,13 +32,19 @@ def normalize(config: ConfigDict, source: data.Source, normalizations: data.Norm
 
 
 def run_normalizations(config: ConfigDict, source: data.Source, workdir: pathlib.Path) -> data.Normalizations:
-    """The normalizations of a run: the stored ones, or those of the training data at its first launch. Raises: DataError."""
+    """The normalizations of a run: the stored ones, or those of the training data at its first launch.
+
+    Raises: DataError, CheckpointError.
+    """
 
     def find() -> dict[str, Any]:
-        found = read_normalizations(workdir)
-        if found is None:
+        if committed_steps(workdir / "checkpoints"):
+            found = stored_normalizations(config, workdir)
+        else:
             found = data.find_normalizations(config.data, source, progress_over("Measuring the data"))
-        return {name: value.to_json() for name, value in found.items()}
+        # A classifier does not take the conditions of its data.
+        names = ["x"] if condition_shape(config) is None else ["x", "condition"]
+        return {name: found[name].to_json() for name in names if name in found}
 
     found = broadcast_from_process_0(find)
     return {name: data.Normalization.from_json(value) for name, value in found.items()}
@@ -55,6 +61,11 @@ def check_source(config: ConfigDict, source: data.Source) -> None:
     if num_classes and source_classes > num_classes:
         raise UserError(
             f"model.num_classes={num_classes}, but the data has {source_classes} classes; use that number, or 0"
+        )
+    if num_classes and "label" in batch and not source_classes:
+        raise UserError(
+            f"model.num_classes={num_classes}, but the source does not tell its number of classes; give it the attribute "
+            "num_classes"
         )
     if num_classes and "label" not in batch:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"

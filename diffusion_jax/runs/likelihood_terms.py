@@ -56,7 +56,8 @@ class Terms(NamedTuple):
 class LikelihoodRun:
     """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
 
-    source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives.
+    source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives, and
+    for a file of arrays that `evaluation.data_dir` names.
     standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the
     ODE, None without it.
     """
@@ -68,11 +69,10 @@ class LikelihoodRun:
         self.dequantization = _resolve_dequantization(config) if options.ode else None
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.step, self.params = self.trained.weights
-        loaded = _load_source(config, source)
+        loaded, self.split = _load_source(config, source)
         check_source(config, loaded)
         given = source is not None
         self.dataset = type(source).__name__ if given else config.data.dataset
-        self.split: str | None = None if given else options.split
         self.source = normalize(config, loaded, self.trained.normalizations)
         self.standardization_bits = 0.0
         if is_continuous(config) and "x" in self.trained.normalizations:
@@ -243,23 +243,25 @@ def _resolve_dequantization(config: ConfigDict) -> str:
     return "none"
 
 
-def _load_source(config: ConfigDict, source: data.Source | None) -> data.Source:
-    """The examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError."""
+def _load_source(config: ConfigDict, source: data.Source | None) -> tuple[data.Source, str | None]:
+    """(the examples of `evaluation.split` and `evaluation.data_dir`, or the given source, their split). Raises: DataError."""
     progress = progress_over(f"Reading the {noun_of(config)}")
     if source is not None:
-        return data.load(config.data, progress, source=source)
+        return data.load(config.data, progress, source=source), None
     options, renamed = config.evaluation, {"data.split": "evaluation.split"}
-    location = ConfigDict({**config.data, "split": options.split})
+    location, split = ConfigDict({**config.data, "split": options.split}), options.split
     if options.data_dir:
         location.data_dir = options.data_dir
         renamed["data.data_dir"] = "evaluation.data_dir"
+        if config.data.dataset == "arrays" and not data.has_splits(options.data_dir, split):
+            location.split, split = "train", None  # all of them: they are not the training data
     elif config.data.dataset == "folder":
         log(
             "Note: a folder has no splits, so these are the images that the model was trained on; set evaluation.data_dir "
             "to use others."
         )
     with rename_leaves_in_errors(renamed):
-        return data.load(location, progress)
+        return data.load(location, progress), split
 
 
 def _import_ode_likelihood():

@@ -79,6 +79,7 @@ def _report(likelihood_run: LikelihoodRun, terms: Terms, num_examples: int) -> d
         "step": trained.step,
         "dataset": likelihood_run.dataset,
         "split": likelihood_run.split,
+        "data_dir": options.data_dir,
         "num_examples": num_examples,
         "levels": config.data.levels,
         "num_timesteps": trained.schedule.num_timesteps,

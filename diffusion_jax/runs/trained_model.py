@@ -20,8 +20,8 @@ from diffusion_jax.config import is_continuous
 from diffusion_jax.data import Normalization, Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.runs.workdir import check_identity, read_class_names, read_normalizations
-from diffusion_jax.training import TrainState, model_from_config, schedule_from_config
+from diffusion_jax.runs.workdir import check_identity, read_class_names
+from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from diffusion_jax.training.state import initial_params
 
@@ -81,20 +81,18 @@ class TrainedModel:
 
         Every process must make the first access. Raises: as `load_weights`.
         """
-        return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
+        with jax.ensure_compile_time_eval():  # the first access may be in a function that is being traced
+            return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
 
     @functools.cached_property
     def normalizations(self) -> Normalizations:
         """The normalizations of the data that the weights were trained on, {} for images of gray levels.
 
-        Raises: UserError if a model of continuous data has no data.json.
+        Raises: as `training.stored_normalizations`.
         """
         if self.config.init_from and not committed_steps(self.workdir / "checkpoints"):
             return _load(pretrained.describe, self.config, self.use_ema).normalizations
-        found = read_normalizations(self.workdir)
-        if found is None and is_continuous(self.config):
-            raise UserError(f"{self.workdir / 'data.json'}, which stores the scale of the data, is missing: restore it")
-        return found or {}
+        return stored_normalizations(self.config, self.workdir)
 
     @property
     def step(self) -> int:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.config import identity_leaves, migrate, resolve
-from diffusion_jax.data import Normalization, Normalizations, Source
+from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
@@ -26,7 +26,6 @@ __all__ = [
     "digest_of_some",
     "read_class_names",
     "read_config",
-    "read_normalizations",
     "to_dict",
     "write_config",
     "write_config_if_untrained",
@@ -93,9 +92,13 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
         difference = "other values or labels"
         if old.get("classes", names) != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
+        # The weights fit only the scale in this file.
+        advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
+        if not normalizations:
+            advice = f"remove {path} to continue with these"
         raise UserError(
             f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
-            f"{shorten(difference, 300)}): restore them, use another --workdir, or remove {path} to continue with these"
+            f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
         )
     if old != new:
         write_text(path, json.dumps(new) + "\n")
@@ -119,14 +122,6 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
 def _read_data_json(workdir: pathlib.Path) -> dict[str, Any] | None:
     path = workdir / "data.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def read_normalizations(workdir: pathlib.Path) -> Normalizations | None:
-    """The normalizations of a run that has a checkpoint, as data.json stores them; None if there is no such run."""
-    stored = _read_data_json(workdir) if _has_checkpoint(workdir) else None
-    if stored is None:
-        return None
-    return {name: Normalization.from_json(value) for name, value in stored.get("normalization", {}).items()}
 
 
 def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from diffusion_jax.training.from_config import (
     condition_shape,
     model_from_config,
     schedule_from_config,
+    stored_normalizations,
 )
 from diffusion_jax.training.metrics import window_means
 from diffusion_jax.training.state import TrainState
@@ -19,5 +20,6 @@ __all__ = [
     "model_from_config",
     "scan_steps",
     "schedule_from_config",
+    "stored_normalizations",
     "window_means",
 ]

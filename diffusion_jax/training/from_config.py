@@ -1,14 +1,17 @@
-"""The schedule, the network and the shape of its condition, from the groups of a config."""
+"""The schedule, the network, the shape of its condition and the normalizations of its data, from a config and its run."""
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from diffusion_jax import data, models, process, schedules
-from diffusion_jax.config import is_classifier
+from diffusion_jax.config import is_classifier, is_continuous
+from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
 from diffusion_jax.training.state import Network
 
@@ -17,6 +20,7 @@ __all__ = [
     "condition_shape",
     "model_from_config",
     "schedule_from_config",
+    "stored_normalizations",
 ]
 
 
@@ -26,6 +30,24 @@ def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if features:
         return (features,)
     return (*data.example_shape(config["data"])[:-1], channels) if channels else None
+
+
+def stored_normalizations(config: Mapping[str, Any], workdir: pathlib.Path) -> data.Normalizations:
+    """The normalizations of the data that a run was trained on, as its data.json stores them.
+
+    Raises: CheckpointError if the file is missing, although the data have a scale, or cannot be read.
+    """
+    path = workdir / "data.json"
+    has_scale = is_continuous(config) or condition_shape(config) is not None
+    if not path.exists() and not has_scale:  # images, of version 0.1
+        return {}
+    try:
+        stored = json.loads(path.read_text()).get("normalization", {})
+        return {name: data.Normalization.from_json(value) for name, value in stored.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        missing = ", which stores the scale of the data, is missing"
+        problem = missing if isinstance(error, FileNotFoundError) else f" cannot be read ({error})"
+        raise CheckpointError(f"{path}{problem}: restore it") from None
 
 
 def _small_image_channels(config: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data import numpy_files
-from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.array_files import ArrayFiles, has_splits
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
 
@@ -209,6 +209,49 @@ def test_splits_are_entries_of_a_folder(tmp_path, kind):
     (tmp_path / "train.hdf5").write_bytes(b"")
     both = ", ".join(sorted((f"train{kind}", "train.hdf5")))
     assert f"{tmp_path} has {both}; keep one of them" in message(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.h5", "v2.zarr", "v3.zarr", "a.zarr.zip"])
+def test_chunks_that_were_not_written_are_noted(tmp_path, name):
+    """Zarr writes no chunks of zeros, HDF5 none that nothing was assigned to; both read zeros where a chunk is missing."""
+    path, label = tmp_path / name, np.arange(len(X)) % 3 + 1
+    assert ArrayFiles(save_store(path, x=X + 1, label=label), "train", SHAPE).notes() == []
+    x = X + 1
+    x[2:4] = 0
+    if name == "a.h5":
+        path.unlink()
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            array = file.create_dataset("x", X.shape, X.dtype, chunks=(2, *X.shape[1:]))
+            array[:2], array[4:] = x[:2], x[4:]
+    else:
+        path = tmp_path / f"b{name}"
+        save_store(path, x=x, label=label)
+    source = ArrayFiles(str(path), "train", SHAPE)
+    expected = (
+        f"Note: {path}: x has 3 of its 4 chunks, and all others are read as 0: repair it unless they contain only this"
+    )
+    assert source.notes() == [f"{expected} value."]
+    assert not source.read([2, 3])["x"].any()
+
+
+def test_chunks_of_shards_are_counted_by_shards(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    for name, x in (("all", X + 1), ("some", np.where(np.arange(len(X))[:, None, None, None] < 4, X + 1, 0))):
+        store = zarr.create_array(
+            tmp_path / f"{name}.zarr", shape=X.shape, dtype=X.dtype, chunks=(1, *SHAPE), shards=(2, *SHAPE)
+        )
+        store[:] = x
+    assert ArrayFiles(str(tmp_path / "all.zarr"), "train", SHAPE).notes() == []
+    (note,) = ArrayFiles(str(tmp_path / "some.zarr"), "train", SHAPE).notes()
+    assert note.startswith(f"Note: {tmp_path / 'some.zarr'} has 2 of its 4 chunks")
+
+
+def test_only_names_of_splits_make_splits(tmp_path):
+    np.save(tmp_path / "a.npy", X)
+    assert not has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "a.npy"), "train")
+    assert has_splits(str(tmp_path), "a")
+    (tmp_path / "train").mkdir()
+    assert has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "nowhere"), "test")
 
 
 def test_another_process_opens_the_files_itself(tmp_path):

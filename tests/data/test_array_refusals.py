@@ -128,6 +128,24 @@ def test_truncated_and_corrupted_stores(tmp_path):
     assert f"cannot read {path}: " in message(path)
     (tmp_path / "c.npz").write_bytes(b"")
     assert "cannot read" in message(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz")
+    assert "d.npz has no array 'x' or 'image', and no others; save them under" in message(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".zarr"])
+def test_groups_of_a_store_are_no_splits(tmp_path, suffix):
+    path = pathlib.Path(save_store(tmp_path / f"a{suffix}", **{"train/x": X, "test/x": X[:3]}))
+    for split in ("train", "test"):
+        expected = (
+            f"{path} has the groups test, train, which are not read; save each split as a file of its own, such as "
+        )
+        expected += f"train{suffix} and test{suffix} in one folder, with its arrays outside groups"
+        if split == "test":
+            expected = f"data.split='test': {path} has only 'train'; use data.split='train', or a folder that"
+        assert message(path, split).startswith(expected)
+    np.testing.assert_array_equal(
+        ArrayFiles(save_store(tmp_path / f"b{suffix}", x=X, **{"meta/time": X}), "train", SHAPE).read([1])["x"], X[[1]]
+    )
 
 
 def test_messages_of_other_packages_become_one_line():

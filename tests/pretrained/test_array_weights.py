@@ -28,7 +28,7 @@ UNET = models.UNet(**TINY | {"attention_levels": ()})
 
 def net_of(model, image_size, channels, **options):
     """Weights at random, for data with the offset 300 and the scale 10."""
-    normalizations = {"x": {"offset": [300.0] * channels, "scale": [10.0] * channels}}
+    normalizations = {"x": Normalization((300.0,) * channels, (10.0,) * channels)}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
     description = make_description("random", model, image_size, DIFFUSION, channels=channels, **options)
     params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, description.example_shape))["params"])()
@@ -39,8 +39,8 @@ def net_of(model, image_size, channels, **options):
 def vectors_net(**options):
     fields = {"num_classes": 3, "label_dropout": 0.1, "condition_features": 2, "condition_dropout": 0.1}
     normalizations = {
-        "x": {"offset": [300.0, -5.0], "scale": [10.0, 0.5]},
-        "condition": {"offset": [50.0, 0.0], "scale": [4.0, 2.0]},
+        "x": Normalization((300.0, -5.0), (10.0, 0.5)),
+        "condition": Normalization((50.0, 0.0), (4.0, 2.0)),
     }
     model = models.MLP(channels=8, num_res_blocks=1, **fields | options)
     return net_of(model, (), 2, normalizations=normalizations)

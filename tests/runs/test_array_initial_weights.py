@@ -87,5 +87,5 @@ def test_fine_tuning_measures_its_own_data_and_says_so(weights, tmp_path, capsys
     train.run(config, tmp_path / "new")
     out = capsys.readouterr().out
     assert "Note: the data are scaled by their own constants, not those of the weights (x: (data - (" in out
-    own = workdir.read_normalizations(tmp_path / "new")["x"]
+    own = training.stored_normalizations(config, tmp_path / "new")["x"]
     np.testing.assert_allclose(own.offset, 3 * examples("vectors", seed=2).mean(axis=0), rtol=1e-6)

@@ -12,6 +12,7 @@ from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.training.state import initial_params
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
+from helpers.work_directories import untrained
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
@@ -166,19 +167,45 @@ def test_a_source_of_the_caller_takes_the_place_of_the_config_s(tmp_path):
     assert len(digests) == 1
 
 
+def test_a_source_with_labels_tells_its_number_of_classes(tmp_path):
+    class Labeled:
+        def __len__(self):
+            return 20
+
+        def read(self, indices):
+            return {"x": examples("vectors", 20)[indices], "label": np.asarray(indices) % 4}
+
+    config = array_config("vectors", "nowhere", **{"model.num_classes": 3})
+    with pytest.raises(errors.UserError, match="the source does not tell its number of classes; give it the attribute"):
+        train.run(config, tmp_path / "run", Labeled())
+
+
 def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):
     file, run = write_arrays("vectors", tmp_path / "data.npz"), tmp_path / "run"
     train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
     stored = json.loads((run / "data.json").read_text())
     np.savez(file, x=examples("vectors", 24, seed=1))
-    with pytest.raises(errors.UserError, match="the data are not those that .* was trained on .*data.json"):
+    with pytest.raises(
+        errors.UserError, match="the data are not those that .* was trained on .*--pretrained=.*run --workdir=NEW$"
+    ):
         train.run(array_config("vectors", file), run)
     assert json.loads((run / "data.json").read_text()) == stored
     with pytest.raises(errors.UserError, match="data.normalization: 'auto' there, 'none' here"):
         train.run(array_config("vectors", file, **{"data.normalization": "none"}), run)
     (run / "data.json").unlink()
-    with pytest.raises(errors.UserError, match="data.json, which stores the scale of the data, is missing: restore it"):
+    for mode in (sample, train):
+        with pytest.raises(errors.CheckpointError, match="data.json, which stores the scale .* is missing: restore it"):
+            mode.run(array_config("vectors", file), run)
+    (run / "data.json").write_text("{")
+    with pytest.raises(errors.CheckpointError, match=r"data.json cannot be read \(Expecting .*\): restore it"):
         sample.run(array_config("vectors", file), run)
+
+
+def test_weights_can_be_read_first_inside_a_function_that_is_traced(tmp_path):
+    config = array_config("vectors", "nowhere")
+    trained = trained_model.TrainedModel.open(config, untrained(tmp_path / "run", config), use_ema=True)
+    total = jax.jit(lambda: sum(leaf.sum() for leaf in jax.tree.leaves(trained.params)))()
+    assert total == pytest.approx(sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(trained.params)), rel=1e-5)
 
 
 @pytest.mark.parametrize(

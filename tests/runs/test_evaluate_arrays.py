@@ -107,7 +107,8 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
     assert got["standardization_bits"] == pytest.approx(np.log2(scale).mean(), rel=1e-6)
     parts = got["prior"] + got["transitions"] + got["decoder"]
     assert parts == pytest.approx(got["bits_per_dim"], rel=1e-9)
-    assert (got["levels"], got["clip"], got["ode_dequantization"], got["split"]) == (None, False, "none", None)
+    assert (got["levels"], got["clip"], got["ode_dequantization"]) == (None, False, "none")
+    assert (got["split"], got["data_dir"]) == (None, "")
     assert "nats per dimension in the units of the data: prior" in capsys.readouterr().out
     with np.load(run / "likelihood.npz") as arrays:
         assert arrays["vlb"][0] == pytest.approx(got["decoder"], rel=1e-6)
@@ -165,6 +166,28 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     other = Rows(source.arrays["x"], condition=conditions[::-1])
     measure_likelihood.run(config, run, other)
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
+
+
+def test_a_file_that_evaluation_data_dir_names_needs_no_split(tmp_path):
+    training, held_out = write_arrays("vectors", tmp_path / "x.npz"), tmp_path / "other.npy"
+    x = examples("vectors", 10, seed=1)
+    np.save(held_out, x)
+    overrides = {"data.data_dir": str(training), "evaluation.split": "test"}
+    config = config_of("vectors", **overrides)
+    run = a_run(tmp_path / "run", config, Rows(examples("vectors")))
+    with pytest.raises(
+        data.DataError, match=r"evaluation.split='test': .*x.npz has only 'train'; use .*evaluation.data_dir"
+    ):
+        LikelihoodRun(config, run)
+    config.evaluation.data_dir = str(held_out)
+    found = LikelihoodRun(config, run)
+    assert found.split is None and len(found.source) == 10
+    expected = found.trained.normalizations["x"].apply(x)
+    np.testing.assert_array_equal(found.source.read([7, 2])["x"], expected[[7, 2]])
+    np.save(tmp_path / "train.npy", x)  # a folder that has splits, but not this one
+    config.evaluation.data_dir = str(tmp_path)
+    with pytest.raises(data.DataError, match="evaluation.split='test': .* has the splits .*train"):
+        LikelihoodRun(config, run)
 
 
 def test_options_of_gray_levels_are_refused(tmp_path):

@@ -1,0 +1,107 @@
+"""Sources of a user: what they return is checked at the start and in every batch."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+from diffusion_jax.config import default
+
+X = np.random.default_rng(0).standard_normal((600, 4))
+
+
+class Function:
+    """A source that returns what a function of the indices returns."""
+
+    def __init__(self, function, **attributes):
+        self.function = function
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(X)
+
+    def read(self, indices):
+        return self.function(np.asarray(indices))
+
+
+def leaves(**changes):
+    return dict(default().data) | {"levels": None, "random_flip": False, "image_size": (), "channels": 4} | changes
+
+
+def later(first, others):
+    """`first` of batches of small indices, which the first example is in, and `others` of the rest."""
+    return lambda i: first(i) if (i < 200).all() else others(i)
+
+
+def of_x(i):
+    return {"x": X[i]}
+
+
+def labeled(i):
+    return {"x": X[i], "label": i % 3}
+
+
+@pytest.mark.parametrize("memory_mb", [0, 2048])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (
+            later(lambda i: {"x": np.ones((len(i), 4), int)}, of_x),
+            r'"x" as float64 \[\d+, 4\]; .* must be int64 \[\d+, 4\]',
+        ),
+        (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" as float64 \[\d+, 1\]; as for .* must be float64 \[\d+, 4\]'),
+        (lambda i: {"x": X[i[:100]]}, r'"x" as float64 \[100, 4\]; as for its first example'),
+        (later(labeled, of_x), "returns 'x', but for its first example 'x', 'label'"),
+        (later(of_x, labeled), "returns 'x', 'label', but for its first example 'x'"),
+        (lambda i: {"x": X[i], "label": i % 4}, "labels from 0 to 3; num_classes=3 allows 0 ... 2"),
+        (lambda i: {"x": X[i], "label": i % 3 - 1}, "labels from -1 to .*; num_classes=3"),
+    ],
+)
+def test_a_batch_unlike_the_first_example_is_refused(memory_mb, function, words):
+    with pytest.raises(data.DataError, match=words) as error:
+        data.load(leaves(memory_mb=memory_mb), source=Function(function, num_classes=3)).read(np.arange(150, 400))
+    assert "\n" not in str(error.value) and "read at the indices" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"label": np.zeros((600, 1), int)}, r'"label" as int64 \[4, 1\]; it must be integers \[n\]'),
+        ({"label": np.zeros(600)}, r'"label" as float64 \[4\]; it must be integers'),
+        ({"condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]$'),
+        ({"condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
+        (
+            {"labels": np.zeros(600, int)},
+            "returns 'labels'; it must return some of 'x', 'image', 'label', 'condition' alone",
+        ),
+    ],
+)
+def test_labels_and_conditions_of_another_kind_are_refused(arrays, words):
+    source = Function(lambda i: {"x": X[i]} | {name: array[i] for name, array in arrays.items()})
+    with pytest.raises(data.DataError, match=words):
+        data.load(leaves(), source=source)
+    if arrays.keys() == {"condition"} and words.endswith("$"):
+        series = {"image_size": (2,), "channels": 2}
+        source = Function(lambda i: {"x": X[i].reshape(-1, 2, 2), "condition": X[i, :3, None]})
+        with pytest.raises(data.DataError, match=r"\[4, 3, 1\]; it must be numbers \[n, D\] or \[n, 2, K\]"):
+            data.load(leaves(**series), source=source)
+
+
+class Lists:
+    """A picklable source of lists, with names of its classes."""
+
+    num_classes, class_names = 2, ("even", "odd")
+
+    def __len__(self):
+        return len(X)
+
+    def read(self, indices):
+        return {"x": X[indices].tolist(), "label": [int(i) % 2 for i in indices]}
+
+
+def test_lists_are_arrays_and_classes_stay():
+    source = pickle.loads(pickle.dumps(data.load(leaves(memory_mb=0), source=Lists())))
+    batch = source.read(np.array([3, 0]))
+    assert batch["x"].dtype == np.float64 and batch["label"].tolist() == [1, 0]
+    assert data.describe(source) == "600 examples of 2 classes: 0 even, 1 odd"
