@@ -66,7 +66,7 @@ def checkpoint_events(directory: pathlib.Path) -> list[Event]:
                 "set aside",
                 f"The checkpoint {path.name.partition('.')[0]} was damaged and is {path.name} now.",
             )
-        elif "orbax-checkpoint-tmp" in path.name:
+        elif path.name.endswith(".partial") or "orbax-checkpoint-tmp" in path.name:  # the latter of earlier versions
             kind, text = "refused save", f"A save did not finish: {path.name}."
         else:
             continue

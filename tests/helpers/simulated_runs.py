@@ -119,4 +119,4 @@ def write_run(directory):
     write_log(directory, launches=launches)
     write_results(directory)
     (directory / "checkpoints" / "300.unreadable").mkdir(parents=True)
-    (directory / "checkpoints" / "500.orbax-checkpoint-tmp").mkdir()
+    (directory / "checkpoints" / "500.partial").mkdir()

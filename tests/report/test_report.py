@@ -92,7 +92,7 @@ def test_events_follow_from_launches_and_checkpoints(complete):
     assert "Launch 1 was lost after step 600, after 16:40; 200 steps were done again." in page.text
     assert "Launch 2 continues from step 400." in page.text
     assert "Launch 2 reached the last step, 1,000" in page.text
-    assert "300.unreadable" in page.text and "500.orbax-checkpoint-tmp" in page.text
+    assert "300.unreadable" in page.text and "500.partial" in page.text
 
 
 def test_the_environment_and_the_differences_from_the_defaults_are_shown(complete):
