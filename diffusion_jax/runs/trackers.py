@@ -89,7 +89,7 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 class _WandB:
-    """Weights & Biases. WANDB_MODE=offline writes to the work directory, WANDB_API_KEY logs in."""
+    """Weights & Biases. WANDB_MODE=offline writes to the work directory, or for a bucket to WANDB_DIR; WANDB_API_KEY logs in."""
 
     def __init__(self, run: TrackerRun, workdir: pathlib.Path):
         wandb = importlib.import_module("wandb")
@@ -97,7 +97,8 @@ class _WandB:
         self._wandb = wandb
         settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=25)
         options: dict[str, Any] = {"project": run.project, "id": run.id, "name": run.title, "resume": "allow"}
-        self._run = wandb.init(**options, config=run.config, dir=workdir, settings=settings)
+        directory = None if find_mirror(workdir) else workdir  # a mirror is removed at the end
+        self._run = wandb.init(**options, config=run.config, dir=directory, settings=settings)
         self.last_step = max(run.last_step, self._run.step - 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
