@@ -89,7 +89,7 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 class _WandB:
-    """Weights & Biases. WANDB_MODE=offline writes to the work directory, or for a bucket to WANDB_DIR; WANDB_API_KEY logs in."""
+    """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
 
     def __init__(self, run: TrackerRun, workdir: pathlib.Path):
         wandb = importlib.import_module("wandb")
