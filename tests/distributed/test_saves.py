@@ -64,6 +64,14 @@ def test_two_processes_of_two_devices_restore_what_they_or_others_saved(saved_by
             assert found == [{"restored": ["1", "2", "4"]}] * count
 
 
+def test_checkpoints_that_several_processes_saved_with_earlier_versions_are_restored(tmp_path):
+    together("save_as_before", 2, 1, tmp_path, 2, 1)
+    for fsdp in (2, 1):
+        assert (tmp_path / str(fsdp) / "2" / "params" / "ocdbt.process_1").is_dir()
+    for count, num_devices, fsdp in ((2, 1, 2), (1, 4, 4), (1, 1, 1)):
+        assert together("restore", count, num_devices, tmp_path, fsdp) == [{"restored": ["1", "2"]}] * count
+
+
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
     one, two = together("fail", 2, 1, tmp_path)
     assert one == two  # also the number of checks before the error

@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import SaveError
@@ -81,6 +82,18 @@ def restore(directory: pathlib.Path, *meshes: str) -> dict:
     return {"restored": [path.name for path in found]}
 
 
+def save_as_before(directory: pathlib.Path, *meshes: str) -> dict:
+    """Saves the second step of `exchange` as versions before 0.3 did: by Orbax's manager, with all processes together."""
+    for fsdp in map(int, meshes):
+        state = random_state(abstract_state(fsdp), seed=10 * fsdp + 2)
+        rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
+        items = {"params": state.params, "ema_params": state.ema_params, "rest": rest}
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        with ocp.CheckpointManager(directory / str(fsdp)) as manager:
+            manager.save(2, args=ocp.args.Composite(**saves))
+    return {}
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -124,5 +137,5 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(num_devices))
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
     devices.silence_libraries()
-    found = {"exchange": exchange, "restore": restore, "fail": fail}[scenario](pathlib.Path(directory), *more)
-    print(json.dumps(found), flush=True)
+    scenarios = {function.__name__: function for function in (exchange, restore, save_as_before, fail)}
+    print(json.dumps(scenarios[scenario](pathlib.Path(directory), *more)), flush=True)
