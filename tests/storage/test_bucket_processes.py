@@ -86,10 +86,10 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
     close(lines(tmp_path / "one"), lines(mirror_workdir(url)))
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_a_killed_process_loses_nothing(bucket_url, count):
     """One is killed; the others end; the next launch resumes, to the bit, as a run that nothing disturbed."""
-    overrides = {"mesh.fsdp": 4, "training.num_steps": 20, "training.checkpoint_every": 2}
+    overrides = {"mesh.fsdp": 4, "training.num_steps": 12, "training.checkpoint_every": 2}
     whole, url = f"{bucket_url}/whole", f"{bucket_url}/run"
     to_the_end(whole, count, **overrides)
     processes = launch(url, count, **overrides)
@@ -101,7 +101,7 @@ def test_a_killed_process_loses_nothing(bucket_url, count):
     codes = [finish(process)[0] for process in processes[:-1]]
     assert all(code in (EXIT_PEER_LOST, -signal.SIGABRT, 134) for code in codes), codes
     to_the_end(url, count, **overrides)
-    assert_complete(url, [str(step) for step in (16, 18, 20)])
+    assert_complete(url, [str(step) for step in (8, 10, 12)])
     mirrors = mirror_workdir(url), mirror_workdir(whole)
     assert lines(mirrors[0]) == lines(mirrors[1])
     config = tiny_config(**OVERRIDES | overrides | {"mesh.fsdp": 1})
