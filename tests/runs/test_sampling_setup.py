@@ -28,7 +28,7 @@ def by_hand(network, walked, sampler, batches=2, size=4):
 
 def drawn(directory):
     """(images, labels) of the newest .npz, removed again."""
-    (path,) = (directory / "samples").glob("step*.npz")
+    (path,) = [path for path in (directory / "samples").glob("step*.npz") if not path.stem.endswith("_trajectory")]
     with np.load(path) as arrays:
         found = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
     path.unlink()
