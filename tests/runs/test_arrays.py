@@ -19,7 +19,7 @@ CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
 
 
 def the_samples(directory):
-    (path,) = (directory / "samples").glob("*.npz")
+    (path,) = [path for path in (directory / "samples").glob("*.npz") if not path.stem.endswith("_trajectory")]
     with np.load(path) as arrays:
         return dict(arrays)
 
