@@ -156,7 +156,7 @@ def _kind(name: str) -> str:
 
 def has_splits(path: str, split: str) -> bool:
     """Whether `split` selects some of the examples at a path: one file, store or folder of files has no splits."""
-    root = pathlib.Path(path).expanduser()
+    root = local_path(path)
     if not root.is_dir() or _is_zarr(root):
         return False
     names = _split_entries(root).keys()

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffusion_jax.data import numpy_files
+from diffusion_jax.data import array_files, numpy_files
 from diffusion_jax.data.array_files import ArrayFiles, has_splits
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
@@ -246,12 +246,14 @@ def test_chunks_of_shards_are_counted_by_shards(tmp_path):
     assert note.startswith(f"Note: {tmp_path / 'some.zarr'} has 2 of its 4 chunks")
 
 
-def test_only_names_of_splits_make_splits(tmp_path):
+def test_only_names_of_splits_make_splits(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", X)
     assert not has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "a.npy"), "train")
     assert has_splits(str(tmp_path), "a")
     (tmp_path / "train").mkdir()
     assert has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "nowhere"), "test")
+    monkeypatch.setattr(array_files, "local_path", {"gs://bucket/data": tmp_path}.__getitem__)  # a downloaded copy
+    assert has_splits("gs://bucket/data", "test")
 
 
 def test_another_process_opens_the_files_itself(tmp_path):

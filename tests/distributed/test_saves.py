@@ -12,7 +12,7 @@ from diffusion_jax.training import digests
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
-from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
+from helpers.program import finish, free_port, start, tiny_flags
 
 pytestmark = pytest.mark.whole
 
@@ -127,12 +127,10 @@ cli.main()
 def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed(tmp_path, victim, moment, capsys):
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
-    directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0}
-    flags = tiny_flags(directory, **overrides, **{"mesh.fsdp": 4, "training.num_steps": 100})
+    directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0, "model.channel_multipliers": (1,)}
+    flags = tiny_flags(directory, **overrides, **{"mesh.fsdp": 2, "training.num_steps": 100})
     flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
-    pair = [
-        start(*flags, f"--process_id={i}", program=str(program), XLA_FLAGS=TWO_DEVICES, MOMENT=moment) for i in range(2)
-    ]
+    pair = [start(*flags, f"--process_id={i}", program=str(program), MOMENT=moment) for i in range(2)]
     (code, *_), (peer_code, _, peer_err) = (finish(pair[i]) for i in (victim, 1 - victim))
     assert code == -signal.SIGKILL and peer_code in (EXIT_PEER_LOST, -signal.SIGABRT), peer_err
     if peer_code == EXIT_PEER_LOST:
