@@ -1,20 +1,24 @@
 """ADM on many devices: memory and communication of a device, and a roofline's time of a step, for docs/results/scaling.md.
 
     python benchmarks/scaling.py --size=256 [--compile=8]
+    python benchmarks/scaling.py --memory
 
 The state and the collectives follow from the shapes by the rule of distributed/sharding.py, for any number of devices and
 without compiling: two gathers and a reduce-scatter of the split parameters, an all-reduce of the others. `--compile=N`
 compiles the train step for N virtual devices (minutes, and gigabytes) and compares the bytes of the compiled program.
+`--memory` prints the bytes of each part for the published networks, with the fastest settings that fit.
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from configs import imagenet_adm
+from configs import cifar10, imagenet_adm, lsun_church_256
+from diffusion_jax.config import resolve
 from diffusion_jax.runs import devices, plan, plan_settings
 from diffusion_jax.runs.plan_settings import DEVICES, UTILIZATION, sent_bytes, state_bytes
 
@@ -27,6 +31,34 @@ FLOPS_PER_MAC = 7.08
 
 
 CHIPS = ("v5e", "h100")
+NETWORKS = {
+    "DDPM CIFAR-10": cifar10.get_config,
+    "DDPM LSUN-256": lsun_church_256.get_config,
+    "ADM-256": lambda: imagenet_adm.get_config("256"),
+    "ADM-512": lambda: imagenet_adm.get_config("512"),
+}
+
+
+def memory() -> None:
+    """Prints the parts of a device's memory for the published networks in bfloat16, with the fastest settings that fit."""
+    parts = "parameters | moments | EMA | gradients | activations | backward"
+    print(f"| network, batch | devices | fsdp, remat, microbatches | {parts} |")
+    for name, config in NETWORKS.items():
+        config = resolve(config())
+        config.model.dtype = "bfloat16"
+        traced = plan_settings.trace(config)
+        for device, count in itertools.product(CHIPS, (1, 8, 64)):
+            found = plan_settings.estimates(config, traced, count, DEVICES[device])
+            best = next((each for each in found if each.total <= plan_settings.USABLE * DEVICES[device].memory), None)
+            row = [f"{name}, {config.training.batch_size}", f"{count} x {device}"]
+            if best is None:
+                row.append("nothing fits")
+            else:
+                parameters = best.state / 4
+                row.append(", ".join(map(str, best.settings)))
+                sizes = (parameters, 2 * parameters, parameters, best.gradients, best.activations, best.working)
+                row += [f"{size / 1e9:.2f}" for size in sizes]
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 def main() -> None:
@@ -34,9 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(GMACS), default="256")
     parser.add_argument("--compile", type=int, default=0, help="devices to compile for")
+    parser.add_argument("--memory", action="store_true", help="the table of memory by part, and nothing else")
     options = parser.parse_args()
     devices.silence_libraries()
     devices.start_virtual(max(1, options.compile))
+    if options.memory:
+        memory()
+        return
     config = imagenet_adm.get_config(options.size)
     config.model.update(dtype="bfloat16", remat=True)
     shapes, activations = plan_settings.parameter_shapes(config), plan_settings.activations_per_example(config)

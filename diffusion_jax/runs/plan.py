@@ -148,7 +148,7 @@ def log_settings(config: ConfigDict, num_devices: int) -> None:
     )
     device = plan_settings.DEVICES[name]
     usable = plan_settings.USABLE * device.memory
-    all_estimates = plan_settings.estimates(config, num_devices, device)
+    all_estimates = plan_settings.estimates(config, plan_settings.trace(config), num_devices, device)
     given = plan_settings.Settings(config.mesh.fsdp, model.remat, options.accumulation_steps)
     found = [each for each in all_estimates if each.settings == given]
     fitting = [each for each in all_estimates if each.total <= usable]

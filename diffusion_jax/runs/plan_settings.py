@@ -24,11 +24,13 @@ __all__ = [
     "Device",
     "Estimate",
     "Settings",
+    "Traced",
     "activations_per_example",
     "estimates",
     "parameter_shapes",
     "sent_bytes",
     "state_bytes",
+    "trace",
 ]
 
 USABLE = 0.9  # of a device's memory; the rest is for the runtime, and for fragments between arrays
@@ -193,16 +195,27 @@ def _all_settings(config: Mapping[str, Any], num_devices: int) -> Iterator[Setti
                 yield Settings(fsdp, remat, steps)
 
 
-def estimates(config: Mapping[str, Any], num_devices: int, device: Device) -> list[Estimate]:
+class Traced(NamedTuple):
+    """Of an example, {remat: bytes of activations} and {remat: FLOPs}."""
+
+    activations: dict[bool | tuple[int, ...], int]
+    flops: dict[bool | tuple[int, ...], float]
+
+
+def trace(config: Mapping[str, Any]) -> Traced:
+    """Traces the network of a config with every choice of remat."""
+    variants = {remat: _with_remat(config, remat) for remat in _remat_choices(config)}
+    activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
+    return Traced(activations, {remat: flops_per_example(variant) for remat, variant in variants.items()})
+
+
+def estimates(config: Mapping[str, Any], traced: Traced, num_devices: int, device: Device) -> list[Estimate]:
     """Every choice of settings for a config on `num_devices` devices of a kind, the fastest first.
 
     Of equal times, those that send and recompute less are first.
     """
     shapes, width = parameter_shapes(config), jnp.dtype(config["model"]["dtype"]).itemsize
-    activations, flops = {}, {}
-    for remat in _remat_choices(config):
-        variant = _with_remat(config, remat)
-        activations[remat], flops[remat] = activations_per_example(variant), flops_per_example(variant)
+    activations, flops = traced
     # The backward pass of a block has what the block keeps and as many gradients; those of all skip connections, half of
     # the arrays between blocks, wait for the encoder's. The full resolution has the largest blocks.
     num_blocks = 2 * config["model"]["num_res_blocks"] + 1
