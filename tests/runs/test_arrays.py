@@ -218,7 +218,7 @@ def test_weights_are_read_without_computing_initial_ones(tmp_path, monkeypatch):
         return initial[-1]
 
     monkeypatch.setattr(state, "initial_params", recording)
-    trained_model.TrainedModel.open(config, directory, use_ema=True).params
+    assert trained_model.TrainedModel.open(config, directory, use_ema=True).params
     (params,) = initial
     assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
 
