@@ -34,9 +34,11 @@ from diffusion_jax.data.sources import (
     InMemory,
     Source,
     Tfds,
+    find_folder,
     fit,
     local_data_dir,
     make_builder,
+    make_prepared_builder,
     natural_shape,
     read_class_names,
     read_num_classes,
@@ -59,6 +61,7 @@ __all__ = [
     "UnreadableFilesError",
     "check_examples",
     "check_levels",
+    "check_location",
     "describe",
     "example_indices",
     "example_shape",
@@ -140,6 +143,22 @@ def _check_source(config: Mapping, source: Source) -> Source:
     """A source from outside this package, checked now and whenever it is read. Raises: DataError."""
     check_examples(config, source)
     return source if isinstance(source, Folder | ArrayFiles) else CheckedSource(source)
+
+
+def check_location(config: Mapping) -> None:
+    """Checks that the data of a config exist, without reading them; what is in a bucket is not checked.
+
+    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a set
+    of TFDS that is neither in its directory nor to be downloaded.
+    """
+    config = resolve({"data": config})["data"]
+    name, data_dir = config["dataset"], config["data_dir"]
+    if is_url(data_dir) or ":" in name or name in ("arrays", "digits"):
+        return
+    if name == "folder":
+        find_folder(data_dir)
+    else:
+        (make_builder if config["download"] else make_prepared_builder)(name, data_dir or None)
 
 
 def _open_source(config: Mapping) -> Source:

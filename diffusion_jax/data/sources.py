@@ -28,9 +28,11 @@ __all__ = [
     "InMemory",
     "Source",
     "Tfds",
+    "find_folder",
     "fit",
     "local_data_dir",
     "make_builder",
+    "make_prepared_builder",
     "natural_shape",
     "read_class_names",
     "read_num_classes",
@@ -125,6 +127,14 @@ class Digits:
         return {"image": self._images[indices], "label": self._labels[indices]}
 
 
+def find_folder(directory: str) -> pathlib.Path:
+    """The local path of a folder of images. Raises: DataError if there is none."""
+    root = local_path(directory)
+    if not directory or not root.is_dir():
+        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+    return root
+
+
 class Folder:
     """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
 
@@ -133,9 +143,7 @@ class Folder:
     """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
-        root = local_path(directory)
-        if not directory or not root.is_dir():
-            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+        root = find_folder(directory)
         self._root, self._size, self._channels = root, image_size, channels
         paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
         paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
@@ -228,6 +236,17 @@ def make_builder(name: str, data_dir: str | None) -> Any:
         ) from None
 
 
+def make_prepared_builder(name: str, data_dir: str | None) -> Any:
+    """As `make_builder`. Raises: DataError also for a data set that is not in the directory."""
+    builder = make_builder(name, data_dir)
+    if not builder.is_prepared():
+        command = preparation_command(name, data_dir)
+        raise DataError(
+            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: {command}"
+        )
+    return builder
+
+
 def local_data_dir(name: str, data_dir: str | None) -> str | None:
     """The directory of TFDS; of one in a bucket, a copy of the part that belongs to a data set."""
     return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
@@ -252,13 +271,8 @@ class Tfds:
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
-        builder = make_builder(name, data_dir)
+        builder = make_prepared_builder(name, data_dir)
         directory = builder.data_path.parent
-        if not builder.is_prepared():
-            command = preparation_command(name, data_dir)
-            raise DataError(
-                f"the data set {name!r} is not in {directory}; set data.data_dir, or prepare it with: {command}"
-            )
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
