@@ -18,6 +18,7 @@ from diffusion_jax.data.checks import (
     import_source,
     is_of_images,
 )
+from diffusion_jax.data.decoded_cache import decode_once
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -118,7 +119,12 @@ def load(
         source = _check_source(config, source)
     log(f"{describe(source)}.")
     try:
-        return InMemory(source, progress) if _megabytes(source, config) <= config["memory_mb"] else source
+        if _megabytes(source, config) > config["memory_mb"]:
+            return source
+        if isinstance(source, Folder | Tfds) and config["cache_decoded"]:
+            settings = {name: config[name] for name in ("dataset", "split", "image_size", "channels")}
+            return decode_once(source, settings, progress, log)
+        return InMemory(source, progress)
     finally:  # also if corrupted images raise an error
         for note in source.notes() if isinstance(source, Folder | ArrayFiles) else ():
             log(note)

@@ -171,6 +171,19 @@ class Folder:
         counts = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
 
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(file, self._root / file) for file in self._files]
+
+    @property
+    def findings(self) -> dict[str, list[str]]:
+        """What reading has found for `notes`, as JSON values."""
+        return {"transparent": sorted(self._transparent), "animated": sorted(self._animated)}
+
+    @findings.setter
+    def findings(self, values: dict[str, list[str]]) -> None:
+        self._transparent, self._animated = set(values["transparent"]), set(values["animated"])
+
     def notes(self) -> list[str]:
         """Lines about skipped files and, for the images that were read, dropped transparency and frames."""
         notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
@@ -290,6 +303,13 @@ class Tfds:
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._tfrecords = TfRecords(instructions) if file_format == "tfrecord" else None
+        shards = {pathlib.Path(instruction.filename) for instruction in instructions}
+        self._files = sorted(shards | set(pathlib.Path(builder.data_path).glob("*.json")))
+        self.findings: dict[str, list[str]] = {}  # as those of a `Folder`
+
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(path.name, path) for path in self._files]
 
     def __len__(self) -> int:
         return self._length
@@ -336,15 +356,25 @@ class Tfds:
 class InMemory:
     """A source that is read once: arrays by the names of `Source.read`, such as "image" uint8 [N, *spatial, C]."""
 
-    def __init__(self, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
-        """progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
+    def __init__(
+        self,
+        source: Source,
+        progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
+        arrays: dict[str, np.ndarray] | None = None,
+    ):
+        """Reads the source, unless its arrays are given.
 
+        progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
         Raises: UnreadableFilesError with all corrupted images.
         """
         self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
+        self.arrays: dict[str, np.ndarray] = arrays or {}
+        if arrays is None:
+            self._decode(source, progress)
+
+    def _decode(self, source: Source, progress: Callable[[Iterable[int], int], Iterable]) -> None:
         n, failures = len(source), {}
-        self.arrays: dict[str, np.ndarray] = {}
         try:
             first = source.read([0])
         except UnreadableFilesError as error:

@@ -9,7 +9,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,7 @@ from diffusion_jax.storage.mirror import EVENTS
 
 __all__ = ["EventFile", "truncate_events"]
 
+_Event, _Summary = cast(Any, event_pb2).Event, cast(Any, summary_pb2).Summary
 _FILE_NUMBERS = itertools.count()  # two files of one process may be created in the same second
 
 
@@ -36,17 +37,15 @@ class EventFile:
     def __init__(self, directory: pathlib.Path):
         name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILE_NUMBERS)}"
         self._writer = RecordWriter((directory / name).open("wb"))
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(_Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._writer.flush()
 
     def _write(self, event: Any) -> None:
         self._writer.write(event.SerializeToString())
 
     def _write_value(self, step: int, tag: str, tensor: Any, metadata: Any) -> None:
-        summary = summary_pb2.Summary(
-            value=[summary_pb2.Summary.Value(tag=tag, tensor=make_tensor_proto(*tensor), metadata=metadata)]
-        )
-        self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        summary = _Summary(value=[_Summary.Value(tag=tag, tensor=make_tensor_proto(*tensor), metadata=metadata)])
+        self._write(_Event(wall_time=time.time(), step=step, summary=summary))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Writes a number."""
@@ -65,7 +64,7 @@ class EventFile:
 
     def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
         """Writes the hyperparameters of the run."""
-        self._write(event_pb2.Event(wall_time=time.time(), summary=hparams.hparams_pb(dict(values))))
+        self._write(_Event(wall_time=time.time(), summary=hparams.hparams_pb(dict(values))))
 
     def flush(self) -> None:
         """Passes all events to the operating system."""
@@ -90,7 +89,7 @@ def truncate_events(directory: pathlib.Path, step: int) -> None:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             writer = RecordWriter(file)
             for record in _records(path):
-                if event_pb2.Event.FromString(record).step <= step:
+                if _Event.FromString(record).step <= step:
                     writer.write(record)
 
 
