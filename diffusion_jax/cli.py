@@ -302,27 +302,18 @@ def run(command: Command) -> None:
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
         devices.start(command.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
-            _check_data(command.config)
+            from diffusion_jax import data
+
+            data.check_location(command.config.data)
         functions = _functions_of(command.mode)
-        hint = _resume_hint(command.workdir) if trains else preemption.rerun_hint
+        from diffusion_jax.training.checkpoints import resume_hint
+
+        hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
             for function in functions:
                 function(command.config, command.workdir)
             _write_report(command.config, command.workdir)
             processes.barrier()
-
-
-def _check_data(config: ConfigDict) -> None:
-    """Raises: DataError for data that do not exist, before the import of what trains."""
-    from diffusion_jax import data
-
-    data.check_location(config.data)
-
-
-def _resume_hint(workdir: pathlib.Path) -> Callable[[], str]:
-    from diffusion_jax.training.checkpoints import resume_hint
-
-    return functools.partial(resume_hint, workdir)
 
 
 def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ from diffusion_jax.data.checks import (
     is_of_images,
 )
 from diffusion_jax.data.decoded_cache import decode_once
+from diffusion_jax.data.in_memory import InMemory
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -32,7 +33,6 @@ from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.sources import (
     Digits,
     Folder,
-    InMemory,
     Source,
     Tfds,
     find_folder,

@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL
 
+from diffusion_jax.data.in_memory import InMemory
 from diffusion_jax.data.numpy_files import map_array
-from diffusion_jax.data.sources import Folder, InMemory, Tfds
+from diffusion_jax.data.sources import Folder, Tfds
 
 __all__ = ["MAX_BYTES", "cache_directory", "decode_once"]
 

@@ -91,15 +91,16 @@ def test_a_changed_source_is_decoded_again(folder, change):
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
 def test_a_damaged_file_is_made_again(folder, cache, damage):
-    expected = examples(load(folder)[0])
+    expected = examples(load(folder, image_size=64)[0])
     (path,) = cache.iterdir()
+    # A pixel beyond what is read with the header: the file's own checksum is compared only if all of an array is read.
     content = bytearray(path.read_bytes())
-    content[content.index(expected["image"].tobytes()) + 5] ^= 1  # a pixel
+    content[content.index(expected["image"].tobytes()) + 60_000] ^= 1
     path.write_bytes({"flipped": content, "truncated": content[:-9], "empty": b""}[damage])
-    source, decoded = load(folder)
+    source, decoded = load(folder, image_size=64)
     assert decoded
     assert_equal(expected, examples(source))
-    assert not load(folder)[1]
+    assert not load(folder, image_size=64)[1]
 
 
 @pytest.mark.parametrize("broken", ["full", "read-only"])
