@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
 	@echo "Installing into $(VENV): a minute or two, about 2.9 GB."
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[train,ode,arrays,gcs,s3,trackers,test$(if $(EXTRA),$(comma)$(EXTRA))]'
+	$(BIN)/pip install --quiet --editable '.[train,tfds,ode,arrays,gcs,s3,trackers,test$(if $(EXTRA),$(comma)$(EXTRA))]'
 	@touch $(STAMP)
 
 # PyTorch and diffusers, cosmic-ray, or Sphinx, into the same environment.

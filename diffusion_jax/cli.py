@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import importlib
 import os
 import pathlib
 import signal
@@ -46,6 +47,14 @@ MODES = {
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
+}
+_MODULES_OF_MODES = {
+    "train": ("train",),
+    "train_classifier": ("train",),
+    "sample": ("sample",),
+    "edit": ("edit",),
+    "evaluate": ("measure_likelihood", "sample_metrics"),
+    "progressive": ("progressive",),
 }
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
@@ -265,18 +274,9 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
 
 
-def _functions_of_modes() -> dict[str, tuple[Callable[[ConfigDict, pathlib.Path], object], ...]]:
-    """The functions that each mode calls, in order. The imports take seconds, so they follow the check of the flags."""
-    from diffusion_jax.runs import edit, measure_likelihood, progressive, sample, sample_metrics, train
-
-    return {
-        "train": (train.run,),
-        "train_classifier": (train.run,),
-        "sample": (sample.run,),
-        "edit": (edit.run,),
-        "evaluate": (measure_likelihood.run, sample_metrics.run),
-        "progressive": (progressive.run,),
-    }
+def _functions_of(mode: str) -> list[Callable[[ConfigDict, pathlib.Path], object]]:
+    """The functions that a mode calls, in order. The import takes most of a second, so it follows the checks of flags."""
+    return [importlib.import_module(f"diffusion_jax.runs.{name}").run for name in _MODULES_OF_MODES[mode]]
 
 
 def run(command: Command) -> None:
@@ -296,15 +296,19 @@ def run(command: Command) -> None:
         path = write_report(command.workdir, command.config)
         print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
         return
-    from diffusion_jax.training.checkpoints import resume_hint
-
-    functions = _functions_of_modes()[command.mode]
     trains = command.mode in ("train", "train_classifier")
-    hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
-    with preemption.exit_on_signals(hint, only_interrupts=True):
+    with preemption.exit_on_signals(only_interrupts=True):
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
         devices.start(command.verbose)
+        if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
+            from diffusion_jax import data
+
+            data.check_location(command.config.data)
+        functions = _functions_of(command.mode)
+        from diffusion_jax.training.checkpoints import resume_hint
+
+        hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
             for function in functions:
                 function(command.config, command.workdir)

@@ -99,6 +99,11 @@ DATA: dict[str, Leaf] = {
         True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for images of gray levels."
     ),
     "memory_mb": Leaf(2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."),
+    "cache_decoded": Leaf(
+        True,
+        Boolean(),
+        "Whether decoded images that fit into `data.memory_mb` are kept in ~/.cache/diffusion_jax/decoded for later runs.",
+    ),
     "workers": Leaf(8, Integer(0), "Number of processes that decode images when the data set is streamed."),
 }
 

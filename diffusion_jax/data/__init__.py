@@ -18,6 +18,8 @@ from diffusion_jax.data.checks import (
     import_source,
     is_of_images,
 )
+from diffusion_jax.data.decoded_cache import decode_once
+from diffusion_jax.data.in_memory import InMemory
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -31,12 +33,13 @@ from diffusion_jax.data.preparation import prepare
 from diffusion_jax.data.sources import (
     Digits,
     Folder,
-    InMemory,
     Source,
     Tfds,
+    find_folder,
     fit,
     local_data_dir,
     make_builder,
+    make_prepared_builder,
     natural_shape,
     read_class_names,
     read_num_classes,
@@ -59,6 +62,7 @@ __all__ = [
     "UnreadableFilesError",
     "check_examples",
     "check_levels",
+    "check_location",
     "describe",
     "example_indices",
     "example_shape",
@@ -115,7 +119,12 @@ def load(
         source = _check_source(config, source)
     log(f"{describe(source)}.")
     try:
-        return InMemory(source, progress) if _megabytes(source, config) <= config["memory_mb"] else source
+        if _megabytes(source, config) > config["memory_mb"]:
+            return source
+        if isinstance(source, Folder | Tfds) and config["cache_decoded"]:
+            settings = {name: config[name] for name in ("dataset", "split", "image_size", "channels")}
+            return decode_once(source, settings, progress, log)
+        return InMemory(source, progress)
     finally:  # also if corrupted images raise an error
         for note in source.notes() if isinstance(source, Folder | ArrayFiles) else ():
             log(note)
@@ -140,6 +149,22 @@ def _check_source(config: Mapping, source: Source) -> Source:
     """A source from outside this package, checked now and whenever it is read. Raises: DataError."""
     check_examples(config, source)
     return source if isinstance(source, Folder | ArrayFiles) else CheckedSource(source)
+
+
+def check_location(config: Mapping) -> None:
+    """Checks that the data of a config exist, without reading them; what is in a bucket is not checked.
+
+    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a set
+    of TFDS that is neither in its directory nor to be downloaded.
+    """
+    config = resolve({"data": config})["data"]
+    name, data_dir = config["dataset"], config["data_dir"]
+    if is_url(data_dir) or ":" in name or name in ("arrays", "digits"):
+        return
+    if name == "folder":
+        find_folder(data_dir)
+    else:
+        (make_builder if config["download"] else make_prepared_builder)(name, data_dir or None)
 
 
 def _open_source(config: Mapping) -> Source:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import signal
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
-from absl import flags
 
 from diffusion_jax.data.sources import Source
+
+if TYPE_CHECKING:
+    import grain
 
 __all__ = ["Batches", "example_indices", "stream"]
 
@@ -69,6 +71,9 @@ def stream(
     workers: processes that decode, whole batches each; 0 for a thread of this process, which suits data in memory.
     prefetch: the number of batches that are read ahead (by each worker).
     """
+    import grain  # it and absl's flags are imported here because refusals of other data do not need them
+    from absl import flags
+
     dataset = grain.MapDataset.source(batches)[start:]
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
     if workers:

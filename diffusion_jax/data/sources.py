@@ -1,4 +1,4 @@
-"""The data sources: a data set of TFDS, a folder of images, the digits of scikit-learn, and any of them in memory.
+"""The data sources: a data set of TFDS, a folder of images, and the digits of scikit-learn.
 
 All of them implement `data.Source`.
 """
@@ -10,8 +10,7 @@ import functools
 import importlib.util
 import io
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,12 +24,13 @@ from diffusion_jax.storage.downloads import local_path
 __all__ = [
     "Digits",
     "Folder",
-    "InMemory",
     "Source",
     "Tfds",
+    "find_folder",
     "fit",
     "local_data_dir",
     "make_builder",
+    "make_prepared_builder",
     "natural_shape",
     "read_class_names",
     "read_num_classes",
@@ -125,6 +125,14 @@ class Digits:
         return {"image": self._images[indices], "label": self._labels[indices]}
 
 
+def find_folder(directory: str) -> pathlib.Path:
+    """The local path of a folder of images. Raises: DataError if there is none."""
+    root = local_path(directory)
+    if not directory or not root.is_dir():
+        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+    return root
+
+
 class Folder:
     """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
 
@@ -133,9 +141,7 @@ class Folder:
     """
 
     def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
-        root = local_path(directory)
-        if not directory or not root.is_dir():
-            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+        root = find_folder(directory)
         self._root, self._size, self._channels = root, image_size, channels
         paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
         paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
@@ -162,6 +168,19 @@ class Folder:
         reasons = {".gif": ".gif (may be animated: convert them to PNG)", "": "without a suffix"}
         counts = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
+
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(file, self._root / file) for file in self._files]
+
+    @property
+    def findings(self) -> dict[str, list[str]]:
+        """What reading has found for `notes`, as JSON values."""
+        return {"transparent": sorted(self._transparent), "animated": sorted(self._animated)}
+
+    @findings.setter
+    def findings(self, values: dict[str, list[str]]) -> None:
+        self._transparent, self._animated = set(values["transparent"]), set(values["animated"])
 
     def notes(self) -> list[str]:
         """Lines about skipped files and, for the images that were read, dropped transparency and frames."""
@@ -216,7 +235,13 @@ class Folder:
 
 
 def make_builder(name: str, data_dir: str | None) -> Any:
-    """TFDS's builder of a data set. Raises: DataError for an unknown name."""
+    """TFDS's builder of a data set. Raises: DataError for an unknown name, or without TFDS."""
+    missing = [module for module in ("tensorflow_datasets", "tensorflow") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise DataError(
+            f"data.dataset={name!r} is a data set of TFDS, and {missing[0]} is not installed: pip install '.[tfds]'; "
+            "'digits', 'folder' and 'arrays' do not need it"
+        )
     import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
 
     try:
@@ -226,6 +251,17 @@ def make_builder(name: str, data_dir: str | None) -> Any:
         raise DataError(
             f"data.dataset={name!r} must be a TFDS data set, 'digits', or 'folder' (with data.data_dir){reason}"
         ) from None
+
+
+def make_prepared_builder(name: str, data_dir: str | None) -> Any:
+    """As `make_builder`. Raises: DataError also for a data set that is not in the directory."""
+    builder = make_builder(name, data_dir)
+    if not builder.is_prepared():
+        command = preparation_command(name, data_dir)
+        raise DataError(
+            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: {command}"
+        )
+    return builder
 
 
 def local_data_dir(name: str, data_dir: str | None) -> str | None:
@@ -252,13 +288,8 @@ class Tfds:
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
-        builder = make_builder(name, data_dir)
+        builder = make_prepared_builder(name, data_dir)
         directory = builder.data_path.parent
-        if not builder.is_prepared():
-            command = preparation_command(name, data_dir)
-            raise DataError(
-                f"the data set {name!r} is not in {directory}; set data.data_dir, or prepare it with: {command}"
-            )
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
@@ -276,6 +307,13 @@ class Tfds:
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._tfrecords = TfRecords(instructions) if file_format == "tfrecord" else None
+        shards = {pathlib.Path(instruction.filename) for instruction in instructions}
+        self._files = sorted(shards | set(pathlib.Path(builder.data_path).glob("*.json")))
+        self.findings: dict[str, list[str]] = {}  # as those of a `Folder`
+
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(path.name, path) for path in self._files]
 
     def __len__(self) -> int:
         return self._length
@@ -317,47 +355,3 @@ class Tfds:
         if self.num_classes:
             batch["label"] = np.array([record["label"] for record in records], np.int32)
         return batch
-
-
-class InMemory:
-    """A source that is read once: arrays by the names of `Source.read`, such as "image" uint8 [N, *spatial, C]."""
-
-    def __init__(self, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes):
-        """progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
-
-        Raises: UnreadableFilesError with all corrupted images.
-        """
-        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
-        self.no_labels_reason = getattr(source, "no_labels_reason", "")
-        n, failures = len(source), {}
-        self.arrays: dict[str, np.ndarray] = {}
-        try:
-            first = source.read([0])
-        except UnreadableFilesError as error:
-            failures = dict(error.failures)
-        else:
-            self.arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in first.items()}
-
-        def decode(chunk):
-            try:
-                batch = source.read(chunk)
-            except UnreadableFilesError as error:
-                failures.update(error.failures)
-            else:
-                if not failures:
-                    for name, array in self.arrays.items():
-                        array[chunk] = batch[name]
-            return len(chunk)
-
-        chunks = np.array_split(np.arange(n), -(-n // 256))
-        with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
-            for _ in progress(pool.map(decode, chunks), n):
-                pass
-        if failures:
-            raise UnreadableFilesError(failures.items())
-
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array[indices] for name, array in self.arrays.items()}

@@ -20,7 +20,7 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
 from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.state import initial_params
+from diffusion_jax.training.state import abstract_params
 
 __all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
 
@@ -72,7 +72,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         )
     if not with_params:
         return description, None
-    abstract = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
+    abstract = abstract_params(model, shape)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
     try:

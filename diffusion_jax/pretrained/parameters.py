@@ -176,7 +176,8 @@ def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple
     shape: (*spatial, C) of an example. Raises: PretrainedError for fields that do not describe a network.
     """
     try:
-        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **initial_inputs(model, shape))["params"])
+        # The key is an argument, as in `training.state.abstract_params`.
+        tree = jax.eval_shape(lambda key: model.init(key, **initial_inputs(model, shape))["params"], jax.random.key(0))
     except (ValueError, TypeError, ArithmeticError) as error:
         raise PretrainedError(f"no network has these fields: {error}") from None
     return flat_shapes(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ from diffusion_jax.runs.console import log
 
 __all__ = ["silence_libraries", "start", "start_virtual"]
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
 
 
@@ -38,6 +40,8 @@ def start(verbose: bool = False) -> None:
     """Sets up the compilation cache and prints the devices; verbose: also the options given to XLA."""
     _use_compilation_cache()
     backend, count = jax.default_backend(), jax.device_count()
+    if backend == "cpu":
+        _keep_freed_memory()
     log(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
     if verbose and backend == "cpu":
         options = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
@@ -49,6 +53,22 @@ def start(verbose: bool = False) -> None:
         if device:
             extra = "tpu" if device == "a TPU" else "cuda"
             log(f"This machine has {device} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse freed blocks of up to 64 MB. Variables of the environment that configure glibc take precedence.
+
+    By default it returns them to the system, so that every step of a small network gets its buffers page by page, in a fifth of
+    its CPU time. Larger networks are not faster.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 64 * 2**20)
+    mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def start_virtual(num_devices: int) -> None:

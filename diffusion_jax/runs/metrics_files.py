@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffusion_jax.files import atomic_write, write_text
+from diffusion_jax.files import write_text
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.storage.locations import find_mirror
@@ -158,70 +158,52 @@ class TensorBoardWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, leaves: Mapping[str, Any] | None = None):
-        import tensorflow as tf  # imported here because it takes seconds
+        from diffusion_jax.runs import event_files  # imported here because tensorboard is needed for this writer only
 
-        tf.config.set_visible_devices([], "GPU")  # TensorFlow must not take the accelerator's memory
-        self._library_error, self._workdir, self._mirror = tf.errors.OpError, workdir, find_mirror(workdir)
-        self._summary = tf.summary
-        self._open = lambda: tf.summary.create_file_writer(str(workdir))
+        self._workdir, self._mirror = workdir, find_mirror(workdir)
+        self._open = lambda: event_files.EventFile(workdir)
         self._last_step: int | None = None  # of the events that are not uploaded yet
-        with self._as_os_errors():
-            if self._mirror:
-                _delete_events(self._mirror, step)
-            else:
-                _truncate_events(tf, workdir, step)
-            self._events = self._open()
-            if leaves:
-                self._write_config(step, leaves)
+        if self._mirror:
+            _delete_events(self._mirror, step)
+        else:
+            event_files.truncate_events(workdir, step)
+        self._events = self._open()
+        if leaves:
+            self._write_config(step, leaves)
 
     def _write_config(self, step: int, leaves: Mapping[str, Any]) -> None:
         """Writes the config as a table in Markdown, and as hyperparameters, which have few types."""
-        from tensorboard.plugins.hparams import api
-
         rows = [f"| {name} | {_in_markdown(value)} |" for name, value in leaves.items()]
-        with self._events.as_default():
-            self._summary.text("config", "\n".join(["| leaf | value |", "|---|---|", *rows]), step=step)
-            if step == 0:
-                plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in leaves.items()}
-                api.hparams(plain)
-
-    @contextlib.contextmanager
-    def _as_os_errors(self):
-        """Raises TensorFlow's errors of file systems as OSError."""
-        try:
-            yield
-        except self._library_error as error:
-            raise OSError(str(error).strip().splitlines()[-1].strip()) from error
+        self._events.text("config", "\n".join(["| leaf | value |", "|---|---|", *rows]), step)
+        if step == 0:
+            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in leaves.items()}
+            self._events.hyperparameters(plain)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one point for each value."""
-        with self._as_os_errors(), self._events.as_default():
-            self._last_step = step
-            for name, value in scalars.items():
-                self._summary.scalar(tensorboard_tag(name), value, step=step)
+        self._last_step = step
+        for name, value in scalars.items():
+            self._events.scalar(tensorboard_tag(name), value, step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
         """Writes images uint8 [N, H, W, C]. caption: what they show."""
-        with self._as_os_errors(), self._events.as_default():
-            self._last_step = step
-            for name, batch in images.items():
-                self._summary.image(name, batch, step=step, max_outputs=len(batch), description=caption)
+        self._last_step = step
+        for name, batch in images.items():
+            self._events.images(name, batch, step, caption)
 
     def flush(self) -> None:
         """Flushes the events to disk; to a bucket, uploads them and begins a new file."""
-        with self._as_os_errors():
-            self._events.flush()
-            if self._mirror and self._last_step is not None:
-                self._events.close()
-                self._upload(self._mirror)
-                self._events = self._open()
+        self._events.flush()
+        if self._mirror and self._last_step is not None:
+            self._events.close()
+            self._upload(self._mirror)
+            self._events = self._open()
 
     def close(self) -> None:
         """Closes the file of events."""
-        with self._as_os_errors():
-            self._events.close()
-            if self._mirror and self._last_step is not None:
-                self._upload(self._mirror)
+        self._events.close()
+        if self._mirror and self._last_step is not None:
+            self._upload(self._mirror)
 
     def _upload(self, mirror: Mirror) -> None:
         for path in self._workdir.glob(f"{EVENTS}*"):
@@ -241,19 +223,3 @@ def _delete_events(mirror: Mirror, step: int) -> None:
     """Deletes the events of a bucket beyond a step."""
     steps = {name: name.rpartition(".")[2] for name in mirror.store.list(EVENTS)}
     mirror.store.delete([name for name, last in steps.items() if last.isdecimal() and int(last) > step])
-
-
-def _truncate_events(tf, workdir: pathlib.Path, step: int) -> None:
-    for leftover in workdir.glob("events.out.tfevents.*.partial.*"):  # of a launch that was killed in this function
-        leftover.unlink()
-    for path in sorted(workdir.glob("events.out.tfevents.*")):
-        records = []
-        try:
-            for record in tf.compat.v1.io.tf_record_iterator(str(path)):
-                if tf.compat.v1.Event.FromString(record).step <= step:
-                    records.append(record)
-        except tf.errors.DataLossError:  # the last record of a killed run may be incomplete
-            pass
-        with atomic_write(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
-            for record in records:
-                writer.write(record)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import pathlib
-import threading
 import time
 from collections.abc import Iterator, Mapping
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,7 +19,7 @@ from diffusion_jax.runs.trackers import TRACKERS, open_tracker
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.locations import find_mirror
 
-__all__ = ["RunMetrics", "check_writers", "import_writers"]
+__all__ = ["RunMetrics", "check_writers"]
 
 _SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
 
@@ -34,21 +31,6 @@ def check_writers(config: ConfigDict) -> None:
             raise UserError(
                 f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
             )
-
-
-def import_writers(config: ConfigDict) -> None:
-    """Starts a thread that imports the library of TensorBoard's events, on process 0 only.
-
-    That takes seconds, which overlap with a compilation.
-    """
-    if jax.process_index() != 0 or "tensorboard" not in config.logging.writers:
-        return
-
-    def import_library():
-        with contextlib.suppress(ImportError):  # raised again when the writers are used
-            importlib.import_module("tensorflow")
-
-    threading.Thread(target=import_library, daemon=True).start()
 
 
 class RunMetrics:

@@ -22,7 +22,7 @@ from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progre
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers, import_writers
+from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import TraceProfile
 from diffusion_jax.runs.trained_model import (
@@ -171,7 +171,6 @@ def _train(
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
     loader = BatchLoader(config, program, source, step)
     batch, count = loader.next(step)
-    import_writers(config)
     compiled = _CompiledSteps(program)
     with log_compilation("the train step"), launch.measure("compile"):
         compiled.get(count, state, batch)

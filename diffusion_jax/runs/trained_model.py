@@ -23,7 +23,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
-from diffusion_jax.training.state import initial_params
+from diffusion_jax.training.state import abstract_params
 
 __all__ = [
     "InitialWeights",
@@ -81,8 +81,7 @@ class TrainedModel:
 
         Every process must make the first access. Raises: as `load_weights`.
         """
-        with jax.ensure_compile_time_eval():  # the first access may be in a function that is being traced
-            return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
+        return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
 
     @functools.cached_property
     def normalizations(self) -> Normalizations:
@@ -118,22 +117,25 @@ class TrainedModel:
 def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
     """The weights of the newest intact checkpoint, or those of `config.init_from` if there is no checkpoint.
 
+    It may be called in a function that is being traced, so the arrays are made outside of the trace.
     Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
     """
     replicated = sharding.replicated(mesh)
     if config["init_from"] and not committed_steps(workdir / "checkpoints"):
-        params, differences, _ = load_initial_weights(config, model, use_ema)
+        with jax.ensure_compile_time_eval():
+            params, differences, _ = load_initial_weights(config, model, use_ema)
+            params = jax.device_put(params, replicated)
         if differences:
             raise UserError(
                 f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use "
                 "these values, or train first"
             )
-        return Weights(0, jax.device_put(params, replicated))
+        return Weights(0, params)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train first: python main.py --config=... --workdir={workdir}")
-    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, example_shape(config["data"])))
+    shapes = abstract_params(model, example_shape(config["data"]))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with jax.ensure_compile_time_eval(), Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, use_ema)
     if restored is None:
         raise UserError(f"{workdir} holds no finished checkpoint yet; train longer")

@@ -13,7 +13,7 @@ import optax
 from diffusion_jax import models, timesteps
 from diffusion_jax.training.metrics import empty_window, metric_names
 
-__all__ = ["IMPORTANCE_SAMPLER", "Network", "TrainState", "initial_params", "initial_state"]
+__all__ = ["IMPORTANCE_SAMPLER", "Network", "TrainState", "abstract_params", "initial_params", "initial_state"]
 
 Network = models.UNet | models.MLP | models.Classifier
 
@@ -40,6 +40,14 @@ class TrainState:
 def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
     """Initial parameters of a network for examples of `shape`, (*spatial, C)."""
     return model.init(key, **models.initial_inputs(model, shape))["params"]
+
+
+def abstract_params(model: Network, shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of `initial_params`, without computing them.
+
+    The key is an argument of the traced function: `jax.ensure_compile_time_eval` computes what depends on constants only.
+    """
+    return jax.eval_shape(lambda key: initial_params(key, model, shape), jax.random.key(0))
 
 
 def initial_state(

@@ -123,7 +123,8 @@ def test_identity_is_what_decides_the_numbers_of_a_run():
     assert groups == {"seed", "data", "model", "diffusion", "optimizer", "ema", "training"}
     assert [name for name in identity if name.startswith("training.")] == ["training.batch_size"]
     free = {name for name in config.LEAVES if name.partition(".")[0] in groups - {"training"}} - set(identity)
-    assert free == {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "model.convolution"}
+    of_data = {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "data.cache_decoded"}
+    assert free == of_data | {"model.convolution"}
 
 
 def test_the_reference_is_in_the_documents():

@@ -10,6 +10,7 @@ from diffusion_jax import data, errors, guidance, sampling, training
 from diffusion_jax.runs import sample, sampler_config, train, trained_model
 from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.training import state
 from diffusion_jax.training.state import initial_params
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -206,6 +207,20 @@ def test_weights_can_be_read_first_inside_a_function_that_is_traced(tmp_path):
     trained = trained_model.TrainedModel.open(config, untrained(tmp_path / "run", config), use_ema=True)
     total = jax.jit(lambda: sum(leaf.sum() for leaf in jax.tree.leaves(trained.params)))()
     assert total == pytest.approx(sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(trained.params)), rel=1e-5)
+
+
+def test_weights_are_read_without_computing_initial_ones(tmp_path, monkeypatch):
+    config, initial = array_config("vectors", "nowhere"), []
+    directory = untrained(tmp_path / "run", config)
+
+    def recording(key, model, shape):
+        initial.append(initial_params(key, model, shape))
+        return initial[-1]
+
+    monkeypatch.setattr(state, "initial_params", recording)
+    assert trained_model.TrainedModel.open(config, directory, use_ema=True).params
+    (params,) = initial
+    assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """TensorBoard's events: groups of numbers, the config as text and hyperparameters, pictures with captions."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -9,6 +12,7 @@ from diffusion_jax.runs.metrics_files import TensorBoardWriter, tensorboard_tag
 from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.training.metrics import metric_names
 from helpers.configs import tiny_config
+from helpers.paths import ROOT
 from helpers.work_directories import lines
 
 
@@ -64,3 +68,23 @@ def test_a_relaunch_writes_its_config_at_its_step(tmp_path):
     events.Reload()
     assert [event.step for event in events.Tensors("config")] == [0, 4]
     assert len(events.Tensors("_hparams_/session_start_info")) == 1
+
+
+def test_events_are_written_without_tensorflow():
+    code = "import sys; from diffusion_jax.runs import event_files; print('tensorflow' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False"]
+
+
+def test_an_incomplete_last_event_is_removed(tmp_path):
+    for step in (0, 4):
+        writer = TensorBoardWriter(tmp_path, step)
+        writer.write_scalars(3, {"loss": 1.0})
+        writer.write_scalars(5, {"loss": 2.0})
+        writer.close()
+        if step == 0:
+            (path,) = tmp_path.iterdir()
+            path.write_bytes(path.read_bytes()[:-3])
+    events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [event.step for event in events.Tensors("loss/loss")] == [3, 3, 5]
