@@ -5,10 +5,16 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation import array_metrics, array_statistics
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.array_pictures import draw_examples
-from diffusion_jax.runs.statistics_pictures import draw_autocorrelation, draw_histograms, draw_spectra
-from diffusion_jax.runs.trajectory_pictures import draw_trajectory
+from diffusion_jax.pictures import (
+    draw_autocorrelation,
+    draw_examples,
+    draw_histograms,
+    draw_spectra,
+    panels,
+    save,
+    to_array,
+)
+from diffusion_jax.pictures.trajectories import draw_array_trajectory
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
 
@@ -34,7 +40,7 @@ def legend(figure):
 
 def count_marked(figure):
     """Pixels of the color that only values that are not finite have."""
-    return int((panels.render(figure) == [255, 0, 255]).all(axis=-1).sum())
+    return int((to_array(figure) == [255, 0, 255]).all(axis=-1).sum())
 
 
 # ---- Series
@@ -181,7 +187,7 @@ def test_vectors_of_two_entries_are_also_points():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_trajectory_has_a_column_for_each_time(shape):
     x = drawn(12, 4, 2, *shape)
-    figure = draw_trajectory(
+    figure = draw_array_trajectory(
         x, ["t = 9", "t = 5", "t = 1", "sample"], title="being denoised", captions=["0: a", "1: b"]
     )
     if len(shape) == 1:
@@ -207,7 +213,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
 
 
 def test_a_trajectory_of_numbers_is_histograms():
-    figure = draw_trajectory(drawn(13, 3, 200, 1), "abc", title="numbers")
+    figure = draw_array_trajectory(drawn(13, 3, 200, 1), "abc", title="numbers")
     assert [axes.get_title() for axes in figure.axes] == list("abc")
     assert all(len(axes.patches) == 1 for axes in figure.axes)
 
@@ -215,11 +221,11 @@ def test_a_trajectory_of_numbers_is_histograms():
 def test_large_noise_does_not_hide_the_samples():
     """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
     factors = np.array([100, 10, 1]).reshape(3, 1, 1, 1)
-    figure = draw_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
+    figure = draw_array_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
     spans = [np.ptp(axes.get_ylim()) for axes in figure.axes[:3]]
     assert spans[0] > 5 * spans[1] > 25 * spans[2] and "its own scale" in figure.get_suptitle()
     x = drawn(15, 3, 2, 6, 9, 1) * factors[..., None]
-    _, pictures = images(draw_trajectory(x, "abc", title="fields"))
+    _, pictures = images(draw_array_trajectory(x, "abc", title="fields"))
     last = x[-1]
     limit = max(last.max(), -last.min()) + np.ptp(last) / 2
     np.testing.assert_allclose([picture.get_clim() for picture in pictures], [(-limit, limit)] * 6)
@@ -280,7 +286,7 @@ def test_autocorrelations_have_error_bars():
 def test_spectra_without_power_and_of_one_position_are_drawn():
     for length in (1, 8):
         spectrum = array_statistics.power_spectrum(np.ones((4, length, 1)))
-        panels.render(draw_spectra(spectrum, spectrum, title="constant"))
+        to_array(draw_spectra(spectrum, spectrum, title="constant"))
 
 
 # ---- Limits, and values that are not finite
@@ -307,7 +313,7 @@ def test_large_sets_are_drawn_in_part_and_the_title_says_so(shape, num_axes, not
 @pytest.mark.parametrize("shape", SHAPES)
 def test_large_trajectories_are_drawn_in_part(shape):
     x = np.broadcast_to(drawn(23, *shape[:-1], 9), (50, 40, *shape[:-1], 9))
-    figure = draw_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
+    figure = draw_array_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
     assert len(figure.axes) <= 70
     title = figure.get_suptitle().replace("\n", " ")
     assert "10 of 50 times" in title and ("of 9 channels" in title or "of 9 entries" in title)
@@ -327,7 +333,7 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
         assert np.isnan(lines(figure.axes[0])[0][0])
         (marks,) = [line for line in figure.axes[0].get_lines() if line.get_gid() == "invalid"]
         assert list(marks.get_xdata()) == [0]
-    panels.render(draw_trajectory(np.stack([x, x]), "ab", title="not finite"))
+    to_array(draw_array_trajectory(np.stack([x, x]), "ab", title="not finite"))
 
 
 @pytest.mark.parametrize("value", [3.0, -1e30, np.nan])
@@ -335,8 +341,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
 def test_one_example_of_one_value(shape, value):
     x = np.full((1, *shape), value, np.float32)
     draw_examples(x, title="constant", reference=x)
-    for figure in (draw_examples(x, title="constant"), draw_trajectory(x[None], ["sample"], title="constant")):
-        assert panels.render(figure).dtype == np.uint8
+    for figure in (draw_examples(x, title="constant"), draw_array_trajectory(x[None], ["sample"], title="constant")):
+        assert to_array(figure).dtype == np.uint8
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -346,18 +352,18 @@ def test_text_is_not_mathematical_notation(shape):
     options = {"title": text, "captions": [text] * 2, "channel_names": [text] * 3}
     figures = [
         draw_examples(drawn(25, 2, *shape), **options),
-        draw_trajectory(drawn(26, 1, 2, *shape), [text], **options),
+        draw_array_trajectory(drawn(26, 1, 2, *shape), [text], **options),
     ]
     for figure in figures:
-        panels.render(figure)
+        to_array(figure)
     assert panels.plain_text("a $x$\n" + 40 * "b", 12) == r"a \$x\$ bbb..."
 
 
 def test_figures_are_files_and_arrays(tmp_path):
     figure = draw_examples(drawn(27, 2, 6, 9, 1), title="fields")
-    picture = panels.render(figure)
+    picture = to_array(figure)
     assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
-    panels.save_figure(tmp_path / "fields.png", figure)
+    save(tmp_path / "fields.png", figure)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "fields.png")), picture)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -370,9 +376,9 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="they must be equal"):
         draw_examples(np.zeros((1, 2)), title="", reference=np.zeros((1, 3)))
     with pytest.raises(ValueError, match="2 headers"):
-        draw_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
+        draw_array_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):
-        draw_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
+        draw_array_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
     short, long = (array_statistics.power_spectrum(drawn(28, 4, length, 1)) for length in (8, 16))
     with pytest.raises(ValueError, match="different frequencies"):
         draw_spectra(short, long, title="")

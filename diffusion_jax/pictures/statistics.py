@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.evaluation.array_metrics import MarginalHistograms
-from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.figure_panels import Margins
+from diffusion_jax.pictures import panels
+from diffusion_jax.pictures.panels import Margins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from diffusion_jax.evaluation.array_metrics import MarginalHistograms
+    from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
 
 __all__ = ["draw_autocorrelation", "draw_histograms", "draw_spectra"]
 

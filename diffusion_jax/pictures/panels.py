@@ -6,15 +6,11 @@ Matplotlib's automatic layouts. Given text is never read as Matplotlib's mathema
 
 from __future__ import annotations
 
-import pathlib
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from diffusion_jax.runs import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +31,6 @@ __all__ = [
     "note_shown",
     "note_stride",
     "plain_text",
-    "render",
-    "save_figure",
     "to_plotted",
     "widen",
     "wrap",
@@ -255,22 +249,3 @@ def make_panels(
             (left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height)
         )
     return figure, axes
-
-
-# ---- Files
-
-
-def render(figure: Figure) -> np.ndarray:
-    """The figure as uint8 [H, W, 3]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def save_figure(path: pathlib.Path, figure: Figure) -> None:
-    """Writes the figure as PNG."""
-    pictures.save_png(path, render(figure))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.runs import figure_panels as panels
+from diffusion_jax.pictures import panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

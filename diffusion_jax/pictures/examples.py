@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_jax.evaluation.example_blocks import as_example_pair, as_examples
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.figure_panels import Margins
-from diffusion_jax.runs.image_tables import ColorScale, draw_image_table, image_stride
+from diffusion_jax.pictures import panels
+from diffusion_jax.pictures.panels import Margins
+from diffusion_jax.pictures.tables import ColorScale, draw_image_table, image_stride
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
