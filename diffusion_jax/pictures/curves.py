@@ -62,7 +62,8 @@ def draw_rate_distortion(
 
     units: of the rate and of the distortion.
     """
-    code, line = {"color": "C0", "linewidth": 1.5}, {"color": "C3", "linestyle": "--"}
+    code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
+    line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
     lossless_entry = [] if lossless is None else [(f"lossless code: {lossless:.3f} {units[0]}", line)]
     figure, axes = _make_axes(f"Rate and distortion: {title}", [("progressive code", code), *lossless_entry])
     axes.plot(rate, distortion, **code)
