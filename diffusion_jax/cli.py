@@ -47,6 +47,7 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
+_SECONDS_OF_A_LAST_REPORT = 2.0  # of a run that failed or was stopped: whoever stops it waits for it to end
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
@@ -306,19 +307,22 @@ def run(command: Command) -> None:
         join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
         devices.start(command.verbose)
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
+            write = functools.partial(_write_report, command.config, command.workdir)
+            after_failure = functools.partial(write, max_seconds=_SECONDS_OF_A_LAST_REPORT)
+            options = {"after_failure": after_failure} if trains else {}
             for function in functions:
-                function(command.config, command.workdir)
-            _write_report(command.config, command.workdir)
+                function(command.config, command.workdir, **options)
+            write()
             processes.barrier()
 
 
-def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _write_report(config: ConfigDict, workdir: pathlib.Path, max_seconds: float | None = None) -> None:
     import jax
 
     from diffusion_jax.report.write import write_report_after
 
     if jax.process_index() == 0:
-        write_report_after(workdir, config, processes.log)
+        write_report_after(workdir, config, processes.log, max_seconds)
 
 
 def _run_plan(command: Command) -> None:
