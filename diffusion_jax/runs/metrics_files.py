@@ -243,6 +243,12 @@ def _delete_events(mirror: Mirror, step: int) -> None:
     mirror.store.delete([name for name, last in steps.items() if last.isdecimal() and int(last) > step])
 
 
+def _is_kept(event: Any, step: int) -> bool:
+    """Whether a launch from this step keeps an event: it writes the later ones again, and its own config."""
+    is_config = any(value.tag == "config" or value.tag.startswith("_hparams_/") for value in event.summary.value)
+    return event.step < step or (event.step == step and not is_config)
+
+
 def _truncate_events(tf, workdir: pathlib.Path, step: int) -> None:
     for leftover in workdir.glob("events.out.tfevents.*.partial.*"):  # of a launch that was killed in this function
         leftover.unlink()
@@ -250,7 +256,7 @@ def _truncate_events(tf, workdir: pathlib.Path, step: int) -> None:
         records = []
         try:
             for record in tf.compat.v1.io.tf_record_iterator(str(path)):
-                if tf.compat.v1.Event.FromString(record).step <= step:
+                if _is_kept(tf.compat.v1.Event.FromString(record), step):
                     records.append(record)
         except tf.errors.DataLossError:  # the last record of a killed run may be incomplete
             pass
