@@ -107,7 +107,7 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
             chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
             picture = budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)))
             if picture:
-                rows.append(Captioned(picture, f"class {caption}"))
+                rows.append(Captioned(picture, caption))
         left_out = len(present) - len(rows)
         note = f"Samples of {path.name}."
         return rows, note + (f" {left_out} other classes are not in this file." if left_out else "")

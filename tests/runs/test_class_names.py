@@ -209,9 +209,9 @@ def test_samples_of_named_classes_have_captions(trained, monkeypatch):
     monkeypatch.setattr(sample_files.pictures, "draw_samples", lambda *args: captions.append(args[2]) or real(*args))
     drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert captions == [["9: fox", "7: tabby cat"] * 3]
+    assert captions == [["class 9: fox", "class 7: tabby cat"] * 3]
     assert "_classfox+7_" in drawn.path.name
-    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["class 0", "class 8: 9", "class 12"]
 
 
 @pytest.mark.parametrize(
