@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_against_steps", "draw_bound_terms", "draw_rate_distortion"]
 
+_MAX_TICKS = 10
 _MARKERS = "os^vD<>pPX*"  # with 10 colors, no two of up to 110 lines have the same marker and color
 
 
@@ -85,5 +86,9 @@ def draw_against_steps(curves: Mapping[str, Mapping[int, float]], metric: str) -
         steps = sorted(points)
         axes.plot(steps, [points[n] for n in steps], **style)
     axes.set(xscale="log", ylim=(0, None))
+    counts = sorted({n for points in curves.values() for n in points})
+    if len(counts) <= _MAX_TICKS:
+        axes.set_xticks(counts, labels=[f"{n:,}" for n in counts])
+        axes.minorticks_off()
     panels.label_axes(axes, "sampling steps", metric)
     return figure

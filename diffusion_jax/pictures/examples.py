@@ -27,6 +27,7 @@ __all__ = [
     "draw_examples",
     "draw_histogram",
     "draw_points",
+    "note_colors",
     "position_limits",
     "share_an_axis",
 ]
@@ -40,6 +41,7 @@ _MAX_VOLUME_CHANNELS = 3
 _MAX_VOXELS = 128  # of a volume along each axis
 _MAX_ENTRIES = 16  # histograms of vectors
 _MAX_VECTORS = 100_000  # in a histogram
+_MAX_COLORS = 10  # points of a color each
 MAX_POINTS = 4000  # in a scatter plot
 _MAX_REFERENCE = 64  # examples of the data that decide a scale
 
@@ -260,7 +262,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         notes,
         (-(-count // columns), columns),
         (2.6, 1.9) if entries != 2 else (2.8, 2.8),
-        gap=(0.62, 0.62),
+        gap=(0.62 if entries != 2 else 0.85, 0.62),
         margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.15 if entries != 2 else 0.3),
         legend=[] if data is None else legend,
         count=count,
@@ -271,7 +273,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         panels.label_axes(flat[entry], names[entry], "density", left=entry % columns == 0)
         flat[entry].tick_params(labelleft=True)
     if entries == 2:
-        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors")
+        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors") + note_colors(n)
         flat[2].set_title("".join(points), fontsize=8, pad=3)
         draw_points(flat[2], shown, data)
         panels.label_axes(flat[2], names[0], names[1])
@@ -300,5 +302,10 @@ def draw_points(axes: Axes, x: np.ndarray, reference: np.ndarray | None = None) 
     if reference is not None:
         points = reference[:MAX_POINTS]
         axes.plot(points[:, 0], points[:, 1], ".", color="0.75", markersize=3, markeredgewidth=0)
-    for points in [x[:MAX_POINTS]] if len(x) > 10 else x[:, None]:
+    for points in [x[:MAX_POINTS]] if len(x) > _MAX_COLORS else x[:, None]:
         axes.plot(points[:, 0], points[:, 1], ".", markersize=3 if len(x) > 300 else 6, markeredgewidth=0)
+
+
+def note_colors(count: int) -> list[str]:
+    """What the colors of `draw_points` mean for this number of points."""
+    return ["a color for each vector"] if 1 < count <= _MAX_COLORS else []

@@ -40,6 +40,7 @@ MARK = "magenta"  # of values that are NaN or infinite; no color map or line her
 _DPI = 110
 _MIN_WIDTH = 4.8  # inches, so that titles have room
 _MAX_TEXT = 24  # characters of a caption or a name
+_TICK_WIDTH = 0.5  # inches between the numbers below a panel
 _MAX_INTERVALS = 300  # of a line with more than twice as many positions
 
 
@@ -147,8 +148,13 @@ def label_axes(axes: Axes, x: str, y: str, *, bottom: bool = True, left: bool = 
     """Labels below axes at the bottom of a figure and beside those at its left, and the thin lines of a grid."""
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.tick_params(labelsize=7, labelbottom=bottom, labelleft=left)
-    for axis in (axes.xaxis, axes.yaxis):
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         axis.get_offset_text().set_fontsize(7)
+        if axis.get_scale() == "linear":
+            axes.ticklabel_format(axis=name, scilimits=(-3, 5))  # shorter labels, which have room beside the panel
+    if axes.get_xscale() == "linear":
+        width = axes.get_position(original=True).width * axes.figure.get_size_inches()[0]
+        axes.locator_params(axis="x", nbins=max(2, int(width / _TICK_WIDTH)))
     if bottom:
         axes.set_xlabel(x, fontsize=8, labelpad=2)
     if left:

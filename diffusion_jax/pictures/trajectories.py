@@ -105,7 +105,7 @@ def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
             for channel in group:
                 panels.draw_line(panel, shown[column, i, :, channel], **styles[channel])
             panel.set(xlim=examples.position_limits(length), ylim=group_limits[column])
-            panel.locator_params(axis="x", nbins=3, integer=True)
+            panel.locator_params(axis="x", integer=True)
             panels.label_axes(panel, "position", captions[i], bottom=row == len(rows) - 1, left=column == 0)
             panel.tick_params(labelleft=own_scale or column == 0)
             if row == 0:
@@ -153,6 +153,7 @@ def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
     names = panels.make_names(channel_names, min(entries, 2), "entry")
     notes = notes + panels.note_shown(num_samples, samples, "vectors")
     notes += panels.note_shown(min(entries, 2), entries, "entries") + panels.note_invalid(shown)
+    notes += examples.note_colors(num_samples) if entries > 1 else []
     own_scale = any(_exceeds_samples(shown[..., entry]) for entry in range(len(names)))
     if own_scale:
         notes.append(_OWN_SCALE)
