@@ -53,6 +53,7 @@ def draw_examples(
     captions: Sequence[str] | None = None,
     channel_names: Sequence[str] | None = None,
     reference: Any = None,
+    columns: int | None = None,
 ) -> Figure:
     """A figure of examples x [n, *spatial, C] with at most three spatial axes.
 
@@ -67,21 +68,24 @@ def draw_examples(
       reference: examples of the data [m, *spatial, C]. Their histograms are drawn beside those of vectors. Series, fields
         and volumes take their scale from the first of them, so that the pictures of several steps can be compared; the
         axes of series also contain all of x.
+      columns: of the panels of series.
     Raises: ValueError for no example, more spatial axes, other shapes of the reference, or complex numbers.
     """
     x = as_examples("x", x, 1)
     if reference is not None:
         x, reference = as_example_pair(x, reference, 1)
-    kinds = [_draw_vectors, _draw_series, _draw_fields, _draw_volumes]
-    if x.ndim - 2 >= len(kinds):
+    if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
-    return kinds[x.ndim - 2](x, reference, title, captions, channel_names)
+    if x.ndim == 3:
+        return _draw_series(x, reference, title, captions, channel_names, columns)
+    draw = {2: _draw_vectors, 4: _draw_fields, 5: _draw_volumes}[x.ndim]
+    return draw(x, reference, title, captions, channel_names)
 
 
 # ---- Series
 
 
-def _draw_series(x, reference, title, captions, channel_names) -> Figure:
+def _draw_series(x, reference, title, captions, channel_names, columns) -> Figure:
     n, length, channels = x.shape
     if reference is not None:
         reference = reference[:_MAX_REFERENCE]
@@ -97,7 +101,7 @@ def _draw_series(x, reference, title, captions, channel_names) -> Figure:
         limits = [panels.widen(*edges, 0.05) for edges in zip(low.tolist(), high.tolist(), strict=True)]
         return _draw_series_by_channel(shown, limits, title, notes, captions, names)
     limits = panels.widen(*panels.full_range(low, high), 0.05)
-    return _draw_series_by_example(shown, limits, title, notes, captions, names)
+    return _draw_series_by_example(shown, limits, title, notes, captions, names, columns)
 
 
 def _ranges(x: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -111,10 +115,10 @@ def share_an_axis(low: np.ndarray, high: np.ndarray) -> bool:
     return not len(spans) or bool(spans.min() >= 0.1 * (np.nanmax(high) - np.nanmin(low)))
 
 
-def _draw_series_by_example(x, limits, title, notes, captions, names) -> Figure:
+def _draw_series_by_example(x, limits, title, notes, captions, names, columns) -> Figure:
     """x [n, L, C]: a panel for each example, a line for each channel, and one scale."""
     n, length, channels = x.shape
-    columns = min(n, 3) if n <= 9 else 4
+    columns = min(n, columns or (3 if n <= 9 else 4))
     styles = [{"color": f"C{i}", "linewidth": 1.1} for i in range(channels)]
     legend = list(zip(names, styles, strict=True)) if channels > 1 else []
     shape, size = (-(-n // columns), columns), _panel_size(n)
@@ -127,7 +131,7 @@ def _draw_series_by_example(x, limits, title, notes, captions, names) -> Figure:
             panels.draw_line(panel, x[i, :, channel], **style)
         panel.set_title(captions[i], fontsize=8, pad=3)
         panel.set(xlim=position_limits(length), ylim=limits)
-        panels.label_axes(panel, "position", "value", bottom=i + columns >= n, left=i % columns == 0)
+        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= n, left=i % columns == 0)
     return figure
 
 
@@ -147,7 +151,9 @@ def _draw_series_by_channel(x, limits, title, notes, captions, names) -> Figure:
             panels.draw_line(panel, x[i, :, channel], **style)
         panel.set_title(names[channel], fontsize=8, pad=3)
         panel.set(xlim=position_limits(length), ylim=limits[channel])
-        panels.label_axes(panel, "position", "value", bottom=channel + columns >= channels, left=channel % columns == 0)
+        panels.label_axes(
+            panel, "position", panels.VALUE, bottom=channel + columns >= channels, left=channel % columns == 0
+        )
         panel.tick_params(labelleft=True)
     return figure
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARK",
+    "VALUE",
     "Margins",
     "channel_ranges",
     "draw_line",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 MARK = "magenta"  # of values that are NaN or infinite; no color map or line here has this color
+VALUE = "value (data units)"  # the label of an axis
 _DPI = 110
 _MIN_WIDTH = 4.8  # inches, so that titles have room
 _MAX_TEXT = 24  # characters of a caption or a name

@@ -33,6 +33,8 @@ def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], t
     if not is_of_images(results) and results.ndim == 2:  # a vector has no panel of its own
         return draw_examples(results, title=title + ", and what was given (data)", reference=given)
     shown = np.concatenate([given, results])
+    if not is_of_images(shown) and np.isnan(given).any():
+        title += "; magenta: values to be generated"
     return draw_samples(shown, title, captions, columns=min(len(shown), 10))
 
 
@@ -48,10 +50,11 @@ def draw_neighbors(
     captions = []
     for number, row in zip(numbers, distances, strict=True):
         captions += [f"sample {number}", *(f"distance {distance:.3g}" for distance in row)]
-    if not is_of_images(shown):
-        return draw_examples(shown, title=f"{title} (after each sample)", captions=captions)
-    headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, count + 1))]
-    return draw_grid(shown, title, count + 1, captions, headers)
+    if is_of_images(shown):
+        headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, count + 1))]
+        return draw_grid(shown, title, count + 1, captions, headers)
+    title += " (after each sample)"
+    return draw_examples(shown, title=title, captions=captions, columns=(count + 1) * max(1, 4 // (count + 1)))
 
 
 def draw_trajectory(

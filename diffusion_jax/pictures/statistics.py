@@ -50,7 +50,7 @@ def draw_histograms(
         expected = f"expected for equal laws: {histograms.same_law[channel]:.2g}"
         panel.set_title(f"{captions[channel]}: {difference}\n{expected}", fontsize=8, pad=3)
         panel.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
-        panels.label_axes(panel, "value", "share of the values")
+        panels.label_axes(panel, panels.VALUE, "share of the values")
     return figure
 
 
@@ -101,7 +101,7 @@ def draw_spectra(
             )
             heading += "\nat frequency 0: " + ", ".join(power)
         panel.set_title(heading, fontsize=8, pad=3)
-        panels.label_axes(panel, "frequency (cycles per position)", "power")
+        panels.label_axes(panel, "frequency (cycles per position)", "power (data units squared)")
     return figure
 
 

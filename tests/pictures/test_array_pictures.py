@@ -7,8 +7,10 @@ from PIL import Image
 from diffusion_jax.evaluation import array_metrics, array_statistics
 from diffusion_jax.pictures import (
     draw_autocorrelation,
+    draw_edit,
     draw_examples,
     draw_histograms,
+    draw_neighbors,
     draw_spectra,
     panels,
     save,
@@ -57,7 +59,7 @@ def test_series_are_lines_of_all_channels():
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
     assert legend(figure) == ["_u", "v", "v"] and figure.get_suptitle() == "samples"
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["value", "", "", "value", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == [panels.VALUE, "", "", panels.VALUE, ""]
 
 
 @pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
@@ -70,6 +72,21 @@ def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
         low, high = axes.get_ylim()
         assert high - low < 1.2 * np.ptp(x[..., c])
     assert legend(figure) == [f"example {i}" for i in range(4)]
+
+
+def test_a_sample_and_its_nearest_series_are_side_by_side():
+    x = drawn(1, 5, 40, 1)
+    figure = draw_neighbors(x, range(5), x[:, None], np.ones((5, 1)), "series")
+    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
+    assert len(tops) == 10 and tops[0::2] == tops[1::2]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["sample 0", "distance 1"]
+
+
+def test_values_to_be_generated_are_named_in_the_title_of_an_edit():
+    given, results = drawn(1, 2, 40, 1), drawn(2, 2, 40, 1)
+    assert "magenta" not in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
+    given[1, 5:] = np.nan
+    assert "magenta: values to be generated" in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
 
 
 def test_the_axes_of_series_contain_the_reference():
@@ -246,7 +263,7 @@ def test_histograms_have_error_bars_and_their_distance():
             np.testing.assert_allclose(ends.mean(axis=1), statistic.value[c])
             np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[c], atol=1e-12)
         assert f"total variation {result.distance.value[c]:.3g}" in axes.get_title()
-        assert axes.get_xlabel() == "value" and axes.get_ylabel() == "share of the values"
+        assert axes.get_xlabel() == panels.VALUE and axes.get_ylabel() == "share of the values"
     assert legend(figure) == ["data", "samples"] and "standard errors" in figure.get_suptitle()
 
 
@@ -268,7 +285,7 @@ def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
             np.testing.assert_array_equal(value, spectrum.value[1:, c])
             np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
         assert f"at frequency 0: {one.value[0, c]:.3g}" in axes.get_title()
-        assert axes.get_xlabel() and axes.get_ylabel() == "power"
+        assert axes.get_xlabel() and "power" in axes.get_ylabel()
     assert legend(figure) == ["law", "samples"]
 
 
