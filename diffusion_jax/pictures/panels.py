@@ -150,12 +150,14 @@ def label_axes(axes: Axes, x: str, y: str, *, bottom: bool = True, left: bool = 
     """Labels below axes at the bottom of a figure and beside those at its left, and the thin lines of a grid."""
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.tick_params(labelsize=7, labelbottom=bottom, labelleft=left)
-    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+    for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set_fontsize(7)
-        if axis.get_scale() == "linear":
-            axes.ticklabel_format(axis=name, scilimits=(-3, 5))  # shorter labels, which have room beside the panel
+    # Numbers that have room beside and below the panel.
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     if axes.get_xscale() == "linear":
-        width = axes.get_position(original=True).width * axes.figure.get_size_inches()[0]
+        axes.ticklabel_format(axis="x", scilimits=(-3, 5))
+        width = axes.bbox.width / axes.figure.dpi  # inches
         axes.locator_params(axis="x", nbins=max(2, int(width / _TICK_WIDTH)))
     if bottom:
         axes.set_xlabel(x, fontsize=8, labelpad=2)
