@@ -49,7 +49,7 @@ def draw_neighbors(
     shown = np.concatenate([samples[:, None], nearest], axis=1).reshape(-1, *samples.shape[1:])
     captions = []
     for number, row in zip(numbers, distances, strict=True):
-        captions += [f"sample {number}", *(f"distance {distance:.3g}" for distance in row)]
+        captions += [f"sample {number}", *(f"distance {distance:.4g}" for distance in row)]
     if is_of_images(shown):
         headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, count + 1))]
         return draw_grid(shown, title, count + 1, captions, headers)
