@@ -58,8 +58,8 @@ def start(verbose: bool = False) -> None:
 def _keep_freed_memory() -> None:
     """Makes glibc reuse freed blocks of up to 64 MB. Variables of the environment that configure glibc take precedence.
 
-    By default it returns them to the system, so that every step of a small network gets its buffers page by page, in a fifth of
-    its CPU time. Larger networks are not faster.
+    By default it returns them to the system, so that every step of a small network gets its buffers page by page, in a fifth
+    of its CPU time. Larger networks are not faster.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
