@@ -107,11 +107,14 @@ def _bytes_per_device(tree) -> int:
 def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
     """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
     del workdir
-    config = resolve(config)
+    config, num_devices = resolve(config), jax.device_count()
+    if config.mesh.device is not None:
+        with as_user_error("config"):
+            log_settings(config, num_devices)
     with as_user_error("config"), log_compilation("the train step"):
         plan = estimate(config)
     mesh, batch_size = config.mesh, config.training.batch_size
-    num_devices, num_microbatches = jax.device_count(), config.training.accumulation_steps
+    num_microbatches = config.training.accumulation_steps
     devices = f"{num_devices} device{'s' * (num_devices > 1)}"
     log(
         f"On {devices} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
@@ -136,16 +139,12 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
             f"    {plan.ring_bytes / plan.minimum_sent:.2f} times the minimum: two gathers and a reduce-scatter over fsdp, "
             "an all-reduce of the parts over data"
         )
-    if mesh.device is not None:
-        log_settings(config, num_devices)
 
 
 def log_settings(config: ConfigDict, num_devices: int) -> None:
     """Prints the fastest settings that fit the devices of `mesh.device`, and how much the given ones need."""
     name, model, options = config.mesh.device, config.model, config.training
-    log(
-        f"Settings for {name}, from shapes and traced programs (half a minute for each four choices of model.remat) ..."
-    )
+    log("Tracing the network with each choice of model.remat ...")
     device = plan_settings.DEVICES[name]
     usable = plan_settings.USABLE * device.memory
     all_estimates = plan_settings.estimates(config, plan_settings.trace(config), num_devices, device)
@@ -153,7 +152,7 @@ def log_settings(config: ConfigDict, num_devices: int) -> None:
     found = [each for each in all_estimates if each.settings == given]
     fitting = [each for each in all_estimates if each.total <= usable]
     log(
-        f"On {num_devices} x {name} ({_gigabytes(usable)} of {_gigabytes(device.memory)} counted), a step at "
+        f"On {num_devices} x {name} ({_bytes(usable)} of {_bytes(device.memory)} counted), a step at "
         f"{plan_settings.UTILIZATION:.0%} of the peak FLOPs:"
     )
     for each in found:
@@ -172,16 +171,16 @@ def log_settings(config: ConfigDict, num_devices: int) -> None:
 
 def _describe(estimate: plan_settings.Estimate) -> str:
     parts = {name: getattr(estimate, name) for name in ("state", "gradients", "activations", "working")}
-    sizes = " + ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
-    return f"{_gigabytes(estimate.total)} ({sizes}), {estimate.seconds:.3f} s"
+    sizes = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    return f"{_bytes(estimate.total)} ({sizes}), {1e3 * estimate.seconds:,.1f} ms"
 
 
 def _gigaflop(flops: float) -> str:
     return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else _megabytes(size)
 
 
 def _megabytes(size: float) -> str:

@@ -174,11 +174,11 @@ def _network(config: Mapping[str, Any], batch_size: int):
 
 
 def _remat_choices(config: Mapping[str, Any]) -> list[bool | tuple[int, ...]]:
-    """Without, with the first levels, and with all: each recomputes more."""
-    if config["model"]["kind"] == "mlp":
-        return [False, True]
-    num_levels = len(config["model"]["channel_multipliers"])
-    return [False, *(tuple(range(n)) for n in range(1, num_levels)), True]
+    """Without, with the first levels, and with all, of which each recomputes more; and that of the config."""
+    choices: list[bool | tuple[int, ...]] = [False, True]
+    if config["model"]["kind"] == "unet":
+        choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
+    return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
 
 
 def _with_remat(config: Mapping[str, Any], remat: bool | tuple[int, ...]) -> dict[str, Any]:
