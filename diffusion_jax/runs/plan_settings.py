@@ -176,7 +176,7 @@ def _network(config: Mapping[str, Any], batch_size: int):
 def _remat_choices(config: Mapping[str, Any]) -> list[bool | tuple[int, ...]]:
     """Without, with the first levels, and with all, of which each recomputes more; and that of the config."""
     choices: list[bool | tuple[int, ...]] = [False, True]
-    if config["model"]["kind"] == "unet":
+    if config["model"].get("kind", "unet") == "unet":  # a classifier has no such leaf
         choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
     return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
 
