@@ -127,7 +127,7 @@ def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatc
     monkeypatch.setattr(preemption, "exit_now", lambda message, code: messages.append((message, code)))
     monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
     monkeypatch.setattr(devices, "start", lambda verbose: None)
-    monkeypatch.setattr(train, "run", lambda config, workdir: (workdir / "checkpoints" / "7").mkdir(parents=True))
+    monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
     monkeypatch.setattr(processes, "barrier", lambda: signal.getsignal(number)(number, None))
     messages = []
     cli.main(["--config=digits", f"--workdir={tmp_path}"])

