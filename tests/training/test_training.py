@@ -375,3 +375,9 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
     one_device = dataclasses.make_dataclass("Mesh", ["size"])(1)
     with pytest.raises(ValueError, match=r"multiple of 4, the 1 device times training.accumulation_steps=4"):
         sharding.check_divides(6, one_device, "training.batch_size", 4)
+
+
+def test_all_seeds_have_one_program_of_the_initialization():
+    programs = [training.build_program(tiny_config(seed=seed)).init for seed in (0, 2**32 - 1)]
+    traced = {str(program.func.trace(*program.args).jaxpr) for program in programs}
+    assert len(traced) == 1
