@@ -58,8 +58,8 @@ def prepare(name: str, make_builder: Callable, data_dir: str | None) -> None:
     root = builder.data_dir_root
     if importlib.util.find_spec("tensorflow") is None:
         raise DataError(
-            f"the data set {name!r} is not in {root}, and TFDS needs TensorFlow to prepare it: pip install '.[tfds]'; reading "
-            "a prepared one does not need it"
+            f"the data set {name!r} is not in {root}, and TFDS needs TensorFlow to prepare it: pip install '.[tfds]'; "
+            "reading a prepared one does not need it"
         )
     log = functools.partial(print, file=sys.stdout, flush=True)  # bound here, because sys.stdout is redirected below
     try:
