@@ -23,8 +23,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from diffusion_jax import data
-from diffusion_jax.runs import pictures
+from diffusion_jax import data, pictures
 
 PAGE = ROOT / "docs" / "start" / "first_pictures.md"
 STEPS = (250, 500, 1000)  # of the samples in the picture
@@ -76,7 +75,7 @@ def plot(directory: pathlib.Path):
         f"samples at step {step}": Image.open(directory / f"runs/shapes/samples/train_step{step:08d}.png")
         for step in STEPS
     }
-    panels[f"{NUM_IMAGES} of the training images"] = pictures.grid(training_images(directory))
+    panels[f"{NUM_IMAGES} of the training images"] = pictures.draw_grid(training_images(directory))
     figure = Figure(figsize=(7, 7.3), dpi=100, layout="constrained")
     for axes, (title, picture) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
         axes.imshow(picture, interpolation="nearest")

@@ -1,27 +1,26 @@
 """ADM on many devices: memory and communication of a device, and a roofline's time of a step, for docs/results/scaling.md.
 
     python benchmarks/scaling.py --size=256 [--compile=8]
+    python benchmarks/scaling.py --memory
 
 The state and the collectives follow from the shapes by the rule of distributed/sharding.py, for any number of devices and
 without compiling: two gathers and a reduce-scatter of the split parameters, an all-reduce of the others. `--compile=N`
 compiles the train step for N virtual devices (minutes, and gigabytes) and compares the bytes of the compiled program.
+`--memory` prints the bytes of each part for the published networks, with the fastest settings that fit.
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import sys
-from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax
-
-from configs import imagenet_adm
-from diffusion_jax import data, training
-from diffusion_jax.distributed import sharding
-from diffusion_jax.runs import devices, plan
-from diffusion_jax.training.state import initial_params
+from configs import cifar10, imagenet_adm, lsun_church_256
+from diffusion_jax.config import resolve
+from diffusion_jax.runs import devices, plan, plan_settings
+from diffusion_jax.runs.plan_settings import DEVICES, UTILIZATION, sent_bytes, state_bytes
 
 BATCH = 256  # ADM's global batch
 GMACS = {"256": 1119.8, "512": 1982.3}  # of the convolutions and products of a network call for one image
@@ -31,44 +30,35 @@ GMACS = {"256": 1119.8, "512": 1982.3}  # of the convolutions and products of a 
 FLOPS_PER_MAC = 7.08
 
 
-class Chip(NamedTuple):
-    """Published figures. flops: dense bfloat16. memory: bytes. links: (largest ring, bytes/s that a device sends in it)."""
-
-    name: str
-    flops: float
-    memory: float
-    links: tuple[tuple[int, float], ...]
-
-    def link(self, count: int) -> float:
-        """Bytes/s of the slowest link in a ring of `count` devices."""
-        return next(speed for size, speed in self.links if count <= size)
+CHIPS = ("v5e", "h100")
+NETWORKS = {
+    "DDPM CIFAR-10": cifar10.get_config,
+    "DDPM LSUN-256": lsun_church_256.get_config,
+    "ADM-256": lambda: imagenet_adm.get_config("256"),
+    "ADM-512": lambda: imagenet_adm.get_config("512"),
+}
 
 
-CHIPS = (
-    Chip("v5e", 197e12, 16e9, ((256, 90e9),)),  # one axis of its torus, both ways at once
-    Chip("H100", 989e12, 80e9, ((8, 450e9), (10**9, 50e9))),  # NVLink in a node of eight; InfiniBand, 400 Gbit/s a GPU
-)
-UTILIZATION = 0.4  # of the peak FLOPs, as reported for good trainers of such networks
-
-
-def parameter_shapes(config) -> list[tuple[int, ...]]:
-    """The shapes of the parameters."""
-    model, shape = training.model_from_config(config), data.example_shape(config["data"])
-    return [
-        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape)))
-    ]
-
-
-def state_bytes(shapes, count: int) -> float:
-    """Bytes of the parameters, the EMA and Adam's two moments, in float32, on each of `count` devices."""
-    return 16 * sum(math.prod(s) / (1 if sharding.split_axis(s, count) is None else count) for s in shapes)
-
-
-def sent_bytes(shapes, count: int, width: int, reduced: int) -> float:
-    """Bytes that a device sends in a step: two gathers of `width` bytes per number and `reduced` reductions of that size."""
-    num_split = sum(math.prod(s) for s in shapes if sharding.split_axis(s, count) is not None)
-    num_replicated = sum(map(math.prod, shapes)) - num_split
-    return (count - 1) / count * ((2 + reduced) * width * num_split + 2 * 4 * num_replicated)
+def memory() -> None:
+    """Prints the parts of a device's memory for the published networks in bfloat16, with the fastest settings that fit."""
+    parts = "parameters | moments | EMA | gradients | activations | backward"
+    print(f"| network, batch | devices | fsdp, remat, microbatches | {parts} |")
+    for name, config in NETWORKS.items():
+        config = resolve(config())
+        config.model.dtype = "bfloat16"
+        traced = plan_settings.trace(config)
+        for device, count in itertools.product(CHIPS, (1, 8, 64)):
+            found = plan_settings.estimates(config, traced, count, DEVICES[device])
+            best = next((each for each in found if each.total <= plan_settings.USABLE * DEVICES[device].memory), None)
+            row = [f"{name}, {config.training.batch_size}", f"{count} x {device}"]
+            if best is None:
+                row.append("nothing fits")
+            else:
+                parameters = best.state / 4
+                row.append(", ".join(map(str, best.settings)))
+                sizes = (parameters, 2 * parameters, parameters, best.gradients, best.activations, best.working)
+                row += [f"{size / 1e9:.2f}" for size in sizes]
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 def main() -> None:
@@ -76,16 +66,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(GMACS), default="256")
     parser.add_argument("--compile", type=int, default=0, help="devices to compile for")
+    parser.add_argument("--memory", action="store_true", help="the table of memory by part, and nothing else")
     options = parser.parse_args()
     devices.silence_libraries()
     devices.start_virtual(max(1, options.compile))
+    if options.memory:
+        memory()
+        return
     config = imagenet_adm.get_config(options.size)
     config.model.update(dtype="bfloat16", remat=True)
-    shapes, activations = parameter_shapes(config), plan.activations_per_example(config)
+    shapes, activations = plan_settings.parameter_shapes(config), plan_settings.activations_per_example(config)
     print(
         f"ADM-{options.size}: {sum(map(math.prod, shapes)):,} parameters, {activations / 1e9:.2f} GB of activations per image"
     )
-    chips = " | ".join(f"{chip.name}: sends, computes (at {UTILIZATION:.0%}), step" for chip in CHIPS)
+    chips = " | ".join(f"{chip}: sends, computes (at {UTILIZATION:.0%}), step" for chip in CHIPS)
     print(f"| devices | images per device | GB of state | GB of activations | GB sent | {chips} |")
     for count in (1, 8, 64, 256):
         images = BATCH // count
@@ -93,7 +87,7 @@ def main() -> None:
         flops = FLOPS_PER_MAC * GMACS[options.size] * 1e9 * images
         sizes = (state_bytes(shapes, count), activations * images, bytes_sent)
         row = [count, images, *(f"{size / 1e9:.2f}" for size in sizes)]
-        for chip in CHIPS:
+        for chip in map(DEVICES.__getitem__, CHIPS):
             sends, computes = bytes_sent / chip.link(count), flops / (UTILIZATION * chip.flops)
             row.append(f"{sends:.3f} s, {computes:.2f} s, {max(sends, computes):.2f} s")
         print("| " + " | ".join(map(str, row)) + " |")

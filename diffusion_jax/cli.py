@@ -56,6 +56,7 @@ _MODULES_OF_MODES = {
     "evaluate": ("measure_likelihood", "sample_metrics"),
     "progressive": ("progressive",),
 }
+_SECONDS_OF_A_LAST_REPORT = 2.0  # of a run that failed or was stopped: whoever stops it waits for it to end
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
@@ -274,7 +275,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         )
 
 
-def _functions_of(mode: str) -> list[Callable[[ConfigDict, pathlib.Path], object]]:
+def _functions_of(mode: str) -> list[Callable[..., object]]:
     """The functions that a mode calls, in order. The import takes most of a second, so it follows the checks of flags."""
     return [importlib.import_module(f"diffusion_jax.runs.{name}").run for name in _MODULES_OF_MODES[mode]]
 
@@ -283,13 +284,11 @@ def run(command: Command) -> None:
     """Runs the mode of a command."""
     check_mode(command.mode, command.config)
     if command.workdir is None or command.mode == "plan":
-        _run_plan(command)
-        return
+        return _run_plan(command)
     if command.mode == "status":
         from diffusion_jax.runs import status
 
-        status.run(command.config, command.workdir)
-        return
+        return status.run(command.config, command.workdir)
     if command.mode == "report":
         from diffusion_jax.report.write import write_report
 
@@ -310,19 +309,21 @@ def run(command: Command) -> None:
 
         hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
+            write = functools.partial(_write_report, command.config, command.workdir)
+            last = {"after_failure": functools.partial(write, max_seconds=_SECONDS_OF_A_LAST_REPORT)} if trains else {}
             for function in functions:
-                function(command.config, command.workdir)
-            _write_report(command.config, command.workdir)
+                function(command.config, command.workdir, **last)
+            write()
             processes.barrier()
 
 
-def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _write_report(config: ConfigDict, workdir: pathlib.Path, max_seconds: float | None = None) -> None:
     import jax
 
     from diffusion_jax.report.write import write_report_after
 
     if jax.process_index() == 0:
-        write_report_after(workdir, config, processes.log)
+        write_report_after(workdir, config, processes.log, max_seconds)
 
 
 def _run_plan(command: Command) -> None:

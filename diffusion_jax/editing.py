@@ -14,6 +14,7 @@ ValueError.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, Unpack, overload
 
@@ -24,7 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.sampling import EncodeOptions, Sampler, Step, Trajectory
+from diffusion_jax.sampling import EncodeOptions, Sampler, Step, StepFn, Trajectory
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
@@ -163,7 +164,15 @@ class replacement(Sampler):
         t: Int[Array, ""],
         state: PyTree,
     ) -> Step:
-        new = self.sampler.step(key, schedule, denoise_fn, x_t, t, state)
+        return self._step(self.sampler.step, key, schedule, denoise_fn, x_t, t, state)
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        parts = self.sampler.phases(num_steps, final_step)
+        return [(functools.partial(self._step, step_fn), length) for step_fn, length in parts]
+
+    def _step(self, step_fn: StepFn, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        """A step of the wrapped sampler, and the known pixels."""
+        new = step_fn(key, schedule, denoise_fn, x_t, t, state)
         x_prev = _replace_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.state)
 

@@ -76,6 +76,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"training"},
     {"pretrained"},
     {"evaluation"},
+    {"pictures"},
     {"runs"},
     {"report"},
 ]
@@ -132,6 +133,24 @@ def test_nothing_imports_upward():
                 if used != "diffusion_jax":  # the package itself loads the core alone
                     name = used.split(".")[1]
                     assert level[name] <= level[layer], f"{path} imports {name}"
+
+
+def test_only_one_package_draws():
+    drawing = {"matplotlib", "PIL.ImageDraw", "PIL.ImageFont"}
+    for module, path in MODULES.items():
+        if not module.startswith("diffusion_jax.pictures"):
+            assert not imported_names(ast.parse(path.read_text())) & drawing, module
+
+
+def imported_names(tree):
+    """All modules and names that the imports in a syntax tree name, with the packages above them."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {".".join(name.split(".")[: n + 1]) for name in names for n in range(name.count(".") + 1)}
 
 
 def test_no_modules_import_each_other():

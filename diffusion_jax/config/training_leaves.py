@@ -200,7 +200,10 @@ MODEL: dict[str, Leaf] = {
         "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
     ),
     "remat": _IdentityLeaf(
-        False, Boolean(), "Whether the backward pass recomputes activations: less memory, more time."
+        False,
+        OneOf(Boolean(), Tuple(Integer(0), "resolutions", shown="(0,)")),
+        "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions whose blocks do "
+        "so, of which 0, the full one, has most. An mlp has no resolutions.",
     ),
 }
 
@@ -328,5 +331,10 @@ MESH: dict[str, Leaf] = {
         1,
         Integer(1),
         "Number of devices that split the batch, and also parameters, optimizer state and moving average.",
+    ),
+    "device": Leaf(
+        None,
+        optional(Choice("v4", "v5e", "a100", "h100")),
+        "Kind of device whose memory `--mode=plan` fits the settings to; None for no proposal. Only that mode uses it.",
     ),
 }

@@ -9,7 +9,7 @@ its own part of the summed gradient. Activations stay on their device. XLA deriv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -91,12 +91,12 @@ def state_sharding(mesh: Mesh, state: State) -> State:
     return jax.tree.map(lambda _: replicated(mesh), state).replace(**split)
 
 
-def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, remat_name: str | None = None) -> Callable:
+def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: Sequence[str] = ()) -> Callable:
     """The same function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
     Each leaf is gathered separately, in `dtype` (that of the layers, which would cast it to this), and its gradient is
     scattered. Gathered parameters are not stored for the backward pass but gathered again; all else is stored. If `function`
-    contains a jax.checkpoint, `remat_name` must be the name of the values that it stores, because the policy of this outer
+    contains a jax.checkpoint, `kept_names` must be the names of all values to store, because the policy of this outer
     checkpoint also applies inside.
     """
     if mesh.shape["fsdp"] == 1:
@@ -123,7 +123,7 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, remat_name: 
     def keep(primitive, *_, **__):
         return primitive.name != "sharding_constraint"
 
-    policy = jax.checkpoint_policies.save_only_these_names(remat_name) if remat_name else keep
+    policy = jax.checkpoint_policies.save_only_these_names(*kept_names) if kept_names else keep
     return jax.checkpoint(gathered, policy=policy)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.encoder import REMAT_NAME
+from diffusion_jax.models.encoder import KEPT_NAMES
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.presets import PRESETS, preset, preset_fields
@@ -19,9 +19,9 @@ from diffusion_jax.models.time_table import precompute_time_embeddings
 from diffusion_jax.models.unet import UNet
 
 __all__ = [
+    "KEPT_NAMES",
     "MLP",
     "PRESETS",
-    "REMAT_NAME",
     "Classifier",
     "Conditional",
     "UNet",

@@ -11,10 +11,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.layers import Dropout, LayerFactory
 
-__all__ = ["Attention", "ResBlock", "downsample_2x", "split_heads", "upsample_2x"]
+__all__ = ["KEPT_INSIDE", "Attention", "ResBlock", "downsample_2x", "split_heads", "upsample_2x"]
+
+# The name, for a policy of jax.checkpoint, of the results of products inside a block, from which the rest is cheap to
+# recompute.
+KEPT_INSIDE = "inside blocks"
 
 
 def downsample_2x(x) -> jax.Array:
@@ -37,7 +42,7 @@ class ResBlock(nn.Module):
 
     With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual one after its first SiLU (ADM
-    appendix A, as BigGAN).
+    appendix A, as BigGAN). keep: name the first convolution's result `KEPT_INSIDE`.
     """
 
     features: int
@@ -45,6 +50,7 @@ class ResBlock(nn.Module):
     scale_shift_norm: bool
     layers: LayerFactory
     resample: Callable | None = None
+    keep: bool = False
 
     @nn.compact
     def __call__(self, x, embedding, train: bool) -> jax.Array:
@@ -54,6 +60,7 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = h if upsample else self.resample(h), self.resample(x)
         h = self._mix("1", upsample=upsample)(h)
+        h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
         width = self.features * (2 if self.scale_shift_norm else 1)
         time = self.layers.dense(width, "time_proj")(nn.silu(embedding))
         time = time[:, *(None,) * (h.ndim - 2), :]
@@ -84,11 +91,15 @@ def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int
 
 
 class Attention(nn.Module):
-    """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax."""
+    """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax.
+
+    keep: name q, k, v and the weighted sum of v `KEPT_INSIDE`.
+    """
 
     num_heads: int
     head_channels: int | None
     layers: LayerFactory
+    keep: bool = False
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
@@ -98,5 +109,8 @@ class Attention(nn.Module):
         heads = split_heads(c, self.num_heads, self.head_channels)
         h = self.layers.norm("norm")(x).reshape(b, positions, c)
         q, k, v = (self.layers.dense(c, name)(h).reshape(b, positions, heads, c // heads) for name in ("q", "k", "v"))
+        if self.keep:
+            q, k, v = (checkpoint_name(part, KEPT_INSIDE) for part in (q, k, v))
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
         return x + self.layers.dense(c, "proj", last=True)(h)

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from diffusion_jax.models.blocks import Attention, ResBlock, downsample_2x
+from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x
 from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
 
-__all__ = ["REMAT_NAME", "Encoder"]
+__all__ = ["KEPT_NAMES", "Encoder"]
 
-# The name, for a policy of jax.checkpoint, of the activations between blocks, which `remat` keeps for the backward pass.
-REMAT_NAME = "between blocks"
+# Names, for a policy of jax.checkpoint, of the activations that `remat` keeps for the backward pass: between blocks, and
+# inside those that are not recomputed.
+KEPT_NAMES = ("between blocks", KEPT_INSIDE)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
@@ -44,7 +45,8 @@ class Encoder(nn.Module):
     convolution: "products" computes convolutions of stride 1 and dense layers as matrix products (`models.convolution`);
       "xla" leaves them to XLA; "auto" is the first for a network that computes in bfloat16 on one CPU device. The numbers
       differ by rounding. Use "xla" if a network is traced on a CPU for another machine, or for forward-mode derivatives.
-    remat: recompute each block's activations in the backward pass: less memory, more time.
+    remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
+      levels whose blocks do so. Level 0 has most of them.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
     padding: "zeros", or "periodic" for data on a torus: convolutions continue an array by its other end, so that a shift
       of the input by a multiple of 2^(levels - 1) positions shifts the output of a U-Net.
@@ -67,7 +69,7 @@ class Encoder(nn.Module):
     dropout: float = 0.1
     dtype: str = "float32"
     convolution: str = "auto"
-    remat: bool = False
+    remat: bool | tuple[int, ...] = False
     spatial_dims: int = 2
     padding: str = "zeros"
 
@@ -97,15 +99,21 @@ class Encoder(nn.Module):
         self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None
     ) -> jax.Array:
         """h after a residual block of a level's width."""
-        kind = _REMAT_BLOCK if self.remat else ResBlock
-        block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, name=name)
-        return checkpoint_name(block(h, embedding, train), REMAT_NAME)
+        kind = _REMAT_BLOCK if self._recomputes(level) else ResBlock
+        keep = not self._recomputes(level)
+        block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
+        return checkpoint_name(block(h, embedding, train), KEPT_NAMES[0])
 
-    def attention(self, h, name: str, num_heads: int | None = None) -> jax.Array:
-        """h after a self-attention layer. num_heads: overrides the field."""
-        kind = _REMAT_ATTENTION if self.remat else Attention
-        layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, name=name)
-        return checkpoint_name(layer(h), REMAT_NAME)
+    def attention(self, h, level: int, name: str, num_heads: int | None = None) -> jax.Array:
+        """h after a self-attention layer of a level. num_heads: overrides the field."""
+        kind = _REMAT_ATTENTION if self._recomputes(level) else Attention
+        keep = not self._recomputes(level)
+        layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, keep, name=name)
+        return checkpoint_name(layer(h), KEPT_NAMES[0])
+
+    def _recomputes(self, level: int) -> bool:
+        """Whether `remat` recomputes the blocks of a level."""
+        return self.remat if isinstance(self.remat, bool) else level in self.remat
 
     def embed_time(self, time) -> jax.Array:
         """The embedding [B, 4 channels] of the network time [B]."""
@@ -116,13 +124,13 @@ class Encoder(nn.Module):
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
         """(the middle's output, the activations for skip connections in order) of x [B, *spatial, C]."""
         num_levels = len(self.channel_multipliers)
-        h = self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype))
+        h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), KEPT_NAMES[0])
         skips = [h]
         for level in range(num_levels):
             for j in range(self.num_res_blocks):
                 h = self.residual_block(h, embedding, level, f"down_{level}_block_{j}", train)
                 if level in self.attention_levels:
-                    h = self.attention(h, f"down_{level}_attn_{j}")
+                    h = self.attention(h, level, f"down_{level}_attn_{j}")
                 skips.append(h)
             if level < num_levels - 1:
                 name = f"down_{level}_downsample"
@@ -130,9 +138,10 @@ class Encoder(nn.Module):
                     h = self.residual_block(h, embedding, level, name, train, downsample_2x)
                 else:
                     h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
+                    h = checkpoint_name(h, KEPT_NAMES[0])
                 skips.append(h)
         h = self.residual_block(h, embedding, num_levels - 1, "mid_block_0", train)
-        h = self.attention(h, "mid_attn")
+        h = self.attention(h, num_levels - 1, "mid_attn")
         return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
 
     def check_input(self, x) -> None:
@@ -155,9 +164,11 @@ class Encoder(nn.Module):
                 "number of spatial axes"
             )
         check_options(self.initializer, self.convolution, self.dropout)
-        outside = [level for level in self.attention_levels if not 0 <= level < num_levels]
-        if outside:
-            raise ValueError(f"attention_levels must lie in 0 ... {num_levels - 1}, got {outside[0]}")
+        for name in ("attention_levels", "remat"):
+            value = getattr(self, name)
+            outside = [] if isinstance(value, bool) else [level for level in value if not 0 <= level < num_levels]
+            if outside:
+                raise ValueError(f"{name} must lie in 0 ... {num_levels - 1}, got {outside[0]}")
 
     def check_divisible(self, x, reason: str) -> None:
         """Raises: ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""

@@ -71,8 +71,8 @@ class MLP(Conditional):
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
         """x_t: [B, C]; time: float [B]; y, condition, train: as of `UNet`.
 
-        Raises: ValueError for an x_t that is not float or has another number of axes, and for labels and conditions as
-        `UNet`.
+        Raises: ValueError for an x_t that is not float or has another number of axes, a remat of levels, and for labels and
+        conditions as `UNet`.
         """
         if not jnp.issubdtype(x_t.dtype, jnp.floating) or x_t.ndim != 2:
             raise ValueError(
@@ -80,6 +80,8 @@ class MLP(Conditional):
                 "axes"
             )
         check_options(self.initializer, self.convolution, self.dropout)
+        if not isinstance(self.remat, bool):
+            raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         y = self.check_labels(y)
         condition = self.check_condition(condition, x_t)
         layers, features = self.layers, 4 * self.channels

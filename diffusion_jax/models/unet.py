@@ -13,10 +13,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.blocks import upsample_2x
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.encoder import Encoder
+from diffusion_jax.models.encoder import KEPT_NAMES, Encoder
 
 __all__ = ["UNet"]
 
@@ -62,7 +63,7 @@ class UNet(Encoder, Conditional):
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
-        h = self.layers.conv(out_channels, "conv_out", last=True)(h).astype(jnp.float32)
+        h = checkpoint_name(self.layers.conv(out_channels, "conv_out", last=True)(h), KEPT_NAMES[0]).astype(jnp.float32)
         return h if h.shape[:-1] == x_t.shape[:-1] else h[tuple(map(slice, x_t.shape[:-1]))]
 
     def _pad(self, x) -> jax.Array:
@@ -81,11 +82,11 @@ class UNet(Encoder, Conditional):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.residual_block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
-                    h = self.attention(h, f"up_{level}_attn_{j}", self.num_heads_up)
+                    h = self.attention(h, level, f"up_{level}_attn_{j}", self.num_heads_up)
             if level > 0:
                 name = f"up_{level}_upsample"
                 if self.resample_blocks:
                     h = self.residual_block(h, embedding, level, name, train, upsample_2x)
                 else:
-                    h = self.layers.conv(h.shape[-1], name, upsample=True)(h)
+                    h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), KEPT_NAMES[0])
         return h

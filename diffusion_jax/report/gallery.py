@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax import pictures
 from diffusion_jax.data.numpy_files import map_array
-from diffusion_jax.report.array_frames import array_images
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
 from diffusion_jax.report.embed import Budget, Picture
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.class_labels import class_captions
-from diffusion_jax.runs.sample_pictures import is_of_images
 
 __all__ = ["Captioned", "Frames", "class_rows", "denoising", "even_subset", "other_pictures", "training_samples"]
 
@@ -87,14 +85,10 @@ def _denoising_frames(name: str, x_t: np.ndarray, x_0: np.ndarray, captions: Seq
         ("x_t, the noisy sample", "x_0, as the network predicts it"),
     )
     for caption, *both in zip(captions, x_t, x_0, strict=True):
-        drawn = [budget.embed(_draw(x, x_t[-1]), limit) for x in both]
+        drawn = [budget.embed(pictures.draw_frame(x, x_t[-1]), limit) for x in both]
         if None not in drawn:
             frames.append((caption, tuple(drawn)))
     return Frames(names, frames, f"Samples of {name}.")
-
-
-def _draw(x: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    return pictures.grid(x if is_of_images(samples) else array_images(x, samples))
 
 
 def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
@@ -104,16 +98,16 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
             images, labels = map_array(path, "arr_0"), np.asarray(map_array(path, "arr_1"))
         except _READ_ERRORS:  # samples without labels
             return [], ""
-        if not is_of_images(images):
+        if not pictures.is_of_images(images):
             return [], ""
         present = np.unique(labels)
         shown = present[:_MAX_CLASSES]
         captions, rows = class_captions(shown, run.class_names), []
         for label, caption in zip(shown, captions, strict=True):
             chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
-            picture = budget.embed(pictures.grid(np.asarray(images[chosen]), columns=len(chosen)))
+            picture = budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)))
             if picture:
-                rows.append(Captioned(picture, f"class {caption}"))
+                rows.append(Captioned(picture, caption))
         left_out = len(present) - len(rows)
         note = f"Samples of {path.name}."
         return rows, note + (f" {left_out} other classes are not in this file." if left_out else "")

@@ -353,5 +353,11 @@ def _commands(run: RunFiles) -> tuple[str, str, Markup] | None:
         lines += ["# Measure samples.", commands.evaluation_command(config, record)]
     if run.likelihood:
         lines += ["# Measure the likelihood.", commands.likelihood_command(config, run.likelihood)]
-    text = "\n".join(dict.fromkeys(lines))
+    text = join(_breakable(line) for line in dict.fromkeys(lines))
     return section("reproduce", "Commands to reproduce", element("pre", text, tabindex=0, aria_label="Commands"))
+
+
+def _breakable(command: str) -> Markup:
+    """A line whose words a narrow window keeps whole: browsers would break it after hyphens."""
+    words = command.split(" ")
+    return join([part for word in words for part in (element("span", word, class_="word"), " ")][:-1] + ["\n"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -32,15 +34,27 @@ def write_report(workdir: pathlib.Path | str, config: ConfigDict | None = None) 
     return directory / NAME
 
 
-def write_report_after(workdir: pathlib.Path, config: ConfigDict, log: Callable[[str], None]) -> None:
-    """`write_report` at the end of a run, which it never fails: an error is one line. log: prints a line."""
-    start = time.perf_counter()
+def write_report_after(
+    workdir: pathlib.Path, config: ConfigDict, log: Callable[[str], None], max_seconds: float | None = None
+) -> None:
+    """`write_report` at the end of a run, which it never fails: an error is one line.
+
+    log: prints a line. max_seconds: gives the page up after this time; None for no limit.
+    """
+    start, result = time.perf_counter(), queue.SimpleQueue()
+
+    def write():
+        try:
+            result.put(f"Report, with curves, samples and metrics: {write_report(workdir, config)}")
+        except Exception as error:  # the run has done its work, and a page about it is not worth an error
+            result.put(f"Note: {workdir / NAME} could not be written: {' '.join(str(error).split())[:200]}")
+
+    threading.Thread(target=write, daemon=True).start()
     try:
-        path = write_report(workdir, config)
-    except Exception as error:  # the run has done its work, and a page about it is not worth an error
-        log(f"Note: {workdir / NAME} could not be written: {' '.join(str(error).split())[:200]}.")
-    else:
-        log(f"Report, with curves, samples and metrics: {path} ({time.perf_counter() - start:.1f} s)")
+        line = result.get(timeout=max_seconds)
+    except queue.Empty:
+        line = f"Note: {workdir / NAME} was not finished; write it with --mode=report"
+    log(f"{line} ({time.perf_counter() - start:.1f} s)")
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], output: pathlib.Path) -> None:

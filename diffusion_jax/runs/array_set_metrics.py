@@ -13,14 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 import diffusion_jax
-from diffusion_jax import data
+from diffusion_jax import data, pictures
 from diffusion_jax.evaluation import array_sets, named_array_metrics, named_metrics
 from diffusion_jax.evaluation.feature_extraction import FeaturePipeline
 from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
 from diffusion_jax.evaluation.image_sets import pixel_digest, read_examples
 from diffusion_jax.evaluation.named_array_metrics import DEFINITIONS, FEATURE_METRICS, ArrayComparison
 from diffusion_jax.files import save_npz
-from diffusion_jax.runs import array_pictures, figure_panels, statistics_pictures
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
@@ -127,14 +126,14 @@ def _write_files(folder: pathlib.Path, suffix: str, sets: ArraySets, comparison:
     files: dict[str, str] = {}
     title = f"Samples of {pathlib.Path(sets.samples_name).stem} and {pathlib.Path(sets.reference_name).name}"
     figures = {
-        "histograms": (statistics_pictures.draw_histograms, _one(comparison.histograms)),
-        "spectrum": (statistics_pictures.draw_spectra, comparison.spectra),
-        "autocorrelation": (statistics_pictures.draw_autocorrelation, comparison.autocorrelations),
+        "histograms": (pictures.draw_histograms, _one(comparison.histograms)),
+        "spectrum": (pictures.draw_spectra, comparison.spectra),
+        "autocorrelation": (pictures.draw_autocorrelation, comparison.autocorrelations),
     }
     for name, (draw, statistics) in figures.items():
         if statistics is not None:
             files[name] = f"{name}_{suffix}.png"
-            figure_panels.save_figure(folder / files[name], draw(*statistics, title=title))
+            pictures.save(folder / files[name], draw(*statistics, title=title))
     if comparison.neighbors is not None and len(read_examples(sets.samples, np.arange(1)).shape) > 2:
         files["memorization"] = f"memorization_{suffix}.png"
         _draw_neighbors(folder / files["memorization"], sets, comparison)
@@ -159,15 +158,15 @@ def _draw_neighbors(path: pathlib.Path, sets: ArraySets, comparison: ArrayCompar
     assert neighbors is not None and rows is not None
     suspects = np.argsort(neighbors.distances[:, 0], kind="stable")[:_PICTURED_SAMPLES]
     nearest = neighbors.indices[suspects, 0]
-    pairs = [read_examples(sets.samples, rows[suspects]), read_examples(sets.reference, nearest)]
-    captions = [
-        caption
-        for i, distance in zip(rows[suspects], neighbors.distances[suspects, 0], strict=True)
-        for caption in (f"sample {i}", f"nearest, at {distance:.3g}")
-    ]
-    x = np.stack(pairs, axis=1).reshape(-1, *pairs[0].shape[1:])
     title = f"Samples of {pathlib.Path(sets.samples_name).stem} and their nearest examples of the data"
-    figure_panels.save_figure(path, array_pictures.draw_examples(x, title=title, captions=captions))
+    picture = pictures.draw_neighbors(
+        read_examples(sets.samples, rows[suspects]),
+        rows[suspects].tolist(),
+        read_examples(sets.reference, nearest)[:, None],
+        neighbors.distances[suspects, :1],
+        title,
+    )
+    pictures.save(path, picture)
 
 
 def _statistics_arrays(comparison: ArrayComparison) -> dict[str, np.ndarray]:

@@ -14,9 +14,10 @@ __all__ = ["ClassLabels", "class_captions", "parse_classes"]
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Each label with its name, as "1: cats"; only the number if it has no other name."""
+    """Each label with its name, as "class 1: cats"; only the number if it has no other name."""
     known = [names[y] if y < len(names) else "" for y in labels.tolist()]
-    return [str(y) if name in ("", str(y)) else f"{y}: {name}" for y, name in zip(labels.tolist(), known, strict=True)]
+    pairs = zip(labels.tolist(), known, strict=True)
+    return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
 
 
 class ClassLabels:

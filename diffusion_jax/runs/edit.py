@@ -13,19 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, editing, sampling
+from diffusion_jax import data, editing, pictures, sampling
 from diffusion_jax.config import is_continuous, resolve
 from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import check_finite
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.edit_arrays import check_known, read_array, read_array_mask
 from diffusion_jax.runs.edit_images import open_image, read_image, read_mask
-from diffusion_jax.runs.sample_pictures import draw_edit
 from diffusion_jax.runs.sampling_conditions import read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel
@@ -318,6 +316,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     save_npz(path, {"arr_0": results})
     picture = path.with_suffix(".png")
     title = f"Edit: {config.editing.task.replace('_', ' ')}, {trained.weights_name}, {setup.name}"
-    pictures.save_png(picture, draw_edit(edit.given, results, _captions(edit, config), title))
+    pictures.save(picture, pictures.draw_edit(edit.given, results, _captions(edit, config), title))
     noun = "images" if context.is_of_images else "examples"
     log(f"The given {noun} and {len(results)} results: {picture}; the results alone: {path}")

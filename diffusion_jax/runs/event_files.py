@@ -82,15 +82,21 @@ def _encode_png(image: np.ndarray) -> bytes:
 
 
 def truncate_events(directory: pathlib.Path, step: int) -> None:
-    """Removes the events beyond a step from all event files of a directory. Raises: OSError."""
+    """Removes the events beyond a step, and its config, from all event files of a directory. Raises: OSError."""
     for leftover in directory.glob(f"{EVENTS}*.partial.*"):  # of a launch that was killed in this function
         leftover.unlink()
     for path in sorted(directory.glob(f"{EVENTS}*")):
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             writer = RecordWriter(file)
             for record in _records(path):
-                if _Event.FromString(record).step <= step:
+                if _is_kept(_Event.FromString(record), step):
                     writer.write(record)
+
+
+def _is_kept(event: Any, step: int) -> bool:
+    """Whether a launch from this step keeps an event: it writes the later ones again, and its own config."""
+    is_config = any(value.tag == "config" or value.tag.startswith("_hparams_/") for value in event.summary.value)
+    return event.step < step or (event.step == step and not is_config)
 
 
 def _records(path: pathlib.Path):

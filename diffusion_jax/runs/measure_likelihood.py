@@ -17,10 +17,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data
+from diffusion_jax import data, pictures
 from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import (
     LikelihoodRun,
@@ -107,16 +106,16 @@ def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any
     write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     examples = f"{likelihood_run.dataset} {likelihood_run.split or ''}".strip()
     title = f"{examples}, step {trained.step}, {trained.weights_kind} weights"
-    paths = [workdir / name for name in ("likelihood_terms.png", "rate_distortion.png")]
     if continuous:  # which has no lossless code
         nats = math.log(2)
-        pictures.plot_terms(paths[0], nats * terms.means["vlb"], title, "nats per dimension")
-        pictures.plot_rate_distortion(
-            paths[1], nats * rate, distortion, None, title, ("nats per dimension", "standardized data")
-        )
+        terms_picture = pictures.draw_bound_terms(nats * terms.means["vlb"], title, "nats per dimension")
+        units = ("nats per dimension", "standardized data")
+        rate_picture = pictures.draw_rate_distortion(nats * rate, distortion, None, title, units)
     else:
-        pictures.plot_terms(paths[0], terms.means["vlb"], title)
-        pictures.plot_rate_distortion(paths[1], rate, distortion, report["bits_per_dim"], title)
+        terms_picture = pictures.draw_bound_terms(terms.means["vlb"], title)
+        rate_picture = pictures.draw_rate_distortion(rate, distortion, report["bits_per_dim"], title)
+    pictures.save(workdir / "likelihood_terms.png", terms_picture)
+    pictures.save(workdir / "rate_distortion.png", rate_picture)
 
 
 def _log(report: Mapping[str, Any], workdir: pathlib.Path) -> None:

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, training
+from diffusion_jax import data, training
 from diffusion_jax.config import is_continuous, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
+from diffusion_jax.runs import plan_settings
 from diffusion_jax.runs.console import log, log_compilation
-from diffusion_jax.training.state import initial_params
+from diffusion_jax.runs.plan_settings import activations_per_example
 
-__all__ = ["Plan", "activations_per_example", "batch_shapes", "estimate", "num_virtual_devices", "run"]
+__all__ = ["Plan", "batch_shapes", "estimate", "log_settings", "num_virtual_devices", "run"]
 
 
 class Plan(NamedTuple):
@@ -97,26 +98,6 @@ def batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def activations_per_example(config: Mapping) -> int:
-    """Bytes that a network keeps of an example for its backward pass: those of two examples minus those of one."""
-    model, shape = training.model_from_config(config), data.example_shape(config["data"])
-    example = jax.eval_shape(lambda: models.initial_inputs(model, shape))
-
-    def residuals(params, inputs, key):
-        def network(params):
-            return model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
-
-        return jax.vjp(network, params)[1]
-
-    def size(n: int) -> int:
-        params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
-        inputs = {name: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype) for name, leaf in example.items()}
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, inputs, jax.random.key(0)))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-    return size(2) - size(1)
-
-
 def _bytes_per_device(tree) -> int:
     """Bytes of a tree of shapes and shardings on one device."""
     leaves = jax.tree.leaves(tree)
@@ -126,11 +107,14 @@ def _bytes_per_device(tree) -> int:
 def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
     """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
     del workdir
-    config = resolve(config)
+    config, num_devices = resolve(config), jax.device_count()
+    if config.mesh.device is not None:
+        with as_user_error("config"):
+            log_settings(config, num_devices)
     with as_user_error("config"), log_compilation("the train step"):
         plan = estimate(config)
     mesh, batch_size = config.mesh, config.training.batch_size
-    num_devices, num_microbatches = jax.device_count(), config.training.accumulation_steps
+    num_microbatches = config.training.accumulation_steps
     devices = f"{num_devices} device{'s' * (num_devices > 1)}"
     log(
         f"On {devices} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
@@ -157,8 +141,46 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
         )
 
 
+def log_settings(config: ConfigDict, num_devices: int) -> None:
+    """Prints the fastest settings that fit the devices of `mesh.device`, and how much the given ones need."""
+    name, model, options = config.mesh.device, config.model, config.training
+    log("Tracing the network with each choice of model.remat ...")
+    device = plan_settings.DEVICES[name]
+    usable = plan_settings.USABLE * device.memory
+    all_estimates = plan_settings.estimates(config, plan_settings.trace(config), num_devices, device)
+    given = plan_settings.Settings(config.mesh.fsdp, model.remat, options.accumulation_steps)
+    found = [each for each in all_estimates if each.settings == given]
+    fitting = [each for each in all_estimates if each.total <= usable]
+    log(
+        f"On {num_devices} x {name} ({_bytes(usable)} of {_bytes(device.memory)} counted), a step at "
+        f"{plan_settings.UTILIZATION:.0%} of the peak FLOPs:"
+    )
+    for each in found:
+        log(f"  as given            {_describe(each)}: {'fits' if each.total <= usable else 'does not fit'}")
+    if fitting:
+        log(f"  fastest that fits   {_describe(fitting[0])}")
+        log(f"    type              {fitting[0].settings.flags}")
+    else:
+        least = min(all_estimates, key=lambda each: each.total)
+        log(f"  nothing fits; least {_describe(least)}")
+        log(f"    with              {least.settings.flags}")
+        log(
+            "    use more devices (--config.mesh.data), --config.model.dtype=bfloat16, or a smaller training.batch_size"
+        )
+
+
+def _describe(estimate: plan_settings.Estimate) -> str:
+    parts = {name: getattr(estimate, name) for name in ("state", "gradients", "activations", "working")}
+    sizes = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    return f"{_bytes(estimate.total)} ({sizes}), {1e3 * estimate.seconds:,.1f} ms"
+
+
 def _gigaflop(flops: float) -> str:
     return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else _megabytes(size)
 
 
 def _megabytes(size: float) -> str:

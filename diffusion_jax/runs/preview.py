@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, training
+from diffusion_jax import data, models, pictures, training
 from diffusion_jax.config import is_upsampler
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.runs.sample_files import check_sampling_options
-from diffusion_jax.runs.sample_pictures import draw_samples
 from diffusion_jax.runs.sampling_conditions import evenly_spaced_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import to_dict
@@ -92,10 +90,10 @@ class PreviewPictures:
         captions = None if labels is None else class_captions(labels, self._class_names)
         sampling_steps = self._batch_sampler.setup.schedule.num_timesteps
         title = f"Samples after {step:,} training steps, by DDIM with {sampling_steps} steps"
-        picture = draw_samples(samples, title, captions)
+        picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
             self._directory.mkdir(exist_ok=True)
-            pictures.save_png(self._directory / f"train_step{step:08d}.png", picture)
+            pictures.save(self._directory / f"train_step{step:08d}.png", picture)
         except OSError as error:
             log(f"Note: the picture of step {step} could not be written: {error}.")
         metrics.write_image(step, "samples", picture, title)

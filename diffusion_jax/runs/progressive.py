@@ -17,17 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, process
+from diffusion_jax import data, pictures, process
 from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import SampleTrajectory, sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
-from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]
@@ -67,10 +65,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         show="x_0",
         normalization=trained.normalizations.get("x"),
     )
-    pictures.save_png(workdir / "progressive.png", draw_trajectory(trajectory, "x_0 predicted from samples at x_t"))
+    picture = pictures.draw_trajectory(trajectory.x, trajectory.times, "x_0 predicted from samples at x_t")
+    pictures.save(workdir / "progressive.png", picture)
     trajectory = _code_examples(likelihood_run, options.progressive_columns)
-    picture = draw_trajectory(trajectory, "x_0 predicted from noised examples of the data")
-    pictures.save_png(workdir / "progressive_coding.png", picture)
+    title = "x_0 predicted from noised examples of the data"
+    picture = pictures.draw_trajectory(trajectory.x, trajectory.times, title, last="example")
+    pictures.save(workdir / "progressive_coding.png", picture)
     chunks.delete()
     log(f"Written to {workdir}: progressive.csv, progressive.png, progressive_coding.png")
 

@@ -8,13 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax import pictures
 from diffusion_jax.config import resolve
 from diffusion_jax.files import save_npz
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sample_files import SampleFile
-from diffusion_jax.runs.sample_pictures import draw_trajectory
 from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]
@@ -41,7 +40,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")
         captions = file.setup.labels.captions(np.arange(trajectory.x.shape[1]))
-        pictures.save_png(path, draw_trajectory(trajectory, f"Samples being denoised: {file.name}", captions))
+        title = f"Samples being denoised: {file.name}"
+        pictures.save(path, pictures.draw_trajectory(trajectory.x, trajectory.times, title, captions))
         frames = {
             "x_t": trajectory.x[:-1],
             "x_0": trajectory.x_0,

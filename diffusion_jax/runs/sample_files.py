@@ -14,18 +14,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import diffusion_jax
-from diffusion_jax import data
+from diffusion_jax import data, pictures
 from diffusion_jax.config import flatten, is_continuous, resolve_clip
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error, shorten
 from diffusion_jax.files import save_npz
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.batch_sampler import BatchSampler, check_finite
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.low_resolution import read_small_images
-from diffusion_jax.runs.sample_pictures import draw_samples, is_of_images
 from diffusion_jax.runs.sampling_conditions import condition_captions, read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
@@ -132,7 +130,7 @@ class SampleFile:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
             self._write(samples)
             chunks.delete()
-            if is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
+            if pictures.is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
                 log(pictures.as_text(samples[: _TEXT_COLUMNS // samples.shape[2]]))
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
@@ -190,10 +188,11 @@ class SampleFile:
         files = {leaf: self.config.sampling[leaf] for leaf in _FILES if self.config.sampling[leaf]}
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})
-        shown = samples[:_MAX_IMAGES_IN_GRID] if is_of_images(samples) else samples
+        shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
         captions = self.setup.labels.captions(indices[: len(shown)])
         captions = captions or condition_captions(arrays.get("condition"))
-        pictures.save_png(self.path.with_suffix(".png"), draw_samples(shown, f"Samples: {self.name}", captions))
+        picture = pictures.draw_samples(shown, f"Samples: {self.name}", captions)
+        pictures.save(self.path.with_suffix(".png"), picture)
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:

@@ -13,13 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data
+from diffusion_jax import data, pictures
 from diffusion_jax.config import is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import array_sets, feature_extractors, image_sets, named_array_metrics, named_metrics
-from diffusion_jax.runs import pictures
 from diffusion_jax.runs.array_set_metrics import ArraySets, FeatureOptions, record_array_metrics
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metric_options import (
@@ -206,5 +205,5 @@ def _plot_against_steps(workdir: pathlib.Path, name: str) -> None:
         curves.setdefault(label, {})[record["steps"]] = record[name]
     if len({record["steps"] for record in records}) > 1:
         path = workdir / f"{name}_against_steps.png"
-        pictures.plot_against_steps(path, curves, name.replace("_", " "))
+        pictures.save(path, pictures.draw_against_steps(curves, name.replace("_", " ")))
         log(f"Against the number of sampling steps: {path}")

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import diffusion_jax
+from diffusion_jax import pictures
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import feature_extractors, named_metrics
@@ -24,7 +25,7 @@ from diffusion_jax.evaluation.image_sets import ImageSet, open_image_set
 from diffusion_jax.evaluation.metrics import Neighbors
 from diffusion_jax.evaluation.named_metrics import METRICS
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
-from diffusion_jax.runs import devices, pictures
+from diffusion_jax.runs import devices
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
@@ -234,17 +235,13 @@ def _draw_neighbors(
     """Draws a row for each of the samples nearest to reference images: the sample, and these images with their distances."""
     assert samples.images is not None and reference.images is not None
     suspects = np.argsort(neighbors.distances[:, 0], kind="stable")[:_PICTURED_SAMPLES]
-    rows = [
-        (
-            f"sample {i}",
-            samples.images.read(np.array([i]))["image"][0],
-            reference.images.read(neighbors.indices[i])["image"],
-        )
-        for i in suspects
-    ]
+    nearest = np.stack([reference.images.read(neighbors.indices[i])["image"] for i in suspects])
     names = (pathlib.Path(images.name).name for images in (samples, reference))
-    title = "Samples of {}\nand their nearest images in {}\n".format(*names) + unit
-    pictures.plot_neighbors(path, rows, neighbors.distances[suspects], title)
+    title = "Samples of {} and their nearest images in {}; ".format(*names) + unit
+    shown = samples.images.read(suspects)["image"]
+    pictures.save(
+        path, pictures.draw_neighbors(shown, suspects.tolist(), nearest, neighbors.distances[suspects], title)
+    )
 
 
 def _output_file(output: str) -> pathlib.Path:

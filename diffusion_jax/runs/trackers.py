@@ -28,8 +28,11 @@ from diffusion_jax.storage.locations import find_mirror
 __all__ = ["TRACKERS", "BackgroundTracker", "Tracker", "TrackerRun", "open_tracker"]
 
 _MAX_WAITING = 1000  # items in the queue of a tracker
+_OPEN_SECONDS = 25.0  # for W&B to connect
 _CLOSE_SECONDS = 30.0
 _FILE_LOCK = threading.Lock()  # of trackers.json
+# The packages share dependencies, and two threads that import the same packages in another order may get unfinished modules.
+_IMPORT_LOCK = threading.Lock()
 
 
 def _title(workdir: pathlib.Path) -> str:
@@ -84,6 +87,11 @@ class Tracker(Protocol):
         ...
 
 
+def _import(name: str) -> Any:
+    with _IMPORT_LOCK:
+        return importlib.import_module(name)
+
+
 def _picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
@@ -92,10 +100,10 @@ class _WandB:
     """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
 
     def __init__(self, run: TrackerRun, workdir: pathlib.Path):
-        wandb = importlib.import_module("wandb")
+        wandb = _import("wandb")
 
         self._wandb = wandb
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=25)
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
         options: dict[str, Any] = {"project": run.project, "id": run.id, "name": run.title, "resume": "allow"}
         directory = None if find_mirror(workdir) else workdir  # a mirror is removed at the end
         self._run = wandb.init(**options, config=run.config, dir=directory, settings=settings)
@@ -118,7 +126,7 @@ class _MLflow:
     """MLflow. MLFLOW_TRACKING_URI names the server."""
 
     def __init__(self, run: TrackerRun, workdir: pathlib.Path):
-        mlflow = importlib.import_module("mlflow")
+        mlflow = _import("mlflow")
 
         self._client, self._metric = mlflow.MlflowClient(), mlflow.entities.Metric
         experiment = self._client.get_experiment_by_name(run.project)
@@ -151,7 +159,7 @@ class _Trackio:
     """trackio. TRACKIO_DIR is its directory, TRACKIO_SPACE_ID a Space to send to."""
 
     def __init__(self, run: TrackerRun, workdir: pathlib.Path):
-        trackio = importlib.import_module("trackio")
+        trackio = _import("trackio")
 
         self._trackio = trackio
         name, space = f"{run.title}-{run.id}", os.environ.get("TRACKIO_SPACE_ID")

@@ -40,11 +40,17 @@ from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, res
 __all__ = ["run"]
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    source: data.Source | None = None,
+    after_failure: Callable[[], None] = lambda: None,
+) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
-    source: the data, in place of those that `config.data` names; its other leaves describe them.
-
+    Args:
+      source: the data, in place of those that `config.data` names; its other leaves describe them.
+      after_failure: called if the train loop fails or is stopped, after its files are closed. It must not raise.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
@@ -74,6 +80,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)
     kept = (config.training.checkpoints_kept, config.training.checkpoint_keep_every)
     with (
+        contextlib.ExitStack() as after,
         locked(workdir / ".lock", f"is training in {workdir}"),
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
@@ -94,6 +101,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         normalized = normalize(config, loaded, normalizations)
         for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
             set_data(batch_sampler, normalized, normalizations)
+        after.push(lambda kind, *_: after_failure() if kind else None)
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 

@@ -5,7 +5,7 @@ and each other module a family of samplers.
 """
 
 from diffusion_jax.sampling.ancestral import ddim, ddpm, euler, euler_ancestral
-from diffusion_jax.sampling.driver import Sampler, Step, Trajectory, sample
+from diffusion_jax.sampling.driver import Sampler, Step, StepFn, Trajectory, sample
 from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
 from diffusion_jax.sampling.inversion import EncodeOptions, encode
 from diffusion_jax.sampling.runge_kutta import heun, pndm
@@ -15,6 +15,7 @@ __all__ = [
     "EncodeOptions",
     "Sampler",
     "Step",
+    "StepFn",
     "Trajectory",
     "ddim",
     "ddpm",

@@ -1,13 +1,14 @@
 """The loop of every sampler.
 
-A `Sampler` has two pure methods and no loop; `sample` runs any of them from the noisiest index to 0 with `lax.scan`: one
+A `Sampler` has pure methods and no loop; `sample` runs any of them from the noisiest index to 0 with `lax.scan`: one
 compiled program, and memory that does not grow with the number of steps unless the trajectory is returned.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from diffusion_jax.process import PREDICTIONS, VARIANCES, as_float, check_termin
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import DenoiseFn
 
-__all__ = ["Sampler", "Step", "Trajectory", "sample"]
+__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "sample"]
 
 
 class Step(NamedTuple):
@@ -27,6 +28,9 @@ class Step(NamedTuple):
     x_prev: Float[Array, "B *shape"]
     x_0: Float[Array, "B *shape"]
     state: PyTree = ()
+
+
+StepFn: TypeAlias = Callable[..., Step]  # of the arguments of `Sampler.step`
 
 
 class Sampler:
@@ -78,6 +82,14 @@ class Sampler:
     ) -> Step:
         """One step from x_t at index t, with any number of network calls."""
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        """The steps of `sample` as consecutive loops: (function with the arguments of `step`, number of its steps).
+
+        One loop of `step`. A sampler whose first or last steps make other network calls has a loop for each, because a
+        branch inside of a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
+        """
+        return [(self.step, num_steps)]
 
 
 class Trajectory(NamedTuple):
@@ -167,9 +179,9 @@ def sample(
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)
 
-    def step(carry, t):
+    def step(step_fn, carry, t):
         x_t, state, (all_x_t, all_x_0) = carry
-        new = sampler.step(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, state)
+        new = step_fn(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, state)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")
@@ -179,10 +191,14 @@ def sample(
         x_prev, state = jax.tree.map(_cast_like, (new.x_prev, new.state), (x_t, state))
         return (x_prev, state, (all_x_t, all_x_0)), None
 
-    steps = jnp.arange(first, last - 1, -1, dtype=jnp.int32)
-    (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(
-        step, (x_T, sampler.init_state(schedule, x_T, first + 1 - last), (empty, empty)), steps
-    )
+    num_steps = first + 1 - last
+    carry, t = (x_T, sampler.init_state(schedule, x_T, num_steps), (empty, empty)), first
+    for step_fn, length in sampler.phases(num_steps, final_step):
+        if length:
+            steps = jnp.arange(t, t - length, -1, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(functools.partial(step, step_fn), carry, steps)
+        t -= length
+    x_0, _, (all_x_t, all_x_0) = carry
     return x_0 if indices is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
 
 

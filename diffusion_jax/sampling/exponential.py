@@ -28,7 +28,7 @@ from diffusion_jax.sampling.noise_levels import denoise, noise_level, previous_n
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
-__all__ = ["History", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
+__all__ = ["History", "choose", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
 
 
 class History(NamedTuple):
@@ -95,9 +95,25 @@ def _gaps(nodes):
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
-def _choose(index, candidates: list):
+def choose(index, candidates: list):
     """candidates[index], with all of them computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
+
+
+def _vandermonde_solve(points: list, right: list) -> list:
+    """w with sum_j points[j]^i w[j] = right[i], for distinct points: Lagrange's polynomials, without a linear solver.
+
+    `jnp.linalg.solve` is a call of a library on GPUs, in every step.
+    """
+    weights = []
+    for j, point in enumerate(points):
+        # The coefficients, lowest first, of the polynomial that is 1 at this point and 0 at the others.
+        coefficients = [1.0]
+        for other in points[:j] + points[j + 1 :]:
+            shifted, scaled = [0.0, *coefficients], [other * c for c in coefficients] + [0.0]
+            coefficients = [(a - b) / (point - other) for a, b in zip(shifted, scaled, strict=True)]
+        weights.append(sum(c * r for c, r in zip(coefficients, right, strict=True)))
+    return weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +170,7 @@ class dpm_solver_pp(_Multistep):
         if not self.singlestep:
             nodes = [noise_level(schedule, t + i, x_t) for i in range(order)]
             drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
-            drift = _choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
+            drift = choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
             return Step(x_scale * x_t + drift + noise, x_0, push(state, x_0))
 
         x_first, path = state.extra
@@ -168,7 +184,7 @@ class dpm_solver_pp(_Multistep):
             x_scale = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
             return x_scale * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
 
-        x_prev = _choose(position, [from_first(n) for n in range(1, order + 1)]) + path
+        x_prev = choose(position, [from_first(n) for n in range(1, order + 1)]) + path
         return Step(x_prev, x_0, push(state, x_0, (x_first, path)))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
@@ -203,7 +219,7 @@ class deis(_Multistep):
             return target.sigma * (first * slope + (first - h**2 / 2) * curve)
 
         changes = [jnp.zeros_like(x_t), *(higher_order_terms(n) for n in range(2, self.order + 1))]
-        change = _choose(_step_order(self.order, state, t, self.lower_order_final) - 1, changes)
+        change = choose(_step_order(self.order, state, t, self.lower_order_final) - 1, changes)
         x_prev = target.alpha * denoised.x_0 + target.sigma * denoised.eps - change
         return Step(x_prev, denoised.x_0, push(state, denoised.eps))
 
@@ -229,10 +245,11 @@ class unipc(_Multistep):
     def _update(self, p, corrector, current, target, nodes, x, values, new):
         """x at `target` with p values, and with the one at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
         h = current.lam - target.lam
+        h = jnp.where(h == 0, -1.0, h)  # of a corrector before the first step, whose result is unused
         zeroth = jnp.expm1(h)
         scale = h if self.variant == "bh1" else zeroth
-        positions = [(current.lam - nodes[i].lam) / h for i in range(1, p)]
-        differences = [(values[i] - values[0]) / positions[i - 1] for i in range(1, p)]
+        positions = [gap / h for gap in itertools.accumulate(_gaps(nodes[:p]))]
+        differences = [(value - values[0]) / position for value, position in zip(values[1:p], positions, strict=True)]
         if corrector:
             differences, positions = [*differences, new - values[0]], [*positions, 1.0]
         unknowns = len(positions)
@@ -240,14 +257,13 @@ class unipc(_Multistep):
         if unknowns == 1:
             change = 0.5 * differences[0]  # the limit of the system below, which the authors use
         elif unknowns:
-            system = jnp.stack([jnp.array(positions) ** i for i in range(unknowns)])
             right, phi, factorial = [], zeroth / h - 1, 1
             for i in range(1, unknowns + 1):
                 right.append(phi * factorial / scale)
                 factorial *= i + 1
                 phi = phi / h - 1 / factorial
-            weights = jnp.linalg.solve(system, jnp.stack(right))
-            change = sum(weights[i] * differences[i] for i in range(unknowns))
+            weights = _vandermonde_solve(positions, right)
+            change = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
         return target.sigma / current.sigma * x - target.alpha * (zeroth * values[0] + scale * change)
 
     def step(
@@ -265,16 +281,16 @@ class unipc(_Multistep):
         x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
 
         def correct(p):
-            return lambda: self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
+            return self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
 
-        corrected = jax.lax.switch(last_order, [lambda: x_t] + [correct(p) for p in range(1, order + 1)])
+        corrected = choose(last_order, [x_t, *map(correct, range(1, order + 1))])
         step_order = _step_order(order, state, t, self.lower_order_final)
         values = (x_0, *state.values)
 
         def predict(p):
-            return lambda: self._update(p, False, current, target, nodes, corrected, values, None)
+            return self._update(p, False, current, target, nodes, corrected, values, None)
 
-        x_prev = jax.lax.switch(step_order - 1, [predict(p) for p in range(1, order + 1)])
+        x_prev = choose(step_order - 1, [*map(predict, range(1, order + 1))])
         return Step(x_prev, x_0, push(state, x_0, (corrected, step_order)))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.exponential import History, empty_history, push
+from diffusion_jax.sampling.driver import Sampler, Step, StepFn
+from diffusion_jax.sampling.exponential import History, choose, empty_history, push
 from diffusion_jax.sampling.noise_levels import (
     NoiseLevel,
     ddim_step,
@@ -66,6 +68,14 @@ class heun(Sampler):
         t: Int[Array, ""],
         state: PyTree,
     ) -> Step:
+        return self._step(t > 0, key, schedule, denoise_fn, x_t, t, state)
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        last = int(final_step)
+        return [(functools.partial(self._step, True), num_steps - last), (functools.partial(self._step, False), last)]
+
+    def _step(self, corrected: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        """A step with its second network call, or Euler's."""
         current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
         options = self.prediction, self.variance, self.clip
         if self.churn:
@@ -75,11 +85,11 @@ class heun(Sampler):
             denoised = denoise(schedule, denoise_fn, x_t, t, *options)
         euler = ddim_step(denoised, denoised.eps, current, target)
 
-        def corrected():
+        def heun():
             endpoint = denoise(schedule, denoise_fn, euler, t - 1, *options)
             return ddim_step(denoised, (denoised.eps + endpoint.eps) / 2, current, target)
 
-        return Step(jax.lax.cond(t > 0, corrected, lambda: euler), denoised.x_0)
+        return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
 
     def _add_churn(self, key, schedule, x_t, current: NoiseLevel):
         """x_t with fresh noise, and its noise level."""
@@ -121,6 +131,23 @@ class pndm(Sampler):
         t: Int[Array, ""],
         state: History,
     ) -> Step:
+        starting = (t > 0) & (state.steps_taken < self._num_starting)
+        return self._step(starting, key, schedule, denoise_fn, x_t, t, state)
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        starting = min(self._num_starting, num_steps - final_step)
+        return [
+            (functools.partial(self._step, True), starting),
+            (functools.partial(self._step, False), num_steps - starting),
+        ]
+
+    @property
+    def _num_starting(self) -> int:
+        """The number of first steps with further network calls."""
+        return 3 if self.runge_kutta else 1
+
+    def _step(self, starting: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        """A step with further network calls, or along a mean of the last eps."""
         current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
         options = self.prediction, self.variance, self.clip
         denoised = denoise(schedule, denoise_fn, x_t, t, *options)
@@ -130,6 +157,9 @@ class pndm(Sampler):
             """eps at the end of the step along `eps`."""
             x = ddim_step(denoised, eps, current, target)
             return denoise(schedule, denoise_fn, x, t - 1, *options).eps
+
+        def two_calls():
+            return (e_1 + eps_at_end(e_1)) / 2
 
         def four_calls():
             midpoint = noise_level_at_log_snr(schedule.log_snr(_midpoint(schedule, t, x_t.dtype)))
@@ -142,23 +172,29 @@ class pndm(Sampler):
             e_3 = eps_at_midpoint(e_2)
             return (e_1 + 2 * e_2 + 2 * e_3 + eps_at_end(e_3)) / 6
 
-        mean = {
-            1: lambda: e_1,
-            2: lambda: (3 * e_1 - values[0]) / 2,
-            3: lambda: (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
-            4: lambda: (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
-        }
-        if self.runge_kutta:
-            first = [four_calls] * 3
-        else:
-            first = [lambda: (e_1 + eps_at_end(e_1)) / 2, mean[2], mean[3]]
-        branches = [mean[1], *first, mean[4]]
-        # The last step, to x_0, is DDIM's.
-        eps = jax.lax.switch(jnp.where(t > 0, jnp.minimum(state.steps_taken, 3) + 1, 0), branches)
+        def mean():
+            means = [
+                e_1,  # also in the last step, to x_0, which is DDIM's
+                (3 * e_1 - values[0]) / 2,
+                (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
+                (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
+            ]
+            return choose(jnp.where(t > 0, jnp.minimum(state.steps_taken, 3), 0), means)
+
+        eps = _cond(starting, four_calls if self.runge_kutta else two_calls, mean)
         return Step(ddim_step(denoised, eps, current, target), denoised.x_0, push(state, e_1))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         return empty_history(x_T, num_steps, 3)
+
+
+def _cond(
+    predicate: bool | jax.Array, if_true: Callable[[], jax.Array], if_false: Callable[[], jax.Array]
+) -> jax.Array:
+    """`lax.cond`, decided while the program is traced if the predicate is a Python bool."""
+    if isinstance(predicate, bool):
+        return if_true() if predicate else if_false()
+    return jax.lax.cond(predicate, if_true, if_false)
 
 
 def _midpoint(schedule: Schedule, t, dtype) -> jax.Array:

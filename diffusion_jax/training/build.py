@@ -65,7 +65,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     state_shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
 
     def gather_params(loss_fn: Callable) -> Callable:
-        return sharding.gather_params(loss_fn, mesh, model.dtype, models.REMAT_NAME if model.remat else None)
+        return sharding.gather_params(loss_fn, mesh, model.dtype, models.KEPT_NAMES if model.remat else ())
 
     train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
 

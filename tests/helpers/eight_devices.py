@@ -139,13 +139,13 @@ def program():
         "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
         "ring": found.ring_bytes,
         "ideal": found.minimum_sent,
-        "convolutions": [_convolutions(remat) for remat in (False, True)],
+        "convolutions": [_convolutions(remat) for remat in (False, (0,), True)],
     }
 
 
-def _convolutions(remat: bool) -> int:
-    """How many convolutions a train step with fsdp=8 has."""
-    config = on(1, 8, **{"model.remat": remat})
+def _convolutions(remat: bool | tuple[int, ...]) -> int:
+    """How many convolutions a train step of two resolutions with fsdp=8 has."""
+    config = on(1, 8, **{"model.remat": remat, "model.channel_multipliers": (1, 2)})
     built = training.build_program(config)
     return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
 

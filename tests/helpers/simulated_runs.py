@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 
+from diffusion_jax import pictures
 from diffusion_jax.config import experiment
 from diffusion_jax.files import save_npz
-from diffusion_jax.runs import pictures, workdir
+from diffusion_jax.runs import workdir
 
 START = 1_790_000_000.0
 ENVIRONMENT = {
@@ -72,17 +73,18 @@ def write_results(directory, classes=("zero", "one", "two")):
     samples.mkdir(exist_ok=True)
     (directory / "data.json").write_text(json.dumps({"images": 1498, "sha256_of_some": "ab", "classes": list(classes)}))
     for step in (250, 500, 750, 1000):
-        pictures.save_png(samples / f"train_step{step:08d}.png", pictures.grid(np.roll(images, step // 250, axis=0)))
+        pictures.save(samples / f"train_step{step:08d}.png", pictures.draw_grid(np.roll(images, step // 250, axis=0)))
     name = SAMPLES.format(step=1000, n=12)
     labels = np.arange(12, dtype=np.int32) % len(classes)
     save_npz(samples / f"{name}.npz", {"arr_0": images, "arr_1": labels})
-    pictures.save_png(samples / f"{name}.png", pictures.grid(images))
+    pictures.save(samples / f"{name}.png", pictures.draw_grid(images))
     frames = rng.integers(0, 256, (2, 5, 4, 8, 8, 1), np.uint8)
     arrays = {"x_t": frames[0], "x_0": frames[1], "times": np.linspace(999.0, 99.0, 5), "samples": images[:4]}
     save_npz(samples / f"{name}_trajectory.npz", arrays)
     memorization = f"memorization_{name}_abcdef.png"
-    rows = [(f"sample {i}", images[i], images[i + 1 : i + 4]) for i in range(2)]
-    pictures.plot_neighbors(directory / memorization, rows, np.array([[0.5, 0.7, 0.9], [1.1, 1.2, 1.3]]), "Pairs")
+    distances = np.array([[0.5, 0.7, 0.9], [1.1, 1.2, 1.3]])
+    pairs = pictures.draw_neighbors(images[:2], [0, 1], np.stack([images[1:4]] * 2), distances, "Pairs")
+    pictures.save(directory / memorization, pairs)
     record = {
         "frechet_distance": 3.6756,
         "kernel_distance": 0.10675,

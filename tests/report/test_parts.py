@@ -9,7 +9,6 @@ import pytest
 from diffusion_jax import cli
 from diffusion_jax.config import experiment, flatten, override, resolve
 from diffusion_jax.report import commands
-from diffusion_jax.report.array_frames import array_images
 from diffusion_jax.report.curves import make_series, training_charts
 from diffusion_jax.report.embed import Budget
 from diffusion_jax.report.events import launch_events
@@ -62,24 +61,6 @@ def test_a_picture_has_at_most_its_bytes():
     assert Budget(10).embed(noise) is None
     small = Budget(50_000).embed(noise[:4, :4])
     assert (small.width, small.height, small.note) == (4, 4, "")
-
-
-@pytest.mark.parametrize(
-    ("shape", "images"),
-    [((9, 2), 1), ((9, 1), 1), ((9, 30, 5), 4), ((9, 6, 7, 3), 4), ((9, 5, 6, 7, 1), 4)],
-)
-def test_arrays_of_every_kind_have_frames_of_one_scale(shape, images):
-    samples = np.random.default_rng(0).standard_normal(shape)
-    noisy = samples + 100
-    drawn = array_images(samples, samples)
-    assert drawn.dtype == np.uint8 and drawn.shape[0] == images and drawn.shape[-1] == 1
-    assert drawn.min() < 255 and len(np.unique(drawn)) > 1
-    assert (array_images(noisy, samples) != drawn).any()
-    assert (array_images(np.full(shape, np.nan), samples) >= 0).all()
-    if len(shape) == 4:  # fields: dark is high
-        assert np.unravel_index(drawn[..., 0].argmin(), drawn.shape[:3]) == np.unravel_index(
-            samples[:4, ..., 0].argmax(), (4, *shape[1:3])
-        )
 
 
 def test_a_run_in_progress_and_a_stop_lose_nothing():

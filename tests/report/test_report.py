@@ -7,11 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from diffusion_jax import cli
+from diffusion_jax import cli, pictures
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
 from diffusion_jax.report.write import write_report_after
-from diffusion_jax.runs import pictures
 from helpers.simulated_runs import launch, write_log, write_results, write_run
 
 SECTIONS = ["curves", "training-samples", "denoising", "samples", "likelihood", "metrics", "memorization", "events"]
@@ -168,8 +167,8 @@ def test_a_page_stays_small(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for step in range(1, 41):
         noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
-        pictures.save_png(tmp_path / "samples" / f"train_step{step:08d}.png", noise)
-        pictures.save_png(tmp_path / f"picture{step}.png", noise)
+        pictures.save(tmp_path / "samples" / f"train_step{step:08d}.png", noise)
+        pictures.save(tmp_path / f"picture{step}.png", noise)
     written = Page(write_report(tmp_path))
     assert sum(map(len, written.images)) + len(json.dumps(written.data["frames"])) < 5e6 / 15
     assert "24 of 40 pictures are in this file." in written.text

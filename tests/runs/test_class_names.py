@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion_jax import config, data, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs import class_labels, pictures, sample, sampling_setup, workdir
+from diffusion_jax.runs import class_labels, sample, sample_files, sampling_setup, workdir
 from diffusion_jax.runs.data_source import check_source
 from helpers.configs import conditional
 from helpers.work_directories import untrained
@@ -205,15 +205,13 @@ def test_class_names_are_read_from_the_run_that_has_them(trained, tmp_path):
 def test_samples_of_named_classes_have_captions(trained, monkeypatch):
     directory, _ = trained
     captions = []
-    real = pictures.grid
-    monkeypatch.setattr(
-        pictures, "grid", lambda *args, **options: captions.append(options["captions"]) or real(*args, **options)
-    )
+    real = sample_files.pictures.draw_samples
+    monkeypatch.setattr(sample_files.pictures, "draw_samples", lambda *args: captions.append(args[2]) or real(*args))
     drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert captions == [["9: fox", "7: tabby cat"] * 3]
+    assert captions == [["class 9: fox", "class 7: tabby cat"] * 3]
     assert "_classfox+7_" in drawn.path.name
-    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["0", "8: 9", "12"]
+    assert class_labels.class_captions(np.array([0, 8, 12]), trained[1]) == ["class 0", "class 8: 9", "class 12"]
 
 
 @pytest.mark.parametrize(
@@ -237,23 +235,3 @@ def test_a_name_shared_by_two_classes_is_not_in_the_file_name(tmp_path):
         assert (
             sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names).name == f"ddpm5_{told}"
         )
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_with_captions(channels):
-    """The images are where they are without captions, but for the rows of text; every tile's text is its own."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
-    plain, captioned = pictures.grid(images), pictures.grid(images, captions=["1 cat", "", "x" * 50, "1 cat", "2 dog"])
-    rows, columns = 2, 3
-    below = (len(captioned) - len(plain)) // rows
-    assert captioned.shape[1:] == plain.shape[1:] and below > 8
-    tile, width = 64 + pictures.GAP, 64 + pictures.GAP
-    texts = []
-    for i in range(5):
-        top, left = i // columns * (tile + below) + pictures.GAP, i % columns * width + pictures.GAP
-        np.testing.assert_array_equal(captioned[top : top + 64, left : left + 64 : 8][::8], images[i])
-        texts.append(captioned[top + 64 : top + 64 + below, left : left + 64])
-    assert (texts[0] == texts[3]).all() and (texts[0] != texts[4]).any() and (texts[1] == texts[1][0, 0]).all()
-    assert all((text > 150).any() for text in (texts[0], texts[2], texts[4]))
-    gaps = np.concatenate([captioned[:, : pictures.GAP].ravel(), captioned[:, -pictures.GAP :].ravel()])
-    assert (gaps == captioned[0, 0, 0]).all()  # nothing runs over

@@ -60,9 +60,10 @@ def test_a_picture_has_its_caption(events):
     assert events.SummaryMetadata("samples").summary_description == "Samples after 2 steps"
 
 
-def test_a_relaunch_writes_its_config_at_its_step(tmp_path):
+def test_a_relaunch_writes_its_config_at_its_step_once(tmp_path):
+    """Also if an earlier launch started at this step, and was killed before it saved another checkpoint."""
     leaves = {"training.num_steps": 5, "data.levels": None}
-    for step in (0, 4):
+    for step in (0, 0, 4, 4):
         TensorBoardWriter(tmp_path, step, leaves).close()
     events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.runs import array_pictures
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.figure_panels import Margins
-from diffusion_jax.runs.image_tables import ColorScale, draw_image_table
+from diffusion_jax.pictures import examples, panels
+from diffusion_jax.pictures.panels import Margins
+from diffusion_jax.pictures.tables import ColorScale, draw_image_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_trajectory"]
+__all__ = ["draw_array_trajectory"]
 
 _MAX_TIMES = 10
 _MAX_ROWS = 6  # of panels
@@ -25,7 +24,7 @@ _OWN_SCALE = "each time has its own scale"
 _MAX_PIXELS = 128  # of an image along each axis: the panels are small
 
 
-def draw_trajectory(
+def draw_array_trajectory(
     x: Any,
     headers: Sequence[str],
     *,
@@ -44,7 +43,7 @@ def draw_trajectory(
     have the colors of the ends.
 
     Args:
-      headers: of the columns, for instance `pictures.time_headers`.
+      headers: of the columns, for instance "t = 999".
       captions: of the samples; vectors have none. channel_names: of the channels, or of the entries of vectors.
     Raises: ValueError for no sample, other headers than columns, or more spatial axes.
     """
@@ -76,7 +75,7 @@ def _limits(x: np.ndarray, separate: bool) -> list[tuple[float, float]]:
 
 def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
     columns, samples, length, channels = x.shape
-    separate = not array_pictures.share_an_axis(*panels.channel_ranges(panels.to_plotted(x[-1, :_MAX_ROWS])))
+    separate = not examples.share_an_axis(*panels.channel_ranges(panels.to_plotted(x[-1, :_MAX_ROWS])))
     num_channels = min(channels, _MAX_CHANNELS if separate else _MAX_LINES)
     num_samples = min(samples, _MAX_ROWS // num_channels if separate else _MAX_ROWS)
     shown = panels.to_plotted(x[:, :num_samples, :, :num_channels])
@@ -105,8 +104,8 @@ def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
         for column, panel in enumerate(axes[row]):
             for channel in group:
                 panels.draw_line(panel, shown[column, i, :, channel], **styles[channel])
-            panel.set(xlim=array_pictures.position_limits(length), ylim=group_limits[column])
-            panel.locator_params(axis="x", nbins=3, integer=True)
+            panel.set(xlim=examples.position_limits(length), ylim=group_limits[column])
+            panel.locator_params(axis="x", integer=True)
             panels.label_axes(panel, "position", captions[i], bottom=row == len(rows) - 1, left=column == 0)
             panel.tick_params(labelleft=own_scale or column == 0)
             if row == 0:
@@ -149,11 +148,12 @@ def _draw_images(x, headers, title, notes, captions, channel_names) -> Figure:
 
 def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
     columns, samples, entries = x.shape
-    num_samples = min(samples, array_pictures.MAX_POINTS)
+    num_samples = min(samples, examples.MAX_POINTS)
     shown = panels.to_plotted(x[:, :num_samples, :2])
     names = panels.make_names(channel_names, min(entries, 2), "entry")
     notes = notes + panels.note_shown(num_samples, samples, "vectors")
     notes += panels.note_shown(min(entries, 2), entries, "entries") + panels.note_invalid(shown)
+    notes += examples.note_colors(num_samples) if entries > 1 else []
     own_scale = any(_exceeds_samples(shown[..., entry]) for entry in range(len(names)))
     if own_scale:
         notes.append(_OWN_SCALE)
@@ -171,10 +171,10 @@ def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
     for i, panel in enumerate(axes.reshape(-1)[:columns]):
         left, bottom = i % per_row == 0, i + per_row >= columns
         if entries == 1:
-            array_pictures.draw_histogram(panel, shown[i, :, 0])
+            examples.draw_histogram(panel, shown[i, :, 0])
             panels.label_axes(panel, names[0], "density", bottom=bottom, left=left)
         else:
-            array_pictures.draw_points(panel, shown[i])
+            examples.draw_points(panel, shown[i])
             panels.label_axes(panel, names[0], names[1], bottom=bottom, left=left)
             panel.set_ylim(limits[1][i])
         panel.set_xlim(limits[0][i])

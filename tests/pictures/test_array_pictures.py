@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import array_metrics, array_statistics
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.array_pictures import draw_examples
-from diffusion_jax.runs.statistics_pictures import draw_autocorrelation, draw_histograms, draw_spectra
-from diffusion_jax.runs.trajectory_pictures import draw_trajectory
+from diffusion_jax.pictures import (
+    draw_edit,
+    draw_examples,
+    draw_neighbors,
+    panels,
+    save,
+    to_array,
+)
+from diffusion_jax.pictures.trajectories import draw_array_trajectory
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
 
@@ -34,7 +38,7 @@ def legend(figure):
 
 def count_marked(figure):
     """Pixels of the color that only values that are not finite have."""
-    return int((panels.render(figure) == [255, 0, 255]).all(axis=-1).sum())
+    return int((to_array(figure) == [255, 0, 255]).all(axis=-1).sum())
 
 
 # ---- Series
@@ -51,7 +55,7 @@ def test_series_are_lines_of_all_channels():
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
     assert legend(figure) == ["_u", "v", "v"] and figure.get_suptitle() == "samples"
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["value", "", "", "value", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == [panels.VALUE, "", "", panels.VALUE, ""]
 
 
 @pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
@@ -64,6 +68,21 @@ def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
         low, high = axes.get_ylim()
         assert high - low < 1.2 * np.ptp(x[..., c])
     assert legend(figure) == [f"example {i}" for i in range(4)]
+
+
+def test_a_sample_and_its_nearest_series_are_side_by_side():
+    x = drawn(1, 5, 40, 1)
+    figure = draw_neighbors(x, range(5), x[:, None], np.ones((5, 1)), "series")
+    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
+    assert len(tops) == 10 and tops[0::2] == tops[1::2]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["sample 0", "distance 1"]
+
+
+def test_values_to_be_generated_are_named_in_the_title_of_an_edit():
+    given, results = drawn(1, 2, 40, 1), drawn(2, 2, 40, 1)
+    assert "magenta" not in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
+    given[1, 5:] = np.nan
+    assert "magenta: values to be generated" in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
 
 
 def test_the_axes_of_series_contain_the_reference():
@@ -110,7 +129,7 @@ def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
     assert pictures[0].cmap.name == "RdBu_r" and pictures[1].cmap.name == "viridis"
     assert [axes.get_title() for axes in shown[:2]] == ["wind", "heat"]
     assert [text.get_text() for text in figure.texts][-3:] == ["0: a", "1: b", "2: c"]
-    assert figure.get_suptitle() == "fields\nfields of 6 x 9"
+    assert figure.get_suptitle() == "fields\nfields of 6 x 9; color bars in data units"
 
 
 @pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
@@ -181,7 +200,7 @@ def test_vectors_of_two_entries_are_also_points():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_trajectory_has_a_column_for_each_time(shape):
     x = drawn(12, 4, 2, *shape)
-    figure = draw_trajectory(
+    figure = draw_array_trajectory(
         x, ["t = 9", "t = 5", "t = 1", "sample"], title="being denoised", captions=["0: a", "1: b"]
     )
     if len(shape) == 1:
@@ -207,7 +226,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
 
 
 def test_a_trajectory_of_numbers_is_histograms():
-    figure = draw_trajectory(drawn(13, 3, 200, 1), "abc", title="numbers")
+    figure = draw_array_trajectory(drawn(13, 3, 200, 1), "abc", title="numbers")
     assert [axes.get_title() for axes in figure.axes] == list("abc")
     assert all(len(axes.patches) == 1 for axes in figure.axes)
 
@@ -215,72 +234,15 @@ def test_a_trajectory_of_numbers_is_histograms():
 def test_large_noise_does_not_hide_the_samples():
     """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
     factors = np.array([100, 10, 1]).reshape(3, 1, 1, 1)
-    figure = draw_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
+    figure = draw_array_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
     spans = [np.ptp(axes.get_ylim()) for axes in figure.axes[:3]]
     assert spans[0] > 5 * spans[1] > 25 * spans[2] and "its own scale" in figure.get_suptitle()
     x = drawn(15, 3, 2, 6, 9, 1) * factors[..., None]
-    _, pictures = images(draw_trajectory(x, "abc", title="fields"))
+    _, pictures = images(draw_array_trajectory(x, "abc", title="fields"))
     last = x[-1]
     limit = max(last.max(), -last.min()) + np.ptp(last) / 2
     np.testing.assert_allclose([picture.get_clim() for picture in pictures], [(-limit, limit)] * 6)
     assert pictures[-1].colorbar.extend == "both"
-
-
-# ---- Statistics
-
-
-def test_histograms_have_error_bars_and_their_distance():
-    result = array_metrics.marginal_histograms(drawn(16, 60, 20, 2), drawn(17, 50, 20, 2), bins=10)
-    figure = draw_histograms(result, title="histograms", channel_names=["u", "v"])
-    for c, axes in enumerate(figure.axes):
-        for patch, bars, statistic in zip(axes.patches, axes.containers, result[1:3], strict=True):
-            np.testing.assert_array_equal(patch.get_data()[0], statistic.value[c])
-            np.testing.assert_array_equal(patch.get_data()[1], result.edges[c])
-            ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
-            np.testing.assert_allclose(ends.mean(axis=1), statistic.value[c])
-            np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[c], atol=1e-12)
-        assert f"total variation {result.distance.value[c]:.3g}" in axes.get_title()
-        assert axes.get_xlabel() == "value" and axes.get_ylabel() == "share of the values"
-    assert legend(figure) == ["data", "samples"] and "standard errors" in figure.get_suptitle()
-
-
-def curves(axes):
-    """(x, value, standard error) of each curve with error bars."""
-    for container in axes.containers:
-        line, _, (bars,) = container.lines
-        ends = np.array(bars.get_segments())[:, :, 1]
-        yield line.get_xdata(), line.get_ydata(), np.ptp(ends, axis=1) / 2
-
-
-def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
-    one, other = (array_statistics.power_spectrum(drawn(seed, 30, 16, 2)) for seed in (18, 19))
-    figure = draw_spectra(one, other, title="spectra", names=("law", "samples"))
-    for c, axes in enumerate(figure.axes):
-        assert axes.get_xscale() == axes.get_yscale() == "log"
-        for (x, value, error), spectrum in zip(curves(axes), (one, other), strict=True):
-            np.testing.assert_array_equal(x, spectrum.frequencies[1:])
-            np.testing.assert_array_equal(value, spectrum.value[1:, c])
-            np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
-        assert f"at frequency 0: {one.value[0, c]:.3g}" in axes.get_title()
-        assert axes.get_xlabel() and axes.get_ylabel() == "power"
-    assert legend(figure) == ["law", "samples"]
-
-
-def test_autocorrelations_have_error_bars():
-    one, other = (array_statistics.autocorrelation(drawn(seed, 30, 400, 1)) for seed in (20, 21))
-    figure = draw_autocorrelation(one, other, title="autocorrelation")
-    chosen = np.unique(np.linspace(0, 200, 120).round().astype(int))
-    for (x, value, error), result in zip(curves(figure.axes[0]), (one, other), strict=True):
-        np.testing.assert_array_equal(x, chosen)
-        np.testing.assert_array_equal(value, result.value[chosen, 0])
-        np.testing.assert_allclose(error, result.standard_error[chosen, 0], atol=1e-12)
-    assert "120 of 201 lags" in figure.get_suptitle()
-
-
-def test_spectra_without_power_and_of_one_position_are_drawn():
-    for length in (1, 8):
-        spectrum = array_statistics.power_spectrum(np.ones((4, length, 1)))
-        panels.render(draw_spectra(spectrum, spectrum, title="constant"))
 
 
 # ---- Limits, and values that are not finite
@@ -307,7 +269,7 @@ def test_large_sets_are_drawn_in_part_and_the_title_says_so(shape, num_axes, not
 @pytest.mark.parametrize("shape", SHAPES)
 def test_large_trajectories_are_drawn_in_part(shape):
     x = np.broadcast_to(drawn(23, *shape[:-1], 9), (50, 40, *shape[:-1], 9))
-    figure = draw_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
+    figure = draw_array_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
     assert len(figure.axes) <= 70
     title = figure.get_suptitle().replace("\n", " ")
     assert "10 of 50 times" in title and ("of 9 channels" in title or "of 9 entries" in title)
@@ -327,7 +289,7 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
         assert np.isnan(lines(figure.axes[0])[0][0])
         (marks,) = [line for line in figure.axes[0].get_lines() if line.get_gid() == "invalid"]
         assert list(marks.get_xdata()) == [0]
-    panels.render(draw_trajectory(np.stack([x, x]), "ab", title="not finite"))
+    to_array(draw_array_trajectory(np.stack([x, x]), "ab", title="not finite"))
 
 
 @pytest.mark.parametrize("value", [3.0, -1e30, np.nan])
@@ -335,8 +297,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
 def test_one_example_of_one_value(shape, value):
     x = np.full((1, *shape), value, np.float32)
     draw_examples(x, title="constant", reference=x)
-    for figure in (draw_examples(x, title="constant"), draw_trajectory(x[None], ["sample"], title="constant")):
-        assert panels.render(figure).dtype == np.uint8
+    for figure in (draw_examples(x, title="constant"), draw_array_trajectory(x[None], ["sample"], title="constant")):
+        assert to_array(figure).dtype == np.uint8
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -346,18 +308,18 @@ def test_text_is_not_mathematical_notation(shape):
     options = {"title": text, "captions": [text] * 2, "channel_names": [text] * 3}
     figures = [
         draw_examples(drawn(25, 2, *shape), **options),
-        draw_trajectory(drawn(26, 1, 2, *shape), [text], **options),
+        draw_array_trajectory(drawn(26, 1, 2, *shape), [text], **options),
     ]
     for figure in figures:
-        panels.render(figure)
+        to_array(figure)
     assert panels.plain_text("a $x$\n" + 40 * "b", 12) == r"a \$x\$ bbb..."
 
 
 def test_figures_are_files_and_arrays(tmp_path):
     figure = draw_examples(drawn(27, 2, 6, 9, 1), title="fields")
-    picture = panels.render(figure)
+    picture = to_array(figure)
     assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
-    panels.save_figure(tmp_path / "fields.png", figure)
+    save(tmp_path / "fields.png", figure)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "fields.png")), picture)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -370,15 +332,6 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="they must be equal"):
         draw_examples(np.zeros((1, 2)), title="", reference=np.zeros((1, 3)))
     with pytest.raises(ValueError, match="2 headers"):
-        draw_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
+        draw_array_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):
-        draw_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
-    short, long = (array_statistics.power_spectrum(drawn(28, 4, length, 1)) for length in (8, 16))
-    with pytest.raises(ValueError, match="different frequencies"):
-        draw_spectra(short, long, title="")
-    grid = array_statistics.power_spectrum(drawn(29, 4, 4, 4, 1), radial=False)
-    with pytest.raises(ValueError, match="radial=True"):
-        draw_spectra(grid, grid, title="")
-    lags = [array_statistics.autocorrelation(drawn(30, 4, 16, 1), max_lag) for max_lag in (3, 4)]
-    with pytest.raises(ValueError, match="different lags"):
-        draw_autocorrelation(*lags, title="")
+        draw_array_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")

@@ -1,14 +1,22 @@
-"""Small gray pictures of arrays that are no images, for steps of denoising: much faster than the figures of runs."""
+"""Small pictures without text, for steps of denoising: much faster than figures."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["array_images"]
+from diffusion_jax.pictures.grids import draw_grid
+from diffusion_jax.pictures.samples import is_of_images
+
+__all__ = ["array_images", "draw_frame"]
 
 _MAX_ROWS, _MAX_POINTS, _MAX_LINES = 4, 2000, 3
 _SERIES_SIZE, _VECTORS_SIZE = (220, 110), (240, 240)
+
+
+def draw_frame(x: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """A picture of x [N, *spatial, C]; those of several x have the scale of the same `samples`."""
+    return draw_grid(x if is_of_images(samples) else array_images(x, samples))
 
 
 def array_images(x: np.ndarray, samples: np.ndarray) -> np.ndarray:

@@ -6,15 +6,11 @@ Matplotlib's automatic layouts. Given text is never read as Matplotlib's mathema
 
 from __future__ import annotations
 
-import pathlib
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from diffusion_jax.runs import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARK",
+    "VALUE",
     "Margins",
     "channel_ranges",
     "draw_line",
@@ -35,17 +32,17 @@ __all__ = [
     "note_shown",
     "note_stride",
     "plain_text",
-    "render",
-    "save_figure",
     "to_plotted",
     "widen",
     "wrap",
 ]
 
 MARK = "magenta"  # of values that are NaN or infinite; no color map or line here has this color
+VALUE = "value (data units)"  # the label of an axis
 _DPI = 110
 _MIN_WIDTH = 4.8  # inches, so that titles have room
 _MAX_TEXT = 24  # characters of a caption or a name
+_TICK_WIDTH = 0.5  # inches between the numbers below a panel
 _MAX_INTERVALS = 300  # of a line with more than twice as many positions
 
 
@@ -155,6 +152,13 @@ def label_axes(axes: Axes, x: str, y: str, *, bottom: bool = True, left: bool = 
     axes.tick_params(labelsize=7, labelbottom=bottom, labelleft=left)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set_fontsize(7)
+    # Numbers that have room beside and below the panel.
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    if axes.get_xscale() == "linear":
+        axes.ticklabel_format(axis="x", scilimits=(-3, 5))
+        width = axes.bbox.width / axes.figure.dpi  # inches
+        axes.locator_params(axis="x", nbins=max(2, int(width / _TICK_WIDTH)))
     if bottom:
         axes.set_xlabel(x, fontsize=8, labelpad=2)
     if left:
@@ -255,22 +259,3 @@ def make_panels(
             (left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height)
         )
     return figure, axes
-
-
-# ---- Files
-
-
-def render(figure: Figure) -> np.ndarray:
-    """The figure as uint8 [H, W, 3]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def save_figure(path: pathlib.Path, figure: Figure) -> None:
-    """Writes the figure as PNG."""
-    pictures.save_png(path, render(figure))

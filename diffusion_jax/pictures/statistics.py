@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.evaluation.array_metrics import MarginalHistograms
-from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.figure_panels import Margins
+from diffusion_jax.pictures import panels
+from diffusion_jax.pictures.panels import Margins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from diffusion_jax.evaluation.array_metrics import MarginalHistograms
+    from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
 
 __all__ = ["draw_autocorrelation", "draw_histograms", "draw_spectra"]
 
@@ -49,7 +50,7 @@ def draw_histograms(
         expected = f"expected for equal laws: {histograms.same_law[channel]:.2g}"
         panel.set_title(f"{captions[channel]}: {difference}\n{expected}", fontsize=8, pad=3)
         panel.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
-        panels.label_axes(panel, "value", "share of the values")
+        panels.label_axes(panel, panels.VALUE, "share of the values")
     return figure
 
 
@@ -100,7 +101,7 @@ def draw_spectra(
             )
             heading += "\nat frequency 0: " + ", ".join(power)
         panel.set_title(heading, fontsize=8, pad=3)
-        panels.label_axes(panel, "frequency (cycles per position)", "power")
+        panels.label_axes(panel, "frequency (cycles per position)", "power (data units squared)")
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.runs import figure_panels as panels
+from diffusion_jax.pictures import panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,8 @@ def _format_tick(tick: float, order: int) -> str:
     """A number with three digits of a range of the size 10^order, which are at most eight of the number itself."""
     rounded = round(tick, 2 - order) if abs(order) < 300 else tick
     digits = 3 if rounded == 0 else math.floor(math.log10(abs(rounded))) - order + 3
-    return f"{rounded:.{min(max(digits, 1), 8)}g}"
+    text = f"{rounded:.{min(max(digits, 1), 8)}g}"
+    return f"{rounded:.0f}" if "e" in text and 1 <= abs(rounded) < 1e6 else text
 
 
 def image_stride(*sizes: int) -> int:
@@ -112,8 +113,9 @@ def draw_image_table(
     headers = [panels.wrap(header, max(int(14 * width), 6)) for header in headers]
     header_lines = max(header.count("\n") + 1 for header in headers)
     left = 0.2 + 0.07 * max(map(len, captions))
-    margins = panels.Margins(left, 0.15 if by_column else 0.75, 0.4 if by_column else 0.1, 0.1 + 0.14 * header_lines)
+    margins = panels.Margins(left, 0.15 if by_column else 0.85, 0.4 if by_column else 0.1, 0.1 + 0.14 * header_lines)
     gap = 0.14 if by_column else 0.06
+    notes = [*notes, "color bars in data units"]
     figure, axes = panels.make_panels(
         title, notes, (rows, columns), (width, width * ratio), gap=(gap, 0.06), margins=margins
     )

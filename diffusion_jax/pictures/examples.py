@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_jax.evaluation.example_blocks import as_example_pair, as_examples
-from diffusion_jax.runs import figure_panels as panels
-from diffusion_jax.runs.figure_panels import Margins
-from diffusion_jax.runs.image_tables import ColorScale, draw_image_table, image_stride
+from diffusion_jax.pictures import panels
+from diffusion_jax.pictures.panels import Margins
+from diffusion_jax.pictures.tables import ColorScale, draw_image_table, image_stride
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ __all__ = [
     "draw_examples",
     "draw_histogram",
     "draw_points",
+    "note_colors",
     "position_limits",
     "share_an_axis",
 ]
@@ -40,6 +41,7 @@ _MAX_VOLUME_CHANNELS = 3
 _MAX_VOXELS = 128  # of a volume along each axis
 _MAX_ENTRIES = 16  # histograms of vectors
 _MAX_VECTORS = 100_000  # in a histogram
+_MAX_COLORS = 10  # points of a color each
 MAX_POINTS = 4000  # in a scatter plot
 _MAX_REFERENCE = 64  # examples of the data that decide a scale
 
@@ -51,6 +53,7 @@ def draw_examples(
     captions: Sequence[str] | None = None,
     channel_names: Sequence[str] | None = None,
     reference: Any = None,
+    columns: int | None = None,
 ) -> Figure:
     """A figure of examples x [n, *spatial, C] with at most three spatial axes.
 
@@ -65,21 +68,24 @@ def draw_examples(
       reference: examples of the data [m, *spatial, C]. Their histograms are drawn beside those of vectors. Series, fields
         and volumes take their scale from the first of them, so that the pictures of several steps can be compared; the
         axes of series also contain all of x.
+      columns: of the panels of series.
     Raises: ValueError for no example, more spatial axes, other shapes of the reference, or complex numbers.
     """
     x = as_examples("x", x, 1)
     if reference is not None:
         x, reference = as_example_pair(x, reference, 1)
-    kinds = [_draw_vectors, _draw_series, _draw_fields, _draw_volumes]
-    if x.ndim - 2 >= len(kinds):
+    if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
-    return kinds[x.ndim - 2](x, reference, title, captions, channel_names)
+    if x.ndim == 3:
+        return _draw_series(x, reference, title, captions, channel_names, columns)
+    draw = {2: _draw_vectors, 4: _draw_fields, 5: _draw_volumes}[x.ndim]
+    return draw(x, reference, title, captions, channel_names)
 
 
 # ---- Series
 
 
-def _draw_series(x, reference, title, captions, channel_names) -> Figure:
+def _draw_series(x, reference, title, captions, channel_names, columns) -> Figure:
     n, length, channels = x.shape
     if reference is not None:
         reference = reference[:_MAX_REFERENCE]
@@ -95,7 +101,7 @@ def _draw_series(x, reference, title, captions, channel_names) -> Figure:
         limits = [panels.widen(*edges, 0.05) for edges in zip(low.tolist(), high.tolist(), strict=True)]
         return _draw_series_by_channel(shown, limits, title, notes, captions, names)
     limits = panels.widen(*panels.full_range(low, high), 0.05)
-    return _draw_series_by_example(shown, limits, title, notes, captions, names)
+    return _draw_series_by_example(shown, limits, title, notes, captions, names, columns)
 
 
 def _ranges(x: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -109,10 +115,10 @@ def share_an_axis(low: np.ndarray, high: np.ndarray) -> bool:
     return not len(spans) or bool(spans.min() >= 0.1 * (np.nanmax(high) - np.nanmin(low)))
 
 
-def _draw_series_by_example(x, limits, title, notes, captions, names) -> Figure:
+def _draw_series_by_example(x, limits, title, notes, captions, names, columns) -> Figure:
     """x [n, L, C]: a panel for each example, a line for each channel, and one scale."""
     n, length, channels = x.shape
-    columns = min(n, 3) if n <= 9 else 4
+    columns = min(n, columns or (3 if n <= 9 else 4))
     styles = [{"color": f"C{i}", "linewidth": 1.1} for i in range(channels)]
     legend = list(zip(names, styles, strict=True)) if channels > 1 else []
     shape, size = (-(-n // columns), columns), _panel_size(n)
@@ -125,7 +131,7 @@ def _draw_series_by_example(x, limits, title, notes, captions, names) -> Figure:
             panels.draw_line(panel, x[i, :, channel], **style)
         panel.set_title(captions[i], fontsize=8, pad=3)
         panel.set(xlim=position_limits(length), ylim=limits)
-        panels.label_axes(panel, "position", "value", bottom=i + columns >= n, left=i % columns == 0)
+        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= n, left=i % columns == 0)
     return figure
 
 
@@ -145,7 +151,9 @@ def _draw_series_by_channel(x, limits, title, notes, captions, names) -> Figure:
             panels.draw_line(panel, x[i, :, channel], **style)
         panel.set_title(names[channel], fontsize=8, pad=3)
         panel.set(xlim=position_limits(length), ylim=limits[channel])
-        panels.label_axes(panel, "position", "value", bottom=channel + columns >= channels, left=channel % columns == 0)
+        panels.label_axes(
+            panel, "position", panels.VALUE, bottom=channel + columns >= channels, left=channel % columns == 0
+        )
         panel.tick_params(labelleft=True)
     return figure
 
@@ -260,7 +268,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         notes,
         (-(-count // columns), columns),
         (2.6, 1.9) if entries != 2 else (2.8, 2.8),
-        gap=(0.62, 0.62),
+        gap=(0.62 if entries != 2 else 0.85, 0.62),
         margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.15 if entries != 2 else 0.3),
         legend=[] if data is None else legend,
         count=count,
@@ -271,7 +279,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         panels.label_axes(flat[entry], names[entry], "density", left=entry % columns == 0)
         flat[entry].tick_params(labelleft=True)
     if entries == 2:
-        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors")
+        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors") + note_colors(n)
         flat[2].set_title("".join(points), fontsize=8, pad=3)
         draw_points(flat[2], shown, data)
         panels.label_axes(flat[2], names[0], names[1])
@@ -300,5 +308,10 @@ def draw_points(axes: Axes, x: np.ndarray, reference: np.ndarray | None = None) 
     if reference is not None:
         points = reference[:MAX_POINTS]
         axes.plot(points[:, 0], points[:, 1], ".", color="0.75", markersize=3, markeredgewidth=0)
-    for points in [x[:MAX_POINTS]] if len(x) > 10 else x[:, None]:
+    for points in [x[:MAX_POINTS]] if len(x) > _MAX_COLORS else x[:, None]:
         axes.plot(points[:, 0], points[:, 1], ".", markersize=3 if len(x) > 300 else 6, markeredgewidth=0)
+
+
+def note_colors(count: int) -> list[str]:
+    """What the colors of `draw_points` mean for this number of points."""
+    return ["a color for each vector"] if 1 < count <= _MAX_COLORS else []

@@ -1,0 +1,45 @@
+"""Makes docs/images/report.png: curves and a step of denoising in the report of a run, in Chromium.
+
+    python -m diffusion_jax.report runs/digits --output=report.html
+    python benchmarks/report_picture.py report.html [--output=docs/images/report.png]
+
+Needs the packages of `make docs` and Chromium. The run is that of `make demo`.
+"""
+
+import argparse
+import pathlib
+import shutil
+
+from playwright.sync_api import sync_playwright
+
+WIDTH, SCALE = 1100, 0.8  # of the window; the picture has 880 columns of pixels
+# Leaves the title, the first two charts and the denoising.
+HIDE = """
+.skip, nav, body dl, main > section:not(#curves):not(#denoising), #curves figure:nth-child(n+3) { display: none !important; }
+section { margin: .8rem 0 !important; }
+body { padding-bottom: .5rem !important; }
+"""
+
+
+def main():
+    """Opens the report and takes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=pathlib.Path)
+    parser.add_argument("--output", default="docs/images/report.png")
+    options = parser.parse_args()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(
+            viewport={"width": WIDTH, "height": 600}, device_scale_factor=SCALE, color_scheme="light"
+        )
+        page.goto(options.report.resolve().as_uri())
+        for _ in range(6):  # to the middle
+            page.locator("#denoising").get_by_role("button", name="Next").click()
+        page.add_style_tag(content=HIDE)
+        page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+        page.screenshot(path=options.output, full_page=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

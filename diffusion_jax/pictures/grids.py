@@ -1,0 +1,114 @@
+"""Grids of images with their texts, and small images as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["GAP", "LINE", "as_text", "draw_grid"]
+
+GAP = 4  # gray pixels around every image of a grid
+LINE = 14  # rows of pixels of a line of text
+_MIN_SIZE, _MAX_SIZE = 64, 160  # pixels of an enlarged image
+_MIN_TITLE_WIDTH = 300
+_BACKGROUND, _TEXT_GRAY = 64, 230
+_SHADES = " .:-=+*#%@"
+
+
+def draw_grid(
+    images: np.ndarray,
+    title: str = "",
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    headers: Sequence[str] | None = None,
+) -> np.ndarray:
+    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
+
+    title: above everything, in as many lines as it needs. captions: a line of text below each image. headers: the same
+    above each column. They are shortened to the width of the images, which are enlarged for them to 160 pixels at most.
+    """
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = _scale(height, width, [*(captions or ()), *(headers or ())])
+    below = LINE if captions else 0
+    height, width = height * scale + GAP + below, width * scale + GAP
+    tiles = np.full((rows * columns, height, width, channels), _BACKGROUND, np.uint8)
+    tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for tile, caption in zip(tiles, captions or (), strict=False):
+        tile[height - below :, GAP:] = _line(caption, width - GAP)[..., None]
+    picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    if headers:
+        above = np.full((LINE, columns * width, channels), _BACKGROUND, np.uint8)
+        for column, header in enumerate(headers):
+            above[:, column * width + GAP : (column + 1) * width] = _line(header, width - GAP)[..., None]
+        picture = np.concatenate([above, picture])
+    if title:
+        missing = max(0, _MIN_TITLE_WIDTH - picture.shape[1])
+        picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=_BACKGROUND)
+        text_width = picture.shape[1] - GAP
+        lines = [_line(line, text_width) for line in _wrap(title, text_width)]
+        above = np.full((len(lines) * LINE, picture.shape[1], channels), _BACKGROUND, np.uint8)
+        above[:, GAP:] = np.concatenate(lines)[..., None]
+        picture = np.concatenate([above, picture])
+    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
+
+
+def _scale(height: int, width: int, texts: Sequence[str]) -> int:
+    """By how much images are enlarged, so that they can be seen and the texts below them be read."""
+    scale = max(1, _MIN_SIZE // max(height, width))
+    needed = max((_font().getlength(_to_drawable(text)) for text in texts), default=0)
+    while width * scale < needed and max(height, width) * (scale + 1) <= _MAX_SIZE:
+        scale += 1
+    return scale
+
+
+def _font():
+    return ImageFont.load_default(LINE - 3)
+
+
+def _to_drawable(text: str) -> str:
+    """The text with letters that the font has: a Pillow without FreeType has Latin letters only."""
+    if isinstance(_font(), ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words and, if a word is longer, inside it."""
+    font, lines = _font(), [""]
+    for word in _to_drawable(text).split():
+        while word:
+            line = f"{lines[-1]} {word}".strip()
+            if font.getlength(line) <= width:
+                lines[-1], word = line, ""
+            elif lines[-1]:
+                lines.append("")
+            else:
+                count = max(1, sum(font.getlength(word[:n]) <= width for n in range(1, len(word) + 1)))
+                lines[-1], word = word[:count], word[count:]
+                lines += [""] if word else []
+    return lines
+
+
+def _line(text: str, width: int) -> np.ndarray:
+    """A line of text as uint8 [LINE, width]."""
+    font, text = _font(), _to_drawable(text)
+    shown = text
+    while len(shown) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "..."
+    image = Image.new("L", (width, LINE), _BACKGROUND)
+    ImageDraw.Draw(image).text((0, 0), shown, fill=_TEXT_GRAY, font=font)
+    return np.asarray(image)
+
+
+def as_text(images: np.ndarray) -> str:
+    """A row of small uint8 images [N, H, W, C] as text, two characters for each pixel."""
+    shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
+    rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
+    return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
