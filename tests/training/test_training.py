@@ -381,3 +381,22 @@ def test_all_seeds_have_one_program_of_the_initialization():
     programs = [training.build_program(tiny_config(seed=seed)).init for seed in (0, 2**32 - 1)]
     traced = {str(program.func.trace(*program.args).jaxpr) for program in programs}
     assert len(traced) == 1
+
+
+def test_the_train_step_does_not_depend_on_leaves_that_do_not_decide_its_numbers():
+    other = {
+        "training.num_steps": 9,
+        "training.sample_every": 7,
+        "training.checkpoint_every": 5,
+        "training.stall_timeout": 77,
+        "data.data_dir": "elsewhere",
+        "data.workers": 3,
+        "sampling.steps": 3,
+        "sampling.seed": 5,
+        "evaluation.seed": 6,
+    }
+    traced = set()
+    for overrides in ({}, other):
+        program = training.build_program(tiny_config(**overrides))
+        traced.add(str(program.train_step.trace(program.abstract_state, a_batch(tiny_config())).jaxpr))
+    assert len(traced) == 1
