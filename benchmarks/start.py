@@ -1,6 +1,7 @@
 """Startup time: the import, the first train step without and with a compilation cache, and the size of the programs.
 
     python benchmarks/start.py [--parts=import,step,command,programs] [--pairs=7] [--presets=ddpm_cifar10,...]
+    python benchmarks/start.py --parts=refusals,demo,data [--data_dir=DIR] [--steps=1500] [--root=OTHER_CLONE]
 
 import: `import diffusion_jax` after `import jax`, in separate processes; the median.
 step: the parts of the first train step of configs/digits.py, from the start of a separate process. The cache is a temporary
@@ -8,6 +9,10 @@ folder that is empty for the first process.
 command: `main.py --config=configs/digits.py` until the first step is in metrics.jsonl.
 programs: the number of equations of the traced programs, including nested ones, and the seconds to trace and to compile them:
 a network call for 1 image and the train step for 2.
+refusals: CPU seconds of `--help` and of command lines that are refused.
+demo: the three commands of `make demo` with empty caches, with `--steps` train steps.
+data: CIFAR-10 from a directory of TFDS in separate processes, with an empty and with a full cache of decoded images.
+--root runs the last three with the code of another clone, to compare two versions.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -110,6 +116,66 @@ def command() -> None:
                 process.wait()
 
 
+def timed(arguments: list[str], root: str, **environment: str) -> str:
+    """The time of a separate Python process, whatever its exit code, such as "2.1 s, 3.4 s CPU"."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    variables = os.environ | {"PYTHONPATH": root} | environment
+    subprocess.run([sys.executable, *arguments], cwd=root, env=variables, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return f"{time.time() - start:.1f} s, {cpu:.2f} s CPU"
+
+
+def refusals(root: str) -> None:
+    """Prints a line for `--help` and for each refusal."""
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = f"--workdir={directory}/run"
+        for arguments in (
+            ["--help"],
+            ["--config=nothing", workdir],
+            ["--config=digits", workdir, "--mode=trein"],
+            ["--config=digits", workdir, "--config.training.batch_size=-3"],
+            [workdir],
+            ["--config=digits", workdir, "--config.data.dataset=nothing"],
+            ["--config=digits", workdir, "--config.data.dataset=folder", "--config.data.data_dir=nothing"],
+            ["--config=digits", workdir, "--mode=sample"],
+            ["--config=digits", workdir, "--mode=evaluate"],
+        ):
+            shown = " ".join(arguments).replace(directory, "DIR")
+            print(f"| {shown} | {timed(['main.py', *arguments], root)} |", flush=True)
+
+
+def demo(root: str, steps: int) -> None:
+    """Prints a line for each command of `make demo`."""
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = f"--workdir={directory}/run"
+        few = ["--config.evaluation.likelihood=False", "--config.evaluation.num_samples=100"]
+        for name, *arguments in (
+            ("train", "--config=configs/digits.py", f"--config.training.num_steps={steps}"),
+            ("sample", "--mode=sample"),
+            ("evaluate", "--mode=evaluate", *few),
+        ):
+            seconds = timed(["main.py", workdir, *arguments], root, XDG_CACHE_HOME=f"{directory}/cache")
+            print(f"| {name}, {steps} steps | {seconds} |", flush=True)
+
+
+_LOAD = """
+import sys, time
+from diffusion_jax import data
+start, before = time.time(), time.process_time()
+data.load({"dataset": "cifar10", "data_dir": sys.argv[1]})
+print(f"{time.time() - start:.2f} s, {time.process_time() - before:.2f} s CPU")
+"""
+
+
+def decoded_data(root: str, data_dir: str) -> None:
+    """Prints the time to load CIFAR-10 with an empty and with a full cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("empty cache", "full cache"):
+            out = run(["-c", _LOAD, data_dir], XDG_CACHE_HOME=cache, PYTHONPATH=root)
+            print(f"| CIFAR-10, {name} | {out.splitlines()[-1]} |", flush=True)
+
+
 def programs(presets: list[str], compiled: bool) -> None:
     """Prints two lines for each network: its call and its train step."""
     import jax
@@ -165,6 +231,9 @@ def main() -> None:
     parser.add_argument("--parts", default="import,step,command,programs")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--presets", default=",".join(PIXELS))
+    parser.add_argument("--data_dir", default="", help="directory of TFDS with CIFAR-10")
+    parser.add_argument("--steps", type=int, default=1500, help="train steps of the part demo")
+    parser.add_argument("--root", default=str(ROOT), help="clone whose code is measured in the last three parts")
     parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for the large ones")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -174,6 +243,12 @@ def main() -> None:
         first_step()
     if "command" in parts:
         command()
+    if "refusals" in parts:
+        refusals(options.root)
+    if "demo" in parts:
+        demo(options.root, options.steps)
+    if "data" in parts:
+        decoded_data(options.root, options.data_dir)
     if "programs" in parts:
         programs(options.presets.split(","), options.compile)
 

@@ -119,11 +119,12 @@ def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], source: Tfds | 
         with open(handle, "wb") as file:
             digest = np.array(_arrays_digest(contents))
             np.savez(file, **contents, **{_DIGEST: digest})  # pyright: ignore[reportArgumentType]  # as in `save_npz`
-        os.replace(temporary, path)
-    except BaseException:
+        # Another launch may have mapped a file that was finished in the meantime; on NFS it could not read a replaced one.
+        if not path.exists():
+            os.replace(temporary, path)
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise
 
 
 def _make_room(directory: pathlib.Path, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import os
 import pathlib
@@ -55,6 +56,11 @@ def prepare(name: str, make_builder: Callable, data_dir: str | None) -> None:
             "folder, and rerun the same command"
         )
     root = builder.data_dir_root
+    if importlib.util.find_spec("tensorflow") is None:
+        raise DataError(
+            f"the data set {name!r} is not in {root}, and TFDS needs TensorFlow to prepare it: pip install '.[tfds]'; "
+            "reading a prepared one does not need it"
+        )
     log = functools.partial(print, file=sys.stdout, flush=True)  # bound here, because sys.stdout is redirected below
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -236,10 +236,9 @@ class Folder:
 
 def make_builder(name: str, data_dir: str | None) -> Any:
     """TFDS's builder of a data set. Raises: DataError for an unknown name, or without TFDS."""
-    missing = [module for module in ("tensorflow_datasets", "tensorflow") if importlib.util.find_spec(module) is None]
-    if missing:
+    if importlib.util.find_spec("tensorflow_datasets") is None:
         raise DataError(
-            f"data.dataset={name!r} is a data set of TFDS, and {missing[0]} is not installed: pip install '.[tfds]'; "
+            f"data.dataset={name!r} is a data set of TFDS, and tensorflow_datasets is not installed: pip install '.[tfds]'; "
             "'digits', 'folder' and 'arrays' do not need it"
         )
     import tensorflow_datasets as tfds  # takes half a second, and only this source needs it

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
@@ -24,15 +26,15 @@ __all__ = ["TrainingProgram", "build_program", "create"]
 class TrainingProgram(NamedTuple):
     """The programs and shapes that a config describes, before any array exists.
 
-    init: () -> TrainState, compiled. train_step: (state, batch) -> (state, metrics), compiled; it donates the state.
-    train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one program; None for one
-    step per call. abstract_state: the shapes, dtypes and shardings of the state.
+    init: () -> TrainState, a compiled function with its seed. train_step: (state, batch) -> (state, metrics), compiled; it
+    donates the state. train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one
+    program; None for one step per call. abstract_state: the shapes, dtypes and shardings of the state.
     """
 
     mesh: Mesh
     model: Network
     schedule: schedules.Schedule
-    init: Wrapped
+    init: functools.partial[TrainState]
     train_step: Wrapped
     train_steps: Wrapped | None
     abstract_state: TrainState
@@ -54,10 +56,12 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     optimizer = optimizer_from_config(config["optimizer"])
     shape = data.example_shape(config["data"])
 
-    def init() -> TrainState:
-        return initial_state(config, model, optimizer, shape)
+    # The seed is an argument, so that the compilation cache has one program for all seeds.
+    def init(seed) -> TrainState:
+        return initial_state(config, model, optimizer, shape, seed)
 
-    shapes = jax.eval_shape(init)
+    seed = np.uint32(config["seed"])
+    shapes = jax.eval_shape(init, seed)
     state_shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
 
     def gather_params(loss_fn: Callable) -> Callable:
@@ -81,7 +85,9 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         mesh=mesh,
         model=model,
         schedule=schedule,
-        init=jax.jit(init, out_shardings=state_shardings, compiler_options=compiler.fast_compile_options()),
+        init=functools.partial(
+            jax.jit(init, out_shardings=state_shardings, compiler_options=compiler.fast_compile_options()), seed
+        ),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,
         abstract_state=jax.tree.map(

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_jax import models, timesteps
@@ -55,10 +56,11 @@ def initial_state(
     model: Network,
     optimizer: optax.GradientTransformation,
     shape: tuple[int, ...],
+    seed: jax.Array | np.uint32,
 ) -> TrainState:
-    """The state before the first step; the EMA starts as a copy of the parameters."""
+    """The state before the first step; the EMA starts as a copy of the parameters. seed: in place of `config.seed`."""
     diffusion = config["diffusion"]
-    params = initial_params(jax.random.key(config["seed"]), model, shape)
+    params = initial_params(jax.random.key(seed), model, shape)
     window = empty_window(metric_names(diffusion["loss"]))
     history = None
     if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:

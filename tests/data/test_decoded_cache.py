@@ -156,3 +156,11 @@ def test_a_set_above_the_limit_is_not_kept(folder, cache, monkeypatch):
     monkeypatch.setattr(decoded_cache, "MAX_BYTES", 100)
     load(folder)
     assert not cache.exists()
+
+
+def test_a_file_that_another_launch_has_finished_is_not_replaced(folder, cache):
+    load(folder)
+    (path,) = cache.iterdir()
+    inode = path.stat().st_ino
+    decoded_cache._write(path, {"image": np.zeros((1, 8, 8, 3), np.uint8)}, data.Folder(str(folder), (8, 8), 3))
+    assert path.stat().st_ino == inode and len(list(cache.iterdir())) == 1 and not load(folder)[1]

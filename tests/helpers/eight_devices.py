@@ -134,7 +134,7 @@ def program():
         "largest": max(leaf.size for leaf in params) * 4,
         "held": found.params + found.ema + found.optimizer,
         "arguments": found.arguments,
-        "init_temporary": built.init.lower().compile().memory_analysis().temp_size_in_bytes,
+        "init_temporary": built.init.func.lower(*built.init.args).compile().memory_analysis().temp_size_in_bytes,
         "kinds": sorted({c.kind for c in found.collectives}),
         "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
         "ring": found.ring_bytes,

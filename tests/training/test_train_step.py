@@ -39,7 +39,7 @@ class Recorder:
 def recorded(config, output, num_classes=0):
     """(network, a state whose parameter is 1, the train step without jit)."""
     network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
-    state = initial_state(config, network, tx, (8, 8, 1)).replace(ema_params={"w": jnp.full((), 5.0)})
+    state = initial_state(config, network, tx, (8, 8, 1), config["seed"]).replace(ema_params={"w": jnp.full((), 5.0)})
     rate = optimizer.learning_rate(config.optimizer)
     return network, state, make_train_step(config, network, schedule_of(config), tx, rate)
 

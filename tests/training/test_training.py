@@ -375,3 +375,28 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
     one_device = dataclasses.make_dataclass("Mesh", ["size"])(1)
     with pytest.raises(ValueError, match=r"multiple of 4, the 1 device times training.accumulation_steps=4"):
         sharding.check_divides(6, one_device, "training.batch_size", 4)
+
+
+def test_all_seeds_have_one_program_of_the_initialization():
+    programs = [training.build_program(tiny_config(seed=seed)).init for seed in (0, 2**32 - 1)]
+    traced = {str(program.func.trace(*program.args).jaxpr) for program in programs}
+    assert len(traced) == 1
+
+
+def test_the_train_step_does_not_depend_on_leaves_that_do_not_decide_its_numbers():
+    other = {
+        "training.num_steps": 9,
+        "training.sample_every": 7,
+        "training.checkpoint_every": 5,
+        "training.stall_timeout": 77,
+        "data.data_dir": "elsewhere",
+        "data.workers": 3,
+        "sampling.steps": 3,
+        "sampling.seed": 5,
+        "evaluation.seed": 6,
+    }
+    traced = set()
+    for overrides in ({}, other):
+        program = training.build_program(tiny_config(**overrides))
+        traced.add(str(program.train_step.trace(program.abstract_state, a_batch(tiny_config())).jaxpr))
+    assert len(traced) == 1
