@@ -56,6 +56,7 @@ def target(name: str) -> Iterator[str]:
     if name == "here":
         yield jax.devices()[0].device_kind
         return
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it needs the driver, which comes with a card
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the cloud for a TPU for minutes
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -153,6 +154,19 @@ def _called(line: _Line) -> list[str]:
     return re.findall(r"(?:calls|to_apply|body|branch_computations=\{)=?%([\w.\-]+)", line.rest)
 
 
+def _bytes_read(computations, lines: dict[str, _Line], line: _Line) -> int:
+    """Bytes of the operands of an instruction, each fully, except those of which a fusion reads slices only."""
+    read = {name: _size(lines[name].type) for name in line.operands if name in lines}
+    if line.opcode == "fusion":
+        inner = computations[_called(line)[0]]
+        for name, each in inner.items():
+            users = [user for user in inner.values() if name in user.operands]
+            if each.opcode == "parameter" and users and all(user.opcode == "slice" for user in users):
+                operand = line.operands[int(each.operands[0])]
+                read[operand] = min(read[operand], sum(_size(user.type) for user in users))
+    return sum(read.values())
+
+
 def _loop_count(computations, line: _Line) -> int:
     """The iterations of a loop: the compiler's count, else the limit in its condition; 1 if neither is known."""
     if count := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
@@ -202,7 +216,7 @@ def kernels(text: str) -> list[Kernel]:
             jax_name = re.search(r'op_name="([^"]*)"', line.rest)
             jax_name = jax_name.group(1) if jax_name else ""
             phase = "backward" if "transpose(" in jax_name else "forward" if "UNet" in jax_name else "rest"
-            read = sum(_size(lines[operand].type) for operand in set(line.operands) if operand in lines)
+            read = _bytes_read(computations, lines, line)
             kind = _kind(computations, line)
             written = 0 if kind == "other" and line.opcode.endswith("-start") else _size(line.type)
             dimensions = layout(line) if kind == "convolution" else ""

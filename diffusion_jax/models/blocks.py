@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,7 @@ class ResBlock(nn.Module):
 
     For vectors, which `layers.spatial_dims` = 0 describes, dense layers take the place of the convolutions.
 
+    Biases are added where that needs no pass over an image: the first in the second norm, the others as one vector.
     With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual one after its first SiLU (ADM
     appendix A, as BigGAN). keep: name the first convolution's result `KEPT_INSIDE`.
@@ -59,27 +61,28 @@ class ResBlock(nn.Module):
         upsample = self.resample is upsample_2x
         if self.resample is not None:
             h, x = h if upsample else self.resample(h), self.resample(x)
-        h = self._mix("1", upsample=upsample)(h)
+        h, bias = self._mix("1", upsample=upsample)(h)
         h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
         width = self.features * (2 if self.scale_shift_norm else 1)
-        time = self.layers.dense(width, "time_proj")(nn.silu(embedding))
-        time = time[:, *(None,) * (h.ndim - 2), :]
+        time = self.layers.dense(width, "time_proj")(nn.silu(embedding)).astype(jnp.float32)
+        norm = self.layers.norm("norm2")
         if self.scale_shift_norm:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.layers.norm("norm2")(h) * (1 + scale) + shift
+            h = norm(h, jnp.broadcast_to(bias, (len(h), self.features)), jnp.split(time, 2, axis=-1))
         else:
-            h = self.layers.norm("norm2")(h + time)
+            h = norm(h, bias + time)
         h = Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-        h = self._mix("2", last=True)(h)
+        h, bias = self._mix("2", last=True)(h)
         if x.shape[-1] != self.features:
-            x = self.layers.dense(self.features, "skip")(x)
-        return x + h
+            x, skip_bias = self.layers.dense(self.features, "skip", separate_bias=True)(x)
+            bias += skip_bias
+        return x + (h + bias.astype(h.dtype))
 
     def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Callable:
-        """The first or second convolution, or dense layer of a vector."""
+        """The first or second convolution, or dense layer of a vector, with its bias separate."""
+        options: dict[str, Any] = {"last": last, "separate_bias": True}
         if self.layers.spatial_dims:
-            return self.layers.conv(self.features, f"conv{number}", last=last, upsample=upsample)
-        return self.layers.dense(self.features, f"dense{number}", last=last)
+            return self.layers.conv(self.features, f"conv{number}", upsample=upsample, **options)
+        return self.layers.dense(self.features, f"dense{number}", **options)
 
 
 def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:

@@ -79,7 +79,8 @@ class UNet(Encoder, Conditional):
         """The upsampling path: from the middle's output to [B, *spatial, channels]."""
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                # Without a barrier XLA computes it again for the backward pass, from the same bytes.
+                h = jax.lax.optimization_barrier(jnp.concatenate([h, skips.pop()], axis=-1))
                 h = self.residual_block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
                     h = self.attention(h, level, f"up_{level}_attn_{j}", self.num_heads_up)

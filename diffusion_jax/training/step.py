@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from diffusion_jax import data, timesteps
 from diffusion_jax.schedules import Schedule
@@ -15,6 +16,7 @@ from diffusion_jax.training.batches import Examples, random_flip, read_batch
 from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.metrics import loss_terms, metric_names, quarter_sums, update_window
 from diffusion_jax.training.objective import Microbatch, Objective, make_objective, takes_labels
+from diffusion_jax.training.optimizer import global_norm
 from diffusion_jax.training.state import Network, TrainState
 
 __all__ = ["TrainStep", "ema_decay", "make_train_step", "scan_steps"]
@@ -33,7 +35,7 @@ def make_train_step(
     config: Mapping[str, Any],
     model: Network,
     schedule: Schedule,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     gather_params: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
 ) -> TrainStep:
@@ -62,7 +64,9 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        grad_norm = global_norm(grads)
+        grads = _in_layout_of_state(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
         history = state.loss_history
@@ -70,7 +74,7 @@ def make_train_step(
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
         sums = quarter_sums(values, schedule.num_timesteps)
-        grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+        param_norm = global_norm(params)
         sums |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (param_norm, 1)}
         sums |= {"learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), 1)}
         sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
@@ -80,6 +84,17 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step
+
+
+def _in_layout_of_state(grads: Any) -> Any:
+    """The gradient with the last axis contiguous, as the state is stored.
+
+    cuDNN computes the gradient of a kernel in another order, to which XLA would change the parameters, the moments and the
+    average, and back. On other devices the orders are the same.
+    """
+    if jax.default_backend() != "gpu":
+        return grads
+    return jax.tree.map(lambda g: with_layout_constraint(g, Layout(major_to_minor=tuple(range(g.ndim)))), grads)
 
 
 def _make_gradient(

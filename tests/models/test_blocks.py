@@ -88,6 +88,32 @@ def test_group_norm_and_its_derivatives_equal_numpy():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.whole
+def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
+    """And its derivatives, also by the shift, are those of the norm of the sum."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    x, scale, after = (jax.random.normal(next(keys), shape) for shape in ((2, 5, 3, 6), (2, 6), (2, 6)))
+    shift = 30 * jax.random.normal(next(keys), (2, 6))  # far more than the deviation of a channel
+    norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
+    params = redraw(norm.init(jax.random.key(1), x))
+    weights = jax.random.normal(next(keys), x.shape)
+
+    def together(x, shift, scale, after):
+        return norm.apply(params, x, shift, (scale, after))
+
+    def apart(x, shift, scale, after):
+        scale, after = scale[:, None, None], after[:, None, None]
+        linen = nn.GroupNorm(2, epsilon=1e-6, use_fast_variance=False)
+        out = linen.apply({"params": params["params"]["norm"]}, x + shift[:, None, None])
+        return out * (1 + scale) + after
+
+    arguments = (x, shift, scale, after)
+    np.testing.assert_allclose(together(*arguments), apart(*arguments), rtol=1e-4, atol=2e-5)
+    mine, true = (jax.grad(lambda a, f=f: (weights * f(*a) ** 2).sum())(arguments) for f in (together, apart))
+    for a, b in zip(mine, true, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
 def test_dropout_in_bfloat16_rounds_once():
     x = jnp.full((1, 1, 1, 64), 3.0, jnp.bfloat16)
     y = Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})

@@ -1,0 +1,38 @@
+"""The optimizer of a config against optax's, and the norm of a tree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.config import default
+from diffusion_jax.training import optimizer
+
+
+def test_global_norm_is_that_of_all_numbers():
+    draws = np.random.default_rng(0)
+    tree = {"kernel": draws.normal(size=(3, 3, 4, 5)), "bias": draws.normal(size=7), "scalar": draws.normal(size=())}
+    exact = np.sqrt(sum(np.square(leaf).sum() for leaf in tree.values()))
+    np.testing.assert_allclose(optimizer.global_norm(jax.tree.map(jnp.float32, tree)), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_optimizer_clips_as_optax(size):
+    """Its state has the structure of optax's, which is in checkpoints."""
+    config = default().optimizer
+    config.update(warmup_steps=0, grad_clip=1.0)
+    mine = optimizer.from_config(config)
+    true = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-4, config.b1, config.b2, config.eps))
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
+    grads = jax.tree.map(lambda p: size * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    states = mine.init(params), true.init(params)
+    assert jax.tree.structure(optax.tree.get(states[0], "mu")) == jax.tree.structure(params)
+    assert len(jax.tree.leaves(states[0])) == len(jax.tree.leaves(states[1])) + 1  # the schedule counts, too
+    _, state = mine.update(grads, states[0], params, grad_norm=optimizer.global_norm(grads))
+    _, expected = true.update(grads, states[1], params)
+    for name in ("mu", "nu"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+            *(optax.tree.get(each, name) for each in (state, expected)),
+        )
