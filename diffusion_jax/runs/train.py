@@ -177,6 +177,12 @@ def _train(
 ) -> None:
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
+
+    def begin_window(step: int, state: training.TrainState) -> training.TrainState:
+        """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
+        return state if step % options.log_every else state.replace(window=program.empty_window())
+
+    state = begin_window(step, state)
     loader = BatchLoader(config, program, source, step)
     batch, count = loader.next(step)
     compiled = _CompiledSteps(program)
@@ -203,6 +209,7 @@ def _train(
                 with outputs.timer.measure("data_wait"):
                     batch, count = loader.next(step)
             note = outputs.log_metrics(step, state)
+            state = begin_window(step, state)
             if note:
                 profile.check_request()
             with outputs.timer.measure("logging"):

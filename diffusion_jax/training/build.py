@@ -15,6 +15,7 @@ from diffusion_jax import data, models, schedules
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.training.from_config import check_loss, model_from_config, schedule_from_config
+from diffusion_jax.training.metrics import empty_window, metric_names
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, initial_state
@@ -26,15 +27,17 @@ __all__ = ["TrainingProgram", "build_program", "create"]
 class TrainingProgram(NamedTuple):
     """The programs and shapes that a config describes, before any array exists.
 
-    init: () -> TrainState, a compiled function with its seed. train_step: (state, batch) -> (state, metrics), compiled; it
-    donates the state. train_steps: the same for batches with a leading axis of `training.steps_per_call` steps, in one
-    program; None for one step per call. abstract_state: the shapes, dtypes and shardings of the state.
+    init: () -> TrainState, a compiled function with its seed. empty_window: () -> its window before the first step, compiled.
+    train_step: (state, batch) -> (state, metrics), compiled; it donates the state. train_steps: the same for batches with a
+    leading axis of `training.steps_per_call` steps, in one program; None for one step per call. abstract_state: the shapes,
+    dtypes and shardings of the state.
     """
 
     mesh: Mesh
     model: Network
     schedule: schedules.Schedule
     init: functools.partial[TrainState]
+    empty_window: Wrapped
     train_step: Wrapped
     train_steps: Wrapped | None
     abstract_state: TrainState
@@ -88,6 +91,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         init=functools.partial(
             jax.jit(init, out_shardings=state_shardings, compiler_options=compiler.fast_compile_options()), seed
         ),
+        empty_window=jax.jit(lambda: empty_window(metric_names(config["diffusion"]["loss"])), out_shardings=replicated),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,
         abstract_state=jax.tree.map(

@@ -1,7 +1,7 @@
-"""The metrics of training: sums of one step, and their running sums in a window of `training.log_every` steps.
+"""The metrics of training: sums of one step, and their running sums in a window of several steps.
 
-A window is a dictionary {name: {"total": float32, "count": float32}}; `nonfinite_step` is the first step whose loss,
-gradient or parameters were not finite, or -1.
+The train loop begins a window after each multiple of `training.log_every`. A window is a dictionary {name: {"total": float32,
+"count": float32}}; `nonfinite_step` is the first step whose loss, gradient or parameters were not finite, or -1.
 """
 
 from __future__ import annotations
@@ -46,18 +46,17 @@ def empty_window(names: Sequence[str]) -> dict[str, Any]:
 
 
 def update_window(
-    window: Mapping[str, Any], sums: Sums, names: Sequence[str], step: jax.Array, log_every: int, finite: jax.Array
+    window: Mapping[str, Any], sums: Sums, names: Sequence[str], step: jax.Array, finite: jax.Array
 ) -> dict[str, Any]:
-    """The window after one more step, the first of a new window if `step` is a multiple of `log_every`.
+    """The window after one more step.
 
     names: the metrics, in order. step: the number of steps before this one. finite: whether the loss, the gradient and the
     parameters of this step are finite.
     """
-    is_first = step % log_every == 0
     updated: dict[str, Any] = {
         name: {
-            "total": jnp.where(is_first, 0.0, window[name]["total"]) + sums[name][0],
-            "count": jnp.where(is_first, 0.0, window[name]["count"]) + sums[name][1],
+            "total": window[name]["total"] + sums[name][0],
+            "count": window[name]["count"] + sums[name][1],
         }
         for name in names
     }

@@ -26,8 +26,9 @@ class TrainState:
     """The complete state of a run, without its config. A checkpoint holds all of it.
 
     step: int32, the number of finished steps. params, ema_params: trees of float32. opt_state: the optimizer's. window: sums
-    of the metrics since the last multiple of `training.log_every` (see `metrics`), part of the state so that a resumed run
-    logs the same means. loss_history: the losses that `timesteps.loss_second_moment` needs; None for other timestep samplers.
+    of the metrics since the last multiple of `training.log_every`, where the train loop empties it (see `metrics`); part of
+    the state so that a resumed run logs the same means. loss_history: the losses that `timesteps.loss_second_moment` needs;
+    None for other timestep samplers.
     """
 
     step: jax.Array

@@ -80,7 +80,7 @@ def make_train_step(
         sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
         metrics = {name: sums[name][0] / sums[name][1] for name in names}
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = update_window(state.window, sums, names, state.step, options["log_every"], finite)
+        window = update_window(state.window, sums, names, state.step, finite)
         return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step

@@ -357,17 +357,3 @@ def test_a_state_and_its_metrics_are_float32_with_x64(x64):
         assert {leaf.dtype.name for leaf in floats} == {"float32"}
         same = jax.tree.map(lambda a, b: a.dtype == b.dtype, built.abstract_state, after[0])
         assert all(jax.tree.leaves(same))
-
-
-@pytest.mark.whole
-def test_program_is_the_same_for_other_intervals_paths_and_lengths():
-    """So the compilation cache has it after a change of any of these. The seed and log_every are constants of the program."""
-
-    def text(**overrides):
-        built = training.build_program(tiny_config(**{"model.channel_multipliers": (1,), **overrides}))
-        return built.train_step.lower(built.abstract_state, a_batch(tiny_config())).as_text()
-
-    other = {"training.num_steps": 77, "training.checkpoint_every": 33, "training.sample_every": 44}
-    other |= {"data.data_dir": "elsewhere", "sampling.num_samples": 3, "sampling.seed": 5}
-    assert text() == text(**other)
-    assert text() != text(seed=1)
