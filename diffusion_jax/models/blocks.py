@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from diffusion_jax.models.layers import Dropout, LayerFactory
+from diffusion_jax.models.layers import Conv, Dense, Dropout, LayerFactory
 
 __all__ = ["KEPT_INSIDE", "Attention", "ResBlock", "downsample_2x", "split_heads", "upsample_2x"]
 
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
         upsample = self.resample is upsample_2x
         if self.resample is not None:
             h, x = h if upsample else self.resample(h), self.resample(x)
-        h, bias = self._mix("1", upsample=upsample)(h)
+        h, bias = self._mix("1", upsample=upsample).split_bias(h)
         h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
         width = self.features * (2 if self.scale_shift_norm else 1)
         time = self.layers.dense(width, "time_proj")(nn.silu(embedding)).astype(jnp.float32)
@@ -71,15 +71,15 @@ class ResBlock(nn.Module):
         else:
             h = norm(h, bias + time)
         h = Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-        h, bias = self._mix("2", last=True)(h)
+        h, bias = self._mix("2", last=True).split_bias(h)
         if x.shape[-1] != self.features:
-            x, skip_bias = self.layers.dense(self.features, "skip", separate_bias=True)(x)
+            x, skip_bias = self.layers.dense(self.features, "skip", use_bias=False).split_bias(x)
             bias += skip_bias
         return x + (h + bias.astype(h.dtype))
 
-    def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Callable:
-        """The first or second convolution, or dense layer of a vector, with its bias separate."""
-        options: dict[str, Any] = {"last": last, "separate_bias": True}
+    def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Conv | Dense:
+        """The first or second convolution, or dense layer of a vector, whose bias is split."""
+        options: dict[str, Any] = {"last": last, "use_bias": False}
         if self.layers.spatial_dims:
             return self.layers.conv(self.features, f"conv{number}", upsample=upsample, **options)
         return self.layers.dense(self.features, f"dense{number}", **options)

@@ -137,33 +137,29 @@ def _promote_except_kernel(x, kernel, bias, dtype):
 
 
 class Conv(nn.Conv):
-    """A convolution that returns `dtype`, also when `convolution.convolve_matmul` returns float32.
+    """A convolution that returns `dtype`, also when `convolution.convolve_matmul` returns float32."""
 
-    separate_bias: returns (the result without the bias, the bias float32 [features]) instead of their sum.
-    """
-
-    separate_bias: bool = False
+    def __call__(self, x) -> jax.Array:
+        """x: [B, *spatial, C]; returns [B, *spatial', features]."""
+        return super().__call__(x).astype(self.dtype)
 
     @nn.compact
-    def __call__(self, x) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x: [B, *spatial, C]; returns [B, *spatial', features]."""
-        y = super().__call__(x).astype(self.dtype)
-        return (y, self.param("bias", self.bias_init, (self.features,), jnp.float32)) if self.separate_bias else y
+    def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
+        """(the result without the bias, the bias float32 [features]), of a layer with use_bias=False."""
+        return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
 
 
 class Dense(nn.Dense):
-    """A dense layer that returns `dtype`, also when `convolution.dot_general_float32` returns float32.
+    """A dense layer that returns `dtype`, also when `convolution.dot_general_float32` returns float32."""
 
-    separate_bias: as `Conv`.
-    """
-
-    separate_bias: bool = False
+    def __call__(self, x) -> jax.Array:
+        """x: [..., C]; returns [..., features]."""
+        return super().__call__(x).astype(self.dtype)
 
     @nn.compact
-    def __call__(self, x) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x: [..., C]; returns [..., features]."""
-        y = super().__call__(x).astype(self.dtype)
-        return (y, self.param("bias", self.bias_init, (self.features,), jnp.float32)) if self.separate_bias else y
+    def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
+        """(the result without the bias, the bias float32 [features]), of a layer with use_bias=False."""
+        return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +194,7 @@ class LayerFactory:
         stride: int = 1,
         padding=(1, 1),
         upsample: bool = False,
-        separate_bias: bool = False,
+        use_bias: bool = True,
     ) -> Conv:
         """A convolution with a kernel of size 3 along every axis.
 
@@ -206,7 +202,7 @@ class LayerFactory:
         whether it takes `blocks.upsample_2x` of its input, computed with fewer multiplications.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options |= {"use_bias": not separate_bias, "separate_bias": separate_bias}
+        options["use_bias"] = use_bias
         padding = (tuple(padding),) * self.spatial_dims
         convolve = convolution.convolve_xla
         if self.use_matmul and stride == 1:
@@ -224,10 +220,10 @@ class LayerFactory:
             options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolve(x, kernel, padding)
         return Conv(features, (3,) * self.spatial_dims, stride, padding=padding, **options)
 
-    def dense(self, features: int, name: str | None, *, last: bool = False, separate_bias: bool = False) -> Dense:
+    def dense(self, features: int, name: str | None, *, last: bool = False, use_bias: bool = True) -> Dense:
         """A dense layer over the last axis. last: whether it ends a residual branch."""
         options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options |= {"use_bias": not separate_bias, "separate_bias": separate_bias}
+        options["use_bias"] = use_bias
         if self.use_matmul:
             options["dot_general"] = convolution.dot_general_float32
         return Dense(features, **options)

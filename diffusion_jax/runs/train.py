@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def _train(
 
     def begin_window(step: int, state: training.TrainState) -> training.TrainState:
         """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
-        return state if step % options.log_every else state.replace(window=program.empty_window())
+        return state if step % options.log_every else dataclasses.replace(state, window=program.empty_window())
 
     state = begin_window(step, state)
     loader = BatchLoader(config, program, source, step)

@@ -39,7 +39,7 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def from_config(config: Mapping[str, Any]) -> optax.GradientTransformation:
+def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm (0 for none), then Adam or AdamW, of `config.optimizer`.
 
     Its `update` takes the `global_norm` of the gradient as the keyword argument `grad_norm`, which the metrics need, too.
@@ -52,7 +52,7 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformation:
     elif config["weight_decay"]:
         raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
     update, max_norm = make_optimizer(learning_rate(config), **options), config["grad_clip"]
-    return optax.chain(_clip(max_norm), update) if max_norm else optax.with_extra_args_support(update)
+    return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -70,9 +70,10 @@ def global_norm(tree: Any) -> jax.Array:
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` with a norm that is known."""
 
-    def update(grads, state, params=None, *, grad_norm, **_):
+    def update(updates, state, params=None, **extra_args):
         del params
-        return jax.tree.map(lambda g: jnp.where(grad_norm < max_norm, g, g / grad_norm * max_norm), grads), state
+        norm = extra_args["grad_norm"]
+        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
