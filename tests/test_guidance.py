@@ -147,6 +147,7 @@ def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x
     np.testing.assert_allclose(doubled[:, 2:], jnp.sin(unconditional(X_T, schedule_time)), rtol=1e-12)
 
 
+@pytest.mark.whole
 def test_guided_samplers_generate_the_requested_class():
     """Every way of guiding an unconditional or conditional network, with several samplers."""
     schedule, n = schedules.respace(FULL, 60, "log_snr"), 3000

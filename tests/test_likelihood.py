@@ -206,6 +206,7 @@ def test_strata_are_an_unbiased_estimate(strata):
     assert abs(np.mean(np.square(bits.standard_error, dtype=np.float64)) / spread - 1) < 0.07
 
 
+@pytest.mark.whole
 def test_more_strata_have_a_smaller_standard_error():
     x_0 = gaussian_data(2000, 5)
     errors = [

@@ -95,7 +95,7 @@ def _gaps(nodes):
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
-def choose(index, candidates: list):
+def choose(index: Int[Array, ""], candidates: list[Float[Array, "B *shape"]]) -> Float[Array, "B *shape"]:
     """candidates[index], with all of them computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
 

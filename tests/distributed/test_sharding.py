@@ -43,7 +43,7 @@ def test_split_axis_is_the_longest_divisible_axis():
 def test_each_of_eight_devices_holds_an_eighth_of_the_cifar10_state():
     """By the rule alone: parameters, moments and EMA have the same shapes."""
     config = cifar10.get_config()
-    shapes = jax.eval_shape(training.build_program(config).init)
+    shapes = training.build_program(config).abstract_state
     leaves = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
     parts = [1 if sharding.split_axis(leaf.shape, 8) is None else 8 for leaf in leaves]
     held = sum(leaf.size / part for leaf, part in zip(leaves, parts, strict=True))

@@ -118,6 +118,7 @@ def test_classifier_free_guidance_of_a_condition():
     np.testing.assert_allclose(guided(x, time), 3 * network(x, time, c) - 2 * network(x, time), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 def test_labels_and_conditions_together_and_before_the_loop_of_a_sampler():
     model = models.MLP(**SMALL, num_classes=3, condition_features=2, condition_dropout=0.1)
     x, c, y = jax.random.normal(jax.random.key(0), (2, 3)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 2])

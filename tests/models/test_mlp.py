@@ -68,6 +68,7 @@ def test_it_starts_near_zero_and_every_parameter_has_a_gradient(initializer):
         assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
 
 
+@pytest.mark.whole
 def test_options_change_what_they_say():
     model, x, time = models.MLP(**FIELDS), jax.random.normal(jax.random.key(0), (4, 2)), jnp.arange(4.0)
     params = redraw(init(model, (1, 2)))

@@ -85,6 +85,7 @@ def test_products_have_the_gradients_of_xla_s_convolution(n):
         np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.whole
 def test_attention_does_not_depend_on_the_order_of_positions():
     layers = LayerFactory(2, 1e-6, "ho", jnp.dtype("float32"), spatial_dims=3)
     attention = Attention(2, None, layers)

@@ -53,6 +53,7 @@ def untrained_run(config, directory):
     workdir.check_data(source, directory, data.find_normalizations(config.data, source))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [

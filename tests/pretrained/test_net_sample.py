@@ -79,6 +79,7 @@ def test_an_upsampler_draws():
     np.testing.assert_allclose(images, expected, atol=1e-4)
 
 
+@pytest.mark.whole
 def test_a_sampler_inside_of_another_is_fitted_too():
     net, x_0 = net_of("v"), jnp.zeros((1, 4, 4, 1))
     nothing_known = editing.replacement(sampling.ddim(), x_0, np.zeros((4, 4, 1)))

@@ -151,6 +151,7 @@ def test_invalid_editing_options_are_refused(root, files):
             edit.run(editing_config(files, **overrides), root / "conditional")
 
 
+@pytest.mark.whole
 def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys):
     """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
     with Image.open(files / "zero_one.png") as mask:

@@ -73,6 +73,7 @@ def results(config, root):
     return x
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "task"),
     [
@@ -161,6 +162,7 @@ def test_uint8_arrays_are_edited_in_uint8(tmp_path):
     np.testing.assert_array_equal(found[:, :4], np.stack([x[0, :4]] * 2))
 
 
+@pytest.mark.whole
 def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypatch):
     root = roots("series")
     monkeypatch.chdir(root)

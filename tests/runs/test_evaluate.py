@@ -228,6 +228,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
     assert "RMSE" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -265,6 +266,7 @@ def test_images_of_other_gray_levels_are_refused():
             data.check_levels(digits, levels)
 
 
+@pytest.mark.whole
 def test_errors_name_what_is_missing(trained, tmp_path, monkeypatch):
     with pytest.raises(errors.UserError, match="train first"):
         evaluate(config_with(), tmp_path)

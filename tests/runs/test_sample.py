@@ -39,6 +39,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     assert image_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
+@pytest.mark.whole
 def test_interrupted_sampling_resumes(trained, monkeypatch):
     config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
     whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"

@@ -84,6 +84,7 @@ def test_solvers_converge_to_the_flow_of_a_gaussian(name, x64):
     assert errors[1] < 0.01 / 20 ** (least > 1) and errors[0] / errors[1] > 1.7
 
 
+@pytest.mark.whole
 def test_the_halved_last_term_reduces_the_third_order(truth_of_the_mixture, x64, monkeypatch):
     """Why dpm_solver_pp(3) differs from its authors' code."""
     from diffusion_jax.sampling import exponential

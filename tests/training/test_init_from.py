@@ -184,6 +184,7 @@ def openai_upsampler(directory):
     return write(directory / "upsampler.safetensors", made), flags
 
 
+@pytest.mark.whole
 def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
     path, flags = openai_upsampler(tmp_path)
     low = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
