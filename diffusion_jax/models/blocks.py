@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
         h, bias = self._mix("2", last=True).split_bias(h)
         if x.shape[-1] != self.features:
             x, skip_bias = self.layers.dense(self.features, "skip", use_bias=False).split_bias(x)
-            bias += skip_bias
+            bias = bias + skip_bias  # not in place: a parameter may be a NumPy array
         return x + (h + bias.astype(h.dtype))
 
     def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Conv | Dense:

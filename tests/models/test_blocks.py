@@ -136,3 +136,14 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
     assert (drop(jax.random.key(1)) != y).any()
     np.testing.assert_array_equal(Dropout(0.1).apply({}, x, deterministic=True), x)
+
+
+def test_a_call_does_not_change_parameters_that_are_numpy_arrays():
+    """As a file of weights gives them; a sum in place would change them."""
+    block = ResBlock(8, 0.0, False, models.UNet(num_groups=4).layers)
+    x, embedding = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 6))  # 4 to 8 channels, so with a projection
+    params = jax.device_get(block.init(jax.random.key(0), x, embedding, False))["params"]
+    params = jax.tree.map(lambda leaf: np.array(leaf) + 0.5, params)
+    before = jax.tree.map(np.copy, params)
+    block.apply({"params": params}, x, embedding, False)
+    jax.tree.map(np.testing.assert_array_equal, params, before)

@@ -53,7 +53,7 @@ def parameters(width, depth, multipliers, size, classes):
 @pytest.mark.parametrize(("size", "count"), [(64, 65_438_568), (128, 42_568_040), (256, 54_096_360), (512, 54_448_360)])
 def test_parameter_counts_equal_adm(size, count):
     config = imagenet_classifier.get_config(str(size))
-    shapes = jax.eval_shape(training.build_program(config).init).params
+    shapes = training.build_program(config).abstract_state.params
     depth = 4 if size == 64 else 2
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
     assert parameters(128, depth, config.model.channel_multipliers, size, 1000) == count
