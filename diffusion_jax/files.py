@@ -12,7 +12,12 @@ import numpy as np
 
 from diffusion_jax.storage import locations
 
-__all__ = ["atomic_directory", "atomic_write", "save_npz", "write_text"]
+__all__ = ["atomic_directory", "atomic_write", "save_npz", "user_cache", "write_text"]
+
+
+def user_cache() -> pathlib.Path:
+    """The directory of everything that later runs can make again: programs, features, decoded images, downloads."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax"
 
 
 @contextlib.contextmanager

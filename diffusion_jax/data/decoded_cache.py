@@ -22,6 +22,7 @@ import PIL
 from diffusion_jax.data.in_memory import InMemory
 from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.data.sources import Folder, Tfds
+from diffusion_jax.files import user_cache
 
 __all__ = ["MAX_BYTES", "cache_directory", "decode_once"]
 
@@ -32,7 +33,7 @@ _DIGEST, _FINDINGS = "sha256", "findings"
 
 def cache_directory() -> pathlib.Path:
     """The user's cache directory of decoded images; it is safe to delete."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax" / "decoded"
+    return user_cache() / "decoded"
 
 
 def decode_once(

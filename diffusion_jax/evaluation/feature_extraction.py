@@ -23,6 +23,7 @@ from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.evaluation.feature_extractors import BatchFeatures, FeatureExtractor, compile_extractor
 from diffusion_jax.evaluation.image_sets import pixel_digest, read_examples
 from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
+from diffusion_jax.files import user_cache
 from diffusion_jax.storage import locations
 
 __all__ = ["CHUNK", "MAX_POOLED", "FeaturePipeline", "SetFeatures", "cache_directory"]
@@ -81,7 +82,7 @@ class _ChunkCache:
 
 def cache_directory() -> pathlib.Path:
     """The user's cache directory of features; it is safe to delete."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax" / "features"
+    return user_cache() / "features"
 
 
 class FeaturePipeline:

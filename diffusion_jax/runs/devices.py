@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import pathlib
 import warnings
 
 import absl.logging
 import jax
 
 from diffusion_jax.distributed import compiler
+from diffusion_jax.files import user_cache
 from diffusion_jax.runs.console import log
 
 __all__ = ["silence_libraries", "start", "start_virtual"]
@@ -80,8 +80,7 @@ def start_virtual(num_devices: int) -> None:
 
 def _use_compilation_cache() -> None:
     if not getattr(jax.config, _CACHE_OPTION):
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffusion_jax"
-        jax.config.update(_CACHE_OPTION, str(cache))
+        jax.config.update(_CACHE_OPTION, str(user_cache()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Evaluation has many programs that are compiled in less than a second, JAX's default.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from diffusion_jax.distributed.file_lock import try_lock
 from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import write_text
+from diffusion_jax.files import user_cache, write_text
 from diffusion_jax.storage.locations import add_url, find_mirror
 from diffusion_jax.storage.mirror import is_safe
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
@@ -58,8 +58,7 @@ def _mirror(url: str) -> pathlib.Path:
 
 def _download(store: ObjectStore, name: str, below: str, found: dict[str, ObjectInfo]) -> pathlib.Path:
     """Downloads what has changed into the user's cache, and removes what has been deleted in the bucket."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax" / "downloads"
-    root = cache / hashlib.sha256(f"{store.url}/{name}".encode()).hexdigest()[:16]
+    root = user_cache() / "downloads" / hashlib.sha256(f"{store.url}/{name}".encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
     add_url(root, store.url)
     with _waiting_for(root / ".lock"):
