@@ -12,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x
 from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
 
-__all__ = ["KEPT_NAMES", "Encoder"]
+__all__ = ["KEPT_BETWEEN", "KEPT_NAMES", "Encoder"]
 
 # Names, for a policy of jax.checkpoint, of the activations that `remat` keeps for the backward pass: between blocks, and
 # inside those that are not recomputed.
-KEPT_NAMES = ("between blocks", KEPT_INSIDE)
+KEPT_BETWEEN = "between blocks"
+KEPT_NAMES = (KEPT_BETWEEN, KEPT_INSIDE)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
@@ -99,17 +100,17 @@ class Encoder(nn.Module):
         self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None
     ) -> jax.Array:
         """h after a residual block of a level's width."""
-        kind = _REMAT_BLOCK if self._recomputes(level) else ResBlock
         keep = not self._recomputes(level)
+        kind = ResBlock if keep else _REMAT_BLOCK
         block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
-        return checkpoint_name(block(h, embedding, train), KEPT_NAMES[0])
+        return checkpoint_name(block(h, embedding, train), KEPT_BETWEEN)
 
     def attention(self, h, level: int, name: str, num_heads: int | None = None) -> jax.Array:
         """h after a self-attention layer of a level. num_heads: overrides the field."""
-        kind = _REMAT_ATTENTION if self._recomputes(level) else Attention
         keep = not self._recomputes(level)
+        kind = Attention if keep else _REMAT_ATTENTION
         layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, keep, name=name)
-        return checkpoint_name(layer(h), KEPT_NAMES[0])
+        return checkpoint_name(layer(h), KEPT_BETWEEN)
 
     def _recomputes(self, level: int) -> bool:
         """Whether `remat` recomputes the blocks of a level."""
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
         """(the middle's output, the activations for skip connections in order) of x [B, *spatial, C]."""
         num_levels = len(self.channel_multipliers)
-        h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), KEPT_NAMES[0])
+        h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), KEPT_BETWEEN)
         skips = [h]
         for level in range(num_levels):
             for j in range(self.num_res_blocks):
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
                     h = self.residual_block(h, embedding, level, name, train, downsample_2x)
                 else:
                     h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
-                    h = checkpoint_name(h, KEPT_NAMES[0])
+                    h = checkpoint_name(h, KEPT_BETWEEN)
                 skips.append(h)
         h = self.residual_block(h, embedding, num_levels - 1, "mid_block_0", train)
         h = self.attention(h, num_levels - 1, "mid_attn")

@@ -15,7 +15,7 @@ from jax.extend import core
 
 from diffusion_jax import data, models, training
 from diffusion_jax.distributed import sharding
-from diffusion_jax.training.state import initial_params
+from diffusion_jax.training.state import abstract_params
 
 __all__ = [
     "DEVICES",
@@ -100,7 +100,7 @@ class Estimate(NamedTuple):
 def parameter_shapes(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """The shapes of the parameters."""
     model, shape = training.model_from_config(config), data.example_shape(config["data"])
-    params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
+    params = abstract_params(model, shape)
     return [leaf.shape for leaf in jax.tree.leaves(params)]
 
 
@@ -163,7 +163,7 @@ def _network(config: Mapping[str, Any], batch_size: int):
     """(function of inputs and parameters, the shapes of the parameters, those of the inputs)."""
     model, shape = training.model_from_config(config), data.example_shape(config["data"])
     example = jax.eval_shape(lambda: models.initial_inputs(model, shape))
-    params = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, shape))
+    params = abstract_params(model, shape)
     inputs = {name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in example.items()}
     rngs = {"dropout": jax.random.key(0)}
 

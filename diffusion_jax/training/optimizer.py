@@ -56,7 +56,7 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all numbers of a tree of float32, 0 for an empty one.
+    """The Euclidean norm of all numbers of a tree of float32, of at least one leaf.
 
     Each leaf is summed over its last axis only, and the sums of all leaves are added as one vector: a sum to one number would
     be two kernels of a GPU for each of hundreds of leaves.
