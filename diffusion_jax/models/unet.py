@@ -63,9 +63,7 @@ class UNet(Encoder, Conditional):
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
-        h = checkpoint_name(self.layers.conv(out_channels, "conv_out", last=True)(h), KEPT_BETWEEN[0]).astype(
-            jnp.float32
-        )
+        h = checkpoint_name(self.layers.conv(out_channels, "conv_out", last=True)(h), KEPT_BETWEEN).astype(jnp.float32)
         return h if h.shape[:-1] == x_t.shape[:-1] else h[tuple(map(slice, x_t.shape[:-1]))]
 
     def _pad(self, x) -> jax.Array:
@@ -91,5 +89,5 @@ class UNet(Encoder, Conditional):
                 if self.resample_blocks:
                     h = self.residual_block(h, embedding, level, name, train, upsample_2x)
                 else:
-                    h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), KEPT_BETWEEN[0])
+                    h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), KEPT_BETWEEN)
         return h
