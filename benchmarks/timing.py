@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,3 +23,41 @@ def time_alternately(functions: Sequence[Callable[[], object]], rounds: int, war
             function()
             seconds[row, i] = time.perf_counter() - start
     return seconds[:, warmup:]
+
+
+class Process:
+    """The functions that make(*arguments) returns by name, in a new process, whose memory no other program shares.
+
+    facts: what make returns beside them.
+    """
+
+    def __init__(self, make: Callable[..., tuple[Mapping[str, Callable[[], object]], Any]], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
+        self._process.start()
+        other.close()  # so that the end of the process is an error here
+        self.facts = self._connection.recv()
+
+    def function(self, name: str) -> Callable[[], None]:
+        """() -> None: calls the function of this name and waits for its end."""
+
+        def call() -> None:
+            self._connection.send(name)
+            self._connection.recv()
+
+        return call
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._connection.send(None)
+        self._process.join()
+
+
+def _serve(connection: multiprocessing.connection.Connection, make: Callable[..., Any], arguments: tuple) -> None:
+    """Calls functions by the names that the connection sends."""
+    functions, facts = make(*arguments)
+    connection.send(facts)
+    for name in iter(connection.recv, None):
+        functions[name]()
+        connection.send(None)

@@ -2,10 +2,11 @@
 
     make parity && .venv/bin/python benchmarks/train_step.py [--dtype=bfloat16] [--batch_size=8] [--rounds=10]
 
-Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory. The
-two are timed alternately, call by call, so that a machine whose speed drifts does not favor one; the script prints medians,
-and the median of the ratios. PyTorch uses its faster memory layout (channels_last). bfloat16 is `model.dtype=bfloat16` in
-this project and autocast in PyTorch.
+Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory. Each
+runs in a process of its own, set up as its users run it: this project's as main.py, PyTorch with its faster memory layout
+(channels_last). The two are timed alternately, call by call, so that a machine whose speed drifts does not favor one; the
+script prints medians, and the median of the ratios. bfloat16 is `model.dtype=bfloat16` in this project and autocast in
+PyTorch.
 """
 
 import argparse
@@ -15,21 +16,21 @@ import sys
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent.parent / "tests")]
 
-import jax
 import numpy as np
-import torch
-from diffusers import UNet2DModel
 
-from benchmarks.diffusers_network import make_train_step
-from benchmarks.timing import time_alternately
-from configs import cifar10
-from diffusion_jax import training
-from diffusion_jax.distributed import compiler
-from helpers.torch_networks import PUBLISHED
+from benchmarks.timing import Process, time_alternately
 
 
-def our_functions(batch_size: int, dtype: str):
-    """(call, step, state) of this project."""
+def ours(batch_size: int, dtype: str):
+    """(functions, [parameters, a line about the software]) of this project."""
+    import jax
+
+    from configs import cifar10
+    from diffusion_jax import training
+    from diffusion_jax.distributed import compiler
+    from diffusion_jax.runs import devices
+
+    devices.start()
     config = cifar10.get_config()
     config.model.dtype = dtype
     config.training.batch_size = batch_size
@@ -44,11 +45,19 @@ def our_functions(batch_size: int, dtype: str):
         state, metrics = built.train_step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    return lambda: jax.block_until_ready(apply(state.params, x, time)), step, state
+    functions = {"network call": lambda: jax.block_until_ready(apply(state.params, x, time)), "train step": step}
+    software = f"jax {jax.__version__} on {jax.default_backend()}, compiler options {compiler.options() or 'none'}"
+    return functions, (sum(p.size for p in jax.tree.leaves(state.params)), software)
 
 
-def diffusers_functions(batch_size: int, dtype: str):
-    """(call, step, model) of diffusers on PyTorch."""
+def diffusers(batch_size: int, dtype: str):
+    """(functions, [parameters, a line about the software]) of diffusers on PyTorch."""
+    import torch
+    from diffusers import UNet2DModel
+
+    from benchmarks.diffusers_network import make_train_step
+    from helpers.torch_networks import PUBLISHED
+
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     model = UNet2DModel(**PUBLISHED, dropout=0.1).to(memory_format=torch.channels_last)
     x = torch.zeros(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -62,7 +71,8 @@ def diffusers_functions(batch_size: int, dtype: str):
         model.train()
         train_step()
 
-    return call, step, model
+    software = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return {"network call": call, "train step": step}, (sum(p.numel() for p in model.parameters()), software)
 
 
 def main() -> None:
@@ -72,24 +82,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
-    call, step, state = our_functions(options.batch_size, options.dtype)
-    torch_call, torch_step, model = diffusers_functions(options.batch_size, options.dtype)
-    parameters = sum(p.size for p in jax.tree.leaves(state.params)), sum(p.numel() for p in model.parameters())
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}"
-    )
-    print(
-        f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}; "
-        f"batch {options.batch_size}, {options.dtype}"
-    )
-    print(f"compiler options: {compiler.options() or 'none'}")
-    print(f"parameters:   ours {parameters[0]:,}, diffusers {parameters[1]:,}")
-    for name, a, b in (("network call", call, torch_call), ("train step", step, torch_step)):
-        our_seconds, diffusers_seconds = time_alternately((a, b), options.rounds, warmup=2)
+    print(f"{platform.processor() or platform.machine()}; Python {platform.python_version()}")
+    print(f"batch {options.batch_size}, {options.dtype}", flush=True)
+    processes = {make.__name__: Process(make, options.batch_size, options.dtype) for make in (ours, diffusers)}
+    for name, process in processes.items():
+        parameters, software = process.facts
+        print(f"{name}: {parameters:,} parameters, {software}", flush=True)
+    for name in ("network call", "train step"):
+        functions = [process.function(name) for process in processes.values()]
+        our_seconds, diffusers_seconds = time_alternately(functions, options.rounds, warmup=2)
         print(
             f"{name + ':':13} ours {np.median(our_seconds):.3f} s, diffusers {np.median(diffusers_seconds):.3f} s, "
-            f"ratio {np.median(our_seconds / diffusers_seconds):.2f}"
+            f"ratio {np.median(our_seconds / diffusers_seconds):.2f}",
+            flush=True,
         )
+    for process in processes.values():
+        process.end()
 
 
 if __name__ == "__main__":
