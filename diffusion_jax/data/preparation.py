@@ -335,16 +335,20 @@ def _error_message(error: Exception, name: str, data_dir: str | None, builder) -
     kinds = {type(link).__name__ for link in chain}
     unreachable = next((link for link in chain if isinstance(link, _UnreachableError)), None)
     reason = _one_line(_innermost(unreachable or error))
-    failed = f"the data set {name!r} is not in {root}, and its download failed: {reason}"
+    failed = f"the data set {name!r} is not in {root}, and its download failed: "
     if unreachable:
         return (
             f"the data set {name!r} is not in {root} and cannot be downloaded: {reason}. Set data.data_dir to its directory, "
             f"or prepare it on a machine with a network, with: {preparation_command(name, data_dir)}"
         )
     if "NonMatchingChecksumError" in kinds:
-        return f"{failed}; the file is corrupted or has changed: rerun the same command"
+        # TFDS names a path first, which may be longer than the line.
+        url = re.search(r"https?://[^\s,]+", str(error))
+        file = url[0] if url else "a file"
+        return f"{failed}wrong checksum of {file}, which is corrupted or has changed; rerun the same command"
     if kinds & {"DownloadError"} or any(isinstance(link, requests.exceptions.RequestException) for link in chain):
-        return f"{failed}; rerun the same command, or prepare it elsewhere with: {preparation_command(name, data_dir)}"
+        command = preparation_command(name, data_dir)
+        return f"{failed}{reason}; rerun the same command, or prepare it elsewhere with: {command}"
     if any(isinstance(link, OSError) for link in chain) or "ResourceExhaustedError" in kinds:
         return f"the data set {name!r} cannot be prepared in {root}: {reason}; set data.data_dir to another directory"
     if isinstance(error, ImportError):
