@@ -17,7 +17,7 @@ from diffusion_jax.runs.console import log
 __all__ = ["silence_libraries", "start", "start_virtual"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-_CACHE_OPTION = "jax_compilation_cache_dir"
+_CACHE_OPTION, _PLATFORMS_OPTION = "jax_compilation_cache_dir", "jax_platforms"
 
 
 def silence_libraries() -> None:
@@ -39,7 +39,7 @@ def silence_libraries() -> None:
 def start(verbose: bool = False) -> None:
     """Sets up the compilation cache and prints the devices; verbose: also the options given to XLA."""
     _use_compilation_cache()
-    accelerator, cpu_is_chosen = _find_accelerator(), jax.config.jax_platforms == "cpu"
+    accelerator, cpu_is_chosen = _find_accelerator(), getattr(jax.config, _PLATFORMS_OPTION) == "cpu"
     if accelerator is None or cpu_is_chosen:
         _keep_freed_memory()  # before JAX starts its threads
     backend, count = jax.default_backend(), jax.device_count()
