@@ -44,17 +44,19 @@ def launch_events(launches: Sequence[Mapping[str, Any]], num_steps: int | None, 
 
 def _end(launch: Mapping[str, Any], following: Mapping[str, Any] | None, number: int, is_finished: bool) -> Event:
     when, last = _time(launch["end"]), launch["last_step"]
+    reason = f" Its error: {launch['stopped_by']}" if "stopped_by" in launch else ""
     duration = format_duration(launch["end"] - launch["start"])
     if following is None:
         if is_finished:
             return Event(when, "finished", f"Launch {number} reached the last step, {last:,}, after {duration}.")
-        return Event(when, "ended early", f"The last line of launch {number} is of step {last:,}, after {duration}.")
+        text = f"The last line of launch {number} is of step {last:,}, after {duration}.{reason}"
+        return Event(when, "ended early", text)
     repeated = last - following["first_step"]
     if repeated > 0:
         text = f"Launch {number} was lost after step {last:,}, after {duration}; {repeated:,} steps were done again."
-        return Event(when, "killed", text)
+        return Event(when, "failed" if reason else "killed", text + reason)
     text = f"Launch {number} ended at step {last:,}, after {duration}; no logged step was done again."
-    return Event(when, "ended", text)
+    return Event(when, "ended", text + reason)
 
 
 def checkpoint_events(directory: pathlib.Path) -> list[Event]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from diffusion_jax.errors import shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.locations import find_mirror
 
@@ -46,6 +47,7 @@ class LaunchTimes:
         self._written = -math.inf
         self._earlier: list[dict[str, Any]] = []
         self._environment: Mapping[str, Any] | None = None
+        self._stopped_by = ""
 
     def begin(self, step: int, environment: Mapping[str, Any] | None = None) -> None:
         """Notes the step that the launch starts from; everything so far that was not measured was `start`.
@@ -80,10 +82,17 @@ class LaunchTimes:
             self._written = self._clock()
         return _goodput(launches, self._clock()).fractions["train"]
 
+    def stop(self, error: BaseException) -> None:
+        """Notes the error that ends the launch. If it cannot be written, that is no second error."""
+        self._stopped_by = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
+        with contextlib.suppress(Exception):
+            self.write(self._step, is_last=True)
+
     def _entry(self) -> dict[str, Any]:
         times = {"start": self._start, "end": self._clock(), "first_step": self._first_step, "last_step": self._step}
         entry = times | {"seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items()}}
-        return entry | ({"environment": dict(self._environment)} if self._environment else {})
+        entry |= {"environment": dict(self._environment)} if self._environment else {}
+        return entry | ({"stopped_by": self._stopped_by} if self._stopped_by else {})
 
 
 def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | None:
@@ -93,7 +102,7 @@ def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | N
 
 
 def read_launches(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The launches of a run that logged a line, as goodput.json has them; [] if there are none."""
+    """The launches of a run that logged a line or failed, as goodput.json has them; [] if there are none."""
     return _read(workdir / _FILE)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax.runs.console import format_duration
-from diffusion_jax.runs.goodput import Goodput, read_goodput
+from diffusion_jax.runs.goodput import Goodput, read_goodput, read_launches
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.storage.locations import with_urls
 from diffusion_jax.storage.locks import find_holder
@@ -41,6 +41,9 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     saved, holder = committed_steps(workdir / "checkpoints"), find_holder(workdir / ".lock")
     step = max([line["step"] for line in lines] + saved, default=0)
     rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
+    launches = read_launches(workdir)
+    if not holder and launches and "stopped_by" in launches[-1]:
+        rows["stopped by"] = launches[-1]["stopped_by"]
     rows["progress"] = f"step {step:,} of {num_steps:,} ({100 * step // num_steps}%)"
     timed = [line for line in lines if "step_seconds" in line]
     if timed:

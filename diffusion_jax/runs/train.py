@@ -194,6 +194,8 @@ def _train(
     profile = TraceProfile(workdir if is_writer else None, options.profile)
     launch.begin(step, describe_environment())
     with contextlib.ExitStack() as stack:
+        if is_writer:
+            stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):

@@ -72,6 +72,14 @@ def test_a_run_in_progress_and_a_stop_lose_nothing():
     assert launch_events([], None, is_running=False) == []
 
 
+def test_a_launch_that_failed_has_its_error():
+    first = launch(0, 10, 0, 100) | {"stopped_by": "the disk is full"}
+    following = {"ended early": [], "failed": [launch(5, 30, 100, 150)], "ended": [launch(10, 30, 100, 150)]}
+    for kind, others in following.items():
+        event = launch_events([first, *others], 1000, is_running=False)[1]
+        assert event.kind == kind and event.text.endswith(" Its error: the disk is full")
+
+
 def parsed(command, mode):
     words = shlex.split(command)
     assert words[0] == "diffusion-jax"

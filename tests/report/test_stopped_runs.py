@@ -1,5 +1,6 @@
 """The report of a run that fails or is stopped: it is written last, and hides neither the message nor the exit code."""
 
+import html
 import re
 import threading
 
@@ -57,7 +58,10 @@ def test_a_run_that_fails_or_is_stopped_has_a_report(tmp_path, statement, overri
     assert code == exit_code and re.search(message, err), err
     assert len(err.strip().splitlines()) == 1 or "unexpected" in err
     assert out.strip().splitlines()[-1].startswith("Report, with curves")  # after the checkpoint
-    assert "not running; rerun its command to resume" in (tmp_path / "run" / "report.html").read_text()
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert "not running; rerun its command to resume" in page
+    reason = message.removeprefix("error: ").removeprefix("RuntimeError: ")
+    assert re.search(f"stopped by.*{reason}", page, re.DOTALL) and re.search(f"Its error: {reason}", page)
 
 
 @pytest.mark.whole

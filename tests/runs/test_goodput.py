@@ -13,7 +13,7 @@ import pytest
 from diffusion_jax import cli
 from diffusion_jax.distributed.file_lock import find_holder, locked
 from diffusion_jax.runs import status, train
-from diffusion_jax.runs.goodput import LaunchTimes, read_goodput
+from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
@@ -149,3 +149,12 @@ def test_a_profile_at_the_start_is_of_the_sixth_to_the_tenth_call(tmp_path, trac
     with TraceProfile(None, at_start=True) as profile:  # the other processes
         steps(profile, 12)
     assert traces == ["start", "stop"]
+
+
+def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):
+    times = LaunchTimes(tmp_path)
+    times.begin(3)
+    times.stop(ValueError("two\n lines"))
+    assert read_launches(tmp_path)[0]["stopped_by"] == "two lines"
+    LaunchTimes(tmp_path / "missing").stop(KeyboardInterrupt())
+    assert not (tmp_path / "missing").exists()
