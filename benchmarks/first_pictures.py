@@ -68,19 +68,16 @@ def training_images(directory: pathlib.Path) -> np.ndarray:
 
 
 def plot(directory: pathlib.Path):
-    """A figure of the samples after each of STEPS, and of training images."""
+    """A figure of the pictures after each of STEPS, and of training images."""
     from matplotlib.figure import Figure
 
-    panels = {
-        f"samples at step {step}": Image.open(directory / f"runs/shapes/samples/train_step{step:08d}.png")
-        for step in STEPS
-    }
-    panels[f"{NUM_IMAGES} of the training images"] = pictures.draw_grid(training_images(directory))
-    figure = Figure(figsize=(7, 7.3), dpi=100, layout="constrained")
-    for axes, (title, picture) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
+    panels = [Image.open(directory / f"runs/shapes/samples/train_step{step:08d}.png") for step in STEPS]
+    training = pictures.draw_samples(training_images(directory), f"{NUM_IMAGES} of the training images")
+    panels.append(pictures.to_array(training))
+    figure = Figure(figsize=(9, 9.4), dpi=100, layout="constrained")
+    for axes, picture in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
         axes.imshow(picture, interpolation="nearest")
         axes.set_axis_off()
-        axes.set_title(title)
     return figure
 
 
