@@ -7,8 +7,8 @@ import: `import diffusion_jax` after `import jax`, in separate processes; the me
 step: the parts of the first train step of configs/digits.py, from the start of a separate process. The cache is a temporary
 folder that is empty for the first process.
 command: `main.py --config=configs/digits.py` until the first step is in metrics.jsonl.
-programs: the number of equations of the traced programs, including nested ones, and the seconds to trace and to compile them:
-a network call for 1 image and the train step for 2.
+programs: the number of equations, including nested ones, of the train step and of 50 steps of DDIM for 2 images, and
+the CPU seconds to trace and to lower them; with --compile also to compile them. --presets selects networks.
 refusals: CPU seconds of `--help` and of command lines that are refused.
 demo: the three commands of `make demo` with empty caches, with `--steps` train steps.
 data: CIFAR-10 from a directory of TFDS in separate processes, with an empty and with a full cache of decoded images.
@@ -30,7 +30,7 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-PIXELS = {"ddpm_cifar10": 32, "adm_imagenet64": 64, "adm_imagenet256": 256}
+PIXELS = {"ddpm_cifar10": 32, "adm_imagenet64": 64, "adm_imagenet256": 256, "adm_imagenet512": 512}
 
 _IMPORT = "import time, jax; s = time.perf_counter(); {}; print(time.perf_counter() - s)"
 
@@ -177,28 +177,14 @@ def decoded_data(root: str, data_dir: str) -> None:
 
 
 def programs(presets: list[str], compiled: bool) -> None:
-    """Prints two lines for each network: its call and its train step."""
-    import jax
-    import jax.numpy as jnp
-
-    from diffusion_jax import data, models, training
+    """Prints two lines for each network: its train step, and a sampler of 50 steps of DDIM; the seconds are CPU seconds."""
+    from diffusion_jax import models, training
     from diffusion_jax.config import default
-    from diffusion_jax.distributed import compiler
-    from helpers.jaxprs import equations
+    from diffusion_jax.runs import devices
 
-    def report(name: str, function, *arguments) -> None:
-        """Prints a line for a jitted function."""
-        start = time.perf_counter()
-        traced = function.trace(*arguments)
-        seconds = [time.perf_counter() - start]
-        count = sum(1 for _ in equations(traced.jaxpr.jaxpr))
-        if compiled:
-            start = time.perf_counter()
-            traced.lower().compile()
-            seconds.append(time.perf_counter() - start)
-        print(f"| {name} | {count:,} | " + " | ".join(f"{s:.1f} s" for s in seconds) + " |", flush=True)
-
-    print("| | equations | tracing |" + " compiling |" * compiled + "\n|---|---|---|" + "---|" * compiled)
+    devices.collect_garbage_rarely()  # as `devices.start`, which would also use the compilation cache
+    columns = ["equations", "tracing", "lowering", *["compiling"] * compiled]
+    print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name in presets:
         config = default()
         config.model.update(models.preset_fields(name))
@@ -207,22 +193,66 @@ def programs(presets: list[str], compiled: bool) -> None:
         if models.preset(name).out_channels == 6:
             config.diffusion.update(variance="learned_range", loss="hybrid")
         built = training.build_program(config)
-        shape = data.example_shape(config.data)
+        for work, program, arguments in (
+            ("train step", *_train_step(config, built)),
+            ("sampler", *_sampler(config, built)),
+        ):
+            count, seconds = _stages(program, arguments, compiled)
+            print(f"| {name}, {work} | {count:,} | " + " | ".join(f"{s:.1f} s" for s in seconds) + " |", flush=True)
 
-        def arguments(images, dtype, shape=shape):
-            labels = jax.ShapeDtypeStruct((images,), jnp.int32)
-            return jax.ShapeDtypeStruct((images, *shape), dtype), labels
 
-        x, y = arguments(1, jnp.float32)
-        y = y if built.model.num_classes else None
-        call = jax.jit(
-            lambda p, x, t, y, model=built.model: model.apply({"params": p}, x, t, y),
-            compiler_options=compiler.options(),
-        )
-        state = built.abstract_state
-        report(f"{name}, call", call, state.params, x, jax.ShapeDtypeStruct((1,), jnp.float32), y)
-        image, label = arguments(2, jnp.uint8)
-        report(f"{name}, train step", built.train_step, state, {"image": image, "label": label})
+def _shapes(config, dtype: str) -> tuple:
+    """The shapes of 2 images and of their labels."""
+    import jax
+
+    from diffusion_jax import data
+
+    images = jax.ShapeDtypeStruct((2, *data.example_shape(config.data)), dtype)
+    return images, jax.ShapeDtypeStruct((2,), "int32")
+
+
+def _train_step(config, built) -> tuple:
+    """(the train step, the shapes of its arguments)."""
+    image, label = _shapes(config, "uint8")
+    return built.train_step, (built.abstract_state, {"image": image, "label": label})
+
+
+def _sampler(config, built) -> tuple:
+    """(DDIM of 50 steps, the shapes of its arguments)."""
+    import jax
+
+    from diffusion_jax import models, sampling, schedules
+    from diffusion_jax.distributed import compiler
+
+    short, sampler = schedules.respace(built.schedule, 50), sampling.ddim(variance=config.diffusion.variance)
+
+    def generate(params, x_T, y):
+        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
+
+        def denoise_fn(x_t, time):
+            return network(x_t, time, y if built.model.num_classes else None)
+
+        return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampler)
+
+    program = jax.jit(generate, compiler_options=compiler.options())
+    return program, (built.abstract_state.params, *_shapes(config, "float32"))
+
+
+def _stages(program, arguments: tuple, compiled: bool) -> tuple[int, list[float]]:
+    """(the number of equations, the CPU seconds of tracing, lowering and, if asked for, compiling)."""
+    from helpers.jaxprs import equations
+
+    marks = [time.process_time()]
+    traced = program.trace(*arguments)
+    marks.append(time.process_time())
+    lowered = traced.lower()
+    marks.append(time.process_time())
+    if compiled:
+        lowered.compile()
+        marks.append(time.process_time())
+    return sum(1 for _ in equations(traced.jaxpr.jaxpr)), [
+        after - before for before, after in itertools.pairwise(marks)
+    ]
 
 
 def main() -> None:

@@ -74,31 +74,41 @@ class GroupNorm(nn.Module):
         shift: float32 [B, C], or None. scale_shift: (scale, shift'), each float32 [B, C], or None.
         Raises: ValueError if `num_groups` does not divide C.
         """
-        batch, channels = x.shape[0], x.shape[-1]
+        channels = x.shape[-1]
         if channels % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels; change one")
         scale, bias = _ScaleAndBias(name="norm")(channels)
-        pixel_axes, to_pixels = tuple(range(1, x.ndim - 1)), (slice(None), *(None,) * (x.ndim - 2))
+        return _normalize(
+            x, scale, bias, shift, scale_shift, num_groups=self.num_groups, epsilon=self.epsilon, dtype=self.dtype
+        )
 
-        def mean_of_group(v):  # [B, C] to [B, C]
-            v = v.reshape(batch, self.num_groups, -1)
-            size = v.shape[-1]
-            return jnp.repeat((v / size).sum(-1), size, axis=1)
 
-        shift = jnp.zeros(()) if shift is None else shift
-        center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
-        change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
-        # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for one that is close to the mean.
-        x = x.astype(jnp.float32)
-        centered = x - center[to_pixels]
-        first, second = centered.mean(pixel_axes), jnp.square(centered).mean(pixel_axes)
-        mean = mean_of_group(first + change)
-        variance = mean_of_group(second + change * (2 * first + change)) - jnp.square(mean)
-        scale = scale * jax.lax.rsqrt(variance + self.epsilon)
-        bias = bias + (change - center - mean) * scale
-        if scale_shift is not None:
-            scale, bias = scale * (1 + scale_shift[0]), bias * (1 + scale_shift[0]) + scale_shift[1]
-        return (x * scale[to_pixels] + bias[to_pixels]).astype(self.dtype)
+# Traced once for each shape: networks have about a hundred norms, of some twenty shapes.
+@functools.partial(jax.jit, static_argnames=("num_groups", "epsilon", "dtype"))
+def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: float, dtype) -> jax.Array:
+    """`GroupNorm` with its scale and bias, each float32 [C]."""
+    batch = x.shape[0]
+    pixel_axes, to_pixels = tuple(range(1, x.ndim - 1)), (slice(None), *(None,) * (x.ndim - 2))
+
+    def mean_of_group(v):  # [B, C] to [B, C]
+        v = v.reshape(batch, num_groups, -1)
+        size = v.shape[-1]
+        return jnp.repeat((v / size).sum(-1), size, axis=1)
+
+    shift = jnp.zeros(()) if shift is None else shift
+    center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
+    change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
+    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for one that is close to the mean.
+    x = x.astype(jnp.float32)
+    centered = x - center[to_pixels]
+    first, second = centered.mean(pixel_axes), jnp.square(centered).mean(pixel_axes)
+    mean = mean_of_group(first + change)
+    variance = mean_of_group(second + change * (2 * first + change)) - jnp.square(mean)
+    scale = scale * jax.lax.rsqrt(variance + epsilon)
+    bias = bias + (change - center - mean) * scale
+    if scale_shift is not None:
+        scale, bias = scale * (1 + scale_shift[0]), bias * (1 + scale_shift[0]) + scale_shift[1]
+    return (x * scale[to_pixels] + bias[to_pixels]).astype(dtype)
 
 
 def _middle_mean(x) -> jax.Array:

@@ -73,7 +73,9 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra_args):
         del params
         norm = extra_args["grad_norm"]
-        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), updates), state
+        # XLA fuses a product with the update, but writes a quotient of each leaf first.
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

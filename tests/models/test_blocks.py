@@ -9,6 +9,7 @@ import pytest
 from diffusion_jax import models
 from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
 from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
+from helpers.jaxprs import calls
 from helpers.networks import TINY, init, redraw
 
 
@@ -86,6 +87,15 @@ def test_group_norm_and_its_derivatives_equal_numpy():
     mine = derivatives(lambda x: norm.apply(params, x))
     for a, b in zip(mine, derivatives(lambda x: linen.apply({"params": params["params"]["norm"]}, x)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_norms_of_one_shape_are_traced_once():
+    model = models.UNet(**TINY | {"num_res_blocks": 4})
+    x, params = jnp.zeros((2, 8, 8, 3)), init(model)
+    traced = jax.jit(lambda params, x, time: model.apply({"params": params}, x, time)).trace(params, x, jnp.zeros(2))
+    norms = calls(traced.jaxpr.jaxpr, "_normalize")
+    shapes = {tuple(variable.aval.shape for variable in norm.invars) for norm in norms}
+    assert len({id(norm.params["jaxpr"]) for norm in norms}) == len(shapes) < len(norms) / 2
 
 
 @pytest.mark.whole
