@@ -48,16 +48,19 @@ def precompute_time_embeddings(model: UNet | MLP, params, times) -> Network:
 
     Each block's projection is precomputed: T rows of as many numbers as the blocks have channels (20 kB a step of DDPM's
     CIFAR-10 network, 143 kB of ADM's at 64 pixels); with classes or vector conditions only the embedding, because theirs are
-    added to it. The output is NaN for a time that is not bit-identical to one of `times`. Kernels are cast to the compute
-    dtype once, except those of upsampling layers, which are summed before they are rounded.
+    added to it. The output is NaN for a time that is not bit-identical to one of `times`. Kernels and biases are cast to the
+    compute dtype once, except kernels of upsampling layers, which are summed before they are rounded, and the biases that
+    norms add.
     """
 
     def cast(path, leaf):
         # Of models.convolution.convolve_upsampled: the layer itself, or the first of a resampling block.
         summed_first = path[0].key.endswith("_upsample") and path[-2].key in (path[0].key, "conv1")
-        return leaf.astype(model.dtype) if path[-1].key == "kernel" and not summed_first else leaf
+        in_norm = path[-2].key in ("norm", "conv1", "dense1")
+        once = (path[-1].key == "kernel" and not summed_first) or (path[-1].key == "bias" and not in_norm)
+        return leaf.astype(model.dtype) if once else leaf
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = jax.tree_util.tree_map_with_path(cast, {name: _join_biases(block) for name, block in params.items()})
     times = jnp.asarray(times, jnp.float32)
     embedder = _TimeEmbedding(model.layers, model.channels, model.embedding_cos_first, model.embedding_freq_shift)
     embedding = _array(embedder.apply({"params": params}, times))
@@ -83,6 +86,15 @@ def precompute_time_embeddings(model: UNet | MLP, params, times) -> Network:
             return _array(model.apply({"params": params}, x_t, time, y, condition=condition))
 
     return network
+
+
+def _join_biases(block):
+    """The parameters of a residual block with the bias of its projection in that of its last layer; others as they are."""
+    if "skip" not in block:
+        return block
+    last, bias = "conv2" if "conv2" in block else "dense2", block["skip"]["bias"]
+    joined = {last: block[last] | {"bias": block[last]["bias"] + bias}}
+    return block | joined | {"skip": block["skip"] | {"bias": jnp.zeros_like(bias)}}
 
 
 def _array(output) -> jax.Array:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -55,7 +56,7 @@ def make_train_step(
     shape, labeled = data.example_shape(config["data"]), takes_labels(model, diffusion["loss"])
     shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
-    gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
+    gradient = _make_gradient(objective, terms, num_microbatches, gather_params, _keeps_casts(config))
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
@@ -64,8 +65,8 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
-        grad_norm = global_norm(grads)
-        grads = _in_layout_of_state(grads)
+        grad_norm = global_norm(_fuse_across_leaves(grads, 2, (2,)))
+        grads = _prepare_for_update(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
@@ -74,31 +75,75 @@ def make_train_step(
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
         sums = quarter_sums(values, schedule.num_timesteps)
-        param_norm = global_norm(params)
+        param_norm = global_norm(_fuse_across_leaves(_after_update(params), 3, (2,)))
         sums |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (param_norm, 1)}
         sums |= {"learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), 1)}
         sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
         metrics = {name: sums[name][0] / sums[name][1] for name in names}
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = update_window(state.window, sums, names, state.step, finite)
+        window = update_window(_fuse_across_leaves(state.window, 6), sums, names, state.step, finite)
         return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step
 
 
-def _in_layout_of_state(grads: Any) -> Any:
-    """The gradient with the last axis contiguous, as the state is stored.
+def _fuse_across_leaves(tree: Any, length: int, ndims: Sequence[int] = range(6)) -> Any:
+    """The same tree; what is computed next from its float32 leaves of these numbers of axes takes fewer kernels of a GPU.
+
+    XLA computes leaves of one shape in one kernel only if they all read one array that is not a scalar. So each leaf is
+    multiplied by the 1 in an array of `length` numbers, which changes no bit; an array of another length makes other kernels.
+    Other devices get the tree itself.
+    """
+    if jax.default_backend() != "gpu":
+        return tree
+    # Equal numbers would be written by a kernel.
+    one = jax.lax.optimization_barrier(jnp.asarray(np.eye(1, length, dtype=np.float32)[0]))[0]
+
+    def multiply(leaf):
+        return leaf * one if jnp.ndim(leaf) in ndims and jnp.result_type(leaf) == jnp.float32 else leaf
+
+    return jax.tree.map(multiply, tree)
+
+
+def _prepare_for_update(grads: Any) -> Any:
+    """The gradient for the update, in few kernels of a GPU and with the last axis contiguous, as the state is stored.
 
     cuDNN computes the gradient of a kernel in another order, to which XLA would change the parameters, the moments and the
     average, and back. On other devices the orders are the same.
     """
     if jax.default_backend() != "gpu":
         return grads
-    return jax.tree.map(lambda g: with_layout_constraint(g, Layout(major_to_minor=tuple(range(g.ndim)))), grads)
+
+    def place(g):
+        placed = with_layout_constraint(g, Layout(major_to_minor=tuple(range(g.ndim))))
+        # Of convolutions only the changes of layout are fused: XLA would not update several such leaves in place.
+        return jax.lax.optimization_barrier(placed) if g.ndim > 2 else placed
+
+    return jax.tree.map(place, _fuse_across_leaves(grads, 4))
+
+
+def _after_update(params: Any) -> Any:
+    """The same parameters, for their norm; on GPUs the norm of matrices is not computed by the kernels that update them.
+
+    XLA would update one matrix in each of those kernels.
+    """
+    if jax.default_backend() != "gpu":
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if leaf.ndim == 2 else leaf, params)
+
+
+def _keeps_casts(config: Mapping[str, Any]) -> bool:
+    """Whether the backward pass reads the parameters that the forward pass has cast, instead of casting them again."""
+    model = config["model"]
+    return model["dtype"] != "float32" and not model["remat"] and config["mesh"]["fsdp"] == 1
 
 
 def _make_gradient(
-    objective: Objective, terms: tuple[str, ...], num_microbatches: int, gather_params: Callable[[Callable], Callable]
+    objective: Objective,
+    terms: tuple[str, ...],
+    num_microbatches: int,
+    gather_params: Callable[[Callable], Callable],
+    fuse_casts: bool,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """gradient(params, history, key, examples) -> (gradient of the mean loss, values of each example).
 
@@ -113,7 +158,10 @@ def _make_gradient(
         values = jax.tree.map(microbatch.take, values)
         return values["loss"].mean(), values
 
-    microbatch_gradient = jax.grad(gather_params(loss_fn), has_aux=True)
+    gradient_fn = jax.grad(gather_params(loss_fn), has_aux=True)
+
+    def microbatch_gradient(params, *arguments):
+        return gradient_fn(_fuse_across_leaves(params, 5) if fuse_casts else params, *arguments)
 
     def gradient(params, *arguments):
         if num_microbatches == 1:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from diffusion_jax import losses, timesteps, training
-from diffusion_jax.training import optimizer
+from diffusion_jax.training import optimizer, step
 from diffusion_jax.training.batches import Examples, read_batch
 from diffusion_jax.training.metrics import QUARTERS
 from diffusion_jax.training.objective import make_objective
 from diffusion_jax.training.state import initial_state
 from diffusion_jax.training.step import make_train_step
 from helpers.configs import a_batch, classifier_config, tiny_config
+from helpers.jaxprs import equations
 
 LABELS = {"model.num_classes": 10}
 
@@ -357,3 +358,38 @@ def test_a_state_and_its_metrics_are_float32_with_x64(x64):
         assert {leaf.dtype.name for leaf in floats} == {"float32"}
         same = jax.tree.map(lambda a, b: a.dtype == b.dtype, built.abstract_state, after[0])
         assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.whole
+def test_leaves_that_share_kernels_keep_every_bit(monkeypatch):
+    tree = {
+        "empty": {},
+        "scalar": jnp.float32(0.1),
+        "vector": jnp.array([-0.0, np.inf, np.nan, 3.0], jnp.float32),
+        "numpy": np.array([[0.1, -0.0]], np.float32),
+        "integer": jnp.arange(3),
+        "half": jnp.ones(2, jnp.bfloat16),
+        "kernel": jax.random.normal(jax.random.key(0), (3, 3, 2, 2)),
+    }
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    for fuse in (lambda tree: step._fuse_across_leaves(tree, 2), step._prepare_for_update):
+        fused = jax.jit(fuse)(tree)
+        assert jax.tree.structure(fused) == jax.tree.structure(tree)
+        for leaf, other in zip(jax.tree.leaves(fused), jax.tree.leaves(tree), strict=True):
+            assert leaf.dtype == other.dtype
+            assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_update_reads_gradients_in_the_layout_of_the_state(backend, monkeypatch):
+    """Only on GPUs, whose gradients of kernels have another; nothing is compiled for one here."""
+    built = training.build_program(tiny_config())
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    batch = {"image": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8)}
+    made = equations(built.train_step.trace(built.abstract_state, batch).jaxpr.jaxpr)
+    placed = [e for e in made if e.primitive.name == "layout_constraint"]
+    leaves = jax.tree.leaves(built.abstract_state.params)
+    shapes = [leaf.shape for leaf in leaves] if backend == "gpu" else []
+    assert [e.invars[0].aval.shape for e in placed] == shapes
+    assert all(e.params["layout"].major_to_minor == tuple(range(e.invars[0].aval.ndim)) for e in placed)
