@@ -342,10 +342,10 @@ def _error_message(error: Exception, name: str, data_dir: str | None, builder) -
             f"or prepare it on a machine with a network, with: {preparation_command(name, data_dir)}"
         )
     if "NonMatchingChecksumError" in kinds:
-        # TFDS names a path first, which may be longer than the line.
+        # The message of TFDS begins with a local path, which may fill the shortened line.
         url = re.search(r"https?://[^\s,]+", str(error))
         file = url[0] if url else "a file"
-        return f"{failed}wrong checksum of {file}, which is corrupted or has changed; rerun the same command"
+        return f"{failed}wrong checksum of {file}: it is corrupted or has changed; rerun the same command"
     if kinds & {"DownloadError"} or any(isinstance(link, requests.exceptions.RequestException) for link in chain):
         command = preparation_command(name, data_dir)
         return f"{failed}{reason}; rerun the same command, or prepare it elsewhere with: {command}"

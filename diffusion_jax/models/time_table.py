@@ -56,6 +56,7 @@ def precompute_time_embeddings(model: UNet | MLP, params, times) -> Network:
     def cast(path, leaf):
         # Of models.convolution.convolve_upsampled: the layer itself, or the first of a resampling block.
         summed_first = path[0].key.endswith("_upsample") and path[-2].key in (path[0].key, "conv1")
+        # The second norm of a block adds the bias of the first layer, in float32.
         in_norm = path[-2].key in ("norm", "conv1", "dense1")
         once = (path[-1].key == "kernel" and not summed_first) or (path[-1].key == "bias" and not in_norm)
         return leaf.astype(model.dtype) if once else leaf
@@ -89,11 +90,11 @@ def precompute_time_embeddings(model: UNet | MLP, params, times) -> Network:
 
 
 def _join_biases(block):
-    """The parameters of a residual block with the bias of its projection in that of its last layer; others as they are."""
+    """Adds the bias of a residual block's projection to that of its last convolution, so that a call adds one vector."""
     if "skip" not in block:
         return block
-    last, bias = "conv2" if "conv2" in block else "dense2", block["skip"]["bias"]
-    joined = {last: block[last] | {"bias": block[last]["bias"] + bias}}
+    bias = block["skip"]["bias"]
+    joined = {"conv2": block["conv2"] | {"bias": block["conv2"]["bias"] + bias}}
     return block | joined | {"skip": block["skip"] | {"bias": jnp.zeros_like(bias)}}
 
 

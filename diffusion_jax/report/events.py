@@ -44,10 +44,10 @@ def launch_events(launches: Sequence[Mapping[str, Any]], num_steps: int | None, 
 
 def _end(launch: Mapping[str, Any], following: Mapping[str, Any] | None, number: int, is_finished: bool) -> Event:
     when, last = _time(launch["end"]), launch["last_step"]
-    reason = f" Its error: {launch['stopped_by']}" if "stopped_by" in launch else ""
+    reason = f" Reason: {launch['stopped_by']}" if "stopped_by" in launch else ""
     duration = format_duration(launch["end"] - launch["start"])
     if following is None:
-        if is_finished:
+        if is_finished and not reason:
             return Event(when, "finished", f"Launch {number} reached the last step, {last:,}, after {duration}.")
         text = f"The last line of launch {number} is of step {last:,}, after {duration}.{reason}"
         return Event(when, "ended early", text)

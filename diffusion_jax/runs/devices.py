@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import warnings
@@ -18,7 +20,7 @@ from diffusion_jax.runs.console import log
 __all__ = ["collect_garbage_rarely", "silence_libraries", "start", "start_virtual"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-_CACHE_OPTION, _PLATFORMS_OPTION = "jax_compilation_cache_dir", "jax_platforms"
+_CACHE_OPTION = "jax_compilation_cache_dir"
 
 
 def silence_libraries() -> None:
@@ -38,34 +40,45 @@ def silence_libraries() -> None:
 
 
 def collect_garbage_rarely() -> None:
-    """Sets the number of allocations between two collections of garbage to 100,000; Python's default is 700.
+    """Sets the number of new objects between two collections of garbage to 100,000; Python's default is 700 or 2,000.
 
-    While a network is traced nearly no object is garbage, and the collections were over a third of that time.
+    While a network is traced nearly no object is garbage, and the collections were over a third of that time. Older
+    generations are collected at every other collection, so that garbage in cycles, such as figures, does not pile up.
     """
-    gc.set_threshold(100_000)
+    gc.set_threshold(100_000, 1, 1)
 
 
 def start(verbose: bool = False) -> None:
     """Sets up the compilation cache and prints the devices; verbose: also the options given to XLA."""
     collect_garbage_rarely()
     _use_compilation_cache()
-    accelerator, cpu_is_chosen = _find_accelerator(), getattr(jax.config, _PLATFORMS_OPTION) == "cpu"
-    if accelerator is None or cpu_is_chosen:
-        _keep_freed_memory()  # before JAX starts its threads
+    if _must_use_cpu():
+        _keep_freed_memory()  # before XLA starts its threads
     backend, count = jax.default_backend(), jax.device_count()
     log(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
     if verbose and backend == "cpu":
         options = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
         log(f"Options for XLA: {options or 'none'} (XLA_FLAGS override them)")
-    if backend == "cpu" and accelerator and not cpu_is_chosen:
-        extra = "tpu" if accelerator == "a TPU" else "cuda"
-        log(f"This machine has {accelerator} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")
+    if backend == "cpu" and _platforms() != "cpu":
+        device = (
+            "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
+        )
+        if device:
+            extra = "tpu" if device == "a TPU" else "cuda"
+            log(f"This machine has {device} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")
 
 
-def _find_accelerator() -> str | None:
-    """The accelerator of this machine, whether or not JAX can use it."""
-    found = {"an NVIDIA GPU": "/dev/nvidia0", "a TPU": "/dev/accel0"}
-    return next((name for name, path in found.items() if os.path.exists(path)), None)
+def _platforms() -> str | None:
+    """The platforms that JAX_PLATFORMS or the configuration of JAX name."""
+    return getattr(jax.config, "jax_platforms")  # noqa: B009
+
+
+def _must_use_cpu() -> bool:
+    """Whether JAX can only use the CPU: it was chosen, or no plugin for an accelerator is installed."""
+    if _platforms():
+        return _platforms() == "cpu"
+    has_plugin = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return not has_plugin and not importlib.metadata.entry_points(group="jax_plugins")
 
 
 def _keep_freed_memory() -> None:
@@ -80,9 +93,9 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return
-    mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt(_M_MMAP_THRESHOLD, 2**30):  # versions before 2.35 accept 32 MB at most
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def start_virtual(num_devices: int) -> None:

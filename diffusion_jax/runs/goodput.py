@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from diffusion_jax.errors import shorten
+from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.locations import find_mirror
 
@@ -83,8 +83,12 @@ class LaunchTimes:
         return _goodput(launches, self._clock()).fractions["train"]
 
     def stop(self, error: BaseException) -> None:
-        """Notes the error that ends the launch. If it cannot be written, that is no second error."""
-        self._stopped_by = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
+        """Notes the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
+        if isinstance(error, StorageError | LeaseLostError):
+            return
+        is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)
+        text = str(error) if is_message else f"{type(error).__name__}: {error}"
+        self._stopped_by = shorten(" ".join(text.split()) or type(error).__name__, 300)
         with contextlib.suppress(Exception):
             self.write(self._step, is_last=True)
 

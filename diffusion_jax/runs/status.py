@@ -43,7 +43,8 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
     launches = read_launches(workdir)
     if not holder and launches and "stopped_by" in launches[-1]:
-        rows["stopped by"] = launches[-1]["stopped_by"]
+        when = datetime.datetime.fromtimestamp(launches[-1]["end"])
+        rows["last stop"] = f"{when:%Y-%m-%d %H:%M:%S}, {launches[-1]['stopped_by']}"
     rows["progress"] = f"step {step:,} of {num_steps:,} ({100 * step // num_steps}%)"
     timed = [line for line in lines if "step_seconds" in line]
     if timed:

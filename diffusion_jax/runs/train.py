@@ -184,18 +184,18 @@ def _train(
         return state if step % options.log_every else dataclasses.replace(state, window=program.empty_window())
 
     state = begin_window(step, state)
-    loader = BatchLoader(config, program, source, step)
-    batch, count = loader.next(step)
-    compiled = _CompiledSteps(program)
-    with log_compilation("the train step"), launch.measure("compile"):
-        compiled.get(count, state, batch)
-
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer else None, options.profile)
     launch.begin(step, describe_environment())
     with contextlib.ExitStack() as stack:
         if is_writer:
             stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
+        with launch.measure("start"):
+            loader = BatchLoader(config, program, source, step)
+            batch, count = loader.next(step)
+        compiled = _CompiledSteps(program)
+        with log_compilation("the train step"), launch.measure("compile"):
+            compiled.get(count, state, batch)
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):

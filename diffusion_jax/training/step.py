@@ -56,7 +56,7 @@ def make_train_step(
     shape, labeled = data.example_shape(config["data"]), takes_labels(model, diffusion["loss"])
     shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
-    gradient = _make_gradient(objective, terms, num_microbatches, gather_params, _keeps_casts(config))
+    gradient = _make_gradient(objective, terms, num_microbatches, gather_params, _can_fuse_casts(config))
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
@@ -65,7 +65,7 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
-        grad_norm = global_norm(_fuse_across_leaves(grads, 2, (2,)))
+        grad_norm = global_norm(_fuse_across_leaves(grads, "grad_norm", (2,)))
         grads = _prepare_for_update(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
@@ -75,29 +75,32 @@ def make_train_step(
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
         sums = quarter_sums(values, schedule.num_timesteps)
-        param_norm = global_norm(_fuse_across_leaves(_after_update(params), 3, (2,)))
+        param_norm = global_norm(_fuse_across_leaves(_after_update(params), "param_norm", (2,)))
         sums |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (param_norm, 1)}
         sums |= {"learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), 1)}
         sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
         metrics = {name: sums[name][0] / sums[name][1] for name in names}
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = update_window(_fuse_across_leaves(state.window, 6), sums, names, state.step, finite)
+        window = update_window(_fuse_across_leaves(state.window, "window"), sums, names, state.step, finite)
         return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step
 
 
-def _fuse_across_leaves(tree: Any, length: int, ndims: Sequence[int] = range(6)) -> Any:
+# The length of the array that leaves share, another for each purpose, so that they do not share kernels.
+_LENGTHS = {"grad_norm": 2, "param_norm": 3, "update": 4, "casts": 5, "window": 6}
+
+
+def _fuse_across_leaves(tree: Any, purpose: str, ndims: Sequence[int] = range(6)) -> Any:
     """The same tree; what is computed next from its float32 leaves of these numbers of axes takes fewer kernels of a GPU.
 
     XLA computes leaves of one shape in one kernel only if they all read one array that is not a scalar. So each leaf is
-    multiplied by the 1 in an array of `length` numbers, which changes no bit; an array of another length makes other kernels.
-    Other devices get the tree itself.
+    multiplied by the 1 in an array, which changes no bit; purpose: one of `_LENGTHS`. Other devices get the tree unchanged.
     """
     if jax.default_backend() != "gpu":
         return tree
     # Equal numbers would be written by a kernel.
-    one = jax.lax.optimization_barrier(jnp.asarray(np.eye(1, length, dtype=np.float32)[0]))[0]
+    one = jax.lax.optimization_barrier(jnp.asarray(np.eye(1, _LENGTHS[purpose], dtype=np.float32)[0]))[0]
 
     def multiply(leaf):
         return leaf * one if jnp.ndim(leaf) in ndims and jnp.result_type(leaf) == jnp.float32 else leaf
@@ -119,7 +122,7 @@ def _prepare_for_update(grads: Any) -> Any:
         # Of convolutions only the changes of layout are fused: XLA would not update several such leaves in place.
         return jax.lax.optimization_barrier(placed) if g.ndim > 2 else placed
 
-    return jax.tree.map(place, _fuse_across_leaves(grads, 4))
+    return jax.tree.map(place, _fuse_across_leaves(grads, "update"))
 
 
 def _after_update(params: Any) -> Any:
@@ -132,7 +135,7 @@ def _after_update(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if leaf.ndim == 2 else leaf, params)
 
 
-def _keeps_casts(config: Mapping[str, Any]) -> bool:
+def _can_fuse_casts(config: Mapping[str, Any]) -> bool:
     """Whether the backward pass reads the parameters that the forward pass has cast, instead of casting them again."""
     model = config["model"]
     return model["dtype"] != "float32" and not model["remat"] and config["mesh"]["fsdp"] == 1
@@ -161,7 +164,7 @@ def _make_gradient(
     gradient_fn = jax.grad(gather_params(loss_fn), has_aux=True)
 
     def microbatch_gradient(params, *arguments):
-        return gradient_fn(_fuse_across_leaves(params, 5) if fuse_casts else params, *arguments)
+        return gradient_fn(_fuse_across_leaves(params, "casts") if fuse_casts else params, *arguments)
 
     def gradient(params, *arguments):
         if num_microbatches == 1:

@@ -138,7 +138,7 @@ def test_load_without_download_sends_no_request(server, tmp_path):
         ("403", "HTTP code: 403"),
         ("503", "download failed: too many 503 error responses"),
         ("drops", "download failed: Connection broken: IncompleteRead.*; rerun the same command"),
-        ("no length", "download failed: wrong checksum of http://127.0.0.1.*/fruit.zip, .*same command"),
+        ("no length", "download failed: wrong checksum of http://127.0.0.1.*/fruit.zip: .*same command"),
         ("stalls", "download failed: .*Read timed out"),
         ("damaged", "wrong checksum"),
     ],

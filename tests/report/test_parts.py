@@ -72,12 +72,14 @@ def test_a_run_in_progress_and_a_stop_lose_nothing():
     assert launch_events([], None, is_running=False) == []
 
 
-def test_a_launch_that_failed_has_its_error():
+def test_a_launch_that_failed_has_its_reason():
     first = launch(0, 10, 0, 100) | {"stopped_by": "the disk is full"}
     following = {"ended early": [], "failed": [launch(5, 30, 100, 150)], "ended": [launch(10, 30, 100, 150)]}
     for kind, others in following.items():
         event = launch_events([first, *others], 1000, is_running=False)[1]
-        assert event.kind == kind and event.text.endswith(" Its error: the disk is full")
+        assert event.kind == kind and event.text.endswith(" Reason: the disk is full")
+    [*_, event] = launch_events([first], 100, is_running=False)  # also if the save of the last step failed
+    assert event.kind == "ended early" and event.text.endswith(" Reason: the disk is full")
 
 
 def parsed(command, mode):

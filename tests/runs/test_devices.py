@@ -1,6 +1,7 @@
 """The setup of a process before its first array."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import types
@@ -26,13 +27,17 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20, file=
 """
 
 
+def without_malloc_variables():
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+
+
 @pytest.fixture
 def calls(monkeypatch):
     made = []
-    library = types.SimpleNamespace(mallopt=lambda *arguments: made.append(arguments))
+    library = types.SimpleNamespace(mallopt=lambda *arguments: made.append(arguments) or 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
+    for name in set(os.environ) - set(without_malloc_variables()):
+        monkeypatch.delenv(name)
     return made
 
 
@@ -42,9 +47,26 @@ def test_freed_memory_is_kept_on_cpus(calls):
     assert dict(calls) == {-8: 1, -3: 2**30, -1: 2**31 - 1}
 
 
+def test_a_c_library_that_refuses_a_threshold_keeps_its_others(monkeypatch, calls):
+    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments) or 0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    devices.start()
+    assert dict(calls) == {-3: 2**30}
+
+
+@pytest.mark.parametrize("platforms", ["", "cuda,cpu"])
+def test_freed_memory_is_returned_where_an_accelerator_may_be_used(calls, monkeypatch, platforms):
+    monkeypatch.setattr(devices, "_platforms", lambda: platforms)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_plugins")
+    devices.start()
+    assert not calls
+
+
 def test_steps_get_no_new_pages_from_the_system():
     """In a process of its own, because the heaps of this one's threads exist already."""
-    found = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    environment = without_malloc_variables() | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _FAULTS]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(found.stdout) < 5_000  # of 4 kB a call; 20,000 if the buffers were returned after each
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.distributed.file_lock import find_holder, locked
+from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.runs import status, train
 from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
@@ -155,6 +156,8 @@ def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):
     times = LaunchTimes(tmp_path)
     times.begin(3)
     times.stop(ValueError("two\n lines"))
-    assert read_launches(tmp_path)[0]["stopped_by"] == "two lines"
+    assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
+    times.stop(LeaseLostError("another launch writes there"))
+    assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
     LaunchTimes(tmp_path / "missing").stop(KeyboardInterrupt())
     assert not (tmp_path / "missing").exists()

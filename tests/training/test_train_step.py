@@ -372,7 +372,7 @@ def test_leaves_that_share_kernels_keep_every_bit(monkeypatch):
         "kernel": jax.random.normal(jax.random.key(0), (3, 3, 2, 2)),
     }
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    for fuse in (lambda tree: step._fuse_across_leaves(tree, 2), step._prepare_for_update):
+    for fuse in (lambda tree: step._fuse_across_leaves(tree, "grad_norm"), step._prepare_for_update):
         fused = jax.jit(fuse)(tree)
         assert jax.tree.structure(fused) == jax.tree.structure(tree)
         for leaf, other in zip(jax.tree.leaves(fused), jax.tree.leaves(tree), strict=True):
