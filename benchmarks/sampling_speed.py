@@ -27,7 +27,7 @@ STEPS = {"ddim": 50, "dpm_solver_pp": 20}
 IMAGE_SIZE, SMALL_CHANNELS, FEW_STEPS = 32, 32, 5
 
 
-def ours(dtype: str, images: int, small: bool):
+def make_ours(dtype: str, images: int, small: bool):
     """(functions, a line about the software) of this project; each is compiled when it is first called."""
     import jax
 
@@ -66,7 +66,7 @@ def ours(dtype: str, images: int, small: bool):
     return functions, f"jax {jax.__version__} on {jax.default_backend()}"
 
 
-def diffusers(dtype: str, images: int, small: bool):
+def make_diffusers(dtype: str, images: int, small: bool):
     """(functions, a line about the software) of diffusers' pipelines."""
     import diffusers
     import torch
@@ -81,12 +81,12 @@ def diffusers(dtype: str, images: int, small: bool):
     }
 
     def draw(name: str, steps: int):
-        def images_of_pipeline():
+        def run_pipeline():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 return pipelines[name](batch_size=images, num_inference_steps=steps, output_type="np").images
 
         pipelines[name].set_progress_bar_config(disable=True)
-        return images_of_pipeline
+        return run_pipeline
 
     functions = {f"{name} {steps}": draw(name, steps) for name in STEPS for steps in (STEPS[name], FEW_STEPS)}
     return functions, f"torch {torch.__version__}, diffusers {diffusers.__version__}"
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     network = options.dtype, options.images, options.small
-    our_process = Process(ours, *network)
+    our_process = Process(make_ours, *network)
     print(f"{options.images} images, {options.dtype}; {our_process.facts}", flush=True)
 
     if options.step_rounds:
@@ -117,7 +117,7 @@ def main() -> None:
     if not samplers:
         our_process.end()
         return
-    their_process = Process(diffusers, *network)
+    their_process = Process(make_diffusers, *network)
     print(their_process.facts, flush=True)
     for name in samplers:
         task = f"{name} {FEW_STEPS if options.small else STEPS[name]}"

@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.timing import Process, time_alternately
 
 
-def ours(batch_size: int, dtype: str):
-    """(functions, [parameters, a line about the software]) of this project."""
+def make_ours(batch_size: int, dtype: str):
+    """(functions, (parameters, a line about the software)) of this project."""
     import jax
 
     from configs import cifar10
@@ -50,8 +50,8 @@ def ours(batch_size: int, dtype: str):
     return functions, (sum(p.size for p in jax.tree.leaves(state.params)), software)
 
 
-def diffusers(batch_size: int, dtype: str):
-    """(functions, [parameters, a line about the software]) of diffusers on PyTorch."""
+def make_diffusers(batch_size: int, dtype: str):
+    """(functions, (parameters, a line about the software)) of diffusers on PyTorch."""
     import torch
     from diffusers import UNet2DModel
 
@@ -84,7 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}; Python {platform.python_version()}")
     print(f"batch {options.batch_size}, {options.dtype}", flush=True)
-    processes = {make.__name__: Process(make, options.batch_size, options.dtype) for make in (ours, diffusers)}
+    makers = {"ours": make_ours, "diffusers": make_diffusers}
+    processes = {name: Process(make, options.batch_size, options.dtype) for name, make in makers.items()}
     for name, process in processes.items():
         parameters, software = process.facts
         print(f"{name}: {parameters:,} parameters, {software}", flush=True)

@@ -335,20 +335,20 @@ def _error_message(error: Exception, name: str, data_dir: str | None, builder) -
     kinds = {type(link).__name__ for link in chain}
     unreachable = next((link for link in chain if isinstance(link, _UnreachableError)), None)
     reason = _one_line(_innermost(unreachable or error))
-    failed = f"the data set {name!r} is not in {root}, and its download failed: "
+    is_damaged = "NonMatchingChecksumError" in kinds
+    if is_damaged:  # TFDS names the local path before the reason, which may then be cut
+        url = re.search(r"https?://[^\s,]+", str(error))
+        reason = f"wrong checksum of {url[0] if url else 'a file'}"
+    failed = f"the data set {name!r} is not in {root}, and its download failed: {reason}"
     if unreachable:
         return (
             f"the data set {name!r} is not in {root} and cannot be downloaded: {reason}. Set data.data_dir to its directory, "
             f"or prepare it on a machine with a network, with: {preparation_command(name, data_dir)}"
         )
-    if "NonMatchingChecksumError" in kinds:
-        # The message of TFDS begins with a local path, which may fill the shortened line.
-        url = re.search(r"https?://[^\s,]+", str(error))
-        file = url[0] if url else "a file"
-        return f"{failed}wrong checksum of {file}: it is corrupted or has changed; rerun the same command"
+    if is_damaged:
+        return f"{failed}: the file is corrupted or has changed; rerun the same command"
     if kinds & {"DownloadError"} or any(isinstance(link, requests.exceptions.RequestException) for link in chain):
-        command = preparation_command(name, data_dir)
-        return f"{failed}{reason}; rerun the same command, or prepare it elsewhere with: {command}"
+        return f"{failed}; rerun the same command, or prepare it elsewhere with: {preparation_command(name, data_dir)}"
     if any(isinstance(link, OSError) for link in chain) or "ResourceExhaustedError" in kinds:
         return f"the data set {name!r} cannot be prepared in {root}: {reason}; set data.data_dir to another directory"
     if isinstance(error, ImportError):

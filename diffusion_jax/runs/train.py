@@ -178,11 +178,7 @@ def _train(
 ) -> None:
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
-
-    def begin_window(step: int, state: training.TrainState) -> training.TrainState:
-        """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
-        return state if step % options.log_every else dataclasses.replace(state, window=program.empty_window())
-
+    begin_window = functools.partial(_begin_window, program, options.log_every)
     state = begin_window(step, state)
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer else None, options.profile)
@@ -229,6 +225,13 @@ def _train(
             stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped
+
+
+def _begin_window(
+    program: training.TrainingProgram, log_every: int, step: int, state: training.TrainState
+) -> training.TrainState:
+    """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
+    return state if step % log_every else dataclasses.replace(state, window=program.empty_window())
 
 
 class _CompiledSteps:
