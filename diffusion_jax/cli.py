@@ -30,7 +30,7 @@ from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED, exit_now
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
@@ -361,7 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit_on_signals(preemption.rerun_hint())  # also after `run`, while the process exits
         run(command)
     except preemption.StoppedBySignal as error:
-        _fail(str(error), error.exit_code)
+        if processes.is_multiprocess():
+            processes.abort_process(str(error), error.exit_code)
+        sys.stdout.flush()
+        exit_now(str(error), error.exit_code)  # a picture may still be computed, which a regular exit would wait for
     except Exception as error:
         _fail_with(error, workdir)
 

@@ -10,7 +10,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
@@ -100,6 +102,30 @@ class Preemption:
         if is_multiprocess():
             return multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._number is not None
+
+    def call(self, function: Callable[[], Any]) -> tuple[bool, Any]:
+        """Calls `function` in another thread, and does not wait for it any longer once a signal has arrived.
+
+        For work of minutes that a later launch can repeat, such as a picture: no Python code runs in the main thread while
+        that compiles or waits for a device. Processes that work together wait for the function, because all take part in it.
+        Returns: (True, the result), or (False, None) if the function was abandoned. Raises: what `function` raises.
+        """
+        if is_multiprocess() or threading.current_thread() is not threading.main_thread():
+            return True, function()
+        result: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        if self._number is None:
+            threading.Thread(target=run, daemon=True, name="interruptible").start()
+        while self._number is None:
+            if wait([result], timeout=0.1).done:
+                return True, result.result()
+        return False, None
 
     def stop_exception(self, step: int) -> StoppedBySignal:
         """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""

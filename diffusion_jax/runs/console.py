@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diffusion_jax.distributed.processes import log
 
-__all__ = ["ProgressBar", "format_duration", "log", "log_compilation", "progress_over"]
+__all__ = ["ProgressBar", "format_duration", "format_seconds", "log", "log_compilation", "progress_over"]
 
 
 @contextlib.contextmanager
@@ -25,10 +25,17 @@ def log_compilation(program: str) -> Iterator[None]:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as 1:02 or 3:04:05."""
+    """Seconds as 1:02 or 3:04:05, and more than two days as "5 days"."""
+    if seconds > 48 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A short duration with its unit: "1.2 ms" or "3.45 s"."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 class ProgressBar:
@@ -41,7 +48,7 @@ class ProgressBar:
         self._last_line, self._note = self._start_time, ""
         self._rich = None
         if jax.process_index() == 0 and sys.stdout.isatty():
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
             self._task = self._rich.add_task(title, total=total, completed=done, note="")
 
@@ -57,17 +64,16 @@ class ProgressBar:
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` of the total are finished. note: other values to show (loss, speed)."""
         self._note = note or self._note
-        if self._rich:
-            self._rich.update(self._task, completed=done, note=self._note)
-            return
         now = time.perf_counter()
-        if now - self._last_line < self._SECONDS_BETWEEN_LINES and done < self._total:
-            return
-        self._last_line = now
-        remaining = (now - self._start_time) / max(done - self._initial, 1) * (self._total - done)
-        percent = 100 * done // self._total
-        line = f"{self._title} {done}/{self._total} ({percent}%)  {format_duration(remaining)} left  {self._note}"
-        log(line.rstrip())
+        notes = [self._note] if self._note else []
+        if done > self._initial:
+            seconds = (now - self._start_time) / (done - self._initial) * (self._total - done)
+            notes = [f"{format_duration(seconds)} left", *notes]
+        if self._rich:
+            self._rich.update(self._task, completed=done, note="  ".join(notes))
+        elif now - self._last_line >= self._SECONDS_BETWEEN_LINES or done == self._total:
+            self._last_line = now
+            log("  ".join([f"{self._title} {done}/{self._total} ({100 * done // self._total}%)", *notes]))
 
     def over(self, sizes: Iterable[int]) -> Iterator[int]:
         """Yields the sizes of finished chunks and shows their sum."""

@@ -21,8 +21,8 @@ from diffusion_jax.storage.locations import find_mirror
 __all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput", "read_launches"]
 
 _FILE = "goodput.json"
-_SECONDS_BETWEEN_UPLOADS = 60.0
-# The parts of a launch, besides `other`. start: reading and checking, until the first compilation.
+_SECONDS_BETWEEN_WRITES = 60.0
+# The parts of a launch. start: reading and checking. input: the loop waits for data. output: lines and pictures.
 PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
 
 
@@ -38,11 +38,14 @@ class Goodput(NamedTuple):
 
 
 class LaunchTimes:
-    """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970."""
+    """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970.
+
+    Every moment counts for one part: that of the innermost `measure`, otherwise `start`, or `train` after `begin`.
+    """
 
     def __init__(self, workdir: pathlib.Path, clock: Callable[[], float] = time.time):
         self._path, self._clock, self._start = workdir / _FILE, clock, clock()
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
         self._first_step = self._step = 0
         self._written = -math.inf
         self._earlier: list[dict[str, Any]] = []
@@ -50,25 +53,40 @@ class LaunchTimes:
         self._stopped_by = ""
 
     def begin(self, step: int, environment: Mapping[str, Any] | None = None) -> None:
-        """Notes the step that the launch starts from; everything so far that was not measured was `start`.
+        """Notes the step that the launch starts from; from now on, what is not measured is `train`.
 
         environment: what the launch runs with, which goodput.json stores.
         """
         self._first_step = self._step = step
         self._environment = environment
         self._earlier = _read(self._path)
-        self._seconds["start"] = self._clock() - self._start - sum(self._seconds.values())
+        self._count_as("train")
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Adds the time of the block to a part."""
-        start = self._clock()
-        yield
-        self.add(part, self._clock() - start)
+        """Counts the time of the block as a part, without the blocks inside that are measured themselves."""
+        outer = self._count_as(part)
+        try:
+            yield
+        finally:
+            self._count_as(outer)
 
-    def add(self, part: str, seconds: float) -> None:
-        """Adds seconds to a part."""
-        self._seconds[part] += seconds
+    def _count_as(self, part: str) -> str:
+        """Counts the time from now on as a part. Returns: the part that was counted until now."""
+        now, before = self._clock(), self._part
+        self._seconds[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each part up to now."""
+        self._count_as(self._part)
+        return dict(self._seconds)
+
+    def write_each_minute(self, step: int) -> None:
+        """Writes the times up to a step if the last time was a minute ago: lines of the log may be further apart."""
+        if self._clock() - self._written > _SECONDS_BETWEEN_WRITES:
+            self.write(step)
 
     def write(self, step: int, is_last: bool = False) -> float:
         """Writes the times up to a step, to a bucket at most once a minute unless `is_last`.
@@ -77,7 +95,7 @@ class LaunchTimes:
         """
         self._step = step
         launches = [*self._earlier, self._entry()]
-        if is_last or not find_mirror(self._path) or self._clock() - self._written > _SECONDS_BETWEEN_UPLOADS:
+        if is_last or not find_mirror(self._path) or self._clock() - self._written > _SECONDS_BETWEEN_WRITES:
             write_text(self._path, json.dumps(launches) + "\n")
             self._written = self._clock()
         return _goodput(launches, self._clock()).fractions["train"]
@@ -94,7 +112,7 @@ class LaunchTimes:
 
     def _entry(self) -> dict[str, Any]:
         times = {"start": self._start, "end": self._clock(), "first_step": self._first_step, "last_step": self._step}
-        entry = times | {"seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items()}}
+        entry = times | {"seconds": {part: round(seconds, 3) for part, seconds in self.seconds().items()}}
         entry |= {"environment": dict(self._environment)} if self._environment else {}
         return entry | ({"stopped_by": self._stopped_by} if self._stopped_by else {})
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, training
 from diffusion_jax.config import is_upsampler
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
@@ -77,6 +78,13 @@ class PreviewPictures:
         self._class_names = class_names
         self._is_compiled = False
 
+    def exists(self, step: int) -> bool:
+        """Whether process 0 has the picture of a step."""
+        return broadcast_from_process_0(self._path(step).exists)
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self._directory / f"train_step{step:08d}.png"
+
     def draw(self, params: Any) -> np.ndarray:
         """Samples [N, *spatial, C], the same random numbers at every call; every process calls this."""
         if not self._is_compiled:
@@ -93,7 +101,7 @@ class PreviewPictures:
         picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
             self._directory.mkdir(exist_ok=True)
-            pictures.save(self._directory / f"train_step{step:08d}.png", picture)
+            pictures.save(self._path(step), picture)
         except OSError as error:
             log(f"Note: the picture of step {step} could not be written: {error}.")
         metrics.write_image(step, "samples", picture, title)

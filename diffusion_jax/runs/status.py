@@ -39,9 +39,10 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     """The state of a work directory by name. lines: its metrics, as `read_metrics` returns them."""
     num_steps = config.training.num_steps
     saved, holder = committed_steps(workdir / "checkpoints"), find_holder(workdir / ".lock")
-    step = max([line["step"] for line in lines] + saved, default=0)
-    rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
     launches = read_launches(workdir)
+    finished = [launch["last_step"] for launch in launches[-1:] if holder]  # lines may be an hour apart
+    step = max([line["step"] for line in lines] + saved + finished, default=0)
+    rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
     if not holder and launches and "stopped_by" in launches[-1]:
         when = datetime.datetime.fromtimestamp(launches[-1]["end"])
         rows["last stop"] = f"{when:%Y-%m-%d %H:%M:%S}, {launches[-1]['stopped_by']}"

@@ -1,57 +1,76 @@
-"""Time measurements of the train loop: how the time is spent, and traces for XProf."""
+"""The calls of the train step in flight, and traces of them for XProf."""
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from diffusion_jax.runs.console import log
 from diffusion_jax.storage import locations
 
-__all__ = ["LoopTimer", "StepTimes", "TraceProfile"]
+__all__ = ["StepsInFlight", "TraceProfile"]
 
 
-class StepTimes(NamedTuple):
-    """seconds: of a window of steps. The rest are fractions of them.
+class StepsInFlight:
+    """The calls of the train step that were dispatched and may not have finished: about a second of work.
 
-    compute: the devices train. data_wait: the loop waits for data. logging: lines, pictures and checkpoints.
+    jax returns from a call before the devices have computed it, and queues tens of calls, also on CPUs. Without a limit, a
+    run that is stopped would compute all of them before it saves, and its progress would be that of the queue.
+
+    finished: the step after the last call that has finished.
     """
 
-    seconds: float
-    compute: float
-    data_wait: float
-    logging: float
+    _SECONDS = 1.0  # hides pauses of the host, and is short for whoever stops the run
+    _MAX_CALLS = 32  # as many as jax queues on CPUs
+    _SLOW_CALL = 5.0  # seconds; the first call also loads the program, which hardly matters then
 
+    def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
+        self.finished = self._first = step
+        self._calls: collections.deque[tuple[int, jax.Array]] = collections.deque()
+        self._clock, self._last_time, self._limit = clock, 0.0, 0
+        self._timed_seconds, self._timed_steps = 0.0, 0
 
-class LoopTimer:
-    """Measures how the time since the last line of the log was spent."""
+    def add(self, step: int, output: jax.Array) -> None:
+        """Adds a call. step: after the call. output: an array of the call, which no later call donates."""
+        if not self._calls:
+            self._last_time = self._clock()  # the devices were idle
+        self._calls.append((step, output))
 
-    def __init__(self):
-        self._start()
+    def wait(self) -> None:
+        """Waits until no more calls are in flight than finish in about a second."""
+        self._wait(self._limit)
 
-    def _start(self) -> None:
-        self._start_time, self._spent = time.perf_counter(), {"data_wait": 0.0, "logging": 0.0}
+    def drain(self) -> None:
+        """Waits until all calls have finished."""
+        self._wait(0)
 
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Counts the time of the block as `name`, "data_wait" or "logging"."""
-        start = time.perf_counter()
-        yield
-        self._spent[name] += time.perf_counter() - start
+    def seconds_per_step(self) -> float | None:
+        """The mean duration of the finished steps without those of the first call; None before a second is measured."""
+        return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
 
-    def restart(self) -> StepTimes:
-        """The times since the last call."""
-        seconds = time.perf_counter() - self._start_time
-        fractions = {name: spent / seconds for name, spent in self._spent.items()}
-        self._start()
-        return StepTimes(seconds, 1 - sum(fractions.values()), **fractions)
+    def _wait(self, limit: int) -> None:
+        before, num_calls = self.finished, 0
+        while self._calls and (len(self._calls) > limit or self._calls[0][1].is_ready()):
+            self.finished, output = self._calls.popleft()
+            jax.block_until_ready(output)
+            num_calls += 1
+        if not num_calls:
+            return
+        now = self._clock()
+        seconds, self._last_time = now - self._last_time, now
+        self._limit = min(int(self._SECONDS * num_calls / max(seconds, 1e-6)), self._MAX_CALLS)
+        if before > self._first or seconds > self._SLOW_CALL:
+            self._timed_seconds, self._timed_steps = (
+                self._timed_seconds + seconds,
+                self._timed_steps + self.finished - before,
+            )
 
 
 class TraceProfile:

@@ -19,13 +19,20 @@ from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.console import ProgressBar, log, log_compilation, progress_over
+from diffusion_jax.runs.console import (
+    ProgressBar,
+    format_duration,
+    format_seconds,
+    log,
+    log_compilation,
+    progress_over,
+)
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
-from diffusion_jax.runs.step_timing import TraceProfile
+from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
 from diffusion_jax.runs.trained_model import (
     InitialWeights,
     load_initial_weights,
@@ -196,25 +203,37 @@ def _train(
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, preemption.install_handler(), watchdog, profile):
             stack.enter_context(context)
-        outputs = TrainingOutputs(config, step, metrics, checkpoints, watchdog, preview, training_fid, launch)
+        in_flight = StepsInFlight(step)
+        outputs = TrainingOutputs(
+            config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
+        )
+        outputs.write_missing(step, state)
+        is_timed = False
         while step < options.num_steps:
             with profile.annotate(step):
-                state, _ = compiled.get(count, state, batch)(state, batch)
-            watchdog.record_step()
+                state, step_metrics = compiled.get(count, state, batch)(state, batch)
             step += count
+            in_flight.add(step, step_metrics["loss"])
             profile.count_call(state)
-            must_stop = preemption.requested()
-            if step < options.num_steps and not must_stop:
-                with outputs.timer.measure("data_wait"):
+            if step < options.num_steps:
+                with launch.measure("input"):
                     batch, count = loader.next(step)
+            in_flight.wait()
+            watchdog.record_step()
+            must_stop = preemption.requested()
             note = outputs.log_metrics(step, state)
             state = begin_window(step, state)
             if note:
                 profile.check_request()
-            with outputs.timer.measure("logging"):
+            if not is_timed and (seconds := in_flight.seconds_per_step()):
+                is_timed, note = True, note or f"{format_seconds(seconds)} a step"
+                _log_duration(config, program, options.num_steps - in_flight.finished, seconds)
+            with launch.measure("output"):
                 checkpoints.check()
-                bar.update(step, note)
-                outputs.write(step, state, must_save=must_stop)
+                bar.update(in_flight.finished, note)
+                if is_writer:
+                    launch.write_each_minute(in_flight.finished)
+            must_stop = outputs.write(step, state, must_stop)
             if must_stop:
                 break
         with watchdog.paused():
@@ -225,6 +244,21 @@ def _train(
             stopped = preemption.stop_exception(step) if step < options.num_steps else None
         if stopped:
             raise stopped
+
+
+def _log_duration(config: ConfigDict, program: training.TrainingProgram, num_steps: int, seconds: float) -> None:
+    """Logs what the rest of the run takes at `seconds` a step, and how to try a run that takes weeks."""
+    duration = seconds * num_steps
+    log(
+        f"A step takes {format_seconds(seconds)}; the {num_steps:,} steps left take about {format_duration(duration)} on "
+        "this device."
+    )
+    if duration > 7 * 86400:
+        batch_size = max(8, program.mesh.size * config.training.accumulation_steps)
+        log(
+            "Note: that is more than a week. To try that this config runs: another --workdir and "
+            f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
+        )
 
 
 def _begin_window(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, named_metrics
 from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
@@ -23,6 +24,7 @@ from diffusion_jax.runs.metric_options import (
     load_extractor,
     load_reference,
 )
+from diffusion_jax.runs.metrics_files import read_metrics
 
 __all__ = ["TrainingFid"]
 
@@ -60,7 +62,14 @@ class TrainingFid:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
         self._reference = features.moments
         metric, num_steps = named_metrics.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
-        self.name = f"{metric}_{self._num_samples}_ddim{num_steps}"
+        self.name, self._workdir = f"{metric}_{self._num_samples}_ddim{num_steps}", workdir
+
+    def is_logged(self, step: int) -> bool:
+        """Whether process 0 has logged the distance of a step."""
+        lines = broadcast_from_process_0(
+            lambda: [line["step"] for line in read_metrics(self._workdir) if self.name in line]
+        )
+        return step in lines
 
     def __call__(self, params: Any) -> float:
         """The distance for these parameters. Every call draws with the same random numbers."""

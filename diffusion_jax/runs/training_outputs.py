@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax import training
+from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_writer import RunMetrics
 from diffusion_jax.runs.preview import PreviewPictures
-from diffusion_jax.runs.step_timing import LoopTimer, StepTimes
+from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -28,8 +29,7 @@ class TrainingOutputs:
     """Writes the outputs of a training run; every process calls it after each call of the train step.
 
     logged_step: the step of the last metrics, at first the step that the launch starts from. metrics: None on all processes
-    but 0. preview, training_fid: None if the config requests none. launch: of the whole launch.
-    timer: measures how the time between metrics is spent.
+    but 0. preview, training_fid: None if the config requests none. launch: the times of the whole launch.
     """
 
     config: ConfigDict
@@ -40,7 +40,11 @@ class TrainingOutputs:
     preview: PreviewPictures | None
     training_fid: TrainingFid | None
     launch: LaunchTimes
-    timer: LoopTimer = dataclasses.field(default_factory=LoopTimer)
+    in_flight: StepsInFlight
+    preemption: Preemption
+
+    def __post_init__(self):
+        self._logged_seconds = self.launch.seconds()
 
     def log_metrics(self, step: int, state: training.TrainState) -> str:
         """Writes the mean metrics of the steps since the last call that wrote them, if they are due.
@@ -49,31 +53,49 @@ class TrainingOutputs:
         """
         if not self._is_due(step, self.config.training.log_every):
             return ""
+        self.in_flight.drain()
         means = training.window_means(self._finite_window(state))
         self.watchdog.record_step()
-        times = self.timer.restart()
-        for part, share in (("train", times.compute), ("input", times.data_wait), ("output", times.logging)):
-            self.launch.add(part, share * times.seconds)
-        with self.timer.measure("logging"):
-            speed = self._speed(step, times)
+        speed = self._speed(step)
+        with self.launch.measure("output"):
             if self.metrics:
                 speed["goodput"] = self.launch.write(step)
                 self.metrics.write_scalars(step, means | speed)
         self.logged_step = step
-        return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.0f} images/s"
+        return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
 
-    def write(self, step: int, state: training.TrainState, must_save: bool) -> None:
-        """Writes the picture, the Frechet distance and the checkpoint that are due. must_save: saves at any step.
+    def write(self, step: int, state: training.TrainState, must_stop: bool) -> bool:
+        """Writes the picture, the Frechet distance and the checkpoint that are due. must_stop: saves at any step.
 
-        Raises: UserError if a loss or gradient was not finite, SaveError.
+        Returns: whether the run must stop: `must_stop`, or a signal that arrived in the meantime. The next launch writes the
+        picture or distance that is then missing. Raises: UserError if a loss or gradient was not finite, SaveError.
         """
-        # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
-        if self.preview and self._is_due(step, self.config.training.sample_every):
-            self._draw_preview(self.preview, step, state)
-        if self.training_fid and self._is_due(step, self.config.evaluation.every):
-            self._log_fid(self.training_fid, step, state)
-        if must_save or self._is_due(step, self.config.training.checkpoint_every):
-            self._save(step, state)
+        draws = self.preview and self._is_due(step, self.config.training.sample_every)
+        compares = self.training_fid and self._is_due(step, self.config.evaluation.every)
+        saves = must_stop or self._is_due(step, self.config.training.checkpoint_every)
+        if not (draws or compares or saves):
+            return False
+        self.in_flight.drain()
+        with self.launch.measure("output"):
+            # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
+            if draws and not must_stop:
+                must_stop = not self._draw_preview(step, state)
+            if compares and not must_stop:
+                must_stop = not self._log_fid(step, state)
+            if saves or must_stop:
+                self._save(step, state)
+        return must_stop
+
+    def write_missing(self, step: int, state: training.TrainState) -> None:
+        """Writes the picture and the distance of the step that a launch starts from, if a signal stopped them before."""
+        if not 0 < step < self.config.training.num_steps:
+            return
+        with self.launch.measure("output"):
+            if self.preview and step % self.config.training.sample_every == 0 and not self.preview.exists(step):
+                self._draw_preview(step, state)
+            every = self.config.evaluation.every
+            if self.training_fid and step % every == 0 and not self.training_fid.is_logged(step):
+                self._log_fid(step, state)
 
     def _is_due(self, step: int, interval: int) -> bool:
         """Whether an output is due: at its interval and at the last step; an interval of 0 is never."""
@@ -93,42 +115,47 @@ class TrainingOutputs:
             )
         return window
 
-    def _speed(self, step: int, times: StepTimes) -> dict[str, float]:
-        """The speed of the steps since the last metrics."""
+    def _speed(self, step: int) -> dict[str, float]:
+        """The speed of the steps since the last metrics, and the fractions of their time."""
         options, num_steps = self.config.training, step - self.logged_step
-        training_seconds = times.seconds * (1 - times.logging)  # the speed is that of training alone
+        now = self.launch.seconds()
+        spent = {part: now[part] - self._logged_seconds[part] for part in now}
+        self._logged_seconds = now
+        seconds, logging = sum(spent.values()), spent["output"] + spent["save"]
+        training_seconds = seconds - logging  # the speed is that of training alone
         return {
             "images_per_second": num_steps * options.batch_size / training_seconds,
-            "seconds_left": (options.num_steps - step) * times.seconds / num_steps,
-            "step_seconds": times.seconds / num_steps,
-            "compute": times.compute,
-            "data_wait": times.data_wait,
-            "logging": times.logging,
+            "seconds_left": (options.num_steps - step) * seconds / num_steps,
+            "step_seconds": seconds / num_steps,
+            "compute": spent["train"] / seconds,
+            "data_wait": spent["input"] / seconds,
+            "logging": logging / seconds,
         }
 
-    def _draw_preview(self, preview: PreviewPictures, step: int, state: training.TrainState) -> None:
-        """Writes a grid of samples of the EMA weights."""
+    def _draw_preview(self, step: int, state: training.TrainState) -> bool:
+        """Writes a grid of samples of the EMA weights. Returns: False if a signal arrived before it was drawn."""
+        assert self.preview
         with self.watchdog.paused():
-            images = preview.draw(state.ema_params)
-        if self.metrics:
-            preview.write(step, images, self.metrics)
+            is_drawn, images = self.preemption.call(functools.partial(self.preview.draw, state.ema_params))
+        if is_drawn and self.metrics:
+            self.preview.write(step, images, self.metrics)
+        return is_drawn
 
-    def _log_fid(self, training_fid: TrainingFid, step: int, state: training.TrainState) -> None:
-        """Logs the Frechet distance of samples of the EMA weights."""
+    def _log_fid(self, step: int, state: training.TrainState) -> bool:
+        """Logs the Frechet distance of samples of the EMA weights. Returns: False if a signal arrived before it was known."""
+        assert self.training_fid
         with self.watchdog.paused():
-            distance = training_fid(state.ema_params)
-        log(f"{training_fid.name} {distance:.4g} at step {step}")
-        if self.metrics:
-            self.metrics.write_scalars(step, {training_fid.name: distance})
+            is_known, distance = self.preemption.call(functools.partial(self.training_fid, state.ema_params))
+        if is_known:
+            log(f"{self.training_fid.name} {distance:.4g} at step {step}")
+            if self.metrics:
+                self.metrics.write_scalars(step, {self.training_fid.name: distance})
+        return is_known
 
     def _save(self, step: int, state: training.TrainState) -> None:
         """Saves a checkpoint of a finite state."""
         self._finite_window(state)
         if self.metrics:
             self.metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
-        start = time.perf_counter()
-        with self.watchdog.paused():
+        with self.watchdog.paused(), self.launch.measure("save"):
             self.checkpoints.save(step, state)
-        seconds = time.perf_counter() - start
-        self.launch.add("save", seconds)
-        self.launch.add("output", -seconds)  # the timer counts it as logging

@@ -1,0 +1,190 @@
+"""How much of the train step is in flight, what a run shows of it, and how soon a signal stops it."""
+
+import os
+import pathlib
+import re
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion_jax.distributed.preemption import StoppedBySignal
+from diffusion_jax.runs import console, preview, train
+from diffusion_jax.runs.step_timing import StepsInFlight
+from diffusion_jax.training.digests import committed_steps
+from helpers.array_configs import array_config, write_arrays
+from helpers.paths import ROOT
+from helpers.work_directories import lines
+
+
+class Device:
+    """A simulated device that computes its calls in order, and the clock of its host."""
+
+    def __init__(self):
+        self.now = self.free = 0.0
+
+    def dispatch(self, seconds):
+        self.free = max(self.free, self.now) + seconds
+        return Output(self, self.free)
+
+
+class Output:
+    """An array of a call that ends at a time."""
+
+    def __init__(self, device, end):
+        self.device, self.end = device, end
+
+    def is_ready(self):
+        return self.device.now >= self.end
+
+    def block_until_ready(self):
+        self.device.now = max(self.device.now, self.end)
+
+
+def train_simulated(durations, pause=0.0):
+    """Dispatches a call of each duration. Returns: (StepsInFlight, device, seconds of work in flight after each wait)."""
+    device = Device()
+    in_flight, work = StepsInFlight(0, clock=lambda: device.now), []
+    for step, seconds in enumerate(durations, 1):
+        in_flight.add(step, device.dispatch(seconds))
+        device.now += 0.001 + (pause if step % 10 == 0 else 0.0)  # the host
+        in_flight.wait()
+        work.append(max(device.free - device.now, 0.0))
+    return in_flight, device, work
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.7, 0.2, 0.01])
+def test_about_a_second_of_work_is_in_flight(seconds):
+    in_flight, device, work = train_simulated([seconds] * 100)
+    assert max(work) <= 1.0 + 1e-6
+    assert in_flight.finished == 100 - round(work[-1] / seconds)  # counts finished steps, not dispatched ones
+    assert in_flight.seconds_per_step() == (pytest.approx(seconds, rel=0.01) if seconds > 0.01 else None)
+    in_flight.drain()
+    assert in_flight.finished == 100 and device.now >= device.free
+    # A slow step waits for the host, for a millisecond; the others never.
+    assert device.now <= 100 * seconds + 0.1 + 1e-6 and (seconds > 1 or device.now <= 100 * seconds + 0.005)
+
+
+def test_fast_steps_hide_pauses_of_the_host():
+    _, device, _ = train_simulated([0.05] * 200, pause=0.4)
+    assert device.free <= 200 * 0.05 + 0.5  # every tenth call pauses the host for 0.4 s, 8 s in all
+
+
+def test_steps_that_become_slow_are_bounded_again():
+    _, _, work = train_simulated([0.01] * 100 + [10.0] * 50)
+    assert max(work[-17:]) == 0.0
+
+
+def slow_outputs(monkeypatch, outputs):
+    """Makes the loss of every call of the train step take about 0.2 s of computation; collects it in `outputs`."""
+    get = train._CompiledSteps.get
+    matrix = jnp.eye(300)
+
+    @jax.jit
+    def delay(loss):
+        return loss + 0 * jax.lax.fori_loop(0, 100, lambda _, x: x @ matrix, matrix * loss)[0, 0]
+
+    delay(jnp.ones(())).block_until_ready()
+
+    def slow(self, *arguments):
+        function = get(self, *arguments)
+
+        def call(state, batch):
+            state, metrics = function(state, batch)
+            outputs.append(delay(metrics["loss"]))
+            return state, metrics | {"loss": outputs[-1]}
+
+        return call
+
+    monkeypatch.setattr(train._CompiledSteps, "get", slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_at_most_two_calls(tmp_path, monkeypatch, number):
+    outputs, finished = [], []
+    slow_outputs(monkeypatch, outputs)
+    monkeypatch.setattr(StepsInFlight, "_SECONDS", 0.1)  # in place of steps that take seconds
+
+    def stop():
+        while len(outputs) < 4:
+            time.sleep(0.01)
+        finished.append(sum(output.is_ready() for output in outputs))
+        os.kill(os.getpid(), number)
+
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 500})
+    config.training.update(log_every=100, checkpoint_every=500)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(StoppedBySignal):
+        train.run(config, tmp_path / "run")
+    (step,) = committed_steps(tmp_path / "run" / "checkpoints")
+    assert finished[0] <= step <= finished[0] + 2
+
+
+def test_a_signal_abandons_a_picture_and_the_next_launch_draws_it(tmp_path, monkeypatch):
+    released, draw = threading.Event(), preview.PreviewPictures.draw
+
+    def draw_forever(self, params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        released.wait()
+
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.sample_every": 2})
+    config.training.checkpoint_every = 4
+    monkeypatch.setattr(preview.PreviewPictures, "draw", draw_forever)
+    with pytest.raises(StoppedBySignal):
+        train.run(config, tmp_path / "run")
+    released.set()
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [2] and not (tmp_path / "run" / "samples").exists()
+    monkeypatch.setattr(preview.PreviewPictures, "draw", draw)
+    train.run(config, tmp_path / "run")
+    train.run(config, tmp_path / "whole")
+    for directory in ("run", "whole"):
+        names = [path.name for path in sorted((tmp_path / directory / "samples").glob("*.png"))]
+        assert names == ["train_step00000002.png", "train_step00000004.png"]
+    first, second = (tmp_path / name / "samples" / "train_step00000002.png" for name in ("run", "whole"))
+    assert first.read_bytes() == second.read_bytes() and lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_launch_shows_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch, capsys):
+    slow_outputs(monkeypatch, [])
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 12})
+    monkeypatch.setattr(console.ProgressBar, "_SECONDS_BETWEEN_LINES", 0)
+    train.run(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert re.search(r"A step takes [\d.]+ m?s; the \d+ steps left take about 0:\d\d on this device\.", out)
+    assert "more than a week" not in out
+    assert re.search(r"Training \d+/12 \(\d+%\)  0:\d\d left", out)
+
+
+def test_a_run_of_more_than_a_week_shows_how_to_try_its_config(tmp_path, capsys):
+    config = array_config("vectors", tmp_path)
+    program = train.training.build_program(config)
+    train._log_duration(config, program, 800_000, 3.0)
+    out = capsys.readouterr().out
+    assert "A step takes 3 s; the 800,000 steps left take about 28 days" in out and "more than a week" in out
+    docstring = pathlib.Path(ROOT, "configs", "cifar10.py").read_text().split('"""')[1]
+    overrides = re.findall(r"--config\.training\S+", docstring)
+    assert overrides and all(override in out for override in overrides)
+    train._log_duration(config, program, 1000, 3.0)
+    assert "week" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(62, "1:02"), (3 * 3600 + 245, "3:04:05"), (2726 * 3600, "114 days"), (47 * 3600, "47:00:00")]
+)
+def test_durations(seconds, text):
+    assert console.format_duration(seconds) == text
+
+
+def test_short_durations():
+    assert console.format_seconds(0.0012) == "1.2 ms" and console.format_seconds(3.456) == "3.46 s"
+
+
+def test_the_bar_has_no_time_left_before_a_step_is_finished(monkeypatch, capsys):
+    monkeypatch.setattr(console.ProgressBar, "_SECONDS_BETWEEN_LINES", 0)
+    with console.ProgressBar("Training", 10, 4) as bar:
+        bar.update(4)
+        bar.update(5, "loss 1")
+    assert re.fullmatch(r"Training 4/10 \(40%\)\nTraining 5/10 \(50%\)  0:0\d left  loss 1\n", capsys.readouterr().out)
