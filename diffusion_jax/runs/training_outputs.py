@@ -91,10 +91,11 @@ class TrainingOutputs:
         if not 0 < step < self.config.training.num_steps:
             return
         with self.launch.measure("output"):
-            if self.preview and step % self.config.training.sample_every == 0 and not self.preview.exists(step):
+            draws = self.preview and self._is_due(step, self.config.training.sample_every)
+            if draws and not self.preview.exists(step):
                 self._draw_preview(step, state)
-            every = self.config.evaluation.every
-            if self.training_fid and step % every == 0 and not self.training_fid.is_logged(step):
+            compares = self.training_fid and self._is_due(step, self.config.evaluation.every)
+            if compares and not self.training_fid.is_logged(step):
                 self._log_fid(step, state)
 
     def _is_due(self, step: int, interval: int) -> bool:

@@ -6,14 +6,18 @@ import re
 import signal
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_jax.distributed.preemption import StoppedBySignal
+from diffusion_jax.distributed.preemption import Preemption, StoppedBySignal
+from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.runs import console, preview, train
+from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.step_timing import StepsInFlight
+from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.training.digests import committed_steps
 from helpers.array_configs import array_config, write_arrays
 from helpers.paths import ROOT
@@ -145,6 +149,18 @@ def test_a_signal_abandons_a_picture_and_the_next_launch_draws_it(tmp_path, monk
         assert names == ["train_step00000002.png", "train_step00000004.png"]
     first, second = (tmp_path / name / "samples" / "train_step00000002.png" for name in ("run", "whole"))
     assert first.read_bytes() == second.read_bytes() and lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("step", "is_logged", "calls"), [(2, False, 1), (2, True, 0), (3, False, 0), (4, False, 0)])
+def test_a_distance_that_a_signal_stopped_is_logged_by_the_next_launch(tmp_path, step, is_logged, calls):
+    computed = []
+    distance = type("Fid", (), {"__call__": lambda self, params: computed.append(params) or 1.0})()
+    distance.name, distance.is_logged = "fid", lambda step: is_logged
+    config = array_config("vectors", tmp_path, **{"evaluation.every": 2})
+    launch, dog = LaunchTimes(tmp_path), Watchdog(0)
+    outputs = TrainingOutputs(config, step, None, None, dog, None, distance, launch, StepsInFlight(step), Preemption())
+    outputs.write_missing(step, types.SimpleNamespace(ema_params="params"))
+    assert computed == ["params"] * calls
 
 
 def test_a_launch_shows_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch, capsys):
