@@ -207,9 +207,8 @@ def _train(
         outputs = TrainingOutputs(
             config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
         )
-        outputs.write_missing(step, state)
-        is_timed = False
-        while step < options.num_steps:
+        must_stop, is_timed = outputs.write_missing(step, state), False
+        while step < options.num_steps and not must_stop:
             with profile.annotate(step):
                 state, step_metrics = compiled.get(count, state, batch)(state, batch)
             step += count
@@ -234,8 +233,6 @@ def _train(
                 if is_writer:
                     launch.write_each_minute(in_flight.finished)
             must_stop = outputs.write(step, state, must_stop)
-            if must_stop:
-                break
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
