@@ -135,12 +135,11 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _goodput(launches: list[dict[str, Any]], now: float) -> Goodput:
-    totals = dict.fromkeys([*PARTS, "repeated", "other", "idle"], 0.0)
+    totals = dict.fromkeys([*PARTS, "repeated", "idle"], 0.0)
     for launch, following in zip(launches, [*launches[1:], None], strict=True):
         seconds = launch["seconds"]
         for part in PARTS:
             totals[part] += seconds[part]
-        totals["other"] += max(launch["end"] - launch["start"] - sum(seconds.values()), 0.0)
         end = now if following is None else following["start"]
         totals["idle"] += max(end - launch["end"], 0.0)
         steps = launch["last_step"] - launch["first_step"]
