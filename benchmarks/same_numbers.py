@@ -1,4 +1,4 @@
-"""Checks that two versions of this project compute the same numbers: 20 train steps and 8 samples of four small runs.
+"""Checks that two versions of this project compute the same numbers: 20 train steps and 8 samples of seven small runs.
 
     python benchmarks/same_numbers.py OLD NEW [--python=PATH]
 
@@ -48,8 +48,11 @@ RUNS = {
         "model.head_channels": 16,
         **NARROW,
     },
+    "series": {"training.batch_size": 8, "sampling.steps": 10},
+    "field": {"training.batch_size": 8, "sampling.steps": 10},
+    "vectors": {"training.batch_size": 8, "sampling.steps": 10},
 }
-TIMES = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging")
+TIMES = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
 def write_images(directory: pathlib.Path, size: int) -> None:
