@@ -19,6 +19,7 @@ from diffusion_jax.runs.preview import PreviewPictures
 from diffusion_jax.runs.step_timing import LoopTimer, StepTimes
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["TrainingOutputs"]
 
@@ -106,18 +107,24 @@ class TrainingOutputs:
             "logging": times.logging,
         }
 
+    def _sampling_weights(self, step: int, state: training.TrainState) -> tuple[str, Any]:
+        kind = weights_kind(self.config, step)
+        return kind, state.ema_params if kind == "ema" else state.params
+
     def _draw_preview(self, preview: PreviewPictures, step: int, state: training.TrainState) -> None:
-        """Writes a grid of samples of the EMA weights."""
+        """Writes a grid of samples of the EMA, or of the raw weights as long as these replace it."""
+        kind, params = self._sampling_weights(step, state)
         with self.watchdog.paused():
-            images = preview.draw(state.ema_params)
+            images = preview.draw(params)
         if self.metrics:
-            preview.write(step, images, self.metrics)
+            preview.write(step, images, self.metrics, kind)
 
     def _log_fid(self, training_fid: TrainingFid, step: int, state: training.TrainState) -> None:
-        """Logs the Frechet distance of samples of the EMA weights."""
+        """Logs the Frechet distance of samples of the EMA, or of the raw weights as long as these replace it."""
+        kind, params = self._sampling_weights(step, state)
         with self.watchdog.paused():
-            distance = training_fid(state.ema_params)
-        log(f"{training_fid.name} {distance:.4g} at step {step}")
+            distance = training_fid(params)
+        log(f"{training_fid.name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))
         if self.metrics:
             self.metrics.write_scalars(step, {training_fid.name: distance})
 
