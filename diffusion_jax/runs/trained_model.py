@@ -119,8 +119,8 @@ class TrainedModel:
 def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
     """The weights of the newest intact checkpoint, or those of `config.init_from` if there is no checkpoint.
 
-    Logs a note if the raw weights replace the EMA that `use_ema` requests (`training.ema.weights_kind`). It may be called in a
-    function that is being traced, so the arrays are made outside of the trace.
+    Logs a note if the raw weights replace the EMA that `use_ema` requests (`training.ema.weights_kind`).
+    It may be called in a function that is being traced, so the arrays are made outside of the trace.
     Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
     """
     replicated = sharding.replicated(mesh)

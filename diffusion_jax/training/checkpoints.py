@@ -232,9 +232,7 @@ class Checkpoints:
                 return step
         return None
 
-    def _restore_newest(
-        self, abstract_of: Callable[[int], Mapping[str, Any]]
-    ) -> tuple[int, Mapping[str, Any]] | None:
+    def _restore_newest(self, abstract_of: Callable[[int], Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
         """(step, items) of the newest checkpoint in which the items `abstract_of(step)` are intact."""
         damaged: list[int] = []
         for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():

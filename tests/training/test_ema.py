@@ -1,5 +1,7 @@
 """The share of the initial weights in the EMA, and the weights that a run uses as long as it is large."""
 
+import contextlib
+import types
 import warnings
 
 import jax
@@ -23,7 +25,9 @@ def config_of(**leaves):
     return config
 
 
-@pytest.mark.parametrize("leaves", [{}, {"decay": 0.999, "warmup": True}, {"decay": 0.5, "warmup": True}, {"decay": 0.0}])
+@pytest.mark.parametrize(
+    "leaves", [{}, {"decay": 0.999, "warmup": True}, {"decay": 0.5, "warmup": True}, {"decay": 0.0}]
+)
 @pytest.mark.parametrize("step", [1, 2, 5, 3000])
 def test_the_share_is_that_of_an_average_of_zeros_that_began_with_one(leaves, step):
     config, average = config_of(**leaves), 1.0
@@ -98,26 +102,16 @@ def test_a_run_from_weights_uses_its_average_at_once(early, tmp_path, capsys):
 
 
 def test_the_distance_during_training_names_the_raw_weights(capsys):
-    class Watchdog:
-        def paused(self):
-            import contextlib
+    used = []
 
-            return contextlib.nullcontext()
+    def training_fid(params):
+        used.append(params)
+        return 1.0
 
-    class State:
-        params, ema_params = "raw", "average"
-
-    class TrainingFid:
-        name = "fid"
-        used = []
-
-        def __call__(self, params):
-            self.used.append(params)
-            return 1.0
-
-    outputs = TrainingOutputs(default(), 0, None, None, Watchdog(), None, None, None)
-    fid = TrainingFid()
+    training_fid.name = "fid"
+    watchdog = types.SimpleNamespace(paused=contextlib.nullcontext)
+    outputs = TrainingOutputs(default(), 0, None, None, watchdog, None, None, None)
     for step in (20_000, 30_000):
-        outputs._log_fid(fid, step, State())
-    assert fid.used == ["raw", "average"]
+        outputs._log_fid(training_fid, step, types.SimpleNamespace(params="raw", ema_params="average"))
+    assert used == ["raw", "average"]
     assert capsys.readouterr().out.splitlines() == ["fid 1 at step 20000 (raw weights)", "fid 1 at step 30000"]
