@@ -128,7 +128,12 @@ SAMPLING: dict[str, Leaf] = {
         'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
         "modulo the number of rows.",
     ),
-    "num_samples": Leaf(64, Integer(1), "Number of samples."),
+    "num_samples": Leaf(
+        64,
+        Integer(1),
+        "Number of samples of --mode=sample; the modes edit and evaluate have `editing.num_samples` and "
+        "`evaluation.num_samples`.",
+    ),
     "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
     "seed": Leaf(0, SEED, "Seed of the samples."),
     "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is used."),
