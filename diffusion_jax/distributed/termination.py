@@ -79,7 +79,7 @@ def exit_if_output_is_closed() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         try:
-            sys.stdout.flush()  # fails again, unless another pipe broke
+            print(flush=True)  # fails, too, unless another pipe broke
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of Python
             sys.exit(_EXIT_CLOSED_OUTPUT)
