@@ -139,8 +139,8 @@ SAMPLING: dict[str, Leaf] = {
     "use_ema": Leaf(
         True,
         Boolean(),
-        "Whether the moving average of the parameters is used. While it holds more than a tenth of the random initial weights, "
-        "the raw weights replace it.",
+        "Whether the moving average of the parameters is used. While it holds more than a tenth of the random initial "
+        "weights, the raw weights replace it.",
     ),
     "progress": Leaf(
         False, Boolean(), "Whether the steps within a batch are shown. It needs a new compilation at every launch."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Ma
     try:
         return model.init(key, **models.initial_inputs(model, shape))["params"]
     except ValueError as error:
-        if str(error).partition("=")[0] in models.fields_of(model):
+        if re.split(r"\W", str(error))[0] in models.fields_of(model):
             raise ValueError(f"model.{error}") from error
         raise
 

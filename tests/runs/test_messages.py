@@ -103,6 +103,7 @@ def test_too_many_steps_name_the_setting(steps):
             {"channels": 12, "num_groups": 8},
             r"^model.num_groups=8 does not divide a layer of 12 channels; use num_groups=4",
         ),
+        ({"attention_levels": (7,)}, "^model.attention_levels must lie in 0 ... 1, got 7"),
         ({"num_heads": 3}, "^model.num_heads=3 does not divide an attention layer of 16 channels"),
     ],
 )
