@@ -34,6 +34,7 @@ NARROW = {
     "data.dataset": "folder",
     "training.batch_size": 8,
     "optimizer.warmup_steps": 0,
+    "ema.warmup": True,  # without it newer versions sample 20 steps with the raw weights
     "sampling.steps": 10,
     "sampling.spacing": "trailing",
 }

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import functools
 import importlib
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 import traceback
@@ -30,8 +28,8 @@ from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED, exit_now
-from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
+from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
 
@@ -94,8 +92,8 @@ def _integer(minimum: int) -> Callable[[str], int]:
 def _mode(text: str) -> str:
     if text in MODES:
         return text
-    near = next(iter(difflib.get_close_matches(text, MODES, n=1)), None)
-    advice = f"; did you mean {near}?" if near else ""
+    near = closest_names(text, MODES)
+    advice = f"; did you mean {near[0]}?" if near else ""
     raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(MODES)}{advice}")
 
 
@@ -133,6 +131,11 @@ def parse(arguments: Sequence[str]) -> Command:
     parser = make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
+    if flags.mode == "edit" and "sampling.num_samples" in overrides:
+        raise UserError(
+            f"sampling.num_samples={overrides['sampling.num_samples']} has no effect on --mode=edit; use "
+            f"--config.editing.num_samples={overrides['sampling.num_samples']}"
+        )
     config = configs.load_experiment(flags.config) if flags.config else None
     log = print if flags.process_id in (None, 0) else lambda line: None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
@@ -168,8 +171,8 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
         if not flag.startswith("--config."):
             if not flag.startswith("-"):
                 raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
-            near = next(iter(difflib.get_close_matches(flag, known, n=1)), None)
-            raise UserError(f"unknown flag {flag}; {f'did you mean {near}?' if near else '--help lists all flags'}")
+            near = closest_names(flag, known)
+            raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}")
         name = flag.removeprefix("--config.")
         if not equals:
             alone = not remaining or remaining[0].startswith("--")
@@ -198,8 +201,11 @@ def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None
 def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
     """The directory of a run; for a bucket, its local mirror. Raises: UserError if it cannot hold a run."""
     if "://" not in workdir:
+        path = pathlib.Path(workdir).expanduser()
+        if mode in ("status", "report") and not path.exists():
+            raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
         check_workdir(workdir)
-        return pathlib.Path(workdir).expanduser()
+        return path
     from diffusion_jax.storage.workdirs import mirror_workdir
 
     reads = mode == "status"
@@ -334,32 +340,21 @@ def _run_plan(command: Command) -> None:
         plan.run(command.config)
 
 
-def _exit_on_signals(detail: str) -> None:
-    """Makes SIGTERM and Ctrl-C end the process outside of `preemption.exit_on_signals`; detail: the end of the message."""
-
-    def handler(number: int, _) -> None:
-        interrupted = number == signal.SIGINT
-        name = "interrupted by Ctrl-C" if interrupted else "stopped by SIGTERM"
-        os.write(2, f"error: {name}; {detail}\n".encode())
-        os._exit(EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line, by default that of this process. An error ends the program with one line and an exit code.
 
-    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, and `EXIT_PEER_LOST`.
+    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, 141 if the reader of its
+    output ends, and `EXIT_PEER_LOST`.
     """
-    _exit_on_signals("nothing had started")
+    exit_at_signals("nothing had started")
     devices.silence_libraries()
     workdir = None
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
-        workdir = command.workdir
-        _exit_on_signals(preemption.rerun_hint())  # also after `run`, while the process exits
-        run(command)
+        with exit_if_output_is_closed():
+            command = parse(sys.argv[1:] if arguments is None else arguments)
+            workdir = command.workdir
+            exit_at_signals(preemption.rerun_hint())  # also after `run`, while the process exits
+            run(command)
     except preemption.StoppedBySignal as error:
         if processes.is_multiprocess():
             processes.abort_process(str(error), error.exit_code)

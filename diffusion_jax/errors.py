@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "UnreadableFilesError",
     "UserError",
     "as_user_error",
+    "closest_names",
     "list_names",
     "shorten",
 ]
@@ -86,6 +88,20 @@ class SaveError(CheckpointError):
     """A checkpoint that cannot be written, usually because the disk is full. Earlier checkpoints are kept."""
 
     exit_code = 1
+
+
+def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
+    """Up to `count` of the names that `name` may be a misspelling of, the most similar first.
+
+    Of equally similar names the one with the same letters is first: "ddmi" is nearer to ddim than to ddpm.
+    """
+
+    def ratio(one, other) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    scores = {known: (ratio(known, name), ratio(sorted(known), sorted(name))) for known in names}
+    near = [known for known, (similarity, _) in scores.items() if similarity >= 0.6]
+    return sorted(near, key=lambda known: scores[known], reverse=True)[:count]
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax.config.resolution import resolve
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, closest_names
 
 __all__ = ["experiment", "experiment_names", "load_experiment"]
 
@@ -34,8 +33,8 @@ def experiment(name: str) -> ConfigDict:
     """
     stem, colon, argument = name.partition(":")
     if stem not in experiment_names():
-        near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), None)
-        advice = f"did you mean {near}?" if near else f"known: {', '.join(experiment_names())}"
+        near = closest_names(stem, experiment_names())
+        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(experiment_names())}"
         raise ConfigError(f"unknown experiment {stem!r}; {advice}")
     return _load_file(f"{_folder() / stem}.py", argument if colon else None, name)
 
@@ -58,13 +57,18 @@ def load_experiment(path: str) -> ConfigDict:
     """
     file, argument = _split(path)
     if pathlib.Path(file).is_file():
+        if pathlib.Path(file).suffix not in ("", ".py"):
+            raise ConfigError(
+                f"--config={path}: {file} is not a Python file; give FILE.py with get_config(), or a name such as digits "
+                "(arrays are --config.data.data_dir=FILE, and --workdir=DIR alone uses the config.json of a run)"
+            )
         return _load_file(file, argument, path)
     if file in experiment_names():
         return experiment(path)
     stem = pathlib.PurePath(file).stem
     if stem in _REPLACEMENTS:
         raise ConfigError(f"--config={path}: there is no {stem}.py since version 0.2; {_REPLACEMENTS[stem]}")
-    near = next(iter(difflib.get_close_matches(stem, experiment_names(), n=1)), "digits")
+    near = next(iter(closest_names(stem, experiment_names())), "digits")
     raise ConfigError(f"--config={path}: no such file or experiment; give a Python file, or a name such as {near}")
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from diffusion_jax.config.leaf import Leaf
 from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, flatten, nearest_name
 from diffusion_jax.config.values import Boolean, OneOf
-from diffusion_jax.errors import ConfigError, shorten
+from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
     "RENAMED_METRICS",
@@ -221,7 +221,7 @@ def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
         )
     near = nearest_name(name, leaves)
     if "." not in name:  # perhaps a misspelled group
-        near = next(iter(difflib.get_close_matches(name, [group for group in GROUPS if group], n=1)), near)
+        near = next(iter(closest_names(name, filter(None, GROUPS))), near)
     advice = f"did you mean {near}?" if near else "docs/reference/configuration.md lists all leaves"
     raise ConfigError(f"unknown leaf {name}; {advice}")
 

@@ -128,10 +128,20 @@ SAMPLING: dict[str, Leaf] = {
         'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
         "modulo the number of rows.",
     ),
-    "num_samples": Leaf(64, Integer(1), "Number of samples."),
+    "num_samples": Leaf(
+        64,
+        Integer(1),
+        "Number of samples of --mode=sample; the modes edit and evaluate have `editing.num_samples` and "
+        "`evaluation.num_samples`.",
+    ),
     "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
     "seed": Leaf(0, SEED, "Seed of the samples."),
-    "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is used."),
+    "use_ema": Leaf(
+        True,
+        Boolean(),
+        "Whether the moving average of the parameters is used. While it holds more than a tenth of the random initial "
+        "weights, the raw weights replace it.",
+    ),
     "progress": Leaf(
         False, Boolean(), "Whether the steps within a batch are shown. It needs a new compilation at every launch."
     ),
@@ -200,7 +210,9 @@ EVALUATION: dict[str, Leaf] = {
         "Whether x_0 is clipped to [-1, 1], as in the figures of Ho et al. and OpenAI; None as for `sampling.clip`.",
     ),
     "seed": Leaf(0, SEED, "Seed of the noise of the measurements."),
-    "use_ema": Leaf(True, Boolean(), "Whether the moving average of the parameters is measured."),
+    "use_ema": Leaf(
+        True, Boolean(), "Whether the moving average of the parameters is measured, as `sampling.use_ema` for samples."
+    ),
     "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
     "ode_dequantization": Leaf(
         None,

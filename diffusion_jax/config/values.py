@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import math
 import os
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffusion_jax.config.conversion import to_float, to_integer, to_items, to_scalar
+from diffusion_jax.errors import closest_names
 
 __all__ = [
     "Boolean",
@@ -233,7 +233,7 @@ class Choice:
 
     def hint(self, value: Any) -> str:
         names = [choice for choice in self.choices if isinstance(choice, str)]
-        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        near = closest_names(value, names) if isinstance(value, str) else []
         return f"did you mean {near[0]}?" if near else "" if names else _integer_hint(value)
 
 

@@ -31,6 +31,7 @@ __all__ = ["ArrayFiles", "has_splits"]
 
 _KINDS = (".npy", ".npz", ".zarr", ".zarr.zip", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
+_READ_NAMES = ("x", "image", "label", "condition", "arr_0", "arr_1", "settings")  # the last three of --mode=sample
 _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 _ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _MAX_LOADED_BYTES = 2**30  # of a compressed array, which every process holds in memory
@@ -63,7 +64,8 @@ class ArrayFiles:
 
     def __init__(self, path: str, split: str, shape: tuple[int, ...]):
         self.class_names: tuple[str, ...] = ()
-        self.no_labels_reason, self._skipped = "", ""
+        self.no_labels_reason, self.no_conditions_reason, self._skipped = "", "", ""
+        self._unknown: list[str] = []
         location = _find_split(path, split)
         self._label: Rows | None = None
         self._condition: Rows | None = None
@@ -98,12 +100,17 @@ class ArrayFiles:
     def notes(self) -> list[str]:
         """Lines about skipped files and missing chunks."""
         notes = [f"Skipped other files: {self._skipped}."] if self._skipped else []
+        if self._unknown:
+            notes.append(
+                f"Ignored arrays: {list_names(self._unknown, 8)}; arrays are x or image, label, and condition."
+            )
         arrays = [rows for rows in (self._examples, self._label, self._condition) if rows]
         return notes + [note for rows in arrays if (note := rows.note())]
 
     def _open_file(self, path: pathlib.Path) -> None:
         members, groups = _open_members(path)
         name = _example_name(path, list(members), groups)
+        self._unknown = [repr(other) for other in members if other not in (*_READ_NAMES, name)]
         self._examples = members[name]()
         self._key = name if name in ("x", "image") else "image" if self._examples.dtype == np.uint8 else "x"
         where, length = _where(path, name), self._examples.shape[:1]
@@ -118,10 +125,17 @@ class ArrayFiles:
                     f"{length[0]:,} examples needs the number of its class"
                 )
         else:
-            self.no_labels_reason = f"{path} has no array 'label'" if name else f"{path} is one array; use an .npz"
+            self.no_labels_reason = self._why_missing("label", path, name)
         if "condition" in members:
             self._condition = members["condition"]()
             _check_condition(f"{path}: condition", self._condition, length[0], self._shape)
+        else:
+            self.no_conditions_reason = self._why_missing("condition", path, name)
+
+    def _why_missing(self, wanted: str, path: pathlib.Path, name: str) -> str:
+        if not name:  # of an .npy
+            return f"{path} is one array; use an .npz with x and {wanted}"
+        return f"{path} has no array {wanted!r}" + (f", but {list_names(self._unknown)}" if self._unknown else "")
 
     def _open_folder(self, root: pathlib.Path) -> None:
         files, self._skipped = _npy_files(root)

@@ -167,6 +167,7 @@ class CheckedSource:
         self._source = source
         self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
+        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
         first = {name: np.asarray(array) for name, array in source.read(np.arange(1)).items()}
         self._expected = {name: (array.shape[1:], array.dtype) for name, array in first.items()}
 

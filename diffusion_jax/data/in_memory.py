@@ -29,6 +29,7 @@ class InMemory:
         """
         self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
+        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
         self.arrays: dict[str, np.ndarray] = arrays or {}
         if arrays is None:
             self._decode(source, progress)

@@ -76,7 +76,10 @@ class GroupNorm(nn.Module):
         """
         channels = x.shape[-1]
         if channels % self.num_groups:
-            raise ValueError(f"num_groups={self.num_groups} does not divide a layer of {channels} channels; change one")
+            raise ValueError(
+                f"num_groups={self.num_groups} does not divide a layer of {channels} channels; use "
+                f"num_groups={math.gcd(self.num_groups, channels)}, or other channels"
+            )
         scale, bias = _ScaleAndBias(name="norm")(channels)
         return _normalize(
             x, scale, bias, shift, scale_shift, num_groups=self.num_groups, epsilon=self.epsilon, dtype=self.dtype

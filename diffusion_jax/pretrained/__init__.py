@@ -54,7 +54,9 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
       text ("--num_heads 4 --noise_schedule cosine ..."); for Ho et al.'s, the name of a preset or leaves of
       `config.diffusion` and image_size, for networks that were not published; for a diffusers folder without a scheduler,
       the fields of its config.
-    ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories.
+    ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
+      average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
+      warning.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, of another shape or not finite; fields that
     `models` does not support; flags that are missing; a file that is not readable.
     """

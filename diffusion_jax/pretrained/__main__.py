@@ -17,6 +17,7 @@ from typing import NoReturn
 import absl.logging
 
 from diffusion_jax import pretrained
+from diffusion_jax.distributed.termination import exit_if_output_is_closed
 from diffusion_jax.errors import DiffusionJaxError
 from diffusion_jax.storage.downloads import local_path
 
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("convert needs PATH and TO, and inspect PATH alone")
     absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
     try:
-        net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
-        print(pretrained.format_summary(net))
-        if args.to is not None:
-            save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
-            save(net, args.to)
-            print(f"Written: {args.to}")
-            _write_card(net, args)
+        with exit_if_output_is_closed():
+            net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
+            print(pretrained.format_summary(net))
+            if args.to is not None:
+                save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
+                save(net, args.to)
+                print(f"Written: {args.to}")
+                _write_card(net, args)
     except DiffusionJaxError as error:
         _exit(str(error), error.exit_code)
     except OSError as error:

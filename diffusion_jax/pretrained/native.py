@@ -20,6 +20,7 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
 from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
 from diffusion_jax.training import checkpoints
+from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
 __all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
@@ -40,7 +41,8 @@ def is_native(tensors: Tensors) -> bool:
 def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
     """The description and parameters of a run's newest checkpoint; without parameters None.
 
-    Warns of leaves of its config that this version does not have, which are ignored. Raises: PretrainedError.
+    Warns of leaves of its config that this version does not have, which are ignored, and of an EMA that the raw weights
+    replace (`training.ema.weights_kind`). Raises: PretrainedError.
     """
     stored = read_json(path / "config.json")
     try:
@@ -77,12 +79,14 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
     try:
         with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
-            restored = saved.restore_weights(abstract, ema)
+            restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
     except CheckpointError as error:
         raise PretrainedError(str(error)) from None
     if restored is None:
         raise PretrainedError(f"{path} contains no finished checkpoint yet")
     step, params = restored
+    if ema and weights_kind(config, step) == "raw":
+        warnings.warn(f"{path}: {raw_weights_note(config, step)}", stacklevel=2)
     if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise PretrainedError(f"{path}: the checkpoint of step {step} contains values that are not finite")
     return description, params

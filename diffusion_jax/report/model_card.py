@@ -15,6 +15,7 @@ from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
 from diffusion_jax.report.sections import LIKELIHOOD_TERMS, format_value
 from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]
 
@@ -45,6 +46,8 @@ def model_card(description: Description, to: pathlib.Path, workdir: pathlib.Path
     run = None if workdir is None else collect(workdir)
     step = None if workdir is None else max(committed_steps(workdir / "checkpoints"), default=None)
     weights = "ema" if ema else "raw"
+    if run is not None and run.config is not None and step is not None:
+        weights = weights_kind(run.config, step, ema)
     metrics = {} if run is None else _metrics(run, weights, step)
     parts = [
         f"---\n{_metadata(description, to, run, metrics)}---",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -96,7 +95,7 @@ def _class_index(y, value, num_classes: int, names: Sequence[str]) -> int:
             )
         return y
     if isinstance(y, str) and names:
-        near = difflib.get_close_matches(y, names, n=3)
+        near = closest_names(y, names, count=3)
         raise UserError(
             f"sampling.class={y!r} is not a class of this run; "
             + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {list_names(names, 20)}")

@@ -20,7 +20,7 @@ from diffusion_jax import data, training
 from diffusion_jax.config import is_continuous, resolve
 from diffusion_jax.distributed import collectives, compiler
 from diffusion_jax.errors import as_user_error
-from diffusion_jax.runs import plan_settings
+from diffusion_jax.runs import plan_settings, recipe_checks
 from diffusion_jax.runs.console import log, log_compilation
 from diffusion_jax.runs.plan_settings import activations_per_example
 
@@ -108,6 +108,8 @@ def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
     """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
     del workdir
     config, num_devices = resolve(config), jax.device_count()
+    with as_user_error("config"):
+        recipe_checks.log_notes(config)
     if config.mesh.device is not None:
         with as_user_error("config"):
             log_settings(config, num_devices)

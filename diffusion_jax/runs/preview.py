@@ -92,12 +92,16 @@ class PreviewPictures:
             self._is_compiled = True
         return self._batch_sampler(params, self._seed)
 
-    def write(self, step: int, samples: np.ndarray, metrics: RunMetrics) -> None:
-        """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run."""
+    def write(self, step: int, samples: np.ndarray, metrics: RunMetrics, kind: str = "ema") -> None:
+        """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run.
+
+        kind: of the weights, "ema" or "raw", which the title then names.
+        """
         labels = self._batch_sampler.setup.labels(np.arange(len(samples)))
         captions = None if labels is None else class_captions(labels, self._class_names)
         sampling_steps = self._batch_sampler.setup.schedule.num_timesteps
         title = f"Samples after {step:,} training steps, by DDIM with {sampling_steps} steps"
+        title += ", raw weights" if kind == "raw" else ""
         picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
             self._directory.mkdir(exist_ok=True)

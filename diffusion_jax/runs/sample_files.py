@@ -100,7 +100,8 @@ class SampleFile:
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
-        weights = f"{self.trained.weights_name} ({'EMA' if options.use_ema else 'raw'} weights)"
+        kind = {"ema": "EMA", "raw": "raw"}[self.trained.weights_kind]
+        weights = f"{self.trained.weights_name} ({kind} weights)"
         noun = "examples" if is_continuous(self.config) else "images"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
         chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")

@@ -180,7 +180,7 @@ def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
     return {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
-        "weights": "ema" if options.use_ema else "raw",
+        "weights": file.trained.weights_kind,
         "step": file.trained.step,
         "steps": file.num_steps,
         "sampling": sampling | {"batch_size": settings["batch_size"], "devices": settings["devices"]},

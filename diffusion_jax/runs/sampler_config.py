@@ -116,6 +116,16 @@ def respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sa
     steps = options["steps"]
     if steps is None:
         return schedule
+    try:
+        return _respace(schedule, options, sampler)
+    except ValueError as error:
+        if str(error).startswith("sampling."):
+            raise
+        raise ValueError(f"sampling.steps={steps!r}: {error}") from error
+
+
+def _respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
+    steps = options["steps"]
     spacing, is_sequence = resolve_spacing(options, sampler, schedule), isinstance(steps, tuple | list)
     if spacing == "given":
         if not is_sequence:

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, list_names
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
 
@@ -35,6 +35,10 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
     path = local_path(options.conditions)
     try:
         loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray) and "condition" not in loaded:
+            raise UserError(
+                f"{leaf} has no array 'condition', only {list_names(map(repr, loaded), 8)}; save it under that name"
+            )
         conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import pathlib
@@ -61,7 +60,7 @@ def compare_sets(options: Comparison) -> None:
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
     unknown = sorted(set(metric_names) - set(METRICS))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], METRICS, n=1)
+        near = closest_names(unknown[0], METRICS)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
     if options.batch_size < 1:

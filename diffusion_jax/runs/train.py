@@ -17,6 +17,7 @@ from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import (
@@ -78,6 +79,7 @@ def run(
     class_names = data.read_class_names(loaded)
     with as_user_error("config"):
         check_sampling(config, program, class_names, are_names_final=True)
+    recipe_checks.log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not _checkpoint_steps(workdir):
         initial_weights = load_initial_weights(config, program.model)

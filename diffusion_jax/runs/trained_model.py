@@ -20,9 +20,11 @@ from diffusion_jax.config import is_continuous
 from diffusion_jax.data import Normalization, Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
 __all__ = [
@@ -52,7 +54,7 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """The model, schedule and newest weights of a run. use_ema: whether the weights are the EMA's."""
+    """The model, schedule and newest weights of a run. use_ema: whether the EMA is requested (see `weights_kind`)."""
 
     config: ConfigDict
     workdir: pathlib.Path
@@ -105,8 +107,8 @@ class TrainedModel:
 
     @property
     def weights_kind(self) -> str:
-        """`ema` or `raw`."""
-        return "ema" if self.use_ema else "raw"
+        """`ema` or `raw`, which replaces an EMA that still holds much of the random initial weights."""
+        return weights_kind(self.config, self.step, self.use_ema)
 
     @property
     def weights_name(self) -> str:
@@ -117,6 +119,7 @@ class TrainedModel:
 def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
     """The weights of the newest intact checkpoint, or those of `config.init_from` if there is no checkpoint.
 
+    Logs a note if the raw weights replace the EMA that `use_ema` requests (`training.ema.weights_kind`).
     It may be called in a function that is being traced, so the arrays are made outside of the trace.
     Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
     """
@@ -136,10 +139,13 @@ def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_
     shapes = abstract_params(model, example_shape(config["data"]))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
     with jax.ensure_compile_time_eval(), Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore_weights(abstract, use_ema)
+        restored = checkpoints.restore_weights(abstract, lambda step: weights_kind(config, step, use_ema))
     if restored is None:
         raise UserError(f"{workdir} holds no finished checkpoint yet; train longer")
-    return Weights(*restored)
+    weights = Weights(*restored)
+    if use_ema and weights_kind(config, weights.step) == "raw":
+        log(f"Note: {raw_weights_note(config, weights.step)}.")
+    return weights
 
 
 def params_digest(params) -> str:

@@ -20,6 +20,7 @@ from diffusion_jax.runs.preview import PreviewPictures
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["TrainingOutputs"]
 
@@ -138,22 +139,34 @@ class TrainingOutputs:
             "logging": logging / seconds,
         }
 
+    def _sampling_weights(self, step: int, state: training.TrainState) -> tuple[str, Any]:
+        kind = weights_kind(self.config, step)
+        return kind, state.ema_params if kind == "ema" else state.params
+
     def _draw_preview(self, step: int, state: training.TrainState) -> bool:
-        """Writes a grid of samples of the EMA weights. Returns: False if a signal arrived before it was drawn."""
+        """Writes a grid of samples of the EMA, or of the raw weights as long as these replace it.
+
+        Returns: False if a signal arrived before it was drawn.
+        """
         assert self.preview
+        kind, params = self._sampling_weights(step, state)
         with self.watchdog.paused():
-            is_drawn, images = self.preemption.call(functools.partial(self.preview.draw, state.ema_params))
+            is_drawn, images = self.preemption.call(functools.partial(self.preview.draw, params))
         if is_drawn and self.metrics:
-            self.preview.write(step, images, self.metrics)
+            self.preview.write(step, images, self.metrics, kind)
         return is_drawn
 
     def _log_fid(self, step: int, state: training.TrainState) -> bool:
-        """Logs the Frechet distance of samples of the EMA weights. Returns: False if a signal arrived before it was known."""
+        """Logs the Frechet distance of samples of the EMA, or of the raw weights as long as these replace it.
+
+        Returns: False if a signal arrived before it was known.
+        """
         assert self.training_fid
+        kind, params = self._sampling_weights(step, state)
         with self.watchdog.paused():
-            is_known, distance = self.preemption.call(functools.partial(self.training_fid, state.ema_params))
+            is_known, distance = self.preemption.call(functools.partial(self.training_fid, params))
         if is_known:
-            log(f"{self.training_fid.name} {distance:.4g} at step {step}")
+            log(f"{self.training_fid.name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))
             if self.metrics:
                 self.metrics.write_scalars(step, {self.training_fid.name: distance})
         return is_known

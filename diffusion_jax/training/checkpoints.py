@@ -12,7 +12,7 @@ import math
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from diffusion_jax.training.state import TrainState
 __all__ = ["Checkpoints", "committed_steps", "resume_hint"]
 
 _WEIGHTS = ("params", "ema_params")
+_ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
 _PARTIAL, _REMOVED, _UNREADABLE = ".partial", ".removed", ".unreadable"
 _LEFTOVERS = (f"*{_PARTIAL}", f"*{_REMOVED}", "*.orbax-checkpoint-tmp*")  # the last of earlier versions
 
@@ -206,20 +207,23 @@ class Checkpoints:
         used. Raises: CheckpointError if there are checkpoints but none is intact, or if the newest intact one holds another
         state than `abstract`.
         """
-        restored = self._restore_newest(_items(abstract))
+        items_of_state = _items(abstract)
+        restored = self._restore_newest(lambda step: items_of_state)
         if restored is None:
             return None
         _, items = restored
         return TrainState(params=items["params"], ema_params=items["ema_params"], **items["rest"])
 
-    def restore_weights(self, abstract_params: Any, ema: bool) -> tuple[int, Any] | None:
-        """(step, params) of the newest intact checkpoint, the EMA's or the raw ones; None if there is no checkpoint.
+    def restore_weights(self, abstract_params: Any, kind_of: Callable[[int], str]) -> tuple[int, Any] | None:
+        """(step, params) of the newest intact checkpoint; None if there is no checkpoint.
 
-        Raises: CheckpointError, as `restore`.
+        kind_of: "ema" or "raw" for a step, as `ema.weights_kind`. Raises: CheckpointError, as `restore`.
         """
-        name = "ema_params" if ema else "params"
-        restored = self._restore_newest({name: abstract_params})
-        return None if restored is None else (restored[0], restored[1][name])
+        restored = self._restore_newest(lambda step: {_ITEMS_OF_WEIGHTS[kind_of(step)]: abstract_params})
+        if restored is None:
+            return None
+        step, items = restored
+        return step, items[_ITEMS_OF_WEIGHTS[kind_of(step)]]
 
     def newest_intact_step(self) -> int | None:
         """The newest step whose files are all as they were saved; restores nothing. None if there is none."""
@@ -228,13 +232,13 @@ class Checkpoints:
                 return step
         return None
 
-    def _restore_newest(self, abstract: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
-        """(step, items) of the newest checkpoint in which the items of `abstract` are intact."""
+    def _restore_newest(self, abstract_of: Callable[[int], Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
+        """(step, items) of the newest checkpoint in which the items `abstract_of(step)` are intact."""
         damaged: list[int] = []
         for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
             log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
         for step in reversed(broadcast_from_process_0(self.steps)):
-            items = None
+            abstract, items = abstract_of(step), None
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
             if problem is None:
                 bucket_checkpoints.fetch_items(self._directory, step, abstract)

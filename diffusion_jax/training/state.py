@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,16 @@ class TrainState:
 
 
 def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Initial parameters of a network for examples of `shape`, (*spatial, C)."""
-    return model.init(key, **models.initial_inputs(model, shape))["params"]
+    """Initial parameters of a network for examples of `shape`, (*spatial, C).
+
+    Raises: ValueError for fields of the network that do not fit together, by their names as settings, model.NAME.
+    """
+    try:
+        return model.init(key, **models.initial_inputs(model, shape))["params"]
+    except ValueError as error:
+        if re.split(r"\W", str(error))[0] in models.fields_of(model):
+            raise ValueError(f"model.{error}") from error
+        raise
 
 
 def abstract_params(model: Network, shape: tuple[int, ...]) -> Any:

@@ -14,22 +14,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from diffusion_jax import data, timesteps
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.training.batches import Examples, random_flip, read_batch
+from diffusion_jax.training.ema import ema_decay
 from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.metrics import loss_terms, metric_names, quarter_sums, update_window
 from diffusion_jax.training.objective import Microbatch, Objective, make_objective, takes_labels
 from diffusion_jax.training.optimizer import global_norm
 from diffusion_jax.training.state import Network, TrainState
 
-__all__ = ["TrainStep", "ema_decay", "make_train_step", "scan_steps"]
+__all__ = ["TrainStep", "make_train_step", "scan_steps"]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def ema_decay(step: jax.Array | int, config: Mapping[str, Any]) -> jax.Array | float:
-    """Decay of the EMA at a step, for `config.ema`: `decay`, or with `warmup` min(decay, (1 + step) / (10 + step))."""
-    if not config["warmup"]:
-        return config["decay"]
-    return jnp.minimum(config["decay"], (1.0 + step) / (10.0 + step))
 
 
 def make_train_step(

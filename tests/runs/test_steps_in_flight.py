@@ -159,7 +159,7 @@ def test_a_distance_that_a_signal_stopped_is_logged_by_the_next_launch(tmp_path,
     config = array_config("vectors", tmp_path, **{"evaluation.every": 2})
     launch, dog = LaunchTimes(tmp_path), Watchdog(0)
     outputs = TrainingOutputs(config, step, None, None, dog, None, distance, launch, StepsInFlight(step), Preemption())
-    outputs.write_missing(step, types.SimpleNamespace(ema_params="params"))
+    outputs.write_missing(step, types.SimpleNamespace(params="params", ema_params="params"))
     assert computed == ["params"] * calls
 
 

@@ -111,11 +111,13 @@ def test_weights_fall_back_as_well_and_change_nothing(two_steps, tmp_path, capsy
     flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)
     (directory / "7").mkdir()
     before = {path: path.read_bytes() for path in files(directory)}
-    for ema, step in ((True, 1), (False, 2)):  # the raw weights' files are whole
+    # The raw weights' files are whole, and the last kinds are those of a run whose EMA is used from step 2 on.
+    wanted = [(lambda step: "ema", 1, "ema_params"), (lambda step: "raw", 2, "params")]
+    wanted.append((lambda step: "ema" if step >= 2 else "raw", 1, "params"))
+    for kind_of, step, name in wanted:
         with checkpoints.Checkpoints(directory, read_only=True) as saved:
-            found, params = saved.restore_weights(abstract.params, ema)
+            found, params = saved.restore_weights(abstract.params, kind_of)
         assert found == step
-        name = "ema_params" if ema else "params"
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), getattr(states[step], name))
     assert "step 2 is damaged: ema_params/" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in files(directory)} == before

@@ -14,9 +14,10 @@ from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
 from diffusion_jax.training import TrainState, optimizer
 from diffusion_jax.training.batches import Examples
+from diffusion_jax.training.ema import ema_decay
 from diffusion_jax.training.metrics import QUARTERS
 from diffusion_jax.training.objective import make_objective
-from diffusion_jax.training.step import ema_decay, make_train_step
+from diffusion_jax.training.step import make_train_step
 from helpers.configs import a_batch, tiny_config
 
 

@@ -1,0 +1,170 @@
+"""Messages name the setting, file or array that is wrong, and what to type; a closed output ends the program quietly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from diffusion_jax import cli, training
+from diffusion_jax.config import ConfigError, load_experiment, override
+from diffusion_jax.data import load as load_data
+from diffusion_jax.errors import UserError, closest_names
+from diffusion_jax.runs.data_source import check_source
+from diffusion_jax.runs.sampling_conditions import read_conditions
+from diffusion_jax.runs.sampling_setup import SamplingSetup
+from helpers.array_configs import array_config, examples
+from helpers.configs import tiny_config
+from helpers.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "near"),
+    [
+        ("ddmi", ("ddpm", "ddim", "euler"), ["ddim"]),  # two letters swapped; ddpm is as similar to difflib
+        ("ddmp", ("ddim", "ddpm"), ["ddpm"]),
+        ("ddim2", ("ddpm", "ddim"), ["ddim"]),
+        ("smaple", ("train", "sample"), ["sample"]),
+        ("xyz", ("train", "sample"), []),
+    ],
+)
+def test_the_closest_name(name, names, near):
+    assert closest_names(name, names) == near
+    assert closest_names(name, names[::-1]) == near
+
+
+def test_swapped_letters_of_a_sampler():
+    with pytest.raises(ConfigError, match=r"sampling.sampler='ddmi' must be ddpm, .*; did you mean ddim\?"):
+        override(tiny_config(), {"sampling.sampler": "ddmi"})
+
+
+# Sets of arrays in a file of series, the config's conditions, and the message.
+FILES = [
+    ({"cond": 1}, r"no conditions \(\S+/a.npz has no array 'condition', but 'cond'\), but model.condition_features=1"),
+    ({}, r"no conditions \(\S+/a.npz has no array 'condition'\)"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), FILES)
+def test_missing_conditions_name_the_arrays_of_the_file(more, words, tmp_path):
+    x, path = examples("series"), tmp_path / "a.npz"
+    np.savez(path, x=x, **{name: np.zeros((len(x), width)) for name, width in more.items()})
+    config, lines = array_config("series", path, **{"model.condition_features": 1}), []
+    source = load_data(config.data, log=lines.append)
+    with pytest.raises(UserError, match=words):
+        check_source(config, source)
+    ignored = [line for line in lines if line.startswith("Ignored")]
+    assert ignored == ["Ignored arrays: 'cond'; arrays are x or image, label, and condition."] * len(more)
+
+
+def test_a_bare_array_cannot_have_conditions(tmp_path):
+    np.save(tmp_path / "a.npy", examples("series"))
+    config = array_config("series", tmp_path / "a.npy", **{"model.condition_features": 1})
+    with pytest.raises(UserError, match=r"no conditions \(\S+/a.npy is one array; use an .npz with x and condition\)"):
+        check_source(config, load_data(config.data))
+
+
+def test_the_arrays_of_a_file_of_samples_are_known(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=examples("series"), arr_1=np.zeros(24, int), settings=np.array("{}"))
+    lines = []
+    load_data(array_config("series", tmp_path / "a.npz").data, log=lines.append)
+    assert not [line for line in lines if "Ignored" in line]
+
+
+def test_misnamed_labels_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=examples("series"), labels=np.zeros(24, int))
+    config = array_config("series", tmp_path / "a.npz", **{"model.num_classes": 2})
+    with pytest.raises(UserError, match=r"no labels \(\S+/a.npz has no array 'label', but 'labels'\)"):
+        check_source(config, load_data(config.data))
+
+
+def test_misnamed_conditions_of_samples_are_named(tmp_path):
+    np.savez(tmp_path / "wanted.npz", cond=np.zeros((3, 1)), x=np.zeros(3))
+    leaves = {"model.condition_features": 1, "sampling.conditions": str(tmp_path / "wanted.npz")}
+    with pytest.raises(
+        UserError, match=r"wanted.npz' has no array 'condition', only 'cond', 'x'; save it under that name"
+    ):
+        read_conditions(array_config("series", "", **leaves))
+
+
+@pytest.mark.parametrize("steps", [1001, (10, 2000)])
+def test_too_many_steps_name_the_setting(steps):
+    config = tiny_config(**{"sampling.steps": steps})
+    model, schedule = training.model_from_config(config), training.schedule_from_config(config.diffusion)
+    with pytest.raises(ValueError, match=rf"^sampling.steps={str(steps).replace('(', '.').replace(')', '.')}: "):
+        SamplingSetup(config, model, schedule, None)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "words"),
+    [
+        ({"num_groups": 3}, r"^model.num_groups=3 does not divide a layer of 8 channels; use num_groups=1, or other"),
+        (
+            {"channels": 12, "num_groups": 8},
+            r"^model.num_groups=8 does not divide a layer of 12 channels; use num_groups=4",
+        ),
+        ({"attention_levels": (7,)}, "^model.attention_levels must lie in 0 ... 1, got 7"),
+        ({"num_heads": 3}, "^model.num_heads=3 does not divide an attention layer of 16 channels"),
+    ],
+)
+def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, words):
+    with pytest.raises(ValueError, match=words):
+        training.create(tiny_config(**{f"model.{name}": value for name, value in leaves.items()}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config=digits", "--workdir={}", "--mode=edit", "--config.sampling.num_samples=4"],
+            "sampling.num_samples=4 has no effect on --mode=edit; use --config.editing.num_samples=4",
+        ),
+        (
+            ["--config=digits", "--workdir={}/runs/digit", "--mode=status"],
+            r"--workdir=\S+/runs/digit: no such directory; --mode=status reads the directory of a run",
+        ),
+        (["--workdir={}/runs/digit", "--mode=status"], "no such directory; --mode=status"),
+        (["--workdir={}/runs/digit", "--mode=report"], "no such directory; --mode=report"),
+    ],
+)
+def test_commands_without_effect_are_refused(arguments, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        cli.parse([argument.format(tmp_path) for argument in arguments])
+
+
+@pytest.mark.parametrize(("mode", "group"), [("edit", "editing"), ("sample", "sampling")])
+def test_edit_and_sample_take_their_own_numbers(mode, group, tmp_path):
+    flags = ["--config=digits", f"--workdir={tmp_path}", f"--mode={mode}", f"--config.{group}.num_samples=4"]
+    assert cli.parse(flags).config[group].num_samples == 4
+
+
+@pytest.mark.parametrize("name", ["data.npz", "config.json", "notes.txt"])
+def test_a_config_that_is_no_python_file_is_named(name, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros(3))
+    for text in ("config.json", "notes.txt"):
+        (tmp_path / text).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"{name} is not a Python file; give FILE.py with get_config\(\)"):
+        load_experiment(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["main.py", "--help"],
+        ["main.py", "--config=digits", "--workdir={}", "--mode=status"],
+        ["-m", "diffusion_jax.pretrained", "inspect", "tests/fixtures/run_0_1"],
+    ],
+    ids=["help", "status", "inspect"],
+)
+def test_a_closed_output_ends_the_program_quietly(program, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *(argument.format(tmp_path) for argument in program)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()  # before anything is written, as `| true` would
+    error = process.stderr.read()
+    assert process.wait(timeout=120) in ((0, 141) if "--help" in program else (141,))  # argparse ignores a broken pipe
+    assert not [line for line in error.splitlines() if "Warning" not in line], error
