@@ -7,8 +7,8 @@
 numbers in an example, except those of `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
 L_t for the 0-based t: L_0 is the decoder, index t >= 1 the transition from x_{t+1} to x_t of the papers.
 
-Gray levels, and a clip of x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). For other data use
-gray_levels=None and clip=False: values outside raise ValueError, and make the results of their example NaN if they are traced.
+Gray levels, and a clip of x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). Other data need
+gray_levels=None and clip=False: otherwise values outside raise ValueError, or give NaN if they are traced.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
 """
@@ -140,8 +140,8 @@ def decoder_log_prob(
 
     Args:
       log_variance: values below -60 count as -60.
-      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17), in [-1, 1]; x_0 is rounded to the
-        nearest. None for continuous data: the log density of N(mean, variance) at x_0.
+      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17) in [-1, 1]; x_0 is rounded to
+        the nearest. None for continuous data: the log density of N(mean, variance) at x_0.
       cdf: "exact", or "tanh" for OpenAI's approximation with its lower bound of log 1e-12, to reproduce their numbers.
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
       gray levels; a traced one gives NaN.

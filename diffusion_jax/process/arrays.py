@@ -24,7 +24,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
 
 
 def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Float[Array, "B *shape"]:
-    """x as `as_float`. Raises: ValueError as `as_float`, and without a batch axis: vectors are [B, C], images [B, H, W, C]."""
+    """x as `as_float`. Raises: ValueError as `as_float`, and for a number or one vector."""
     x = as_float(name, x)
     if x.ndim < 2:
         raise ValueError(
