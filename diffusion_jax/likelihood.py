@@ -7,6 +7,9 @@
 numbers in an example, except those of `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
 L_t for the 0-based t: L_0 is the decoder, index t >= 1 the transition from x_{t+1} to x_t of the papers.
 
+Gray levels, and a clip of x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). Other data need
+gray_levels=None and clip=False: otherwise values outside raise ValueError, or give NaN if they are traced.
+
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
 """
 
@@ -18,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
@@ -39,6 +43,8 @@ __all__ = [
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 _MIN_LOG_VARIANCE = -60.0
+# Images that were scaled in bfloat16, which has a spacing of 1/128 at 1, may leave [-1, 1] by a few roundings.
+_LARGEST = 1 + 4 / 128
 CDFS = ("exact", "tanh")
 
 
@@ -99,6 +105,27 @@ def _tanh_cdf(z):
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
+def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
+    """x_0, with NaN in place of traced values outside [-1, 1] if gray levels or a clip assume that range.
+
+    Raises: ValueError for such values unless x_0 is traced, because its values are then unknown.
+    """
+    is_clipped = isinstance(clip, bool | np.bool_) and clip  # a function may have any range
+    if gray_levels is None and not is_clipped:
+        return x_0
+    if isinstance(x_0, Tracer):
+        return jnp.where(jnp.abs(x_0) > _LARGEST, jnp.nan, x_0)
+    values = np.asarray(x_0)
+    outside = np.abs(values) > _LARGEST
+    if outside.any():
+        assumed = [f"gray_levels={gray_levels}"] * (gray_levels is not None) + ["clip=True"] * is_clipped
+        raise ValueError(
+            f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], which {' and '.join(assumed)} assume; scale "
+            "images to that range, and use clip=False and gray_levels=None for other data"
+        )
+    return x_0
+
+
 def decoder_log_prob(
     x_0: Float[ArrayLike, "*#shape"],
     mean: Float[ArrayLike, "*#shape"],
@@ -113,10 +140,11 @@ def decoder_log_prob(
 
     Args:
       log_variance: values below -60 count as -60.
-      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17); x_0 is rounded to the nearest.
-        None for continuous data: the log density of N(mean, variance) at x_0.
+      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17) in [-1, 1]; x_0 is rounded to
+        the nearest. None for continuous data: the log density of N(mean, variance) at x_0.
       cdf: "exact", or "tanh" for OpenAI's approximation with its lower bound of log 1e-12, to reproduce their numbers.
-    Raises: ValueError for fewer than 2 gray levels, an unknown cdf, or arrays that are not float.
+    Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
+      gray levels; a traced one gives NaN.
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
     if gray_levels is None:
@@ -125,6 +153,7 @@ def decoder_log_prob(
         raise ValueError(f"gray_levels={gray_levels} must be at least 2, or None for continuous data")
     if cdf not in CDFS:
         raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
+    x_0 = _in_model_range(x_0, gray_levels)
     log_variance = jnp.maximum(log_variance, _MIN_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (gray_levels - 1)
@@ -185,8 +214,10 @@ def bound_term(
     output: with twice the channels of x_t for a learned variance. prediction, variance, clip: as `process.p_mean_variance`.
     gray_levels, cdf: as `decoder_log_prob`.
     Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) that they belong to).
+    Raises: ValueError as both, and for an x_0 outside [-1, 1] with gray levels or clip=True; a traced one gives NaN.
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
+    x_0 = _in_model_range(x_0, gray_levels, clip)
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
     # A learned log variance can be so small that its exponential is 0 in float32, also in the branch that is not taken.
@@ -216,19 +247,20 @@ def bits_per_dim(
 
     Args:
       key: draws the noise of every step, and the steps with strata.
-      x_0: images in [-1, 1], or other data.
+      x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
       prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip.
       gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits are of a density of x_0 and may be
-        negative; use clip=False, and add `standardization_bits` for the density of the data before standardization.
+        negative; add `standardization_bits` for the density of the data before standardization.
       strata: None visits all T steps. A number S visits 1 + 2 S of them: index 0, and two in each of S intervals of the
         others (short ones where t is small and terms are large), drawn for each example. The estimate is unbiased, and
         `standard_error` is computed from the differences of these pairs.
       tables: False omits the tables, so that memory does not grow with T.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; for prediction eps or score if alpha_bar ends at
-      0; for strata outside 1 ... T - 1; for an x_0 that is not float.
+      0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
+      or clip=True. An example with traced values outside has NaN in every field.
     """
     process.check_terminal_snr(schedule, prediction)
-    x_0 = process.as_float("x_0", x_0)
+    x_0 = _in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
     batch, total_steps = x_0.shape[0], schedule.num_timesteps
     key_t, key_eps = jax.random.split(key)
     if strata is None:

@@ -4,6 +4,8 @@ Each draws one timestep for each example and returns one loss for each, so that 
 `LossAux` of its intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
 sum of both, which trains a learned variance). `classify` trains a classifier of noisy images from labels.
 
+Data are batches [B, ..., C]. Continuous data, and others that are not in [-1, 1], need gray_levels=None in the bound.
+
 Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, including
 that of the network's output.
 """
@@ -118,7 +120,7 @@ def simple(
     Args:
       key: draws t and eps.
       denoise_fn: its output has the shape of x_t. A second half of the channels (a learned variance) is not in this loss.
-      x_0: images in [-1, 1], or other data.
+      x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
       prediction: the quantity that the network predicts: eps, x_0, v, x_prev or score.
       weighting: None or "none": the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
         L_simple. Otherwise a weight of the **eps error** for any prediction (the eps error is SNR times the x_0 error and
@@ -126,8 +128,9 @@ def simple(
         constants) or a function SNR [B] -> weight [B].
       timestep_sampler: a name in `timesteps.SAMPLERS`, or a `TimestepSampler`.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting or timestep sampler, an output of another shape, an x_0 that is
-      not float, or a "truncated_snr" weight, which is infinite, for eps or score if alpha_bar ends at 0.
+    Raises: ValueError for an unknown prediction, weighting or timestep sampler, an output of another shape, weights that are
+      not [B], an x_0 that is not float [B, ..., C], or a "truncated_snr" weight, which is infinite, for eps or score if
+      alpha_bar ends at 0.
     """
     if weighting == "truncated_snr":
         process.check_terminal_snr(schedule, prediction)
@@ -155,10 +158,11 @@ def vlb(
     Args:
       key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
       variance, clip: as `process.p_mean_variance`; by default training does not clip, as in OpenAI's code (Ho's clips).
-      gray_levels: as `likelihood.decoder_log_prob`.
-    Returns: (loss [B], LossAux).
-    Raises: ValueError as `simple`, for an output whose channels do not match `variance`, and for eps or score if alpha_bar
-      ends at 0.
+      gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, with clip=False.
+    Returns: (loss [B], LossAux). The loss of an example with traced values outside [-1, 1] is NaN with gray levels or
+      clip=True.
+    Raises: ValueError as `simple`, for an output whose channels do not match `variance`, for eps or score if alpha_bar ends
+      at 0, and for an x_0 outside [-1, 1] with gray levels or clip=True.
     """
     process.check_terminal_snr(schedule, prediction)
     aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
@@ -218,11 +222,12 @@ def classify(
 
     Args:
       key: draws t and eps.
-      x_0: images in [-1, 1], or other data.
+      x_0: images in [-1, 1], or other data [B, ..., C].
       y: labels in 0 ... K - 1. The loss of a traced label outside of this range is NaN.
       timestep_sampler: as `simple`.
     Returns: (loss [B], ClassifyAux).
-    Raises: ValueError for logits of another shape, an x_0 that is not float, or labels that are not int or out of range.
+    Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
+      that are not int or out of range.
     """
     x_0, t, importance, _, x_t, time = _draw_noise(key, schedule, x_0, timestep_sampler)
     logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
@@ -251,13 +256,22 @@ def _timestep_sampler(sampler: str | TimestepSampler) -> TimestepSampler:
     return timesteps.SAMPLERS[sampler]
 
 
+def _per_example(name, x, batch_size):
+    """x as an array [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
+    if jnp.shape(x) not in ((), (batch_size,)):
+        raise ValueError(f"{name} must have shape [{batch_size}], one for each example; got {list(jnp.shape(x))}")
+    return jnp.broadcast_to(x, batch_size)
+
+
 def _draw_noise(key, schedule, x_0, timestep_sampler):
     """Draws t and eps. Returns (x_0 promoted, t, importance, eps, x_t, network time)."""
-    x_0 = process.as_float("x_0", x_0)
-    if x_0.ndim == 0:
-        raise ValueError("x_0 must have a batch axis [B, ...], got a single number")
+    x_0 = process.as_batch("x_0", x_0)
     key_t, key_eps = jax.random.split(key)
     t, importance = _timestep_sampler(timestep_sampler)(key_t, x_0.shape[0], schedule.num_timesteps)
+    t, importance = (
+        _per_example(f"the {name} of timestep_sampler", x, x_0.shape[0])
+        for name, x in (("timesteps", t), ("weights", importance))
+    )
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
     time = process.network_time(schedule, t, x_0)
     return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
@@ -333,4 +347,5 @@ def _weight_of_target(schedule, aux, prediction, weighting):
         "x_prev": snr / table(schedule.posterior_mean_coef_x_0) ** 2,
         "score": table(schedule.sqrt_one_minus_alpha_bar) ** 2,
     }
-    return jnp.asarray(weight_fn(snr), snr.dtype) * eps_error_per_error[prediction]
+    weight = _per_example("the result of weighting", weight_fn(snr), len(snr))
+    return weight.astype(snr.dtype) * eps_error_per_error[prediction]

@@ -80,29 +80,32 @@ def loss_history(num_timesteps: int, length: int = 10) -> LossHistory:
 def record(
     history: LossHistory, t: Integer[Array | np.ndarray, "B"], losses: Float[Array | np.ndarray, "B"]
 ) -> LossHistory:
-    """The history after recording a batch's unweighted losses, in the order of the batch."""
-    length = history.losses.shape[1]
-    same = t[:, None] == t[None, :]
+    """The history after recording a batch's unweighted losses, in the order of the batch; those not finite are left out."""
+    length, losses = history.losses.shape[1], jnp.asarray(losses, jnp.float32)
+    finite = jnp.isfinite(losses)
+    same = (t[:, None] == t[None, :]) & finite
     earlier = jnp.tril(same, -1).sum(axis=1)  # how many of the batch's losses at this step come before this one
     later = jnp.triu(same, 1).sum(axis=1)
     place = (history.counts[t] + earlier) % length
-    row = jnp.where(
-        later < length, t, history.counts.shape[0]
-    )  # if a batch has more than H losses of one step, only the last H are kept
+    # If a batch has more than H losses of one step, only the last H are kept.
+    row = jnp.where((later < length) & finite, t, history.counts.shape[0])
     return LossHistory(
-        history.losses.at[row, place].set(losses.astype(jnp.float32), mode="drop"), history.counts.at[t].add(1)
+        history.losses.at[row, place].set(losses, mode="drop"), history.counts.at[t].add(finite.astype(jnp.int32))
     )
 
 
 def step_probabilities(history: LossHistory, uniform_probability: float = 0.001) -> Float[Array, "T"]:
     """p_t proportional to sqrt(E[L_t^2]) over the recorded losses, mixed with `uniform_probability` of the uniform.
 
-    Uniform until H losses of every step are recorded (Improved DDPM eq. 18 and the text below it).
+    Uniform until H losses of every step are recorded (Improved DDPM eq. 18 and the text below it), and if all of them are 0
+    or their squares overflow.
     """
     total, length = history.losses.shape
     root_mean_square = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
-    learned = (1 - uniform_probability) * root_mean_square / jnp.sum(root_mean_square) + uniform_probability / total
-    return jnp.where(jnp.all(history.counts >= length), learned, 1 / total)
+    normalizer = jnp.sum(root_mean_square)
+    learned = (1 - uniform_probability) * root_mean_square / normalizer + uniform_probability / total
+    is_usable = jnp.all(history.counts >= length) & (normalizer > 0) & jnp.isfinite(normalizer)
+    return jnp.where(is_usable, learned, 1 / total)
 
 
 def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001) -> TimestepSampler:

@@ -33,6 +33,10 @@ def gaussian_data(n, key=0):
     return M + np.sqrt(S2) * jax.random.normal(jax.random.key(key), (n, 4))
 
 
+def bounded_data(n):
+    return jnp.clip(gaussian_data(n), -1, 1)  # the range of gray levels
+
+
 def mean_and_error(values):
     values = np.asarray(values, np.float64)
     return values.mean(), values.std() / np.sqrt(values.size)
@@ -189,7 +193,7 @@ def test_the_vlb_loss_estimates_the_bound(variance):
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """With respect to the output: the mean's gradient is that of L_simple, the variance's that of the weighted vlb."""
-    x_0 = gaussian_data(16)
+    x_0 = bounded_data(16)
 
     def gradient(loss, **options):
         def total(offset):
@@ -214,21 +218,21 @@ def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
 def test_importance_weights_multiply_both_terms_of_the_hybrid():
     thrice = lambda key, batch, total: (jnp.arange(batch), 3.0 + jnp.arange(batch))  # noqa: E731
     loss, parts = losses.hybrid(
-        jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, timestep_sampler=thrice
+        jax.random.key(0), SHORT, doubled, bounded_data(16), vlb_weight=0.5, timestep_sampler=thrice
     )
     np.testing.assert_allclose(loss, (3 + np.arange(16)) * (parts.mse + 0.5 * parts.vlb), rtol=1e-6)
 
 
 def test_a_weighting_applies_only_to_the_hybrid_s_squared_error():
     loss, parts = losses.hybrid(
-        jax.random.key(0), SHORT, doubled, gaussian_data(16), vlb_weight=0.5, weighting=lambda snr: 7.0 + 0 * snr
+        jax.random.key(0), SHORT, doubled, bounded_data(16), vlb_weight=0.5, weighting=lambda snr: 7.0 + 0 * snr
     )
     np.testing.assert_allclose(loss, 7 * parts.mse + 0.5 * parts.vlb, rtol=1e-6)
 
 
 def test_the_published_vlb_weight_multiplies_the_sum_over_steps():
     """Improved DDPM's code: MSE + one term in bits times T / 1000."""
-    x_0 = gaussian_data(16)
+    x_0 = bounded_data(16)
     loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0)
     term, _ = likelihood.bound_term(SHORT, parts.output, x_0, parts.x_t, parts.t, variance="learned_range", clip=False)
     np.testing.assert_allclose(loss, parts.mse + term * 20 / 1000, rtol=1e-6)
@@ -348,7 +352,7 @@ def test_a_history_of_another_length_is_refused():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_data_has_the_losses_of_its_values_in_float32(dtype):
     """Rounding the data to its dtype is the only rounding."""
-    x_0 = jnp.asarray(gaussian_data(64), dtype)
+    x_0 = jnp.asarray(bounded_data(64), dtype)
     for loss, network, options in (
         (losses.simple, lambda x, time: 0.4 * x, {"weighting": "min_snr"}),
         (losses.vlb, doubled, {}),

@@ -249,3 +249,37 @@ def test_timestep_samplers_by_name():
         losses.simple(KEY, FULL, network, X, timestep_sampler="loss_second_moment")
     with pytest.raises(ValueError, match="unknown timestep_sampler 'even'; known: uniform, antithetic, stratified"):
         losses.simple(KEY, FULL, network, X, timestep_sampler="even")
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1,), (1, 2), (3,)])
+def test_weights_that_are_not_one_for_each_example(shape):
+    """A weight [B, 1] would broadcast a loss [B] to [B, B]. One number for all examples is a weight of each."""
+    sampler = lambda key, batch, total: (T, jnp.full(shape, 2.0))  # noqa: E731
+    weighting = lambda snr: jnp.full(shape, 2.0)  # noqa: E731
+    doubled = lambda x, time: jnp.concatenate([x, x], -1)  # noqa: E731
+    for options, words in (
+        ({"timestep_sampler": sampler}, "the weights of timestep_sampler"),
+        ({"weighting": weighting}, "the result of weighting"),
+        ({"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)}, "the timesteps"),
+    ):
+        with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\].*got \[{shape[0]}"):
+            losses.simple(KEY, FULL, network, X[:, 0, 0], **options)
+        with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\]"):
+            losses.hybrid(KEY, FULL, doubled, X, **options)
+    for sampler in (lambda key, batch, total: (T, 2.0), lambda key, batch, total: (T, np.full(2, 2.0))):
+        weighted, aux = losses.simple(KEY, FULL, network, X, timestep_sampler=sampler, weighting=lambda snr: 3.0)
+        np.testing.assert_allclose(weighted, 6 * aux.mse, rtol=1e-6)
+        assert weighted.shape == aux.importance.shape == aux.t.shape == (2,)
+
+
+@pytest.mark.parametrize("x", [jnp.zeros(3), jnp.zeros(())])
+def test_one_vector_without_a_batch_axis(x):
+    logits_fn = lambda x_t, time: jnp.zeros((len(x_t), 5))  # noqa: E731
+    for take in (
+        lambda x: losses.simple(KEY, FULL, network, x),
+        lambda x: losses.vlb(KEY, FULL, network, x, variance="fixed_small"),
+        lambda x: losses.classify(KEY, FULL, logits_fn, x, jnp.zeros(3, int)),
+        lambda x: likelihood.bits_per_dim(KEY, FULL, network, x),
+    ):
+        with pytest.raises(ValueError, match=r"x_0 must have a batch axis, vectors \[B, C\].*x_0\[None\]"):
+            take(x)

@@ -68,3 +68,32 @@ def test_the_uniform_part_of_importance_sampling():
     drawn, weight = timesteps.loss_second_moment(history, 0.5)(jax.random.key(0), 200, 4)
     assert (drawn == 0).any()
     np.testing.assert_allclose(weight, np.where(drawn == 0, 2.0, 6 / 7), rtol=1e-6)
+
+
+def full_history(losses):
+    """A history [T, 2] whose steps have two equal losses each."""
+    t = jnp.tile(jnp.arange(len(losses)), 2)
+    return timesteps.record(timesteps.loss_history(len(losses), length=2), t, jnp.tile(jnp.array(losses), 2))
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [1e30, 2.0, 3.0], [1e-30, 2e-30, 0.0]])
+def test_losses_without_usable_squares_are_drawn_uniformly(losses):
+    """All losses 0 (squares that underflow included), or a square that overflows float32."""
+    history = full_history(losses)
+    np.testing.assert_allclose(timesteps.step_probabilities(history), 1 / 3, rtol=1e-6)
+    _, weight = timesteps.loss_second_moment(history)(jax.random.key(0), 50, 3)
+    np.testing.assert_allclose(weight, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_losses_that_are_not_finite_are_not_recorded(bad):
+    """The history is that of the finite losses alone, in their order, also within one batch."""
+    t, values = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([bad, 3.0, bad, 4.0, 5.0, 6.0])
+    history = full_history([1.0, 2.0])
+    found = jax.jit(timesteps.record)(history, t, values)
+    finite = np.isfinite(values)
+    for leaf, expected in zip(found, timesteps.record(history, t[finite], values[finite]), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    np.testing.assert_allclose(np.sort(found.losses), [[4, 6], [3, 5]])
+    root = np.sqrt([(16 + 36) / 2, (9 + 25) / 2])
+    np.testing.assert_allclose(timesteps.step_probabilities(found), 0.999 * root / root.sum() + 0.001 / 2, rtol=1e-6)

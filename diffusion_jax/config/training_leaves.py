@@ -184,6 +184,12 @@ MODEL: dict[str, Leaf] = {
         Number(minimum=0, below=1),
         "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual.",
     ),
+    "joint_dropout": _IdentityLeaf(
+        None,
+        optional(Number(minimum=0, below=1)),
+        "Probability that training drops a label and a condition together, a share of `model.label_dropout` and "
+        "`model.condition_dropout`; None for the smaller of the two, 0 for independent draws.",
+    ),
     "out_channels": _IdentityLeaf(
         None,
         optional(Integer(1)),
@@ -221,10 +227,11 @@ _CLASSIFIER_DEFAULTS = {
     "initializer": "openai",
     "dropout": 0.0,
 }
+_NOT_OF_CLASSIFIERS = ("kind", "num_heads_up", "label_dropout", "joint_dropout", "out_channels")
 CLASSIFIER_MODEL: dict[str, Leaf] = {
     name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
     for name, leaf in MODEL.items()
-    if name not in ("kind", "num_heads_up", "label_dropout", "out_channels") and not name.startswith("condition_")
+    if name not in _NOT_OF_CLASSIFIERS and not name.startswith("condition_")
 } | {"num_classes": _IdentityLeaf(1000, Integer(2), "Number of classes.")}
 
 DIFFUSION: dict[str, Leaf] = {

@@ -19,6 +19,7 @@ __all__ = [
     "check_examples",
     "check_image_leaves",
     "check_levels",
+    "check_random_flip",
     "example_shape",
     "import_source",
     "is_of_images",
@@ -80,6 +81,14 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
+def check_random_flip(config: Mapping, name: str = "image") -> None:
+    """Raises: DataError if `data.random_flip` is True for data other than images. name: "x" for data that are not uint8."""
+    if config["random_flip"] and (name == "x" or config["levels"] is None or len(example_shape(config)) != 3):
+        raise DataError(
+            "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
+        )
+
+
 def import_source(name: str, config: Mapping) -> Source:
     """The source that a function "module:function" returns for `config.data`.
 
@@ -135,10 +144,7 @@ def check_examples(config: Mapping, source: Source) -> None:
         if other in batch and len(batch[other]) != len(indices):
             raise DataError(f'read of {len(indices)} examples returns {len(batch[other])} rows of "{other}"')
     _check_label_and_condition(batch, expected)
-    if config["random_flip"] and (name == "x" or len(expected) != 3):
-        raise DataError(
-            "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
-        )
+    check_random_flip(config, name)
 
 
 def _check_label_and_condition(batch: Mapping, shape: tuple[int, ...]) -> None:

@@ -84,15 +84,17 @@ class MLP(Conditional):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         y = self.check_labels(y)
         condition = self.check_condition(condition, x_t)
+        if train:
+            y, condition = self.drop(y, condition)
         layers, features = self.layers, 4 * self.channels
         embedding = self.embed_time(time)
         if y is not None:
-            embedding += self.embed_labels(layers, y, features, train)
+            embedding += self.embed_labels(layers, y, features)
         h = x_t
         if condition is not None and self.condition_features:
-            embedding += self.embed_condition(layers, condition, features, train)
+            embedding += self.embed_condition(layers, condition, features)
         elif condition is not None:
-            h = self.concatenate_condition(h, condition, train)
+            h = self.concatenate_condition(h, condition)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock
         for j in range(self.num_res_blocks):

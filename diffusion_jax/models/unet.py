@@ -51,14 +51,16 @@ class UNet(Encoder, Conditional):
         self.check_input(x_t)
         y = self.check_labels(y)
         condition = self.check_condition(condition, x_t)
+        if train:
+            y, condition = self.drop(y, condition)
         embedding = self.embed_time(time)
         if y is not None:
-            embedding += self.embed_labels(self.layers, y, 4 * self.channels, train)
+            embedding += self.embed_labels(self.layers, y, 4 * self.channels)
         h = x_t
         if condition is not None and self.condition_features:
-            embedding += self.embed_condition(self.layers, condition, 4 * self.channels, train)
+            embedding += self.embed_condition(self.layers, condition, 4 * self.channels)
         elif condition is not None:
-            h = self.concatenate_condition(h, condition, train)
+            h = self.concatenate_condition(h, condition)
         h, skips = self.encode(self._pad(h), embedding, train)
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))

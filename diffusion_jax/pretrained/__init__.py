@@ -154,7 +154,8 @@ def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
             "levels": description.levels,
             "normalization": normalization,
             "limits": description.limits,
-        },
+        }
+        | ({} if description.is_images else {"random_flip": False}),
         "sampling": {"clip": description.clip},
     }
 

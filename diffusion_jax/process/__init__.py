@@ -17,7 +17,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
     score    grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021)
 """
 
-from diffusion_jax.process.arrays import as_float, lookup, network_time, promote
+from diffusion_jax.process.arrays import as_batch, as_float, lookup, network_time, promote
 from diffusion_jax.process.forward import Gaussian, q_mean_variance, q_posterior, q_sample, q_step, q_step_mean_variance
 from diffusion_jax.process.predictions import PREDICTIONS, check_terminal_snr, eps_at, to_eps, to_score, to_v, to_x_0
 from diffusion_jax.process.reverse import (
@@ -34,6 +34,7 @@ __all__ = [
     "VARIANCES",
     "Gaussian",
     "Reverse",
+    "as_batch",
     "as_float",
     "check_terminal_snr",
     "clip_x_0",

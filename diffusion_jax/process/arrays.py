@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from diffusion_jax.schedules import Schedule, cast_table
 from diffusion_jax.types import Index
 
-__all__ = ["as_float", "check_same_shape", "lookup", "network_time", "promote"]
+__all__ = ["as_batch", "as_float", "check_same_shape", "lookup", "network_time", "promote"]
 
 
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
@@ -21,6 +21,17 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
         advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""
         raise ValueError(f"{name} must be float; got {x.dtype}{advice}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Float[Array, "B *shape"]:
+    """x as `as_float`. Raises: ValueError as `as_float`, and for a number or one vector."""
+    x = as_float(name, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} must have a batch axis, vectors [B, C] or arrays [B, ..., C]; got shape {x.shape}; give one example as "
+            f"{name}[None]"
+        )
+    return x
 
 
 def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:

@@ -22,7 +22,7 @@ __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 class ddpm(Sampler):
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, and the clip of its code).
 
-    prediction, variance, clip: as `process.p_mean_variance`.
+    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1].
     mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) as from
       `guidance.log_prob_gradient`; the mean is shifted by the variance times g, after the clip (ADM Algorithm 1).
     Raises: ValueError for an unknown prediction or variance.
@@ -59,8 +59,8 @@ class ddim(Sampler):
     sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
     the ancestral sampler with the fixed small variance.
 
-    prediction, clip: as `process.p_mean_variance`. variance: a learned one means that the output has a second half of the
-      channels, which is ignored.
+    prediction, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1]. variance: a learned one means
+      that the output has a second half of the channels, which is ignored.
     clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own, which is the
       default of diffusers (DDIM's own code never clips: clip=False).
     Raises: ValueError for an eta outside [0, 1], or an unknown prediction or variance.

@@ -151,7 +151,8 @@ def sample(
       key: the noise of step t is drawn with `fold_in(key, t)`.
       schedule: T steps; `schedules.respace` returns a shorter one.
       x_T: usually N(0, I).
-      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on.
+      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. All of them clip the predicted x_0 to [-1, 1], the range of
+        images; data that leave this range need `clip=False`.
       start: the index whose noise level x_T has; the default is T - 1.
       final_step: False stops at the noise level of index 0 instead of denoising it to x_0.
       trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, whose values need memory.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.images import to_model_range
 
-__all__ = ["Examples", "random_flip", "read_batch"]
+__all__ = ["Examples", "check_leaves", "random_flip", "read_batch"]
 
 
 class Examples(NamedTuple):
@@ -61,6 +61,18 @@ def read_batch(
     y = _read_labels(batch, batch_size) if takes_labels else None
     condition = None if condition_shape is None else _read_condition(batch, (batch_size, *condition_shape))
     return Examples(x_0, y, condition)
+
+
+def check_leaves(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises: ValueError for the leaves of `config.data` that contradict a batch of `read_batch`."""
+    if "image" in batch and config["levels"] is None:
+        raise ValueError(
+            'data.levels=None is for continuous data, the "x" of a batch; use data.levels=256 for "image", or give float data'
+        )
+    if "x" in batch and config["random_flip"]:
+        raise ValueError(
+            'data.random_flip=True mirrors only uint8 images, the "image" of a batch; use data.random_flip=False for "x"'
+        )
 
 
 def _check_dtype(name: str, values: Any) -> None:

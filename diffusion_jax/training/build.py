@@ -46,8 +46,8 @@ class TrainingProgram(NamedTuple):
 def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     """Builds the network, the schedule and the compiled functions of a config.
 
-    config: any mapping that `config.resolve` takes, partial ones included. Raises: ConfigError for a value that its leaf does
-    not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    config: any mapping that `config.resolve` takes, partial ones included; `init_from` is not read. Raises: ConfigError for a
+    value that its leaf does not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
     """
     config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"])
@@ -55,6 +55,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     schedule = schedule_from_config(config["diffusion"])
     check_loss(config["diffusion"])
+    data.check_random_flip(config["data"])
     model = model_from_config(config)
     optimizer = optimizer_from_config(config["optimizer"])
     shape = data.example_shape(config["data"])
@@ -108,7 +109,18 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     already standardized, come as "x" [B, *spatial, C] instead of "image". "label" is needed only for `model.num_classes` or
     the loss "classify", and "condition", float, only for a network that takes conditions. A config is any nested mapping,
     partial or complete, as `config.resolve` takes it.
-    Raises: as `build_program`; train_step raises ValueError for a batch of other names, types or shapes.
+
+    Float data need data.random_flip=False. Continuous data need data.levels=None if the loss is vlb or hybrid: with gray
+    levels the loss of values outside [-1, 1] is NaN.
+
+    Raises: as `build_program`; ValueError for a config with `init_from`, which only the program reads; train_step raises
+    ValueError for a batch of other names, types or shapes.
     """
+    config = resolve(config)
+    if config["init_from"]:
+        raise ValueError(
+            f"init_from={config['init_from']!r}: training.create does not load weights; leave it out, and put those "
+            "of pretrained.load into the state: state.replace(params=..., ema_params=...)"
+        )
     built = build_program(config)
     return built.init(), built.train_step

@@ -172,6 +172,17 @@ def test_classify_is_the_cross_entropy_at_x_t(x64):
     assert (parts.importance == 1).all()
 
 
+def test_the_accuracy_is_of_the_largest_logit():
+    """A classifier that gives its class the largest logit, the smallest one, and one between them."""
+    y = jnp.arange(6) % 3
+    for class_logit, accuracy in ((9.0, 1.0), (-9.0, 0.0), (0.5, 0.0)):
+        logits = jnp.where(
+            jax.nn.one_hot(y, 3) > 0, class_logit, jnp.array([-1.0, 0.1, 1.0])[(jnp.arange(3) - y[:, None]) % 3]
+        )
+        _, aux = losses.classify(jax.random.key(0), SCHEDULE, lambda x_t, time, out=logits: out, jnp.zeros((6, 2)), y)
+        np.testing.assert_array_equal(aux.accuracy, accuracy)
+
+
 @pytest.mark.whole
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_range():

@@ -1,11 +1,13 @@
 """Vectors and arrays as conditions: against networks without conditions that have the same weights."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import guidance, models
+from diffusion_jax.training.objective import Microbatch
 from helpers.networks import TINY, apply, redraw
 
 SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
@@ -92,6 +94,52 @@ def test_dropout_gives_the_null_condition_in_training_alone(kind):
     assert np.isnan(apply(model, params, x, time, condition=c.at[3, 0].set(jnp.nan))).any(axis=1).nonzero()[0] == [3]
 
 
+def both_dropped(joint):
+    """(a network of labels and conditions that drops 30% and 40% of them, its parameters, its inputs by name)."""
+    n = 2000
+    model = models.MLP(
+        **SMALL,
+        num_classes=3,
+        label_dropout=0.3,
+        condition_features=2,
+        condition_dropout=0.4,
+        joint_dropout=joint,
+    )
+    c = jnp.broadcast_to(jnp.array([2.0, -1.0]), (n, 2))
+    inputs = {"x_t": jnp.ones((n, 3)), "time": jnp.zeros(n), "y": jnp.ones(n, jnp.int32), "condition": c}
+    return model, parameters(model, **jax.tree.map(lambda leaf: leaf[:1], inputs)), inputs
+
+
+@pytest.mark.parametrize(
+    ("joint", "both"),
+    [(None, 0.3), (0.0, 0.3 * 0.4), (0.1, 0.1 + 0.9 * (0.2 / 0.9) * (0.3 / 0.9)), (0.3, 0.3)],
+)
+def test_a_label_and_a_condition_are_dropped_together(joint, both):
+    """The shares of outputs that are those of neither, of one or of both, which keep the shares of each dropout."""
+    model, params, inputs = both_dropped(joint)
+    n = len(inputs["y"])
+    trained = apply(model, params, **inputs, train=True, rngs={"dropout": jax.random.key(1)})
+    shares = {}
+    for nulls in [(), ("y",), ("condition",), ("y", "condition")]:
+        null = {name: jnp.full_like(inputs[name], model.nulls_of({name: 0})[name]) for name in nulls}
+        shares[nulls] = (abs(trained - apply(model, params, **{**inputs, **null})).max(axis=1) < 1e-3).mean()
+    expected = [1 - 0.3 - 0.4 + both, 0.3 - both, 0.4 - both, both]
+    for found, share in zip(shares.values(), expected, strict=True):
+        assert abs(found - share) <= 4.5 * (share * (1 - share) / n) ** 0.5 + 1e-9
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_microbatches_drop_the_labels_and_conditions_of_the_whole_batch():
+    model, params, inputs = both_dropped(0.1)
+    options = {"train": True, "rngs": {"dropout": jax.random.key(1)}}
+    whole = apply(model, params, **inputs, **options)
+    for index in range(2):
+        microbatch = Microbatch(index, 2)
+        with nn.intercept_methods(microbatch.dropout):
+            found = apply(model, params, **jax.tree.map(microbatch.take, inputs), **options)
+        np.testing.assert_allclose(found, microbatch.take(whole), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_gradients_are_finite_where_some_have_no_condition(kind):
     model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=0.5, dtype="bfloat16")
@@ -169,6 +217,12 @@ def test_networks_without_conditions_have_no_parameters_for_them():
             r"must be float of shape \(2, 8, 1\), got float32 of shape \(2, 1\)",
         ),
         ({"condition_features": 2, "condition_channels": 1}, None, "a network takes one kind of condition"),
+        ({"joint_dropout": 0.1}, None, r"joint_dropout=0.1 must lie in \[0, 0.0\], at most label_dropout=0.0"),
+        (
+            {"condition_features": 2, "condition_dropout": 0.2, "joint_dropout": 0.1},
+            None,
+            r"must lie in \[0, 0.0\].*condition_dropout=0.2, or be None",
+        ),
     ],
 )
 def test_refusals(fields, condition, words):

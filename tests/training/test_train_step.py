@@ -1,6 +1,4 @@
-"""The train step alone, with networks of one parameter whose losses are known in closed form, and what it refuses."""
-
-from types import SimpleNamespace
+"""The train step alone, with networks of one parameter whose losses are known in closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -8,49 +6,14 @@ import numpy as np
 import pytest
 
 from diffusion_jax import losses, timesteps, training
-from diffusion_jax.training import optimizer, step
-from diffusion_jax.training.batches import Examples, read_batch
-from diffusion_jax.training.metrics import QUARTERS
+from diffusion_jax.images import to_model_range
+from diffusion_jax.training import step
+from diffusion_jax.training.batches import Examples
+from diffusion_jax.training.metrics import QUARTERS, quarter_sums
 from diffusion_jax.training.objective import make_objective
-from diffusion_jax.training.state import initial_state
-from diffusion_jax.training.step import make_train_step
 from helpers.configs import a_batch, classifier_config, tiny_config
 from helpers.jaxprs import equations
-
-LABELS = {"model.num_classes": 10}
-
-
-class Recorder:
-    """A network of one parameter, which keeps what it is called with; the step is run without jit, so these are numbers."""
-
-    num_classes = 0
-
-    def __init__(self, output, num_classes=0):
-        self.calls, self.num_classes, self._output = [], num_classes, output
-
-    @staticmethod
-    def init(key, x_t, time, *labels):
-        return {"params": {"w": jnp.ones(())}}
-
-    def apply(self, variables, x_t, time, *labels, train, rngs, condition=None):
-        self.calls.append(SimpleNamespace(x_t=x_t, time=time, labels=labels, train=train, condition=condition, **rngs))
-        return self._output(variables["params"]["w"], x_t, time)
-
-
-def recorded(config, output, num_classes=0):
-    """(network, a state whose parameter is 1, the train step without jit)."""
-    network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
-    state = initial_state(config, network, tx, (8, 8, 1), config["seed"]).replace(ema_params={"w": jnp.full((), 5.0)})
-    rate = optimizer.learning_rate(config.optimizer)
-    return network, state, make_train_step(config, network, schedule_of(config), tx, rate)
-
-
-def schedule_of(config):
-    return training.schedule_from_config(config.diffusion)
-
-
-def floats(seed=0, batch_size=8):
-    return np.random.default_rng(seed).normal(size=(batch_size, 8, 8, 1)).astype(np.float32)
+from helpers.recorded_steps import floats, recorded, schedule_of
 
 
 @pytest.mark.whole
@@ -81,7 +44,7 @@ def test_no_key_is_used_twice(loss):
 
     network, state, run = recorded(config, output, num_classes=10 if loss == "classify" else 0)
     with jax.debug_key_reuse(True):
-        jax.eval_shape(jax.jit(run), state, {"x": floats(), "label": np.zeros(8, np.int32)})
+        jax.eval_shape(jax.jit(run), state, a_batch(config))
 
 
 def test_dropout_is_independent_of_the_noise():
@@ -120,6 +83,26 @@ def test_quarters_are_of_the_noise_levels_from_the_cleanest_on():
     assert 0 in seen
 
 
+@pytest.mark.parametrize("num_timesteps", [4, 5, 6, 7, 10, 1000])
+def test_quarters_of_a_number_of_timesteps_that_4_does_not_divide(num_timesteps):
+    """Timestep t is in the quarter of t / T, so that every timestep is in one and their sizes differ by one at most."""
+    t = np.arange(num_timesteps)
+    sums = quarter_sums({"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))}, len(t))
+    in_quarters = [[i for i in t if quarter / 4 <= i / num_timesteps < (quarter + 1) / 4] for quarter in range(4)]
+    for (total, count), members in zip(sums.values(), in_quarters, strict=True):
+        assert float(count) == len(members) and float(total) == sum(10.0**4 + i for i in members)
+    sizes = [len(members) for members in in_quarters]
+    assert sum(sizes) == num_timesteps and max(sizes) - min(sizes) <= 1
+
+
+def test_rescaled_network_times_begin_at_0():
+    """OpenAI's --rescale_timesteps: t * 1000 / T, for the 0-based t; without it t itself."""
+    diffusion = {"diffusion.num_timesteps": 4, "diffusion.rescale_timesteps": True}
+    np.testing.assert_array_equal(schedule_of(tiny_config(**diffusion)).timesteps, [0, 250, 500, 750])
+    diffusion["diffusion.rescale_timesteps"] = False
+    np.testing.assert_array_equal(schedule_of(tiny_config(**diffusion)).timesteps, [0, 1, 2, 3])
+
+
 def test_the_rate_the_norms_and_the_average_are_those_of_this_step():
     """A loss with a known gradient in one parameter, in the fifth step: Adam's update, both norms, the EMA with warm-up."""
     config = tiny_config(**{"optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 20, "optimizer.grad_clip": 1e-3})
@@ -155,8 +138,9 @@ def test_half_of_the_images_are_mirrored_left_to_right():
     network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
     mirrored = 0
     for i in range(4):
-        x = floats(i, batch_size=64)
-        state, _ = run(state, {"x": x})
+        image = a_batch(config, i, batch_size=64)["image"]
+        state, _ = run(state, {"image": image})
+        x = to_model_range(image)
         shown = np.asarray(network.calls[-1].x_t)
         as_given = abs(shown - x).max((1, 2, 3)) < 1e-2
         turned = abs(shown - x[:, :, ::-1]).max((1, 2, 3)) < 1e-2
@@ -254,97 +238,6 @@ def test_quarters_of_weighted_losses_are_weighted_means():
     drawn = np.bincount(t, minlength=8)
     np.testing.assert_array_equal(after.loss_history.counts, 10 + drawn)
     np.testing.assert_allclose(after.loss_history.losses[t[0]].max(), max(loss[0], t[0] + 1), rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------------ batches
-
-
-def traced(config, batch):
-    """The metrics' shapes: the batch is checked when the step is traced, so nothing is compiled."""
-    classifies = config.diffusion.loss == "classify"
-    output = lambda w, x_t, time: w * (x_t[:, 0, 0] * jnp.ones(10) if classifies else x_t)  # noqa: E731
-    _, state, run = recorded(config, output, config.model.num_classes)
-    return jax.eval_shape(jax.jit(run), state, batch)[1]
-
-
-def test_labels_are_needed_only_where_something_takes_them():
-    image = a_batch(tiny_config())["image"]
-    for config in (tiny_config(), tiny_config(**{"training.accumulation_steps": 2})):
-        assert traced(config, {"image": image})["loss"].dtype == jnp.float32
-        assert traced(config, {"image": image, "label": np.zeros(3)})
-    for config in (tiny_config(**LABELS), classifier_config()):
-        with pytest.raises(ValueError, match=r'a batch must have "label", int \[8\].*got \'image\''):
-            traced(config, {"image": image})
-        assert traced(config, {"image": image, "label": np.zeros(8, np.int64)})
-
-
-def test_several_steps_in_one_call_take_the_same_batches():
-    built = training.build_program(tiny_config())
-    stacked = {"x": np.zeros((3, 8, 8, 8, 1), np.float32)}
-    many = training.scan_steps(built.train_step.__wrapped__)
-    assert jax.eval_shape(many, built.abstract_state, stacked)[1]["loss"].shape == ()
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_float_data_are_taken_as_they_are(dtype):
-    """The same step as with the uint8 images that they stand for, where the numbers are the same."""
-    config = tiny_config(**{"data.random_flip": True})
-    levels = np.array([0, 255], np.uint8)  # -1 and 1, which every type holds
-    image = np.random.default_rng(0).choice(levels, (8, 8, 8, 1))
-    x = jnp.asarray(image / 127.5 - 1, dtype)
-    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
-    of_image, of_x = (run(state, batch)[1] for batch in ({"image": image}, {"x": x}))
-    assert of_x["loss"].dtype == jnp.float32 and network.calls[1].x_t.dtype == jnp.float32
-    # Two programs: x_t is a sum of two products, the loss a mean of squares, rounded to 2^-24 each time.
-    np.testing.assert_allclose(network.calls[0].x_t, network.calls[1].x_t, rtol=1e-5, atol=1e-6)
-    assert float(of_image["loss"]) == pytest.approx(float(of_x["loss"]), rel=1e-5)
-
-
-IMAGE = np.zeros((8, 8, 8, 1), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("batch", "words"),
-    [
-        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.*got float(32|64); give float data.* as "x"'),
-        ({"image": IMAGE.astype(np.int32)}, r'batch\["image"\] must be uint8.*got int32; convert it to uint8'),
-        ({"image": IMAGE > 0}, r"got bool"),
-        ({"x": IMAGE}, r'batch\["x"\] must be float.*got uint8; give it as "image"'),
-        ({"x": IMAGE.astype(np.int32)}, r'batch\["x"\] must be float.*got int32'),
-        ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
-        ({"images": IMAGE}, "either .*got 'images'"),
-        ({}, "got nothing"),
-        (IMAGE, "must be a dictionary"),
-        ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[B, 8, 8, 1\].*data.channels.*got \[8, 8, 8, 3\]"),
-        ({"image": np.zeros((8, 8, 10, 1), np.uint8)}, r"shape \[B, 8, 8, 1\].*got \[8, 8, 10, 1\]"),
-        ({"image": np.zeros((8, 8, 8), np.uint8)}, r"got \[8, 8, 8\]"),
-        ({"x": np.zeros((8, 4, 4, 1))}, r'batch\["x"\] must have shape'),
-        ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
-        ({"x": [[[[0.0]]]]}, r'batch\["x"\] must be an array; got list'),
-        ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
-        ({"image": IMAGE, "label": np.zeros(8)}, r'batch\["label"\] must be int of shape \[8\]; got float'),
-        ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
-        ({"image": IMAGE, "label": np.zeros((8, 1), np.int32)}, r"got int32 \[8, 1\]"),
-    ],
-)
-def test_a_wrong_batch_is_refused_in_one_line(batch, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        read_batch(batch, (8, 8, 1), takes_labels=True)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_compiled_step_refuses_it_too():
-    built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
-    for batch, words in (
-        ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
-        ({"image": IMAGE[:6]}, None),
-        ({"image": IMAGE[:7]}, "a batch of 7 must be a multiple of training.accumulation_steps=2"),
-    ):
-        if words is None:
-            jax.eval_shape(built.train_step, built.abstract_state, batch)
-            continue
-        with pytest.raises(ValueError, match=words):
-            built.train_step.trace(built.abstract_state, batch)
 
 
 @pytest.mark.whole

@@ -1,0 +1,89 @@
+"""Data outside [-1, 1] where a clip or gray levels assume that range: an error if the values are known, NaN if traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import likelihood, losses, schedules
+from diffusion_jax.images import to_model_range
+
+KEY = jax.random.key(0)
+SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_start=5e-3, beta_end=0.6))
+LEARNED = "learned_range"
+
+
+def network(x_t, time):
+    """Some network with a learned variance."""
+    return jnp.concatenate([0.4 * x_t, jnp.tanh(x_t)], axis=-1)
+
+
+def data(outside=1.5):
+    """Three examples [3, 2, 1], of which the second has one value `outside` of the range."""
+    return jnp.array([-1.0, 1.0, 0.2, outside, 0.3, -0.4]).reshape(3, 2, 1)
+
+
+# Each with the result [B] that must be NaN where the data are outside.
+BOUNDS = {
+    "vlb": lambda x, **options: losses.vlb(KEY, SCHEDULE, network, x, **options)[0],
+    "hybrid": lambda x, **options: losses.hybrid(KEY, SCHEDULE, network, x, **options)[0],
+    "bits_per_dim": lambda x, **options: (
+        likelihood.bits_per_dim(KEY, SCHEDULE, network, x, variance=LEARNED, **options).total
+    ),
+    "bound_term": lambda x, **options: likelihood.bound_term(
+        SCHEDULE, network(x, None), x, x, jnp.array([0, 0, 5]), variance=LEARNED, **options
+    )[0],
+    "decoder": lambda x, gray_levels=256, clip=False: likelihood.decoder_log_prob(x, 0 * x, 0 * x, gray_levels).sum(
+        (1, 2)
+    ),
+}
+ASSUME_THE_RANGE = [{"gray_levels": 256, "clip": False}, {"gray_levels": None, "clip": True}]
+
+
+@pytest.mark.parametrize("options", ASSUME_THE_RANGE, ids=["gray_levels", "clip"])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_data_outside_the_range(name, options):
+    """One example of three: the others keep their numbers. -1.5 as 1.5."""
+    if name == "decoder" and options["clip"]:
+        pytest.skip("the decoder has no clip")
+    bound, compiled = BOUNDS[name], jax.jit(lambda x: BOUNDS[name](x, **options))
+    for outside in (1.5, -1.5, np.inf):
+        with pytest.raises(ValueError, match=r"outside of \[-1, 1\].*clip=False and gray_levels=None"):
+            bound(data(outside), **options)
+        found, inside = compiled(data(outside)), compiled(data(0.9))
+        np.testing.assert_array_equal(found[jnp.array([0, 2])], inside[jnp.array([0, 2])])
+        assert np.isnan(found[1]) and np.isfinite(inside).all()
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_other_data_need_neither_a_clip_nor_gray_levels(name):
+    clips = (False, lambda x_0: jnp.clip(x_0, -2, 2))  # a function may have any range
+    for clip in clips if name != "decoder" else (False,):
+        assert np.isfinite(BOUNDS[name](data(3.0), gray_levels=None, clip=clip)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_images_scaled_in_any_precision_are_in_the_range(dtype):
+    """Every common formula for [-1, 1], from all gray levels."""
+    levels = jnp.arange(256).astype(dtype)
+    scales = [jnp.asarray(scale, dtype) for scale in (2 / 255, 1 / 127.5, 1 / 255)]
+    scaled = [levels * scales[0] - 1, levels * scales[1] - 1, levels * scales[2] * 2 - 1]
+    scaled += [(levels * scales[2] - 0.5) / 0.5, levels / 127.5 - 1, (levels - 127.5) / 127.5]
+    for x in (*scaled, *(x.astype("float32") for x in scaled)):
+        for options in ASSUME_THE_RANGE:
+            assert np.isfinite(BOUNDS["vlb"](x.reshape(1, -1, 1), **options)).all()
+    assert np.isfinite(BOUNDS["vlb"](to_model_range(np.arange(256, dtype=np.uint8)).reshape(1, -1, 1))).all()
+
+
+def test_gradients_inside_the_range_are_those_without_the_check():
+    """With respect to the data and the network, in a batch without an example outside."""
+
+    def gradient(**options):
+        loss = lambda w, x: losses.vlb(KEY, SCHEDULE, lambda x_t, time: w * network(x_t, time), x, **options)[0].sum()  # noqa: E731
+        return jax.grad(loss, (0, 1))(0.7, data(0.9))
+
+    # A clip by a function is not checked; the x_0 of this network are below 9.
+    plain = gradient(gray_levels=None, clip=lambda x_0: jnp.clip(x_0, -1, 1))
+    for found, expected in zip(gradient(gray_levels=None, clip=True), plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert np.isfinite(found).all() and (found != 0).any()

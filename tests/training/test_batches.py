@@ -1,0 +1,185 @@
+"""The batches of a train step: what it takes and refuses, flips, and several steps in one call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import training
+from diffusion_jax.errors import DataError
+from diffusion_jax.training.batches import Examples, random_flip, read_batch
+from helpers.array_configs import array_config
+from helpers.configs import a_batch, classifier_config, tiny_config
+from helpers.recorded_steps import floats, recorded
+
+LABELS = {"model.num_classes": 10}
+IMAGE = np.zeros((8, 8, 8, 1), np.uint8)
+
+
+def traced(config, batch):
+    """The metrics' shapes: the batch is checked when the step is traced, so nothing is compiled."""
+    classifies = config.diffusion.loss == "classify"
+    output = lambda w, x_t, time: w * (x_t[:, 0, 0] * jnp.ones(10) if classifies else x_t)  # noqa: E731
+    _, state, run = recorded(config, output, config.model.num_classes)
+    return jax.eval_shape(jax.jit(run), state, batch)[1]
+
+
+def test_labels_are_needed_only_where_something_takes_them():
+    image = a_batch(tiny_config())["image"]
+    for config in (tiny_config(), tiny_config(**{"training.accumulation_steps": 2})):
+        assert traced(config, {"image": image})["loss"].dtype == jnp.float32
+        assert traced(config, {"image": image, "label": np.zeros(3)})
+    for config in (tiny_config(**LABELS), classifier_config()):
+        with pytest.raises(ValueError, match=r'a batch must have "label", int \[8\].*got \'image\''):
+            traced(config, {"image": image})
+        assert traced(config, {"image": image, "label": np.zeros(8, np.int64)})
+
+
+def test_the_compiled_step_of_create_works_inside_scan_steps():
+    """As it does for single calls: the losses and the parameters of three batches."""
+    config = array_config("vectors", "", **{"model.dropout": 0.0})
+    batches = [{"x": np.random.default_rng(i).normal(size=(8, 3)).astype(np.float32)} for i in range(3)]
+    state, train_step = training.create(config)
+    many, last = jax.jit(training.scan_steps(train_step))(state, jax.tree.map(lambda *x: np.stack(x), *batches))
+    for batch in batches:
+        state, metrics = train_step(state, batch)
+    assert int(many.step) == 3
+    # Two programs: sums of a few hundred float32 products in another order, and Adam divides small gradients by their size.
+    np.testing.assert_allclose(last["loss"], metrics["loss"], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), many.params, state.params)
+
+
+def test_weights_to_start_from_are_not_for_create():
+    with pytest.raises(
+        ValueError, match=r"init_from='runs/old': training.create does not load weights.*pretrained.load"
+    ):
+        training.create(tiny_config(init_from="runs/old"))
+    training.build_program(tiny_config(init_from="runs/old"))  # the program loads them itself
+
+
+# ------------------------------------------------------------------------------------ flips and levels
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"levels": None},  # a field
+        {"image_size": (8,)},
+        {"image_size": (8, 8, 8)},
+        {"image_size": (8, 8, 8), "levels": None},
+    ],
+)
+def test_only_images_are_mirrored(leaves):
+    """A config without `random_flip` has True."""
+    model = {"channels": 4, "channel_multipliers": (1,), "num_groups": 4, "num_res_blocks": 1, "attention_levels": ()}
+    config = {"data": {"image_size": 8, "channels": 1} | leaves, "model": model, "training": {"batch_size": 8}}
+    with pytest.raises(DataError, match="random_flip=True mirrors images of gray levels; use data.random_flip=False"):
+        training.build_program(config)
+    config["data"]["random_flip"] = False
+    training.build_program(config)
+
+
+def test_float_data_are_not_mirrored_by_default():
+    """The levels of a config that does not name them are 256, so the batch alone tells that the data are no images."""
+    for overrides, batch, words in (
+        (
+            {"data.random_flip": True},
+            {"x": IMAGE * 1.0},
+            'uint8 images, the "image".*use data.random_flip=False for "x"',
+        ),
+        ({"data.levels": None}, {"image": IMAGE}, 'data.levels=None is for continuous data, the "x"'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            traced(tiny_config(**overrides), batch)
+    assert traced(tiny_config(**{"data.random_flip": True}), {"image": IMAGE})
+    assert traced(tiny_config(**{"data.levels": None}), {"x": IMAGE * 1.0})
+
+
+def test_a_mirrored_image_has_its_condition_mirrored():
+    """Left to right, the second spatial axis, both or neither; vectors and labels stay."""
+    x_0 = jnp.arange(64 * 3 * 5 * 2.0).reshape(64, 3, 5, 2)
+    field, vector, y = 1000 + x_0[..., :1], jnp.arange(64 * 5.0).reshape(64, 5), jnp.arange(64)
+    found = random_flip(jax.random.key(0), Examples(x_0, y, field))
+    turned = np.array([(image != old).any() for image, old in zip(found.x_0, x_0, strict=True)])
+    assert 0 < turned.sum() < 64
+    for array, old in ((found.x_0, x_0), (found.condition, field)):
+        expected = np.where(turned[:, None, None, None], np.flip(old, axis=2), old)
+        np.testing.assert_array_equal(array, expected)
+    np.testing.assert_array_equal(found.y, y)
+    np.testing.assert_array_equal(random_flip(jax.random.key(0), Examples(x_0, y, vector)).condition, vector)
+
+
+def test_a_bound_of_gray_levels_is_not_trained_on_other_float_data():
+    """The values of a compiled step are not known: its loss is NaN. L_simple has no levels, and data.levels=None no range."""
+    hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
+    for name, overrides in (("levels", hybrid), ("continuous", hybrid | {"data.levels": None}), ("simple", {})):
+        copies = 1 if name == "simple" else 2
+        _, state, run = recorded(
+            tiny_config(**overrides), lambda w, x_t, _, n=copies: w * jnp.concatenate([x_t] * n, -1)
+        )
+        after, metrics = jax.jit(run)(state, {"x": floats()})
+        assert np.isnan(metrics["loss"]) == (int(after.window["nonfinite_step"]) == 1) == (name == "levels")
+        if name == "levels":
+            assert np.isfinite(jax.jit(run)(state, {"x": jnp.clip(floats(), -1, 1)})[1]["loss"])
+
+
+# ------------------------------------------------------------------------------------ what a batch may be
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_float_data_are_taken_as_they_are(dtype):
+    """The same step as with the uint8 images that they stand for, where the numbers are the same."""
+    config = tiny_config()
+    levels = np.array([0, 255], np.uint8)  # -1 and 1, which every type holds
+    image = np.random.default_rng(0).choice(levels, (8, 8, 8, 1))
+    x = jnp.asarray(image / 127.5 - 1, dtype)
+    network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
+    of_image, of_x = (run(state, batch)[1] for batch in ({"image": image}, {"x": x}))
+    assert of_x["loss"].dtype == jnp.float32 and network.calls[1].x_t.dtype == jnp.float32
+    # Two programs: x_t is a sum of two products, the loss a mean of squares, rounded to 2^-24 each time.
+    np.testing.assert_allclose(network.calls[0].x_t, network.calls[1].x_t, rtol=1e-5, atol=1e-6)
+    assert float(of_image["loss"]) == pytest.approx(float(of_x["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.*got float(32|64); give float data.* as "x"'),
+        ({"image": IMAGE.astype(np.int32)}, r'batch\["image"\] must be uint8.*got int32; convert it to uint8'),
+        ({"image": IMAGE > 0}, r"got bool"),
+        ({"x": IMAGE}, r'batch\["x"\] must be float.*got uint8; give it as "image"'),
+        ({"x": IMAGE.astype(np.int32)}, r'batch\["x"\] must be float.*got int32'),
+        ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
+        ({"images": IMAGE}, "either .*got 'images'"),
+        ({}, "got nothing"),
+        (IMAGE, "must be a dictionary"),
+        ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[B, 8, 8, 1\].*data.channels.*got \[8, 8, 8, 3\]"),
+        ({"image": np.zeros((8, 8, 10, 1), np.uint8)}, r"shape \[B, 8, 8, 1\].*got \[8, 8, 10, 1\]"),
+        ({"image": np.zeros((8, 8, 8), np.uint8)}, r"got \[8, 8, 8\]"),
+        ({"x": np.zeros((8, 4, 4, 1))}, r'batch\["x"\] must have shape'),
+        ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
+        ({"x": [[[[0.0]]]]}, r'batch\["x"\] must be an array; got list'),
+        ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
+        ({"image": IMAGE, "label": np.zeros(8)}, r'batch\["label"\] must be int of shape \[8\]; got float'),
+        ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
+        ({"image": IMAGE, "label": np.zeros((8, 1), np.int32)}, r"got int32 \[8, 1\]"),
+    ],
+)
+def test_a_wrong_batch_is_refused_in_one_line(batch, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        read_batch(batch, (8, 8, 1), takes_labels=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_compiled_step_refuses_it_too():
+    built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
+    for batch, words in (
+        ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
+        ({"image": IMAGE[:6]}, None),
+        ({"image": IMAGE[:7]}, "a batch of 7 must be a multiple of training.accumulation_steps=2"),
+    ):
+        if words is None:
+            jax.eval_shape(built.train_step, built.abstract_state, batch)
+            continue
+        with pytest.raises(ValueError, match=words):
+            built.train_step.trace(built.abstract_state, batch)
