@@ -21,7 +21,16 @@ if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _exit_before_imports)
 
-    from diffusion_jax import cli
+    try:
+        from diffusion_jax import cli
+    except ModuleNotFoundError as _error:
+        if str(_error.name).startswith("diffusion_jax"):
+            raise
+        _line = (
+            f"{_error.name} is not installed in the environment of {sys.executable}: pip install -r requirements.txt"
+        )
+        print(f"error: {_line}, or activate an environment that has it", file=sys.stderr)
+        sys.exit(2)
 
     sys.exit(cli.main())
 elif __name__ == "__mp_main__":  # a process that reads data: the process that started it handles Ctrl-C

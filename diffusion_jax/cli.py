@@ -372,6 +372,8 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
         processes.abort_process(f"{_PEER_FAILURE} ({error})", EXIT_PEER_LOST)
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
+        _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train]'", 2)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
         failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         if workdir is not None and find_mirror(workdir) and not isinstance(error, LockHeldError):

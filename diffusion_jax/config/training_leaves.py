@@ -205,6 +205,12 @@ MODEL: dict[str, Leaf] = {
         Choice("auto", "products", "xla"),
         "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
     ),
+    "precision": Leaf(
+        "default",
+        Choice("default", "high", "highest"),
+        "Precision of float32 products. GPUs and TPUs by default round their inputs to TF32 or bfloat16, which is faster; "
+        "highest is full float32. CPUs compute in float32 in each case. Likelihoods of the ODE use highest by default.",
+    ),
     "remat": _IdentityLeaf(
         False,
         OneOf(Boolean(), Tuple(Integer(0), "resolutions", shown="(0,)")),

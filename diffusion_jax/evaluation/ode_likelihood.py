@@ -10,6 +10,9 @@ signal, where the density is N(0, I). The result is the density of **x_t at inde
 from which `bits_per_dim` computes the likelihood of the images.
 
 The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
+
+The network's products are full float32 (`jax.default_matmul_precision("highest")`) unless the network sets another precision:
+by default GPUs and TPUs round their inputs, and the solver would integrate the rounding.
 """
 
 from __future__ import annotations
@@ -39,6 +42,16 @@ class OdeDensity(NamedTuple):
     num_steps: jax.Array
 
 
+def _with_full_float32(denoise_fn: Callable) -> Callable:
+    """denoise_fn, whose products that name no precision have the highest."""
+
+    def denoise(x_t, time):
+        with jax.default_matmul_precision("highest"):
+            return denoise_fn(x_t, time)
+
+    return denoise
+
+
 def log_density(
     key,
     schedule: Schedule,
@@ -66,6 +79,7 @@ def log_density(
       ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
+    denoise_fn = _with_full_float32(denoise_fn)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
     if not tolerance > 0:
@@ -163,6 +177,7 @@ def bits_per_dim(
                 f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels"
             )
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
+    denoise_fn = _with_full_float32(denoise_fn)
     axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)

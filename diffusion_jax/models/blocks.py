@@ -114,6 +114,6 @@ class Attention(nn.Module):
         q, k, v = (self.layers.dense(c, name)(h).reshape(b, positions, heads, c // heads) for name in ("q", "k", "v"))
         if self.keep:
             q, k, v = (checkpoint_name(part, KEPT_INSIDE) for part in (q, k, v))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = self.layers.attend(q, k, v).reshape(x.shape)
         h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
         return x + self.layers.dense(c, "proj", last=True)(h)

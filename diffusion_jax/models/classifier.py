@@ -50,7 +50,7 @@ class AttentionPool(nn.Module):
             self.layers.dense(c, name)(part).reshape(b, -1, heads, c // heads)
             for name, part in (("q", x[:, :1]), ("k", x), ("v", x))
         )
-        return self.layers.dense(self.features, "proj")(jax.nn.dot_product_attention(q, k, v).reshape(b, c))
+        return self.layers.dense(self.features, "proj")(self.layers.attend(q, k, v).reshape(b, c))
 
 
 class Classifier(Encoder):

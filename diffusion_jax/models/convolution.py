@@ -32,11 +32,13 @@ __all__ = [
 PADDING_1 = ((1, 1), (1, 1))  # zeros before and after, in height and width
 
 
-def convolve_xla(x, kernel, padding=PADDING_1, stride: int = 1) -> jax.Array:
+def convolve_xla(x, kernel, padding=PADDING_1, stride: int = 1, precision: str | None = None) -> jax.Array:
     """XLA's convolution. x: [B, *spatial, C]; kernel: [*size, C, K]; returns [B, *spatial', K] in x's dtype."""
     axes = "DHW"[5 - x.ndim :]
     numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * len(axes), padding, dimension_numbers=numbers)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * len(axes), padding, dimension_numbers=numbers, precision=precision
+    )
 
 
 def convolve_periodic(convolve: Callable, x, kernel, padding, **options) -> jax.Array:
@@ -74,46 +76,46 @@ def convolve_upsampled(convolve: Callable, x, kernel) -> jax.Array:
     return copies[0].reshape(batch, *(2 * size for size in spatial), -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve_matmul(x, kernel, padding=PADDING_1) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_matmul(x, kernel, padding=PADDING_1, precision: str | None = None) -> jax.Array:
     """The convolution, float32, as matrix products. x: [B, H, W, C]; kernel: [h, w, C, K]; returns [B, H', W', K].
 
-    padding: in each direction less than the kernel's size.
+    padding: in each direction less than the kernel's size. precision: of the products, as `jax.lax.dot` takes it.
     Gradients have the dtypes of x and of kernel. There is no forward-mode derivative.
     """
-    return _convolve_matmul(x, kernel.astype(x.dtype), padding)
+    return _convolve_matmul(x, kernel.astype(x.dtype), padding, precision)
 
 
-def _forward(x, kernel, padding):
-    return convolve_matmul(x, kernel, padding), (x, kernel)
+def _forward(x, kernel, padding, precision):
+    return convolve_matmul(x, kernel, padding, precision), (x, kernel)
 
 
-def _backward(padding, residuals, g):
+def _backward(padding, precision, residuals, g):
     x, kernel = residuals
     g, flipped = g.astype(x.dtype), kernel[::-1, ::-1].astype(x.dtype).swapaxes(2, 3)
     transposed_padding = tuple(
         (size - 1 - before, size - 1 - after) for size, (before, after) in zip(kernel.shape[:2], padding, strict=True)
     )
-    x_gradient = _convolve_matmul(g, flipped, transposed_padding).astype(x.dtype)
-    return x_gradient, _kernel_gradient(x, g, padding).astype(kernel.dtype)
+    x_gradient = _convolve_matmul(g, flipped, transposed_padding, precision).astype(x.dtype)
+    return x_gradient, _kernel_gradient(x, g, padding, precision).astype(kernel.dtype)
 
 
 convolve_matmul.defvjp(_forward, _backward)
 
 
-def convolve_matmul_nd(x, kernel, padding) -> jax.Array:
+def convolve_matmul_nd(x, kernel, padding, precision: str | None = None) -> jax.Array:
     """`convolve_matmul` of arrays with 1, 2 or 3 spatial axes: a series is an image of height 1, a volume a stack of images.
 
     The convolution of a volume is the sum of the products for each slice of its kernel.
     """
     if len(padding) == 2:
-        return convolve_matmul(x, kernel, padding)
+        return convolve_matmul(x, kernel, padding, precision)
     if len(padding) == 1:
-        return jnp.asarray(convolve_matmul(x[:, None], kernel[None], ((0, 0), *padding)))[:, 0]
+        return jnp.asarray(convolve_matmul(x[:, None], kernel[None], ((0, 0), *padding), precision))[:, 0]
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     batch, depth = x.shape[0], x.shape[1] - kernel.shape[0] + 1
     slices = [
-        jnp.asarray(convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:]))
+        convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:], precision)
         for i, part in enumerate(kernel)
     ]
     y = functools.reduce(jnp.add, slices)
@@ -129,11 +131,11 @@ def dot_general_float32(x, kernel, dimensions, precision=None) -> jax.Array:
 _materialize = jax.lax.optimization_barrier
 
 
-def _dot(a, b) -> jax.Array:
-    return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+def _dot(a, b, precision) -> jax.Array:
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _convolve_matmul(x, kernel, padding) -> jax.Array:
+def _convolve_matmul(x, kernel, padding, precision) -> jax.Array:
     num_rows, num_columns, _, features = kernel.shape
     x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
     width = x.shape[2] - num_columns + 1
@@ -141,13 +143,14 @@ def _convolve_matmul(x, kernel, padding) -> jax.Array:
         jnp.concatenate([x[:, :, j : j + width] for j in range(num_columns)], axis=-1)
     )  # [B, H, W', (j, C)]
     kernel = _materialize(kernel.transpose(1, 2, 0, 3).reshape(-1, num_rows * features))  # [(j, C), (i, K)]
-    y = _dot(columns.reshape(-1, columns.shape[-1]), kernel).reshape(*columns.shape[:3], num_rows, features)
+    y = _dot(columns.reshape(-1, columns.shape[-1]), kernel, precision)
+    y = y.reshape(*columns.shape[:3], num_rows, features)
     y = jnp.pad(y, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     height = y.shape[1] - num_rows + 1
     return jnp.asarray(sum(y[:, i : i + height, :, i] for i in range(num_rows)))
 
 
-def _kernel_gradient(x, g, padding) -> jax.Array:
+def _kernel_gradient(x, g, padding, precision) -> jax.Array:
     """sum over b, h, w of x[b, h + i, w + j, c] g[b, h, w, k], for padded x; float32 [rows, columns, C, K]."""
     _, height, width, features = g.shape
     # [C, H, B, W]: contracted axes last, and rows before images, so that a shift by a row is a contiguous slice.
@@ -156,5 +159,7 @@ def _kernel_gradient(x, g, padding) -> jax.Array:
     channels, num_rows, num_columns = x.shape[0], x.shape[1] - height + 1, x.shape[3] - width + 1
     columns = _materialize(jnp.stack([x[..., j : j + width] for j in range(num_columns)]))  # [j, C, H, B, W']
     g = _materialize(g.swapaxes(0, 1).reshape(-1, features))
-    by_row = [_dot(columns[:, :, i : i + height].reshape(num_columns * channels, -1), g) for i in range(num_rows)]
+    by_row = [
+        _dot(columns[:, :, i : i + height].reshape(num_columns * channels, -1), g, precision) for i in range(num_rows)
+    ]
     return jnp.stack(by_row).reshape(num_rows, num_columns, channels, features)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x
-from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
+from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, product_precision, use_matmul
 
 __all__ = ["KEPT_BETWEEN", "KEPT_NAMES", "Encoder"]
 
@@ -46,6 +46,9 @@ class Encoder(nn.Module):
     convolution: "products" computes convolutions of stride 1 and dense layers as matrix products (`models.convolution`);
       "xla" leaves them to XLA; "auto" is the first for a network that computes in bfloat16 on one CPU device. The numbers
       differ by rounding. Use "xla" if a network is traced on a CPU for another machine, or for forward-mode derivatives.
+    precision: of the products of float32 numbers, in the network and its gradients. By default GPUs round their inputs to
+      TF32 (11 bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three products in bfloat16 for
+      one); "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
     remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
       levels whose blocks do so. Level 0 has most of them.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
@@ -70,6 +73,7 @@ class Encoder(nn.Module):
     dropout: float = 0.1
     dtype: str = "float32"
     convolution: str = "auto"
+    precision: str = "default"
     remat: bool | tuple[int, ...] = False
     spatial_dims: int = 2
     padding: str = "zeros"
@@ -85,6 +89,7 @@ class Encoder(nn.Module):
             use_matmul(self.convolution, self.dtype),
             self.spatial_dims,
             self.padding == "periodic",
+            product_precision(self.precision),
         )
 
     @property
@@ -164,7 +169,7 @@ class Encoder(nn.Module):
                 f"the {kind} needs {noun} [B, {_AXES[self.spatial_dims]}, C], got shape {x.shape}; spatial_dims gives the "
                 "number of spatial axes"
             )
-        check_options(self.initializer, self.convolution, self.dropout)
+        check_options(self.initializer, self.convolution, self.precision, self.dropout)
         for name in ("attention_levels", "remat"):
             value = getattr(self, name)
             outside = [] if isinstance(value, bool) else [level for level in value if not 0 <= level < num_levels]

@@ -21,6 +21,7 @@ __all__ = [
     "LayerFactory",
     "check_options",
     "embed_time",
+    "product_precision",
     "timestep_embedding",
     "use_matmul",
 ]
@@ -182,6 +183,7 @@ class LayerFactory:
     use_matmul: whether convolutions of stride 1 and dense layers are computed as `models.convolution` does.
     spatial_dims: the number of axes that convolutions go over; 0 for vectors, whose layers are all dense.
     periodic: whether convolutions continue an array periodically beyond its ends, instead of by zeros.
+    precision: "high" or "highest", of float32 products, as `jax.lax.dot_general` takes it; None for JAX's default.
     """
 
     num_groups: int
@@ -191,6 +193,7 @@ class LayerFactory:
     use_matmul: bool = False
     spatial_dims: int = 2
     periodic: bool = False
+    precision: str | None = None
 
     def _kernel_init(self, last: bool):
         """Layers that end a residual branch, and the network's last, start at 0 (OpenAI) or close to it (Ho et al.)."""
@@ -215,11 +218,11 @@ class LayerFactory:
         whether it takes `blocks.upsample_2x` of its input, computed with fewer multiplications.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options["use_bias"] = use_bias
+        options |= {"use_bias": use_bias, "precision": self.precision}
         padding = (tuple(padding),) * self.spatial_dims
-        convolve = convolution.convolve_xla
+        convolve = functools.partial(convolution.convolve_xla, precision=self.precision)
         if self.use_matmul and stride == 1:
-            convolve = convolution.convolve_matmul_nd
+            convolve = functools.partial(convolution.convolve_matmul_nd, precision=self.precision)
         elif stride != 1:
             convolve = functools.partial(convolve, stride=stride)
         if self.periodic:
@@ -236,10 +239,17 @@ class LayerFactory:
     def dense(self, features: int, name: str | None, *, last: bool = False, use_bias: bool = True) -> Dense:
         """A dense layer over the last axis. last: whether it ends a residual branch."""
         options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options["use_bias"] = use_bias
+        options |= {"use_bias": use_bias, "precision": self.precision}
         if self.use_matmul:
             options["dot_general"] = convolution.dot_general_float32
         return Dense(features, **options)
+
+    def attend(self, q, k, v) -> jax.Array:
+        """`jax.nn.dot_product_attention`, which has no argument for the precision of its products."""
+        if self.precision is None:
+            return jax.nn.dot_product_attention(q, k, v)
+        with jax.default_matmul_precision(self.precision):
+            return jax.nn.dot_product_attention(q, k, v)
 
     def norm(self, name: str) -> GroupNorm:
         """A GroupNorm."""
@@ -267,11 +277,18 @@ def use_matmul(convolution: str, dtype: str) -> bool:
     return convolution == "products"
 
 
-def check_options(initializer: str, convolution: str, dropout: float) -> None:
+def product_precision(precision: str) -> str | None:
+    """A network's field `precision`, as `jax.lax.dot_general` takes it: None follows `jax.default_matmul_precision`."""
+    return None if precision == "default" else precision
+
+
+def check_options(initializer: str, convolution: str, precision: str, dropout: float) -> None:
     """Raises: ValueError for values that a network's fields of these names do not allow."""
     if initializer not in ("ho", "openai"):
         raise ValueError(f"initializer={initializer!r} must be 'ho' or 'openai'")
     if convolution not in ("auto", "products", "xla"):
         raise ValueError(f"convolution={convolution!r} must be 'auto', 'products' or 'xla'")
+    if precision not in ("default", "high", "highest"):
+        raise ValueError(f"precision={precision!r} must be 'default', 'high' or 'highest'")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")

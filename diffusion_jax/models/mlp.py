@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.models.blocks import ResBlock
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, use_matmul
+from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, product_precision, use_matmul
 
 __all__ = ["MLP"]
 
@@ -32,7 +32,7 @@ class MLP(Conditional):
     out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
-    convolution: as of the U-Net, for dense layers.
+    convolution, precision: as of the U-Net, for dense layers.
     remat: recompute each block's activations in the backward pass.
     """
 
@@ -47,6 +47,7 @@ class MLP(Conditional):
     out_channels: int | None = None
     dtype: str = "float32"
     convolution: str = "auto"
+    precision: str = "default"
     remat: bool = False
 
     @property
@@ -59,6 +60,7 @@ class MLP(Conditional):
             dtype=jnp.dtype(self.dtype),
             use_matmul=use_matmul(self.convolution, self.dtype),
             spatial_dims=0,
+            precision=product_precision(self.precision),
         )
 
     def embed_time(self, time) -> jax.Array:
@@ -79,7 +81,7 @@ class MLP(Conditional):
                 f"the MLP needs float vectors [B, C], got {x_t.dtype} of shape {x_t.shape}; a UNet takes arrays with spatial "
                 "axes"
             )
-        check_options(self.initializer, self.convolution, self.dropout)
+        check_options(self.initializer, self.convolution, self.precision, self.dropout)
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         y = self.check_labels(y)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diffusion_jax.distributed.processes import log
 
-__all__ = ["ProgressBar", "format_duration", "format_seconds", "log", "log_compilation", "progress_over"]
+__all__ = [
+    "ProgressBar",
+    "format_duration",
+    "format_seconds",
+    "log",
+    "log_compilation",
+    "log_parameters",
+    "progress_over",
+]
 
 
 @contextlib.contextmanager
@@ -22,6 +32,31 @@ def log_compilation(program: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row of the table of parameters; the fields are its columns."""
+
+    level: str
+    arrays: int
+    parameters: int
+    share: str
+
+
+def log_parameters(params: Mapping) -> None:
+    """Logs a table of a network's parameters with one row for each level of the network, such as `down_0` and `mid_block`.
+
+    params: {layer: parameters}, arrays or their shapes. A level is the first two words of the names of its layers.
+    """
+    from clu import parameter_overview  # it imports Flax, which refusals of a command line do not need
+
+    levels: dict[str, list[int]] = collections.defaultdict(list)
+    for name, leaf in parameter_overview.flatten_dict(dict(params)).items():
+        levels["_".join(name.partition("/")[0].split("_")[:2])].append(leaf.size)
+    total = sum(map(sum, levels.values()))
+    rows = [_Row(name, len(sizes), sum(sizes), f"{sum(sizes) / total:.1%}") for name, sizes in sorted(levels.items())]
+    log(parameter_overview.make_table(rows))
 
 
 def format_duration(seconds: float) -> str:

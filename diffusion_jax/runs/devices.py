@@ -17,7 +17,7 @@ from diffusion_jax.distributed import compiler
 from diffusion_jax.files import user_cache
 from diffusion_jax.runs.console import log
 
-__all__ = ["collect_garbage_rarely", "silence_libraries", "start", "start_virtual"]
+__all__ = ["collect_garbage_rarely", "log_determinism", "silence_libraries", "start", "start_virtual"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
@@ -66,6 +66,15 @@ def start(verbose: bool = False) -> None:
         if device:
             extra = "tpu" if device == "a TPU" else "cuda"
             log(f"This machine has {device} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")
+
+
+def log_determinism(deterministic: bool) -> None:
+    """Logs that training on a GPU is bit-identical from run to run only with `training.deterministic`, if that is False."""
+    if jax.default_backend() == "gpu" and not deterministic:
+        log(
+            "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, add "
+            "--config.training.deterministic=True"
+        )
 
 
 def _platforms() -> str | None:

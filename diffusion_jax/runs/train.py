@@ -26,9 +26,11 @@ from diffusion_jax.runs.console import (
     format_seconds,
     log,
     log_compilation,
+    log_parameters,
     progress_over,
 )
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
+from diffusion_jax.runs.devices import log_determinism
 from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
@@ -104,6 +106,8 @@ def run(
                 log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
+        log_parameters(state.params)
+        log_determinism(config.training.deterministic)
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         log(f"{len(loaded):,} examples, {num_parameters:,} parameters, batch {config.training.batch_size}.")
         step = int(state.step)

@@ -1,7 +1,8 @@
-"""The installed package: a wheel and an editable install, each in an environment of its own, used from another directory."""
+"""The lists of requirements, and the installed package, a wheel and an editable install in their own environments."""
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sysconfig
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from diffusion_jax import config
 from helpers.paths import ROOT
@@ -36,6 +38,42 @@ def test_every_folder_with_modules_is_packaged():
     expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"diffusion_jax.configs"}
     assert set(tool["packages"]) == expected and tool["package-dir"] == {"diffusion_jax.configs": "configs"}
     assert project()["project"]["scripts"] == {"diffusion-jax": "diffusion_jax.cli:main"}
+
+
+def requirements(name):
+    """The requirements of a file, without comments."""
+    lines = [line.partition(" #")[0] for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
+    return [Requirement(line) for line in lines]
+
+
+def test_requirements_are_those_of_the_core_and_of_the_extras_for_training_and_tfds():
+    extras = project()["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+    assert [extras[name] for name in ("train", "tfds")] == [
+        {"file": [f"requirements/{name}.txt"]} for name in ("train", "tfds")
+    ]
+    core = [Requirement(line) for line in project()["project"]["dependencies"]]
+    parts = [*core, *requirements("requirements/train.txt"), *requirements("requirements/tfds.txt")]
+    assert sorted(map(str, requirements("requirements.txt"))) == sorted(map(str, parts))
+
+
+def test_requirements_name_the_components_that_the_package_imports():
+    components = {"jax", "flax", "optax", "orbax", "tensorflow_datasets", "ml_collections", "clu", "jaxtyping"}
+    listed = {requirement.name.replace("-", "_") for requirement in requirements("requirements.txt")}
+    assert components <= {"orbax" if name == "orbax_checkpoint" else name for name in listed}
+    text = "\n".join(path.read_text() for path in (ROOT / "diffusion_jax").rglob("*.py"))
+    assert components <= set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("module", ["jaxtyping", "optax"])
+def test_a_missing_requirement_is_an_error_of_one_line(module, tmp_path):
+    """Of the core, which the command line itself imports, and of a mode."""
+    (tmp_path / f"{module}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{module}'\", name='{module}')"
+    )
+    command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+    _, err = run(*command, cwd=ROOT, code=2, PYTHONPATH=str(tmp_path), JAX_PLATFORMS="cpu")
+    assert err.startswith(f"error: {module} is not installed") and err.count("\n") == 1
+    assert "pip install -r requirements.txt" in err
 
 
 def run(*command, cwd, code=0, **variables):

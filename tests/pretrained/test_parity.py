@@ -21,9 +21,12 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(autouse=True)
 def _needs_pytorch():
+    """Also sets full float32 products, which GPUs and TPUs do not compute by default."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     pytest.importorskip("guided_diffusion")
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def weights_of(model):
@@ -44,8 +47,7 @@ def ours(net, x, times, y=None, low=None):
         options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
         return net.model.apply({"params": params}, x, jnp.float32(times), *labels, **options)
 
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(run)(net.params))
+    return np.asarray(jax.jit(run)(net.params))
 
 
 def agree(what, ours, theirs):
@@ -166,8 +168,7 @@ def test_gradients(name, tmp_path):
     options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
     apply = lambda p: net.model.apply({"params": p}, x, jnp.float32(times), *labels, **options)  # noqa: E731
     loss = lambda p: (apply(p) * weighting).sum()  # noqa: E731
-    with jax.default_matmul_precision("highest"):
-        own = jax.jit(jax.grad(loss))(net.params)
+    own = jax.jit(jax.grad(loss))(net.params)
     errors = []
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs), strict=True):
         if jax.tree_util.keystr(path).endswith("['k']['bias']"):  # the softmax does not see it: rounding alone
@@ -201,10 +202,8 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
         for t in scheduler.timesteps:
             x = scheduler.step(pipeline.unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
     schedule = schedules.respace(net.schedule, 10, "leading")
-    with jax.default_matmul_precision("highest"):
-        samples = jax.jit(lambda x: sampling.sample(jax.random.key(0), schedule, net.denoise_fn, x, sampling.ddim()))(
-            x_T
-        )
+    draw = jax.jit(lambda x_T: sampling.sample(jax.random.key(0), schedule, net.denoise_fn, x_T, sampling.ddim()))
+    samples = draw(x_T)
     error = abs(np.asarray(samples) - x.numpy().transpose(0, 2, 3, 1)).max()
     print(f"| ten steps of DDIM in diffusers' scheduler (largest difference) | {error:.1e} |")
     assert error < 1e-4

@@ -80,3 +80,13 @@ def test_variables_of_the_environment_take_precedence(calls, monkeypatch, name):
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
     devices.start()
+
+
+@pytest.mark.parametrize(
+    ("backend", "deterministic", "noted"), [("gpu", False, True), ("gpu", True, False), ("cpu", False, False)]
+)
+def test_gpus_are_bit_identical_only_if_deterministic(monkeypatch, capsys, backend, deterministic, noted):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    devices.log_determinism(deterministic)
+    out = capsys.readouterr().out
+    assert ("--config.training.deterministic=True" in out) == noted and out.count("\n") == noted

@@ -1,0 +1,95 @@
+"""The precision of products in lowered programs: networks, gradients, train step, samplers, ODE likelihood."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion_jax import models, sampling, schedules, training
+from diffusion_jax.evaluation import ode_likelihood
+from helpers.configs import a_batch, classifier_config, tiny_config
+
+SMALL = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
+PRODUCTS = {n: {"spatial_dims": n, "convolution": "products"} for n in (1, 3)}
+NETWORKS = {
+    "images": models.UNet(**SMALL),
+    "adm": models.UNet(**SMALL, resample_blocks=True, scale_shift_norm=True, num_classes=3, remat=True),
+    "periodic": models.UNet(**SMALL, padding="periodic", condition_features=2),
+    "series of products": models.UNet(**SMALL, **PRODUCTS[1]),
+    "volumes of products": models.UNet(**SMALL | {"channel_multipliers": (1,), "attention_levels": ()}, **PRODUCTS[3]),
+    "classifier": models.Classifier(**SMALL, attention_levels=(1,), head_channels=8, num_classes=3),
+    "vectors": models.MLP(channels=8, condition_features=2),
+}
+
+
+def precisions(text: str) -> set[str]:
+    """The precisions of the products and convolutions of a lowered program."""
+    lines = [line for line in text.splitlines() if re.search(r"stablehlo\.(dot_general|convolution)\b", line)]
+    assert lines
+    return {name for line in lines for name in re.findall(r"DEFAULT|HIGHEST|HIGH", line) or ["DEFAULT"]}
+
+
+def gradient(model):
+    """The lowered gradient of a network's output with respect to its parameters and its input."""
+    shape = (4,) * getattr(model, "spatial_dims", 0) + (3,)
+    inputs = models.initial_inputs(model, shape)
+    if isinstance(model, models.Classifier):
+        inputs.pop("y", None)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
+
+    def loss(params, x_t):
+        return jnp.square(models.apply_network(model, params, **inputs | {"x_t": x_t})).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1))).lower(params, inputs["x_t"]).as_text()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_product_of_a_network_and_of_its_gradient_has_the_precision(name):
+    assert precisions(gradient(NETWORKS[name].clone(precision="highest"))) == {"HIGHEST"}
+
+
+def test_the_default_high_and_an_unknown_precision():
+    model = NETWORKS["vectors"]
+    assert precisions(gradient(model)) == {"DEFAULT"}
+    assert precisions(gradient(model.clone(precision="high"))) == {"HIGH"}
+    with jax.default_matmul_precision("highest"):  # which the default follows
+        assert precisions(gradient(model)) == {"HIGHEST"}
+    for kind in ("vectors", "images"):
+        with pytest.raises(ValueError, match="precision='double' must be 'default', 'high' or 'highest'"):
+            gradient(NETWORKS[kind].clone(precision="double"))
+
+
+@pytest.mark.parametrize("make_config", [tiny_config, classifier_config])
+def test_the_leaf_sets_the_precision_of_the_train_step(make_config):
+    config = make_config(**{"model.precision": "highest", "training.accumulation_steps": 2})
+    program = training.build_program(config)
+    text = program.train_step.lower(program.abstract_state, a_batch(config)).as_text()
+    assert precisions(text) == {"HIGHEST"}
+
+
+def test_samplers_with_precomputed_times_have_the_precision_of_the_network():
+    program = training.build_program(tiny_config(**{"model.precision": "highest"}))
+    short = schedules.respace(program.schedule, 3)
+
+    def sample(params, x_T):
+        network = models.precompute_time_embeddings(program.model, params, short.timesteps)
+        return sampling.sample(jax.random.key(0), short, network, x_T, sampling.ddim())
+
+    text = jax.jit(sample).lower(program.abstract_state.params, jnp.zeros((2, 8, 8, 1))).as_text()
+    assert precisions(text) == {"HIGHEST"}
+
+
+def test_ode_likelihoods_use_full_float32_by_default():
+    program = training.build_program(tiny_config())
+
+    def bits(params, x_0):
+        def denoise_fn(x_t, time):
+            return models.apply_network(program.model, params, x_t, time)
+
+        return ode_likelihood.bits_per_dim(
+            jax.random.key(0), program.schedule, denoise_fn, x_0, dequantization="variational"
+        )
+
+    text = jax.jit(bits).lower(program.abstract_state.params, jnp.zeros((2, 8, 8, 1))).as_text()
+    assert precisions(text) == {"HIGHEST"}
