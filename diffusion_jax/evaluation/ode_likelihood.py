@@ -60,8 +60,8 @@ def log_density(
 
     Args:
       key: the probes of the trace.
-      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second half
-        (a learned variance) is ignored.
+      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second
+        half (a learned variance) is ignored.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
       prediction: eps, x_0, v or score.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one

@@ -268,9 +268,7 @@ def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
     for spacing in ("trailing", "leading"):
         short = schedules.respace(SCHEDULE, 10, spacing=spacing)
         np.testing.assert_allclose(run(short).log_density, pushed, atol=4e-4)
-        bits, _ = ode_likelihood.bits_per_dim(
-            jax.random.key(1), short, exact, x, dequantization="none", trace="exact"
-        )
+        bits, _ = ode_likelihood.bits_per_dim(jax.random.key(1), short, exact, x, dequantization="none", trace="exact")
         np.testing.assert_allclose(bits, -pushed / 4 / np.log(2), atol=4e-4)
     scale = np.sqrt(V[99] / V[-1])
     from_there = scipy.stats.norm(a[99] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
