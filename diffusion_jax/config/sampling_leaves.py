@@ -183,7 +183,9 @@ _ARRAY_METRICS += ("power_spectrum", "autocorrelation")
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
     "data_dir": Leaf(
-        "", Text(path=True), 'Directory of that split, for a folder, which has no splits; "" for `data.data_dir`.'
+        "",
+        Text(path=True),
+        'Directory of that split; a folder has none unless `data.holdout` makes them. "" for `data.data_dir`.',
     ),
     "num_examples": Leaf(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
     "batch_size": Leaf(64, Integer(1), "Examples that are measured at a time."),
