@@ -31,10 +31,15 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data."""
+    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
+
+    low, high: the range of the training data, of conditions only; () if it is unknown. It decides no number.
+    """
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
+    low: tuple[float, ...] = dataclasses.field(default=(), compare=False)
+    high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def from_limits(cls, low: float, high: float, channels: int) -> Normalization:
@@ -64,12 +69,13 @@ class Normalization:
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists, as data.json stores them."""
-        return {"offset": list(self.offset), "scale": list(self.scale)}
+        return {name: list(values) for name, values in dataclasses.asdict(self).items() if values}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Sequence[float]]) -> Normalization:
         """The reverse of `to_json`."""
-        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])))
+        limits = (tuple(map(float, stored.get(name, ()))) for name in ("low", "high"))
+        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])), *limits)
 
 
 def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.ndarray:
@@ -225,4 +231,5 @@ def _standardization(name: str, total: _Totals) -> Normalization:
         raise DataError(
             f"{what} is constant up to rounding ({mean[channel]:g} everywhere), so it cannot be standardized; {advice}"
         )
-    return Normalization(tuple(mean.tolist()), tuple(deviation.tolist()))
+    limits = (total.low, total.high) if name == "condition" else ()
+    return Normalization(*(tuple(values.tolist()) for values in (mean, deviation, *limits)))

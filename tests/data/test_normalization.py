@@ -1,5 +1,6 @@
 """The constants of float data: their values, their inverse, and what they refuse."""
 
+import json
 import pickle
 
 import jax
@@ -84,6 +85,8 @@ def test_conditions_are_standardized_too():
         read = data.Normalized(source, found).read(np.arange(100))
         np.testing.assert_allclose(read["condition"].mean(axis=0), 0, atol=1e-6)
         np.testing.assert_allclose(read["condition"].std(axis=0), 1, rtol=1e-6)
+        stored = data.Normalization.from_json(json.loads(json.dumps(found["condition"].to_json())))
+        np.testing.assert_array_equal([stored.low, stored.high], [c.min(axis=0), c.max(axis=0)])
         if "image" in arrays:
             assert read["image"] is not None and read["image"].dtype == np.uint8
     assert data.find_normalizations(leaves(normalization="none"), Arrays(x=series(100), condition=c)) == {}
@@ -174,6 +177,7 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
 def test_a_normalization_survives_json():
     found = data.Normalization((1 / 3, -5e6), (0.1, 7.0))
     assert data.Normalization.from_json(found.to_json()) == found
+    assert found.to_json().keys() == {"offset", "scale"}  # as earlier versions read and wrote it
 
 
 @pytest.mark.parametrize(
