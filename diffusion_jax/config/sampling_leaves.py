@@ -136,7 +136,9 @@ SAMPLING: dict[str, Leaf] = {
         False, Boolean(), "Whether the steps within a batch are shown. It needs a new compilation at every launch."
     ),
     "trajectory": Leaf(
-        0, OneOf(Integer(0, 0), Integer(2)), "Columns of the picture of samples being denoised; 0 for no picture."
+        0,
+        OneOf(Integer(0, 0), Integer(2)),
+        "Columns of the picture of the first samples being denoised, fewer if steps would look alike; 0 for none.",
     ),
     "preview_samples": Leaf(
         16, Integer(0), "Samples in the pictures during training, which are drawn by DDIM; 0 for no pictures."
