@@ -146,7 +146,9 @@ SAMPLING: dict[str, Leaf] = {
         False, Boolean(), "Whether the steps within a batch are shown. It needs a new compilation at every launch."
     ),
     "trajectory": Leaf(
-        0, OneOf(Integer(0, 0), Integer(2)), "Columns of the picture of samples being denoised; 0 for no picture."
+        0,
+        OneOf(Integer(0, 0), Integer(2)),
+        "Columns of the picture of the first samples being denoised, fewer if steps would look alike; 0 for none.",
     ),
     "preview_samples": Leaf(
         16, Integer(0), "Samples in the pictures during training, which are drawn by DDIM; 0 for no pictures."
@@ -193,7 +195,9 @@ _ARRAY_METRICS += ("power_spectrum", "autocorrelation")
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
     "data_dir": Leaf(
-        "", Text(path=True), 'Directory of that split, for a folder, which has no splits; "" for `data.data_dir`.'
+        "",
+        Text(path=True),
+        'Directory of that split; a folder has none unless `data.holdout` makes them. "" for `data.data_dir`.',
     ),
     "num_examples": Leaf(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
     "batch_size": Leaf(64, Integer(1), "Examples that are measured at a time."),

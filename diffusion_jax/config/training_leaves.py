@@ -66,6 +66,12 @@ DATA: dict[str, Leaf] = {
         "Whether a missing TFDS data set is downloaded and prepared. Use False if nodes have no network.",
     ),
     "split": _IdentityLeaf("train", Text(), "Split of the data set that is trained on."),
+    "holdout": _IdentityLeaf(
+        0.0,
+        Number(minimum=0, below=1),
+        "Share of the examples of a folder or file that is never trained on; it is the split test, and the others are train. "
+        "A hash decides for each example alone: of its path below a folder of images, or of its values in arrays.",
+    ),
     "image_size": _IdentityLeaf(
         32,
         OneOf(Integer(1), Tuple(Integer(1), "0 to 3 whole numbers", maximum_length=3, shown="(32, 48)")),

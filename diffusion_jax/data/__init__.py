@@ -20,6 +20,7 @@ from diffusion_jax.data.checks import (
     is_of_images,
 )
 from diffusion_jax.data.decoded_cache import decode_once
+from diffusion_jax.data.holdout import check_holdout, select_split
 from diffusion_jax.data.in_memory import InMemory
 from diffusion_jax.data.normalization import (
     Normalization,
@@ -111,25 +112,42 @@ def load(
     config: the leaves of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
     downloaded and prepared first, if `data.download` is true.
     progress: as for `InMemory`, while the examples are read. log: called with lines about the examples. source: the one to
-    load, in place of that which `config` names; it is checked against the other leaves.
+    load, in place of that which `config` names; it is checked against the other leaves, and `data.holdout` must be 0.
     Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
     if source is None:
         source = _open_source(config)
+    elif config["holdout"]:
+        raise DataError(
+            f"data.holdout={config['holdout']} is for a folder or file that the config names, not for a source that a "
+            "program gives: leave examples out of the source, and use data.holdout=0"
+        )
     else:
         source = _check_source(config, source)
     log(f"{describe(source)}.")
     try:
-        if _megabytes(source, config) > config["memory_mb"]:
-            return source
-        if isinstance(source, Folder | Tfds) and config["cache_decoded"]:
-            settings = {name: config[name] for name in ("dataset", "split", "image_size", "channels")}
-            return decode_once(source, settings, progress, log)
-        return InMemory(source, progress)
+        loaded = _load_into_memory(config, source, progress, log)
     finally:  # also if corrupted images raise an error
         for note in source.notes() if isinstance(source, Folder | ArrayFiles) else ():
             log(note)
+    if not config["holdout"]:
+        return loaded
+    assert isinstance(source, Folder | ArrayFiles)
+    selected = select_split(config, source, loaded)
+    log(f"{len(selected):,} of them are the split {config['split']!r} (data.holdout={config['holdout']}).")
+    return selected
+
+
+def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
+    """The source in memory if it fits, otherwise the source itself."""
+    if _megabytes(source, config) > config["memory_mb"]:
+        return source
+    if isinstance(source, Folder | Tfds) and config["cache_decoded"]:
+        settings = {name: config[name] for name in ("dataset", "image_size", "channels")}
+        settings["split"] = "train" if isinstance(source, Folder) else config["split"]  # a folder is decoded as a whole
+        return decode_once(source, settings, progress, log)
+    return InMemory(source, progress)
 
 
 def _read_first(source: Source) -> dict[str, np.ndarray]:
@@ -161,6 +179,8 @@ def check_location(config: Mapping) -> None:
     """
     config = resolve({"data": config})["data"]
     name, data_dir = config["dataset"], config["data_dir"]
+    if name not in ("folder", "arrays"):
+        check_holdout(config)
     if is_url(data_dir) or ":" in name or name in ("arrays", "digits"):
         return
     if name == "folder":
@@ -171,10 +191,11 @@ def check_location(config: Mapping) -> None:
 
 def _open_source(config: Mapping) -> Source:
     name, data_dir, shape = config["dataset"], config["data_dir"], example_shape(config)
+    check_holdout(config)
     if ":" in name:
         return _check_source(config, import_source(name, config))
     if name == "arrays":
-        source = ArrayFiles(data_dir, config["split"], shape)
+        source = ArrayFiles(data_dir, "train" if config["holdout"] else config["split"], shape)
         check_examples(config, source)
         return source
     size, channels = check_image_leaves(config)

@@ -199,7 +199,8 @@ def _find_split(path: str, split: str) -> pathlib.Path:
     if split != "train":
         raise DataError(
             f"data.split={split!r}: {root} has only 'train'; use data.split='train', or a folder that contains train.npy and "
-            f"{split}.npy (or other files or folders of these names), or set evaluation.data_dir to other examples"
+            f"{split}.npy (or other files or folders of these names), or set evaluation.data_dir to other examples, "
+            "or train with data.holdout"
         )
     return root
 

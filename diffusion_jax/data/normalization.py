@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
@@ -17,10 +18,12 @@ __all__ = [
     "Normalizations",
     "Normalized",
     "find_normalizations",
+    "relative_rounding",
     "to_data_units",
     "to_model_units",
 ]
 
+_MAX_FLOAT32_RATIO = 1000  # of an offset to its scale: float32 then has 14 of its 24 bits left for the scale
 _BLOCK = 256  # examples that are read at a time while the statistics are computed
 
 Values = TypeVar("Values", jax.Array, np.ndarray)
@@ -28,10 +31,15 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data."""
+    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
+
+    low, high: the range of the training data, of conditions only; () if it is unknown. It decides no number.
+    """
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
+    low: tuple[float, ...] = dataclasses.field(default=(), compare=False)
+    high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def from_limits(cls, low: float, high: float, channels: int) -> Normalization:
@@ -46,20 +54,28 @@ class Normalization:
         return x.astype(np.float32, copy=False)
 
     def invert(self, x: Values) -> Values:
-        """The data, in their units, of x [n, *spatial, C]: float32 (float64 for a float64 x)."""
-        if isinstance(x, np.ndarray):  # float64, because float32 products would be rounded once more
-            data = x.astype(np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
-            return data.astype(np.float64 if x.dtype == np.float64 else np.float32)
+        """The data, in their units, of x [n, *spatial, C]: float32, or float64 for a float64 x.
+
+        If an offset is more than 1000 times its scale, float32 would round the data too much: the result is then a float64
+        NumPy array, also of a jax array. Traced arrays keep their dtype.
+        """
+        large = bool(np.any(np.abs(self.offset) > _MAX_FLOAT32_RATIO * np.abs(self.scale)))
+        if isinstance(x, np.ndarray) or (large and not isinstance(x, jax.core.Tracer)):
+            # float64, because float32 products would be rounded once more.
+            data = np.asarray(x, np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
+            dtype = np.float64 if large or x.dtype == np.float64 else np.float32
+            return cast(Values, data.astype(dtype))
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists, as data.json stores them."""
-        return {"offset": list(self.offset), "scale": list(self.scale)}
+        return {name: list(values) for name, values in dataclasses.asdict(self).items() if values}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Sequence[float]]) -> Normalization:
         """The reverse of `to_json`."""
-        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])))
+        limits = (tuple(map(float, stored.get(name, ()))) for name in ("low", "high"))
+        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])), *limits)
 
 
 def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.ndarray:
@@ -151,12 +167,20 @@ def find_normalizations(
         found["x"] = Normalization.from_limits(*config["limits"], channels=first["x"].shape[-1])
     names = [name for name in ("x", "condition") if name in first and name not in found]
     if names:
-        found |= {name: _standardization(name, *moments) for name, moments in _moments(source, names, progress).items()}
+        found |= {name: _standardization(name, total) for name, total in _moments(source, names, progress).items()}
     return found
 
 
-def _moments(source: Source, names: Sequence[str], progress) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(mean, standard deviation, largest magnitude) of each channel of the arrays, float64 [C]."""
+def relative_rounding(dtype: np.dtype) -> float:
+    """The ratio of standard deviation and magnitude that rounding alone can give a constant channel of a dtype.
+
+    This is the precision of the dtype, but at least 1e-12, because sums of float64 values are rounded, too.
+    """
+    return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
+
+
+def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Totals]:
+    """Mean, standard deviation and range of each channel of the arrays."""
     totals: dict[str, _Totals] = {}
 
     def add(indices):
@@ -166,21 +190,25 @@ def _moments(source: Source, names: Sequence[str], progress) -> dict[str, tuple[
             bad = _first_row(~np.isfinite(values))
             if bad is not None:
                 raise DataError(_not_finite(name, indices[bad]))
-            totals.setdefault(name, _Totals()).add(values.reshape(-1, values.shape[-1]))
+            totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
         return len(indices)
 
     n = len(source)
     chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
     for _ in progress(map(add, chunks), n):
         pass
-    return {name: (total.mean, np.sqrt(total.squares / total.count), total.largest) for name, total in totals.items()}
+    return totals
 
 
 class _Totals:
-    """Running mean and sum of squared deviations (Chan et al. 1979), which loses no digits when the mean is large."""
+    """Running mean and sum of squared deviations (Chan et al. 1979), which loses no digits when the mean is large.
 
-    def __init__(self):
-        self.count, self.mean, self.squares, self.largest = 0, np.zeros(1), np.zeros(1), np.zeros(1)
+    low, high: the range of the values. dtype: of the values before their conversion to float64.
+    """
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype, self.count, self.mean, self.squares = dtype, 0, np.zeros(1), np.zeros(1)
+        self.low, self.high = np.full(1, np.inf), np.full(1, -np.inf)
 
     def add(self, values: np.ndarray) -> None:
         """values: float64 [rows, C]."""
@@ -189,16 +217,20 @@ class _Totals:
         total = self.count + rows
         self.squares = self.squares + squares + np.square(difference) * (self.count * rows / total)
         self.mean = self.mean + difference * (rows / total)
-        self.largest = np.maximum(self.largest, np.abs(values).max(axis=0))
+        self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
         self.count = total
 
 
-def _standardization(name: str, mean: np.ndarray, deviation: np.ndarray, largest: np.ndarray) -> Normalization:
-    """Raises: DataError for a constant channel, which includes one whose deviation is that of rounding."""
-    constant = np.flatnonzero(deviation <= 1e-12 * largest)
+def _standardization(name: str, total: _Totals) -> Normalization:
+    """Raises: DataError for channels that are constant up to rounding."""
+    mean, deviation = total.mean, np.sqrt(total.squares / total.count)
+    constant = np.flatnonzero(deviation <= relative_rounding(total.dtype) * np.maximum(-total.low, total.high))
     if constant.size:
         channel = int(constant[0])
         what = f"channel {channel} of the data" if name == "x" else f"entry {channel} of the condition"
         advice = "remove it, or use data.normalization=limits or none" if name == "x" else "remove it"
-        raise DataError(f"{what} is constant ({mean[channel]:g} everywhere), so it cannot be standardized; {advice}")
-    return Normalization(tuple(mean.tolist()), tuple(deviation.tolist()))
+        raise DataError(
+            f"{what} is constant up to rounding ({mean[channel]:g} everywhere), so it cannot be standardized; {advice}"
+        )
+    limits = (total.low, total.high) if name == "condition" else ()
+    return Normalization(*(tuple(values.tolist()) for values in (mean, deviation, *limits)))

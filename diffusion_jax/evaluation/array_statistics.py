@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_jax.data.normalization import relative_rounding
 from diffusion_jax.evaluation.example_blocks import as_examples, read_blocks
 
 __all__ = [
@@ -115,7 +116,8 @@ def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: 
       radial: average over shells of |k| as wide as the lowest frequency, in which k and -k meet; False: every frequency, in
         the order of `numpy.fft.fftfreq` along each axis.
       cross: the spectra of all pairs of channels, E F_c(k) conj(F_d(k)) / N; their average over a shell is real.
-      window: "none", or "hann" along each axis, for data that are not periodic; it keeps the spectrum of white noise.
+      window: "none", or "hann" along each axis, for data that are not periodic; it keeps the spectrum of white noise. The
+        estimate is unbiased for either, so with very few examples a windowed frequency near 0 may be below 0.
     Raises: ValueError for vectors, fewer than two examples, values that are not finite, or an unknown window.
     """
     x = as_examples("x", x, 2)
@@ -132,16 +134,15 @@ def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: 
     entry_shape = (channels, channels) if cross else (channels,)
     dtype = np.complex128 if cross and not radial else np.float64
     total, squares = np.zeros((2, len(starts), *entry_shape), dtype)
-    for _, block in read_blocks(x, 2 * math.prod(spatial) * math.prod(entry_shape)):
-        transform = np.fft.fftn((block - mean) * weights, axes=axes).reshape(len(block), -1, channels)
-        if cross:
-            power = transform[..., :, None] * transform[..., None, :].conj()
-            power = power.real if radial else power
-        else:
-            power = _squared_magnitude(transform)
-        power /= math.prod(spatial)
-        if window == "none":  # the mean of the examples was subtracted, which lowers this frequency alone
-            power[:, 0] *= count / (count - 1)
+    transformed_weights = np.fft.fftn(weights[..., 0]).reshape(-1, 1)
+    for _, block in read_blocks(x, 4 * math.prod(spatial) * math.prod(entry_shape)):
+        block = block - mean
+        transform = np.fft.fftn(block * weights, axes=axes).reshape(len(block), -1, channels)
+        # Subtracting the mean of the examples lowers the power where the window has one. With F the transform and F_i that of
+        # an example minus its own mean, E (n |F|^2 - |F_i|^2) / (n - 1) is the power around the true mean.
+        around_own_mean = transform - transformed_weights * block.mean(axis=axes)[:, None]
+        power = count * _products(transform, cross) - _products(around_own_mean, cross)
+        power = (power.real if radial else power) / ((count - 1) * math.prod(spatial))
         if radial:
             power = np.add.reduceat(power[:, order], starts, axis=1) / sizes.reshape(-1, *(1 for _ in entry_shape))
         total += power.sum(axis=0)
@@ -197,7 +198,7 @@ def autocorrelation(x: Any, max_lag: int | None = None, *, periodic: bool = Fals
     # The estimated mean lies closer to the data than the true one, by its own variance.
     covariance = total / count + np.diag(covariance_of_mean)
     variance = covariance[0]
-    varies = variance > np.square(1e-12 * mean)  # the mean is rounded
+    varies = variance > np.square(relative_rounding(x.dtype) * mean)
     if not varies.all():
         raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
     value = covariance / variance
@@ -215,6 +216,13 @@ def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = means.mean(axis=0)
     centered = means - mean
     return mean, centered.T @ centered / ((len(x) - 1) * len(x))
+
+
+def _products(transform: np.ndarray, cross: bool) -> np.ndarray:
+    """|F_c|^2 of transforms [..., C], or F_c conj(F_d) of all pairs of channels [..., C, C]."""
+    if cross:
+        return transform[..., :, None] * transform[..., None, :].conj()
+    return _squared_magnitude(transform)
 
 
 def _squared_magnitude(x: np.ndarray) -> np.ndarray:

@@ -5,9 +5,12 @@ x = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1, and l = log(sigma / alpha) = -
 
     dx/dl = sigma (eps_theta(x) - sigma x),      d log p(x) / dl = -div = sigma^2 D - sigma tr(d eps_theta / dx),
 
-in which no beta appears and every term is of order 1. It runs from the schedule's first noise level to its last one with a
-signal, where the density is N(0, I). The result is the density of **x_t at index 0** (sigma 0.01 for linear-1000),
-from which `bits_per_dim` computes the likelihood of the images.
+in which no beta appears and every term is of order 1. It runs from the first noise level of the training schedule to its
+last one with a signal, where the density is N(0, I). The result is the density of **x_t at that first level** (sigma 0.01
+for linear-1000), from which `bits_per_dim` computes the likelihood of the images.
+
+The ODE takes no steps of the schedule, so a respaced schedule has the likelihood of the schedule that was respaced. (Its own
+index 0 may have more noise: a "trailing" spacing leaves the cleanest steps out.)
 
 The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
 
@@ -24,14 +27,15 @@ from typing import NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_jax import likelihood, process
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules import Schedule, cast_table
 
 __all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
 
 DEQUANTIZATIONS = ("uniform", "variational", "none")
+_LOG_ZERO = -700.0  # log alpha_bar of 0 on the grid of a schedule is below
 
 
 class OdeDensity(NamedTuple):
@@ -63,20 +67,23 @@ def log_density(
     probes: int = 1,
     tolerance: float = 1e-5,
     max_steps: int = 4096,
+    time: ArrayLike | None = None,
 ) -> OdeDensity:
-    """log p(x) under the probability-flow ODE, for x at the noise level of index 0.
+    """log p(x) under the probability-flow ODE, for x at the noise level of `time`.
 
     Args:
       key: the probes of the trace.
-      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output; channels beyond those of x are ignored.
+      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second
+        half (a learned variance) is ignored.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
       prediction: eps, x_0, v or score.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
       tolerance: of the solver, relative and absolute. max_steps: the solver fails after that many.
+      time: the network time of x, a number; None for the first time of the training schedule, also of a respaced one.
     Returns: OdeDensity.
-    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, or eps or score where alpha_bar
-      ends at 0.
+    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, an output of another shape, or
+      eps or score where alpha_bar ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
     denoise_fn = _with_full_float32(denoise_fn)
@@ -96,10 +103,15 @@ def log_density(
         x, _ = state
         log_snr = -2 * half_log_ratio
         alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
-        time = jnp.full(x.shape[:1], schedule.time_at_log_snr(log_snr), x.dtype)
+        network_time = jnp.full(x.shape[:1], schedule.time_at_log_snr(log_snr), x.dtype)
 
         def eps_fn(x):
-            output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
+            output = process.as_float("the output of denoise_fn", denoise_fn(x, network_time)).astype(x.dtype)
+            if output.shape not in (x.shape, (*x.shape[:-1], 2 * channels)):
+                raise ValueError(
+                    f"denoise_fn returned {output.shape} for x of shape {x.shape}; it must return that shape, or twice the "
+                    "channels if the variance is learned"
+                )
             return process.eps_at(alpha, sigma, output[..., :channels], x, prediction)
 
         eps, jacobian = jax.linearize(eps_fn, x)
@@ -113,9 +125,11 @@ def log_density(
         eps_trace = scale * jnp.sum(jax.lax.map(directional, vectors), axis=0)
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
-    # A chain whose last alpha_bar is 0 has no finite log SNR there and ends one step before.
-    last = schedule.num_timesteps - (2 if schedule.zero_terminal_snr else 1)
-    start, end = (-0.5 * schedule.log_snr(jnp.asarray(schedule.timesteps[i], x.dtype)) for i in (0, last))
+    times = cast_table(schedule.grid_timesteps, x.dtype)
+    # A schedule whose last alpha_bar is 0 has no finite log SNR there (the grid has a bound), so it ends one step before.
+    last = jnp.where(schedule.grid_log_alpha_bar[-1] < _LOG_ZERO, times[-2:][0], times[-1])
+    first = times[0] if time is None else jnp.asarray(time, x.dtype)
+    start, end = (-0.5 * schedule.log_snr(t) for t in (first, last))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(derivative),
         diffrax.Tsit5(),
@@ -151,7 +165,7 @@ def bits_per_dim(
     """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
 
     Images have D numbers of `gray_levels` values, w = 2 / (gray_levels - 1) apart in [-1, 1], to the nearest of which x_0 is
-    rounded; p is the density at index 0.
+    rounded; p is the density at the first noise level of the training schedule, also if `schedule` is respaced.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
@@ -159,7 +173,8 @@ def bits_per_dim(
       in [-1, 1), where they scale by 2/256 and not 2/255).
     variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
-      - log2 P(x_0 | x_1)], and there is no offset, because the decoder includes it.
+      - log2 P(x_0 | x_1)], and there is no offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
+      respaced one may have more noise.
     none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
       `likelihood.standardization_bits`.
 
@@ -178,7 +193,7 @@ def bits_per_dim(
             )
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
     denoise_fn = _with_full_float32(denoise_fn)
-    axes, dimensions = range(1, x_0.ndim), math.prod(x_0.shape[1:])
+    axes, dimensions, time = range(1, x_0.ndim), math.prod(x_0.shape[1:]), None
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
     x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # the argument of the density, and the cost of the dequantization
@@ -189,13 +204,13 @@ def bits_per_dim(
         nats = nats - dimensions * math.log(width)
     elif dequantization == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
-        x = process.q_sample(schedule, x_0, first, eps)
+        x, time = process.q_sample(schedule, x_0, first, eps), schedule.timesteps[0]
         output = denoise_fn(x, process.network_time(schedule, first, x))
         output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
             schedule, output, x_0, x, first, prediction=prediction, variance=variance, gray_levels=gray_levels
         )
-        log_sigma = math.log(float(np.asarray(schedule.sqrt_one_minus_alpha_bar)[0]))
+        log_sigma = jnp.log(cast_table(schedule.sqrt_one_minus_alpha_bar, x.dtype)[0])
         log_q = -0.5 * jnp.sum(jnp.square(eps), axis=axes) - dimensions * (log_sigma + 0.5 * math.log(2 * math.pi))
         nats = log_q + dimensions * math.log(2) * decoder
     density = log_density(
@@ -207,5 +222,6 @@ def bits_per_dim(
         trace=trace,
         probes=probes,
         tolerance=tolerance,
+        time=time,
     )
     return (nats - density.log_density) / (dimensions * math.log(2)), density.num_steps

@@ -13,7 +13,7 @@ __all__ = ["GAP", "LINE", "as_text", "draw_grid"]
 GAP = 4  # gray pixels around every image of a grid
 LINE = 14  # rows of pixels of a line of text
 _MIN_SIZE, _MAX_SIZE = 64, 160  # pixels of an enlarged image
-_MIN_TITLE_WIDTH = 300
+_MIN_TITLE_WIDTH, _MAX_TITLE_WIDTH = 300, 600  # pixels; within them the picture is as wide as the longest word
 _BACKGROUND, _TEXT_GRAY = 64, 230
 _SHADES = " .:-=+*#%@"
 
@@ -27,7 +27,8 @@ def draw_grid(
 ) -> np.ndarray:
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
 
-    title: above everything, in as many lines as it needs. captions: a line of text below each image. headers: the same
+    title: above everything, in as many lines as it needs; a long word, such as the name of a file, widens the picture
+    to 600 pixels at most. captions: a line of text below each image. headers: the same
     above each column. They are shortened to the width of the images, which are enlarged for them to 160 pixels at most.
     """
     n, height, width, channels = images.shape
@@ -48,7 +49,9 @@ def draw_grid(
             above[:, column * width + GAP : (column + 1) * width] = _line(header, width - GAP)[..., None]
         picture = np.concatenate([above, picture])
     if title:
-        missing = max(0, _MIN_TITLE_WIDTH - picture.shape[1])
+        longest_word = max(math.ceil(_font().getlength(word)) for word in ["", *_to_drawable(title).split()])
+        width = min(max(longest_word + GAP, _MIN_TITLE_WIDTH), _MAX_TITLE_WIDTH)
+        missing = max(0, width - picture.shape[1])
         picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=_BACKGROUND)
         text_width = picture.shape[1] - GAP
         lines = [_line(line, text_width) for line in _wrap(title, text_width)]

@@ -41,6 +41,8 @@ MARK = "magenta"  # of values that are NaN or infinite; no color map or line her
 VALUE = "value (data units)"  # the label of an axis
 _DPI = 110
 _MIN_WIDTH = 4.8  # inches, so that titles have room
+_MAX_TITLE_WIDTH = 9.0  # inches that a long word of the title may take
+_LETTERS_PER_INCH = 13  # of a title
 _MAX_TEXT = 24  # characters of a caption or a name
 _TICK_WIDTH = 0.5  # inches between the numbers below a panel
 _MAX_INTERVALS = 300  # of a line with more than twice as many positions
@@ -61,7 +63,8 @@ def _escape(text: str) -> str:
 
 def wrap(text: str, width: int) -> str:
     """Text of several lines, each with at most `width` characters if its words are shorter."""
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width, break_long_words=False))
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width, **options))
 
 
 def make_names(names: Sequence[str] | None, count: int, word: str) -> list[str]:
@@ -225,9 +228,11 @@ def make_panels(
 
     rows, columns = shape
     width = margins.left + columns * size[0] + (columns - 1) * gap[0] + margins.right
-    width = max(width, _MIN_WIDTH)
     paragraphs = [" ".join(title.split()), "; ".join(notes)]
-    lines = [line for text in paragraphs for line in textwrap.wrap(text, int(13 * width))]
+    longest_word = max(map(len, " ".join(["-", *paragraphs]).split()))  # such as the name of a file
+    width = max(width, _MIN_WIDTH, min(longest_word / _LETTERS_PER_INCH, _MAX_TITLE_WIDTH))
+    letters = int(_LETTERS_PER_INCH * width + 1e-6)
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, letters, break_on_hyphens=False)]
     labels = [label for label, _ in legend]
     entry_width = 0.45 + 0.07 * max(map(len, labels), default=0)
     legend_columns = max(1, min(len(legend), int((width - 0.2) / entry_width)))

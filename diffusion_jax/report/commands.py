@@ -14,7 +14,7 @@ from diffusion_jax import config as configs
 __all__ = ["differences_from_defaults", "evaluation_command", "likelihood_command", "sampling_command", "train_command"]
 
 _PROGRAM = "diffusion-jax"
-_LIKELIHOOD_LEAVES = ("num_examples", "split", "strata", "cdf", "seed", "batch_size")
+_LIKELIHOOD_LEAVES = ("num_examples", "split", "data_dir", "strata", "cdf", "seed", "batch_size")
 
 
 def differences_from_defaults(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
@@ -104,6 +104,8 @@ def likelihood_command(config: ConfigDict, likelihood: Mapping[str, Any]) -> str
     """Measures the likelihood again. likelihood: likelihood.json."""
     wanted: dict[str, Any] = {"num_samples": 0, "use_ema": likelihood.get("weights") == "ema"}
     wanted |= {name: likelihood[name] for name in _LIKELIHOOD_LEAVES if name in likelihood}
+    if wanted.get("split") is None:  # examples without a split
+        wanted.pop("split", None)
     if "ode_dequantization" in likelihood:
         wanted["ode"] = True
         wanted |= {name: likelihood[name] for name in ("ode_trace", "ode_tolerance") if name in likelihood}

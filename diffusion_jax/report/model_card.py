@@ -13,7 +13,7 @@ from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.report.sections import LIKELIHOOD_TERMS, format_value
+from diffusion_jax.report.sections import LIKELIHOOD_TERMS, examples_of, format_value
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
@@ -138,7 +138,7 @@ def _metrics(run: RunFiles, weights: str, step: int | None) -> dict[str, tuple[f
                 found[name] = value, record.get(f"{name}_standard_error"), how
     likelihood = run.likelihood
     if (likelihood.get("weights"), likelihood.get("step")) == (weights, step):
-        how = f"{likelihood.get('num_examples')} examples of {likelihood.get('dataset')} {likelihood.get('split')}"
+        how = f"{likelihood.get('num_examples')} examples of {examples_of(likelihood)}"
         for name in ("bits_per_dim", "nats_per_dim", "ode_bits_per_dim", "ode_nats_per_dim"):
             if isinstance(likelihood.get(name), float):
                 found[name] = likelihood[name], likelihood.get(f"{name}_standard_error"), how

@@ -18,7 +18,16 @@ from diffusion_jax.report.markup import Markup, definitions, element, join, tabl
 from diffusion_jax.runs.metric_table import add_likelihood, table_cells
 from diffusion_jax.runs.sample_files import read_settings
 
-__all__ = ["LIKELIHOOD_TERMS", "PageData", "chart_grid", "format_value", "metrics_table", "run_sections", "section"]
+__all__ = [
+    "LIKELIHOOD_TERMS",
+    "PageData",
+    "chart_grid",
+    "examples_of",
+    "format_value",
+    "metrics_table",
+    "run_sections",
+    "section",
+]
 
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 _MAX_RECORDS, _MAX_COMMANDS = 20, 3
@@ -200,8 +209,9 @@ def _likelihood(run: RunFiles, data: PageData) -> tuple[str, str, Markup] | None
             rows.append([name, format_value(report[name], report.get(f"{name}_standard_error")), meaning])
     content: list[Any] = []
     if rows:
-        of = {name: report.get(name) for name in ("num_examples", "dataset", "split", "weights", "step")}
-        caption = "{num_examples} examples of {dataset} {split}, the {weights} weights of step {step}".format(**of)
+        of = {name: report.get(name) for name in ("num_examples", "weights", "step")}
+        of["examples"] = examples_of(report)
+        caption = "{num_examples} examples of {examples}, the {weights} weights of step {step}".format(**of)
         content.append(table(caption, ["quantity", "value ± standard error", "meaning"], rows))
     if {"t", "vlb", "rate", "distortion"} <= terms.keys():
         nats = "nats_per_dim" in report
@@ -234,6 +244,11 @@ def _likelihood(run: RunFiles, data: PageData) -> tuple[str, str, Markup] | None
         ]
         content.append(chart_grid("likelihood", charts, data))
     return section("likelihood", "Likelihood", *content) if content else None
+
+
+def examples_of(likelihood: Mapping[str, Any]) -> str:
+    """The data set of likelihood.json and its split, if it has one."""
+    return " ".join(str(likelihood[name]) for name in ("dataset", "split") if likelihood.get(name))
 
 
 def format_value(value: float, error: float | None = None) -> str:

@@ -208,7 +208,8 @@ def _lines(values: Mapping[str, Any], feature_metrics: Sequence[str]) -> list[st
 
     lines = []
     if "energy_distance" in values:
-        lines.append(("energy distance", f"{estimate('energy_distance')} (0 for equal laws)"))
+        text = f"{estimate('energy_distance')} (equal laws: 0 ± {values['energy_distance_same_law_std']:.2g})"
+        lines.append(("energy distance", text))
     for name, title in (("sliced_wasserstein", "sliced Wasserstein"), ("histogram_distance", "histograms")):
         if name in values:
             text = f"{estimate(name)} ({values[f'{name}_same_law']:.4g} for equal laws)"

@@ -10,14 +10,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diffusion_jax import data
+from diffusion_jax import data, schedules
 from diffusion_jax.config import is_continuous
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
-__all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "sample_trajectory"]
+__all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "picture_steps", "sample_trajectory"]
 
 
 class BatchSampler:
@@ -94,6 +94,17 @@ class SampleTrajectory(NamedTuple):
     x_0: np.ndarray | None = None
 
 
+def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:
+    """At most `count` increasing indices of a schedule: its last, and those at even distances of alpha_bar on the way to 1.
+
+    The share of the signal changes alike between neighbors. Even distances of the index would mostly show noise, or the
+    finished image, in schedules that take many steps there.
+    """
+    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)
+    wanted = alpha_bar[-1] + (1 - alpha_bar[-1]) * np.arange(count) / count
+    return np.unique(np.abs(alpha_bar - wanted[:, None]).argmin(axis=1))
+
+
 def sample_trajectory(
     key,
     config: Mapping,
@@ -104,12 +115,13 @@ def sample_trajectory(
     show: Literal["x_t", "x_0"] = "x_t",
     normalization: data.Normalization | None = None,
 ) -> SampleTrajectory:
-    """Samples being denoised: x_t at `columns - 1` evenly spread steps, from noise on, and x_0.
+    """Samples being denoised: x_t at up to `columns - 1` steps of `picture_steps`, from noise on, and x_0.
 
-    rows: the number of samples; by default 4, or 400 vectors, which are points of a picture. show: "x_0" for the x_0
-    predicted at those steps (DDPM figure 6). normalization: as in `BatchSampler`.
+    key: that of a batch gives the first rows of this batch, up to rounding. rows: the number of samples; by default 4, or 400
+    vectors, which are points of a picture. show: "x_0" for the x_0 predicted at those steps (DDPM figure 6). normalization:
+    as in `BatchSampler`.
     """
-    steps = np.unique(np.linspace(0, setup.schedule.num_timesteps - 1, columns).round().astype(int))[1:]
+    steps = picture_steps(setup.schedule, columns - 1)
     # One process draws this, on one device.
     params, classifier_params = jax.device_get((params, setup.classifier_params))
     shape = data.example_shape(config["data"])

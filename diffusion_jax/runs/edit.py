@@ -306,7 +306,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if is_continuous(config):
         results = context.to_data(results)
         if edit.known is not None:  # exactly the numbers of the file, without the rounding of the normalization
-            results = np.where(edit.known, edit.given[0], results).astype(np.float32)
+            results = np.where(edit.known, edit.given[0], results).astype(results.dtype)
         check_finite(results)
     given_digest = hashlib.sha256(edit.given.tobytes()).hexdigest()
     name = f"edit_{config.editing.task}_{trained.weights_name}_{setup.name}_seed{config.sampling.seed}"

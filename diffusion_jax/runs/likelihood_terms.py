@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,8 +57,8 @@ class Terms(NamedTuple):
 class LikelihoodRun:
     """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
 
-    source: normalized. dataset, split: the origin of the examples; the split is None for a source that a caller gives, and
-    for a file of arrays that `evaluation.data_dir` names.
+    source: normalized. dataset, split: the origin of the examples; the split is None for examples without one: a source that
+    a caller gives, or a folder or file that `evaluation.data_dir` names.
     standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the
     ODE, None without it.
     """
@@ -69,7 +70,7 @@ class LikelihoodRun:
         self.dequantization = _resolve_dequantization(config) if options.ode else None
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.step, self.params = self.trained.weights
-        loaded, self.split = _load_source(config, source)
+        loaded, self.split = _load_source(config, source, self.trained.is_trained_here)
         check_source(config, loaded)
         given = source is not None
         self.dataset = type(source).__name__ if given else config.data.dataset
@@ -243,25 +244,38 @@ def _resolve_dequantization(config: ConfigDict) -> str:
     return "none"
 
 
-def _load_source(config: ConfigDict, source: data.Source | None) -> tuple[data.Source, str | None]:
-    """(the examples of `evaluation.split` and `evaluation.data_dir`, or the given source, their split). Raises: DataError."""
+def _load_source(
+    config: ConfigDict, source: data.Source | None, is_trained_here: bool
+) -> tuple[data.Source, str | None]:
+    """(the examples of `evaluation.split` and `evaluation.data_dir`, or the given source, their split). Raises: DataError.
+
+    is_trained_here: whether the model was trained on `config.data`. A note tells if these are the training examples.
+    """
     progress = progress_over(f"Reading the {noun_of(config)}")
     if source is not None:
-        return data.load(config.data, progress, source=source), None
-    options, renamed = config.evaluation, {"data.split": "evaluation.split"}
+        return data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source), None
+    options, dataset, renamed = config.evaluation, config.data.dataset, {"data.split": "evaluation.split"}
     location, split = ConfigDict({**config.data, "split": options.split}), options.split
-    if options.data_dir:
-        location.data_dir = options.data_dir
+    is_elsewhere = options.data_dir and not _is_same_path(options.data_dir, config.data.data_dir)
+    if is_elsewhere:
+        location.update(data_dir=options.data_dir, holdout=0.0)
         renamed["data.data_dir"] = "evaluation.data_dir"
-        if config.data.dataset == "arrays" and not data.has_splits(options.data_dir, split):
+        if dataset == "folder" or (dataset == "arrays" and not data.has_splits(options.data_dir, split)):
             location.split, split = "train", None  # all of them: they are not the training data
-    elif config.data.dataset == "folder":
-        log(
-            "Note: a folder has no splits, so these are the images that the model was trained on; set evaluation.data_dir "
-            "to use others."
-        )
+    elif dataset == "folder" and not config.data.holdout:
+        location.split, split = "train", "train" if is_trained_here else None
     with rename_leaves_in_errors(renamed):
-        return data.load(location, progress), split
+        loaded = data.load(location, progress)
+    if is_trained_here and not is_elsewhere and split == config.data.split:
+        log(
+            f"Note: these are the {noun_of(config)} that the model was trained on (split {split!r}); for others set "
+            "evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
+        )
+    return loaded, split
+
+
+def _is_same_path(one: str, other: str) -> bool:
+    return bool(other) and os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def _import_ode_likelihood():

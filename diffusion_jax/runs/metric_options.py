@@ -103,13 +103,14 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> ima
     """
     progress = progress_over("Reading the reference")
     if source is not None:
-        return image_sets.ImageSet(type(source).__name__, data.load(config.data, progress, source=source))
+        given = data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source)
+        return image_sets.ImageSet(type(source).__name__, given)
     own_split = config.evaluation.reference_split
     split = own_split or config.data.split
     with rename_leaves_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
         loaded = data.load(ConfigDict({**config.data, "split": split}), progress)
     dataset, data_dir = config.data.dataset, config.data.data_dir
-    names = {"folder": data_dir, "arrays": f"{data_dir}:{split}"}
+    names = {"folder": f"{data_dir}:{split}" if config.data.holdout else data_dir, "arrays": f"{data_dir}:{split}"}
     return image_sets.ImageSet(names.get(dataset, f"{dataset}:{split}"), loaded)
 
 

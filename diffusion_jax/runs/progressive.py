@@ -23,7 +23,7 @@ from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs.batch_sampler import SampleTrajectory, sample_trajectory
+from diffusion_jax.runs.batch_sampler import SampleTrajectory, picture_steps, sample_trajectory
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
 from diffusion_jax.runs.sampling_setup import SamplingSetup
@@ -121,7 +121,7 @@ def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> SampleTraject
     # The clip of images is that of DDPM's figure.
     continuous, clip = is_continuous(config), not is_continuous(config) or bool(resolve_clip(config, "evaluation"))
     params = jax.device_get(likelihood_run.params)  # one process draws this, on one device
-    steps = np.unique(np.linspace(schedule.num_timesteps - 1, 0, columns - 1).round().astype(int))[::-1]
+    steps = picture_steps(schedule, columns - 1)[::-1]
 
     def predict(params, x_0, batch):
         def at_step(t):

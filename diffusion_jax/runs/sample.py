@@ -5,10 +5,9 @@ from __future__ import annotations
 import pathlib
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import pictures
+from diffusion_jax import data, pictures
 from diffusion_jax.config import resolve
 from diffusion_jax.files import save_npz
 from diffusion_jax.runs.batch_sampler import sample_trajectory
@@ -18,9 +17,11 @@ from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]
 
+_ROWS = 4  # of the picture of denoising
+
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
-    """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` also a picture and an .npz of denoising.
+    """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` the first of them, being denoised, as both.
 
     A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
     """
@@ -30,17 +31,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
     file.draw()
     if config.sampling.trajectory and jax.process_index() == 0:
         log("Compiling the sampler of the trajectory ...")
+        is_of_vectors = len(data.example_shape(config.data)) == 1
         trajectory = sample_trajectory(
-            jax.random.key(config.sampling.seed),
+            jax.random.fold_in(jax.random.key(config.sampling.seed), 0),  # of the first batch of the file
             config,
             file.setup,
             file.trained.params,
             config.sampling.trajectory,
+            rows=None if is_of_vectors else min(_ROWS, file.batch_size, config.sampling.num_samples),
             normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")
-        captions = file.setup.labels.captions(np.arange(trajectory.x.shape[1]))
-        title = f"Samples being denoised: {file.name}"
+        captions = file.captions(trajectory.x.shape[1])
+        title = f"The first samples of {file.name}, being denoised"
         pictures.save(path, pictures.draw_trajectory(trajectory.x, trajectory.times, title, captions))
         frames = {
             "x_t": trajectory.x[:-1],

@@ -135,6 +135,12 @@ class SampleFile:
                 log(pictures.as_text(samples[: _TEXT_COLUMNS // samples.shape[2]]))
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
+    def captions(self, count: int) -> list[str] | None:
+        """The classes or short conditions of the first samples; None if they have neither."""
+        indices = np.arange(count)
+        conditions = None if self.conditions is None else self.conditions[indices % len(self.conditions)]
+        return self.setup.labels.captions(indices) or condition_captions(conditions)
+
     def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         """Everything that decides the pixels, except rounding, as JSON values. small: images that an upsampler enlarges."""
         config, setup = self.config, self.setup
@@ -190,9 +196,7 @@ class SampleFile:
         stored = {"settings": self.settings, "drawn_with": versions | files}
         save_npz(self.path, arrays | {"settings": np.array(json.dumps(stored))})
         shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
-        captions = self.setup.labels.captions(indices[: len(shown)])
-        captions = captions or condition_captions(arrays.get("condition"))
-        picture = pictures.draw_samples(shown, f"Samples: {self.name}", captions)
+        picture = pictures.draw_samples(shown, f"Samples: {self.name}", self.captions(len(shown)))
         pictures.save(self.path.with_suffix(".png"), picture)
 
 

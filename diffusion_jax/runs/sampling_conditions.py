@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError, list_names
+from diffusion_jax.runs.console import log
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
 
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 _MAX_SHOWN_NUMBERS = 4
+_RANGE_MARGIN = 0.1  # share of the training range that conditions may exceed it by without a note
 
 
 def read_conditions(config: ConfigDict) -> np.ndarray | None:
@@ -72,8 +74,33 @@ def _check_needed(config: ConfigDict) -> None:
 
 
 def standardize_conditions(conditions: np.ndarray | None, normalizations: data.Normalizations) -> np.ndarray | None:
-    """The conditions as the model takes them, float32."""
-    return None if conditions is None else data.to_model_units(conditions, normalizations.get("condition"))
+    """The conditions as the model takes them, float32. A line is logged if some are far outside the training data."""
+    if conditions is None:
+        return None
+    normalization = normalizations.get("condition")
+    note = _note_outside(conditions, normalization) if normalization else ""
+    if note:
+        log(note)
+    return data.to_model_units(conditions, normalization)
+
+
+def _note_outside(conditions: np.ndarray, normalization: data.Normalization) -> str:
+    """A line about conditions [N, ..., K] outside the training range, widened by a tenth; "" for none or an unknown range."""
+    if not normalization.low:  # a run of an older version
+        return ""
+    low, high = np.asarray(normalization.low), np.asarray(normalization.high)
+    margin = _RANGE_MARGIN * (high - low)
+    excess = np.maximum(low - margin - conditions, conditions - high - margin).reshape(len(conditions), -1)
+    rows = np.flatnonzero((excess > 0).any(axis=1))
+    if not rows.size:
+        return ""
+    position = int(excess[rows[0]].argmax())
+    value, entry = conditions[rows[0]].reshape(-1)[position], position % len(low)
+    return (
+        f"Note: {rows.size:,} of {len(conditions):,} conditions are far outside the training data; samples may be noise: "
+        f"condition {rows[0]} has {value:g} at entry {entry}, and the training data have {low[entry]:g} to {high[entry]:g}; "
+        "use conditions in this range."
+    )
 
 
 def evenly_spaced_conditions(source: data.Source, count: int) -> np.ndarray | None:

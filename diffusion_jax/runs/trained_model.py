@@ -77,6 +77,11 @@ class TrainedModel:
             )
         return cls(config, workdir, use_ema, mesh, model, schedule, read_class_names(config, workdir))
 
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether the weights are those of a checkpoint in the work directory, not those of `config.init_from`."""
+        return not self.config.init_from or bool(committed_steps(self.workdir / "checkpoints"))
+
     @functools.cached_property
     def weights(self) -> Weights:
         """The newest weights, loaded at the first access: a wrong config then fails before a long read.
@@ -91,7 +96,7 @@ class TrainedModel:
 
         Raises: as `training.stored_normalizations`.
         """
-        if self.config.init_from and not committed_steps(self.workdir / "checkpoints"):
+        if not self.is_trained_here:
             return _load(pretrained.describe, self.config, self.use_ema).normalizations
         return stored_normalizations(self.config, self.workdir)
 

@@ -1,12 +1,16 @@
 """The constants of float data: their values, their inverse, and what they refuse."""
 
+import json
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import data
 from diffusion_jax.config import default
+from diffusion_jax.evaluation import array_statistics
 
 
 class Arrays:
@@ -81,6 +85,8 @@ def test_conditions_are_standardized_too():
         read = data.Normalized(source, found).read(np.arange(100))
         np.testing.assert_allclose(read["condition"].mean(axis=0), 0, atol=1e-6)
         np.testing.assert_allclose(read["condition"].std(axis=0), 1, rtol=1e-6)
+        stored = data.Normalization.from_json(json.loads(json.dumps(found["condition"].to_json())))
+        np.testing.assert_array_equal([stored.low, stored.high], [c.min(axis=0), c.max(axis=0)])
         if "image" in arrays:
             assert read["image"] is not None and read["image"].dtype == np.uint8
     assert data.find_normalizations(leaves(normalization="none"), Arrays(x=series(100), condition=c)) == {}
@@ -104,7 +110,7 @@ def with_nan(x, row):
         (
             {},
             {"x": series(scale=(1.0, 0.0))},
-            "channel 1 of the data is constant .-5e.06 everywhere.*data.normalization",
+            "channel 1 of the data is constant up to rounding .-5e.06 everywhere.*data.normalization",
         ),
         ({}, {"x": series(), "condition": np.ones((1000, 2))}, "entry 0 of the condition is constant"),
         ({"normalization": "limits"}, {"x": series()}, r"needs data.limits=\(low, high\)"),
@@ -132,9 +138,46 @@ def test_a_normalized_source_is_picklable_and_keeps_its_names():
     assert source.read([3])["label"] == [1] and len(source) == 20
 
 
+def test_large_offsets_keep_the_digits_of_the_data():
+    """float32 has steps of 0.5 at 5e6, more than the deviation: x float32 has a precision of 6e-8 deviations, and so must the
+    data have. Smaller offsets stay float32."""
+    x = series()
+    found = data.find_normalizations(leaves(), Arrays(x=x))["x"]
+    for restored in (found.invert(found.apply(x)), found.invert(jnp.asarray(found.apply(x)))):
+        assert isinstance(restored, np.ndarray) and restored.dtype == np.float64
+        np.testing.assert_allclose((restored - x) / x.std(axis=(0, 1)), 0, atol=1e-6)
+    small = data.Normalization((300.0, -5e6), (7.0, 6e3))
+    assert small.invert(np.ones((1, 2), np.float32)).dtype == np.float32
+    assert isinstance(small.invert(jnp.ones((1, 2))), jax.Array)
+    assert jax.jit(found.invert)(jnp.ones((1, 2))).dtype == jnp.float32
+
+
+def test_float64_values_get_the_units_of_the_data_in_float64():
+    x = np.random.default_rng(0).standard_normal((5, 2))
+    found = data.Normalization((1 / 3, -5.0), (0.1, 7.0))
+    np.testing.assert_allclose(found.invert(x), x * [0.1, 7.0] + [1 / 3, -5.0], rtol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "ulp"), [(np.float32, 2.0**-27), (np.float64, 2.0**-56), (np.float16, 2.0**-14)])
+def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
+    """0.1 with one unit in the last place more or less; four of the units are data."""
+    rng, x = np.random.default_rng(0), series(100, dtype, offset=(0.0, 0.0), scale=(1.0, 1.0))
+    x[..., 1] = dtype(0.1) + rng.integers(-1, 2, x.shape[:-1]).astype(dtype) * dtype(ulp)
+    assert len(np.unique(x[..., 1])) == 3
+    with pytest.raises(data.DataError, match="channel 1 of the data is constant up to rounding"):
+        data.find_normalizations(leaves(), Arrays(x=x))
+    with pytest.raises(ValueError, match="channel 1 is constant"):
+        array_statistics.autocorrelation(x, 2)
+    if dtype == np.float32:
+        x[..., 1] = dtype(0.1) + rng.integers(-4, 5, x.shape[:-1]).astype(dtype) * dtype(ulp)
+        data.find_normalizations(leaves(), Arrays(x=x))
+        array_statistics.autocorrelation(x, 2)
+
+
 def test_a_normalization_survives_json():
     found = data.Normalization((1 / 3, -5e6), (0.1, 7.0))
     assert data.Normalization.from_json(found.to_json()) == found
+    assert found.to_json().keys() == {"offset", "scale"}  # as earlier versions read and wrote it
 
 
 @pytest.mark.parametrize(

@@ -66,12 +66,18 @@ def test_energy_distance_of_two_gaussians_and_its_standard_error():
     assert exact > 4 * errors.mean()  # it is seen
 
 
-def test_energy_distance_of_one_law_is_zero_within_its_error():
-    """Unbiased; the estimate is a weighted sum of chi-squares, whose variance the errors state to 30%."""
-    values, errors = repeat(lambda rng: array_metrics.energy_distance(gaussian(rng, 60), gaussian(rng, 90)))
-    assert abs(values.mean()) < 4 * values.std() / np.sqrt(REPETITIONS)
-    assert 0.8 < np.mean(errors**2) / values.var() < 1.7
-    assert np.mean(values > 4 * errors) < 0.02
+@pytest.mark.parametrize(("dimensions", "sizes"), [(1, (30, 30)), (3, (8, 60)), (10, (30, 20))])
+def test_energy_distance_of_equal_distributions(dimensions, sizes):
+    """Unbiased, and the square of same_law_std is the variance within four errors of the ratio, which are 4 to 11% of it (the
+    estimate is a weighted sum of chi-squares, whose fourth moment is measured). The standard error is never below it."""
+    rng, count = np.random.default_rng(0), 3000
+    found = [array_metrics.energy_distance(*(gaussian(rng, n, (dimensions,)) for n in sizes)) for _ in range(count)]
+    values, errors, same_law = np.array(found).T
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(count)
+    squares = (values - values.mean()) ** 2
+    error = np.hypot(squares.std() / squares.mean(), (same_law**2).std() / (same_law**2).mean()) / np.sqrt(count)
+    assert abs((same_law**2).mean() / squares.mean() - 1) < 4 * error < 0.35
+    assert (errors >= same_law).all() and 0.005 < np.mean(values > 3 * same_law) < 0.04
 
 
 # Sliced Wasserstein.
@@ -126,6 +132,21 @@ def test_the_standard_error_of_sliced_wasserstein():
     assert abs(np.sqrt(np.mean(errors**2)) / values.std(ddof=1) - 1) < 0.35
     # Finite sets lie farther apart than their laws, by less than an error here.
     assert abs(values.mean() - np.sqrt((d**2).sum() / 3)) < errors.mean()
+
+
+def test_the_jackknife_of_two_groups():
+    """Far from a single point the distance of order 1 is a difference of means, in which leaving out one of two groups gives
+    half the difference of their means. Three groupings of four numbers are possible."""
+    x, y = np.array([[0.0], [1.0], [3.0], [7.0]]), np.full((4, 1), 50.0)
+    errors = [
+        array_metrics.sliced_wasserstein(jax.random.key(i), x, y, order=1, groups=2, projections=2).standard_error
+        for i in range(8)
+    ]
+    assert {round(error, 9) for error in errors} == {2.25, 1.25, 0.75}
+    # Examples 0 and 2 are one group of the histograms, 1 and 3 the other; the distance is the share above 25.
+    x, y = np.zeros((4, 4, 1)), np.array([[0, 0, 0, 0], [50, 50, 50, 0], [50, 0, 0, 0], [50, 50, 50, 50]])[..., None]
+    found = array_metrics.marginal_histograms(x, y, bins=2, groups=2).distance
+    np.testing.assert_allclose(found, [[0.5], [(7 / 8 - 1 / 8) / 2]], rtol=1e-12)
 
 
 def test_sliced_wasserstein_of_one_law():

@@ -111,6 +111,27 @@ def test_white_noise_is_flat(window):
         assert abs(z).max() < 4.8
 
 
+@pytest.mark.parametrize("window", array_statistics.WINDOWS)
+@pytest.mark.parametrize("cross", [False, True])
+def test_spectra_of_few_examples_are_unbiased(window, cross):
+    """Four AR(1) series of two correlated channels around a mean that is estimated: at every frequency the definition
+    sum_{r,s} w_r w_s rho^|r-s| cos(2 pi k (r - s)) / L, within four standard errors of the mean of all repetitions."""
+    rng, length, repetitions = np.random.default_rng(0), 8, 4000
+    mixing = np.array([[1.0, 0.0], [0.8, 0.6]])
+    x = 3 + ar_1(rng, 4 * repetitions, length, 2) @ mixing.T
+    spectra = np.array(
+        [array_statistics.power_spectrum(part, window=window, cross=cross).value for part in np.split(x, repetitions)]
+    )
+    weights = np.ones(length) if window == "none" else np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2
+    weights /= np.sqrt(np.mean(weights**2))
+    lags = np.subtract.outer(np.arange(length), np.arange(length))
+    shared = np.outer(weights, weights) * RHO ** abs(lags) / length
+    exact = np.array([(shared * np.cos(2 * np.pi * k * lags / length)).sum() for k in range(length // 2 + 1)])
+    exact = exact[:, None, None] * (mixing @ mixing.T) if cross else exact[:, None] * np.ones(2)
+    error = spectra.std(axis=0, ddof=1) / np.sqrt(repetitions)
+    assert (abs(spectra.mean(axis=0) - exact) < 4 * error).all() and (error < 0.05 * exact.max()).all()
+
+
 def test_the_spectrum_of_a_periodic_field_is_recovered_and_a_wrong_one_detected():
     shape = (12, 16)
     rng, exact = np.random.default_rng(0), smooth_spectrum(shape)

@@ -259,6 +259,58 @@ def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
     np.testing.assert_allclose(run(full).log_density, run(SCHEDULE).log_density, atol=1e-3)
 
 
+def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
+    """Its own index 0 may have more noise (trailing), and its last index a signal (leading); the ODE ends at neither. Against
+    N(0, I) pushed through the closed-form map of all 1000 steps, and from another time against the map from there."""
+    x, scale, a = data(8), np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
+    pushed = scipy.stats.norm(a[0] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
+    run = functools.partial(ode_likelihood.log_density, jax.random.key(1), denoise_fn=exact, x=x, trace="exact")
+    for spacing in ("trailing", "leading"):
+        short = schedules.respace(SCHEDULE, 10, spacing=spacing)
+        np.testing.assert_allclose(run(short).log_density, pushed, atol=4e-4)
+        bits, _ = ode_likelihood.bits_per_dim(jax.random.key(1), short, exact, x, dequantization="none", trace="exact")
+        np.testing.assert_allclose(bits, -pushed / 4 / np.log(2), atol=4e-4)
+    scale = np.sqrt(V[99] / V[-1])
+    from_there = scipy.stats.norm(a[99] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
+    np.testing.assert_allclose(run(SCHEDULE, time=99).log_density, from_there, atol=4e-4)
+    assert abs(from_there - pushed).mean() > 0.01
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+def test_variational_dequantization_of_a_traced_schedule(steps):
+    """256 levels in three dimensions: -log p(x_1) + log q(x_1 | x_0) - log P(x_0 | x_1) in float64, of the same draws of x_1
+    at index 0, which a trailing schedule has at more noise."""
+    schedule = SCHEDULE if steps is None else schedules.respace(SCHEDULE, steps, spacing="trailing")
+    key, width = jax.random.key(3), 2 / 255
+    x_0 = (np.round((np.clip(data(6, 3), -0.9, 0.9) + 1) / width) * width - 1).astype(np.float32)
+    run = functools.partial(
+        ode_likelihood.bits_per_dim,
+        denoise_fn=exact,
+        dequantization="variational",
+        trace="exact",
+        variance="fixed_small",
+    )
+    bits, _ = jax.jit(lambda schedule: run(key, schedule, x_0=x_0))(schedule)
+    a, noise = schedule.sqrt_alpha_bar[0], schedule.sqrt_one_minus_alpha_bar[0]
+    eps = np.asarray(jax.random.normal(jax.random.split(key)[0], x_0.shape), np.float64)
+    x_1, v = a * x_0 + noise * eps, a**2 * S2 + noise**2
+    scale = np.sqrt(v / V[-1])
+    log_p = scipy.stats.norm(a * M - scale * SCHEDULE.sqrt_alpha_bar[-1] * M, scale).logpdf(x_1).sum(-1)
+    log_q = scipy.stats.norm(a * x_0, noise).logpdf(x_1).sum(-1)
+    mean, sd = M + a * S2 / v * (x_1 - a * M), np.exp(0.5 * schedule.posterior_log_variance[0])
+    cdf = scipy.stats.norm(mean, sd).cdf
+    decoder = np.log(cdf(x_0 + width / 2) - cdf(x_0 - width / 2)).sum(-1)
+    assert (decoder < -0.5).all()
+    np.testing.assert_allclose(bits, (log_q - log_p - decoder) / 3 / np.log(2), atol=1e-3)
+
+
+def test_an_output_that_only_broadcasts_is_an_error():
+    x = jnp.zeros((2, 3, 4))
+    for shape in ((2, 3, 1), (1, 3, 4), (3, 4), (2, 1, 4), (2, 3, 5), ()):
+        with pytest.raises(ValueError, match=r"returned .* for x of shape \(2, 3, 4\); it must return that shape"):
+            ode_likelihood.log_density(jax.random.key(0), SCHEDULE, lambda x, t, s=shape: jnp.zeros(s), x)
+
+
 def test_a_solver_that_gives_up_says_nan():
     density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, data(4), max_steps=3)
     assert np.isnan(density.log_density).all()

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import errors
+from diffusion_jax import errors, pictures, schedules
 from diffusion_jax.evaluation import image_sets
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.batch_sampler import BatchSampler
-from helpers.configs import tiny_config
+from diffusion_jax.runs.batch_sampler import BatchSampler, picture_steps
+from helpers.configs import conditional, tiny_config
+from helpers.work_directories import untrained
 
 
 @pytest.mark.whole
@@ -31,12 +32,47 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert (arrays["arr_0"] != images).any()
     with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
         width, height = picture.size
-        assert width >= 2 * 68 + 4 and height > 14 + 4 * 68 + 4 and (height - 4 * 68 - 4) % 14 == 0
+        assert width >= 2 * 68 + 4 and height > 14 + 2 * 68 + 4 and (height - 2 * 68 - 4) % 14 == 0
     with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
-        assert frames["x_t"].shape == frames["x_0"].shape == (1, 4, 8, 8, 1)
-        assert frames["samples"].shape == (4, 8, 8, 1) and frames["times"].shape == (1,)
+        assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
+        assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert image_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
+
+
+def test_the_trajectory_is_of_the_first_samples(tmp_path, monkeypatch):
+    """The same noise and classes, also of a sampler that draws noise at every step, within a gray level of rounding."""
+    captions = []
+    for name in ("draw_samples", "draw_trajectory"):
+        draw = getattr(pictures, name)
+        monkeypatch.setattr(
+            pictures, name, lambda *given, draw=draw, **more: captions.append(given[-1]) or draw(*given, **more)
+        )
+    options = {
+        "sampling.steps": 6,
+        "sampling.sampler": "ddpm",
+        "sampling.spacing": "log_snr",
+        "sampling.trajectory": 12,
+    }
+    config = conditional(**options)
+    file = sample.run(config, untrained(tmp_path / "run", config))
+    with np.load(file.path) as arrays, np.load(file.path.with_name(f"{file.name}_trajectory.npz")) as frames:
+        assert np.abs(arrays["arr_0"][:4].astype(int) - frames["samples"]).max() <= 1
+        assert len(np.unique(arrays["arr_0"], axis=0)) == 6
+        assert captions[1] == captions[0][:4] and captions[1][3] == f"class {arrays['arr_1'][3]}"
+
+
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "log_snr"), (50, "trailing"), (None, None), (12, "log_snr")])
+def test_the_columns_of_a_trajectory_change_alike(steps, spacing):
+    """Neighbors differ by at most a tenth more than an even share of the signal, or are neighbors among the steps."""
+    schedule = schedules.from_betas(schedules.betas("cosine", 1000))
+    schedule = schedule if steps is None else schedules.respace(schedule, steps, spacing=spacing)
+    found = picture_steps(schedule, 11)
+    assert found[-1] == schedule.num_timesteps - 1 and (np.diff(found) > 0).all() and 3 < len(found) <= 11
+    change = -np.diff(np.append(1.0, schedule.alpha_bar[found]))
+    assert ((change[1:] < 2 / 11) | (np.diff(found) == 1)).all()
+    assert (schedule.alpha_bar[found] < 0.05).sum() <= 2  # columns of noise
+    assert picture_steps(schedule, 1).tolist() == [schedule.num_timesteps - 1]
 
 
 @pytest.mark.whole
