@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Real, Sha
 
 from diffusion_jax import process, sampling
 from diffusion_jax.sampling import EncodeOptions, Sampler, Step, StepFn, Trajectory
+from diffusion_jax.sampling.driver import check_sampler
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
@@ -43,6 +44,17 @@ __all__ = [
     "sdedit",
     "slerp",
 ]
+
+
+def _as_mask_of(mask: Shaped[ArrayLike, "..."], x_0: Float[Array, "B *shape"]) -> Bool[Array, "..."]:
+    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to the shape of x_0."""
+    mask = as_mask(mask)
+    sizes = (1,) * (x_0.ndim - mask.ndim) + mask.shape
+    if len(sizes) != x_0.ndim or any(
+        size not in (1, expected) for size, expected in zip(sizes, x_0.shape, strict=True)
+    ):
+        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to that of x_0, {x_0.shape}")
+    return mask
 
 
 def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
@@ -147,10 +159,11 @@ class replacement(Sampler):
     prediction: str = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        check_sampler(self.sampler)
         object.__setattr__(self, "prediction", self.sampler.prediction)
         super().__post_init__()
         object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
-        object.__setattr__(self, "mask", as_mask(self.mask))
+        object.__setattr__(self, "mask", _as_mask_of(self.mask, self.x_0))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
@@ -217,16 +230,21 @@ def repaint(
         on a schedule of 250 steps. The number of network calls is about `resamplings` times the number of steps.
     Returns: images with the known pixels of x_0. With more resamplings the mean of the unknown pixels approaches their
       conditional mean, but their variance falls below the conditional variance.
-    Raises: ValueError for a sampler with a state, numbers below 1, or a jump of the number of steps or more.
+    Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump of the
+      number of steps or more.
     """
+    for name, number in (("resamplings", resamplings), ("jump", jump)):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {number!r}")
     if resamplings < 1 or jump < 1:
         raise ValueError(f"resamplings and jump must be at least 1, got {resamplings} and {jump}")
     if resamplings > 1 and jump >= schedule.num_timesteps:
         raise ValueError(f"jump={jump} must be below the {schedule.num_timesteps} steps of the schedule")
-    sampler = sampler or sampling.ddpm()
+    sampler = sampling.ddpm() if sampler is None else sampler
+    check_sampler(sampler)
     process.check_terminal_snr(schedule, sampler.prediction)
     x_0 = process.as_float("x_0", x_0)
-    mask = as_mask(mask)
+    mask = _as_mask_of(mask, x_0)
     if jax.tree.leaves(sampler.init_state(schedule, x_0, schedule.num_timesteps)):
         raise ValueError(f"repaint cannot use {type(sampler).__name__}, which has a state; use ddpm, ddim or heun")
     denoise_from, noise_to = _repaint_steps(schedule.num_timesteps, resamplings, jump)
@@ -347,25 +365,39 @@ def interpolate(
     t an index: both are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every weight.
     A small t keeps details of both, a large t gives new images.
 
-    encoding: options of `sampling.encode` (prediction, variance, order), only with t None.
-    Raises: ValueError for options of the encoding with an index t, if x and y differ in shape, and as `sampling.sample`.
+    encoding: options of `sampling.encode` (order, start, clip), only with t None. The prediction and the variance are those
+      of the sampler; `start` is the index of the noise level at which the images are mixed, T - 1 by default.
+    Raises: ValueError for options of the encoding with an index t, for another prediction or variance than the sampler's, if
+      x and y differ in shape, and as `sampling.sample`.
     """
     if t is not None and encoding:
         raise ValueError(
             f"interpolate does not take {', '.join(encoding)} with t={t}; options of sampling.encode are for t=None, where "
             "images are encoded"
         )
+    check_sampler(sampler)
+    own = EncodeOptions(prediction=sampler.prediction)
+    if (variance := getattr(sampler, "variance", None)) is not None:
+        own["variance"] = variance
+    for name, value in own.items():
+        if encoding.get(name, value) != value:
+            raise ValueError(
+                f"{name}={encoding[name]!r} of the encoding must be the sampler's, {value!r}; leave it out"
+            )
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must be equal")
     x, y = process.promote(x=x, y=y)
     key_x, key_y, key_sample = jax.random.split(key, 3)
     if t is None:
-        start, end = (sampling.encode(schedule, denoise_fn, image, **encoding) for image in (x, y))
+        options = own | encoding
+        start, end = (sampling.encode(schedule, denoise_fn, image, **options) for image in (x, y))
     else:
         start, end = _add_noise(key_x, schedule, x, t), _add_noise(key_y, schedule, y, t)
 
+    first = encoding.get("start") if t is None else t
+
     def sample_between(weight):
         mixed = slerp(start, end, weight) if t is None else (1 - weight) * start + weight * end
-        return sampling.sample(key_sample, schedule, denoise_fn, mixed, sampler, start=t)
+        return sampling.sample(key_sample, schedule, denoise_fn, mixed, sampler, start=first)
 
     return jax.lax.map(sample_between, jnp.asarray(weights, start.dtype))

@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
 
 from diffusion_jax import labels, process
@@ -35,18 +37,33 @@ class ConditionalDenoiseFn(Protocol):
 
 
 def _expand_rows(values, like):
-    """[B] or [] as [B, 1, ..., 1] or [], in the dtype of `like`."""
+    """[B] or [] as [B, 1, ..., 1] or [], in the dtype of `like`. Raises: ValueError for another shape."""
     values = jnp.asarray(values, like.dtype)
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    if values.ndim and (values.shape[0] not in (1, like.shape[0]) or any(size != 1 for size in values.shape[1:])):
+        raise ValueError(
+            f"scale has shape {values.shape}; it must be one number, or one for each of {like.shape[0]} rows"
+        )
+    return values.reshape(values.shape[:1] + (1,) * (like.ndim - 1)) if values.ndim else values
+
+
+def _append_null(y, null):
+    """y [B, ...] and the condition "none" in as many rows: [2 B, ...]. Raises: ValueError for a null of another kind."""
+    null = null if isinstance(null, jax.Array) else np.asarray(null)
+    dtype = y.dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        if not jnp.issubdtype(null.dtype, jnp.integer):
+            raise ValueError(f"null_y must be int, as y is; got {null.dtype}")
+        dtype = dtype if dtype.itemsize >= 4 else jnp.int32  # 8 bits cannot hold the null label of 256 classes
+    return jnp.concatenate([y.astype(dtype), jnp.broadcast_to(jnp.asarray(null, dtype), y.shape)])
 
 
 def classifier_free(
     denoise_fn: ConditionalDenoiseFn,
     y: PyTree[Shaped[ArrayLike, "B ..."]],
     null_y: PyTree[Shaped[ArrayLike, "..."]],
-    scale: Real[ArrayLike, ""] | Real[ArrayLike, "B"],
+    scale: Real[ArrayLike, ""] | Real[ArrayLike, "B ..."],
     *,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Real[ArrayLike, ""], Real[ArrayLike, ""]] | None = None,
     rescale: float = 0.0,
 ) -> DenoiseFn:
     """(1 - s) unconditional + s conditional (Ho & Salimans 2022 eq. 6 with s = 1 + w), in one call of twice the batch.
@@ -58,23 +75,26 @@ def classifier_free(
       denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].
       y: the conditions, an array or a tree of arrays. null_y: the condition that means "none", of y's shape or broadcast to
         it (`UNet.null_label`, `UNet.null_condition`), or a tree of such; a part that null_y repeats is not guided.
-      scale: s.
+      scale: s, one number or one for each row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times at which s applies; at others it is 1 (Kynkaanniemi et al. 2024).
       rescale: phi of Lin et al. 2024 section 3.4, in 0 ... 1: 1 gives the result the standard deviation of the conditional
         output over each example, against the overexposure of a large s; 0 does nothing.
     Returns: a denoise_fn(x_t [B, ...], time [B]). A learned variance is that of the conditional output.
-    Raises: ValueError, when called, if y and x_t differ in the number of rows.
+    Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside of
+      0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
-    y = jax.tree.map(jnp.asarray, y)
-    both = jax.tree.map(
-        lambda y, null: jnp.concatenate([y, jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)]), y, null_y
-    )
+    known = interval is not None and not any(isinstance(end, Tracer) for end in interval)
+    if known and (len(interval) != 2 or not interval[0] <= interval[1]):
+        raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")
+    both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)
 
     def guided(x_t, time):
-        for part in jax.tree.leaves(y):
-            if x_t.shape[0] != part.shape[0]:
+        for part in jax.tree.leaves(both):
+            if 2 * x_t.shape[0] != part.shape[0]:
                 raise ValueError(
-                    f"y has {part.shape[0]} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition"
+                    f"y has {part.shape[0] // 2} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition"
                 )
         x_t = process.as_float("x_t", x_t)
         output = denoise_fn(jnp.concatenate([x_t, x_t]), jnp.concatenate([time, time]), both)
@@ -82,10 +102,10 @@ def classifier_free(
         conditional, unconditional = jnp.split(output, 2)
         channels = x_t.shape[-1]
         c, u = conditional[..., :channels], unconditional[..., :channels]
-        s = jnp.asarray(scale, x_t.dtype)
+        s = _expand_rows(scale, x_t)
         if interval is not None:
-            s = jnp.where((interval[0] <= time) & (time <= interval[1]), s, 1.0)
-        s = _expand_rows(s, x_t)
+            applies = (interval[0] <= time) & (time <= interval[1])
+            s = jnp.where(applies.reshape(-1, *(1,) * (x_t.ndim - 1)), s, 1.0)
         mixed = (1 - s) * u + s * c
         if rescale:
             axes = tuple(range(1, x_t.ndim))

@@ -25,5 +25,11 @@ def to_model_range(images: Images) -> Images:
 
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
-    """uint8 images of arrays in [-1, 1]: rounded, and clipped to 0 ... 255."""
-    return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    """uint8 images of float arrays in [-1, 1]: rounded, and clipped to 0 ... 255.
+
+    Raises: ValueError for arrays that are not float, such as uint8 images.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"images must be float in [-1, 1], not {x.dtype}; uint8 images need no conversion")
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

@@ -183,6 +183,7 @@ NO_ARRAYS = {
     "sampling.sample",
     "sampling.default_spacing",
     "sampling.find_blur",
+    "sampling.find_error_growth",
     "sampling.find_problem",
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, sampling, schedules
+from helpers.gaussian_mixtures import gaussian
 
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 1000))
@@ -233,6 +234,68 @@ def test_repaint_noises_back_to_the_variance_of_its_index():
     assert len(seen) == len(editing._repaint_steps(12, 3, 4)[0])
     for x in seen:
         assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
+
+
+@pytest.mark.parametrize("resamplings", [1, 2, 5])
+def test_repaint_without_known_pixels_returns_the_prior(resamplings):
+    """Data N(10, 1) and their exact network, for which the ancestral steps are exact at any number of steps.
+
+    With x_t ~ N(sqrt(alpha_bar) 10, 1) the mean of q(x_{t-1} | x_t) is exact and its variance is beta; the last step returns
+    E[x_0 | x_1], whose variance is alpha_bar at index 0.
+    """
+    schedule, mean = schedules.respace(FULL, 12, "trailing"), 10.0
+
+    def network(x, time):
+        log_snr = FULL.log_snr(time)[:, None]
+        alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+        return sigma * (x - alpha * mean)
+
+    @jax.jit
+    def run(x_0):
+        sampler = sampling.ddpm(variance="fixed_large", clip=False)
+        mask = jnp.array([False, False])
+        return editing.repaint(KEY, schedule, network, x_0, mask, sampler, resamplings=resamplings, jump=3)
+
+    x = np.asarray(run(jnp.full((N, 2), 100.0)), np.float64)
+    # Of x_T ~ N(0, 1) instead of N(sqrt(alpha_bar_T) 10, 1), a share alpha_bar_T remains.
+    expected = mean * (1 - FULL.alpha_bar[-1])
+    variance = schedule.alpha_bar[0]
+    assert (abs(x.mean(axis=0) - expected) < 4 * np.sqrt(variance / N)).all()
+    assert (abs(x.var(axis=0) - variance) < 4 * variance * np.sqrt(2 / N)).all()
+    assert abs(np.corrcoef(x.T)[0, 1]) < 4 / np.sqrt(N)
+
+
+def test_repaint_of_one_resampling_is_replacement():
+    """With nothing known and a deterministic sampler it is that sampler; known pixels are returned without noise."""
+    schedule, x_0 = schedules.respace(FULL, 6, "trailing"), jnp.array([[KNOWN, -9.0], [0.2, 1.0]])
+    sampler = sampling.ddim(clip=False)
+    run = jax.jit(lambda mask: editing.repaint(KEY, schedule, correlated, x_0, mask, sampler, resamplings=1))
+    x_T = jax.random.normal(jax.random.split(KEY)[0], x_0.shape)
+    expected = sampling.sample(KEY, schedule, correlated, x_T, sampler)
+    np.testing.assert_allclose(run(jnp.array([False, False])), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(run(jnp.array([True, False]))[:, 0], x_0[:, 0])
+
+
+def test_interpolation_encodes_with_the_prediction_of_the_sampler_up_to_the_start(x64):
+    """Of Gaussian data with an exact network, the ends come back for any prediction and any start."""
+    schedule = schedules.respace(FULL, 200, "log_snr")
+    x, y = np.array([[-0.7], [0.2]]), np.array([[0.9], [-0.4]])
+    mixed = {}
+    for prediction in ("eps", "v", "x_0"):
+        for start in (None, 60):
+            sampler = sampling.heun(prediction=prediction, clip=False)
+            options = {"order": 2} | ({} if start is None else {"start": start})
+            run = jax.jit(
+                lambda x, y, s=sampler, p=prediction, o=options: editing.interpolate(
+                    KEY, schedule, gaussian(p), x, y, [0.0, 0.4, 1.0], s, **o
+                )
+            )
+            between = run(x, y)
+            np.testing.assert_allclose(between[0], x, atol=2e-3)
+            np.testing.assert_allclose(between[2], y, atol=2e-3)
+            mixed[prediction, start] = between[1]
+    for (_, start), value in mixed.items():
+        np.testing.assert_allclose(value, mixed["eps", start], rtol=1e-5)
 
 
 @pytest.mark.whole

@@ -116,6 +116,43 @@ def test_interval_and_rescale():
     np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("interval", [None, (200, 700)])
+def test_a_scale_of_any_shape_of_one_number_for_each_row(interval):
+    x = jnp.broadcast_to(X_T[:, None, None], (5, 3, 2, 2))
+
+    def images(x, time, y):
+        return x * (1 + y[:, None, None, None])
+
+    scales = jnp.array([0.0, 1.0, 3.0, -1.0, 2.0])
+    found = [
+        guidance.classifier_free(images, Y, NULL, scale, interval=interval)(x, TIME)
+        for scale in (scales, scales[:, None, None, None])
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    s = np.where((np.array(TIME) >= 200) & (np.array(TIME) <= 700), scales, 1.0) if interval else np.asarray(scales)
+    expected = x * ((1 - s) * (1 + NULL) + s * (1 + np.asarray(Y)))[:, None, None, None]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
+    traced = jax.jit(lambda low, high: guidance.classifier_free(images, Y, NULL, scales, interval=(low, high))(x, TIME))
+    np.testing.assert_allclose(traced(200.0, 700.0)[:1], x[:1] * (1 + np.asarray(Y)[0]), rtol=1e-5)
+
+
+def test_a_null_label_that_labels_of_8_bits_cannot_hold():
+    seen = []
+
+    def kept(x, time, y):
+        seen.append(y)
+        return x
+
+    guidance.classifier_free(kept, np.array([0, 255], np.uint8), 256, 2.0)(jnp.ones((2, 1)), jnp.zeros(2))
+    np.testing.assert_array_equal(seen[0], [0, 255, 256, 256])
+    conditions = {"y": jnp.array([1, 2]), "condition": jnp.ones((2, 3))}
+    nulls = {"y": 10, "condition": jnp.nan}
+    guidance.classifier_free(kept, conditions, nulls, 2.0)(jnp.ones((2, 1)), jnp.zeros(2))
+    np.testing.assert_array_equal(seen[1]["y"], [1, 2, 10, 10])
+    np.testing.assert_array_equal(np.isnan(seen[1]["condition"]).all(axis=1), [False, False, True, True])
+    assert seen[1]["y"].dtype == jnp.int32 and seen[1]["condition"].dtype == jnp.float32
+
+
 def test_rescaling_does_not_change_constant_outputs():
     x, y = jnp.ones((2, 4, 4, 1)), jnp.array([0, 2])
 

@@ -5,7 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, guidance, labels, likelihood, losses, models, process, sampling, schedules, timesteps
+from diffusion_jax import (
+    editing,
+    guidance,
+    images,
+    labels,
+    likelihood,
+    losses,
+    models,
+    process,
+    sampling,
+    schedules,
+    timesteps,
+)
+from diffusion_jax.evaluation import array_metrics, array_statistics
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
@@ -166,6 +179,103 @@ def test_counts_orders_and_starts_are_whole_numbers():
             wrong()
 
 
+DDPM = sampling.ddpm(clip=False)
+OF_ANOTHER_KIND = {
+    "encode start": (lambda: sampling.encode(FULL, network, X, start=3.5), "start=3.5 must be an index"),
+    "encode order": (lambda: sampling.encode(FULL, network, X, order=2.0), "order must be 1 or 2, got 2.0"),
+    "trajectory": (
+        lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=[1.7]),
+        r"indices \(int\), got \[1.7\]",
+    ),
+    "one index": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=3), "sequence of indices"),
+    "dpm_solver_pp order": (lambda: sampling.dpm_solver_pp(2.0), "order must be 1, 2 or 3, got 2.0"),
+    "churn_range": (lambda: sampling.heun(churn_range=(5, 1)), r"low <= high, got \(5, 1\)"),
+    "one end of churn_range": (lambda: sampling.heun(churn_range=(5,)), r"must be \(low, high\)"),
+    "x_T": (lambda: sampling.sample(KEY, FULL, network, 1.0, DDPM), "x_T must have a batch axis"),
+    "a name": (lambda: sampling.sample(KEY, FULL, network, X, "ddim"), r"such as sampling.ddim\(\), got 'ddim'"),
+    "a class": (lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim), "must be a sampler such as"),
+    "replacement": (lambda: editing.replacement("ddim", X, X[..., :1] > 0), "must be a sampler such as"),
+    "repaint": (lambda: editing.repaint(KEY, FULL, network, X, X > 0, "ddim", jump=5), "must be a sampler such as"),
+    "interpolate": (lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], "ddim"), "must be a sampler such as"),
+    "sdedit": (lambda: editing.sdedit(KEY, FULL, network, X, "ddim"), "must be a sampler such as"),
+    "resamplings": (
+        lambda: editing.repaint(KEY, FULL, network, X, X > 0, resamplings=2.5, jump=5),
+        "whole number, got 2.5",
+    ),
+    "jump": (lambda: editing.repaint(KEY, FULL, network, X, X > 0, jump=5.0), "jump must be a whole number, got 5.0"),
+    "prediction of interpolate": (
+        lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), prediction="v"),
+        "prediction='v' of the encoding must be the sampler's, 'eps'",
+    ),
+    "sliced_wasserstein order": (
+        lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, order=float("inf"), groups=2),
+        "order=inf must be a finite number of at least 1",
+    ),
+    "projections": (
+        lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, projections=2.5, groups=2),
+        "projections=2.5 must be a whole number of at least 2",
+    ),
+    "max_lag": (
+        lambda: array_statistics.autocorrelation(ROWS[..., None], max_lag=2.5),
+        r"max_lag=2.5 must be a whole number in 0 \.\.\. 4",
+    ),
+    "guidance interval": (
+        lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),
+        r"low <= high, got \(7, 5\)",
+    ),
+    "guidance rescale": (lambda: guidance.classifier_free(network, LABELS, 3, 2.0, rescale=5), r"0 \.\.\. 1, got 5"),
+    "null label": (
+        lambda: guidance.classifier_free(network, LABELS, 10.7, 2.0),
+        "null_y must be int, as y is; got float",
+    ),
+    "guidance scale": (
+        lambda: guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2)))(X, jnp.zeros(2)),
+        r"scale has shape \(2, 2\); it must be one number, or one for each of 2 rows",
+    ),
+    "to_uint8": (lambda: images.to_uint8(PIXELS), "must be float in \\[-1, 1\\], not uint8; uint8 images need no conv"),
+}
+ROWS, LABELS = np.random.default_rng(0).standard_normal((8, 5)), jnp.array([0, 1])
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_KIND)
+def test_options_of_another_kind_are_refused(name):
+    call, words = OF_ANOTHER_KIND[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("output", [(X, {}), None, {"eps": X}])
+def test_a_network_that_returns_no_array_is_refused(output):
+    def network(x, time, y=None):
+        return output
+
+    for call in (
+        lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim()),
+        lambda: sampling.sample(KEY, FULL, network, X, sampling.heun(churn=1.0)),
+        lambda: sampling.encode(FULL, network, X),
+        lambda: losses.simple(KEY, FULL, network, X),
+        lambda: losses.vlb(KEY, FULL, network, X),
+        lambda: likelihood.bits_per_dim(KEY, FULL, network, X),
+        lambda: guidance.classifier_free(network, LABELS, 3, 2.0)(X, jnp.zeros(2)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"output of denoise_fn must be one float array; got {type(output).__name__}"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (4, 4, 2), (3, 4, 4, 3), (1, 2, 4, 4, 3)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    for call in (
+        lambda mask: editing.repaint(KEY, FULL, network, X, mask, jump=5),
+        lambda mask: editing.replacement(sampling.ddim(), X, mask),
+        jax.jit(lambda mask: editing.repaint(KEY, FULL, network, X, mask, jump=5)),
+    ):
+        with pytest.raises(ValueError, match="does not broadcast to that of x_0"):
+            call(np.ones(shape, bool))
+
+
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
@@ -189,7 +299,6 @@ def test_openai_s_spacing_by_name_is_the_string():
     for count in (1, 7, 20):
         by_name, by_string = schedules.respace(FULL, count, "openai"), schedules.respace(FULL, str(count))
         np.testing.assert_array_equal(by_name.timesteps, by_string.timesteps)
-    np.testing.assert_array_equal(schedules.respace(FULL, 5).timesteps, schedules.respace(FULL, 5, "leading").timesteps)
 
 
 def test_encoding_options_with_an_index_are_refused():

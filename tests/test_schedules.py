@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import schedules
+from diffusion_jax import process, sampling, schedules
 
 NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 
@@ -128,13 +128,53 @@ def test_openai_strings(thousand):
 
 
 def test_integers_and_indices(thousand):
-    assert indices(thousand, 10) == list(range(0, 1000, 100))
+    assert indices(thousand, 10) == list(range(99, 1000, 100))  # "trailing"
+    assert indices(thousand, 1) == [999]
+    assert indices(thousand, 10, spacing="leading") == list(range(0, 1000, 100))
     assert indices(thousand, 10, spacing="trailing") == list(range(99, 1000, 100))
     assert indices(thousand, 3, spacing="trailing") == [332, 666, 999]
     assert indices(thousand, 11, spacing="linspace") == [0, 100, 200, 300, 400, 500, 599, 699, 799, 899, 999]
     assert indices(thousand, 10, spacing="quadratic") == [int((np.sqrt(800) * i / 9) ** 2) for i in range(10)]
     assert indices(thousand, [999, 5, 0]) == [0, 5, 999]
     assert indices(thousand, np.array([7])) == [7]
+
+
+def test_one_step_of_a_spacing_that_starts_at_index_0_is_refused(thousand):
+    for spacing in ("leading", "linspace", "quadratic"):
+        with pytest.raises(ValueError, match=f"one step of spacing '{spacing}' would be index 0"):
+            schedules.respace(thousand, 1, spacing)
+    for spacing in ("trailing", "karras", "log_snr", "gaussian"):
+        np.testing.assert_allclose(schedules.respace(thousand, 1, spacing).timesteps, [999])
+    single = schedules.from_betas([0.5])
+    assert indices(single, 1, spacing="leading") == [0]
+
+
+def test_schedules_whose_signal_underflows():
+    """alpha is 0 in float32 from about 17,500 linear steps on; alpha_bar is 0 in float64 from about 70,000."""
+    long = schedules.from_betas(schedules.betas("linear", 20_000))
+    assert long.zero_terminal_snr and not schedules.from_betas(schedules.betas("linear", 17_000)).zero_terminal_snr
+    x_T = jax.random.normal(jax.random.key(0), (4, 2))
+    short = schedules.respace(long, 20)
+    for prediction in ("eps", "score"):
+        with pytest.raises(ValueError, match=f"{prediction} does not determine x_0 there; predict v or x_0"):
+            sampling.sample(jax.random.key(0), short, lambda x, time: x, x_T, sampling.ddim(prediction=prediction))
+        x_0 = jax.jit(lambda x, t, p=prediction: process.to_x_0(long, x, x, t, p))
+        assert np.isnan(x_0(x_T, jnp.full(4, 19_999))).all()
+    x = sampling.sample(jax.random.key(0), short, lambda x, time: -0.3 * x, x_T, sampling.ddim(prediction="v"))
+    assert np.isfinite(x).all()
+    with pytest.raises(ValueError, match=r"underflows at index \d+ of 100000; use smaller betas or fewer steps"):
+        schedules.from_betas(schedules.betas("linear", 100_000))
+    scaled = schedules.betas("linear", 100_000, beta_start=0.1 / 100_000, beta_end=20 / 100_000)
+    assert 4e-5 < schedules.from_betas(scaled).alpha_bar[-1] < 5e-5
+
+
+def test_the_text_of_a_schedule_is_one_line(thousand):
+    assert repr(thousand) == "Schedule(num_timesteps=1000, timesteps 0 ... 999, alpha_bar 0.9999 ... 4.03583e-05)"
+    seen = []
+    jax.jit(lambda schedule: seen.append(f"{schedule}"))(thousand)
+    assert "float32[1000]" in seen[0] and len(seen[0]) < 80
+    assert repr(jax.jit(lambda schedule: schedule)(thousand)) == repr(thousand)
+    assert repr(jax.tree.map(lambda table: None, thousand)) == "Schedule(betas=None)"
 
 
 def sigmas(schedule):

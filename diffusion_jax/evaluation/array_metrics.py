@@ -151,8 +151,10 @@ def sliced_wasserstein(
         ("groups", groups, 2),
         ("permutations", permutations, 2),
     ):
-        if not number >= minimum:
-            raise ValueError(f"{name}={number} must be at least {minimum}")
+        whole = name == "order" or (isinstance(number, int | np.integer) and not isinstance(number, bool))
+        if not (whole and minimum <= number < np.inf):
+            kind = "finite number" if name == "order" else "whole number"
+            raise ValueError(f"{name}={number} must be a {kind} of at least {minimum}")
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     n, m = len(reference), len(samples)
     key_directions, key_groups, key_permutations = jax.random.split(key, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Description:
     """The description of pretrained weights: all of `Pretrained` except the parameters.
 
@@ -59,6 +60,17 @@ class Description:
     normalizations: Normalizations = dataclasses.field(default_factory=dict)
     limits: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        """Three short lines; `pretrained.format_summary` describes every setting."""
+        data = f"{list(self.example_shape)} {'continuous' if self.levels is None else f'of {self.levels} levels'}"
+        data += f", {self.num_classes} classes" if self.num_classes else ""
+        data += f", conditions {list(self.condition_shape)}" if self.condition_shape is not None else ""
+        return (
+            f"{type(self).__name__}({self.family!r}, {type(self.model).__name__}, {data},\n"
+            f"    prediction={self.prediction!r}, variance={self.variance!r}, clip={self.clip},\n"
+            f"    schedule={self.schedule})"
+        )
+
     @property
     def example_shape(self) -> tuple[int, ...]:
         """(*spatial, C) of an example."""
@@ -82,7 +94,7 @@ class Description:
         return self.model.num_classes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pretrained(Description):
     """Pretrained weights with their description, as returned by `pretrained.load`.
 
@@ -170,6 +182,9 @@ class Pretrained(Description):
         problem = sampling.find_problem(sampler, schedule)
         if problem:
             raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
+        growth = sampling.find_error_growth(sampler, schedule)
+        if growth:
+            warnings.warn(f"{growth}; use a number of steps with spacing='log_snr', or a clip", stacklevel=2)
         shape = (int(num_images), *self.example_shape)
         given = self._to_conditions(condition, int(num_images))
         if low is not None:

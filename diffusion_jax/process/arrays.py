@@ -14,8 +14,11 @@ __all__ = ["as_batch", "as_float", "check_same_shape", "lookup", "network_time",
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """x as a jax array of float32, or of float64 if it is float64 and x64 is on: lower precisions are promoted.
 
-    name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images.
+    name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images, and for
+    a tuple, a dict or None, which a network may return by mistake.
     """
+    if x is None or isinstance(x, tuple | dict | str):  # jnp.asarray stacks a tuple
+        raise ValueError(f"{name} must be one float array; got {type(x).__name__}")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""

@@ -50,7 +50,7 @@ def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, 
     options["sampling"] |= {
         "sampler": "ddim",
         "steps": min(config.sampling.preview_steps, program.schedule.num_timesteps),
-        "spacing": "trailing",
+        "spacing": None,
         "eta": 0.0,
         "guidance_scale": 1.0,
         "classifier": "",

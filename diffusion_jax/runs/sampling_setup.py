@@ -82,8 +82,7 @@ class SamplingSetup:
         if self._shifts_mean and options["sampler"] != "ddpm":
             raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
         self._check_steps(sampler)
-        blur = sampling.find_blur(self.schedule)
-        self.warning = f"{blur}; use {self._advice_on_steps()}" if blur else None
+        self.warning = self._find_warning(sampler)
 
     @property
     def classes(self) -> tuple[int, ...] | None:
@@ -158,6 +157,17 @@ class SamplingSetup:
         if self._spacing == "log_snr" or self._full_schedule.zero_terminal_snr:
             return "more steps (sampling.steps)"
         return "sampling.spacing=log_snr or more steps (sampling.steps)"
+
+    def _find_warning(self, sampler: sampling.Sampler) -> str | None:
+        """The reason why samples will look wrong on these steps, with advice; None if none is known."""
+        blur, growth = sampling.find_blur(self.schedule), sampling.find_error_growth(sampler, self.schedule)
+        if growth is None:
+            return f"{blur}; use {self._advice_on_steps()}" if blur else None
+        if self._options["steps"] is None:
+            steps = "--config.sampling.steps=250 --config.sampling.spacing=log_snr"
+        else:
+            steps = "more steps (sampling.steps)" if self._spacing == "log_snr" else "--config.sampling.spacing=log_snr"
+        return f"{growth}; use {steps}, --config.sampling.clip=True for data in [-1, 1], or a model that predicts v"
 
     def _check_steps(self, sampler: sampling.Sampler) -> None:
         """Raises: UserError for steps on which the sampler is known to fail."""

@@ -9,7 +9,7 @@ from diffusion_jax.sampling.driver import Sampler, Step, StepFn, Trajectory, sam
 from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
 from diffusion_jax.sampling.inversion import EncodeOptions, encode
 from diffusion_jax.sampling.runge_kutta import heun, pndm
-from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_problem
+from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
 
 __all__ = [
     "EncodeOptions",
@@ -26,6 +26,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "find_blur",
+    "find_error_growth",
     "find_problem",
     "heun",
     "pndm",

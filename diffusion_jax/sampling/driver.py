@@ -19,7 +19,7 @@ from diffusion_jax.process import PREDICTIONS, VARIANCES, as_float, check_termin
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import DenoiseFn
 
-__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "sample"]
+__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "check_sampler", "sample"]
 
 
 class Step(NamedTuple):
@@ -92,6 +92,12 @@ class Sampler:
         return [(self.step, num_steps)]
 
 
+def check_sampler(sampler: object) -> None:
+    """Raises ValueError for anything but a `Sampler`: a name, a class."""
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
+
+
 class Trajectory(NamedTuple):
     """The kept steps in sampling order: the index t, x_t before each step, and the x_0 predicted there."""
 
@@ -158,10 +164,13 @@ def sample(
       trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, whose values need memory.
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
-    Raises: ValueError for an x_T that is not float, for prediction eps or score if the first step has alpha_bar = 0, or for a
-      start or a kept index outside of the steps.
+    Raises: ValueError for an x_T that is not float or has no batch axis, a sampler that is not a `Sampler`, prediction eps or
+      score if the first step has alpha_bar = 0, or a start or a kept index that is not an index of the steps.
     """
+    check_sampler(sampler)
     x_T = as_float("x_T", x_T)
+    if not x_T.ndim:
+        raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
     total = schedule.num_timesteps
     first, last = total - 1 if start is None else start, 0 if final_step else 1
     if not isinstance(first, int | np.integer) or not 0 <= first < total:
@@ -169,9 +178,11 @@ def sample(
     if first == total - 1:  # the only step where alpha_bar may be 0
         check_terminal_snr(schedule, sampler.prediction)
     if isinstance(trajectory, bool | np.bool_):
-        indices = range(last, first + 1) if trajectory else None
+        indices = np.arange(last, first + 1) if trajectory else None
     else:
-        indices = trajectory
+        indices = np.asarray(trajectory)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise ValueError(f"trajectory must be True, False or a sequence of indices (int), got {trajectory!r}")
     kept = np.unique(np.array(() if indices is None else indices, np.int32))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")

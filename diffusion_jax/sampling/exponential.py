@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key, PyTree
 
 from diffusion_jax.sampling.driver import Sampler, Step
@@ -64,7 +65,7 @@ class _Multistep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
+        if isinstance(self.order, bool) or not isinstance(self.order, int | np.integer) or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:

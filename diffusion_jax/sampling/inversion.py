@@ -6,6 +6,7 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax import process
@@ -20,7 +21,7 @@ class EncodeOptions(TypedDict, total=False):
     """The options of `encode`, for functions that pass them on."""
 
     order: int
-    start: int | None
+    start: int | np.integer | None
     prediction: str
     variance: str
     clip: Clip
@@ -32,7 +33,7 @@ def encode(
     x_0: Float[ArrayLike, "B *shape"],
     *,
     order: int = 1,
-    start: int | None = None,
+    start: int | np.integer | None = None,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: Clip = False,
@@ -50,14 +51,14 @@ def encode(
     Raises: ValueError for an x_0 that is not float, another order, prediction x_prev, a start outside 0 ... T - 1, or clip
       with order 2.
     """
-    if order not in (1, 2):
+    if isinstance(order, bool) or not isinstance(order, int | np.integer) or order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     if prediction == "x_prev":
         raise ValueError("prediction 'x_prev' cannot be inverted, because it has no eps outside of a schedule's step")
     if order == 2 and clip:
         raise ValueError("clip is for order 1; a clipped x_0 has no second-order inverse")
     top = schedule.num_timesteps - 1 if start is None else start
-    if not 0 <= top < schedule.num_timesteps:
+    if not isinstance(top, int | np.integer) or not 0 <= top < schedule.num_timesteps:
         raise ValueError(f"start={start} must be an index of the schedule, 0 ... {schedule.num_timesteps - 1}")
     x_0 = process.as_float("x_0", x_0)
 

@@ -39,8 +39,8 @@ class heun(Sampler):
       1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise of
       S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
     prediction, variance, clip: as `ddim`.
-    Raises: ValueError for a negative churn or churn_noise; with churn, for prediction "x_prev", which is not defined between
-      the steps of a schedule.
+    Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order; with churn, for prediction
+      "x_prev", which is not defined between the steps of a schedule.
     """
 
     churn: float | np.floating = 0.0
@@ -57,6 +57,8 @@ class heun(Sampler):
         if not 0 <= self.churn_noise < float("inf"):
             raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
         self._floats("churn", "churn_noise")
+        if len(self.churn_range) != 2 or not self.churn_range[0] <= self.churn_range[1]:
+            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range}")
         object.__setattr__(self, "churn_range", tuple(map(float, self.churn_range)))
 
     def step(

@@ -10,22 +10,30 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffusion_jax.sampling.ancestral import ddim, ddpm
 from diffusion_jax.sampling.driver import Sampler
-from diffusion_jax.sampling.exponential import dpm_solver_pp, unipc
+from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
 from diffusion_jax.sampling.runge_kutta import heun, pndm
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules import Schedule, respace
 
-__all__ = ["default_spacing", "find_blur", "find_problem"]
+__all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
 
 _DATA_STD = 0.5
+_NETWORK_ERROR = 0.05  # of eps where there is much noise: that of a small trained network
 
 
 def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
     """The spacing for `schedules.respace` that suits a sampler: "log_snr" for heun and pndm, "trailing" for others.
 
-    "trailing" for all samplers if alpha_bar ends at 0, where the log SNR is not finite.
+    "log_snr" also if the errors of a network would grow on 50 steps of "trailing" (`find_error_growth`). "trailing" for all
+    samplers if alpha_bar ends at 0, where the log SNR is not finite.
     """
-    return "log_snr" if isinstance(_innermost(sampler), heun | pndm) and not schedule.zero_terminal_snr else "trailing"
+    if schedule.zero_terminal_snr:
+        return "trailing"
+    if isinstance(_innermost(sampler), heun | pndm):
+        return "log_snr"
+    fifty = respace(schedule, min(50, schedule.num_timesteps), "trailing")
+    return "log_snr" if find_error_growth(sampler, fifty) else "trailing"
 
 
 def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
@@ -46,6 +54,39 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
     return (
         f"one of these {schedule.num_timesteps} steps divides the noise by {ratio:.3g}, too much at once for this sampler; "
         "its samples would be noise"
+    )
+
+
+def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
+    """The reason why errors of a trained network spoil the samples, or None.
+
+    A prediction of eps or the score with the error d gives x_0 the error d sigma / alpha. Without a clip, a step that divides
+    a large sigma / alpha by a large factor takes most of this error into x. The network of "errors of 0.05" is that of data
+    of standard deviation 1, exact except for such errors of eps.
+
+    schedule: respaced, not traced. None for samplers from outside of this package.
+    """
+    sampler = _innermost(sampler)
+    sigma = _noise_levels(schedule)
+    unclipped = getattr(sampler, "clip", True) is False and sampler.prediction in ("eps", "score")
+    if (
+        not unclipped
+        or len(sigma) < 2
+        or not isinstance(sampler, ddpm | ddim | deis | dpm_solver_pp | unipc | heun | pndm)
+    ):
+        return None
+    high, low = sigma[:-1], sigma[1:]
+    # The probability flow divides an error of x / alpha by the growth of the spread; fresh noise replaces most of it.
+    errors = _NETWORK_ERROR * (high - low) / np.hypot(1.0, low)
+    if isinstance(sampler, ddpm) or getattr(sampler, "eta", 0.0) > 0 or getattr(sampler, "sde", False):
+        errors = errors / np.hypot(1.0, low)
+    worst = int(np.argmax(errors))
+    if errors[worst] <= 0.5:
+        return None
+    return (
+        f"one of these {schedule.num_timesteps} steps divides the noise by {high[worst] / low[worst]:.3g} and nothing clips "
+        f"x_0: from a network of {sampler.prediction} with errors of {_NETWORK_ERROR:g}, samples would have "
+        f"{np.hypot(1.0, errors[worst]):.2g} times the standard deviation of the data"
     )
 
 

@@ -94,6 +94,10 @@ def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
         return _section_indices([int(count) for count in counts], total)
     if np.ndim(steps) == 0:
         _check_count(steps, total)
+        if steps == 1 < total and spacing in ("leading", "linspace", "quadratic"):
+            raise ValueError(
+                f"one step of spacing {spacing!r} would be index 0, which is almost without noise; use 'trailing'"
+            )
         return _INDEX_SPACINGS[spacing](int(steps), total)
     indices = np.asarray(steps)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
@@ -174,8 +178,8 @@ def respace(
         "ddimN": N steps with an integer stride from index 0 (at T = 1000 "ddim25" is 0, 40, ..., 960);
         "N" or "a,b,c": OpenAI's sections, N (a, b, c) steps spread over the schedule (over each third), its ends included;
         an int S, with one of these spacings of the indices:
-            leading    0, T//S, 2 (T//S), ..., the default
-            trailing   ..., T - 1 - T/S, T - 1, rounded
+            trailing   ..., T - 1 - T/S, T - 1, rounded; the default
+            leading    0, T//S, 2 (T//S), ...
             linspace   S rounded numbers from 0 to T - 1
             quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
             openai     as the string "S"
@@ -192,8 +196,8 @@ def respace(
       schedule's, or interpolated as in `Schedule.log_snr`. For a schedule with float32 tables (one that a jitted function
       returned) betas have float32 precision, and less where network times are close to each other.
     Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
-      repeated step, an unknown spacing, a spacing for steps that are not an int, or one of the last three spacings if
-      alpha_bar ends at 0.
+      repeated step, an unknown spacing, a spacing for steps that are not an int, one step of "leading", "linspace" or
+      "quadratic", or one of the last three spacings if alpha_bar ends at 0.
     """
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
@@ -201,7 +205,7 @@ def respace(
         raise ValueError(
             f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
         )
-    spacing = spacing or "leading"
+    spacing = spacing or "trailing"
     interpolated = _interpolated_steps(schedule, steps, spacing)
     if interpolated is not None:
         timesteps, log_alpha_bar = interpolated

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Float64, Num
 
@@ -15,7 +16,7 @@ __all__ = ["Schedule", "cast_table", "from_betas", "from_tables"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """Every table of a noise schedule; build one with `from_betas` or `respace`.
 
@@ -36,7 +37,8 @@ class Schedule:
     fixed_large_variance: beta_t, and at index 0 the posterior variance of index 1 (OpenAI's correction of DDPM's code,
       where variance and log variance disagree at this index).
     grid_timesteps, grid_log_alpha_bar: the training grid, unchanged by respacing; `log_snr(time)` interpolates on it.
-    zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0.
+    zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so near to it
+      that its square root is 0 in float32.
     """
 
     timesteps: Float64[np.ndarray, "T"]
@@ -60,6 +62,16 @@ class Schedule:
     def num_timesteps(self) -> int:
         """T, the number of steps of this (perhaps respaced) schedule."""
         return self.betas.shape[0]
+
+    def __repr__(self) -> str:
+        """One line: the number of steps and the ends of two tables. Traced tables have no values."""
+        if isinstance(self.betas, Tracer) or not isinstance(self.betas, np.ndarray | jax.Array):
+            return f"Schedule(betas={self.betas})"
+        (first, last), (high, low) = (np.asarray(table)[[0, -1]] for table in (self.timesteps, self.alpha_bar))
+        return (
+            f"Schedule(num_timesteps={self.num_timesteps}, timesteps {first:g} ... {last:g}, "
+            f"alpha_bar {high:.6g} ... {low:.6g})"
+        )
 
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """log(alpha_bar / (1 - alpha_bar)) at any network time; equals log(snr) at `timesteps`.
@@ -129,7 +141,7 @@ def from_tables(
         fixed_large_variance=np.append(at_0, betas[1:]),
         grid_timesteps=grid_timesteps,
         grid_log_alpha_bar=grid_log_alpha_bar,
-        zero_terminal_snr=bool(alpha_bar[-1] == 0),
+        zero_terminal_snr=bool(np.sqrt(alpha_bar[-1]) < np.finfo(np.float32).tiny),
     )
 
 
@@ -141,7 +153,8 @@ def from_betas(
     Args:
       betas: [T], each in (0, 1]; only the last may be 1.
       timesteps: [T], the network's time at each index, increasing; the default is 0 ... T - 1.
-    Raises: ValueError for betas or timesteps that do not meet these conditions.
+    Raises: ValueError for betas or timesteps that do not meet these conditions, and for betas whose alpha_bar underflows
+      float64 before the last step.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
@@ -156,6 +169,12 @@ def from_betas(
             f"timesteps must be {betas.size} finite, increasing numbers, one for each beta, got shape {timesteps.shape}"
         )
     alpha_bar = np.cumprod(1 - betas)
+    underflows = alpha_bar[:-1] < np.finfo(np.float64).tiny
+    if underflows.any():
+        raise ValueError(
+            f"alpha_bar, the product of 1 - betas, underflows at index {int(np.argmax(underflows))} of {betas.size}; use "
+            "smaller betas or fewer steps (for a linear schedule of T steps beta_start=0.1 / T and beta_end=20 / T)"
+        )
     # A schedule that ends in pure noise has log alpha_bar = -inf there; a lower bound keeps the interpolation finite.
     log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
     return from_tables(

@@ -1,6 +1,7 @@
 """`net.sample`: a loaded network that draws, compiled once, against the core with the same keys."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,26 @@ def test_a_sampler_inside_of_another_is_fitted_too():
     heun = editing.replacement(sampling.heun(), x_0, np.zeros((4, 4, 1)))
     assert sampling.default_spacing(heun, net.schedule) == "log_snr"
     assert sampling.find_problem(heun, schedules.respace(net.schedule, 5, "trailing"))
+
+
+def test_a_net_warns_of_steps_on_which_its_errors_grow():
+    net, sampler = net_of(), sampling.ddim(clip=False)
+    with pytest.warns(
+        UserWarning, match="samples would have .* use a number of steps with spacing='log_snr', or a clip"
+    ):
+        net.sample(KEY, 2, sampler=sampler, steps=10, spacing="trailing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = net.sample(KEY, 2, sampler=sampler, steps=10)
+    schedule = schedules.respace(net.schedule, 10, "log_snr")
+    np.testing.assert_allclose(images, by_hand(net, schedule, net.denoise_fn, sampler, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_the_text_of_a_net_is_a_few_lines():
+    text = repr(net_of(num_classes=3, condition_features=2))
+    assert text.startswith('Pretrained("test\'s", UNet, [4, 4, 1] of 256 levels, 3 classes, conditions [2],\n')
+    assert "prediction='eps', variance='fixed_large', clip=True" in text and "Schedule(num_timesteps=100, " in text
+    assert len(text.splitlines()) == 3
 
 
 @pytest.mark.whole

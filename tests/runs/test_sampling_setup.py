@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import errors, guidance, pretrained, sampling, training
+from diffusion_jax import errors, guidance, pretrained, sampling, schedules, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import sample, sampling_setup, trained_model
+from diffusion_jax.runs import preview, sample, sampling_setup, trained_model
+from helpers.array_configs import array_config
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.core_samples import agree, core_inputs
 from helpers.program import finish, start
@@ -223,8 +224,31 @@ def test_steps_on_which_a_sampler_fails_are_refused():
         assert f"sampling.sampler={sampler} with sampling.steps=20 and spacing trailing" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert of({"sampler": "ddim", "steps": 20}, **cosine).name == "ddim20"
+    # Without a clip the errors of an eps network grow, unless the steps are even in the log SNR: the default then.
+    assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine).name == "ddim20_log_snr_clip-none"
+    for leaves, words in (
+        ({"steps": 20, "spacing": "trailing"}, "use --config.sampling.spacing=log_snr, --config.sampling.clip=True"),
+        ({"steps": None}, "use --config.sampling.steps=250 --config.sampling.spacing=log_snr, --config"),
+        ({"steps": 5, "spacing": "log_snr"}, "use more steps"),
+    ):
+        (note,) = of({"sampler": "ddim", "clip": False, **leaves}, **cosine).notes
+        assert "errors of 0.05, samples would have" in note and words in note and "\n" not in note
+    assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v").notes == []
     blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
     assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning
+
+
+def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp_path):
+    for prediction, schedule, spacing in (
+        ("eps", "cosine", "log_snr"),
+        ("v", "cosine", "trailing"),
+        ("eps", "linear", "trailing"),
+    ):
+        config = array_config("vectors", tmp_path, **{"sampling.preview_steps": 20})
+        config.diffusion.update(prediction=prediction, schedule=schedule)
+        built = training.build_program(config)
+        walked = preview.make_preview_sampler(config, built, 2).setup.schedule
+        np.testing.assert_array_equal(walked.timesteps, schedules.respace(built.schedule, 20, spacing).timesteps)
 
 
 @pytest.mark.whole

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import sampling, schedules
+from diffusion_jax import editing, sampling, schedules
 
 MEANS, SDS, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.11, 0.16]), np.array([0.4, 0.6])
 SCHEDULES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
@@ -130,6 +131,87 @@ def test_steps_that_fail_are_refused():
     for sampler in (sampling.dpm_solver_pp(3, singlestep=True), sampling.dpm_solver_pp(2)):
         assert sampling.find_problem(sampler, schedules.respace(warmup, 10, "leading"))
         assert sampling.find_problem(sampler, schedules.respace(warmup, 50, "log_snr")) is None
+
+
+COSINE = schedules.from_betas(schedules.betas("cosine", 1000))
+
+
+def deviation_by_ddim(schedule, error):
+    """Of samples of N(0, 1) by DDIM in float64, with independent errors of eps where sigma > alpha.
+
+    The exact eps of x / alpha = y is sigma y / (1 + sigma^2), with sigma here that of y.
+    """
+    sigma = np.sqrt(1 / schedule.alpha_bar[::-1] - 1)
+    variance = 1 / schedule.alpha_bar[-1]  # of y, from x_T ~ N(0, 1)
+    for high, low in zip(sigma, np.append(sigma[1:], 0.0), strict=True):
+        kept = (1 + high * low) / (1 + high**2)
+        variance = kept**2 * variance + ((high - low) * error * (high > 1)) ** 2
+    return np.sqrt(variance)
+
+
+def deviation_of_samples(sampler, schedule, error, n=40_000):
+    def inexact(x, time):
+        log_snr = COSINE.log_snr(time[:1])
+        noise = jax.random.normal(jax.random.fold_in(KEY, (16 * time[0]).astype(int)), x.shape)
+        return jnp.sqrt(jax.nn.sigmoid(-log_snr)) * x + jnp.where(log_snr < 0, error, 0.0) * noise
+
+    x_T = jax.random.normal(jax.random.key(1), (n, 1))
+    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(2), schedule, inexact, x, sampler))(x_T)
+    return float(x_0.std())
+
+
+KEY = jax.random.key(7)
+
+
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (50, "linspace"), (250, "trailing"), (50, "log_snr")])
+def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(steps, spacing):
+    """Continuous data, cosine schedule, errors of size 0.05 where there is much noise."""
+    schedule, sampler, n = schedules.respace(COSINE, steps, spacing), sampling.ddim(clip=False), 40_000
+    exact, expected = (deviation_by_ddim(schedule, error) for error in (0.0, 0.05))
+    assert 0.9 < exact < 1.0  # without errors every spacing is right
+    found = deviation_of_samples(sampler, schedule, 0.05)
+    assert abs(found - expected) < 5 * expected / np.sqrt(2 * n)
+    reason = sampling.find_error_growth(sampler, schedule)
+    if spacing == "log_snr":
+        assert expected < 1 and reason is None
+    else:
+        assert expected > 6
+        noted = float(re.search(r"samples would have ([\d.]+) times the standard deviation", reason)[1])
+        assert abs(noted / expected - 1) < 0.05
+        assert "nothing clips x_0" in reason and "\n" not in reason
+
+
+def test_noise_of_the_sampler_replaces_errors_of_the_network():
+    """Ancestral steps forget most of an error: a deviation of 1.4 after one step of 633, none on the whole schedule."""
+    trailing = schedules.respace(COSINE, 50, "trailing")
+    for sampler in (sampling.ddpm(clip=False), sampling.ddim(1.0, clip=False)):
+        assert "samples would have 1.4 times" in sampling.find_error_growth(sampler, trailing)
+        assert sampling.find_error_growth(sampler, COSINE) is None
+    assert 1.3 < deviation_of_samples(sampling.ddpm(clip=False), trailing, 0.05, n=10_000) < 1.5
+
+
+def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
+    trailing, linear = schedules.respace(COSINE, 50, "trailing"), schedules.from_betas(schedules.betas("linear", 1000))
+    for sampler in (
+        sampling.ddim(),
+        sampling.ddim(clip=jnp.tanh),
+        sampling.ddim(prediction="v", clip=False),
+        sampling.dpm_solver_pp(prediction="x_0", clip=False),
+        sampling.Sampler(),
+    ):
+        assert sampling.find_error_growth(sampler, trailing) is None
+        assert sampling.default_spacing(sampler, COSINE) == "trailing"
+    for make in (sampling.ddim, sampling.dpm_solver_pp, sampling.unipc, sampling.deis, sampling.heun, sampling.ddpm):
+        for prediction in ("eps", "score"):
+            sampler = make(prediction=prediction, clip=False)
+            assert f"from a network of {prediction} with errors" in sampling.find_error_growth(sampler, trailing)
+            assert sampling.default_spacing(sampler, COSINE) == "log_snr"
+            for steps in (10, 20, 50):
+                assert sampling.find_error_growth(sampler, schedules.respace(COSINE, steps, "log_snr")) is None
+        default = "log_snr" if make is sampling.heun else "trailing"
+        assert sampling.default_spacing(make(clip=False), linear) == default
+    wrapped = editing.replacement(sampling.ddim(clip=False), jnp.zeros((1, 2)), jnp.zeros(2, bool))
+    assert sampling.find_error_growth(wrapped, trailing)
 
 
 def test_samplers_that_are_never_refused():
