@@ -120,8 +120,8 @@ def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
     if outside.any():
         assumed = [f"gray_levels={gray_levels}"] * (gray_levels is not None) + ["clip=True"] * is_clipped
         raise ValueError(
-            f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], the range for {' and '.join(assumed)}; scale "
-            "images to it, and use clip=False and gray_levels=None for other data"
+            f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], the range for {' and '.join(assumed)}; "
+            "scale images to it, and use clip=False and gray_levels=None for other data"
         )
     return x_0
 
