@@ -110,7 +110,7 @@ def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
 
     Raises: ValueError for such values unless x_0 is traced, because its values are then unknown.
     """
-    is_clipped = isinstance(clip, bool | np.bool_) and clip  # a function may have any range
+    is_clipped = isinstance(clip, bool | np.bool_) and bool(clip)  # a function may have any range
     if gray_levels is None and not is_clipped:
         return x_0
     if isinstance(x_0, Tracer):
@@ -120,8 +120,8 @@ def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
     if outside.any():
         assumed = [f"gray_levels={gray_levels}"] * (gray_levels is not None) + ["clip=True"] * is_clipped
         raise ValueError(
-            f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], which {' and '.join(assumed)} assume; scale "
-            "images to that range, and use clip=False and gray_levels=None for other data"
+            f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], the range for {' and '.join(assumed)}; "
+            "scale images to it, and use clip=False and gray_levels=None for other data"
         )
     return x_0
 
@@ -147,13 +147,16 @@ def decoder_log_prob(
       gray levels; a traced one gives NaN.
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
+    return _decoder_log_prob(_in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
+
+
+def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str):
     if gray_levels is None:
         return -0.5 * jnp.square(x_0 - mean) * jnp.exp(-log_variance) - 0.5 * log_variance - _LOG_SQRT_2_PI
     if gray_levels < 2:
         raise ValueError(f"gray_levels={gray_levels} must be at least 2, or None for continuous data")
     if cdf not in CDFS:
         raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
-    x_0 = _in_model_range(x_0, gray_levels)
     log_variance = jnp.maximum(log_variance, _MIN_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (gray_levels - 1)
@@ -218,12 +221,17 @@ def bound_term(
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
     x_0 = _in_model_range(x_0, gray_levels, clip)
+    return _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
+
+
+def _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf):
+    """As `bound_term`, of arrays of one float type whose range has been checked."""
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
     # A learned log variance can be so small that its exponential is 0 in float32, also in the branch that is not taken.
     log_variance = jnp.maximum(reverse.log_variance, _MIN_LOG_VARIANCE)
     kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
-    decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
+    decoder = -_decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
     return jnp.where(t == 0, _bits(decoder), _bits(kl)), reverse
 
 
@@ -276,18 +284,7 @@ def bits_per_dim(
         x_t = process.q_sample(schedule, x_0, t, eps)
         time = process.network_time(schedule, t, x_t)
         output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
-        term, reverse = bound_term(
-            schedule,
-            output,
-            x_0,
-            x_t,
-            t,
-            prediction=prediction,
-            variance=variance,
-            clip=clip,
-            gray_levels=gray_levels,
-            cdf=cdf,
-        )
+        term, reverse = _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
         eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")
         # Rows 1 and 2, 3 and 4, ... are the pairs of one stratum, whose sum is estimated as size (first + second) / 2.
         second = (i > 0) & (i % 2 == 0)

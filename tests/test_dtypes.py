@@ -53,6 +53,7 @@ def alone(x):
 
 
 CASES = {
+    "process.as_batch": lambda x: process.as_batch("x", x),
     "process.as_float": lambda x: process.as_float("x", x),
     "process.promote": lambda x: process.promote(x=x, y=x),
     "process.lookup": lambda x: process.lookup(FULL.betas, T, x),

@@ -263,7 +263,7 @@ def test_the_hybrid_refuses_a_fixed_variance():
     with pytest.raises(ValueError, match="trains a learned variance"):
         losses.hybrid(jax.random.key(0), SHORT, doubled, gaussian_data(2), variance="fixed_small")
     with pytest.raises(ValueError, match="twice the channels"):
-        losses.vlb(jax.random.key(0), SHORT, lambda x, t: x, gaussian_data(2))
+        losses.vlb(jax.random.key(0), SHORT, lambda x, t: x, bounded_data(2))
 
 
 @pytest.mark.whole

@@ -88,7 +88,7 @@ def test_losses_without_usable_squares_are_drawn_uniformly(losses):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_losses_that_are_not_finite_are_not_recorded(bad):
     """The history is that of the finite losses alone, in their order, also within one batch."""
-    t, values = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([bad, 3.0, bad, 4.0, 5.0, 6.0])
+    t, values = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([bad, 3.0, 5.0, 4.0, bad, 6.0])
     history = full_history([1.0, 2.0])
     found = jax.jit(timesteps.record)(history, t, values)
     finite = np.isfinite(values)

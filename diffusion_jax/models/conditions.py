@@ -87,9 +87,9 @@ class Conditional(nn.Module):
         def draw_kept(name: str, rate: float, rows):
             return kept_jointly & self._draw_kept(name, (rate - joint) / (1 - joint), rows)
 
-        if self.label_dropout:
+        if self.null_label is not None:
             y = jnp.where(draw_kept("label_dropout", self.label_dropout, y), y, self.null_label)
-        if self.condition_dropout:
+        if self.null_condition is not None:
             kept = draw_kept("condition_dropout", self.condition_dropout, condition)
             condition = jnp.where(jnp.expand_dims(kept, range(1, condition.ndim)), condition, self.null_condition)
         return y, condition

@@ -95,14 +95,14 @@ def test_dropout_gives_the_null_condition_in_training_alone(kind):
 
 
 def both_dropped(joint):
-    """(a network of labels and conditions that drops 30% and 40% of them, its parameters, its inputs by name)."""
-    n = 2000
+    """(a network of labels and conditions that drops 50% and 60% of them, its parameters, its inputs by name)."""
+    n = 4000
     model = models.MLP(
         **SMALL,
         num_classes=3,
-        label_dropout=0.3,
+        label_dropout=0.5,
         condition_features=2,
-        condition_dropout=0.4,
+        condition_dropout=0.6,
         joint_dropout=joint,
     )
     c = jnp.broadcast_to(jnp.array([2.0, -1.0]), (n, 2))
@@ -112,7 +112,7 @@ def both_dropped(joint):
 
 @pytest.mark.parametrize(
     ("joint", "both"),
-    [(None, 0.3), (0.0, 0.3 * 0.4), (0.1, 0.1 + 0.9 * (0.2 / 0.9) * (0.3 / 0.9)), (0.3, 0.3)],
+    [(None, 0.5), (0.0, 0.5 * 0.6), (0.4, 0.4 + 0.6 * (0.1 / 0.6) * (0.2 / 0.6)), (0.5, 0.5)],
 )
 def test_a_label_and_a_condition_are_dropped_together(joint, both):
     """The shares of outputs that are those of neither, of one or of both, which keep the shares of each dropout."""
@@ -123,7 +123,7 @@ def test_a_label_and_a_condition_are_dropped_together(joint, both):
     for nulls in [(), ("y",), ("condition",), ("y", "condition")]:
         null = {name: jnp.full_like(inputs[name], model.nulls_of({name: 0})[name]) for name in nulls}
         shares[nulls] = (abs(trained - apply(model, params, **{**inputs, **null})).max(axis=1) < 1e-3).mean()
-    expected = [1 - 0.3 - 0.4 + both, 0.3 - both, 0.4 - both, both]
+    expected = [1 - 0.5 - 0.6 + both, 0.5 - both, 0.6 - both, both]
     for found, share in zip(shares.values(), expected, strict=True):
         assert abs(found - share) <= 4.5 * (share * (1 - share) / n) ** 0.5 + 1e-9
     assert sum(shares.values()) == pytest.approx(1)
