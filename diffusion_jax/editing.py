@@ -231,11 +231,8 @@ def repaint(
     Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump of the
       number of steps or more.
     """
-    for name, number in (("resamplings", resamplings), ("jump", jump)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise ValueError(f"{name} must be a whole number, got {number!r}")
-    if resamplings < 1 or jump < 1:
-        raise ValueError(f"resamplings and jump must be at least 1, got {resamplings} and {jump}")
+    if not all(isinstance(number, int | np.integer) and number >= 1 for number in (resamplings, jump)):
+        raise ValueError(f"resamplings and jump must be whole numbers of at least 1, got {resamplings} and {jump}")
     if resamplings > 1 and jump >= schedule.num_timesteps:
         raise ValueError(f"jump={jump} must be below the {schedule.num_timesteps} steps of the schedule")
     sampler = sampling.ddpm() if sampler is None else sampler
