@@ -46,17 +46,6 @@ __all__ = [
 ]
 
 
-def _as_mask_of(mask: Shaped[ArrayLike, "..."], x_0: Float[Array, "B *shape"]) -> Bool[Array, "..."]:
-    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to the shape of x_0."""
-    mask = as_mask(mask)
-    sizes = (1,) * (x_0.ndim - mask.ndim) + mask.shape
-    if len(sizes) != x_0.ndim or any(
-        size not in (1, expected) for size, expected in zip(sizes, x_0.shape, strict=True)
-    ):
-        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to that of x_0, {x_0.shape}")
-    return mask
-
-
 def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
     """The mask as bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
     if not isinstance(mask, Tracer):
@@ -134,6 +123,15 @@ def _add_noise(key, schedule, x_0, t):
     x_0 = process.as_float("x_0", x_0)
     index = jnp.full(x_0.shape[:1], t, jnp.int32)
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
+
+
+def _as_mask_of(mask, x_0):
+    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to the shape of x_0."""
+    mask, shape = as_mask(mask), jnp.shape(x_0)
+    sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
+    if len(sizes) != len(shape) or any(size not in (1, other) for size, other in zip(sizes, shape, strict=True)):
+        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to that of x_0, {shape}")
+    return mask
 
 
 def _replace_known(key, schedule, x_prev, x_0, mask, t):
@@ -233,11 +231,8 @@ def repaint(
     Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump of the
       number of steps or more.
     """
-    for name, number in (("resamplings", resamplings), ("jump", jump)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise ValueError(f"{name} must be a whole number, got {number!r}")
-    if resamplings < 1 or jump < 1:
-        raise ValueError(f"resamplings and jump must be at least 1, got {resamplings} and {jump}")
+    if not all(isinstance(number, int | np.integer) and number >= 1 for number in (resamplings, jump)):
+        raise ValueError(f"resamplings and jump must be whole numbers of at least 1, got {resamplings} and {jump}")
     if resamplings > 1 and jump >= schedule.num_timesteps:
         raise ValueError(f"jump={jump} must be below the {schedule.num_timesteps} steps of the schedule")
     sampler = sampling.ddpm() if sampler is None else sampler

@@ -200,24 +200,27 @@ OF_ANOTHER_KIND = {
     "sdedit": (lambda: editing.sdedit(KEY, FULL, network, X, "ddim"), "must be a sampler such as"),
     "resamplings": (
         lambda: editing.repaint(KEY, FULL, network, X, X > 0, resamplings=2.5, jump=5),
-        "whole number, got 2.5",
+        "whole numbers of at least 1, got 2.5",
     ),
-    "jump": (lambda: editing.repaint(KEY, FULL, network, X, X > 0, jump=5.0), "jump must be a whole number, got 5.0"),
+    "jump": (
+        lambda: editing.repaint(KEY, FULL, network, X, X > 0, jump=5.0),
+        "whole numbers of at least 1, got 10 and 5.0",
+    ),
     "prediction of interpolate": (
         lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), prediction="v"),
         "prediction='v' of the encoding must be the sampler's, 'eps'",
     ),
     "sliced_wasserstein order": (
         lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, order=float("inf"), groups=2),
-        "order=inf must be a finite number of at least 1",
+        "order=inf must be at least 1, and finite",
     ),
     "projections": (
         lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, projections=2.5, groups=2),
-        "projections=2.5 must be a whole number of at least 2",
+        "projections=2.5 must be at least 2, and a whole number",
     ),
     "max_lag": (
         lambda: array_statistics.autocorrelation(ROWS[..., None], max_lag=2.5),
-        r"max_lag=2.5 must be a whole number in 0 \.\.\. 4",
+        r"max_lag=2.5 must lie in 0 \.\.\. 4, a whole number",
     ),
     "guidance interval": (
         lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),

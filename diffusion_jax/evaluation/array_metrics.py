@@ -151,10 +151,9 @@ def sliced_wasserstein(
         ("groups", groups, 2),
         ("permutations", permutations, 2),
     ):
-        whole = name == "order" or (isinstance(number, int | np.integer) and not isinstance(number, bool))
-        if not (whole and minimum <= number < np.inf):
-            kind = "finite number" if name == "order" else "whole number"
-            raise ValueError(f"{name}={number} must be a {kind} of at least {minimum}")
+        if not minimum <= number < np.inf or (name != "order" and not isinstance(number, int | np.integer)):
+            kind = "finite" if name == "order" else "a whole number"
+            raise ValueError(f"{name}={number} must be at least {minimum}, and {kind}")
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     n, m = len(reference), len(samples)
     key_directions, key_groups, key_permutations = jax.random.split(key, 3)

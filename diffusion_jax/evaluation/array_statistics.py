@@ -181,9 +181,9 @@ def autocorrelation(x: Any, max_lag: int | None = None, *, periodic: bool = Fals
         )
     count, length, channels = x.shape
     largest = length // 2 if max_lag is None else max_lag
-    if isinstance(largest, bool) or not isinstance(largest, int | np.integer) or not 0 <= largest < length:
+    if not isinstance(largest, int | np.integer) or not 0 <= largest < length:
         raise ValueError(
-            f"max_lag={largest} must be a whole number in 0 ... {length - 1}, below the length of the series"
+            f"max_lag={largest} must lie in 0 ... {length - 1}, a whole number below the length of the series"
         )
     lags = np.arange(largest + 1)
     pairs = np.full(len(lags), length) if periodic else length - lags

@@ -26,7 +26,7 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
     """The spacing for `schedules.respace` that suits a sampler: "log_snr" for heun and pndm, "trailing" for others.
 
     "log_snr" also if the errors of a network would grow on 50 steps of "trailing" (`find_error_growth`). "trailing" for all
-    samplers if alpha_bar ends at 0, where the log SNR is not finite.
+    samplers if alpha_bar ends at 0, where the log SNR is not finite. schedule: not traced.
     """
     if schedule.zero_terminal_snr:
         return "trailing"
@@ -68,12 +68,9 @@ def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
     """
     sampler = _innermost(sampler)
     sigma = _noise_levels(schedule)
-    unclipped = getattr(sampler, "clip", True) is False and sampler.prediction in ("eps", "score")
-    if (
-        not unclipped
-        or len(sigma) < 2
-        or not isinstance(sampler, ddpm | ddim | deis | dpm_solver_pp | unipc | heun | pndm)
-    ):
+    if not isinstance(sampler, ddpm | ddim | deis | dpm_solver_pp | unipc | heun | pndm) or len(sigma) < 2:
+        return None
+    if callable(sampler.clip) or sampler.clip or sampler.prediction not in ("eps", "score"):
         return None
     high, low = sigma[:-1], sigma[1:]
     # The probability flow divides an error of x / alpha by the growth of the spread; fresh noise replaces most of it.

@@ -64,9 +64,10 @@ class Schedule:
         return self.betas.shape[0]
 
     def __repr__(self) -> str:
-        """One line: the number of steps and the ends of two tables. Traced tables have no values."""
-        if isinstance(self.betas, Tracer) or not isinstance(self.betas, np.ndarray | jax.Array):
-            return f"Schedule(betas={self.betas})"
+        """One line: the number of steps and the ends of two tables; a shape for traced or stacked tables."""
+        betas = self.betas
+        if isinstance(betas, Tracer) or not isinstance(betas, np.ndarray | jax.Array) or betas.ndim != 1:
+            return f"Schedule(betas of shape {getattr(betas, 'shape', None)})"
         (first, last), (high, low) = (np.asarray(table)[[0, -1]] for table in (self.timesteps, self.alpha_bar))
         return (
             f"Schedule(num_timesteps={self.num_timesteps}, timesteps {first:g} ... {last:g}, "
