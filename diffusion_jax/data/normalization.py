@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
 from diffusion_jax.errors import DataError
@@ -60,7 +61,7 @@ class Normalization:
         NumPy array, also of a jax array. Traced arrays keep their dtype.
         """
         large = bool(np.any(np.abs(self.offset) > _MAX_FLOAT32_RATIO * np.abs(self.scale)))
-        if isinstance(x, np.ndarray) or (large and not isinstance(x, jax.core.Tracer)):
+        if isinstance(x, np.ndarray) or (large and not isinstance(x, Tracer)):
             # float64, because float32 products would be rounded once more.
             data = np.asarray(x, np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
             dtype = np.float64 if large or x.dtype == np.float64 else np.float32

@@ -141,7 +141,7 @@ def power_spectrum(x: Any, *, radial: bool = True, cross: bool = False, window: 
         # Subtracting the mean of the examples lowers the power where the window has one. With F the transform and F_i that of
         # an example minus its own mean, E (n |F|^2 - |F_i|^2) / (n - 1) is the power around the true mean.
         around_own_mean = transform - transformed_weights * block.mean(axis=axes)[:, None]
-        power = count * _products(transform, cross) - _products(around_own_mean, cross)
+        power: Any = count * _products(transform, cross) - _products(around_own_mean, cross)
         power = (power.real if radial else power) / ((count - 1) * math.prod(spatial))
         if radial:
             power = np.add.reduceat(power[:, order], starts, axis=1) / sizes.reshape(-1, *(1 for _ in entry_shape))

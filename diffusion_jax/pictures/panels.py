@@ -63,8 +63,8 @@ def _escape(text: str) -> str:
 
 def wrap(text: str, width: int) -> str:
     """Text of several lines, each with at most `width` characters if its words are shorter."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width, **options))
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line for part in text.split("\n") for line in wrapper.wrap(part))
 
 
 def make_names(names: Sequence[str] | None, count: int, word: str) -> list[str]:
