@@ -4,7 +4,7 @@
     python benchmarks/first_contact.py --directory=DIR    # several hosts: start it on each; DIR is one that all of them see
 
 Devices of a CPU are checked, too, with a smaller network. Several processes find each other as those of main.py do, or by the
-same flags. Exit code: 0, or 1 if a check failed.
+same flags. Exit code: 0, or 1 if a check failed or did not finish.
 
 | check | passes if |
 |---|---|
@@ -23,6 +23,7 @@ import functools
 import pathlib
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -38,10 +39,12 @@ from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, is_multiprocess, log
+from diffusion_jax.distributed.termination import exit_now
 from diffusion_jax.runs.devices import silence_libraries
 from diffusion_jax.runs.trained_model import set_params
 from diffusion_jax.training.checkpoints import Checkpoints
 
+MAX_SECONDS = 600
 STEPS, TRAINED = 4, "losses and gradient norms"
 AGREEMENT = 1e-4  # float32 rounding of some thirty layers, and another order of sums
 BFLOAT16_AGREEMENT = 0.1  # a rounding error is 2^-9, and those of the layers add up
@@ -264,6 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     silence_libraries()
     join_processes(options.coordinator_address, options.num_processes, options.process_id, 300)
+    message = f"the checks did not finish in {MAX_SECONDS / 60:.0f} minutes; --checks selects some of them"
+    timer = threading.Timer(MAX_SECONDS, exit_now, (message, 1))
+    timer.daemon = True
+    timer.start()
     with tempfile.TemporaryDirectory() as temporary:
         parent = broadcast_from_process_0(lambda: str(pathlib.Path(options.directory or temporary).absolute()))
         devices, processes = jax.device_count(), jax.process_count()
@@ -272,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         for passed, line in run_checks(Checks(pathlib.Path(parent)), options.checks):
             log(line)
             results.append(passed)
+        timer.cancel()
         all_processes_agree(True)  # the directory of process 0 is removed when no other reads it
     log("all checks passed" if all(results) else "at least one check failed")
     return 0 if all(results) else 1

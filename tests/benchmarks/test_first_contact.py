@@ -1,5 +1,6 @@
 """`make accelerator`: its checks on a CPU and in two processes, what each check refuses, and the exit code."""
 
+import threading
 import types
 
 import jax
@@ -132,6 +133,15 @@ def test_outputs_and_bfloat16_must_agree_with_the_cpu(tmp_path, monkeypatch):
         with pytest.raises(first_contact.CheckFailed):
             check()
         monkeypatch.setitem(outputs, name, 1e-6)
+
+
+def test_the_checks_end_after_the_time_limit(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(first_contact, "MAX_SECONDS", 0.01)
+    monkeypatch.setattr(first_contact, "exit_now", lambda message, code: ended.set() if code == 1 else None)
+    waits = types.SimpleNamespace(step=lambda: "ended" if ended.wait(60) else "not ended")
+    monkeypatch.setattr(first_contact, "Checks", lambda directory: waits)
+    assert first_contact.main(["--checks=step"]) == 0 and ended.is_set()
 
 
 @pytest.mark.parametrize("failure", [None, first_contact.CheckFailed("not equal"), KeyError("broken\nlong")])
