@@ -1,4 +1,5 @@
 # make demo: set up, train on the embedded digits, show samples.   make test: the tests; make test-all: with the longest runs.
+# make accelerator: the first command on a machine with a GPU or TPU.
 PYTHON ?= python3
 # make setup EXTRA=cuda (or tpu) installs the accelerator's jax as well.
 EXTRA ?=
@@ -8,11 +9,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults parity parity-slow mutants docs browser lint format reference pictures clean
+.PHONY: setup demo test test-all test-slow faults fresh accelerator parity parity-slow mutants docs browser lint format reference pictures clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.txt $(wildcard requirements/*.txt)
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python"; exit 1; }
 	@echo "Installing into $(VENV): a minute or two, about 2.9 GB."
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
@@ -43,6 +44,15 @@ test-slow: setup
 # Fifty SIGKILLs and what else can go wrong: 15 minutes on two cores.
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
+
+# requirements.txt in a new environment, which trains on a small data set that it prepares: the README's first command.
+fresh:
+	$(PYTHON) tests/fresh_installation.py
+
+# Compares the devices of this machine with its CPU, checks resuming and splitting over devices, and times a step, in at most
+# ten minutes: make accelerator EXTRA=cuda (or tpu).
+accelerator: setup
+	$(BIN)/python benchmarks/first_contact.py
 
 parity: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "parity and not slow"

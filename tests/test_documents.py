@@ -87,6 +87,7 @@ def test_make_targets_that_the_documents_and_hosted_ci_name_exist():
     assert set(re.findall(r"\bmake ([a-z][\w-]*)", workflow)) == {
         "setup",
         "lint",
+        "fresh",
         "test",
         "test-all",
         "docs",

@@ -115,7 +115,9 @@ def convolve_matmul_nd(x, kernel, padding, precision: str | None = None) -> jax.
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     batch, depth = x.shape[0], x.shape[1] - kernel.shape[0] + 1
     slices = [
-        convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:], precision)
+        jnp.asarray(
+            convolve_matmul(x[:, i : i + depth].reshape(batch * depth, *x.shape[2:]), part, padding[1:], precision)
+        )
         for i, part in enumerate(kernel)
     ]
     y = functools.reduce(jnp.add, slices)

@@ -65,7 +65,10 @@ def start(verbose: bool = False) -> None:
         )
         if device:
             extra = "tpu" if device == "a TPU" else "cuda"
-            log(f"This machine has {device} but jax runs on the CPU; to install jax for it: make setup EXTRA={extra}")
+            log(
+                f"This machine has {device} but jax runs on the CPU; to install jax for it: "
+                f"pip install -r requirements/{extra}.txt, or make setup EXTRA={extra}"
+            )
 
 
 def log_determinism(deterministic: bool) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data, pictures
-from diffusion_jax.config import flatten, is_continuous, resolve_clip
+from diffusion_jax.config import LEAVES, flatten, is_continuous, resolve_clip
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import UserError, as_user_error, shorten
@@ -221,6 +221,8 @@ def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | No
     if stored is None:
         return "does not store the settings of its samples (files of version 0.1.0 do not)"
     old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
+    # A file of an earlier version was drawn with the defaults of the settings that it lacks.
+    old = json.loads(json.dumps({key: LEAVES[key].default for key in new if key in LEAVES})) | old
     differing = [key for key in new | old if key not in old or key not in new or old[key] != new[key]]
     changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in differing]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""

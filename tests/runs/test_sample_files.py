@@ -34,6 +34,19 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
 
 
 @pytest.mark.whole
+def test_samples_of_a_version_without_a_setting_are_reused(run, drawn, capsys):
+    config = tiny_config(**{"sampling.batch_size": 3, "sampling.seed": 5})
+    path = reuse_or_draw(config, run).path
+    store_settings(path, lambda settings: settings["model"].pop("precision"))
+    before = len(drawn)
+    reuse_or_draw(config, run)
+    assert len(drawn) == before and "Sampling again" not in capsys.readouterr().out
+    config.model.precision = "highest"
+    reuse_or_draw(config, run)
+    assert len(drawn) > before and "(model.precision=default, now highest)" in capsys.readouterr().out
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
