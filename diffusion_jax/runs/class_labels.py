@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_jax.errors import UserError, list_names
+from diffusion_jax.errors import UserError, closest_names, list_names
 
 __all__ = ["ClassLabels", "class_captions", "parse_classes"]
 

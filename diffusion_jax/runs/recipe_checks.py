@@ -98,8 +98,9 @@ def _levels(config: ConfigDict, source: data.Source) -> str | None:
     """Images with other gray levels than `data.levels`, which --mode=evaluate refuses."""
     if config.data.levels in (None, 256):
         return None
+    images = source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))["image"]
     try:
-        data.check_levels(source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))["image"], config.data.levels)
+        data.check_levels(images, config.data.levels)
     except DataError as error:
         return f"{error} (otherwise --mode=evaluate cannot measure the likelihood)"
     return None

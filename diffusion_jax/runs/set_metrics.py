@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import diffusion_jax
 from diffusion_jax import pictures
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, closest_names
 from diffusion_jax.evaluation import feature_extractors, named_metrics
 from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
 from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
