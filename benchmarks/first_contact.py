@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", default=",".join(CHECKS), help="the default is all of them")
-    parser.add_argument("--directory", help="for a checkpoint; the default is a temporary directory")
+    parser.add_argument("--directory", help="where a temporary directory for a checkpoint is made")
     parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="this and the next two as of main.py")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
@@ -271,8 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
     timer = threading.Timer(MAX_SECONDS, exit_now, (message, 1))
     timer.daemon = True
     timer.start()
-    with tempfile.TemporaryDirectory() as temporary:
-        parent = broadcast_from_process_0(lambda: str(pathlib.Path(options.directory or temporary).absolute()))
+    if options.directory:
+        pathlib.Path(options.directory).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
+        parent = broadcast_from_process_0(lambda: str(pathlib.Path(temporary).absolute()))
         devices, processes = jax.device_count(), jax.process_count()
         log(f"jax {jax.__version__} on {devices} x {jax.devices()[0].device_kind}, {processes} process(es)")
         results = []
