@@ -35,7 +35,7 @@ class EventFile:
     """Appends to a new event file in a directory. Raises: OSError."""
 
     def __init__(self, directory: pathlib.Path):
-        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILE_NUMBERS)}"
+        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILE_NUMBERS):06d}"
         self._writer = RecordWriter((directory / name).open("wb"))
         self._write(_Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._writer.flush()

@@ -11,6 +11,14 @@ from benchmarks.accelerator_cases import Case
 from diffusion_jax import data, models, training
 
 
+@pytest.fixture(autouse=True)
+def restored_precision():
+    """The benchmark sets jax's precision for the whole process."""
+    before = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "pixels", "gmac"),
