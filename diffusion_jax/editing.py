@@ -125,11 +125,14 @@ def _add_noise(key, schedule, x_0, t):
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
 
 
-def _as_mask_of(mask, x_0):
-    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to the shape of x_0."""
+def _as_mask_of(mask, x_0, several=False):
+    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to x_0; several: masks [B, ...] of one x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
     sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
-    if len(sizes) != len(shape) or any(size not in (1, other) for size, other in zip(sizes, shape, strict=True)):
+    fits = len(sizes) == len(shape) and all(
+        size in (1, other) for size, other in zip(sizes[1:], shape[1:], strict=True)
+    )
+    if not fits or (sizes[:1] not in ((1,), shape[:1]) and not (several and shape[0] == 1)):
         raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to that of x_0, {shape}")
     return mask
 
@@ -161,7 +164,7 @@ class replacement(Sampler):
         object.__setattr__(self, "prediction", self.sampler.prediction)
         super().__post_init__()
         object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
-        object.__setattr__(self, "mask", _as_mask_of(self.mask, self.x_0))
+        object.__setattr__(self, "mask", _as_mask_of(self.mask, self.x_0, several=True))
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)

@@ -91,7 +91,7 @@ class SaveError(CheckpointError):
 
 
 def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
-    """Up to `count` of the names that `name` may be a misspelling of, the most similar first.
+    """Returns up to `count` names, the most similar to `name` first.
 
     Of equally similar names the one with the same letters is first: "ddmi" is nearer to ddim than to ddpm.
     """

@@ -53,7 +53,9 @@ def _append_null(y, null):
     if jnp.issubdtype(dtype, jnp.integer):
         if not jnp.issubdtype(null.dtype, jnp.integer):
             raise ValueError(f"null_y must be int, as y is; got {null.dtype}")
-        dtype = dtype if dtype.itemsize >= 4 else jnp.int32  # 8 bits cannot hold the null label of 256 classes
+        dtype = dtype if dtype.itemsize >= 4 else np.dtype(np.int32)  # 8 bits cannot hold the null label of 256 classes
+        if isinstance(null, np.ndarray) and not (null.astype(dtype) == null).all():
+            raise ValueError(f"null_y={null} does not fit into {dtype}, the type of the labels")
     return jnp.concatenate([y.astype(dtype), jnp.broadcast_to(jnp.asarray(null, dtype), y.shape)])
 
 

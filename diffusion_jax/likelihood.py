@@ -105,7 +105,7 @@ def _tanh_cdf(z):
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
+def in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
     """x_0, with NaN in place of traced values outside [-1, 1] if gray levels or a clip assume that range.
 
     Raises: ValueError for such values unless x_0 is traced, because its values are then unknown.
@@ -119,9 +119,10 @@ def _in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
     outside = np.abs(values) > _LARGEST
     if outside.any():
         assumed = [f"gray_levels={gray_levels}"] * (gray_levels is not None) + ["clip=True"] * is_clipped
+        others = ["gray_levels=None"] * (gray_levels is not None) + ["clip=False"] * is_clipped
         raise ValueError(
             f"x_0 has the value {values[outside].flat[0]:g}, outside of [-1, 1], the range for {' and '.join(assumed)}; "
-            "scale images to it, and use clip=False and gray_levels=None for other data"
+            f"scale images to it, and use {' and '.join(others)} for other data"
         )
     return x_0
 
@@ -147,7 +148,7 @@ def decoder_log_prob(
       gray levels; a traced one gives NaN.
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
-    return _decoder_log_prob(_in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
+    return _decoder_log_prob(in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
 
 
 def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str):
@@ -220,7 +221,7 @@ def bound_term(
     Raises: ValueError as both, and for an x_0 outside [-1, 1] with gray levels or clip=True; a traced one gives NaN.
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
-    x_0 = _in_model_range(x_0, gray_levels, clip)
+    x_0 = in_model_range(x_0, gray_levels, clip)
     return _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
 
 
@@ -268,7 +269,7 @@ def bits_per_dim(
       or clip=True. An example with traced values outside has NaN in every field.
     """
     process.check_terminal_snr(schedule, prediction)
-    x_0 = _in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
+    x_0 = in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
     batch, total_steps = x_0.shape[0], schedule.num_timesteps
     key_t, key_eps = jax.random.split(key)
     if strata is None:

@@ -80,7 +80,7 @@ def loss_history(num_timesteps: int, length: int = 10) -> LossHistory:
 def record(
     history: LossHistory, t: Integer[Array | np.ndarray, "B"], losses: Float[Array | np.ndarray, "B"]
 ) -> LossHistory:
-    """The history after recording a batch's unweighted losses, in the order of the batch; those not finite are left out."""
+    """The history with the unweighted losses of a batch, in its order; losses that are not finite are skipped."""
     length, losses = history.losses.shape[1], jnp.asarray(losses, jnp.float32)
     finite = jnp.isfinite(losses)
     same = (t[:, None] == t[None, :]) & finite

@@ -265,6 +265,14 @@ def test_repaint_without_known_pixels_returns_the_prior(resamplings):
     assert abs(np.corrcoef(x.T)[0, 1]) < 4 / np.sqrt(N)
 
 
+def test_replacement_takes_several_masks_of_one_image():
+    x_0, masks = jnp.ones((1, 4)), jnp.array([[True, False, False, False], [False, True, True, False]])
+    wrapped = editing.replacement(sampling.ddim(), x_0, masks)
+    assert wrapped.mask.shape == (2, 4)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        editing.replacement(sampling.ddim(), x_0, masks[:, :3])
+
+
 def test_repaint_of_one_resampling_is_replacement():
     """With nothing known and a deterministic sampler it is that sampler; known pixels are returned without noise."""
     schedule, x_0 = schedules.respace(FULL, 6, "trailing"), jnp.array([[KNOWN, -9.0], [0.2, 1.0]])

@@ -231,6 +231,10 @@ OF_ANOTHER_KIND = {
         lambda: guidance.classifier_free(network, LABELS, 10.7, 2.0),
         "null_y must be int, as y is; got float",
     ),
+    "large null label": (
+        lambda: guidance.classifier_free(network, LABELS, 2**40, 2.0),
+        "null_y=1099511627776 does not fit into int32",
+    ),
     "guidance scale": (
         lambda: guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2)))(X, jnp.zeros(2)),
         r"scale has shape \(2, 2\); it must be one number, or one for each of 2 rows",

@@ -140,13 +140,12 @@ def is_boolean_leaf(name: str) -> bool:
 def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config in the names and values of this version; one that has them already is unchanged.
 
-    Translates British spelling (of version 0.1), the strings that `sampling.steps` once took, the weighting None, and the
-    dropouts of labels and conditions, which were independent before `model.joint_dropout`.
+    Translates British spelling (of version 0.1), the strings that `sampling.steps` once took, and the weighting None.
     """
     migrated = _plain(stored)
-    evaluation, editing, sampling, diffusion, model = (
+    evaluation, editing, sampling, diffusion = (
         group if isinstance(group := migrated.get(name), dict) else {}
-        for name in ("evaluation", "editing", "sampling", "diffusion", "model")
+        for name in ("evaluation", "editing", "sampling", "diffusion")
     )
     if "ode_dequantisation" in evaluation:
         evaluation["ode_dequantization"] = evaluation.pop("ode_dequantisation")
@@ -156,8 +155,6 @@ def migrate(stored: Mapping[str, Any]) -> dict[str, Any]:
         editing["task"] = "colorize"
     if diffusion.get("weighting", "") is None:
         diffusion["weighting"] = "none"
-    if model.get("label_dropout") and model.get("condition_dropout"):
-        model.setdefault("joint_dropout", 0.0)
     steps = sampling.get("steps")
     if isinstance(steps, str):
         counts = [count.strip() for count in steps.removeprefix("ddim").split(",")]

@@ -135,7 +135,8 @@ class ArrayFiles:
     def _why_missing(self, wanted: str, path: pathlib.Path, name: str) -> str:
         if not name:  # of an .npy
             return f"{path} is one array; use an .npz with x and {wanted}"
-        return f"{path} has no array {wanted!r}" + (f", but {list_names(self._unknown)}" if self._unknown else "")
+        others = f"; its other arrays: {list_names(self._unknown)}" if self._unknown else ""
+        return f"{path} has no array {wanted!r}{others}"
 
     def _open_folder(self, root: pathlib.Path) -> None:
         files, self._skipped = _npy_files(root)

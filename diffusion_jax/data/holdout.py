@@ -25,6 +25,7 @@ class SelectedExamples:
         self._source, self._indices = source, indices
         self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
         self.no_labels_reason = getattr(source, "no_labels_reason", "")
+        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _MAX_FLOAT32_RATIO = 1000  # of an offset to its scale: float32 then has 14 of its 24 bits left for the scale
+_RANGE_MARGIN = 0.1  # share of the training range that conditions may exceed it by without a note
 _BLOCK = 256  # examples that are read at a time while the statistics are computed
 
 Values = TypeVar("Values", jax.Array, np.ndarray)
@@ -67,6 +68,24 @@ class Normalization:
             dtype = np.float64 if large or x.dtype == np.float64 else np.float32
             return cast(Values, data.astype(dtype))
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
+
+    def describe_outside(self, conditions: np.ndarray) -> str:
+        """The first of conditions [N, ..., C] outside [low, high], widened by a tenth, and what to use; "" for none."""
+        if not self.low:  # a run of an older version
+            return ""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        margin = _RANGE_MARGIN * (high - low)
+        excess = np.maximum(low - margin - conditions, conditions - high - margin).reshape(len(conditions), -1)
+        rows = np.flatnonzero((excess > 0).any(axis=1))
+        if not rows.size:
+            return ""
+        position = int(np.nanargmax(excess[rows[0]]))
+        value, entry = conditions[rows[0]].reshape(-1)[position], position % len(low)
+        return (
+            f"{rows.size:,} of {len(conditions):,} conditions are far outside the training data; samples may be noise: "
+            f"condition {rows[0]} has {value:g} at entry {entry}, and the training data have {low[entry]:g} to "
+            f"{high[entry]:g}; use conditions in this range"
+        )
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists, as data.json stores them."""

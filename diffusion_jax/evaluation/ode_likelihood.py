@@ -181,7 +181,8 @@ def bits_per_dim(
     Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
       gray_levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, for an unknown dequantization, or for data without gray levels.
+    Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or for an x_0 outside
+      [-1, 1] with them; a traced one gives NaN.
     """
     if dequantization not in DEQUANTIZATIONS:
         raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")
@@ -191,6 +192,7 @@ def bits_per_dim(
             raise ValueError(
                 f"gray_levels={gray_levels}: dequantization={dequantization!r} is for data of at least 2 gray levels"
             )
+        x_0 = likelihood.in_model_range(x_0, gray_levels)
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
     denoise_fn = _with_full_float32(denoise_fn)
     axes, dimensions, time = range(1, x_0.ndim), math.prod(x_0.shape[1:]), None

@@ -134,8 +134,10 @@ class Pretrained(Description):
         low=None,
         noise_std=None,
         condition=None,
-    ) -> jax.Array:
-        """Examples float32 [N, *spatial, C], in the units of the data if those are continuous.
+    ) -> jax.Array | np.ndarray:
+        """Examples [N, *spatial, C], in the units of the data if those are continuous.
+
+        They are float32, or a float64 NumPy array if an offset of the data is more than 1000 times its scale.
 
         Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first
         call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of examples
@@ -266,7 +268,10 @@ class Pretrained(Description):
             raise ValueError(
                 f"condition {int(wrong.any(axis=1).argmax())} has values that are not finite{allowed}; correct it"
             )
-        return jnp.asarray(to_model_units(values, self.normalizations.get("condition")))
+        normalization = self.normalizations.get("condition")
+        if normalization and (found := normalization.describe_outside(values)):
+            warnings.warn(f"{found}.", stacklevel=3)
+        return jnp.asarray(to_model_units(values, normalization))
 
     def _check_labels(self, y, num_images: int) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network. Raises: ValueError."""

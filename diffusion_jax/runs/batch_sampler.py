@@ -95,7 +95,7 @@ class SampleTrajectory(NamedTuple):
 
 
 def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:
-    """At most `count` increasing indices of a schedule: its last, and those at even distances of alpha_bar on the way to 1.
+    """At most `count` increasing indices of a schedule: its last one, and indices evenly spaced in alpha_bar.
 
     The share of the signal changes alike between neighbors. Even distances of the index would mostly show noise, or the
     finished image, in schedules that take many steps there.

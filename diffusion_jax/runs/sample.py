@@ -17,7 +17,7 @@ from diffusion_jax.runs.workdir import write_config_if_untrained
 
 __all__ = ["run"]
 
-_ROWS = 4  # of the picture of denoising
+_ROWS, _POINTS = 4, 400  # of the picture of denoising; vectors are points
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
             file.setup,
             file.trained.params,
             config.sampling.trajectory,
-            rows=None if is_of_vectors else min(_ROWS, file.batch_size, config.sampling.num_samples),
+            rows=min(_POINTS if is_of_vectors else _ROWS, file.batch_size, config.sampling.num_samples),
             normalization=file.trained.normalizations.get("x"),
         )
         path = file.path.with_name(f"{file.name}_trajectory.png")

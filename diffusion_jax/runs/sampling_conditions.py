@@ -19,7 +19,6 @@ __all__ = [
 ]
 
 _MAX_SHOWN_NUMBERS = 4
-_RANGE_MARGIN = 0.1  # share of the training range that conditions may exceed it by without a note
 
 
 def read_conditions(config: ConfigDict) -> np.ndarray | None:
@@ -78,29 +77,9 @@ def standardize_conditions(conditions: np.ndarray | None, normalizations: data.N
     if conditions is None:
         return None
     normalization = normalizations.get("condition")
-    note = _note_outside(conditions, normalization) if normalization else ""
-    if note:
-        log(note)
+    if normalization and (found := normalization.describe_outside(conditions)):
+        log(f"Note: {found}.")
     return data.to_model_units(conditions, normalization)
-
-
-def _note_outside(conditions: np.ndarray, normalization: data.Normalization) -> str:
-    """A line about conditions [N, ..., K] outside the training range, widened by a tenth; "" for none or an unknown range."""
-    if not normalization.low:  # a run of an older version
-        return ""
-    low, high = np.asarray(normalization.low), np.asarray(normalization.high)
-    margin = _RANGE_MARGIN * (high - low)
-    excess = np.maximum(low - margin - conditions, conditions - high - margin).reshape(len(conditions), -1)
-    rows = np.flatnonzero((excess > 0).any(axis=1))
-    if not rows.size:
-        return ""
-    position = int(excess[rows[0]].argmax())
-    value, entry = conditions[rows[0]].reshape(-1)[position], position % len(low)
-    return (
-        f"Note: {rows.size:,} of {len(conditions):,} conditions are far outside the training data; samples may be noise: "
-        f"condition {rows[0]} has {value:g} at entry {entry}, and the training data have {low[entry]:g} to {high[entry]:g}; "
-        "use conditions in this range."
-    )
 
 
 def evenly_spaced_conditions(source: data.Source, count: int) -> np.ndarray | None:

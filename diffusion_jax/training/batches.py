@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.images import to_model_range
 
-__all__ = ["Examples", "check_leaves", "random_flip", "read_batch"]
+__all__ = ["Examples", "check_settings", "random_flip", "read_batch"]
 
 
 class Examples(NamedTuple):
@@ -63,13 +63,19 @@ def read_batch(
     return Examples(x_0, y, condition)
 
 
-def check_leaves(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for the leaves of `config.data` that contradict a batch of `read_batch`."""
-    if "image" in batch and config["levels"] is None:
+def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises: ValueError for settings of a complete config that contradict a batch of `read_batch`."""
+    levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
+    if "image" in batch and levels is None:
         raise ValueError(
             'data.levels=None is for continuous data, the "x" of a batch; use data.levels=256 for "image", or give float data'
         )
-    if "x" in batch and config["random_flip"]:
+    if "x" in batch and levels is not None and loss in ("vlb", "hybrid"):
+        raise ValueError(
+            f'data.levels={levels}: the loss {loss} of the "x" of a batch is a bound of continuous data; use '
+            'data.levels=None, or give uint8 images as "image"'
+        )
+    if "x" in batch and config["data"]["random_flip"]:
         raise ValueError(
             'data.random_flip=True mirrors only uint8 images, the "image" of a batch; use data.random_flip=False for "x"'
         )

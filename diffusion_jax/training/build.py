@@ -110,8 +110,7 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     the loss "classify", and "condition", float, only for a network that takes conditions. A config is any nested mapping,
     partial or complete, as `config.resolve` takes it.
 
-    Float data need data.random_flip=False. Continuous data need data.levels=None if the loss is vlb or hybrid: with gray
-    levels the loss of values outside [-1, 1] is NaN.
+    Float data need data.random_flip=False. They also need data.levels=None if the loss is vlb or hybrid.
 
     Raises: as `build_program`; ValueError for a config with `init_from`, which only the program reads; train_step raises
     ValueError for a batch of other names, types or shapes.

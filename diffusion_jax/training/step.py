@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from diffusion_jax import data, timesteps
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.training.batches import Examples, check_leaves, random_flip, read_batch
+from diffusion_jax.training.batches import Examples, check_settings, random_flip, read_batch
 from diffusion_jax.training.ema import ema_decay
 from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.metrics import loss_terms, metric_names, quarter_sums, update_window
@@ -55,7 +55,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
         examples = read_batch(batch, shape, labeled, num_microbatches, shape_of_condition)
-        check_leaves(batch, config["data"])
+        check_settings(batch, config)
         if config["data"]["random_flip"]:
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)

@@ -169,17 +169,6 @@ def test_stored_steps_that_are_text_become_numbers_and_a_spacing(text, steps, sp
     assert resolved.sampling.steps == steps and resolved.sampling.spacing == spacing
 
 
-def test_labels_and_conditions_of_earlier_versions_were_dropped_independently():
-    both = {"label_dropout": 0.1, "condition_dropout": 0.2}
-    assert config.migrate({"model": both})["model"]["joint_dropout"] == 0.0
-    for model in (
-        both | {"joint_dropout": None},
-        {"label_dropout": 0.1},
-        {"label_dropout": 0.1, "condition_dropout": 0},
-    ):
-        assert config.migrate({"model": model}) == {"model": model}
-
-
 def test_a_config_of_this_version_is_not_changed_by_migration():
     stored = json.loads(config.experiment("mnist_conditional").to_json())
     assert config.migrate(stored) == stored

@@ -115,3 +115,10 @@ def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
     np.save(tmp_path / "test.npy", examples("series"))
     with pytest.raises(data.DataError, match="has splits of its own"):
         data.load(of_arrays(tmp_path))
+
+
+def test_the_reason_for_missing_conditions_survives(tmp_path):
+    np.savez(tmp_path / "a.npz", x=examples("series"), cond=np.zeros((24, 1)))
+    for memory in (0, 100):
+        loaded = data.load(of_arrays(tmp_path / "a.npz") | {"memory_mb": memory})
+        assert "its other arrays: 'cond'" in loaded.no_conditions_reason

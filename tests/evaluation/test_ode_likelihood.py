@@ -324,6 +324,9 @@ def test_bad_arguments():
         ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantization="flow")
     with pytest.raises(ValueError, match="gray_levels=None"):
         ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, gray_levels=None)
+    for dequantization in ("uniform", "variational"):
+        with pytest.raises(ValueError, match="value 3, outside of"):
+            ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x + 3, dequantization=dequantization)
     for tolerance in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="above 0"):
             ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from diffusion_jax import data
+from diffusion_jax import data, pretrained
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.sample_files import SampleFile
 from diffusion_jax.runs.sampling_conditions import standardize_conditions
@@ -37,6 +37,8 @@ def test_the_range_of_a_run_is_stored_and_its_conditions_are_checked(tmp_path, c
     )
     np.save(given, np.array([[12.0, 0.0], [20.9, -1.15]]))  # within a tenth of the range
     assert "outside" not in note()
+    with pytest.warns(UserWarning, match="condition 0 has 80 at entry 1, and the training data have -1 to 1"):
+        pretrained.load(run, ema=False)._to_conditions(np.array([12.0, 80.0]), 1)
     # A run of an earlier version resumes with the range unknown.
     old = json.loads((run / "data.json").read_text())
     del old["normalization"]["condition"]["low"], old["normalization"]["condition"]["high"]

@@ -40,7 +40,10 @@ def test_swapped_letters_of_a_sampler():
 
 # Sets of arrays in a file of series, the config's conditions, and the message.
 FILES = [
-    ({"cond": 1}, r"no conditions \(\S+/a.npz has no array 'condition', but 'cond'\), but model.condition_features=1"),
+    (
+        {"cond": 1},
+        r"no conditions \(\S+/a.npz has no array 'condition'; its other arrays: 'cond'\), but model.condition_features=1",
+    ),
     ({}, r"no conditions \(\S+/a.npz has no array 'condition'\)"),
 ]
 
@@ -74,7 +77,7 @@ def test_the_arrays_of_a_file_of_samples_are_known(tmp_path):
 def test_misnamed_labels_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=examples("series"), labels=np.zeros(24, int))
     config = array_config("series", tmp_path / "a.npz", **{"model.num_classes": 2})
-    with pytest.raises(UserError, match=r"no labels \(\S+/a.npz has no array 'label', but 'labels'\)"):
+    with pytest.raises(UserError, match=r"no labels \(\S+/a.npz has no array 'label'; its other arrays: 'labels'\)"):
         check_source(config, load_data(config.data))
 
 
