@@ -347,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output ends, and `EXIT_PEER_LOST`.
     """
     exit_at_signals("nothing had started")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed by the shell
     devices.silence_libraries()
     workdir = None
     try:
@@ -356,10 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exit_at_signals(preemption.rerun_hint())  # also after `run`, while the process exits
             run(command)
     except preemption.StoppedBySignal as error:
-        if processes.is_multiprocess():
-            processes.abort_process(str(error), error.exit_code)
-        sys.stdout.flush()
-        exit_now(str(error), error.exit_code)  # a picture may still be computed, which a regular exit would wait for
+        if error.is_computing:
+            sys.stdout.flush()
+            exit_now(str(error), error.exit_code)
+        _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, workdir)
 
@@ -373,7 +374,7 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
-        _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train]'", 2)
+        _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
         failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         if workdir is not None and find_mirror(workdir) and not isinstance(error, LockHeldError):

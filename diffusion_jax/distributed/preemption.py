@@ -33,8 +33,10 @@ class StoppedBySignal(BaseException):
     Not an Exception, so that code which catches any Exception, such as one for unreadable files, does not catch it.
     """
 
-    def __init__(self, number: int, detail: str):
+    def __init__(self, number: int, detail: str, is_computing: bool = False):
+        """is_computing: a thread still computes, so the process must end by `termination.exit_now`."""
         super().__init__(f"{_REASONS[signal.Signals(number)]}{detail}")
+        self.is_computing = is_computing
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
@@ -78,6 +80,7 @@ class Preemption:
         self._resume_hint, self._num_calls = resume_hint, 0
         self._number: int | None = None
         self._interrupted = False
+        self.has_abandoned = False  # whether a function of `call` may still be computing
 
     @contextlib.contextmanager
     def install_handler(self) -> Iterator[None]:
@@ -87,7 +90,9 @@ class Preemption:
             if number == signal.SIGINT and not self._interrupted:
                 self._interrupted = True
                 # Not `print`, which this signal may have interrupted.
-                os.write(1, b"\nCtrl-C: saving after this step. Press it again to stop at once.\n")
+                os.write(
+                    1, b"\nCtrl-C: saving after the steps in progress, two at most. Press it again to stop at once.\n"
+                )
                 if is_multiprocess():
                     os.kill(os.getpid(), signal.SIGTERM)
             self._number = self._number or number
@@ -125,6 +130,7 @@ class Preemption:
         while self._number is None:
             if wait([result], timeout=0.1).done:
                 return True, result.result()
+        self.has_abandoned = True
         return False, None
 
     def stop_exception(self, step: int) -> StoppedBySignal:
@@ -132,7 +138,8 @@ class Preemption:
         number = self._number or signal.SIGTERM
         if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
             number = signal.SIGINT
-        return StoppedBySignal(number, f" at step {step}, which is saved; rerun the same command to resume from it")
+        detail = f" at step {step}, which is saved; rerun the same command to resume from it"
+        return StoppedBySignal(number, detail, self.has_abandoned)
 
 
 @contextlib.contextmanager

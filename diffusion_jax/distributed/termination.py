@@ -81,6 +81,5 @@ def exit_if_output_is_closed() -> Iterator[None]:
         try:
             print(flush=True)  # fails, too, unless another pipe broke
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of Python
-            sys.exit(_EXIT_CLOSED_OUTPUT)
+            exit_without_cleanup(_EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
         raise

@@ -268,8 +268,8 @@ def _load_source(
         loaded = data.load(location, progress)
     if is_trained_here and not is_elsewhere and split == config.data.split:
         log(
-            f"Note: these are the {noun_of(config)} that the model was trained on (split {split!r}); for others set "
-            "evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
+            f"Note: these are the {noun_of(config)} that the model was trained on (split {split!r}); to measure others, "
+            "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
         )
     return loaded, split
 

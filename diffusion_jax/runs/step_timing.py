@@ -34,7 +34,7 @@ class StepsInFlight:
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
         self.finished = self._first = step
         self._calls: collections.deque[tuple[int, jax.Array]] = collections.deque()
-        self._clock, self._last_time, self._limit = clock, 0.0, 0
+        self._clock, self._last_time, self._limit = clock, 0.0, 0.0  # the limit is a number of steps
         self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, step: int, output: jax.Array) -> None:
@@ -44,7 +44,7 @@ class StepsInFlight:
         self._calls.append((step, output))
 
     def wait(self) -> None:
-        """Waits until no more calls are in flight than finish in about a second."""
+        """Waits until no more steps are in flight than finish in about a second."""
         self._wait(self._limit)
 
     def drain(self) -> None:
@@ -55,22 +55,24 @@ class StepsInFlight:
         """The mean duration of the finished steps without those of the first call; None before a second is measured."""
         return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
 
-    def _wait(self, limit: int) -> None:
+    def _wait(self, limit: float) -> None:
         before, num_calls = self.finished, 0
-        while self._calls and (len(self._calls) > limit or self._calls[0][1].is_ready()):
+        while self._calls and (
+            self._calls[-1][0] - self.finished > limit
+            or len(self._calls) > self._MAX_CALLS
+            or self._calls[0][1].is_ready()
+        ):
             self.finished, output = self._calls.popleft()
             jax.block_until_ready(output)
             num_calls += 1
         if not num_calls:
             return
-        now = self._clock()
+        now, steps = self._clock(), self.finished - before
         seconds, self._last_time = now - self._last_time, now
-        self._limit = min(int(self._SECONDS * num_calls / max(seconds, 1e-6)), self._MAX_CALLS)
+        # At most one call more than before: calls that finished during a pause of the host look short.
+        self._limit = min(self._SECONDS * steps / max(seconds, 1e-6), self._limit + steps / num_calls)
         if before > self._first or seconds > self._SLOW_CALL:
-            self._timed_seconds, self._timed_steps = (
-                self._timed_seconds + seconds,
-                self._timed_steps + self.finished - before,
-            )
+            self._timed_seconds, self._timed_steps = self._timed_seconds + seconds, self._timed_steps + steps
 
 
 class TraceProfile:

@@ -207,13 +207,14 @@ def _train(
             compiled.get(count, state, batch)
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        for context in (loader, preemption.install_handler(), watchdog, profile):
+        for context in (loader, watchdog, profile):
             stack.enter_context(context)
         in_flight = StepsInFlight(step)
         outputs = TrainingOutputs(
             config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
         )
-        must_stop, is_timed = outputs.write_missing(step, state), False
+        outputs.write_missing(step, state)
+        must_stop = is_timed = handles_signals = False
         while step < options.num_steps and not must_stop:
             with profile.annotate(step):
                 state, step_metrics = compiled.get(count, state, batch)(state, batch)
@@ -224,18 +225,21 @@ def _train(
                 with launch.measure("input"):
                     batch, count = loader.next(step)
             in_flight.wait()
+            if not handles_signals:  # before, there is nothing to save, and a signal ends the program at once
+                stack.enter_context(preemption.install_handler())
+                handles_signals = True
             watchdog.record_step()
             must_stop = preemption.requested()
-            note = outputs.log_metrics(step, state)
+            note, shown = outputs.log_metrics(step, state), ""
             state = begin_window(step, state)
             if note:
                 profile.check_request()
             if not is_timed and (seconds := in_flight.seconds_per_step()):
-                is_timed, note = True, note or f"{format_seconds(seconds)} a step"
+                is_timed, shown = True, f"{format_seconds(seconds)} a step"
                 _log_duration(config, program, options.num_steps - in_flight.finished, seconds)
             with launch.measure("output"):
                 checkpoints.check()
-                bar.update(in_flight.finished, note)
+                bar.update(in_flight.finished, note or shown)
                 if is_writer:
                     launch.write_each_minute(in_flight.finished)
             must_stop = outputs.write(step, state, must_stop)
@@ -244,7 +248,8 @@ def _train(
                 checkpoints.finish(step)
             if is_writer:
                 launch.write(step, is_last=True)
-            stopped = preemption.stop_exception(step) if step < options.num_steps else None
+            is_incomplete = step < options.num_steps or preemption.has_abandoned
+            stopped = preemption.stop_exception(step) if is_incomplete else None
         if stopped:
             raise stopped
 
@@ -259,7 +264,7 @@ def _log_duration(config: ConfigDict, program: training.TrainingProgram, num_ste
     if duration > 7 * 86400:
         batch_size = max(8, program.mesh.size * config.training.accumulation_steps)
         log(
-            "Note: that is more than a week. To try that this config runs: another --workdir and "
+            "Note: that is more than a week. To test this config, use another --workdir with "
             f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
         )
 

@@ -85,24 +85,21 @@ class TrainingOutputs:
                 must_stop = not self._log_fid(step, state)
             if saves or must_stop:
                 self._save(step, state)
+        if self.preemption.has_abandoned and step == self.config.training.num_steps:
+            log("Note: the picture or distance of the last step is missing; use --mode=sample or --mode=evaluate.")
         return must_stop
 
-    def write_missing(self, step: int, state: training.TrainState) -> bool:
-        """Writes the picture and the distance of the step that a launch starts from, if a signal stopped them before.
-
-        Returns: whether a signal stopped them again.
-        """
-        must_stop = False
+    def write_missing(self, step: int, state: training.TrainState) -> None:
+        """Writes the picture and the distance of the step that a launch starts from, if a signal stopped them before."""
         if not 0 < step < self.config.training.num_steps:
-            return must_stop
+            return
         with self.launch.measure("output"):
             draws = self.preview and self._is_due(step, self.config.training.sample_every)
             if draws and not self.preview.exists(step):
-                must_stop = not self._draw_preview(step, state)
+                self._draw_preview(step, state)
             compares = self.training_fid and self._is_due(step, self.config.evaluation.every)
-            if compares and not must_stop and not self.training_fid.is_logged(step):
-                must_stop = not self._log_fid(step, state)
-        return must_stop
+            if compares and not self.training_fid.is_logged(step):
+                self._log_fid(step, state)
 
     def _is_due(self, step: int, interval: int) -> bool:
         """Whether an output is due: at its interval and at the last step; an interval of 0 is never."""

@@ -10,6 +10,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffusion_jax.distributed.preemption import Preemption, StoppedBySignal
@@ -82,6 +83,30 @@ def test_steps_that_become_slow_are_bounded_again():
     assert max(work[-17:]) == 0.0
 
 
+@pytest.mark.parametrize("seconds", [0.3, 0.45, 0.02])
+def test_irregular_pauses_do_not_let_work_pile_up(seconds):
+    """Calls that finish during a pause are seen together, as if they were short."""
+    draw, device = np.random.default_rng(0), Device()
+    in_flight, work = StepsInFlight(0, clock=lambda: device.now), []
+    for step in range(1, 2000):
+        in_flight.add(step, device.dispatch(seconds * draw.uniform(0.95, 1.05)))
+        device.now += 0.001 + (draw.uniform(0, 3) if draw.random() < 0.05 else 0.0)
+        in_flight.wait()
+        work.append(max(device.free - device.now, 0.0))
+    assert max(work) <= 2.0
+
+
+def test_calls_of_more_steps_are_bounded_by_their_steps():
+    device = Device()
+    in_flight, step = StepsInFlight(0, clock=lambda: device.now), 0
+    for count in [1] * 100 + [50] * 20:
+        step += count
+        in_flight.add(step, device.dispatch(0.1 * count))
+        device.now += 0.001
+        in_flight.wait()
+        assert device.free - device.now <= 1.05
+
+
 def slow_outputs(monkeypatch, outputs):
     """Makes the loss of every call of the train step take about 0.2 s of computation; collects it in `outputs`."""
     get = train._CompiledSteps.get
@@ -125,6 +150,23 @@ def test_a_signal_saves_after_at_most_two_calls(tmp_path, monkeypatch, number):
         train.run(config, tmp_path / "run")
     (step,) = committed_steps(tmp_path / "run" / "checkpoints")
     assert finished[0] <= step <= finished[0] + 2
+
+
+def test_a_signal_in_the_picture_of_the_last_step_stops_the_program(tmp_path, monkeypatch, capsys):
+    released = threading.Event()
+
+    def draw_forever(self, params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        released.wait()
+
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.sample_every": 4})
+    monkeypatch.setattr(preview.PreviewPictures, "draw", draw_forever)
+    with pytest.raises(StoppedBySignal) as stopped:
+        train.run(config, tmp_path / "run")
+    released.set()
+    assert stopped.value.is_computing  # a regular exit would abort
+    assert 4 in committed_steps(tmp_path / "run" / "checkpoints")
+    assert "of the last step is missing; use --mode=sample" in capsys.readouterr().out
 
 
 def test_a_signal_abandons_a_picture_and_the_next_launch_draws_it(tmp_path, monkeypatch):
