@@ -85,9 +85,17 @@ def classifier_free(
     Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside of
       0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
-    if interval is not None and not any(isinstance(end, Tracer) for end in interval):
-        ends = np.asarray(interval)
-        if ends.shape != (2,) or not ends[0] <= ends[1]:
+    if interval is not None:
+        try:
+            low, high = interval
+            ordered = (
+                isinstance(low, Tracer)
+                or isinstance(high, Tracer)
+                or bool(np.asarray(low, float) <= np.asarray(high, float))
+            )
+        except (TypeError, ValueError):  # not two numbers
+            ordered = False
+        if not ordered:
             raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")

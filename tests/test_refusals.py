@@ -190,6 +190,15 @@ OF_ANOTHER_KIND = {
     "one index": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=3), "sequence of indices"),
     "dpm_solver_pp order": (lambda: sampling.dpm_solver_pp(2.0), "order must be 1, 2 or 3, got 2.0"),
     "churn_range": (lambda: sampling.heun(churn_range=(5, 1)), r"low <= high, got \(5, 1\)"),
+    "one churn_range": (lambda: sampling.heun(churn_range=3), r"must be \(low, high\) with low <= high, got 3"),
+    "names in churn_range": (lambda: sampling.heun(churn_range="ab"), r"must be \(low, high\) .*got 'ab'"),
+    "order by name": (lambda: sampling.dpm_solver_pp(order="a"), "order must be 1, 2 or 3, got 'a'"),
+    "start": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, start=True), "start=True must be an index"),
+    "encode bool": (lambda: sampling.encode(FULL, network, X, start=True), "start=True must be an index"),
+    "x_0 of encode": (lambda: sampling.encode(FULL, network, 1.0), "x_0 must have a batch axis"),
+    "default_spacing": (lambda: sampling.default_spacing(sampling.heun, FULL), "must be a sampler such as"),
+    "find_problem": (lambda: sampling.find_problem(sampling.heun, FULL), "must be a sampler such as"),
+    "find_error_growth": (lambda: sampling.find_error_growth("ddim", FULL), "must be a sampler such as"),
     "one end of churn_range": (lambda: sampling.heun(churn_range=(5,)), r"must be \(low, high\)"),
     "x_T": (lambda: sampling.sample(KEY, FULL, network, 1.0, DDPM), "x_T must have a batch axis"),
     "a name": (lambda: sampling.sample(KEY, FULL, network, X, "ddim"), r"such as sampling.ddim\(\), got 'ddim'"),
@@ -225,6 +234,10 @@ OF_ANOTHER_KIND = {
     "guidance interval": (
         lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),
         r"low <= high, got \(7, 5\)",
+    ),
+    "one guidance interval": (
+        lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=5),
+        r"interval must be \(low, high\), network times with low <= high, got 5",
     ),
     "guidance rescale": (lambda: guidance.classifier_free(network, LABELS, 3, 2.0, rescale=5), r"0 \.\.\. 1, got 5"),
     "null label": (

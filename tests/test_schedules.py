@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import process, sampling, schedules
+from diffusion_jax import editing, process, sampling, schedules
 
 NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 
@@ -160,7 +160,25 @@ def test_schedules_whose_signal_underflows():
             sampling.sample(jax.random.key(0), short, lambda x, time: x, x_T, sampling.ddim(prediction=prediction))
         x_0 = jax.jit(lambda x, t, p=prediction: process.to_x_0(long, x, x, t, p))
         assert np.isnan(x_0(x_T, jnp.full(4, 19_999))).all()
-    x = sampling.sample(jax.random.key(0), short, lambda x, time: -0.3 * x, x_T, sampling.ddim(prediction="v"))
+    lowest = int(np.argmax(long.sqrt_alpha_bar < np.finfo(np.float32).tiny))
+    assert 1e-80 < long.alpha_bar[lowest] < 1e-74
+    draw = lambda schedule, start, p: sampling.sample(  # noqa: E731
+        jax.random.key(0), schedule, lambda x, time: -0.3 * x, x_T, sampling.ddim(prediction=p), start=start
+    )
+    message = (
+        rf"alpha = sqrt\(alpha_bar\) underflows in float32 at index 19998: eps does not determine x_0 there; .*"
+        rf"beta_start=0.1 / T, beta_end=20 / T.*below index {lowest}: schedules.respace\(schedule, range\({lowest}\)\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        draw(long, 19_998, "eps")
+    with pytest.raises(ValueError, match="underflows in float32 at index 19000"):
+        process.to_x_0(long, x_T, x_T, jnp.array([3, 19_000, 0, 7]))
+    with pytest.raises(ValueError, match="underflows in float32"):
+        editing.sdedit(jax.random.key(0), long, lambda x, time: x, x_T, sampling.ddim(), strength=0.95)
+    assert np.isfinite(draw(long, 19_998, "v")).all()
+    assert np.isfinite(draw(long, lowest - 1, "eps")).all()
+    assert np.isfinite(draw(schedules.respace(long, range(lowest)), None, "eps")).all()
+    x = draw(short, None, "v")
     assert np.isfinite(x).all()
     with pytest.raises(ValueError, match=r"underflows at index \d+ of 100000; use smaller betas or fewer steps"):
         schedules.from_betas(schedules.betas("linear", 100_000))

@@ -58,7 +58,7 @@ SAMPLING: dict[str, Leaf] = {
         None,
         optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
         "How the steps are spread over the timesteps; None for the default of the sampler: log_snr for heun, pndm and plms, "
-        "and for unclipped eps on schedules that enlarge its errors, "
+        "and for an unclipped eps network whose errors would grow, "
         'otherwise trailing. openai_ddim is OpenAI\'s "ddim50".',
     ),
     "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),

@@ -29,8 +29,9 @@ def to_x_0(
     x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps.
 
     prediction: the quantity that `output` is: eps, x_0, v, x_prev or score.
-    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step whose alpha_bar is 0, where
-      they contain no information about x_0. The value of a traced t is unknown, so the result at that step is NaN instead.
+    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step whose alpha is 0 in float32,
+      where they contain no information about x_0. The value of a traced t is unknown, so the result at that step is NaN
+      instead.
     """
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -123,15 +124,26 @@ def to_score(
 
 
 def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
-    """Raises ValueError if alpha_bar ends at 0, that step is visited, and the prediction does not determine x_0 there.
+    """Raises ValueError if a visited step has alpha = 0 in float32 and the prediction does not determine x_0 there.
+
+    The check does not depend on the dtype of x. Of a traced schedule only the last step is known to have alpha = 0.
 
     first: the highest index that is visited; the default is T - 1.
     """
-    visited = first is None or first == schedule.num_timesteps - 1
-    if visited and schedule.zero_terminal_snr and prediction in ("eps", "score"):
+    last = schedule.num_timesteps - 1
+    first = last if first is None else first
+    if not schedule.zero_terminal_snr or prediction not in ("eps", "score"):
+        return
+    lowest, exact = last, True  # the first index without signal, and whether its alpha_bar is 0 also in float64
+    if not isinstance(schedule.sqrt_alpha_bar, Tracer):
+        lowest = int(np.argmax(np.asarray(schedule.sqrt_alpha_bar) < np.finfo(np.float32).tiny))
+        exact = schedule.alpha_bar[lowest] == 0
+    if lowest <= first <= last:
+        problem = "alpha_bar is 0" if exact else "alpha = sqrt(alpha_bar) underflows in float32"
+        betas = "" if exact else "use fewer or smaller betas (linear: beta_start=0.1 / T, beta_end=20 / T), "
         raise ValueError(
-            f"alpha_bar is 0 at index {schedule.num_timesteps - 1}: {prediction} does not determine x_0 there; "
-            "predict v or x_0, or leave that step out with schedules.respace"
+            f"{problem} at index {first}: {prediction} does not determine x_0 there; predict v or x_0, {betas}"
+            f"or keep only the steps below index {lowest}: schedules.respace(schedule, range({lowest}))"
         )
 
 
@@ -141,5 +153,7 @@ def _check_output(schedule, output, x_t, t, prediction):
         raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
     check_same_shape("output", output, "x_t", x_t)
     known = t is not None and not isinstance(t, Tracer)
-    if known and np.any(np.asarray(t) == schedule.num_timesteps - 1):
-        check_terminal_snr(schedule, prediction)
+    if known and schedule.zero_terminal_snr:
+        inside = np.asarray(t)[np.asarray(t) < schedule.num_timesteps]
+        if inside.size:
+            check_terminal_snr(schedule, prediction, int(inside.max()))

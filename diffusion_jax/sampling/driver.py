@@ -19,7 +19,7 @@ from diffusion_jax.process import PREDICTIONS, VARIANCES, as_float, check_termin
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import DenoiseFn
 
-__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "check_sampler", "sample"]
+__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "check_sampler", "first_index", "sample"]
 
 
 class Step(NamedTuple):
@@ -98,6 +98,16 @@ def check_sampler(sampler: object) -> None:
         raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
 
 
+def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
+    """The noisiest index that is visited: `start`, or T - 1 for None. Raises: ValueError for anything but an index."""
+    last = schedule.num_timesteps - 1
+    if start is None:
+        return last
+    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start <= last:
+        raise ValueError(f"start={start!r} must be an index of the schedule, 0 ... {last}")
+    return int(start)
+
+
 class Trajectory(NamedTuple):
     """The kept steps in sampling order: the index t, x_t before each step, and the x_0 predicted there."""
 
@@ -165,18 +175,15 @@ def sample(
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
     Raises: ValueError for an x_T that is not float or has no batch axis, a sampler that is not a `Sampler`, prediction eps or
-      score if the first step has alpha_bar = 0, or a start or a kept index that is not an index of the steps.
+      score if the first step has alpha = 0 in float32, or a start or a kept index that is not an index of the steps.
     """
     check_sampler(sampler)
     x_T = as_float("x_T", x_T)
     if not x_T.ndim:
         raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
     total = schedule.num_timesteps
-    first, last = total - 1 if start is None else start, 0 if final_step else 1
-    if not isinstance(first, int | np.integer) or not 0 <= first < total:
-        raise ValueError(f"start={start} must be an index of the schedule, 0 ... {total - 1}")
-    if first == total - 1:  # the only step where alpha_bar may be 0
-        check_terminal_snr(schedule, sampler.prediction)
+    first, last = first_index(schedule, start), 0 if final_step else 1
+    check_terminal_snr(schedule, sampler.prediction, first)
     if isinstance(trajectory, bool | np.bool_):
         indices = np.arange(last, first + 1) if trajectory else None
     else:

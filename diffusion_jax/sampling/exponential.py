@@ -66,7 +66,7 @@ class _Multistep(Sampler):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.order, bool) or not isinstance(self.order, int | np.integer) or self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         return empty_history(x_T, num_steps, self.order - 1)

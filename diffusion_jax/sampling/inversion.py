@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax import process
+from diffusion_jax.sampling.driver import first_index
 from diffusion_jax.sampling.noise_levels import NoiseLevel, call_network, noise_level, previous_noise_level
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
@@ -48,8 +49,8 @@ def encode(
       prediction, variance: as `ddim`, without x_prev. clip: for order 1, clips the predicted x_0 of each step (and keeps eps,
         as diffusers does).
     Returns: x_t at the noise level of index `start`; float32, or float64 for a float64 x_0.
-    Raises: ValueError for an x_0 that is not float, another order, prediction x_prev, a start outside 0 ... T - 1, or clip
-      with order 2.
+    Raises: ValueError for an x_0 that is not float or has no batch axis, another order, prediction x_prev, a start outside
+      0 ... T - 1, or clip with order 2.
     """
     if isinstance(order, bool) or not isinstance(order, int | np.integer) or order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
@@ -57,10 +58,10 @@ def encode(
         raise ValueError("prediction 'x_prev' cannot be inverted, because it has no eps outside of a schedule's step")
     if order == 2 and clip:
         raise ValueError("clip is for order 1; a clipped x_0 has no second-order inverse")
-    top = schedule.num_timesteps - 1 if start is None else start
-    if not isinstance(top, int | np.integer) or not 0 <= top < schedule.num_timesteps:
-        raise ValueError(f"start={start} must be an index of the schedule, 0 ... {schedule.num_timesteps - 1}")
+    top = first_index(schedule, start)
     x_0 = process.as_float("x_0", x_0)
+    if not x_0.ndim:
+        raise ValueError("x_0 must have a batch axis: [B, ...]; got a single number")
 
     def predict_eps(x, t, level: NoiseLevel):
         """eps from the network's output at x and index t, converted with the coefficients of `level`."""

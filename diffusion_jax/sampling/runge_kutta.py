@@ -57,9 +57,13 @@ class heun(Sampler):
         if not 0 <= self.churn_noise < float("inf"):
             raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
         self._floats("churn", "churn_noise")
-        if len(self.churn_range) != 2 or not self.churn_range[0] <= self.churn_range[1]:
-            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range}")
-        object.__setattr__(self, "churn_range", tuple(map(float, self.churn_range)))
+        try:
+            low, high = map(float, self.churn_range)
+        except (TypeError, ValueError):  # not two, or not numbers
+            low, high = float("nan"), float("nan")
+        if not low <= high:
+            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range!r}")
+        object.__setattr__(self, "churn_range", (low, high))
 
     def step(
         self,

@@ -232,7 +232,7 @@ def test_steps_on_which_a_sampler_fails_are_refused():
         ({"steps": 5, "spacing": "log_snr"}, "use more steps"),
     ):
         (note,) = of({"sampler": "ddim", "clip": False, **leaves}, **cosine).notes
-        assert "errors of 0.05, samples would have" in note and words in note and "\n" not in note
+        assert "errors of 0.05, these steps give samples with errors of" in note and words in note and "\n" not in note
     assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v").notes == []
     blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
     assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning

@@ -133,11 +133,11 @@ def test_steps_that_fail_are_refused():
         assert sampling.find_problem(sampler, schedules.respace(warmup, 50, "log_snr")) is None
 
 
-COSINE = schedules.from_betas(schedules.betas("cosine", 1000))
+COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
 
 
 def deviation_by_ddim(schedule, error):
-    """Of samples of N(0, 1) by DDIM in float64, with independent errors of eps where sigma > alpha.
+    """Of samples of N(0, 1) by DDIM in float64, with independent errors of eps where sigma > alpha: a loop over the steps.
 
     The exact eps of x / alpha = y is sigma y / (1 + sigma^2), with sigma here that of y.
     """
@@ -151,7 +151,7 @@ def deviation_by_ddim(schedule, error):
 
 def deviation_of_samples(sampler, schedule, error, n=40_000):
     def inexact(x, time):
-        log_snr = COSINE.log_snr(time[:1])
+        log_snr = schedule.log_snr(time[:1])
         noise = jax.random.normal(jax.random.fold_in(KEY, (16 * time[0]).astype(int)), x.shape)
         return jnp.sqrt(jax.nn.sigmoid(-log_snr)) * x + jnp.where(log_snr < 0, error, 0.0) * noise
 
@@ -163,35 +163,76 @@ def deviation_of_samples(sampler, schedule, error, n=40_000):
 KEY = jax.random.key(7)
 
 
-@pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (50, "linspace"), (250, "trailing"), (50, "log_snr")])
-def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(steps, spacing):
-    """Continuous data, cosine schedule, errors of size 0.05 where there is much noise."""
-    schedule, sampler, n = schedules.respace(COSINE, steps, spacing), sampling.ddim(clip=False), 40_000
+def noted_error(reason):
+    assert "nothing clips x_0" in reason and "\n" not in reason
+    return float(re.search(r"samples with errors of ([\d.e+]+) times the standard deviation of the data", reason)[1])
+
+
+@pytest.mark.parametrize(
+    ("full", "steps", "spacing", "grows"),
+    [
+        (COSINE, 50, "trailing", True),
+        (COSINE, 50, "linspace", True),
+        (COSINE, 250, "trailing", True),
+        (COSINE, 1, "trailing", True),  # the step to x_0
+        (COSINE, 5, "log_snr", True),
+        (COSINE, 50, "log_snr", False),
+        (LINEAR, 1, "trailing", True),
+        (LINEAR, 2, "trailing", True),
+        (LINEAR, 10, "trailing", False),
+    ],
+)
+def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(full, steps, spacing, grows):
+    """Continuous data, errors of size 0.05 where there is much noise."""
+    schedule, sampler, n = schedules.respace(full, steps, spacing), sampling.ddim(clip=False), 40_000
     exact, expected = (deviation_by_ddim(schedule, error) for error in (0.0, 0.05))
-    assert 0.9 < exact < 1.0  # without errors every spacing is right
     found = deviation_of_samples(sampler, schedule, 0.05)
     assert abs(found - expected) < 5 * expected / np.sqrt(2 * n)
-    reason = sampling.find_error_growth(sampler, schedule)
-    if spacing == "log_snr":
-        assert expected < 1 and reason is None
-    else:
-        assert expected > 6
-        noted = float(re.search(r"samples would have ([\d.]+) times the standard deviation", reason)[1])
-        assert abs(noted / expected - 1) < 0.05
-        assert "nothing clips x_0" in reason and "\n" not in reason
+    error, reason = np.sqrt(expected**2 - exact**2), sampling.find_error_growth(sampler, schedule)
+    assert (error > 0.5) == grows
+    assert abs(noted_error(reason) / error - 1) < 0.06 if grows else reason is None
 
 
 def test_noise_of_the_sampler_replaces_errors_of_the_network():
-    """Ancestral steps forget most of an error: a deviation of 1.4 after one step of 633, none on the whole schedule."""
+    """Ancestral noise replaces most of an error: a deviation of 1.4 after one step of 633, none on the whole schedule."""
     trailing = schedules.respace(COSINE, 50, "trailing")
     for sampler in (sampling.ddpm(clip=False), sampling.ddim(1.0, clip=False)):
-        assert "samples would have 1.4 times" in sampling.find_error_growth(sampler, trailing)
+        found, exact = (deviation_of_samples(sampler, trailing, error, n=10_000) for error in (0.05, 0.0))
+        noted = noted_error(sampling.find_error_growth(sampler, trailing))
+        assert found > 1.3 and abs(noted - np.sqrt(found**2 - exact**2)) < 0.04
         assert sampling.find_error_growth(sampler, COSINE) is None
-    assert 1.3 < deviation_of_samples(sampling.ddpm(clip=False), trailing, 0.05, n=10_000) < 1.5
+    some = sampling.ddim(0.3, clip=False)
+    found = deviation_of_samples(some, trailing, 0.05, n=10_000)
+    assert abs(noted_error(sampling.find_error_growth(some, trailing)) / found - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "spacing", "grows"),
+    [
+        (sampling.pndm(clip=False), 20, "log_snr", True),
+        (sampling.pndm(clip=False), 20, "karras", True),
+        (sampling.pndm(clip=False), 50, "log_snr", False),
+        (sampling.dpm_solver_pp(3, clip=False), 10, "log_snr", True),
+        (sampling.dpm_solver_pp(3, clip=False), 20, "log_snr", False),
+        (sampling.dpm_solver_pp(clip=False), 10, "karras", True),
+        (sampling.dpm_solver_pp(clip=False), 20, "log_snr", False),
+    ],
+)
+def test_extrapolation_enlarges_errors(sampler, steps, spacing, grows):
+    """On steps where those of DDIM would be small."""
+    schedule = schedules.respace(COSINE, steps, spacing)
+    found = deviation_of_samples(sampler, schedule, 0.05, n=4000)
+    reason = sampling.find_error_growth(sampler, schedule)
+    if grows:
+        assert found > 1.8
+        assert noted_error(reason) < 0.5 and "its extrapolation may enlarge them" in reason
+    else:
+        assert 0.9 < found < 1.1 and reason is None
+    assert sampling.find_error_growth(sampling.ddim(clip=False), schedule) is None
 
 
 def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
-    trailing, linear = schedules.respace(COSINE, 50, "trailing"), schedules.from_betas(schedules.betas("linear", 1000))
+    trailing = schedules.respace(COSINE, 50, "trailing")
     for sampler in (
         sampling.ddim(),
         sampling.ddim(clip=jnp.tanh),
@@ -206,10 +247,10 @@ def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
             sampler = make(prediction=prediction, clip=False)
             assert f"from a network of {prediction} with errors" in sampling.find_error_growth(sampler, trailing)
             assert sampling.default_spacing(sampler, COSINE) == "log_snr"
-            for steps in (10, 20, 50):
+            for steps in (20, 50):
                 assert sampling.find_error_growth(sampler, schedules.respace(COSINE, steps, "log_snr")) is None
         default = "log_snr" if make is sampling.heun else "trailing"
-        assert sampling.default_spacing(make(clip=False), linear) == default
+        assert sampling.default_spacing(make(clip=False), LINEAR) == default
     wrapped = editing.replacement(sampling.ddim(clip=False), jnp.zeros((1, 2)), jnp.zeros(2, bool))
     assert sampling.find_error_growth(wrapped, trailing)
 
@@ -224,6 +265,7 @@ def test_samplers_that_are_never_refused():
         assert sampling.find_problem(sampler, one) is None
     pure = schedules.from_betas([1.0])
     assert sampling.find_problem(sampling.heun(), pure) is None and sampling.find_blur(pure) is None
+    assert sampling.find_error_growth(sampling.heun(clip=False), pure) is None
 
 
 def test_the_spacing_that_suits_a_sampler():
