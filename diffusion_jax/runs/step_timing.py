@@ -60,7 +60,7 @@ class StepsInFlight:
         while self._calls and (
             self._calls[-1][0] - self.finished > limit
             or len(self._calls) > self._MAX_CALLS
-            or self._calls[0][1].is_ready()
+            or self._calls[0][1].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         ):
             self.finished, output = self._calls.popleft()
             jax.block_until_ready(output)

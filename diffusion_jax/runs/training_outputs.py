@@ -94,11 +94,10 @@ class TrainingOutputs:
         if not 0 < step < self.config.training.num_steps:
             return
         with self.launch.measure("output"):
-            draws = self.preview and self._is_due(step, self.config.training.sample_every)
-            if draws and not self.preview.exists(step):
+            preview, training_fid = self.preview, self.training_fid
+            if preview and self._is_due(step, self.config.training.sample_every) and not preview.exists(step):
                 self._draw_preview(step, state)
-            compares = self.training_fid and self._is_due(step, self.config.evaluation.every)
-            if compares and not self.training_fid.is_logged(step):
+            if training_fid and self._is_due(step, self.config.evaluation.every) and not training_fid.is_logged(step):
                 self._log_fid(step, state)
 
     def _is_due(self, step: int, interval: int) -> bool:
