@@ -105,7 +105,7 @@ def _tanh_cdf(z):
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def in_model_range(x_0, gray_levels: int | None, clip: Clip = False):
+def in_model_range(x_0: Float[Array, "*shape"], gray_levels: int | None, clip: Clip = False) -> Float[Array, "*shape"]:
     """x_0, with NaN in place of traced values outside [-1, 1] if gray levels or a clip assume that range.
 
     Raises: ValueError for such values unless x_0 is traced, because its values are then unknown.
