@@ -85,7 +85,7 @@ class TrainingOutputs:
                 must_stop = not self._log_fid(step, state)
             if saves or must_stop:
                 self._save(step, state)
-        if self.preemption.has_abandoned and step == self.config.training.num_steps:
+        if must_stop and (draws or compares) and step == self.config.training.num_steps:
             log("Note: the picture or distance of the last step is missing; use --mode=sample or --mode=evaluate.")
         return must_stop
 
