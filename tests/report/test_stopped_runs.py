@@ -15,7 +15,8 @@ from helpers.program import finish, free_port, start, tiny_flags
 OVERRIDES = {"training.num_steps": 100_000, "training.log_every": 1, "sampling.preview_samples": 0}
 NAN = {"optimizer.learning_rate": 1e12, "optimizer.grad_clip": 0.0, "optimizer.warmup_steps": 0}
 
-# main.py, in which reading the batch of step 5 fails or sends a signal to the process.
+# main.py, in which reading the batch of step 50 fails or sends a signal to the process. Batches are read ahead; the first
+# step has finished by then.
 DISTURBED = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -26,7 +27,7 @@ from diffusion_jax.errors import DataError
 read = pipeline.Batches.__getitem__
 
 def disturbed(self, step):
-    if step == 5:
+    if step == 50:
         DISTURB
     return read(self, step)
 
