@@ -100,7 +100,7 @@ def assert_nothing_leaked(url):
         assert manifest.keys() <= names
         assert names - manifest.keys() <= {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
     others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
-    assert sorted(others) == ["config.json", "data.json", "goodput.json"]
+    assert sorted(others) == ["config.json", "data.json", "goodput.json", "report.html"]
     ends = [name.rpartition(".")[2] for name in store.list("events")]
     assert len(ends) == len(set(ends))
 
