@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_jax import data
-from diffusion_jax.data.numpy_files import map_array
+from diffusion_jax.data.array_rows import map_array
 from diffusion_jax.evaluation.example_blocks import LazyExamples
 
 __all__ = ["MAX_EXAMPLES", "EvenRows", "NpzArrays", "even_indices", "select", "standardize"]

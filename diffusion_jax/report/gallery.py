@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import pictures
-from diffusion_jax.data.numpy_files import map_array
+from diffusion_jax.data.array_rows import map_array
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
 from diffusion_jax.report.embed import Budget, Picture
 from diffusion_jax.runs.class_labels import class_captions

@@ -79,7 +79,7 @@ def run(
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
-    class_names = data.read_class_names(loaded)
+    _, class_names = data.read_classes(loaded)
     with as_user_error("config"):
         check_sampling(config, program, class_names, are_names_final=True)
     recipe_checks.log_notes(config, loaded)

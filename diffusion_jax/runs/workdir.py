@@ -83,7 +83,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
 
     source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
     """
-    names, path = list(data.read_class_names(source)), workdir / "data.json"
+    names, path = list(data.read_classes(source)[1]), workdir / "data.json"
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}

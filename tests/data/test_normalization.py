@@ -177,7 +177,7 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
 def test_a_normalization_survives_json():
     found = data.Normalization((1 / 3, -5e6), (0.1, 7.0))
     assert data.Normalization.from_json(found.to_json()) == found
-    assert found.to_json().keys() == {"offset", "scale"}  # as earlier versions read and wrote it
+    assert found.to_json().keys() == {"offset", "scale"}
 
 
 @pytest.mark.parametrize(

@@ -38,47 +38,21 @@ def test_swapped_letters_of_a_sampler():
         override(tiny_config(), {"sampling.sampler": "ddmi"})
 
 
-# Sets of arrays in a file of series, the config's conditions, and the message.
-FILES = [
-    (
-        {"cond": 1},
-        r"no conditions \(\S+/a.npz has no array 'condition'; its other arrays: 'cond'\), but model.condition_features=1",
-    ),
-    ({}, r"no conditions \(\S+/a.npz has no array 'condition'\)"),
-]
-
-
-@pytest.mark.parametrize(("more", "words"), FILES)
-def test_missing_conditions_name_the_arrays_of_the_file(more, words, tmp_path):
-    x, path = examples("series"), tmp_path / "a.npz"
-    np.savez(path, x=x, **{name: np.zeros((len(x), width)) for name, width in more.items()})
-    config, lines = array_config("series", path, **{"model.condition_features": 1}), []
+@pytest.mark.parametrize(
+    ("misnamed", "setting", "words"),
+    [
+        ("cond", "model.condition_features", r"no conditions \(an array 'condition'\), but model.condition_features=1"),
+        ("labels", "model.num_classes", r"no labels \(an array 'label', or a subfolder .*\); use model.num_classes=0"),
+    ],
+)
+def test_misnamed_arrays_are_named(misnamed, setting, words, tmp_path):
+    x, path, lines = examples("series"), tmp_path / "a.npz", []
+    np.savez(path, x=x, **{misnamed: np.zeros((len(x), 1))})
+    config = array_config("series", path, **{setting: 1})
     source = load_data(config.data, log=lines.append)
     with pytest.raises(UserError, match=words):
         check_source(config, source)
-    ignored = [line for line in lines if line.startswith("Ignored")]
-    assert ignored == ["Ignored arrays: 'cond'; arrays are x or image, label, and condition."] * len(more)
-
-
-def test_a_bare_array_cannot_have_conditions(tmp_path):
-    np.save(tmp_path / "a.npy", examples("series"))
-    config = array_config("series", tmp_path / "a.npy", **{"model.condition_features": 1})
-    with pytest.raises(UserError, match=r"no conditions \(\S+/a.npy is one array; use an .npz with x and condition\)"):
-        check_source(config, load_data(config.data))
-
-
-def test_the_arrays_of_a_file_of_samples_are_known(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=examples("series"), arr_1=np.zeros(24, int), settings=np.array("{}"))
-    lines = []
-    load_data(array_config("series", tmp_path / "a.npz").data, log=lines.append)
-    assert not [line for line in lines if "Ignored" in line]
-
-
-def test_misnamed_labels_are_named(tmp_path):
-    np.savez(tmp_path / "a.npz", x=examples("series"), labels=np.zeros(24, int))
-    config = array_config("series", tmp_path / "a.npz", **{"model.num_classes": 2})
-    with pytest.raises(UserError, match=r"no labels \(\S+/a.npz has no array 'label'; its other arrays: 'labels'\)"):
-        check_source(config, load_data(config.data))
+    assert f"Ignored arrays: '{misnamed}'; arrays are x or image, label, and condition." in lines
 
 
 def test_misnamed_conditions_of_samples_are_named(tmp_path):
