@@ -1,4 +1,4 @@
-"""`--mode=train` and `train_classifier`: trains a config from scratch, or from its last checkpoint on."""
+"""`--mode=train` and `train_classifier`: trains a config, or resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from diffusion_jax.runs.console import (
 )
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.devices import log_determinism
-from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
-from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
+from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
+from diffusion_jax.runs.preview import PreviewPictures, TrainingFid, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
 from diffusion_jax.runs.trained_model import (
     InitialWeights,
@@ -42,7 +41,6 @@ from diffusion_jax.runs.trained_model import (
     normalization_differences,
     set_params,
 )
-from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
 from diffusion_jax.storage.locks import locked
@@ -51,17 +49,11 @@ from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, res
 __all__ = ["run"]
 
 
-def run(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    source: data.Source | None = None,
-    after_failure: Callable[[], None] = lambda: None,
-) -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
       source: the data, in place of those that `config.data` names; its other leaves describe them.
-      after_failure: called if the train loop fails or is stopped, after its files are closed. It must not raise.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
@@ -92,7 +84,6 @@ def run(
         preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)
     kept = (config.training.checkpoints_kept, config.training.checkpoint_keep_every)
     with (
-        contextlib.ExitStack() as after,
         locked(workdir / ".lock", f"is training in {workdir}"),
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
@@ -115,7 +106,6 @@ def run(
         normalized = normalize(config, loaded, normalizations)
         for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
             set_data(batch_sampler, normalized, normalizations)
-        after.push(lambda kind, *_: after_failure() if kind else None)
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
@@ -195,7 +185,7 @@ def _train(
     state = begin_window(step, state)
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer else None, options.profile)
-    launch.begin(step, describe_environment())
+    launch.begin(step)
     with contextlib.ExitStack() as stack:
         if is_writer:
             stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
@@ -241,13 +231,13 @@ def _train(
                 checkpoints.check()
                 bar.update(in_flight.finished, note or shown)
                 if is_writer:
-                    launch.write_each_minute(in_flight.finished)
+                    launch.record(in_flight.finished)
             must_stop = outputs.write(step, state, must_stop)
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
             if is_writer:
-                launch.write(step, is_last=True)
+                launch.record(step, is_last=True)
             is_incomplete = step < options.num_steps or preemption.has_abandoned
             stopped = preemption.stop_exception(step) if is_incomplete else None
         if stopped:
@@ -272,7 +262,7 @@ def _log_duration(config: ConfigDict, program: training.TrainingProgram, num_ste
 def _begin_window(
     program: training.TrainingProgram, log_every: int, step: int, state: training.TrainState
 ) -> training.TrainState:
-    """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
+    """The state with an empty window after each multiple of the interval."""
     return state if step % log_every else dataclasses.replace(state, window=program.empty_window())
 
 

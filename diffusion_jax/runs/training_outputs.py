@@ -15,10 +15,9 @@ from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_writer import RunMetrics
-from diffusion_jax.runs.preview import PreviewPictures
+from diffusion_jax.runs.metrics_files import RunMetrics
+from diffusion_jax.runs.preview import PreviewPictures, TrainingFid
 from diffusion_jax.runs.step_timing import StepsInFlight
-from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.ema import weights_kind
 
@@ -60,7 +59,8 @@ class TrainingOutputs:
         speed = self._speed(step)
         with self.launch.measure("output"):
             if self.metrics:
-                speed["goodput"] = self.launch.write(step)
+                self.launch.record(step)
+                speed["goodput"] = self.launch.goodput()
                 self.metrics.write_scalars(step, means | speed)
         self.logged_step = step
         return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
