@@ -13,7 +13,7 @@ from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.report.sections import LIKELIHOOD_TERMS, examples_of, format_value
+from diffusion_jax.report.page import LIKELIHOOD_TERMS, examples_of, format_value
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.ema import weights_kind
 

@@ -39,7 +39,7 @@ def test_the_range_of_a_run_is_stored_and_its_conditions_are_checked(tmp_path, c
     assert "outside" not in note()
     with pytest.warns(UserWarning, match="condition 0 has 80 at entry 1, and the training data have -1 to 1"):
         pretrained.load(run, ema=False)._to_conditions(np.array([12.0, 80.0]), 1)
-    # A run of an earlier version resumes with the range unknown.
+    # The range may be unknown.
     old = json.loads((run / "data.json").read_text())
     del old["normalization"]["condition"]["low"], old["normalization"]["condition"]["high"]
     (run / "data.json").write_text(json.dumps(old))
