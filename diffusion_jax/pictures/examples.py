@@ -1,8 +1,7 @@
 """Pictures of float examples [n, *spatial, C], in their own units: vectors, series, fields and volumes.
 
-Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms. Values
-that are NaN or infinite are counted in the title and drawn in a color that nothing else has. The title also tells what is
-left out: large sets and large arrays are drawn in part.
+Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms. The title
+has the number of values that are NaN or infinite, and what is left out: large sets and large arrays are drawn in part.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ __all__ = [
     "draw_examples",
     "draw_histogram",
     "draw_points",
-    "note_colors",
     "position_limits",
     "share_an_axis",
 ]
@@ -41,7 +39,6 @@ _MAX_VOLUME_CHANNELS = 3
 _MAX_VOXELS = 128  # of a volume along each axis
 _MAX_ENTRIES = 16  # histograms of vectors
 _MAX_VECTORS = 100_000  # in a histogram
-_MAX_COLORS = 10  # points of a color each
 MAX_POINTS = 4000  # in a scatter plot
 _MAX_REFERENCE = 64  # examples of the data that decide a scale
 
@@ -86,6 +83,7 @@ def draw_examples(
 
 
 def _draw_series(x, reference, title, captions, channel_names, columns) -> Figure:
+    """A panel for each example, with a line for each channel and one scale; or a panel for each channel with its scale."""
     n, length, channels = x.shape
     if reference is not None:
         reference = reference[:_MAX_REFERENCE]
@@ -93,15 +91,39 @@ def _draw_series(x, reference, title, captions, channel_names, columns) -> Figur
     num_examples, num_channels = min(n, _MAX_OVERLAID if by_channel else _MAX_SERIES), min(channels, _MAX_PANELS)
     shown = panels.to_plotted(x[:num_examples, :, :num_channels])
     low, high = _ranges(shown, None if reference is None else reference[..., :num_channels])
-    names = panels.make_names(channel_names, num_channels, "channel")
-    captions = panels.make_names(captions, num_examples, "example")
     notes = panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
     notes += panels.note_intervals(length) + panels.note_invalid(shown)
+    panel_names = panels.make_names(captions, num_examples, "example")
+    line_names = panels.make_names(channel_names, num_channels, "channel")
     if by_channel:
+        shown, panel_names, line_names = shown.swapaxes(0, 2), line_names, panel_names
         limits = [panels.widen(*edges, 0.05) for edges in zip(low.tolist(), high.tolist(), strict=True)]
-        return _draw_series_by_channel(shown, limits, title, notes, captions, names)
-    limits = panels.widen(*panels.full_range(low, high), 0.05)
-    return _draw_series_by_example(shown, limits, title, notes, captions, names, columns)
+        columns = 1 if num_channels <= 3 else 2 if num_channels <= 8 else 3
+        size = {1: (6.5, 1.2), 2: (4.0, 1.2), 3: (3.0, 1.2)}[columns]
+    else:
+        limits = [panels.widen(*panels.full_range(low, high), 0.05)] * num_examples
+        columns = min(num_examples, columns or (3 if num_examples <= 9 else 4))
+        size = (6.0, 2.6) if num_examples == 1 else (3.6, 1.8) if num_examples <= 4 else (2.6, 1.3)
+    count, num_lines = len(shown), shown.shape[2]
+    styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(num_lines)]
+    figure, axes = panels.make_panels(
+        title,
+        notes,
+        (-(-count // columns), columns),
+        size,
+        gap=(0.62 if by_channel else 0.12, 0.3),
+        margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.28),
+        count=count,
+        legend=list(zip(line_names, styles, strict=True)) if num_lines > 1 else [],
+    )
+    for i, panel in enumerate(axes.reshape(-1)[:count]):
+        for line, style in enumerate(styles):
+            panels.draw_line(panel, shown[i, :, line], **style)
+        panel.set_title(panel_names[i], fontsize=8, pad=3)
+        panel.set(xlim=position_limits(length), ylim=limits[i])
+        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= count, left=i % columns == 0)
+        panel.tick_params(labelleft=by_channel or i % columns == 0)
+    return figure
 
 
 def _ranges(x: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -113,53 +135,6 @@ def share_an_axis(low: np.ndarray, high: np.ndarray) -> bool:
     """Whether each channel that is not constant fills at least a tenth of the range of all channels."""
     spans = (high - low)[high > low]
     return not len(spans) or bool(spans.min() >= 0.1 * (np.nanmax(high) - np.nanmin(low)))
-
-
-def _draw_series_by_example(x, limits, title, notes, captions, names, columns) -> Figure:
-    """x [n, L, C]: a panel for each example, a line for each channel, and one scale."""
-    n, length, channels = x.shape
-    columns = min(n, columns or (3 if n <= 9 else 4))
-    styles = [{"color": f"C{i}", "linewidth": 1.1} for i in range(channels)]
-    legend = list(zip(names, styles, strict=True)) if channels > 1 else []
-    shape, size = (-(-n // columns), columns), _panel_size(n)
-    margins = Margins(left=0.7, right=0.15, bottom=0.45, top=0.28)
-    figure, axes = panels.make_panels(
-        title, notes, shape, size, gap=(0.12, 0.3), margins=margins, count=n, legend=legend
-    )
-    for i, panel in enumerate(axes.reshape(-1)[:n]):
-        for channel, style in enumerate(styles):
-            panels.draw_line(panel, x[i, :, channel], **style)
-        panel.set_title(captions[i], fontsize=8, pad=3)
-        panel.set(xlim=position_limits(length), ylim=limits)
-        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= n, left=i % columns == 0)
-    return figure
-
-
-def _draw_series_by_channel(x, limits, title, notes, captions, names) -> Figure:
-    """x [n, L, C]: a panel with its own scale for each channel, a line for each example."""
-    n, length, channels = x.shape
-    columns = 1 if channels <= 3 else 2 if channels <= 8 else 3
-    styles = [{"color": f"C{i}", "linewidth": 0.9, "alpha": 0.8} for i in range(n)]
-    legend = list(zip(captions, styles, strict=True)) if n > 1 else []
-    shape, size = (-(-channels // columns), columns), (6.5 if columns == 1 else 4.0 if columns == 2 else 3.0, 1.2)
-    margins = Margins(left=0.7, right=0.15, bottom=0.45, top=0.28)
-    figure, axes = panels.make_panels(
-        title, notes, shape, size, gap=(0.62, 0.3), margins=margins, count=channels, legend=legend
-    )
-    for channel, panel in enumerate(axes.reshape(-1)[:channels]):
-        for i, style in enumerate(styles):
-            panels.draw_line(panel, x[i, :, channel], **style)
-        panel.set_title(names[channel], fontsize=8, pad=3)
-        panel.set(xlim=position_limits(length), ylim=limits[channel])
-        panels.label_axes(
-            panel, "position", panels.VALUE, bottom=channel + columns >= channels, left=channel % columns == 0
-        )
-        panel.tick_params(labelleft=True)
-    return figure
-
-
-def _panel_size(count: int) -> tuple[float, float]:
-    return (6.0, 2.6) if count == 1 else (3.6, 1.8) if count <= 4 else (2.6, 1.3)
 
 
 def position_limits(length: int) -> tuple[float, float]:
@@ -279,8 +254,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         panels.label_axes(flat[entry], names[entry], "density", left=entry % columns == 0)
         flat[entry].tick_params(labelleft=True)
     if entries == 2:
-        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors") + note_colors(n)
-        flat[2].set_title("".join(points), fontsize=8, pad=3)
+        flat[2].set_title("".join(panels.note_shown(min(n, MAX_POINTS), n, "vectors")), fontsize=8, pad=3)
         draw_points(flat[2], shown, data)
         panels.label_axes(flat[2], names[0], names[1])
     return figure
@@ -298,20 +272,11 @@ def draw_histogram(axes: Axes, values: np.ndarray, reference: np.ndarray | None 
             density = np.histogram(finite, edges, density=True)[0]
             axes.stairs(density, edges, fill=i == 0, color=("C0", "black")[i], alpha=(0.6, 1.0)[i])
     axes.set(ylim=(0, None))
-    if len(sets[0]) < len(values):
-        text = f"{len(values) - len(sets[0])} NaN or infinite"
-        axes.text(0.97, 0.95, text, color=panels.MARK, fontsize=7, ha="right", va="top", transform=axes.transAxes)
 
 
 def draw_points(axes: Axes, x: np.ndarray, reference: np.ndarray | None = None) -> None:
-    """The first points of x [n, 2] with NaN, over those of the reference in gray; up to ten have a color each."""
-    if reference is not None:
-        points = reference[:MAX_POINTS]
-        axes.plot(points[:, 0], points[:, 1], ".", color="0.75", markersize=3, markeredgewidth=0)
-    for points in [x[:MAX_POINTS]] if len(x) > _MAX_COLORS else x[:, None]:
-        axes.plot(points[:, 0], points[:, 1], ".", markersize=3 if len(x) > 300 else 6, markeredgewidth=0)
-
-
-def note_colors(count: int) -> list[str]:
-    """What the colors of `draw_points` mean for this number of points."""
-    return ["a color for each vector"] if 1 < count <= _MAX_COLORS else []
+    """The first points of x [n, 2] with NaN, over those of the reference in gray."""
+    for points, color in ((reference, "0.75"), (x, "C0")):
+        if points is not None:
+            size = 3 if color == "0.75" or len(points) > 300 else 6
+            axes.plot(*points[:MAX_POINTS].T, ".", color=color, markersize=size, markeredgewidth=0)

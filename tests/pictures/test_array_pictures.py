@@ -12,7 +12,7 @@ from diffusion_jax.pictures import (
     save,
     to_array,
 )
-from diffusion_jax.pictures.trajectories import draw_array_trajectory
+from diffusion_jax.pictures.samples import draw_array_trajectory
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
 
@@ -283,8 +283,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
     assert count_marked(draw_examples(x, title="finite")) == 0
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
     figure = draw_examples(x, title="not finite")
-    assert f"3 of {x.size} drawn values are NaN or infinite (magenta)" in figure.get_suptitle()
-    assert count_marked(figure) > 0
+    assert f"3 of {x.size} drawn values are NaN or infinite" in figure.get_suptitle()
+    assert (count_marked(figure) > 0) == (len(shape) > 1)  # vectors are counted only
     if len(shape) == 2:  # a gap in the line, and the mark at its position
         assert np.isnan(lines(figure.axes[0])[0][0])
         (marks,) = [line for line in figure.axes[0].get_lines() if line.get_gid() == "invalid"]
