@@ -22,7 +22,7 @@ from diffusion_jax.runs.console import format_duration
 from diffusion_jax.runs.metric_table import add_likelihood, table_cells
 from diffusion_jax.runs.sample_files import read_settings
 
-__all__ = ["LIKELIHOOD_TERMS", "comparison_page", "examples_of", "format_value", "run_page"]
+__all__ = ["comparison_page", "examples_of", "format_value", "run_page"]
 
 Section = tuple[str, str, Markup]
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
@@ -30,7 +30,7 @@ PICTURE_BYTES = 3_000_000  # before base64, which makes them a third larger
 _MAX_RECORDS, _MAX_COMMANDS = 20, 3
 # Nothing is loaded from anywhere, even if a text were not escaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-LIKELIHOOD_TERMS = {
+_LIKELIHOOD_TERMS = {
     "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
     "nats_per_dim": "the same in nats",
     "prior": "KL of q(x_T | x_0) from the standard normal, in bits per dimension",
@@ -219,7 +219,7 @@ def _likelihood(run: RunFiles) -> Section | None:
     report = run.likelihood
     rows = [
         [name, format_value(report[name], report.get(f"{name}_standard_error")), meaning]
-        for name, meaning in LIKELIHOOD_TERMS.items()
+        for name, meaning in _LIKELIHOOD_TERMS.items()
         if isinstance(report.get(name), int | float)
     ]
     if not rows:
@@ -251,7 +251,7 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     names = {str(run.directory): name for name, run in runs.items()}
     texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
     body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
-    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
+    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
     for _, record in pairs:
         meanings |= record.get("definitions", {})
     return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))

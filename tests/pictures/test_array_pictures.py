@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.pictures import (
-    draw_edit,
     draw_examples,
     draw_neighbors,
     panels,
@@ -78,13 +77,6 @@ def test_a_sample_and_its_nearest_series_are_side_by_side():
     assert [axes.get_title() for axes in figure.axes[:2]] == ["sample 0", "distance 1"]
 
 
-def test_values_to_be_generated_are_named_in_the_title_of_an_edit():
-    given, results = drawn(1, 2, 40, 1), drawn(2, 2, 40, 1)
-    assert "magenta" not in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
-    given[1, 5:] = np.nan
-    assert "magenta: values to be generated" in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
-
-
 def test_the_axes_of_series_contain_the_reference():
     figure = draw_examples(drawn(2, 2, 40, 1), title="samples", reference=10 * drawn(3, 5, 40, 1))
     assert figure.axes[0].get_ylim()[1] > 15
@@ -105,7 +97,6 @@ def test_long_series_keep_their_extremes(length):
     starts = np.arange(0, length, width)
     for reduce, ours in ((np.fmin, values.reshape(-1, 2).min(axis=1)), (np.fmax, values.reshape(-1, 2).max(axis=1))):
         np.testing.assert_array_equal(ours, reduce.reduceat(x[0, :, 0], starts))
-    assert f"the lowest and highest of every {width} positions" in figure.get_suptitle()
 
 
 # ---- Fields and volumes
@@ -129,7 +120,6 @@ def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
     assert pictures[0].cmap.name == "RdBu_r" and pictures[1].cmap.name == "viridis"
     assert [axes.get_title() for axes in shown[:2]] == ["wind", "heat"]
     assert [text.get_text() for text in figure.texts][-3:] == ["0: a", "1: b", "2: c"]
-    assert figure.get_suptitle() == "fields\nfields of 6 x 9; color bars in data units"
 
 
 @pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
@@ -138,7 +128,7 @@ def test_a_reference_gives_the_colors_of_fields(limits):
     figure = draw_examples(5 * drawn(6, 2, 6, 9, 1), title="fields", reference=reference)
     _, pictures = images(figure)
     assert {picture.get_clim() for picture in pictures} == {(-2.0, 2.0)}
-    assert pictures[-1].colorbar.extend == "both" and "the range of the data" in figure.get_suptitle()
+    assert pictures[-1].colorbar.extend == "both"
 
 
 def test_a_small_part_below_zero_does_not_center_the_colors():
@@ -182,7 +172,7 @@ def test_vectors_are_histograms_of_each_entry_beside_those_of_the_reference():
             assert (heights * np.diff(edges)).sum() == pytest.approx(1)
             counts = np.histogram(values[:, entry], edges)[0]
             np.testing.assert_allclose(heights * np.diff(edges) * len(values), counts, atol=1e-9)
-    assert legend(figure) == ["samples", "data"] and "500 vectors" in figure.get_suptitle()
+    assert legend(figure) == ["samples", "data"]
 
 
 def test_vectors_of_two_entries_are_also_points():
@@ -236,7 +226,7 @@ def test_large_noise_does_not_hide_the_samples():
     factors = np.array([100, 10, 1]).reshape(3, 1, 1, 1)
     figure = draw_array_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
     spans = [np.ptp(axes.get_ylim()) for axes in figure.axes[:3]]
-    assert spans[0] > 5 * spans[1] > 25 * spans[2] and "its own scale" in figure.get_suptitle()
+    assert spans[0] > 5 * spans[1] > 25 * spans[2]
     x = drawn(15, 3, 2, 6, 9, 1) * factors[..., None]
     _, pictures = images(draw_array_trajectory(x, "abc", title="fields"))
     last = x[-1]
@@ -249,21 +239,21 @@ def test_large_noise_does_not_hide_the_samples():
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_axes", "notes"),
+    ("shape", "num_axes"),
     [
-        ((64, 40, 1), 12, ["first 12 of 64 examples"]),
-        ((64, 40, 30), 12, ["first 6 of 64 examples", "first 12 of 30 channels"]),
-        ((64, 6, 9, 30), 8 * 8 + 8, ["first 8 of 64 examples", "first 8 of 30 channels"]),
-        ((2, 6, 900, 1), 2 + 1, ["1 of 4 positions along each axis"]),
-        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1), ["first 4 of 64 examples", "first 3 of 9 channels"]),
-        ((1, 300, 4, 4, 1), 6 + 1, ["1 of 3 positions along each axis"]),
-        ((100_001, 100), 16, ["first 100000 of 100001 vectors", "first 16 of 100 entries"]),
+        ((64, 40, 1), 12),
+        ((64, 40, 30), 12),
+        ((64, 6, 9, 30), 8 * 8 + 8),
+        ((2, 6, 900, 1), 2 + 1),
+        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1)),
+        ((1, 300, 4, 4, 1), 6 + 1),
+        ((100_001, 100), 16),
     ],
 )
-def test_large_sets_are_drawn_in_part_and_the_title_says_so(shape, num_axes, notes):
+def test_large_sets_are_drawn_in_part(shape, num_axes):
     figure = draw_examples(np.broadcast_to(drawn(22, *shape[1:]), shape), title="samples")
-    assert len(figure.axes) == num_axes
-    assert all(note in figure.get_suptitle().replace("\n", " ") for note in notes)
+    title = figure.get_suptitle()
+    assert len(figure.axes) == num_axes and ("first" in title or "1 of" in title)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -271,8 +261,6 @@ def test_large_trajectories_are_drawn_in_part(shape):
     x = np.broadcast_to(drawn(23, *shape[:-1], 9), (50, 40, *shape[:-1], 9))
     figure = draw_array_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
     assert len(figure.axes) <= 70
-    title = figure.get_suptitle().replace("\n", " ")
-    assert "10 of 50 times" in title and ("of 9 channels" in title or "of 9 entries" in title)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles[0] == "t = 49" and titles[9] == "t = 0"
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from diffusion_jax import pictures
 from diffusion_jax.images import to_uint8
-from diffusion_jax.pictures import panels, samples
+from diffusion_jax.pictures import samples
 from diffusion_jax.pictures.grids import GAP, LINE
 from helpers.paths import ROOT
 
@@ -71,18 +71,6 @@ def test_grids_have_titles_of_as_many_lines_as_they_need(channels):
         rows = picture[: 14 * lines].reshape(lines, 14, -1)
         assert all(row.max() > 150 for row in rows)
         assert (picture[: 14 * lines, -GAP:] == plain[0, 0, 0]).all()  # nothing runs over
-
-
-def test_titles_of_figures_are_not_broken_inside_words():
-    """A name of a file that is longer than a narrow picture; hyphens are no places to break, either."""
-    title = "Samples of step800000_ema_dpm_solver_pp50_log_snr_class3_scale2_seed0_n100 by well-known features"
-    for images in (np.zeros((1, 8, 1)), np.zeros((1, 8, 8, 2)), np.zeros((4, 2))):
-        figure = pictures.draw_examples(images, title=title)
-        shown = figure.get_suptitle().split("\n")
-        assert " ".join(shown).startswith(title) and all(
-            len(line) <= 13 * figure.get_size_inches()[0] for line in shown
-        )
-    assert panels.wrap("a well-known feature", 8) == "a\nwell-known\nfeature"
 
 
 def test_a_trajectory_of_images_has_its_times_and_the_classes_of_its_rows():
