@@ -27,6 +27,7 @@ from diffusion_jax.storage.locations import find_mirror
 __all__ = ["TRACKERS", "Trackers"]
 
 _OPEN_SECONDS = 25.0  # for W&B to connect
+_MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default a server that is gone holds the start for minutes
 
 
 class _WandB:
@@ -54,6 +55,8 @@ class _MLflow:
     """MLflow. MLFLOW_TRACKING_URI names the server."""
 
     def __init__(self, workdir: pathlib.Path, project: str, title: str, config: Mapping[str, Any]):
+        for name, value in _MLFLOW_LIMITS.items():
+            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         self._mlflow: Any = importlib.import_module("mlflow")
         self._client, stored = self._mlflow.MlflowClient(), _stored_id(workdir, "mlflow")
         if stored:

@@ -204,8 +204,8 @@ def _train(
             config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
         )
         outputs.write_missing(step, state)
-        must_stop = is_timed = handles_signals = False
-        while step < options.num_steps and not must_stop:
+        is_timed = handles_signals = False
+        while step < options.num_steps:
             with profile.annotate(step):
                 state, step_metrics = compiled.get(count, state, batch)(state, batch)
             step += count
@@ -219,20 +219,20 @@ def _train(
                 stack.enter_context(preemption.install_handler())
                 handles_signals = True
             watchdog.record_step()
-            must_stop = preemption.requested()
-            note, shown = outputs.log_metrics(step, state), ""
+            note = outputs.log_metrics(step, state)
             state = begin_window(step, state)
             if note:
                 profile.check_request()
             if not is_timed and (seconds := in_flight.seconds_per_step()):
-                is_timed, shown = True, f"{format_seconds(seconds)} a step"
+                is_timed = True
                 _log_duration(config, program, options.num_steps - in_flight.finished, seconds)
             with launch.measure("output"):
                 checkpoints.check()
-                bar.update(in_flight.finished, note or shown)
+                bar.update(in_flight.finished, note)
                 if is_writer:
                     launch.record(in_flight.finished)
-            must_stop = outputs.write(step, state, must_stop)
+            if outputs.write(step, state, preemption.requested()):
+                break
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
