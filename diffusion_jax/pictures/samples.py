@@ -22,7 +22,6 @@ _MAX_TIMES = 10
 _MAX_ROWS = 6  # of panels
 _MAX_CHANNELS = 3  # of fields, of volumes, and of series whose channels do not share an axis
 _MAX_LINES = 6  # channels of series that share an axis
-_OWN_SCALE = "each time has its own scale"
 _MAX_PIXELS = 128  # of an image along each axis: the panels are small
 
 
@@ -105,9 +104,8 @@ def draw_array_trajectory(
     slices along the first axis), with a row for each sample and channel. All vectors are points of one panel for each time,
     at their first two entries, or a histogram of their only entry.
 
-    All columns have one scale. If their range is more than four times that of the samples, each column of lines and points
-    has its own scale, and the colors of images show the range of the samples and half as much at both ends: values beyond
-    have the colors of the ends.
+    Noise may be much larger than samples: each column of lines and points has its own scale, and the colors of images show
+    at most the range of the samples and half as much at both ends; values beyond have the colors of the ends.
 
     Args:
       headers: of the columns, for instance "t = 999".
@@ -128,16 +126,9 @@ def draw_array_trajectory(
     return draw(x, shown_headers, title, notes, captions, channel_names)
 
 
-def _exceeds_samples(x: np.ndarray) -> bool:
-    """Whether the range of x [columns, ...] is more than four times that of its last column."""
-    (low, high), (last_low, last_high) = panels.full_range(x), panels.full_range(x[-1])
-    return last_high > last_low and high - low > 4 * (last_high - last_low)
-
-
-def _limits(x: np.ndarray, separate: bool) -> list[tuple[float, float]]:
-    """Limits of the axes for each column of x [columns, ...]: one range, or separate ones."""
-    ranges = map(panels.full_range, x) if separate else [panels.full_range(x)] * len(x)
-    return [panels.widen(low, high, 0.05) for low, high in ranges]
+def _limits(x: np.ndarray) -> list[tuple[float, float]]:
+    """Limits of the axes for each column of x [columns, ...]."""
+    return [panels.widen(*panels.full_range(column), 0.05) for column in x]
 
 
 def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
@@ -151,19 +142,16 @@ def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
     notes += panels.note_shown(num_channels, channels, "channels") + panels.note_intervals(length)
     notes += panels.note_invalid(shown)
     groups = [[channel] for channel in range(num_channels)] if separate else [list(range(num_channels))]
-    own_scale = any(_exceeds_samples(shown[..., group]) for group in groups)
-    if own_scale:
-        notes.append(_OWN_SCALE)
     captions = panels.make_names(captions, num_samples, "sample")
     styles = [{"color": f"C{i}", "linewidth": 0.9} for i in range(num_channels)]
-    limits = [_limits(shown[..., group], own_scale) for group in groups]
+    limits = [_limits(shown[..., group]) for group in groups]
     rows = [(i, *group_limits) for i in range(num_samples) for group_limits in zip(groups, limits, strict=True)]
     figure, axes = panels.make_panels(
         title,
         notes,
         (len(rows), columns),
         (max(1.15, min(6 / columns, 2.4)), 1.0),
-        gap=(0.45 if own_scale else 0.08, 0.2),
+        gap=(0.45, 0.2),
         margins=Margins(left=0.8, right=0.15, bottom=0.45, top=0.25),
         legend=list(zip(names, styles, strict=True)) if num_channels > 1 else [],
     )
@@ -174,7 +162,7 @@ def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
             panel.set(xlim=examples.position_limits(length), ylim=group_limits[column])
             panel.locator_params(axis="x", integer=True)
             panels.label_axes(panel, "position", captions[i], bottom=row == len(rows) - 1, left=column == 0)
-            panel.tick_params(labelleft=own_scale or column == 0)
+            panel.tick_params(labelleft=True)
             if row == 0:
                 panel.set_title(headers[column], fontsize=8, pad=3)
     return figure
@@ -197,11 +185,9 @@ def _draw_images(x, headers, title, notes, captions, channel_names) -> Figure:
     scales = []
     for channel in range(num_channels):
         values = shown[..., channel]
-        low, high = panels.full_range(values)
-        if _exceeds_samples(values):
-            last_low, last_high = panels.full_range(values[-1])
-            margin = (last_high - last_low) / 2
-            low, high = max(low, last_low - margin), min(high, last_high + margin)
+        (low, high), (last_low, last_high) = panels.full_range(values), panels.full_range(values[-1])
+        margin = (last_high - last_low) / 2
+        low, high = max(low, last_low - margin), min(high, last_high + margin)
         scales.append(ColorScale.of_range(low, high, values))
     captions = panels.make_names(captions, num_samples, "sample")
     names = panels.make_names(channel_names, num_channels, "channel")
@@ -220,17 +206,14 @@ def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
     names = panels.make_names(channel_names, min(entries, 2), "entry")
     notes = notes + panels.note_shown(num_samples, samples, "vectors")
     notes += panels.note_shown(min(entries, 2), entries, "entries") + panels.note_invalid(shown)
-    own_scale = any(_exceeds_samples(shown[..., entry]) for entry in range(len(names)))
-    if own_scale:
-        notes.append(_OWN_SCALE)
-    limits = [_limits(shown[..., entry], own_scale) for entry in range(len(names))]
+    limits = [_limits(shown[..., entry]) for entry in range(len(names))]
     per_row = min(columns, 5)
     figure, axes = panels.make_panels(
         title,
         notes,
         (-(-columns // per_row), per_row),
         (1.9, 1.9),
-        gap=(0.5 if entries == 1 or own_scale else 0.1, 0.5 if own_scale else 0.32),
+        gap=(0.5, 0.5),
         margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.25),
         count=columns,
     )
@@ -244,6 +227,6 @@ def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
             panels.label_axes(panel, names[0], names[1], bottom=bottom, left=left)
             panel.set_ylim(limits[1][i])
         panel.set_xlim(limits[0][i])
-        panel.tick_params(labelleft=left or own_scale or entries == 1, labelbottom=bottom or own_scale)
+        panel.tick_params(labelleft=True, labelbottom=True)
         panel.set_title(headers[i], fontsize=8, pad=3)
     return figure

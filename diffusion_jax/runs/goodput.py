@@ -92,9 +92,8 @@ class LaunchTimes:
 
     def goodput(self) -> float:
         """The goodput of the run up to now."""
-        now = self._clock()
-        launches = [*self._launches[:-1], self._launches[-1] | {"end": now, "seconds": self.seconds()}]
-        return _goodput(launches, now).fractions["train"]
+        this = self._launches[-1] | {"end": self._clock(), "seconds": self.seconds()}
+        return _goodput([*self._launches[:-1], this]).fractions["train"]
 
     def stop(self, error: BaseException) -> None:
         """Records the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
@@ -124,14 +123,14 @@ def _describe_environment() -> dict[str, Any]:
     }
 
 
-def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | None:
-    """The goodput of a run up to now, or up to the end of its last launch; None without a launch that logged a line."""
+def read_goodput(workdir: pathlib.Path) -> Goodput | None:
+    """The goodput of a run up to the end of its last launch; None without a launch that wrote its times."""
     launches = read_launches(workdir)
-    return _goodput(launches, launches[-1]["end"] if now is None else now) if launches else None
+    return _goodput(launches) if launches else None
 
 
 def read_launches(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The launches of a run that logged a line or failed, as goodput.json has them; [] if there are none."""
+    """The launches of a run that finished a step or failed, as goodput.json has them; [] if there are none."""
     return _read(workdir / _FILE)
 
 
@@ -141,18 +140,18 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     return []
 
 
-def _goodput(launches: list[dict[str, Any]], now: float) -> Goodput:
+def _goodput(launches: list[dict[str, Any]]) -> Goodput:
     totals = dict.fromkeys([*PARTS, "repeated", "idle"], 0.0)
     for launch, following in zip(launches, [*launches[1:], None], strict=True):
-        seconds = launch["seconds"]
         for part in PARTS:
-            totals[part] += seconds[part]
-        end = now if following is None else following["start"]
-        totals["idle"] += max(end - launch["end"], 0.0)
+            totals[part] += launch["seconds"][part]
+        if following is None:
+            break
+        totals["idle"] += max(following["start"] - launch["end"], 0.0)
         steps = launch["last_step"] - launch["first_step"]
-        if following is not None and steps:
+        if steps:
             lost = min(max(launch["last_step"] - following["first_step"], 0), steps)
-            totals["repeated"] += seconds["train"] * lost / steps
+            totals["repeated"] += launch["seconds"]["train"] * lost / steps
     totals["train"] -= totals["repeated"]
     wall = max(sum(totals.values()), 1e-9)
     return Goodput({part: seconds / wall for part, seconds in totals.items()}, wall, len(launches))

@@ -195,10 +195,11 @@ class _TensorBoardEvents:
         from tensorboard.compat.proto import event_pb2, summary_pb2  # imported here because other modes do not need it
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._protos: Any = event_pb2, summary_pb2
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
         self._workdir, self._is_mirrored = workdir, find_mirror(workdir) is not None
         self._open()
-        self._write(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self._write(step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
         self._write(step, summary=text_pb("config", f"```json\n{json.dumps(config, indent=2)}\n```"))
 
     def _open(self) -> None:
@@ -210,11 +211,11 @@ class _TensorBoardEvents:
         self._is_empty = True
 
     def _write(self, step: int, **content: Any) -> None:
-        self._records.write(self._protos[0].Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        self._records.write(self._event.Event(wall_time=time.time(), step=step, **content).SerializeToString())
         self._is_empty = False
 
     def _write_values(self, step: int, values: list[dict[str, Any]]) -> None:
-        summary = self._protos[1].Summary
+        summary = self._summary.Summary
         self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -36,21 +36,11 @@ from diffusion_jax.runs.workdir import to_dict
 __all__ = ["PreviewPictures", "TrainingFid", "check_sampling", "make_preview_sampler", "set_data"]
 
 
-def check_sampling(
-    config: ConfigDict, program: training.TrainingProgram, class_names: Sequence[str], are_names_final: bool = False
-) -> None:
-    """Raises the errors of --mode=sample, except those that depend on the weights of a guiding classifier.
-
-    are_names_final: False if the data, which is not read yet, may hold more class names than `class_names`.
-    """
+def check_sampling(config: ConfigDict, program: training.TrainingProgram, class_names: Sequence[str]) -> None:
+    """Raises the errors of --mode=sample, except those that depend on the weights of a guiding classifier."""
     if not isinstance(program.model, models.Conditional):
         return
     check_sampling_options(config)
-    label = config.sampling.label
-    has_names = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
-    if has_names and program.model.num_classes and not (are_names_final or class_names):
-        config = config.copy_and_resolve_references()
-        config.sampling.label = None
     SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
 
 

@@ -42,7 +42,7 @@ from diffusion_jax.runs.trained_model import (
     set_params,
 )
 from diffusion_jax.runs.training_outputs import TrainingOutputs
-from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
+from diffusion_jax.runs.workdir import check_data, check_identity, write_config
 from diffusion_jax.storage.locks import locked
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
@@ -63,7 +63,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
-        check_sampling(config, program, read_class_names(config, workdir))
         preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
         fid_sampler = _make_fid_sampler(config, program)
     if _is_finished(config, workdir):
@@ -72,7 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     check_source(config, loaded)
     class_names = data.read_class_names(loaded)
     with as_user_error("config"):
-        check_sampling(config, program, class_names, are_names_final=True)
+        check_sampling(config, program, class_names)
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not _checkpoint_steps(workdir):
