@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.evaluation.example_blocks import as_example_pair, as_examples
+from diffusion_jax.evaluation.example_blocks import as_examples
 from diffusion_jax.pictures import panels
 from diffusion_jax.pictures.panels import Margins
 from diffusion_jax.pictures.tables import ColorScale, draw_image_table, image_stride
@@ -40,17 +40,10 @@ _MAX_VOXELS = 128  # of a volume along each axis
 _MAX_ENTRIES = 16  # histograms of vectors
 _MAX_VECTORS = 100_000  # in a histogram
 MAX_POINTS = 4000  # in a scatter plot
-_MAX_REFERENCE = 64  # examples of the data that decide a scale
 
 
 def draw_examples(
-    x: Any,
-    *,
-    title: str,
-    captions: Sequence[str] | None = None,
-    channel_names: Sequence[str] | None = None,
-    reference: Any = None,
-    columns: int | None = None,
+    x: Any, *, title: str, captions: Sequence[str] | None = None, reference: Any = None, columns: int | None = None
 ) -> Figure:
     """A figure of examples x [n, *spatial, C] with at most three spatial axes.
 
@@ -61,40 +54,34 @@ def draw_examples(
 
     Args:
       captions: of the examples, for instance their classes; vectors have none.
-      channel_names: of the channels, or of the entries of vectors.
-      reference: examples of the data [m, *spatial, C]. Their histograms are drawn beside those of vectors. Series, fields
-        and volumes take their scale from the first of them, so that the pictures of several steps can be compared; the
-        axes of series also contain all of x.
+      reference: vectors of the data [m, C], whose histograms are drawn beside those of vectors.
       columns: of the panels of series.
-    Raises: ValueError for no example, more spatial axes, other shapes of the reference, or complex numbers.
+    Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
-    if reference is not None:
-        x, reference = as_example_pair(x, reference, 1)
     if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
+    if x.ndim == 2:
+        return _draw_vectors(x, reference, title)
     if x.ndim == 3:
-        return _draw_series(x, reference, title, captions, channel_names, columns)
-    draw = {2: _draw_vectors, 4: _draw_fields, 5: _draw_volumes}[x.ndim]
-    return draw(x, reference, title, captions, channel_names)
+        return _draw_series(x, title, captions, columns)
+    return (_draw_fields if x.ndim == 4 else _draw_volumes)(x, title, captions)
 
 
 # ---- Series
 
 
-def _draw_series(x, reference, title, captions, channel_names, columns) -> Figure:
+def _draw_series(x, title, captions, columns) -> Figure:
     """A panel for each example, with a line for each channel and one scale; or a panel for each channel with its scale."""
     n, length, channels = x.shape
-    if reference is not None:
-        reference = reference[:_MAX_REFERENCE]
-    by_channel = channels > _MAX_LINES or not share_an_axis(*_ranges(x[:_MAX_SERIES], reference))
+    by_channel = channels > _MAX_LINES or not share_an_axis(*panels.channel_ranges(panels.to_plotted(x[:_MAX_SERIES])))
     num_examples, num_channels = min(n, _MAX_OVERLAID if by_channel else _MAX_SERIES), min(channels, _MAX_PANELS)
     shown = panels.to_plotted(x[:num_examples, :, :num_channels])
-    low, high = _ranges(shown, None if reference is None else reference[..., :num_channels])
+    low, high = panels.channel_ranges(shown)
     notes = panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
     notes += panels.note_intervals(length) + panels.note_invalid(shown)
-    panel_names = panels.make_names(captions, num_examples, "example")
-    line_names = panels.make_names(channel_names, num_channels, "channel")
+    panel_names = panels.make_captions(captions, num_examples, "example")
+    line_names = [f"channel {i}" for i in range(num_channels)]
     if by_channel:
         shown, panel_names, line_names = shown.swapaxes(0, 2), line_names, panel_names
         limits = [panels.widen(*edges, 0.05) for edges in zip(low.tolist(), high.tolist(), strict=True)]
@@ -126,11 +113,6 @@ def _draw_series(x, reference, title, captions, channel_names, columns) -> Figur
     return figure
 
 
-def _ranges(x: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest value of each channel in both sets."""
-    return panels.channel_ranges(*(panels.to_plotted(part) for part in (x, reference) if part is not None))
-
-
 def share_an_axis(low: np.ndarray, high: np.ndarray) -> bool:
     """Whether each channel that is not constant fills at least a tenth of the range of all channels."""
     spans = (high - low)[high > low]
@@ -145,56 +127,46 @@ def position_limits(length: int) -> tuple[float, float]:
 # ---- Fields
 
 
-def _draw_fields(x, reference, title, captions, channel_names) -> Figure:
+def _draw_fields(x, title, captions) -> Figure:
     n, height, width, channels = x.shape
     num_examples, num_channels = min(n, _MAX_FIELDS), min(channels, _MAX_CHANNELS)
     stride = image_stride(height, width)
     shown = panels.to_plotted(x[:num_examples, ::stride, ::stride, :num_channels])
-    if reference is not None:
-        reference = reference[:_MAX_REFERENCE, ::stride, ::stride]
     notes = [f"fields of {height} x {width}"]
     notes += panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
-    notes += panels.note_stride(stride) + _note_scale(reference) + panels.note_invalid(shown)
+    notes += panels.note_stride(stride) + panels.note_invalid(shown)
     return draw_image_table(
         title,
         notes,
         [[shown[i, ..., channel] for channel in range(num_channels)] for i in range(num_examples)],
-        _channel_scales(shown, reference),
-        captions=panels.make_names(captions, num_examples, "example"),
-        headers=panels.make_names(channel_names, num_channels, "channel"),
+        _channel_scales(shown),
+        captions=panels.make_captions(captions, num_examples, "example"),
+        headers=[f"channel {i}" for i in range(num_channels)],
         by_column=True,
     )
 
 
-def _note_scale(reference: Any) -> list[str]:
-    return [] if reference is None else ["colors: the range of the data"]
-
-
-def _channel_scales(shown: np.ndarray, reference: Any) -> list[ColorScale]:
-    """A scale for each channel of x [n, *spatial, C], from the reference if it is given."""
-    channels = shown.shape[-1]
-    values = shown if reference is None else panels.to_plotted(reference[..., :channels])
-    edges = zip(*(edge.tolist() for edge in panels.channel_ranges(values)), strict=True)
+def _channel_scales(shown: np.ndarray) -> list[ColorScale]:
+    """A scale for each channel of x [n, *spatial, C]."""
+    edges = zip(*(edge.tolist() for edge in panels.channel_ranges(shown)), strict=True)
     return [ColorScale.of_range(low, high, shown[..., channel]) for channel, (low, high) in enumerate(edges)]
 
 
 # ---- Volumes
 
 
-def _draw_volumes(x, reference, title, captions, channel_names) -> Figure:
+def _draw_volumes(x, title, captions) -> Figure:
     n, *sizes, channels = x.shape
     num_examples, num_channels = min(n, _MAX_VOLUMES), min(channels, _MAX_VOLUME_CHANNELS)
     stride = max(-(-size // _MAX_VOXELS) for size in sizes)
     steps = (slice(None, None, stride),) * 3
     shown = panels.to_plotted(x[(slice(num_examples), *steps, slice(num_channels))])
-    if reference is not None:
-        reference = reference[(slice(_MAX_REFERENCE // 8), *steps)]
     notes = [f"volumes of {' x '.join(map(str, sizes))}"]
     notes += panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
-    notes += panels.note_stride(stride) + _note_scale(reference) + panels.note_invalid(shown)
-    scales = _channel_scales(shown, reference)
-    captions = panels.make_names(captions, num_examples, "example")
-    names = panels.make_names(channel_names, num_channels, "channel")
+    notes += panels.note_stride(stride) + panels.note_invalid(shown)
+    scales = _channel_scales(shown)
+    captions = panels.make_captions(captions, num_examples, "example")
+    names = [f"channel {i}" for i in range(num_channels)]
     if channels > 1:
         captions = [f"{caption}\n{name}" for caption in captions for name in names]
     middles = [size // 2 for size in shown.shape[1:4]]
@@ -221,13 +193,12 @@ def _farthest_from_zero(x: np.ndarray, axis: int) -> np.ndarray:
 # ---- Vectors
 
 
-def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
-    del captions
+def _draw_vectors(x, reference, title) -> Figure:
     n, entries = x.shape
     num_examples, num_entries = min(n, _MAX_VECTORS), min(entries, _MAX_ENTRIES)
     shown = panels.to_plotted(x[:num_examples, :num_entries])
     data = None if reference is None else panels.to_plotted(reference[:_MAX_VECTORS, :num_entries])
-    names = panels.make_names(channel_names, num_entries, "entry")
+    names = [f"entry {i}" for i in range(num_entries)]
     notes = (
         [f"{n} vectors" if n > 1 else "1 vector"]
         if n == num_examples

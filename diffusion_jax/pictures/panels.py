@@ -24,7 +24,7 @@ __all__ = [
     "draw_line",
     "full_range",
     "label_axes",
-    "make_names",
+    "make_captions",
     "make_panels",
     "note_intervals",
     "note_invalid",
@@ -66,10 +66,10 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(line for part in text.split("\n") for line in wrapper.wrap(part))
 
 
-def make_names(names: Sequence[str] | None, count: int, word: str) -> list[str]:
-    """The first `count` names as plain text; those that are missing are "word i"."""
-    given = list(names or ())[:count]
-    return [plain_text(name) for name in given] + [f"{word} {i}" for i in range(len(given), count)]
+def make_captions(captions: Sequence[str] | None, count: int, word: str) -> list[str]:
+    """The first `count` captions as plain text; those that are missing are "word i"."""
+    given = list(captions or ())[:count]
+    return [plain_text(caption) for caption in given] + [f"{word} {i}" for i in range(len(given), count)]
 
 
 def note_shown(shown: int, total: int, word: str) -> list[str]:

@@ -112,18 +112,9 @@ def draw_against_steps(curves: Mapping[str, Mapping[int, float]], metric: str) -
 # ---- Statistics of arrays
 
 
-def draw_histograms(
-    histograms: MarginalHistograms,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
-    """A figure of the marginal histograms of a reference and of samples, with a panel and the distance for each channel.
-
-    names: of the reference and the samples in the legend.
-    """
-    figure, axes, captions = _make_figure(title, len(histograms.edges), channel_names, names)
+def draw_histograms(histograms: MarginalHistograms, *, title: str) -> Figure:
+    """A figure of the marginal histograms of a reference and of samples, with a panel and the distance for each channel."""
+    figure, axes, captions = _make_figure(title, len(histograms.edges))
     distance, error = (np.asarray(part) for part in histograms.distance)
     for channel, panel in enumerate(axes):
         edges = histograms.edges[channel]
@@ -141,33 +132,20 @@ def draw_histograms(
     return figure
 
 
-def draw_spectra(
-    reference: PowerSpectrum,
-    samples: PowerSpectrum,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
+def draw_spectra(reference: PowerSpectrum, samples: PowerSpectrum, *, title: str) -> Figure:
     """A figure of two radial power spectra on logarithmic axes, with a panel for each channel.
 
     The frequency 0 has no place on the axis: its power is in the title of the panel, that of the reference first.
 
     Args:
-      reference: of the data, or of a known law with the standard errors 0. names: of both spectra in the legend.
-    Raises: ValueError for spectra on a grid, cross spectra, or spectra at different frequencies.
+      reference: of the data, or of a known law with the standard errors 0.
     """
-    for spectrum in (reference, samples):
-        if np.ndim(spectrum.frequencies) != 1 or np.ndim(spectrum.value) != 2:
-            shape = np.shape(spectrum.value)
-            raise ValueError(f"the spectrum has shape {shape}; plots need [K, C], of radial=True and cross=False")
     frequencies = np.asarray(samples.frequencies)
-    _check_positions("frequencies", reference.frequencies, frequencies)
     positive = np.flatnonzero(frequencies > 0)
     spaced = np.geomspace(1, max(len(positive), 1), _MAX_POINTS).round().astype(int) - 1
     chosen = positive[np.unique(spaced)] if len(positive) > _MAX_POINTS else positive
     figure, axes, captions = _make_figure(
-        title, samples.value.shape[1], channel_names, names, _note_points(len(chosen), len(positive), "frequencies")
+        title, samples.value.shape[1], _note_points(len(chosen), len(positive), "frequencies")
     )
     for channel, panel in enumerate(axes):
         _draw_curves(panel, frequencies, reference, samples, chosen, channel)
@@ -192,26 +170,15 @@ def draw_spectra(
     return figure
 
 
-def draw_autocorrelation(
-    reference: Autocorrelation,
-    samples: Autocorrelation,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
+def draw_autocorrelation(reference: Autocorrelation, samples: Autocorrelation, *, title: str) -> Figure:
     """A figure of two autocorrelations against the lag, with a panel for each channel.
 
     Args:
-      reference: of the data, or of a known law with the standard errors 0. names: of both curves in the legend.
-    Raises: ValueError for autocorrelations at different lags.
+      reference: of the data, or of a known law with the standard errors 0.
     """
     lags = np.asarray(samples.lags)
-    _check_positions("lags", reference.lags, lags)
     chosen = np.unique(np.linspace(0, len(lags) - 1, min(len(lags), _MAX_POINTS)).round().astype(int))
-    figure, axes, captions = _make_figure(
-        title, samples.value.shape[1], channel_names, names, _note_points(len(chosen), len(lags), "lags")
-    )
+    figure, axes, captions = _make_figure(title, samples.value.shape[1], _note_points(len(chosen), len(lags), "lags"))
     for channel, panel in enumerate(axes):
         _draw_curves(panel, lags, reference, samples, chosen, channel)
         panel.axhline(0, color="0.5", linewidth=0.6, zorder=1)
@@ -230,19 +197,11 @@ def _set_ticks(axis: Any, ratio: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _check_positions(word: str, one: Any, other: np.ndarray) -> None:
-    one = np.asarray(one)
-    if one.shape != other.shape or not np.allclose(one, other):
-        raise ValueError(f"the two sets have different {word}: {len(one)} and {len(other)}; they must be equal")
-
-
 def _note_points(shown: int, total: int, word: str) -> list[str]:
     return [] if shown == total else [f"{shown} of {total} {word}"]
 
 
-def _make_figure(
-    title: str, channels: int, channel_names: Sequence[str] | None, names: tuple[str, str], notes: Sequence[str] = ()
-) -> tuple[Figure, np.ndarray, list[str]]:
+def _make_figure(title: str, channels: int, notes: Sequence[str] = ()) -> tuple[Figure, np.ndarray, list[str]]:
     """A figure, the axes of the channels that are shown, and the names of these channels."""
     count = min(channels, _MAX_CHANNELS)
     columns = min(count, 3 if count <= 9 else 4)
@@ -254,10 +213,10 @@ def _make_figure(
         size,
         gap=(0.7, 0.85),
         margins=Margins(left=0.8, right=0.15, bottom=0.45, top=0.4),
-        legend=[(panels.plain_text(name), {"color": color}) for name, color in zip(names, _COLORS, strict=True)],
+        legend=[(name, {"color": color}) for name, color in zip(("data", "samples"), _COLORS, strict=True)],
         count=count,
     )
-    return figure, axes.reshape(-1)[:count], panels.make_names(channel_names, count, "channel")
+    return figure, axes.reshape(-1)[:count], [f"channel {i}" for i in range(count)]
 
 
 def _draw_curves(axes: Axes, x: np.ndarray, reference: Any, samples: Any, chosen: np.ndarray, channel: int) -> None:

@@ -91,12 +91,7 @@ def draw_trajectory(
 
 
 def draw_array_trajectory(
-    x: Any,
-    headers: Sequence[str],
-    *,
-    title: str,
-    captions: Sequence[str] | None = None,
-    channel_names: Sequence[str] | None = None,
+    x: Any, headers: Sequence[str], *, title: str, captions: Sequence[str] | None = None
 ) -> Figure:
     """A figure of samples at several times, x [columns, rows, *spatial, C] with at most three spatial axes.
 
@@ -109,7 +104,7 @@ def draw_array_trajectory(
 
     Args:
       headers: of the columns, for instance "t = 999".
-      captions: of the samples; vectors have none. channel_names: of the channels, or of the entries of vectors.
+      captions: of the samples; vectors have none.
     Raises: ValueError for no sample, other headers than columns, or more spatial axes.
     """
     x = np.asarray(x)
@@ -121,9 +116,9 @@ def draw_array_trajectory(
     notes = [] if len(times) == len(x) else [f"{len(times)} of {len(x)} times"]
     x, shown_headers = x[times], [panels.plain_text(header) for i, header in enumerate(headers) if i in times]
     if x.ndim == 3:
-        return _draw_vectors(x, shown_headers, title, notes, channel_names)
+        return _draw_vectors(x, shown_headers, title, notes)
     draw = _draw_series if x.ndim == 4 else _draw_images
-    return draw(x, shown_headers, title, notes, captions, channel_names)
+    return draw(x, shown_headers, title, notes, captions)
 
 
 def _limits(x: np.ndarray) -> list[tuple[float, float]]:
@@ -131,18 +126,18 @@ def _limits(x: np.ndarray) -> list[tuple[float, float]]:
     return [panels.widen(*panels.full_range(column), 0.05) for column in x]
 
 
-def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
+def _draw_series(x, headers, title, notes, captions) -> Figure:
     columns, samples, length, channels = x.shape
     separate = not examples.share_an_axis(*panels.channel_ranges(panels.to_plotted(x[-1, :_MAX_ROWS])))
     num_channels = min(channels, _MAX_CHANNELS if separate else _MAX_LINES)
     num_samples = min(samples, _MAX_ROWS // num_channels if separate else _MAX_ROWS)
     shown = panels.to_plotted(x[:, :num_samples, :, :num_channels])
-    names = panels.make_names(channel_names, num_channels, "channel")
+    names = [f"channel {i}" for i in range(num_channels)]
     notes = notes + panels.note_shown(num_samples, samples, "samples")
     notes += panels.note_shown(num_channels, channels, "channels") + panels.note_intervals(length)
     notes += panels.note_invalid(shown)
     groups = [[channel] for channel in range(num_channels)] if separate else [list(range(num_channels))]
-    captions = panels.make_names(captions, num_samples, "sample")
+    captions = panels.make_captions(captions, num_samples, "sample")
     styles = [{"color": f"C{i}", "linewidth": 0.9} for i in range(num_channels)]
     limits = [_limits(shown[..., group]) for group in groups]
     rows = [(i, *group_limits) for i in range(num_samples) for group_limits in zip(groups, limits, strict=True)]
@@ -168,7 +163,7 @@ def _draw_series(x, headers, title, notes, captions, channel_names) -> Figure:
     return figure
 
 
-def _draw_images(x, headers, title, notes, captions, channel_names) -> Figure:
+def _draw_images(x, headers, title, notes, captions) -> Figure:
     samples, *sizes, channels = x.shape[1:]
     num_channels = min(channels, _MAX_CHANNELS)
     num_samples = min(samples, _MAX_ROWS // num_channels)
@@ -189,8 +184,8 @@ def _draw_images(x, headers, title, notes, captions, channel_names) -> Figure:
         margin = (last_high - last_low) / 2
         low, high = max(low, last_low - margin), min(high, last_high + margin)
         scales.append(ColorScale.of_range(low, high, values))
-    captions = panels.make_names(captions, num_samples, "sample")
-    names = panels.make_names(channel_names, num_channels, "channel")
+    captions = panels.make_captions(captions, num_samples, "sample")
+    names = [f"channel {i}" for i in range(num_channels)]
     if channels > 1:
         captions = [f"{caption}\n{name}" for caption in captions for name in names]
     rows = [list(shown[:, i, ..., channel]) for i in range(num_samples) for channel in range(num_channels)]
@@ -199,11 +194,11 @@ def _draw_images(x, headers, title, notes, captions, channel_names) -> Figure:
     )
 
 
-def _draw_vectors(x, headers, title, notes, channel_names) -> Figure:
+def _draw_vectors(x, headers, title, notes) -> Figure:
     columns, samples, entries = x.shape
     num_samples = min(samples, examples.MAX_POINTS)
     shown = panels.to_plotted(x[:, :num_samples, :2])
-    names = panels.make_names(channel_names, min(entries, 2), "entry")
+    names = [f"entry {i}" for i in range(min(entries, 2))]
     notes = notes + panels.note_shown(num_samples, samples, "vectors")
     notes += panels.note_shown(min(entries, 2), entries, "entries") + panels.note_invalid(shown)
     limits = [_limits(shown[..., entry]) for entry in range(len(names))]

@@ -45,14 +45,14 @@ def count_marked(figure):
 
 def test_series_are_lines_of_all_channels():
     x = drawn(0, 5, 40, 3)
-    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"], channel_names=["_u", "v", "v"])
+    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"])
     assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
     for example, axes in zip(x, figure.axes, strict=True):
         np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
         low, high = axes.get_ylim()
         assert low < x.min() and x.max() < high
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
-    assert legend(figure) == ["_u", "v", "v"] and figure.get_suptitle() == "samples"
+    assert legend(figure) == ["channel 0", "channel 1", "channel 2"] and figure.get_suptitle() == "samples"
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
     assert [axes.get_ylabel() for axes in figure.axes] == [panels.VALUE, "", "", panels.VALUE, ""]
 
@@ -75,11 +75,6 @@ def test_a_sample_and_its_nearest_series_are_side_by_side():
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
     assert len(tops) == 10 and tops[0::2] == tops[1::2]
     assert [axes.get_title() for axes in figure.axes[:2]] == ["sample 0", "distance 1"]
-
-
-def test_the_axes_of_series_contain_the_reference():
-    figure = draw_examples(drawn(2, 2, 40, 1), title="samples", reference=10 * drawn(3, 5, 40, 1))
-    assert figure.axes[0].get_ylim()[1] > 15
 
 
 @pytest.mark.parametrize("length", [601, 100_000, 99_999])
@@ -105,7 +100,7 @@ def test_long_series_keep_their_extremes(length):
 def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
     x = drawn(5, 3, 6, 9, 2)
     x[..., 1] = np.abs(x[..., 1]) + 280
-    figure = draw_examples(x, title="fields", captions=["0: a", "1: b", "2: c"], channel_names=["wind", "heat"])
+    figure = draw_examples(x, title="fields", captions=["0: a", "1: b", "2: c"])
     shown, pictures = images(figure)
     assert len(shown) == 6 and len(figure.axes) == 6 + 2  # a color bar for each channel
     for i, picture in enumerate(pictures):
@@ -118,17 +113,8 @@ def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
         else:
             assert (low, high) == (values.min(), values.max())
     assert pictures[0].cmap.name == "RdBu_r" and pictures[1].cmap.name == "viridis"
-    assert [axes.get_title() for axes in shown[:2]] == ["wind", "heat"]
+    assert [axes.get_title() for axes in shown[:2]] == ["channel 0", "channel 1"]
     assert [text.get_text() for text in figure.texts][-3:] == ["0: a", "1: b", "2: c"]
-
-
-@pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
-def test_a_reference_gives_the_colors_of_fields(limits):
-    reference = np.resize(limits, (1, 6, 9, 1))
-    figure = draw_examples(5 * drawn(6, 2, 6, 9, 1), title="fields", reference=reference)
-    _, pictures = images(figure)
-    assert {picture.get_clim() for picture in pictures} == {(-2.0, 2.0)}
-    assert pictures[-1].colorbar.extend == "both"
 
 
 def test_a_small_part_below_zero_does_not_center_the_colors():
@@ -163,8 +149,8 @@ def test_volumes_are_slices_and_the_values_farthest_from_zero():
 
 def test_vectors_are_histograms_of_each_entry_beside_those_of_the_reference():
     x, reference = drawn(8, 500, 3), drawn(9, 300, 3) + 1
-    figure = draw_examples(x, title="vectors", channel_names=["a"], reference=reference)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["a", "entry 1", "entry 2"]
+    figure = draw_examples(x, title="vectors", reference=reference)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["entry 0", "entry 1", "entry 2"]
     for entry, axes in enumerate(figure.axes):
         ours, outline = axes.patches
         for patch, values in ((ours, x), (outline, reference)):
@@ -284,7 +270,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_example_of_one_value(shape, value):
     x = np.full((1, *shape), value, np.float32)
-    draw_examples(x, title="constant", reference=x)
+    if x.ndim == 2:
+        draw_examples(x, title="constant", reference=x)
     for figure in (draw_examples(x, title="constant"), draw_array_trajectory(x[None], ["sample"], title="constant")):
         assert to_array(figure).dtype == np.uint8
 
@@ -293,7 +280,7 @@ def test_one_example_of_one_value(shape, value):
 def test_text_is_not_mathematical_notation(shape):
     """A name that Matplotlib cannot read as a formula would raise; very long names are shortened."""
     text = "$\\frac{$ a" + 40 * "b"
-    options = {"title": text, "captions": [text] * 2, "channel_names": [text] * 3}
+    options = {"title": text, "captions": [text] * 2}
     figures = [
         draw_examples(drawn(25, 2, *shape), **options),
         draw_array_trajectory(drawn(26, 1, 2, *shape), [text], **options),
@@ -317,8 +304,6 @@ def test_what_cannot_be_drawn_is_refused():
         draw_examples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
     with pytest.raises(ValueError, match="at least 1"):
         draw_examples(np.zeros((0, 2)), title="")
-    with pytest.raises(ValueError, match="they must be equal"):
-        draw_examples(np.zeros((1, 2)), title="", reference=np.zeros((1, 3)))
     with pytest.raises(ValueError, match="2 headers"):
         draw_array_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):
