@@ -17,6 +17,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -54,7 +55,6 @@ _MODULES_OF_MODES = {
     "evaluate": ("measure_likelihood", "sample_metrics"),
     "progressive": ("progressive",),
 }
-_SECONDS_OF_A_LAST_REPORT = 2.0  # of a run that failed or was stopped: whoever stops it waits for it to end
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
@@ -137,13 +137,12 @@ def parse(arguments: Sequence[str]) -> Command:
             f"--config.editing.num_samples={overrides['sampling.num_samples']}"
         )
     config = configs.load_experiment(flags.config) if flags.config else None
-    log = print if flags.process_id in (None, 0) else lambda line: None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, log)
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
         overrides = init | overrides
     elif config is None and workdir is not None:
-        config = _stored_config(workdir, log)
+        config = _stored_config(workdir)
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
@@ -231,21 +230,21 @@ def check_workdir(workdir: str) -> None:
             ) from error
 
 
-def _stored_config(workdir: pathlib.Path, log: Callable[[str], None]) -> ConfigDict | None:
-    from diffusion_jax.runs import stored_config
+def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
+    from diffusion_jax.runs.workdir import load_config
 
     try:
-        return stored_config.from_workdir(workdir, log)
+        return load_config(workdir)
     except OSError as error:
         raise UserError(str(error)) from error
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str, log: Callable[[str], None]
+    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
     if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        stored = _stored_config(workdir, log)
+        stored = _stored_config(workdir)
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
@@ -253,10 +252,10 @@ def _config_with_weights(
         # A relaunch of the run that these weights started.
         config, flags = stored if config is None else config, flags or stored.init_flags
     if config is None:
-        from diffusion_jax.runs import stored_config
+        from diffusion_jax.runs.workdir import config_from_weights
 
         try:
-            config = stored_config.from_weights(weights, flags)
+            config = config_from_weights(weights, flags)
         except (DiffusionJaxError, ValueError, OSError) as error:
             raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}
@@ -296,7 +295,7 @@ def run(command: Command) -> None:
 
         return status.run(command.config, command.workdir)
     if command.mode == "report":
-        from diffusion_jax.report.write import write_report
+        from diffusion_jax.report import write_report
 
         path = write_report(command.workdir, command.config)
         print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
@@ -315,21 +314,26 @@ def run(command: Command) -> None:
 
         hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-            write = functools.partial(_write_report, command.config, command.workdir)
-            last = {"after_failure": functools.partial(write, max_seconds=_SECONDS_OF_A_LAST_REPORT)} if trains else {}
             for function in functions:
-                function(command.config, command.workdir, **last)
-            write()
+                function(command.config, command.workdir)
+            _write_report(command.config, command.workdir)
             processes.barrier()
 
 
-def _write_report(config: ConfigDict, workdir: pathlib.Path, max_seconds: float | None = None) -> None:
+def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the report at the end of a mode; an error is one line, because the mode has done its work."""
     import jax
 
-    from diffusion_jax.report.write import write_report_after
+    from diffusion_jax.report import write_report
 
-    if jax.process_index() == 0:
-        write_report_after(workdir, config, processes.log, max_seconds)
+    if jax.process_index() != 0:
+        return
+    start = time.perf_counter()
+    try:
+        line = f"Report, with curves, samples and metrics: {write_report(workdir, config)}"
+    except Exception as error:
+        line = f"Note: {workdir / 'report.html'} could not be written: {' '.join(str(error).split())[:200]}"
+    processes.log(f"{line} ({time.perf_counter() - start:.1f} s)")
 
 
 def _run_plan(command: Command) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from diffusion_jax import data, models, training
 from diffusion_jax.config import is_classifier
-from diffusion_jax.runs import stored_config, workdir
+from diffusion_jax.runs import workdir
 from helpers.paths import ROOT
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
@@ -242,7 +242,7 @@ def test_a_stored_config_comes_back(tmp_path):
     config = importlib.import_module("configs.digits").get_config()
     config.training.num_steps = 7
     workdir.write_config(config, tmp_path)
-    again = stored_config.from_workdir(tmp_path)
+    again = workdir.load_config(tmp_path)
     assert again.to_json() == config.to_json() and again.model.channel_multipliers == (1, 2)
 
 

@@ -10,7 +10,6 @@ import csv
 import io
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +51,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     terms, chunks = likelihood_run.measure(num_examples, ode=False)
     if jax.process_index() != 0:
         return
-    write = _write_table_of_densities if is_continuous(config) else _write_table
-    write(workdir / "progressive.csv", terms, trained.schedule.timesteps)
+    _write_table(workdir / "progressive.csv", terms, trained.schedule.timesteps, is_continuous(config))
     log("Compiling the programs of the pictures ...")
     trajectory = sample_trajectory(
         jax.random.key(options.seed),
@@ -75,39 +73,25 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     log(f"Written to {workdir}: progressive.csv, progressive.png, progressive_coding.png")
 
 
-def _write_table(path: pathlib.Path, terms: Terms, times: np.ndarray) -> None:
-    """A row for each x_t that is transmitted, from the noisiest to x_0; a few rows are logged."""
-    rate, distortion = rate_distortion(terms)
-    table = [(t + 1, times[t], rate[t], distortion[t]) for t in reversed(range(len(rate)))]
-    table.append((0, 0.0, terms.examples["total"].mean(), 0.0))  # x_0 itself: the decoder makes the code lossless
-    header = ("known_x_t", "network_time", "rate_bits_per_dim", "rmse_0_255")
-    _write_csv(path, header, ((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.4f}") for t, time, rate, rmse in table))
-    log("     known   bits/dim   RMSE (0-255)")
-    for t, _, rate, rmse in _logged_rows(table):
-        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.2f}")
+def _write_table(path: pathlib.Path, terms: Terms, times: np.ndarray, continuous: bool) -> None:
+    """A row for each x_t that is transmitted, from the noisiest to x_0; a few rows are logged.
 
-
-def _write_table_of_densities(path: pathlib.Path, terms: Terms, times: np.ndarray) -> None:
-    """The same for continuous data, in nats, and without x_0 itself, which no finite code transmits."""
-    rate, distortion = rate_distortion(terms, continuous=True)
-    table = [(t + 1, times[t], math.log(2) * rate[t], distortion[t]) for t in reversed(range(len(rate)))]
-    header = ("known_x_t", "network_time", "rate_nats_per_dim", "rmse_standardized")
-    _write_csv(path, header, ((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.6g}") for t, time, rate, rmse in table))
-    log("     known   nats/dim   RMSE (standardized)")
-    for t, _, rate, rmse in _logged_rows(table):
-        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.4f}")
-
-
-def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    Continuous data are measured in nats, and x_0 itself is left out: no finite code transmits it.
+    """
+    unit, scale, space = ("nats", math.log(2), "standardized") if continuous else ("bits", 1.0, "0_255")
+    rate, distortion = rate_distortion(terms, continuous)
+    table = [(t + 1, times[t], scale * rate[t], distortion[t]) for t in reversed(range(len(rate)))]
+    if not continuous:
+        table.append((0, 0.0, terms.examples["total"].mean(), 0.0))  # the decoder makes the code lossless
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(("known_x_t", "network_time", f"rate_{unit}_per_dim", f"rmse_{space}"))
+    writer.writerows((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.6g}") for t, time, rate, rmse in table)
     write_text(path, text.getvalue())
-
-
-def _logged_rows(table: list[tuple]) -> list[tuple]:
-    return [table[i] for i in np.unique(np.linspace(0, len(table) - 1, _LOGGED_ROWS).round().astype(int))]
+    log(f"     known   {unit}/dim   RMSE ({space.replace('_', '-')})")
+    for i in np.unique(np.linspace(0, len(table) - 1, _LOGGED_ROWS).round().astype(int)):
+        t, _, rate, rmse = table[i]
+        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.4g}")
 
 
 def _first_examples(likelihood_run: LikelihoodRun) -> dict[str, np.ndarray]:

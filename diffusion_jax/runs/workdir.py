@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data
-from diffusion_jax.config import identity_leaves, migrate, resolve
+from diffusion_jax import data, pretrained
+from diffusion_jax.config import identity_leaves, resolve
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import UserError, shorten
+from diffusion_jax.errors import ConfigError, UserError, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training.digests import committed_steps
@@ -23,7 +23,9 @@ from diffusion_jax.training.digests import committed_steps
 __all__ = [
     "check_data",
     "check_identity",
+    "config_from_weights",
     "digest_of_some",
+    "load_config",
     "read_class_names",
     "read_config",
     "to_dict",
@@ -54,6 +56,31 @@ def read_config(workdir: pathlib.Path) -> dict | None:
     raise UserError(f"{path} is not a valid config ({error}); restore it, or use another --workdir")
 
 
+def load_config(directory: pathlib.Path | str) -> ConfigDict | None:
+    """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
+    directory = local_path(directory)
+    stored = read_config(directory)
+    try:
+        return None if stored is None else resolve(stored)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None
+
+
+def config_from_weights(path: str, flags: str = "") -> ConfigDict:
+    """The config with which training starts from published weights, or from those of a run, whose other settings it inherits.
+
+    path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
+    """
+    description = pretrained.describe(path, pretrained.read_flags(flags))
+    config = load_config(path) if pretrained.is_workdir(path) else None
+    if config is None:
+        leaves = pretrained.config_leaves(description)
+        dataset = "folder" if description.is_images and description.channels in (1, 3) else "arrays"
+        config = resolve(leaves | {"data": leaves["data"] | {"dataset": dataset, "random_flip": False}})
+    config.init_from, config.init_flags = path, flags
+    return config
+
+
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises: UserError that lists every differing leaf if the directory holds another run.
 
@@ -63,14 +90,11 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     stored = read_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    # A stored config lacks the leaves that later versions added; it was trained with what their defaults describe.
-    defaults = resolve({"diffusion": {"loss": config.diffusion.loss}})
-    old = identity_leaves(to_dict(defaults)) | identity_leaves(migrate(stored))
-    new = identity_leaves(to_dict(config))
-    differing = [key for key in new if old[key] != new[key]]
+    old, new = identity_leaves(stored), identity_leaves(to_dict(config))
+    differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
         return
-    listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)
+    listed = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} here" for key in differing)
     advice = "use another --workdir, or the config of that run"
     if not any(key.startswith(("model.", "diffusion.")) for key in differing):
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
@@ -87,10 +111,12 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
-    old = _read_data_json(workdir) if _has_checkpoint(workdir) else None
-    if old is not None and {"classes": names, **old} != new:  # runs of version 0.1 store no names
+    old = None
+    if path.exists() and committed_steps(workdir / "checkpoints"):
+        old = json.loads(path.read_text())
+    if old is not None and old != new:
         difference = "other values or labels"
-        if old.get("classes", names) != names:
+        if old["classes"] != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
         # The weights fit only the scale in this file.
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
@@ -115,15 +141,6 @@ def digest_of_some(source: Source) -> str:
     ).hexdigest()
 
 
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-    return bool(committed_steps(workdir / "checkpoints"))
-
-
-def _read_data_json(workdir: pathlib.Path) -> dict[str, Any] | None:
-    path = workdir / "data.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
     """The names of the classes of samples, or () if they are not known.
 
@@ -137,7 +154,7 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
         try:
             stored = json.loads((local_path(directory) / "data.json").read_text())
             return tuple(map(str, stored["classes"]))
-        except (OSError, ValueError, KeyError, TypeError):  # published weights, or a run of version 0.1
+        except (OSError, ValueError, KeyError, TypeError):  # published weights
             continue
     return ()
 

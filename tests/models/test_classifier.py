@@ -11,7 +11,7 @@ from configs import imagenet_classifier
 from diffusion_jax import errors, losses, models, schedules, timesteps, training
 from diffusion_jax.models import classifier
 from diffusion_jax.models.layers import LayerFactory
-from diffusion_jax.runs import stored_config, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
 from helpers.program import finish, start
@@ -235,7 +235,7 @@ def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])
     assert not (tmp_path / "broken" / "samples").exists()
-    again = stored_config.from_workdir(tmp_path / "whole")
+    again = workdir.load_config(tmp_path / "whole")
     assert workdir.to_dict(again) == workdir.to_dict(classifier_config())
     assert training.model_from_config(again) == training.model_from_config(classifier_config())
 

@@ -14,7 +14,7 @@ from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.description import make_description
 from diffusion_jax.pretrained.parameters import parameter_shapes
-from diffusion_jax.runs import stored_config, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.networks import TINY, redraw
 from helpers.work_directories import untrained
@@ -98,7 +98,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
         scale, offset = (np.float32(stored["x"][name]) for name in ("scale", "offset"))
         np.testing.assert_allclose(x, standardized * scale + offset, rtol=1e-6)
     for path in (tmp_path / "run", tmp_path / "net.safetensors"):
-        new = stored_config.from_weights(str(path))
+        new = workdir.config_from_weights(str(path))
         for group in ("model", "data", "diffusion"):
             ignored = {"data_dir", "memory_mb", "workers", "dropout", "split", "out_channels"}
             for name, value in config[group].items():

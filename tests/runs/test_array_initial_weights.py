@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax import data, errors, pretrained, training
 from diffusion_jax.data import Normalization
-from diffusion_jax.runs import sample, stored_config, train, trained_model, workdir
+from diffusion_jax.runs import sample, train, trained_model, workdir
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -63,7 +63,7 @@ def test_other_normalizations_are_described(weights):
 @pytest.mark.parametrize("name", ["run", "net.safetensors"])
 def test_samples_of_initial_weights_have_the_units_of_their_data(weights, name, tmp_path):
     """The config of the weights suffices, and no data are read."""
-    config = stored_config.from_weights(str(weights / name))
+    config = workdir.config_from_weights(str(weights / name))
     config.data.data_dir = "nowhere"
     config.sampling.update(num_samples=2, batch_size=2, steps=2, sampler="ddim")
     sample.run(config, tmp_path / name)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion_jax import cli, config, pretrained
 from diffusion_jax.errors import CheckpointError, ConfigError, DataError, PretrainedError, UserError
-from diffusion_jax.runs import console, devices, stored_config, train, workdir
+from diffusion_jax.runs import console, devices, train, workdir
 from helpers.configs import tiny_config, upsampler_config
 from helpers.launcher import launch
 from helpers.program import finish, start, tiny_flags
@@ -312,20 +312,6 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path):
             config.override({}, {"editing.level": text})
 
 
-def test_unknown_leaves_in_a_stored_config_are_ignored_with_a_note(tmp_path, capsys):
-    """Version 0.1 stored whatever a config file had added."""
-    stored = {"sampling": {"temperature": 2.0}, "notes": {"by": "me"}, "comment": "x", "seed": 3}
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert stored_config.from_workdir(tmp_path).seed == 3
-    assert "are ignored: sampling.temperature, notes.by, comment" in capsys.readouterr().out
-    lines = []
-    stored_config.from_workdir(tmp_path, log=lines.append)
-    assert len(lines) == 1 and lines[0].startswith("Note: ") and str(tmp_path / "config.json") in lines[0]
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.warns(UserWarning, match="are ignored: sampling.temperature, notes.by, comment"):
-        pretrained.describe(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("stored", "advice"),
     [
@@ -337,7 +323,7 @@ def test_unknown_leaves_in_a_stored_config_are_ignored_with_a_note(tmp_path, cap
 def test_a_misspelled_leaf_in_a_stored_config_is_refused(stored, advice, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=rf"config.json: unknown leaf .*; did you mean {advice}\?; .*remove the line"):
-        stored_config.from_workdir(tmp_path)
+        workdir.load_config(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(PretrainedError, match=f"did you mean {advice}"):
         pretrained.describe(str(tmp_path))

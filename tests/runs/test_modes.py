@@ -38,7 +38,7 @@ def test_the_modes_are_the_modules_with_a_run_function():
 def test_a_mode_takes_a_config_and_a_work_directory(mode):
     module = importlib.import_module(f"diffusion_jax.runs.{mode}")
     parameters = list(inspect.signature(module.run).parameters)
-    assert parameters == ["config", "workdir", "source", "after_failure"][: len(parameters)] and len(parameters) >= 2
+    assert parameters == ["config", "workdir", "source"][: len(parameters)] and len(parameters) >= 2
     assert "run" in module.__all__
 
 

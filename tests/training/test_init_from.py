@@ -11,7 +11,7 @@ from diffusion_jax import errors, models, pretrained, sampling, schedules, train
 from diffusion_jax.images import to_uint8
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
-from diffusion_jax.runs.stored_config import from_weights
+from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
 from helpers.program import finish, start
 from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
@@ -69,7 +69,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
 def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     """The config that is kept is the newest launch's, until there is a checkpoint."""
     for steps in (3, 2):
-        config = small(from_weights(str(folder)), **{"sampling.steps": steps})
+        config = small(config_from_weights(str(folder)), **{"sampling.steps": steps})
         sample.run(config, tmp_path / "out")
         assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
     (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
 
 @pytest.mark.whole
 def test_training_begins_with_published_weights(folder, tmp_path):
-    config = from_weights(str(folder))
+    config = config_from_weights(str(folder))
     config.data.update(dataset="digits", data_dir="")
     config = small(config, **{"training.num_steps": 1, "training.batch_size": 2, "training.sample_every": 0})
     config.training.update(log_every=1, checkpoint_every=1)
@@ -189,7 +189,7 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
     path, flags = openai_upsampler(tmp_path)
     low = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "low.npz", low, np.array([3, 1, 2]))
-    config = small(from_weights(str(path), flags), **{"sampling.num_samples": 4})
+    config = small(config_from_weights(str(path), flags), **{"sampling.num_samples": 4})
     assert config.data.low_resolution == 8 and config.diffusion.variance == "learned_range"
     config.sampling.low_resolution = str(tmp_path / "low.npz")
     sample.run(config, tmp_path / "out")
