@@ -30,8 +30,7 @@ from diffusion_jax.runs.console import (
     progress_over,
 )
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
-from diffusion_jax.runs.devices import log_determinism
-from diffusion_jax.runs.environment import describe_environment
+from diffusion_jax.runs.devices import describe_environment, log_determinism
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
 from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data

@@ -10,7 +10,7 @@ from tensorboard.util import tensor_util
 
 from diffusion_jax.runs.metrics_files import TensorBoardWriter, tensorboard_tag
 from diffusion_jax.runs.metrics_writer import RunMetrics
-from diffusion_jax.training.metrics import metric_names
+from diffusion_jax.training.state import metric_names
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 from helpers.work_directories import lines
