@@ -165,6 +165,19 @@ def test_a_wrong_batch_is_refused_in_one_line(batch, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_condition_is_refused():
+    for condition, words in (
+        ({}, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
+        (
+            {"condition": np.zeros((8, 3))},
+            r'batch\["condition"\] must be float of shape \[8, 2\]; got float.* \[8, 3\]',
+        ),
+        ({"condition": np.zeros((8, 2), np.int32)}, r"got int32 \[8, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_batch({"image": IMAGE} | condition, (8, 8, 1), takes_labels=False, condition_shape=(2,))
+
+
 def test_the_compiled_step_refuses_it_too():
     built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
     for batch, words in (
