@@ -6,7 +6,6 @@ Everything follows from shapes, by the rule of `distributed/sharding.py`, and fr
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -97,9 +96,8 @@ def num_virtual_devices(config: Mapping) -> int:
     return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
-def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
-    """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
-    del workdir
+def run(config: ConfigDict) -> None:
+    """Prints the plan of a config on the present devices. Raises: UserError."""
     config, num_devices = resolve(config), jax.device_count()
     mesh, options = config.mesh, config.training
     with as_user_error("config"):
