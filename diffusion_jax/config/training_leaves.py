@@ -206,11 +206,6 @@ MODEL: dict[str, Leaf] = {
         DType("float32", "bfloat16"),
         "Type that the layers compute in. float16 is not supported, because its gradients underflow without loss scaling.",
     ),
-    "convolution": Leaf(
-        "auto",
-        Choice("auto", "products", "xla"),
-        "How convolutions are computed. products: as matrix products; xla: by XLA; auto: products for bfloat16 on a CPU.",
-    ),
     "precision": Leaf(
         "default",
         Choice("default", "high", "highest"),

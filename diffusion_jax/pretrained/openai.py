@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_jax.config.presets import OPENAI
 from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models import Classifier, UNet, preset
-from diffusion_jax.models.presets import OPENAI
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import Description, make_description
 from diffusion_jax.pretrained.openai_flags import (

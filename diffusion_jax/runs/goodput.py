@@ -6,27 +6,21 @@ goodput.json of the work directory has an entry for each launch, which is rewrit
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-
-import diffusion_jax
 from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, shorten
 from diffusion_jax.files import write_text
+from diffusion_jax.runs.devices import describe_environment
 
 __all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput", "read_launches"]
 
 _FILE = "goodput.json"
 _SECONDS_BETWEEN_WRITES = 60.0
-_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
 # The parts of a launch. start: reading and checking. input: the loop waits for data. output: lines and pictures.
 PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
 
@@ -56,7 +50,7 @@ class LaunchTimes:
 
     def begin(self, step: int) -> None:
         """Sets the step that the launch starts from; from now on, what is not measured is `train`."""
-        this = {"start": self._start, "first_step": step, "last_step": step, "environment": _describe_environment()}
+        this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
         self._launches = [*_read(self._path), this]
         self._count_as("train")
 
@@ -104,23 +98,6 @@ class LaunchTimes:
         self._launches[-1]["stopped_by"] = shorten(" ".join(text.split()) or type(error).__name__, 300)
         with contextlib.suppress(Exception):
             self.record(self._launches[-1]["last_step"], is_last=True)
-
-
-def _describe_environment() -> dict[str, Any]:
-    """The versions of the libraries, the system, the devices and the number of processes, as JSON values."""
-    versions = {"diffusion_jax": diffusion_jax.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "versions": versions,
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "devices": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "processes": jax.process_count(),
-    }
 
 
 def read_goodput(workdir: pathlib.Path) -> Goodput | None:

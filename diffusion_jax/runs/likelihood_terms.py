@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, likelihood, models
+from diffusion_jax import data, likelihood
 from diffusion_jax.config import is_continuous, resolve_clip
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.watchdog import watch_batches
@@ -101,11 +101,9 @@ class LikelihoodRun:
             shapes["condition"] = jax.ShapeDtypeStruct(condition, jnp.float32)
         return shapes
 
-    def denoise_fn(self, params, batch, convolution: str | None = None) -> Callable:
-        """The network for a batch, as a function of x_t and time. convolution: replaces that of a U-Net."""
+    def denoise_fn(self, params, batch) -> Callable:
+        """The network for a batch, as a function of x_t and time."""
         model = self.trained.model
-        if convolution and isinstance(model, models.UNet):
-            model = model.clone(convolution=convolution)
         y = batch["label"] if self.config.model.num_classes else None
         condition = {"condition": batch["condition"]} if "condition" in batch else {}
         return lambda x_t, time: model.apply({"params": params}, x_t, time, y, **condition)
@@ -197,8 +195,7 @@ class LikelihoodRun:
                 out["ode"], _ = _import_ode_likelihood().bits_per_dim(
                     key_ode,
                     schedule,
-                    # The trace takes forward-mode derivatives, which the convolution as products does not have.
-                    self.denoise_fn(params, batch, convolution="xla"),
+                    self.denoise_fn(params, batch),
                     x_0,
                     dequantization=self.dequantization or "none",
                     trace=options.ode_trace,

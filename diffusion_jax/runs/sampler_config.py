@@ -9,7 +9,6 @@ from diffusion_jax import process, sampling, schedules
 
 __all__ = [
     "SAMPLERS",
-    "calls_between_steps",
     "is_stochastic",
     "resolve_spacing",
     "respace",
@@ -97,11 +96,6 @@ def is_stochastic(options: Mapping) -> bool:
         options["sampler"] == sampler and options[leaf]
         for sampler, leaf in (("ddim", "eta"), ("dpm_solver_pp", "sde"), ("heun", "churn"))
     )
-
-
-def calls_between_steps(options: Mapping) -> bool:
-    """Whether the sampler also calls the network at times between those of its steps."""
-    return options["sampler"] == "pndm" or (options["sampler"] == "heun" and options["churn"] > 0)
 
 
 def resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from diffusion_jax.models import upsampling
 from diffusion_jax.runs.class_labels import ClassLabels, parse_classes
 from diffusion_jax.runs.sample_name import sample_name
 from diffusion_jax.runs.sampler_config import (
-    calls_between_steps,
     is_stochastic,
     resolve_spacing,
     respace,
@@ -232,16 +230,11 @@ class SamplingSetup:
         y: int32 [B] or None. condition: rows of `conditions`, or None.
         """
         options = self._options
-        apply: Callable[..., Any]
         conditional: Callable[..., Any]
         denoise_fn: Callable[..., Any]
-        if calls_between_steps(options):
-            apply = functools.partial(self._model.apply, {"params": params})
-        else:
-            apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
         given = {"y": y} if self._model.num_classes else {}
         given |= {} if condition is None else {"condition": self._to_network(condition)}
-        conditional = lambda x_t, time, given: apply(x_t, time, **given)  # noqa: E731
+        conditional = lambda x_t, time, given: self._model.apply({"params": params}, x_t, time, **given)  # noqa: E731
         if self.is_guided:
             denoise_fn = guidance.classifier_free(
                 conditional,

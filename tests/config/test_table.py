@@ -124,7 +124,7 @@ def test_identity_is_what_decides_the_numbers_of_a_run():
     assert [name for name in identity if name.startswith("training.")] == ["training.batch_size"]
     free = {name for name in config.LEAVES if name.partition(".")[0] in groups - {"training"}} - set(identity)
     of_data = {"data.data_dir", "data.download", "data.workers", "data.memory_mb", "data.cache_decoded"}
-    assert free == of_data | {"model.convolution", "model.precision"}
+    assert free == of_data | {"model.precision"}
 
 
 def test_the_reference_is_in_the_documents():

@@ -53,7 +53,7 @@ def test_samples_of_a_version_without_a_setting_are_reused(run, drawn, capsys):
         ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
         ({"sampling.classifier_flags": "{}"}, "sampling.classifier_flags=, now {}"),
         ({"sampling.clip_quantile": 0.9}, "sampling.clip_quantile=0.995, now 0.9"),
-        ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
+        ({"model.precision": "high"}, "model.precision=default, now high"),
     ],
 )
 def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys, overrides, told):

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
 from diffusion_jax.runs.metrics_files import RunMetrics, tensorboard_tag
-from diffusion_jax.training.metrics import metric_names
+from diffusion_jax.training.state import metric_names
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 from helpers.work_directories import lines
