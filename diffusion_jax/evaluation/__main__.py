@@ -51,7 +51,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _print_table(directories: list[str]) -> None:
-    from diffusion_jax.runs.metric_table import format_table, read_runs
+    from diffusion_jax.runs.metric_records import format_table, read_runs
 
     runs, notes = read_runs(directories)
     if not runs:

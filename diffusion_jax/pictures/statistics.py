@@ -68,12 +68,8 @@ def draw_spectra(
 
     Args:
       reference: of the data, or of a known law with the standard errors 0. names: of both spectra in the legend.
-    Raises: ValueError for spectra on a grid, cross spectra, or spectra at different frequencies.
+    Raises: ValueError for spectra at different frequencies.
     """
-    for spectrum in (reference, samples):
-        if np.ndim(spectrum.frequencies) != 1 or np.ndim(spectrum.value) != 2:
-            shape = np.shape(spectrum.value)
-            raise ValueError(f"the spectrum has shape {shape}; plots need [K, C], of radial=True and cross=False")
     frequencies = np.asarray(samples.frequencies)
     _check_positions("frequencies", reference.frequencies, frequencies)
     positive = np.flatnonzero(frequencies > 0)

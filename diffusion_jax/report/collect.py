@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.errors import DiffusionJaxError, shorten
-from diffusion_jax.evaluation.image_sets import is_of_samples
+from diffusion_jax.evaluation.example_sets import is_of_samples
 from diffusion_jax.report.events import Event, checkpoint_events, launch_events
 from diffusion_jax.runs import status, stored_config
 from diffusion_jax.runs.goodput import read_launches

@@ -13,7 +13,7 @@ from diffusion_jax import pictures
 from diffusion_jax.data.numpy_files import map_array
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
 from diffusion_jax.report.embed import Budget, Picture
-from diffusion_jax.runs.class_labels import class_captions
+from diffusion_jax.runs.sampling_conditions import class_captions
 
 __all__ = ["Captioned", "Frames", "class_rows", "denoising", "even_subset", "other_pictures", "training_samples"]
 

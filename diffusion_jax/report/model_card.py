@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
@@ -146,7 +146,7 @@ def _metrics(run: RunFiles, weights: str, step: int | None) -> dict[str, tuple[f
 
 
 def _definitions() -> dict[str, str]:
-    return named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
+    return named_metrics.DEFINITIONS | LIKELIHOOD_TERMS
 
 
 def _metrics_section(metrics: Mapping[str, tuple[float, Any, str]]) -> str:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_jax.config import flatten
-from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.report import commands, gallery
 from diffusion_jax.report.collect import RunFiles, sample_files
 from diffusion_jax.report.curves import make_series, training_charts
 from diffusion_jax.report.embed import Budget
 from diffusion_jax.report.gallery import Captioned, Frames
 from diffusion_jax.report.markup import Markup, definitions, element, join, table
-from diffusion_jax.runs.metric_table import add_likelihood, table_cells
-from diffusion_jax.runs.sample_files import read_settings
+from diffusion_jax.runs.metric_records import add_likelihood, table_cells
+from diffusion_jax.runs.sample import read_settings
 
 __all__ = [
     "LIKELIHOOD_TERMS",
@@ -268,9 +268,7 @@ def metrics_table(runs: Mapping[str, RunFiles]) -> Markup | None:
     names = {str(run.directory): name for name, run in runs.items()}
     texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
     body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
-    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
-    for _, record in pairs:
-        meanings |= record.get("definitions", {})
+    meanings = named_metrics.DEFINITIONS | LIKELIHOOD_TERMS
     return join([body, definitions((name, meanings[name]) for name in columns if name in meanings)])
 
 

@@ -13,11 +13,9 @@ from diffusion_jax import data, models, pictures, training
 from diffusion_jax.config import is_upsampler
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metrics_writer import RunMetrics
-from diffusion_jax.runs.sample_files import check_sampling_options
-from diffusion_jax.runs.sampling_conditions import evenly_spaced_conditions
+from diffusion_jax.runs.sampling_conditions import class_captions, evenly_spaced_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import to_dict
 
@@ -33,7 +31,6 @@ def check_sampling(
     """
     if not isinstance(program.model, models.Conditional):
         return
-    check_sampling_options(config)
     label = config.sampling.label
     has_names = any(isinstance(y, str) for y in (label if isinstance(label, tuple | list) else [label]))
     if has_names and program.model.num_classes and not (are_names_final or class_names):

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.config import is_continuous
-from diffusion_jax.data import Normalization, Normalizations, example_shape
+from diffusion_jax.data import Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.pretrained.description import format_normalization
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
@@ -205,18 +206,9 @@ def normalization_differences(initial_weights: InitialWeights, normalizations: N
         pair = old.get(name), normalizations.get(name)
         if pair[0] == pair[1]:
             continue
-        there, here = ("none" if one is None else _format(one) for one in pair)
+        there, here = ("none" if one is None else format_normalization(one) for one in pair)
         differences.append(f"{name}: {there} there, {here} here")
     return "; ".join(differences) or None
-
-
-def _format(normalization: Normalization) -> str:
-    """(data - offset) / scale of the first channels, for a log line."""
-    offset, scale = (
-        ", ".join([f"{value:.4g}" for value in values[:3]] + ["..."] * (len(values) > 3))
-        for values in (normalization.offset, normalization.scale)
-    )
-    return f"(data - ({offset})) / ({scale})"
 
 
 def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:

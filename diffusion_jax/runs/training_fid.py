@@ -13,7 +13,7 @@ from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, named_metrics
-from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
+from diffusion_jax.evaluation.features import CHUNK, FeaturePipeline
 from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import ProgressBar
 from diffusion_jax.runs.metric_options import (
@@ -55,12 +55,12 @@ class TrainingFid:
         self._batch_sampler = batch_sampler
         self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
         reference = load_reference(config, None if options.reference_split else source)
-        assert reference.images is not None  # a data set, not a file of statistics
+        assert reference.examples is not None  # a data set, not a file of statistics
         try:
-            features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
+            found = self._extraction.extract_set(reference.name, reference.examples, features_cache(workdir))
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
-        self._reference = features.moments
+        self._reference = found.moments
         metric, num_steps = named_metrics.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
         self.name, self._workdir = f"{metric}_{self._num_samples}_ddim{num_steps}", workdir
 

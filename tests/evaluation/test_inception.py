@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import feature_extraction, feature_extractors
+from diffusion_jax.evaluation import features
 from diffusion_jax.pretrained import PretrainedError, inception
 from diffusion_jax.runs.console import ProgressBar
 from helpers import inception_peer
@@ -88,7 +88,7 @@ def test_wrong_weight_files_are_refused(port, tmp_path):
 
     tensors = load_file(port)
     for name, change, words in (
-        ("torchvision", {"fc.weight": np.zeros((1000, 2048), np.float32)}, "torchvision's InceptionV3"),
+        ("torchvision", {"fc.weight": np.zeros((1000, 2048), np.float32)}, "1 shapes differ .fc.weight is"),
         ("more", {"AuxLogits.fc.weight": np.zeros(3, np.float32)}, "1 are unexpected .AuxLogits.fc.weight"),
         ("shape", {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 9, 1, 1), np.float32)}, "1 shapes differ"),
         ("nan", {"fc.bias": np.full(1008, np.nan, np.float32)}, "not finite"),
@@ -103,7 +103,7 @@ def test_wrong_weight_files_are_refused(port, tmp_path):
     with pytest.raises(PretrainedError, match="no such file; .*6726825d"):
         inception.load_inception(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="resize='bilinear' is unknown; known: tf1, pytorch, clean"):
-        feature_extractors.inception(port, "bilinear")
+        features.inception(port, "bilinear")
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])
@@ -114,7 +114,7 @@ def test_the_tf1_resize_equals_tensorflow(shape):
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
     theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
-    ours = np.asarray(feature_extractors.to_inception(drawn, "tf1")) * 128 + 128
+    ours = np.asarray(features.to_inception(drawn, "tf1")) * 128 + 128
     np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
 
 
@@ -124,16 +124,16 @@ def test_the_clean_resize_equals_pillow():
         drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
         channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
         theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
-        ours = np.asarray(feature_extractors.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        ours = np.asarray(features.to_inception(drawn[None], "clean"))[0] * 128 + 128
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
 @pytest.mark.whole
 def test_features_of_inception_equal_those_of_torch_fidelity(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
-    extractor = feature_extractors.inception(port)
+    extractor = features.inception(port)
     stored = np.load(inception_peer.FIXTURE)
-    extraction = feature_extraction.FeaturePipeline(extractor, single_mesh(), 2, ProgressBar)
+    extraction = features.FeaturePipeline(extractor, single_mesh(), 2, ProgressBar)
     found = extraction(stored["images"])
     for ours, theirs in (
         (found.pool, stored["pool"]),

@@ -151,7 +151,6 @@ SECOND_LAUNCHES = [
     ([SAMPLE, "--workdir={}/no_group"], ["config.json", "training=5 must be a group of leaves"]),
     # sampling and evaluation
     ([SAMPLE, RUN, "--config.sampling.steps=True"], ["sampling.steps=True", "a whole number of at least 1"]),
-    ([SAMPLE, RUN, "--config.sampling.sampler=heun", "--config.sampling.churn_noise=-1"], ["churn_noise", "-1", "0"]),
     (
         [SAMPLE, RUN, "--config.sampling.classifier=/nowhere"],
         ["sampling.classifier=/nowhere: ", "no such file or folder"],

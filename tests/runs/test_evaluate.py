@@ -232,16 +232,7 @@ def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"evaluation.batch_size": 0}, "evaluation.batch_size=0"),
-        ({"evaluation.seed": 2**32}, "evaluation.seed=4294967296 must be a whole number in 0"),
-        (
-            {"evaluation.ode": True, "evaluation.ode_tolerance": 0.0},
-            "evaluation.ode_tolerance=0.0 must be a number above 0",
-        ),
         ({"evaluation.strata": T}, f"strata={T} must lie in 1 ... {T - 1}"),
-        ({"evaluation.cdf": "erf"}, "must be exact or tanh"),
-        ({"evaluation.ode": True, "evaluation.ode_dequantization": "flow"}, "must be uniform, variational or none"),
-        ({"evaluation.ode": True, "evaluation.ode_trace": "full"}, "must be hutchinson or exact"),
         ({"diffusion.num_timesteps": 30}, "holds another run"),
     ],
 )

@@ -155,9 +155,8 @@ def test_a_config_that_is_no_python_file_is_named(name, tmp_path):
     [
         ["main.py", "--help"],
         ["main.py", "--config=digits", "--workdir={}", "--mode=status"],
-        ["-m", "diffusion_jax.pretrained", "inspect", "tests/fixtures/run_0_1"],
     ],
-    ids=["help", "status", "inspect"],
+    ids=["help", "status"],
 )
 def test_a_closed_output_ends_the_program_quietly(program, tmp_path):
     process = subprocess.Popen(

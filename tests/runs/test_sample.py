@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import errors, pictures, schedules
-from diffusion_jax.evaluation import image_sets
+from diffusion_jax.evaluation import example_sets
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.batch_sampler import BatchSampler, picture_steps
 from helpers.configs import conditional, tiny_config
@@ -37,7 +37,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
-    assert image_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
+    assert example_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
 def test_the_trajectory_is_of_the_first_samples(tmp_path, monkeypatch):
