@@ -21,6 +21,7 @@ from diffusion_jax.evaluation.array_metrics import MarginalHistograms
 from diffusion_jax.evaluation.array_statistics import Autocorrelation, MeanAndCovariance, Measurement, PowerSpectrum
 from diffusion_jax.evaluation.example_sets import MAX_EXAMPLES, LazyExamples, even_indices, select
 from diffusion_jax.evaluation.features import FeatureExtractor, SetFeatures
+from diffusion_jax.evaluation.metrics import Neighbors
 
 __all__ = [
     "ARRAY_METRICS",
@@ -197,9 +198,7 @@ def _note_few_samples(moments: metrics.Moments, log: Callable[[str], None]) -> N
         )
 
 
-def memorization_report(
-    reference: np.ndarray, samples: np.ndarray, k: int = 5
-) -> tuple[dict[str, float], metrics.Neighbors]:
+def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
     """(a report of whether samples are copies of reference images, the samples' k nearest neighbors).
 
     reference, samples: features [N, D]. close_distance is the 1% quantile of the distances between reference images and their
@@ -260,84 +259,84 @@ def compare_arrays(
     """
     values: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    pair, num_channels = (reference, samples), reference.shape[-1]
+    offset, scale = np.zeros(num_channels), np.ones(num_channels)
+    if normalization is not None:
+        offset, scale = np.asarray(normalization.offset), np.asarray(normalization.scale)
     if "energy_distance" in metric_names:
-        values |= _energy_distance(reference, samples)
+        # The time grows as the square of the number of examples.
+        count = int(min(_ENERGY_EXAMPLES, max(math.sqrt(_ENERGY_PRODUCTS / math.prod(reference.shape[1:])), 500)))
+        sets = [select(x, count) for x in pair]
+        values |= _named("energy_distance", array_metrics.energy_distance(*sets))
+        values["energy_distance_num_examples"] = [len(x) for x in sets]
     if "sliced_wasserstein" in metric_names:
-        values |= _sliced_wasserstein(key, reference, samples)
+        sets = [select(x, _SLICED_EXAMPLES) for x in pair]
+        distance = array_metrics.sliced_wasserstein(key, *sets, projections=_PROJECTIONS, groups=_GROUPS)
+        values |= _named("sliced_wasserstein", distance)
+        values["sliced_wasserstein_projections"] = _PROJECTIONS
+        values["sliced_wasserstein_num_examples"] = [len(x) for x in sets]
     if "marginal_histograms" in metric_names:
         # Samples beyond the range of the reference, which could widen the bins at will, do not count.
         limits = array_metrics.value_range(reference)
-        histograms = array_metrics.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
-        values |= _histogram_values(histograms)
-        found["histograms"] = _histograms_of_data(histograms, normalization)
+        histograms = array_metrics.marginal_histograms(*pair, _BINS, limits=limits, groups=_GROUPS)
+        distances, errors = histograms.distance
+        channel = int(np.argmax(distances))
+        values["histogram_distance"] = float(distances[channel])
+        values["histogram_distance_standard_error"] = float(errors[channel])
+        values["histogram_distance_same_law"] = float(histograms.same_law[channel])
+        values |= {"histogram_distance_channel": channel, "histogram_distance_bins": _BINS}
+        found["histograms"] = histograms._replace(edges=histograms.edges * scale[:, None] + offset[:, None])
     if "mean_and_covariance" in metric_names:
         # Time and memory grow as the square of the number of channels.
-        channels = even_indices(reference.shape[-1], _MAX_COVARIANCE_CHANNELS)
-        one, other = (array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in (reference, samples))
-        values |= _moment_values(one, other, channels)
-        found["moments"] = tuple(_moments_of_data(moments, normalization, channels) for moments in (one, other))
+        channels = even_indices(num_channels, _MAX_COVARIANCE_CHANNELS)
+        moments = [array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in pair]
+        mean, (channel,) = _deviation("mean", [each.mean for each in moments])
+        covariance, indices = _deviation("covariance", [each.covariance for each in moments])
+        values |= mean | covariance
+        values["mean_channel"] = int(channels[channel])
+        values["covariance_channels"] = [int(channels[i]) for i in indices]
+        values["mean_and_covariance_z_limit"] = _largest_z(len(channels) * (len(channels) + 3) // 2)
+        values["mean_and_covariance_num_channels"] = len(channels)
+        shift, factor = offset[channels], scale[channels]
+        factors = np.outer(factor, factor)
+        found["moments"] = tuple(
+            MeanAndCovariance(
+                Measurement(each.mean.value * factor + shift, each.mean.standard_error * np.abs(factor)),
+                Measurement(each.covariance.value * factors, each.covariance.standard_error * np.abs(factors)),
+            )
+            for each in moments
+        )
     if "power_spectrum" in metric_names:
-        pair = [array_statistics.power_spectrum(x) for x in (reference, samples)]
-        values |= _spectrum_values(*pair)
-        found["spectra"] = tuple(_spectrum_of_data(spectrum, normalization) for spectrum in pair)
+        spectra = [array_statistics.power_spectrum(x) for x in pair]
+        deviation, (shell, channel) = _deviation("power_spectrum", spectra, relative=True)
+        values |= deviation
+        values["power_spectrum_frequency"] = float(spectra[0].frequencies[shell])
+        values["power_spectrum_channel"] = channel
+        values["power_spectrum_z_limit"] = _largest_z(spectra[0].value.size)
+        found["spectra"] = tuple(
+            each._replace(value=each.value * scale**2, standard_error=each.standard_error * scale**2)
+            for each in spectra
+        )
     if "autocorrelation" in metric_names:
         try:
-            pair = [array_statistics.autocorrelation(x, periodic=periodic) for x in (reference, samples)]
+            correlations = [array_statistics.autocorrelation(x, periodic=periodic) for x in pair]
         except ValueError as error:  # a constant channel, which the other metrics allow
             log(f"Note: no autocorrelation: {error}.")
         else:
-            values |= _autocorrelation_values(*pair)
-            found["autocorrelations"] = tuple(pair)
+            deviation, (lag, channel) = _deviation("autocorrelation", correlations)
+            values |= deviation
+            values["autocorrelation_lag"] = int(correlations[0].lags[lag])
+            values["autocorrelation_channel"] = channel
+            values["autocorrelation_z_limit"] = _largest_z(max(correlations[0].value[1:].size, 1))
+            found["autocorrelations"] = tuple(correlations)
     if "memorization" in metric_names:
         values["memorization"], found["neighbors"], found["neighbor_samples"] = _memorization(reference, samples)
     return ArrayComparison(values, **found)
 
 
-def _energy_distance(reference: _Examples, samples: _Examples) -> dict[str, Any]:
-    """Of at most 10,000 examples, and fewer of large ones, because the time grows as the square of their number."""
-    dimensions = math.prod(reference.shape[1:])
-    count = int(min(_ENERGY_EXAMPLES, max(math.sqrt(_ENERGY_PRODUCTS / dimensions), 500)))
-    sets = [select(x, count) for x in (reference, samples)]
-    found = array_metrics.energy_distance(*sets)
-    return {
-        "energy_distance": found.value,
-        "energy_distance_standard_error": found.standard_error,
-        "energy_distance_same_law_std": found.same_law_std,
-        "energy_distance_num_examples": [len(x) for x in sets],
-    }
-
-
-def _sliced_wasserstein(key: jax.Array, reference: _Examples, samples: _Examples) -> dict[str, Any]:
-    """Of at most 20,000 examples."""
-    one, other = (select(x, _SLICED_EXAMPLES) for x in (reference, samples))
-    found = array_metrics.sliced_wasserstein(key, one, other, projections=_PROJECTIONS, groups=_GROUPS)
-    return {
-        "sliced_wasserstein": found.value,
-        "sliced_wasserstein_standard_error": found.standard_error,
-        "sliced_wasserstein_same_law": found.same_law,
-        "sliced_wasserstein_same_law_std": found.same_law_std,
-        "sliced_wasserstein_projections": _PROJECTIONS,
-        "sliced_wasserstein_num_examples": [len(one), len(other)],
-    }
-
-
-def _histogram_values(histograms: MarginalHistograms) -> dict[str, Any]:
-    distance, errors = histograms.distance
-    channel = int(np.argmax(distance))
-    return {
-        "histogram_distance": float(distance[channel]),
-        "histogram_distance_standard_error": float(errors[channel]),
-        "histogram_distance_same_law": float(histograms.same_law[channel]),
-        "histogram_distance_channel": channel,
-        "histogram_distance_bins": _BINS,
-    }
-
-
-def _histograms_of_data(histograms: MarginalHistograms, normalization: Normalization | None) -> MarginalHistograms:
-    if normalization is None:
-        return histograms
-    offset, scale = (np.asarray(part)[:, None] for part in (normalization.offset, normalization.scale))
-    return histograms._replace(edges=histograms.edges * scale + offset)
+def _named(name: str, distance: NamedTuple) -> dict[str, Any]:
+    """{name: value, name_standard_error: ...} of a distance."""
+    return {name if field == "value" else f"{name}_{field}": x for field, x in distance._asdict().items()}
 
 
 def _with_channels(x: _Examples, channels: np.ndarray) -> _Examples:
@@ -346,79 +345,21 @@ def _with_channels(x: _Examples, channels: np.ndarray) -> _Examples:
     return LazyExamples(lambda rows: x[rows][..., channels], (*x.shape[:-1], len(channels)))
 
 
-def _moment_values(one: MeanAndCovariance, other: MeanAndCovariance, channels: np.ndarray) -> dict[str, Any]:
-    mean = _deviation("mean", one.mean, other.mean)
-    index = mean.pop("index")[0]
-    covariance = _deviation("covariance", one.covariance, other.covariance)
-    pair = covariance.pop("index")
-    count = len(channels) * (len(channels) + 3) // 2  # of different numbers
-    return {
-        **mean,
-        "mean_channel": int(channels[index]),
-        **covariance,
-        "covariance_channels": [int(channels[i]) for i in pair],
-        "mean_and_covariance_z_limit": _largest_z(count),
-        "mean_and_covariance_num_channels": len(channels),
-    }
+def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """(deviation of the samples where its |z| is largest, with its standard error and z-score; the index there).
 
-
-def _moments_of_data(
-    moments: MeanAndCovariance, normalization: Normalization | None, channels: np.ndarray
-) -> MeanAndCovariance:
-    if normalization is None:
-        return moments
-    offset, scale = (np.asarray(part)[channels] for part in (normalization.offset, normalization.scale))
-    products = np.outer(scale, scale)
-    mean, covariance = moments
-    return MeanAndCovariance(
-        Measurement(mean.value * scale + offset, mean.standard_error * np.abs(scale)),
-        Measurement(covariance.value * products, covariance.standard_error * np.abs(products)),
-    )
-
-
-def _spectrum_values(one: PowerSpectrum, other: PowerSpectrum) -> dict[str, Any]:
-    values = _deviation("power_spectrum", one, other, relative=True)
-    shell, channel = values.pop("index")
-    return {
-        **values,
-        "power_spectrum_frequency": float(one.frequencies[shell]),
-        "power_spectrum_channel": channel,
-        "power_spectrum_z_limit": _largest_z(one.value.size),
-    }
-
-
-def _spectrum_of_data(spectrum: PowerSpectrum, normalization: Normalization | None) -> PowerSpectrum:
-    if normalization is None:
-        return spectrum
-    squares = np.square(normalization.scale)
-    return spectrum._replace(value=spectrum.value * squares, standard_error=spectrum.standard_error * squares)
-
-
-def _autocorrelation_values(one: Autocorrelation, other: Autocorrelation) -> dict[str, Any]:
-    values = _deviation("autocorrelation", one, other)
-    lag, channel = values.pop("index")
-    return {
-        **values,
-        "autocorrelation_lag": int(one.lags[lag]),
-        "autocorrelation_channel": channel,
-        "autocorrelation_z_limit": _largest_z(max(one.value[1:].size, 1)),
-    }
-
-
-def _deviation(name: str, reference: Any, samples: Any, relative: bool = False) -> dict[str, Any]:
-    """The deviation of the samples where its |z| is largest, with its standard error, z-score and index."""
-    z = array_statistics.z_scores(samples, reference)
+    pair: the statistic of the reference and of the samples.
+    """
+    z = array_statistics.z_scores(pair[1], pair[0])
     index = np.unravel_index(int(np.argmax(np.abs(np.nan_to_num(z, nan=0.0)))), z.shape)
-    (x, x_error), (y, y_error) = (
-        (float(part.value[index]), float(part.standard_error[index])) for part in (reference, samples)
-    )
+    (x, x_error), (y, y_error) = ((float(part.value[index]), float(part.standard_error[index])) for part in pair)
     deviation, error = y - x, math.hypot(x_error, y_error)
     if relative:
         deviation, error = (y / x - 1, math.hypot(y_error, x_error * y / x) / x) if x else (math.inf, math.inf)
     values = {f"{name}_deviation": deviation, f"{name}_deviation_standard_error": error, f"{name}_z": float(z[index])}
     # JSON has no infinity: there is none unless a number of the data is 0, or has no error.
-    finite: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    return finite | {"index": tuple(map(int, index))}
+    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    return finite, tuple(map(int, index))
 
 
 def _largest_z(count: int) -> float:

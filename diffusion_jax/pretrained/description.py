@@ -233,13 +233,15 @@ class Pretrained(Description):
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)
-        replace: Callable[..., sampling.Sampler] = dataclasses.replace
-        sampler = replace(sampler, **{name: value for name, value in changes.items() if name in fields})
-        if sampler.prediction != self.prediction:
+        replace: Any = dataclasses.replace
+        changed: sampling.Sampler = replace(
+            sampler, **{name: value for name, value in changes.items() if name in fields}
+        )
+        if changed.prediction != self.prediction:
             raise ValueError(
-                f"{sampler} needs the prediction {sampler.prediction!r}, and this network predicts {self.prediction!r}"
+                f"{changed} needs the prediction {changed.prediction!r}, and this network predicts {self.prediction!r}"
             )
-        return sampler
+        return changed
 
     def _check_guidance(self, guidance_scale: float, condition) -> None:
         """Raises: ValueError if the network has no label and no condition that guidance can drop."""

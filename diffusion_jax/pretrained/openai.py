@@ -77,36 +77,37 @@ FILES = {
 # Presets whose attention stores the rows of q, k and v one after the other, not head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
-# Flags of OpenAI's scripts, with the types of their values.
+# Flags of OpenAI's scripts that describe a network, with the types of their values.
 _FLAGS: dict[str, type] = {
     "image_size": int,
     "large_size": int,
     "small_size": int,
-    "num_channels": int,
-    "num_res_blocks": int,
     "num_heads": int,
     "num_heads_upsample": int,
     "num_head_channels": int,
-    "attention_resolutions": str,
-    "channel_mult": str,
-    "dropout": float,
-    "class_cond": bool,
-    "use_scale_shift_norm": bool,
-    "resblock_updown": bool,
     "use_new_attention_order": bool,
-    "learn_sigma": bool,
+    "dropout": float,
     "diffusion_steps": int,
     "noise_schedule": str,
     "predict_xstart": bool,
     "rescale_timesteps": bool,
-    "classifier_width": int,
     "classifier_depth": int,
-    "classifier_attention_resolutions": str,
-    "classifier_use_scale_shift_norm": bool,
-    "classifier_resblock_updown": bool,
 }
-# Flags of OpenAI's scripts that do not change the output of the network, or that its tensors show.
+# Flags of OpenAI's scripts that do not change the output of the network, or that its tensors determine.
 _IGNORED_FLAGS = {
+    "num_channels",
+    "num_res_blocks",
+    "channel_mult",
+    "attention_resolutions",
+    "class_cond",
+    "learn_sigma",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "classifier_width",
+    "classifier_pool",
+    "classifier_attention_resolutions",
+    "classifier_use_scale_shift_norm",
+    "classifier_resblock_updown",
     "use_fp16",
     "classifier_use_fp16",
     "use_checkpoint",
@@ -118,7 +119,6 @@ _IGNORED_FLAGS = {
     "use_ddim",
     "clip_denoised",
     "classifier_scale",
-    "classifier_pool",
 }
 
 
@@ -148,61 +148,6 @@ def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-class _FlagReader:
-    """Reads flags and collects the required ones that are missing, so that one error names all of them."""
-
-    def __init__(self, flags: Mapping[str, Any]):
-        self.flags = flags
-        self._missing: list[str] = []
-
-    def require(self, *names: str, default: object = None) -> Any:
-        """The first of these flags that is given, else None. default: of OpenAI's scripts, for the error message."""
-        values = [self.flags[name] for name in names if self.flags.get(name) not in (None, "", -1)]
-        if not values:
-            note = "" if default is None else f" (OpenAI's default: {default})"
-            self._missing.append(" or ".join(names) + note)
-        return values[0] if values else None
-
-    def check_complete(self, path: pathlib.Path) -> None:
-        """Raises: PretrainedError if a required flag was missing."""
-        if self._missing:
-            raise PretrainedError(
-                f"{path}: its tensors do not determine {'; '.join(self._missing)}; give these flags, or flags=NAME of a "
-                f"preset: {', '.join(PRESETS)}"
-            )
-
-
-def _check_model_flags(
-    path: pathlib.Path, flags: Mapping[str, Any], model: UNet | Classifier, size: int, channels: int
-) -> None:
-    """Raises: PretrainedError for flags that contradict the network that the tensors determine.
-
-    size: of the images. channels: of an image.
-    """
-    is_classifier = isinstance(model, Classifier)
-    prefix = "classifier_" if is_classifier else ""
-    expected = {
-        ("classifier_width" if is_classifier else "num_channels"): model.channels,
-        ("classifier_depth" if is_classifier else "num_res_blocks"): model.num_res_blocks,
-        f"{prefix}use_scale_shift_norm": model.scale_shift_norm,
-        f"{prefix}resblock_updown": model.resample_blocks,
-        "class_cond": model.num_classes > 0,
-    }
-    if isinstance(model, UNet):
-        expected["learn_sigma"] = model.out_channels == 2 * channels
-    wrong = [
-        f"{name}={flags[name]}, not {value}" for name, value in expected.items() if flags.get(name, value) != value
-    ]
-    for name, values in (
-        (f"{prefix}attention_resolutions", {size >> level for level in model.attention_levels}),
-        ("channel_mult", model.channel_multipliers),
-    ):
-        if flags.get(name) and type(values)(map(float, flags[name].split(","))) != values:
-            wrong.append(f"{name}={flags[name]}, not {','.join(map(str, values))} at {size} pixels")
-    if wrong:
-        raise PretrainedError(f"{path}: the flags contradict its tensors: {'; '.join(wrong)}")
-
-
 def is_openai(names) -> bool:
     """Whether tensors of these names are OpenAI's."""
     return "input_blocks.0.0.weight" in names
@@ -214,7 +159,7 @@ def describe_openai(
     """(the description of a state dict, whether its attention has the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None for the file's own name.
-    Raises: PretrainedError for flags that contradict the tensors, and for required flags that are missing.
+    Raises: PretrainedError for unknown flags, and for required flags that are missing.
     """
     without_dropout = flags is None and path.stem.endswith("nodropout")
     if flags is None:
@@ -232,71 +177,64 @@ def describe_openai(
 
 
 def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, Any]) -> tuple[Description, bool]:
-    flags = _check_flags(flags)
-    reader = _FlagReader(flags)
+    flags, missing = _check_flags(flags), []
+
+    def require(*names: str, default: object = None) -> Any:
+        """The first of these flags that is given. default: of OpenAI's scripts, for the error message."""
+        values = [flags[name] for name in names if flags.get(name, -1) != -1]
+        if not values:
+            missing.append(" or ".join(names) + ("" if default is None else f" (OpenAI's default: {default})"))
+        return values[0] if values else None
+
     is_classifier = "out.2.positional_embedding" in shapes
     has_strided = any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in shapes)
-    depth = reader.require("classifier_depth", default=2) if is_classifier and not has_strided else None
-    size = reader.require("image_size", "large_size")
-    diffusion = _read_diffusion(reader)
-    heads = {"head_channels": 64} if is_classifier else _read_heads(reader)
-    in_channels = shapes["input_blocks.0.0.weight"][1]
-    low_resolution, channels = 0, in_channels
-    if not is_classifier and ("large_size" in flags or in_channels == 6):
-        low_resolution, channels = reader.require("small_size"), in_channels // 2
-    reader.check_complete(path)
-
-    fields: dict[str, Any] = OPENAI | heads | _infer_fields(path, shapes, depth)
+    depth = require("classifier_depth", default=2) if is_classifier and not has_strided else None
+    size = require("image_size", "large_size")
+    num_timesteps: Any = require("diffusion_steps", default=1000)
+    diffusion: dict[str, Any] = {
+        "schedule": require("noise_schedule", default="linear"),
+        "num_timesteps": num_timesteps,
+        "prediction": "x_0" if flags.get("predict_xstart") else "eps",
+        "variance": "fixed_large",
+    }
+    if num_timesteps not in (None, 1000):  # at 1000 it changes nothing
+        diffusion["rescale_timesteps"] = require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
+    fields: dict[str, Any] = {"head_channels": 64}
+    if not is_classifier:
+        head_channels, num_heads = flags.get("num_head_channels", -1), 1
+        if head_channels == -1:
+            head_channels, num_heads = None, require("num_heads", "num_head_channels", default="--num_heads 4")
+        fields = {"head_channels": head_channels, "num_heads": num_heads}
+        if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
+            fields["num_heads_up"] = flags["num_heads_upsample"]
+        if head_channels is not None or num_heads not in (None, 1):
+            require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
+    channels, low_resolution = shapes["input_blocks.0.0.weight"][1], 0
+    if not is_classifier and ("large_size" in flags or channels == 6):
+        channels, low_resolution = channels // 2, require("small_size")
+    if missing:
+        raise PretrainedError(
+            f"{path}: its tensors do not determine {'; '.join(missing)}; give these flags, or flags=NAME of a preset: "
+            f"{', '.join(PRESETS)}"
+        )
+    fields = OPENAI | fields | _infer_fields(path, shapes, depth)
     if is_classifier:
-        fields |= {"num_classes": shapes["out.2.c_proj.weight"][0]}
-        model = Classifier(**fields)
+        model = Classifier(**fields, num_classes=shapes["out.2.c_proj.weight"][0])
     else:
-        out_channels = shapes["out.2.weight"][0]
-        fields |= {"num_classes": shapes.get("label_emb.weight", (0,))[0], "out_channels": out_channels}
-        fields |= {"dropout": flags.get("dropout", 0.0)}
+        out_channels, num_classes = shapes["out.2.weight"][0], shapes.get("label_emb.weight", (0,))[0]
+        fields |= {"num_classes": num_classes, "out_channels": out_channels, "dropout": flags.get("dropout", 0.0)}
         model = UNet(**fields)
         if out_channels == 2 * channels:
             diffusion["variance"] = "learned_range"
-    _check_model_flags(path, flags, model, size, channels)
     if diffusion["schedule"] == "linear":
-        num_timesteps = diffusion["num_timesteps"]
-        diffusion |= {"beta_start": 0.1 / num_timesteps, "beta_end": 20 / num_timesteps}
+        diffusion |= {"beta_start": 0.1 / diffusion["num_timesteps"], "beta_end": 20 / diffusion["num_timesteps"]}
     try:
         description = make_description(
-            "OpenAI", model, size, diffusion, channels=channels, low_resolution=low_resolution or 0
+            "OpenAI", model, size, diffusion, channels=channels, low_resolution=low_resolution
         )
     except (ValueError, TypeError) as error:
         raise PretrainedError(f"flags: {error}") from None
-    return description, bool(flags.get("use_new_attention_order", False)) and not is_classifier
-
-
-def _read_diffusion(reader: _FlagReader) -> dict[str, Any]:
-    """Leaves of `config.diffusion` of weights with a fixed variance."""
-    num_timesteps = reader.require("diffusion_steps", default=1000)
-    schedule = reader.require("noise_schedule", default="linear")
-    rescale = False
-    if num_timesteps not in (None, 1000):  # at 1000 it changes nothing
-        rescale = reader.require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
-    return {
-        "schedule": schedule,
-        "num_timesteps": num_timesteps,
-        "rescale_timesteps": rescale,
-        "prediction": "x_0" if reader.flags.get("predict_xstart") else "eps",
-        "variance": "fixed_large",
-    }
-
-
-def _read_heads(reader: _FlagReader) -> dict[str, Any]:
-    """The fields of a U-Net about attention heads, which its tensors do not determine."""
-    head_channels, num_heads = reader.flags.get("num_head_channels", -1), None
-    if head_channels == -1:
-        num_heads = reader.require("num_heads", "num_head_channels", default="--num_heads 4")
-    fields = {"head_channels": None if head_channels == -1 else head_channels, "num_heads": num_heads or 1}
-    if head_channels != -1 or num_heads not in (None, 1):
-        reader.require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
-    if reader.flags.get("num_heads_upsample", -1) not in (-1, num_heads):
-        fields["num_heads_up"] = reader.flags.get("num_heads_upsample")
-    return fields
+    return description, flags.get("use_new_attention_order", False) and not is_classifier
 
 
 def _infer_fields(path: pathlib.Path, shapes: _Shapes, depth: int | None) -> dict[str, Any]:

@@ -81,33 +81,17 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, .
     classes = value
     if isinstance(value, str) and value not in names:
         classes = [part.strip(" '\"") for part in value.strip("()[] ,").split(",")]
-    classes = tuple(classes) if isinstance(classes, tuple | list) else (classes,)
-    if not classes:
-        raise UserError(_allowed_classes_message(value, num_classes, names))
-    return tuple(_class_index(y, value, num_classes, names) for y in classes)
-
-
-def _class_index(y, value, num_classes: int, names: Sequence[str]) -> int:
-    """The class of `y`, an index or a name. value: all of `sampling.class`, for the message. Raises: UserError."""
-    if y in names:
-        return names.index(y)
-    if isinstance(y, str) and y.isdecimal():  # of "3,cats"
-        y = int(y)
-    if type(y) is int and 0 <= y < num_classes:
-        return y
-    if isinstance(y, str) and names:
-        near = closest_names(y, names, count=3)
-        raise UserError(
-            f"sampling.class={y!r} is not a class of this run; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"its classes are {list_names(names, 20)}")
-        )
-    unnamed = "" if names or not isinstance(y, str) else ", as no class names are stored with these weights"
-    raise UserError(_allowed_classes_message(value, num_classes, names) + unnamed)
-
-
-def _allowed_classes_message(value, num_classes: int, names: Sequence[str]) -> str:
-    known = f" ({list_names(names, 20)})" if names else ""
-    return f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}"
+    indices = []
+    for y in classes if isinstance(classes, tuple | list) else (classes,):
+        if isinstance(y, str):
+            y = names.index(y) if y in names else int(y) if y.isdecimal() else y
+        if type(y) is not int or not 0 <= y < num_classes:
+            known = f" ({list_names(names, 20)})" if names else ""
+            near = closest_names(y, names, count=3) if isinstance(y, str) else []
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
+        indices.append(y)
+    return tuple(indices)
 
 
 # ---- Conditions

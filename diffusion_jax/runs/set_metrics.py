@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import hashlib
 import json
 import pathlib
@@ -28,7 +28,7 @@ from diffusion_jax.runs import devices
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
-__all__ = ["Comparison", "FeatureOptions", "compare_sets", "record_array_metrics", "record_metrics"]
+__all__ = ["FeatureOptions", "compare_sets", "record_array_metrics", "record_metrics"]
 
 _PICTURED_IMAGES, _NEIGHBORS = 10, 5
 _PICTURED_ARRAYS = 4
@@ -36,26 +36,10 @@ _EXPECTED_CLOSE_SHARE = 0.01  # of images that the model was not trained on
 _WIDTH = 28  # of names in the log
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The options of a comparison, as `python -m diffusion_jax.evaluation` describes them."""
-
-    reference: str
-    samples: str
-    inception: str = ""
-    features: str | None = None
-    metrics: str | None = None
-    resize: str = "tf1"
-    batch_size: int = 64
-    data_dir: str = ""
-    image_size: int | None = None
-    channels: int | None = None
-    output: str = "metrics.json"
-
-
-def compare_sets(options: Comparison) -> None:
+def compare_sets(options: argparse.Namespace) -> None:
     """Measures the samples against the reference and adds a record to the output file.
 
+    options: the arguments of `python -m diffusion_jax.evaluation`.
     Raises: DiffusionJaxError, ValueError, OSError: one line.
     """
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
@@ -66,7 +50,9 @@ def compare_sets(options: Comparison) -> None:
         raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size} must be at least 1")
-    output = _output_file(options.output)
+    output = pathlib.Path(options.output).expanduser()
+    output = output if output.suffix == ".json" else output / "metrics.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     reference, samples = (
         open_image_set(location, options.data_dir, options.image_size, options.channels)
         for location in (options.reference, options.samples)
@@ -79,22 +65,10 @@ def compare_sets(options: Comparison) -> None:
             "module:function"
         )
     extractor = features.from_name(name, options.inception, options.resize)
-    output.parent.mkdir(parents=True, exist_ok=True)
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
     settings = FeatureOptions(extractor, mesh, options.batch_size, features.cache_directory())
     record_metrics(reference, samples, settings, metric_names, output, {})
-
-
-def _output_file(output: str) -> pathlib.Path:
-    """The JSON file of --output, a file or its folder. Raises: UserError if a file has the folder's name."""
-    path = pathlib.Path(output).expanduser()
-    if output.endswith("/") or path.suffix != ".json" or path.is_dir():
-        path = path / "metrics.json"
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output={output}: {folder} is a file; name a folder, or a file that ends in .json")
-    return path
 
 
 class FeatureOptions(NamedTuple):
@@ -304,9 +278,9 @@ def record_array_metrics(
     if jax.process_index() != 0:
         return
     log("Comparing ...")
-    standardized = [example_sets.standardize(x, normalization) for x in (reference.examples, samples.examples)]
+    one, other = (example_sets.standardize(x, normalization) for x in (reference.examples, samples.examples))
     comparison = named_metrics.compare_arrays(
-        jax.random.key(seed), *standardized, metric_names, normalization, periodic, log
+        jax.random.key(seed), one, other, metric_names, normalization, periodic, log
     )
     values |= comparison.values
     digests = example_sets.value_digest(reference.examples), example_sets.value_digest(samples.examples)

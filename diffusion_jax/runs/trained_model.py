@@ -37,7 +37,6 @@ __all__ = [
     "normalization_differences",
     "params_digest",
     "set_params",
-    "weights_name",
 ]
 
 _Read = TypeVar("_Read", bound=pretrained.Description)
@@ -119,7 +118,8 @@ class TrainedModel:
     @property
     def weights_name(self) -> str:
         """The origin of the weights in file names: step500, or the name of `config.init_from`."""
-        return weights_name(self.config, self.step)
+        is_initial = self.config.init_from and not self.step
+        return pathlib.Path(self.config.init_from).stem if is_initial else f"step{self.step}"
 
 
 def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
@@ -162,11 +162,6 @@ def params_digest(params) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(array.view(np.uint8).data if array.size else b"")
     return digest.hexdigest()
-
-
-def weights_name(config: Mapping, step: int) -> str:
-    """step500, or the name of `config.init_from` for untrained weights."""
-    return pathlib.Path(config["init_from"]).stem if config["init_from"] and not step else f"step{step}"
 
 
 class InitialWeights(NamedTuple):

@@ -1,10 +1,6 @@
 """FID's Inception: its weights, its resizes and its features."""
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 
 import flax.traverse_util
 import numpy as np
@@ -15,8 +11,7 @@ from diffusion_jax.evaluation import features
 from diffusion_jax.pretrained import PretrainedError, inception
 from diffusion_jax.runs.console import ProgressBar
 from helpers import inception_peer
-from helpers.image_files import save, single_mesh
-from helpers.paths import ROOT
+from helpers.image_files import single_mesh
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -145,28 +140,3 @@ def test_features_of_inception_equal_those_of_torch_fidelity(port):
     gray = stored["images"][..., :1]
     one, three = extraction(gray).pool, extraction(gray.repeat(3, axis=-1)).pool
     np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above
-
-
-@pytest.mark.slow
-def test_metrics_of_inception_depend_neither_on_the_batch_size_nor_on_the_devices(port, tmp_path):
-    """Three minutes: three times 300 images through the whole network."""
-    rng = np.random.default_rng(0)
-    smooth = rng.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
-    save(tmp_path / "reference.npz", smooth[:150])
-    save(tmp_path / "samples.npz", np.clip(smooth[150:] * 0.8 + 20, 0, 255).astype(np.uint8))
-    records = []
-    for devices, batch_size in ((1, 64), (1, 22), (4, 64)):
-        variables = dict(
-            os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=str(ROOT)
-        )
-        variables["XDG_CACHE_HOME"] = str(tmp_path / f"{devices}_{batch_size}")
-        arguments = ["reference.npz", "samples.npz", f"--inception={port}", f"--batch_size={batch_size}"]
-        arguments += ["--metrics=fid,sfid,kid,precision_recall,density_coverage", f"--output={len(records)}.json"]
-        program = [sys.executable, "-m", "diffusion_jax.evaluation", *arguments]
-        subprocess.run(program, cwd=tmp_path, env=variables, check=True, capture_output=True)
-        records += json.loads((tmp_path / f"{len(records)}.json").read_text())
-    for other in records[1:]:
-        for name in ("frechet_distance", "spatial_frechet_distance", "precision", "recall", "density", "coverage"):
-            assert other[name] == pytest.approx(records[0][name], rel=1e-6), name
-        within = 1e-6 * records[0]["kernel_distance_std"]
-        assert other["kernel_distance"] == pytest.approx(records[0]["kernel_distance"], rel=1e-6, abs=within)

@@ -205,12 +205,6 @@ def test_features_of_few_bits(dtype):
     assert metrics.frechet_distance(metrics.moments(x), metrics.moments(x)) == pytest.approx(0, abs=1e-10)
 
 
-def test_few_queries_have_neighbors_too():
-    x = gaussian(0, 20, 5)
-    found = metrics.nearest_neighbors(x, x[7:8] + 1e-3, k=5)
-    assert found.indices[0, 0] == 7 and (np.diff(found.distances) >= 0).all()
-
-
 def test_nearest_neighbors():
     x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
     q[3] = x[17]

@@ -120,10 +120,6 @@ BROKEN = {
     ),
     "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is not a flag of OpenAI's"),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
-    "flags that contradict the tensors": (
-        with_flags(NARROW_FLAGS + " --num_channels 64 --class_cond False"),
-        "num_channels=64, not 32; class_cond=False, not True",
-    ),
     "flags that are not JSON": (with_flags('{"image_size": '), "are not valid JSON"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
     "an unsupported field": (folder_with(act_fn="gelu"), "act_fn='gelu' is not supported"),

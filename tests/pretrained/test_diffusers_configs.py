@@ -79,7 +79,6 @@ def test_schedulers():
         ("variance_type", "learned"),
         ("rescale_betas_zero_snr", True),
         ("thresholding", True),
-        ("foo", 1),
         ("_class_name", "CMStochasticIterativeScheduler"),
     ):
         with pytest.raises(PretrainedError, match=field):

@@ -167,7 +167,6 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
     root = roots("series")
     monkeypatch.chdir(root)
     np.save("wide.npy", np.zeros((9, 2)))
-    np.save("complex.npy", np.zeros((8, 2), complex))
     np.save("pickled.npy", np.array([{}]), allow_pickle=True)
     np.savez("several.npz", np.zeros((8, 2)))
     np.save("numbers.npy", np.ones(8))
@@ -175,14 +174,11 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
     np.save("none.npy", np.zeros((8, 1), bool))
     for task, overrides, words in (
         ("sdedit", {"editing.image": ""}, "editing.image=FILE.npy is needed"),
-        ("sdedit", {"editing.image": "nowhere.npy"}, "editing.image='nowhere.npy' cannot be read as an .npy file"),
         ("sdedit", {"editing.image": "pickled.npy"}, "cannot be read as an .npy file: Object arrays cannot be loaded"),
         ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
         ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be one example of shape \[8, 2\]"),
-        ("sdedit", {"editing.image": "complex.npy"}, r"holds complex128 .* of real numbers, in the units of the data"),
         ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
         ("interpolate", {}, "needs a single condition, and sampling.conditions has 2"),
-        ("inpaint", {"editing.mask": ""}, "editing.mask=FILE.npy is needed"),
         (
             "inpaint",
             {"editing.mask": "numbers.npy"},
@@ -192,7 +188,6 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
         ("replace", {"editing.mask": "none.npy"}, "is False everywhere: nothing is kept"),
         ("colorize", {}, "editing.task='colorize' is for images; use inpaint"),
         ("super_resolution", {}, r"two spatial axes, not for examples of shape \[8, 2\]"),
-        ("sdedit", {"sampling.conditions": "", "sampling.guidance_scale": 2.0}, "guides by conditions: set"),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:
             edit.run(configured("series", root, task, **overrides), root / "run")

@@ -68,7 +68,7 @@ def record(directory):
 def exact_network(monkeypatch):
     """In place of the network, the exact one for standardized data that are Gaussian with the variance 1."""
 
-    def denoise_fn(self, params, batch, convolution=None):
+    def denoise_fn(self, params, batch):
         schedule = self.trained.schedule
 
         def network(x_t, time):
@@ -115,9 +115,6 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
         # E |x_0 - E[x_0 | x_t]|^2 = 1 - alpha_bar.
         schedule = training.schedule_from_config(config.diffusion)
         np.testing.assert_allclose(arrays["distortion"] ** 2, 1 - schedule.alpha_bar, rtol=5 * (2 / 192) ** 0.5)
-    for name in ("likelihood_terms.png", "rate_distortion.png"):
-        with Image.open(run / name) as picture:
-            assert min(picture.size) > 400
 
 
 @pytest.mark.whole
@@ -166,28 +163,6 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     other = Rows(source.arrays["x"], condition=conditions[::-1])
     measure_likelihood.run(config, run, other)
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
-
-
-def test_a_file_that_evaluation_data_dir_names_needs_no_split(tmp_path):
-    training, held_out = write_arrays("vectors", tmp_path / "x.npz"), tmp_path / "other.npy"
-    x = examples("vectors", 10, seed=1)
-    np.save(held_out, x)
-    overrides = {"data.data_dir": str(training), "evaluation.split": "test"}
-    config = config_of("vectors", **overrides)
-    run = a_run(tmp_path / "run", config, Rows(examples("vectors")))
-    with pytest.raises(
-        data.DataError, match=r"evaluation.split='test': .*x.npz has only 'train'; use .*evaluation.data_dir"
-    ):
-        LikelihoodRun(config, run)
-    config.evaluation.data_dir = str(held_out)
-    found = LikelihoodRun(config, run)
-    assert found.split is None and len(found.source) == 10
-    expected = found.trained.normalizations["x"].apply(x)
-    np.testing.assert_array_equal(found.source.read([7, 2])["x"], expected[[7, 2]])
-    np.save(tmp_path / "train.npy", x)  # a folder that has splits, but not this one
-    config.evaluation.data_dir = str(tmp_path)
-    with pytest.raises(data.DataError, match="evaluation.split='test': .* has the splits .*train"):
-        LikelihoodRun(config, run)
 
 
 def test_options_of_gray_levels_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_jax import process, sampling, schedules
-from diffusion_jax.config import ConfigError, resolve
+from diffusion_jax.config import resolve
 from diffusion_jax.runs import sampler_config
 from helpers.configs import conditional, tiny_config
 
@@ -102,22 +102,6 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     with pytest.raises(ValueError, match=words) as caught:
         options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
         sampler_config.respace(schedule, options, sampling.ddpm())
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"steps": "250"}, "steps='250' must be .* --config.sampling.steps=250 --config.sampling.spacing=openai$"),
-        ({"steps": "10,15, 20"}, "--config.sampling.steps=10,15,20 --config.sampling.spacing=openai$"),
-        ({"steps": "ddim5"}, "--config.sampling.steps=5 --config.sampling.spacing=openai_ddim$"),
-        ({"steps": "many"}, "sampling.steps='many' must be None or a whole number of at least 1"),
-        ({"spacing": "even"}, "spacing='even' must be leading, .*, gaussian, openai_ddim or given or None"),
-    ],
-)
-def test_steps_and_spacings_of_another_kind_are_refused(options, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        resolve({"sampling": options})
     assert "\n" not in str(caught.value)
 
 
