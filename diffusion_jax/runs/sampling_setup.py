@@ -118,8 +118,6 @@ class SamplingSetup:
             hashed["clip"] = options["clip"]
         if isinstance(options["steps"], tuple | list):
             hashed["steps"] = options["steps"]
-        if self.labels.given is not None:
-            hashed["labels"] = self.labels.given.tolist()
         parts = [f"{options['sampler']}{num_steps}"] + [options["spacing"]] * (options["spacing"] is not None)
         if options["label"] is not None and self.classes is not None:
             classes = "class" + "-".join(map(str, self.classes))

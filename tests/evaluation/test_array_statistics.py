@@ -203,6 +203,8 @@ def test_z_scores_of_equal_numbers_without_errors():
     one = array_statistics.Measurement(np.array([1.0, 2.0]), np.array([0.0, 0.5]))
     np.testing.assert_allclose(array_statistics.z_scores(one, np.array([1.0, 1.0])), [0, 2])
     np.testing.assert_allclose(array_statistics.z_scores(one, one), [0, 0])
+    other = array_statistics.Measurement(np.array([0.0, 1.0]), np.array([2.0, 1.2]))
+    np.testing.assert_allclose(array_statistics.z_scores(one, other), [1 / 2, 1 / 1.3])
     assert np.isinf(array_statistics.z_scores(one, np.array([0.0, 2.0]))[0])
 
 

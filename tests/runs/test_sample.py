@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffusion_jax import errors, pictures, schedules
 from diffusion_jax.evaluation import example_sets
-from diffusion_jax.runs import sample, train
+from diffusion_jax.runs import sample
 from diffusion_jax.runs.batch_sampler import BatchSampler, picture_steps
 from helpers.configs import conditional, tiny_config
 from helpers.work_directories import untrained
@@ -104,15 +104,6 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
     with np.load(whole) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.whole
-def test_a_conditional_run_samples_all_classes_in_turn(tmp_path):
-    config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
-    train.run(config, tmp_path)
-    sample.run(config, tmp_path)
-    with np.load(tmp_path / "samples" / "step2_ema_ddpm2_seed0_n3.npz") as arrays:
-        assert arrays["arr_1"].tolist() == [0, 1, 2]
 
 
 def test_sampling_without_a_run_is_refused(tmp_path):

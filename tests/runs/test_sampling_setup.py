@@ -12,7 +12,6 @@ from diffusion_jax.runs import preview, sample, sampling_setup, trained_model
 from helpers.array_configs import array_config
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.core_samples import agree, core_inputs
-from helpers.program import finish, start
 
 
 def by_hand(network, walked, sampler, batches=2, size=4):
@@ -263,13 +262,3 @@ def test_invalid_combinations_of_options_are_refused(root, name, overrides, word
     with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
         sample.run(config, root / name)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.whole
-def test_the_command_line_accepts_a_class(root):
-    flags = ("--config.sampling.class=(2,)", "--config.sampling.sampler=unipc")
-    code, _, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
-    assert code == 0, err
-    np.testing.assert_array_equal(drawn(root / "conditional")[1], [2] * 6)
-    code, _, err = finish(start(f"--workdir={root / 'nothing'}", "--mode=sample", "--config.sampling.class=1"))
-    assert code == 2 and "holds no run whose config could be used" in err and len(err.strip().splitlines()) == 1
