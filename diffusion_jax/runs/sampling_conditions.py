@@ -85,6 +85,11 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, .
     for y in classes if isinstance(classes, tuple | list) else (classes,):
         if isinstance(y, str):
             y = names.index(y) if y in names else int(y) if y.isdecimal() else y
+        elif str(y) in names and names.index(str(y)) != y:
+            raise UserError(
+                f"sampling.class={y} is ambiguous: {str(y)!r} is the name of class {names.index(str(y))}; give the name of "
+                f"the class, as in --config.sampling.class=\"'{y}'\""
+            )
         if type(y) is not int or not 0 <= y < num_classes:
             known = f" ({list_names(names, 20)})" if names else ""
             near = closest_names(y, names, count=3) if isinstance(y, str) else []

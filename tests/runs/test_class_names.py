@@ -168,6 +168,7 @@ def test_the_command_line_accepts_class_names(text, value):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
+        (9, "sampling.class=9 is ambiguous: '9' is the name of class 8; give the name"),
         ("fix", r"sampling.class=fix must be classes in 0 \.\.\. 9 \(0, .*\); did you mean fox\?"),
         (10, r"sampling.class=10 must be classes in 0 \.\.\. 9 \(0, 1, 2, .*, tabby cat, 9, fox\)"),
         ("(fox,)x", "must be classes"),
