@@ -63,17 +63,6 @@ SAMPLING: dict[str, Leaf] = {
     ),
     "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),
     "order": Leaf(2, Choice(1, 2, 3), "Order of dpm_solver_pp, unipc and deis."),
-    "lower_order_final": Leaf(
-        True, Boolean(), "Whether dpm_solver_pp, unipc and deis lower their order at the last steps."
-    ),
-    "variant": Leaf("bh2", Choice("bh1", "bh2"), "Variant of unipc."),
-    "singlestep": Leaf(False, Boolean(), "Whether dpm_solver_pp is the singlestep solver."),
-    "sde": Leaf(False, Boolean(), "Whether dpm_solver_pp solves the SDE, instead of the ODE."),
-    "churn": Leaf(0.0, Number(minimum=0), "S_churn of heun, as in EDM."),
-    "churn_range": Leaf(
-        (), Interval("all"), "Range of noise levels sigma in which heun adds noise, S_tmin and S_tmax."
-    ),
-    "churn_noise": Leaf(1.0, Number(minimum=0), "S_noise of heun."),
     "clip": Leaf(
         None,
         OneOf(Boolean(), Choice("dynamic"), Nothing()),
@@ -142,9 +131,6 @@ SAMPLING: dict[str, Leaf] = {
         Boolean(),
         "Whether the moving average of the parameters is used. While it holds more than a tenth of the random initial "
         "weights, the raw weights replace it.",
-    ),
-    "progress": Leaf(
-        False, Boolean(), "Whether the steps within a batch are shown. It needs a new compilation at every launch."
     ),
     "trajectory": Leaf(
         0,

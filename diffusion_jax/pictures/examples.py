@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.evaluation.example_blocks import as_examples
+from diffusion_jax.evaluation.example_sets import as_examples
 from diffusion_jax.pictures import panels
 from diffusion_jax.pictures.panels import Margins
 from diffusion_jax.pictures.tables import ColorScale, draw_image_table, image_stride

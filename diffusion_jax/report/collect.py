@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax.errors import DiffusionJaxError, shorten
-from diffusion_jax.evaluation.image_sets import is_of_samples
+from diffusion_jax.evaluation.example_sets import is_of_samples
 from diffusion_jax.runs import status
 from diffusion_jax.runs.goodput import read_launches
 from diffusion_jax.runs.metric_records import read_records

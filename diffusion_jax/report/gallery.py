@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion_jax import pictures
 from diffusion_jax.data.array_rows import map_array
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
-from diffusion_jax.runs.class_labels import class_captions
+from diffusion_jax.runs.sampling_conditions import class_captions
 
 __all__ = [
     "TRAJECTORY",

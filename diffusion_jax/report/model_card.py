@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect

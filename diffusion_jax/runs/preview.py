@@ -15,9 +15,8 @@ from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, named_metrics
-from diffusion_jax.evaluation.feature_extraction import CHUNK, FeaturePipeline
+from diffusion_jax.evaluation.features import CHUNK, FeaturePipeline
 from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.class_labels import class_captions
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
@@ -28,8 +27,7 @@ from diffusion_jax.runs.metric_options import (
     load_reference,
 )
 from diffusion_jax.runs.metrics_files import RunMetrics, read_metrics
-from diffusion_jax.runs.sample_files import check_sampling_options
-from diffusion_jax.runs.sampling_conditions import evenly_spaced_conditions
+from diffusion_jax.runs.sampling_conditions import class_captions, evenly_spaced_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import to_dict
 
@@ -40,7 +38,6 @@ def check_sampling(config: ConfigDict, program: training.TrainingProgram, class_
     """Raises the errors of --mode=sample, except those that depend on the weights of a guiding classifier."""
     if not isinstance(program.model, models.Conditional):
         return
-    check_sampling_options(config)
     SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
 
 
@@ -139,12 +136,12 @@ class TrainingFid:
         self._batch_sampler = batch_sampler
         self._extraction = FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
         reference = load_reference(config, None if options.reference_split else source)
-        assert reference.images is not None  # a data set, not a file of statistics
+        assert reference.examples is not None  # a data set, not a file of statistics
         try:
-            features = self._extraction.extract_set(reference.name, reference.images, features_cache(workdir))
+            found = self._extraction.extract_set(reference.name, reference.examples, features_cache(workdir))
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
-        self._reference = features.moments
+        self._reference = found.moments
         metric, num_steps = named_metrics.reported_name("fid", extractor), batch_sampler.setup.schedule.num_timesteps
         self.name, self._workdir = f"{metric}_{self._num_samples}_ddim{num_steps}", workdir
 

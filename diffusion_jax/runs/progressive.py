@@ -24,7 +24,7 @@ from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs.batch_sampler import SampleTrajectory, picture_steps, sample_trajectory
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
+from diffusion_jax.runs.measure_likelihood import LikelihoodRun, Terms, noun_of, rate_distortion
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]

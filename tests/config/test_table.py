@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax import config, likelihood, losses, models, process, schedules, timesteps
 from diffusion_jax.config import values
-from diffusion_jax.evaluation import feature_extractors, named_array_metrics, named_metrics, ode_likelihood
+from diffusion_jax.evaluation import features, named_metrics, ode_likelihood
 from diffusion_jax.runs import edit, sampler_config
 from helpers.paths import ROOT
 
@@ -111,9 +111,9 @@ def test_allowed_names_are_those_of_the_functions_that_read_them():
     assert names("sampling.spacing")[:-2] == schedules.SPACINGS
     assert names("editing.task") == tuple(edit.TASKS)
     assert names("evaluation.cdf") == likelihood.CDFS
-    metrics = named_metrics.METRICS + named_array_metrics.ARRAY_METRICS
+    metrics = named_metrics.METRICS + named_metrics.ARRAY_METRICS
     assert names("evaluation.metrics") == tuple(dict.fromkeys(metrics))
-    assert names("evaluation.resize") == feature_extractors.RESIZES
+    assert names("evaluation.resize") == features.RESIZES
     assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
 
 

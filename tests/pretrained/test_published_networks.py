@@ -111,9 +111,6 @@ def test_published_networks_of_ho_are_recognized(tmp_path):
         found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
         assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
-        with pytest.raises(PretrainedError, match="its tensors are not those of"):
-            other = next(one for one in ho.PRESETS if one != name)
-            ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), other, with_params=False)
 
 
 def test_configs_of_published_weights_are_the_presets():

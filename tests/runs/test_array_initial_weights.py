@@ -1,13 +1,10 @@
 """`init_from` of runs on data that are not images: the same network, its normalization, and new data."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, pretrained, training
-from diffusion_jax.data import Normalization
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -46,18 +43,6 @@ def test_weights_of_vectors_are_compared_with_the_config(weights):
     series = array_config("series", "", init_from=str(weights / "run"))
     with pytest.raises(errors.UserError, match="holds weights of models.MLP, and the config describes models.UNet"):
         trained_model.load_initial_weights(series, training.model_from_config(series))
-
-
-def test_other_normalizations_are_described(weights):
-    found = initial(weights)
-    assert trained_model.normalization_differences(found, found.normalizations) is None
-    other = {"x": Normalization((1.0, 2.0, 3.0, 4.0), (0.5,) * 4)}
-    changed = dataclasses.replace(found.normalizations["x"], offset=(300.0, 301.0, 302.0), scale=(10.0, 20.0, 30.0))
-    assert (
-        trained_model.normalization_differences(found._replace(normalizations={"x": changed}), other)
-        == "x: (data - (300, 301, 302)) / (10, 20, 30) there, (data - (1, 2, 3, ...)) / (0.5, 0.5, 0.5, ...) here"
-    )
-    assert trained_model.normalization_differences(found._replace(normalizations={}), other).startswith("x: none there")
 
 
 @pytest.mark.parametrize("name", ["run", "net.safetensors"])

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.runs import workdir
-from diffusion_jax.runs.sample_files import SampleFile
+from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.sampling_conditions import standardize_conditions
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import untrained

@@ -225,8 +225,7 @@ def test_classifiers_of_openai_s_guide(tmp_path):
             "sampling.classifier_flags": flags,
             "sampling.classifier_scale": scale,
         }
-        sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run)
-        (found,) = (run / "samples").glob(f"step1_*classifier{scale:g}_*.npz")
+        found = sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run).path
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
