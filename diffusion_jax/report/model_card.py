@@ -115,7 +115,7 @@ def _metrics(run: RunFiles, weights: str, step: int | None) -> str:
     """The metrics of these weights, each of the most samples."""
     found: dict[str, tuple[str, str, str]] = {}  # rows by metric
     records = [record for record in run.records if (record.get("weights"), record.get("step")) == (weights, step)]
-    known = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS
+    known = named_metrics.DEFINITIONS
     for record in sorted(records, key=lambda record: record.get("num_samples") or 0):
         settings = [f"{name} {record[name]}" for name in _MEASURED_WITH if record.get(name)]
         how = ", ".join([record.get("sampling", {}).get("sampler", "samples"), *settings])

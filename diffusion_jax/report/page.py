@@ -12,15 +12,15 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
-from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.report import commands, gallery
 from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
 from diffusion_jax.report.collect import RunFiles, sample_files
 from diffusion_jax.report.gallery import Budget, Frames, Picture
 from diffusion_jax.report.markup import Markup, definitions, element, join, json_script, table
 from diffusion_jax.runs.console import format_duration
-from diffusion_jax.runs.metric_table import add_likelihood, table_cells
-from diffusion_jax.runs.sample_files import read_settings
+from diffusion_jax.runs.metric_records import add_likelihood, table_cells
+from diffusion_jax.runs.sample import read_settings
 
 __all__ = ["comparison_page", "examples_of", "format_value", "run_page"]
 
@@ -251,9 +251,7 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     names = {str(run.directory): name for name, run in runs.items()}
     texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
     body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
-    meanings = named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
-    for _, record in pairs:
-        meanings |= record.get("definitions", {})
+    meanings = named_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
     return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
 
 

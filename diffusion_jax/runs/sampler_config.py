@@ -78,11 +78,6 @@ def is_stochastic(options: Mapping) -> bool:
     return options["sampler"] in ("ddpm", "euler_ancestral") or (options["sampler"] == "ddim" and options["eta"] > 0)
 
 
-def calls_between_steps(options: Mapping) -> bool:
-    """Whether the sampler also calls the network at times between those of its steps."""
-    return options["sampler"] == "pndm"
-
-
 def resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
     """`sampling.spacing`, or the default of the sampler and of the type of `sampling.steps`."""
     if options["spacing"] is not None:

@@ -116,12 +116,12 @@ def quarter_averages(examples: Mapping[str, jax.Array], num_timesteps: int) -> d
     """The loss in each quarter of the timesteps, q1 the least noisy; examples: "t", "loss" and "importance", each [B]."""
     in_quarter = (examples["t"] * 4 // num_timesteps)[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
-    return {name: Average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
+    return {name: Average(total=totals[i], count=counts[i]) for i, name in enumerate(QUARTERS)}
 
 
 def empty_window(names: Sequence[str]) -> dict[str, Any]:
     """A window without steps."""
-    window = {name: Average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
+    window = {name: Average(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), jnp.float32)) for name in names}
     return window | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
 

@@ -171,7 +171,7 @@ def make_train_step(
         scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
-        averages = {name: Average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
+        averages = {name: Average(total=value, count=jnp.ones((), jnp.float32)) for name, value in scalars.items()}
         averages |= quarter_averages(values, schedule.num_timesteps)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = update_window(state.window, averages, state.step, finite)
