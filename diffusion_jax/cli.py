@@ -18,7 +18,7 @@ import pathlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
-from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
+from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
 
@@ -65,11 +65,7 @@ class Command:
     config: ConfigDict
     mode: str
     workdir: pathlib.Path | None
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
-    join_timeout: int
-    verbose: bool
+    flags: argparse.Namespace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,65 +133,35 @@ def parse(arguments: Sequence[str]) -> Command:
             f"--config.editing.num_samples={overrides['sampling.num_samples']}"
         )
     config = configs.load_experiment(flags.config) if flags.config else None
-    log = print if flags.process_id in (None, 0) else lambda line: None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, log)
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
         overrides = init | overrides
     elif config is None and workdir is not None:
-        config = _stored_config(workdir, log)
+        config = _stored_config(workdir)
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
-    config = _override(config, overrides, flags.config)
+    config = configs.override(config, overrides)
     if workdir is None and flags.mode != "plan":
         raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
-    return Command(
-        config=config,
-        mode=flags.mode,
-        workdir=workdir,
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.num_processes,
-        process_id=flags.process_id,
-        join_timeout=flags.join_timeout,
-        verbose=flags.verbose,
-    )
+    return Command(config, flags.mode, workdir, flags)
 
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{"group.leaf": text} of --config.group.leaf=text (or with a space, and a Boolean leaf alone). Raises: UserError."""
-    overrides, remaining = {}, list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
+    """{"group.leaf": text} of --config.group.leaf=text. Raises: UserError for anything else."""
+    overrides = {}
+    for argument in arguments:
         flag, equals, text = argument.partition("=")
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
         if not flag.startswith("--config."):
-            if not flag.startswith("-"):
-                raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
             near = closest_names(flag, known)
             raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}")
-        name = flag.removeprefix("--config.")
         if not equals:
-            alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean_leaf(name):
-                raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
-        overrides[name] = text
+            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = text
     return overrides
-
-
-def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None) -> ConfigDict:
-    """`configs.override`; an error that the config file has without overrides names the file."""
-    try:
-        return configs.override(config, overrides)
-    except ConfigError as error:
-        if not file:
-            raise
-        try:
-            configs.resolve(config)
-        except ConfigError as error_of_file:
-            if str(error_of_file) == str(error):
-                raise ConfigError(f"--config={file}: {error}") from None
-        raise
 
 
 def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
@@ -231,21 +197,18 @@ def check_workdir(workdir: str) -> None:
             ) from error
 
 
-def _stored_config(workdir: pathlib.Path, log: Callable[[str], None]) -> ConfigDict | None:
+def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
     from diffusion_jax.runs import stored_config
 
-    try:
-        return stored_config.from_workdir(workdir, log)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    return stored_config.from_workdir(workdir)
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str, log: Callable[[str], None]
+    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
     if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        stored = _stored_config(workdir, log)
+        stored = _stored_config(workdir)
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
@@ -304,8 +267,9 @@ def run(command: Command) -> None:
     trains = command.mode in ("train", "train_classifier")
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
-        join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
-        devices.start(command.verbose)
+        flags = command.flags
+        join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
+        devices.start(flags.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 

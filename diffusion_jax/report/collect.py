@@ -63,7 +63,7 @@ def collect(workdir: pathlib.Path, config: ConfigDict | None = None) -> RunFiles
     def note(line: str) -> None:
         notes.append(with_urls(line.removeprefix("Note: ")))
 
-    config = read("config.json", lambda: stored_config.from_workdir(workdir, note), None) or config
+    config = read("config.json", lambda: stored_config.from_workdir(workdir), None) or config
     lines = read("The log", lambda: read_metrics(workdir), [])
     launches = read("goodput.json", lambda: _checked_launches(workdir), [])
     holder = read("The lock", lambda: find_holder(workdir / ".lock"), None)

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_jax.config.resolution import RENAMED_METRICS
 from diffusion_jax.files import write_text
 
 __all__ = ["add_record", "differing_settings", "read_likelihood", "read_records", "record_settings"]
@@ -51,7 +50,7 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.json, [] if there is no file; names of version 0.1 are translated.
+    """The records of a metrics.json, [] if there is no file.
 
     Raises: ValueError for another file.
     """
@@ -67,16 +66,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path} is not a valid metrics.json (a list of records); name another file, or move this one away"
         )
-    return [_translate(record) for record in records]
-
-
-def _translate(value: Any) -> Any:
-    """A JSON value with the metric `memorisation` of version 0.1, as a key or in a list, renamed to `memorization`."""
-    if isinstance(value, dict):
-        return {RENAMED_METRICS.get(key, key): _translate(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [RENAMED_METRICS.get(item, item) if isinstance(item, str) else _translate(item) for item in value]
-    return value
+    return records
 
 
 def record_settings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from diffusion_jax.runs.workdir import to_dict
 __all__ = ["SampleFile", "check_sampling_options", "read_settings"]
 
 # Leaves of `config.sampling` that no image depends on, and those whose files are compared by a digest of their contents.
-_NOT_SETTINGS = ("preview", "progress", "trajectory", "batch_size", "use_ema")
+_NOT_SETTINGS = ("preview", "trajectory", "batch_size", "use_ema")
 _FILES = ("classifier", "low_resolution", "conditions")
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
@@ -108,15 +108,8 @@ class SampleFile:
         num_batches = -(-options.num_samples // batch_size)
         done = len(chunks.finished) * batch_size
         with ProgressBar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
-
-            def on_step(step):
-                bar.update(min(done, options.num_samples), f"step {int(step)} of {self.num_steps}")
-
-            progress = on_step if options.progress else None
             normalization = self.trained.normalizations.get("x")
-            batch_sampler = BatchSampler(
-                self.config, self.setup, self.trained.mesh, batch_size, progress, normalization
-            )
+            batch_sampler = BatchSampler(self.config, self.setup, self.trained.mesh, batch_size, normalization)
             missing = [i for i in range(num_batches) if i not in chunks.finished]
             if missing:
                 log("Compiling the sampler and drawing the first batch ...")

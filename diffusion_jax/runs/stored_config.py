@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from diffusion_jax import pretrained
-from diffusion_jax.config import drop_unknown_leaves, migrate, resolve
-from diffusion_jax.errors import ConfigError
-from diffusion_jax.runs import console
+from diffusion_jax.config import resolve
 from diffusion_jax.runs.workdir import read_config
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["from_weights", "from_workdir"]
 
 
-def from_workdir(directory: pathlib.Path | str, log: Callable[[str], None] = console.log) -> ConfigDict | None:
-    """The config of a work directory, complete; None if none is stored.
-
-    Leaves that this version does not have are ignored, unless they are likely misspelled.
-    log: called with a line that names the ignored leaves; it must not use JAX, because the processes may not have joined yet.
-    Raises: UserError for a config that is damaged.
-    """
-    directory = local_path(directory)
-    stored = read_config(directory)
-    if stored is None:
-        return None
-    try:
-        known, unknown = drop_unknown_leaves(migrate(stored))
-        config = resolve(known)
-    except ConfigError as error:
-        raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None
-    if unknown:
-        log(
-            f"Note: leaves of {directory / 'config.json'} that this version does not have are ignored: {', '.join(unknown)}"
-        )
-    return config
+def from_workdir(directory: pathlib.Path | str) -> ConfigDict | None:
+    """The config of a work directory, complete; None if none is stored. Raises: UserError for a config that is damaged."""
+    return read_config(local_path(directory))
 
 
 def from_weights(path: str, flags: str = "") -> ConfigDict:
@@ -46,7 +25,7 @@ def from_weights(path: str, flags: str = "") -> ConfigDict:
     path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
     """
     description = pretrained.describe(path, pretrained.read_flags(flags))
-    config = from_workdir(path, log=lambda line: None) if pretrained.is_workdir(path) else None
+    config = from_workdir(path) if pretrained.is_workdir(path) else None
     if config is None:
         leaves = pretrained.config_leaves(description)
         dataset = "folder" if description.is_images and description.channels in (1, 3) else "arrays"

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import identity_leaves, migrate, resolve
+from diffusion_jax.config import identity_leaves, resolve
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
@@ -39,19 +39,15 @@ def to_dict(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def read_config(workdir: pathlib.Path) -> dict | None:
+def read_config(workdir: pathlib.Path) -> ConfigDict | None:
     """The stored config, or None if there is none. Raises: UserError if it cannot be read."""
     path = workdir / "config.json"
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())
-        if isinstance(config, dict):
-            return config
-        error = "not a dictionary"
-    except (ValueError, OSError) as caught:
-        error = str(caught)
-    raise UserError(f"{path} is not a valid config ({error}); restore it, or use another --workdir")
+        return resolve(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
 
 
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -63,14 +59,11 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     stored = read_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    # A stored config lacks the leaves that later versions added; it was trained with what their defaults describe.
-    defaults = resolve({"diffusion": {"loss": config.diffusion.loss}})
-    old = identity_leaves(to_dict(defaults)) | identity_leaves(migrate(stored))
-    new = identity_leaves(to_dict(config))
-    differing = [key for key in new if old[key] != new[key]]
+    old, new = identity_leaves(to_dict(stored)), identity_leaves(to_dict(config))
+    differing = [key for key in new if key not in old or old[key] != new[key]]
     if not differing:
         return
-    listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)
+    listed = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} here" for key in differing)
     advice = "use another --workdir, or the config of that run"
     if not any(key.startswith(("model.", "diffusion.")) for key in differing):
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
@@ -88,9 +81,9 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
     old = _read_data_json(workdir) if _has_checkpoint(workdir) else None
-    if old is not None and {"classes": names, **old} != new:  # runs of version 0.1 store no names
+    if old is not None and old != new:
         difference = "other values or labels"
-        if old.get("classes", names) != names:
+        if old["classes"] != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
         # The weights fit only the scale in this file.
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
@@ -100,7 +93,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
             f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
             f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
         )
-    if old != new:
+    if old is None:
         write_text(path, json.dumps(new) + "\n")
 
 
@@ -137,7 +130,7 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
         try:
             stored = json.loads((local_path(directory) / "data.json").read_text())
             return tuple(map(str, stored["classes"]))
-        except (OSError, ValueError, KeyError, TypeError):  # published weights, or a run of version 0.1
+        except (OSError, ValueError, KeyError, TypeError):  # published weights
             continue
     return ()
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import metrics
-from diffusion_jax.runs.metric_records import read_likelihood
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
 from helpers.paths import ROOT
@@ -70,14 +69,6 @@ def test_the_table_has_bits_per_dimension(tmp_path, capsys):
     assert columns["weights"] == ["ema", "raw", "ema", "ema", "raw"] and "prior" not in columns
     (tmp_path / "both" / "likelihood.json").write_text("[]")
     assert "both/likelihood.json is not a valid likelihood.json" in refused(capsys, "table", tmp_path / "both")
-
-
-@pytest.mark.parametrize("key", ["ode_dequantization", "ode_dequantisation"])
-def test_a_likelihood_of_either_version_is_read(tmp_path, key):
-    """Version 0.1 wrote the second key."""
-    report = {"dataset": "cifar10", "weights": "ema", "step": 500, "bits_per_dim": 3.7, "ode_bits_per_dim": 3.6}
-    (tmp_path / "likelihood.json").write_text(json.dumps(report | {key: "uniform"}))
-    assert read_likelihood(tmp_path / "likelihood.json") == report
 
 
 def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path, capsys):

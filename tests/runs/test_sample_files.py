@@ -26,7 +26,7 @@ def store_settings(path, change):
 def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
     reuse_or_draw(tiny_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
-    for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
+    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample draws whatever is there

@@ -306,10 +306,9 @@ def test_invalid_combinations_of_options_are_refused(root, name, overrides, word
 
 @pytest.mark.whole
 def test_the_command_line_accepts_a_class(root):
-    flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
-    code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
+    flags = ("--config.sampling.class=(2,)", "--config.sampling.sampler=unipc")
+    code, _, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
     assert code == 0, err
-    assert "step 5 of 5" in out
     np.testing.assert_array_equal(drawn(root / "conditional")[1], [2] * 6)
     code, _, err = finish(start(f"--workdir={root / 'nothing'}", "--mode=sample", "--config.sampling.class=1"))
     assert code == 2 and "holds no run whose config could be used" in err and len(err.strip().splitlines()) == 1
