@@ -36,8 +36,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
     Raises: ConfigError for an unknown leaf, and for a value of the wrong type or outside the range of its leaf.
     """
-    _check_structure(config)
-    return _complete(_flatten_given(config))
+    _check_mapping(config)
+    return _complete(flatten(config))
 
 
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
@@ -46,7 +46,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     Fields of a ConfigDict that refer to a replaced one (`get_ref`) follow it.
     Raises: ConfigError as `resolve`, and for text that is no value of its leaf.
     """
-    _check_structure(config)
+    _check_mapping(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
     leaves = _leaves_of(flatten(config) | texts)
     if texts.get("diffusion.loss") == "classify" and any(name in LEAVES.keys() - leaves for name in flatten(config)):
@@ -58,7 +58,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     for name, text in texts.items():
         _check_known(name, leaves)
         values[name] = _convert(name, leaves[name], text, leaves[name].kind.parse, text)
-    return _complete(_flatten_given(_with_references_set(config, values)) | values)
+    return _complete(flatten(_with_references_set(config, values)) | values)
 
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
@@ -82,13 +82,9 @@ def _convert(name: str, leaf: Leaf, value: Any, convert: Callable[[Any], Any], s
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError) as error:
-        advice = str(error) if isinstance(error, ValueError) and str(error) else f"description: {_summary(leaf)}"
+        advice = str(error) if isinstance(error, ValueError) else ""
+        advice = advice or f"description: {leaf.description.split('. ')[0].rstrip('.')}"
         raise ConfigError(f"{name}={shown} must be {leaf.kind.allowed}; {advice}") from None
-
-
-def _summary(leaf: Leaf) -> str:
-    """The first sentence of a description, without its full stop."""
-    return leaf.description.split(". ")[0].rstrip(".")
 
 
 def _with_references_set(config: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -113,30 +109,12 @@ def _leaves_of(given: Mapping[str, Any]) -> dict[str, Leaf]:
     return CLASSIFIER_LEAVES if isinstance(loss, str) and loss == "classify" else LEAVES
 
 
-def _flatten_given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """As `flatten`, with empty mappings as values, except for the groups of a config."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping | ConfigDict) and value:
-            flat |= _flatten_given(value, f"{name}.")
-        elif not isinstance(value, Mapping | ConfigDict) or name not in GROUPS:
-            flat[name] = value
-    return flat
-
-
-def _check_structure(config: Any) -> None:
-    """Raises: ConfigError for anything but a nested mapping of groups."""
+def _check_mapping(config: Any) -> None:
+    """Raises: ConfigError for anything but a mapping."""
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
             f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
         )
-    for key, value in config.items():
-        if key in GROUPS and not isinstance(value, Mapping | ConfigDict):
-            leaf, example = next(iter(GROUPS[key][1].items()))
-            raise ConfigError(
-                f"{key}={_shown(value)} must be a group of leaves, such as {{{leaf!r}: {example.default!r}}}"
-            )
 
 
 def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:

@@ -705,8 +705,8 @@ and so may any mapping:
 
 `config.resolve(mapping)` completes a mapping with the defaults and checks it: an unknown leaf, or a value that its leaf does
 not allow, raises `ConfigError` with one line that gives the value, what is allowed and what to type. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`, and `None` if
-it is allowed.
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`, and `None`
+if it is allowed.
 
 The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
 them. The others may change between launches.
