@@ -23,7 +23,7 @@ class Mutant(NamedTuple):
     diff: str
 
 
-def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def annotation_ranges(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(begin, end) of every type annotation, as (line, column). They are never evaluated, so no test can detect a change."""
     ranges = []
     for node in ast.walk(ast.parse(source)):
@@ -42,7 +42,7 @@ def places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast
 
-    skipped, found = annotations(source), {}
+    skipped, found = annotation_ranges(source), {}
     nodes = list(ast_nodes(get_ast(source)))
     for operator in plugins.operator_names():
         kind = plugins.get_operator(operator)

@@ -95,7 +95,7 @@ def _with_references_set(config: Mapping[str, Any], values: Mapping[str, Any]) -
     if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         return config
     changed = copy.deepcopy(config)
-    for name, value in reversed(values.items()):
+    for name, value in reversed(list(values.items())):
         group, _, leaf = name.rpartition(".")
         fields = changed.get(group) if group else changed
         if isinstance(fields, ConfigDict) and leaf in fields:
