@@ -60,9 +60,6 @@ def collect(workdir: pathlib.Path, config: ConfigDict | None = None) -> RunFiles
             notes.append(f"{what} could not be read: {shorten(with_urls(' '.join(str(error).split())), 300)}")
             return otherwise
 
-    def note(line: str) -> None:
-        notes.append(with_urls(line.removeprefix("Note: ")))
-
     config = read("config.json", lambda: stored_config.from_workdir(workdir), None) or config
     lines = read("The log", lambda: read_metrics(workdir), [])
     launches = read("goodput.json", lambda: _checked_launches(workdir), [])
