@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
-from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
+from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
 
@@ -65,11 +65,7 @@ class Command:
     config: ConfigDict
     mode: str
     workdir: pathlib.Path | None
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
-    join_timeout: int
-    verbose: bool
+    flags: argparse.Namespace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,55 +142,26 @@ def parse(arguments: Sequence[str]) -> Command:
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
-    config = _override(config, overrides, flags.config)
+    config = configs.override(config, overrides)
     if workdir is None and flags.mode != "plan":
         raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
-    return Command(
-        config=config,
-        mode=flags.mode,
-        workdir=workdir,
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.num_processes,
-        process_id=flags.process_id,
-        join_timeout=flags.join_timeout,
-        verbose=flags.verbose,
-    )
+    return Command(config, flags.mode, workdir, flags)
 
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{"group.leaf": text} of --config.group.leaf=text (or with a space, and a Boolean leaf alone). Raises: UserError."""
-    overrides, remaining = {}, list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
+    """{"group.leaf": text} of --config.group.leaf=text. Raises: UserError for anything else."""
+    overrides = {}
+    for argument in arguments:
         flag, equals, text = argument.partition("=")
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
         if not flag.startswith("--config."):
-            if not flag.startswith("-"):
-                raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
             near = closest_names(flag, known)
             raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}")
-        name = flag.removeprefix("--config.")
         if not equals:
-            alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean_leaf(name):
-                raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
-        overrides[name] = text
+            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = text
     return overrides
-
-
-def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None) -> ConfigDict:
-    """`configs.override`; an error that the config file has without overrides names the file."""
-    try:
-        return configs.override(config, overrides)
-    except ConfigError as error:
-        if not file:
-            raise
-        try:
-            configs.resolve(config)
-        except ConfigError as error_of_file:
-            if str(error_of_file) == str(error):
-                raise ConfigError(f"--config={file}: {error}") from None
-        raise
 
 
 def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
@@ -233,10 +200,7 @@ def check_workdir(workdir: str) -> None:
 def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
     from diffusion_jax.runs.workdir import load_config
 
-    try:
-        return load_config(workdir)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    return load_config(workdir)
 
 
 def _config_with_weights(
@@ -303,8 +267,9 @@ def run(command: Command) -> None:
     trains = command.mode in ("train", "train_classifier")
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
-        join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
-        devices.start(command.verbose)
+        flags = command.flags
+        join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
+        devices.start(flags.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 

@@ -29,6 +29,7 @@ from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]
 
+_EXAMPLES, _COLUMNS = 64, 12  # of the table, and of the pictures
 _LOGGED_ROWS, _PICTURED_ROWS = 11, 4
 
 
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
         # Samples have the conditions of the examples of the other picture.
         setup.conditions = _first_examples(likelihood_run).get("condition")
-    num_examples = min(options.progressive_examples, len(likelihood_run.source))
+    num_examples = min(_EXAMPLES, len(likelihood_run.source))
     weights = f"the {trained.weights_kind} weights of step {trained.step}"
     log(f"Measuring rate and distortion of {num_examples} {noun_of(config)} with {weights}.")
     terms, chunks = likelihood_run.measure(num_examples, ode=False)
@@ -58,14 +59,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         config,
         setup,
         trained.params,
-        options.progressive_columns,
+        _COLUMNS,
         _PICTURED_ROWS,
         show="x_0",
         normalization=trained.normalizations.get("x"),
     )
     picture = pictures.draw_trajectory(trajectory.x, trajectory.times, "x_0 predicted from samples at x_t")
     pictures.save(workdir / "progressive.png", picture)
-    trajectory = _code_examples(likelihood_run, options.progressive_columns)
+    trajectory = _code_examples(likelihood_run)
     title = "x_0 predicted from noised examples of the data"
     picture = pictures.draw_trajectory(trajectory.x, trajectory.times, title, last="example")
     pictures.save(workdir / "progressive_coding.png", picture)
@@ -98,14 +99,14 @@ def _first_examples(likelihood_run: LikelihoodRun) -> dict[str, np.ndarray]:
     return likelihood_run.read(np.arange(min(_PICTURED_ROWS, len(likelihood_run.source))))
 
 
-def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> SampleTrajectory:
+def _code_examples(likelihood_run: LikelihoodRun) -> SampleTrajectory:
     """x_0 as predicted from examples of the data with less and less noise, and at last these examples."""
     config, schedule = likelihood_run.config, likelihood_run.trained.schedule
     batch = _first_examples(likelihood_run)
     # The clip of images is that of DDPM's figure.
     continuous, clip = is_continuous(config), not is_continuous(config) or bool(resolve_clip(config, "evaluation"))
     params = jax.device_get(likelihood_run.params)  # one process draws this, on one device
-    steps = picture_steps(schedule, columns - 1)[::-1]
+    steps = picture_steps(schedule, _COLUMNS - 1)[::-1]
 
     def predict(params, x_0, batch):
         def at_step(t):

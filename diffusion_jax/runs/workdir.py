@@ -15,7 +15,7 @@ from diffusion_jax import data, pretrained
 from diffusion_jax.config import identity_leaves, resolve
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import ConfigError, UserError, shorten
+from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training.digests import committed_steps
@@ -27,7 +27,6 @@ __all__ = [
     "digest_of_some",
     "load_config",
     "read_class_names",
-    "read_config",
     "to_dict",
     "write_config",
     "write_config_if_untrained",
@@ -41,29 +40,15 @@ def to_dict(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def read_config(workdir: pathlib.Path) -> dict | None:
-    """The stored config, or None if there is none. Raises: UserError if it cannot be read."""
-    path = workdir / "config.json"
+def load_config(directory: pathlib.Path | str) -> ConfigDict | None:
+    """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
+    path = local_path(directory) / "config.json"
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())
-        if isinstance(config, dict):
-            return config
-        error = "not a dictionary"
-    except (ValueError, OSError) as caught:
-        error = str(caught)
-    raise UserError(f"{path} is not a valid config ({error}); restore it, or use another --workdir")
-
-
-def load_config(directory: pathlib.Path | str) -> ConfigDict | None:
-    """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
-    directory = local_path(directory)
-    stored = read_config(directory)
-    try:
-        return None if stored is None else resolve(stored)
-    except ConfigError as error:
-        raise ConfigError(f"{directory / 'config.json'}: {error}; correct the file, or remove the line") from None
+        return resolve(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
 
 
 def config_from_weights(path: str, flags: str = "") -> ConfigDict:
@@ -87,10 +72,10 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     A directory without a checkpoint holds no run: after a launch that failed or stopped before its first checkpoint, another
     config may be used.
     """
-    stored = read_config(workdir)
+    stored = load_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    old, new = identity_leaves(stored), identity_leaves(to_dict(config))
+    old, new = identity_leaves(to_dict(stored)), identity_leaves(to_dict(config))
     differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
         return
@@ -126,7 +111,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
             f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
             f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
         )
-    if old != new:
+    if old is None:
         write_text(path, json.dumps(new) + "\n")
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "initial_params",
     "initial_state",
     "loss_terms",
+    "make_average",
     "metric_names",
     "quarter_averages",
     "update_window",
@@ -112,16 +113,21 @@ def metric_names(loss: str) -> tuple[str, ...]:
     return ("loss", *QUARTERS, *loss_terms(loss), "grad_norm", "param_norm", "learning_rate")
 
 
+def make_average(total: jax.Array, count: jax.Array) -> Average:
+    """The average of values with the sum `total` and the total weight `count`, both float32 []."""
+    return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
+
+
 def quarter_averages(examples: Mapping[str, jax.Array], num_timesteps: int) -> dict[str, Average]:
     """The loss in each quarter of the timesteps, q1 the least noisy; examples: "t", "loss" and "importance", each [B]."""
     in_quarter = (examples["t"] * 4 // num_timesteps)[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
-    return {name: Average(total=totals[i], count=counts[i]) for i, name in enumerate(QUARTERS)}
+    return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
 
 
 def empty_window(names: Sequence[str]) -> dict[str, Any]:
     """A window without steps."""
-    window = {name: Average(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), jnp.float32)) for name in names}
+    window = {name: make_average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
     return window | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
 

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from clu.metrics import Average
 
 from diffusion_jax import data, losses, timesteps
 from diffusion_jax.models import upsampling
@@ -20,7 +19,14 @@ from diffusion_jax.training.batches import Examples, check_settings, random_flip
 from diffusion_jax.training.ema import ema_decay
 from diffusion_jax.training.from_config import condition_shape
 from diffusion_jax.training.optimizer import global_norm
-from diffusion_jax.training.state import Network, TrainState, loss_terms, quarter_averages, update_window
+from diffusion_jax.training.state import (
+    Network,
+    TrainState,
+    loss_terms,
+    make_average,
+    quarter_averages,
+    update_window,
+)
 
 __all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps"]
 
@@ -171,7 +177,7 @@ def make_train_step(
         scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
-        averages = {name: Average(total=value, count=jnp.ones((), jnp.float32)) for name, value in scalars.items()}
+        averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
         averages |= quarter_averages(values, schedule.num_timesteps)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = update_window(state.window, averages, state.step, finite)

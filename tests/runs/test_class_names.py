@@ -152,7 +152,7 @@ def test_classes_can_be_given_by_name(trained, label, classes):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("cats", "cats"), ("(cats,dogs)", "(cats,dogs)"), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
+    [("cats", "cats"), ("(cats,dogs)", ("cats", "dogs")), ("(3,5)", (3, 5)), ("3", 3), ("'3'", "3"), ("a b", "a b")],
 )
 def test_the_command_line_accepts_class_names(text, value):
     """The flag gives the values that `chosen` above takes."""

@@ -26,8 +26,6 @@ OVERRIDES = {
     "model.num_classes": 10,
     "evaluation.num_examples": 10,
     "evaluation.batch_size": 4,
-    "evaluation.progressive_examples": 5,
-    "evaluation.progressive_columns": 3,
 }
 
 
@@ -185,7 +183,9 @@ def test_strata_and_the_ode_are_reported(trained):
 
 
 @pytest.mark.whole
-def test_progressive_writes_the_table_and_the_pictures(trained, capsys):
+def test_progressive_writes_the_table_and_the_pictures(trained, capsys, monkeypatch):
+    monkeypatch.setattr(progressive, "_EXAMPLES", 5)
+    monkeypatch.setattr(progressive, "_COLUMNS", 3)
     progressive.run(config_with(), trained)
     with (trained / "progressive.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -180,8 +180,7 @@ def test_options_of_gray_levels_are_refused(tmp_path):
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", ["vectors", "field"])
 def test_progressive_has_the_units_of_the_data(kind, tmp_path, capsys):
-    overrides = {"evaluation.progressive_examples": 4, "evaluation.progressive_columns": 3, "data.data_dir": "x.npz"}
-    config = config_of(kind, **overrides)
+    config = config_of(kind, **{"data.data_dir": "x.npz"})
     write_arrays(kind, "x.npz", 8)
     run = a_run(tmp_path / "run", config, Rows(examples(kind, 8)))
     progressive.run(config, run)

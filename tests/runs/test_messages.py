@@ -7,35 +7,15 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli, training
-from diffusion_jax.config import ConfigError, load_experiment, override
+from diffusion_jax.config import ConfigError, load_experiment
 from diffusion_jax.data import load as load_data
-from diffusion_jax.errors import UserError, closest_names
+from diffusion_jax.errors import UserError
 from diffusion_jax.runs.data_source import check_source
 from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from helpers.array_configs import array_config, examples
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
-
-
-@pytest.mark.parametrize(
-    ("name", "names", "near"),
-    [
-        ("ddmi", ("ddpm", "ddim", "euler"), ["ddim"]),  # two letters swapped; ddpm is as similar to difflib
-        ("ddmp", ("ddim", "ddpm"), ["ddpm"]),
-        ("ddim2", ("ddpm", "ddim"), ["ddim"]),
-        ("smaple", ("train", "sample"), ["sample"]),
-        ("xyz", ("train", "sample"), []),
-    ],
-)
-def test_the_closest_name(name, names, near):
-    assert closest_names(name, names) == near
-    assert closest_names(name, names[::-1]) == near
-
-
-def test_swapped_letters_of_a_sampler():
-    with pytest.raises(ConfigError, match=r"sampling.sampler='ddmi' must be ddpm, .*; did you mean ddim\?"):
-        override(tiny_config(), {"sampling.sampler": "ddmi"})
 
 
 @pytest.mark.parametrize(

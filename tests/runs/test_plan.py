@@ -5,7 +5,7 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.config import resolve
-from diffusion_jax.config.training_leaves import MESH
+from diffusion_jax.config.table import MESH
 from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import plan
 from helpers.array_configs import array_config

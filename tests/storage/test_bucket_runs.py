@@ -29,7 +29,6 @@ SAMPLES = {
     "evaluation.num_examples": 8,
     "evaluation.batch_size": 4,
 }
-SAMPLES |= {"evaluation.progressive_examples": 2, "evaluation.progressive_columns": 2}
 
 
 def names_of_steps(store):
