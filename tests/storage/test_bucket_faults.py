@@ -174,7 +174,7 @@ def test_a_second_launch_is_refused(runs, whole):
     while "Starting from step 0" not in runs.text() and first.poll() is None:
         time.sleep(0.05)
     second = runs.launch()
-    assert second.wait(PATIENCE) == 2 and f"process {first.pid} of" in runs.text().splitlines()[-1], runs.text()
+    assert second.wait(PATIENCE) == 2 and f"error: process {first.pid} of" in runs.text(), runs.text()
     first.kill()
     first.wait()
 
