@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax import data, models, schedules
+from diffusion_jax import data, models, process, schedules
 from diffusion_jax.config import is_classifier, is_continuous
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
@@ -82,7 +82,13 @@ def _small_image_channels(config: Mapping[str, Any]) -> int:
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
-    """The Schedule of `config.diffusion`. Raises: ValueError for values that contradict each other."""
+    """The Schedule of `config.diffusion`.
+
+    Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
+    """
+    for leaf, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
+        if config[leaf] not in known:
+            raise ValueError(f"diffusion.{leaf}={config[leaf]!r} is unknown; use {', '.join(known)}")
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )

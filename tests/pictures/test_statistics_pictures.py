@@ -15,7 +15,7 @@ def legend(figure):
 
 
 def test_histograms_have_error_bars_and_their_distance():
-    result = array_metrics.marginal_histograms(drawn(16, 60, 20, 2), drawn(17, 50, 20, 2), bins=10)
+    result = array_metrics.marginal_histograms(drawn(16, 60, 20, 2), drawn(17, 50, 20, 2), bins=10, limits=(-4, 4))
     figure = draw_histograms(result, title="histograms")
     for c, axes in enumerate(figure.axes):
         for patch, bars, statistic in zip(axes.patches, axes.containers, result[1:3], strict=True):

@@ -240,12 +240,12 @@ def test_a_launch_is_refused(flags, words, tmp_path):
     ],
 )
 def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypatch):
-    """Before the images are read; and takes the rest."""
+    """Before anything is written or compiled; and takes the rest."""
 
-    def reading(*_):
+    def noting(*_):
         raise DataError("taken")
 
-    monkeypatch.setattr("diffusion_jax.data.load", reading)
+    monkeypatch.setattr("diffusion_jax.runs.recipe_checks.log_notes", noting)
     with pytest.raises((UserError, DataError)) as caught:
         train.run(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
     assert (words or "taken") in str(caught.value) and not (tmp_path / "run").exists()
