@@ -80,7 +80,7 @@ def inputs(size, seed=1, count=2):
     [
         ("cifar10", torch_networks.PUBLISHED, (32, (16, 24))),
         ("256", torch_networks.LARGE, (64,)),
-        ("defaults", {}, (32,)),
+        ("defaults", {"sample_size": 32}, (32,)),
         ("improved", torch_networks.IMPROVED, ((16, 32),)),
         ("adm", torch_networks.ADM, ((16, 32),)),
     ],
@@ -92,7 +92,7 @@ def test_diffusers_networks(name, config, sizes, tmp_path):
     (tmp_path / "scheduler").mkdir()
     scheduler = LEARNED if config.get("out_channels") == 6 else SCHEDULER
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    net = pretrained.load(tmp_path, None if config else {"sample_size": 32})
+    net = pretrained.load(tmp_path)
     for size in sizes:
         x, times = inputs(size)
         y = np.array([4, 0]) if config.get("num_class_embeds") else None
