@@ -25,10 +25,8 @@ from diffusion_jax.storage.downloads import local_path
 __all__ = ["Tfds", "local_data_dir", "make_builder", "make_prepared_builder", "natural_shape", "prepare"]
 
 _ANSWER_SECONDS = 10.0  # for name resolution, connection and answer of a server
-_HEADER, _FOOTER = (
-    12,
-    4,
-)  # of a TFRecord: the length (uint64) and its checksum before the data, the data's checksum after
+# Bytes of a TFRecord around the data: its length (uint64) with a checksum before, the checksum of the data after.
+_HEADER, _FOOTER = 12, 4
 
 
 def make_builder(name: str, data_dir: str | None) -> Any:

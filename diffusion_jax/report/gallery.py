@@ -32,11 +32,8 @@ __all__ = [
 TRAJECTORY = "_trajectory"
 _MAX_TRAINING_FRAMES = 12
 _MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
-_MAX_SIDE, _FRAME_SIDE, _QUALITY = (
-    1200,
-    600,
-    82,
-)  # of a picture that is compressed; frames are shown at most 544 pixels high
+# Of compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and WebP's quality.
+_MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
 _SMALL = 20_000  # bytes of a picture that is not
 _READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # SyntaxError: Pillow, of damaged files
 
