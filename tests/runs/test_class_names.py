@@ -44,7 +44,7 @@ def test_the_subfolders_of_a_folder_are_its_classes(pets):
     assert load(pets, memory_mb=0)[1] == said
 
 
-def test_skipped_and_dropped_images_are_logged(pets):
+def test_skipped_and_dropped_images_are_logged(pets, own_cache):
     frames = [Image.fromarray(np.full((8, 8, 3), 100 * i, np.uint8)) for i in range(2)]
     frames[0].save(pets / "cats" / "moves.gif", save_all=True, append_images=frames[1:])
     frames[0].save(pets / "cats" / "moves.webp", save_all=True, append_images=frames[1:], lossless=True)

@@ -163,11 +163,11 @@ def test_without_an_intact_checkpoint_the_run_does_not_start_over(url):
 
 
 def test_what_a_killed_check_left_is_deleted(url, monkeypatch):
-    monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 0.5)
-    store = open_store(url)
+    store, workdir = open_store(url), mirror_workdir(url)
     store.write(".write_check-killed", b"1")
     time.sleep(1)
-    train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))
+    monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 0.5)  # after the checks, which also end by it
+    train.run(tiny_config(**{"training.num_steps": 2}), workdir)
     assert not store.list(".write_check")
 
 
