@@ -5,9 +5,9 @@
 `--core` places in the code of the core and `--elsewhere` places in all other files are drawn at random. At each place one
 operator of cosmic-ray makes a mutant: another arithmetic operator or comparison, a number that is one more or less, a
 condition negated, a loop without iterations, a decorator removed. Each mutant runs in a fresh process against the tests of
-its file, as `make test` selects them, up to the first failure. A mutant is killed if a test fails or the tests do not end
-within the time limit. Mutants are written to a copy of the checkout `--root`. Results are stored in `--output`, so the same
-command resumes an interrupted measurement.
+its file, up to the first failure: those of `make test`, then the others of `make test-all`. A mutant is killed if a test
+fails or the tests do not end within the time limit. Mutants are written to a copy of the checkout `--root`. Results are
+stored in `--output`, so the same command resumes an interrupted measurement.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
+NO_TESTS = 5  # pytest's exit status if the marks select no test
+_APART = "not slow and not parity and not faults and not browser"
+QUICK, OTHERS = f"not whole and {_APART}", f"whole and {_APART}"  # those of `make test`, the others of `make test-all`
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
 # The tests of a file or a folder, below tests/: those most likely to fail first. All other folders have tests/FOLDER.
@@ -103,9 +106,9 @@ def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
         raise SystemExit(f"error: the tests would not import the mutated package: {done.stdout}{done.stderr}")
 
 
-def run_tests(tree: pathlib.Path, tests: tuple[str, ...], limit: float) -> tuple[str, str, float]:
+def run_tests(tree: pathlib.Path, tests: tuple[str, ...], marks: str, limit: float) -> tuple[str, str, float]:
     """("passed", "failed" or "timeout", the last lines of the output, seconds) of the tests in a copy of a checkout."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", marks, *tests]
     folders = {"JAX_COMPILATION_CACHE_DIR": "compiled", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
     variables = os.environ | {name: f"{tree.parent}/{folder}" for name, folder in folders.items()}
     variables |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -122,7 +125,7 @@ def run_tests(tree: pathlib.Path, tests: tuple[str, ...], limit: float) -> tuple
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
         )
         try:
-            outcome = "failed" if process.wait(timeout=limit) else "passed"
+            outcome = "passed" if process.wait(timeout=limit) in (0, NO_TESTS) else "failed"
         except subprocess.TimeoutExpired:
             outcome = "timeout"
         finally:
@@ -141,38 +144,42 @@ def run_all(mutants: list[Mutant], root: pathlib.Path, output: pathlib.Path) -> 
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    stored = {(tuple(row["tests"]), row["diff"]): row for row in rows}
+    stored = {(tuple(row["tests"]), row["diff"], row.get("marks", QUICK)): row for row in rows}
     with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
         tree = pathlib.Path(temporary) / "tree"
         copy_tree(root, tree)
 
-        def run(title: str, tests: tuple[str, ...], diff: str, limit: float) -> dict:
-            if (tests, diff) not in stored:
-                outcome, text, seconds = run_tests(tree, tests, limit)
+        def run(title: str, tests: tuple[str, ...], diff: str, marks: str, limit: float) -> dict:
+            if (tests, diff, marks) not in stored:
+                outcome, text, seconds = run_tests(tree, tests, marks, limit)
                 if not diff and outcome != "passed":
                     raise SystemExit(f"error: {' '.join(tests)}: {outcome} without any mutant\n{text}")
                 row = {
                     "title": title,
                     "tests": tests,
                     "diff": diff,
+                    "marks": marks,
                     "outcome": outcome,
                     "seconds": seconds,
                     "output": text,
                 }
-                print(f"{title}: {outcome}, {seconds:.0f} s", flush=True)
+                print(f"{title}, {marks}: {outcome}, {seconds:.0f} s", flush=True)
                 with output.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
-                stored[tests, diff] = row
-            return stored[tests, diff]
+                stored[tests, diff, marks] = row
+            return stored[tests, diff, marks]
 
         outcomes = {}
         for index, mutant in enumerate(mutants, 1):
             tests, path = tests_of(mutant.file, root), tree / PACKAGE / mutant.file
-            limit = 60 + 3 * run(f"{' '.join(tests)} without a mutant", tests, "", 3600)["seconds"]
-            path.write_text(mutant.source)
             title = f"[{index}/{len(mutants)}] {mutant.file}, {mutant.name}"
-            outcomes[mutant] = run(title, tests, mutant.diff, limit)["outcome"]
-            shutil.copy2(root / PACKAGE / mutant.file, path)
+            for marks in (QUICK, OTHERS):
+                limit = 60 + 3 * run(f"{' '.join(tests)} without a mutant", tests, "", marks, 3600)["seconds"]
+                path.write_text(mutant.source)
+                outcomes[mutant] = run(title, tests, mutant.diff, marks, limit)["outcome"]
+                shutil.copy2(root / PACKAGE / mutant.file, path)
+                if outcomes[mutant] != "passed":
+                    break
     return outcomes
 
 
