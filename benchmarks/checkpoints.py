@@ -25,7 +25,6 @@ import numpy as np
 from diffusion_jax import training
 from diffusion_jax.distributed.processes import barrier
 from diffusion_jax.runs import devices
-from diffusion_jax.training.checkpoint_writing import HostCopy
 from diffusion_jax.training.checkpoints import Checkpoints
 
 MEASURED = {
@@ -55,7 +54,8 @@ def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
     state = jax.tree.map(random, abstract)
-    own = [chunk for leaf in jax.tree.leaves(state) for chunk in HostCopy(leaf).select(leaf)]
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    own = [shard.data for shard in shards if shard.replica_id == 0]
     memory = [np.array(chunk, copy=True) for chunk in own]
     found = {name: [] for name in MEASURED}
     with Checkpoints(directory, kept=1) as checkpoints:

@@ -26,12 +26,11 @@ from ml_collections import ConfigDict
 from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
-from diffusion_jax.distributed.file_lock import LockHeldError
-from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
+from diffusion_jax.storage.locks import LockHeldError
 
 __all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
 
@@ -206,7 +205,7 @@ def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
             raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
         check_workdir(workdir)
         return path
-    from diffusion_jax.storage.workdirs import mirror_workdir
+    from diffusion_jax.storage.locations import mirror_workdir
 
     reads = mode == "status"
     return mirror_workdir(workdir.rstrip("/"), with_samples=not reads, read_only=reads)
@@ -244,7 +243,7 @@ def _config_with_weights(
     config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str, log: Callable[[str], None]
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
-    if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
+    if workdir is not None and any(workdir.glob("checkpoints/*/digests.json")):
         stored = _stored_config(workdir, log)
         if stored is None or stored.init_from != weights:
             raise UserError(
@@ -304,7 +303,9 @@ def run(command: Command) -> None:
     trains = command.mode in ("train", "train_classifier")
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
-        join_processes(command.coordinator_address, command.num_processes, command.process_id, command.join_timeout)
+        processes.join_processes(
+            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
+        )
         devices.start(command.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data

@@ -14,10 +14,9 @@ from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.distributed.processes import abort_process, is_multiprocess
+from diffusion_jax.distributed.processes import abort_process, gather, is_multiprocess
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PREEMPTED, exit_now
 
 __all__ = ["Preemption", "StoppedBySignal", "exit_on_signals", "rerun_hint"]
@@ -136,7 +135,7 @@ class Preemption:
     def stop_exception(self, step: int) -> StoppedBySignal:
         """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""
         number = self._number or signal.SIGTERM
-        if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
+        if signal.SIGINT in gather(int(number)):
             number = signal.SIGINT
         detail = f" at step {step}, which is saved; rerun the same command to resume from it"
         return StoppedBySignal(number, detail, self.has_abandoned)

@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from diffusion_jax.files import atomic_write
-from diffusion_jax.storage.mirror import EVENTS
+from diffusion_jax.storage.locations import EVENTS
 
 __all__ = ["EventFile", "truncate_events"]
 

@@ -18,8 +18,7 @@ import numpy as np
 from diffusion_jax.files import write_text
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.storage.mirror import EVENTS, Mirror
+from diffusion_jax.storage.locations import EVENTS, Mirror, find_mirror
 
 __all__ = ["MetricsLines", "MetricsWriter", "TensorBoardWriter", "open_lines", "read_metrics", "tensorboard_tag"]
 

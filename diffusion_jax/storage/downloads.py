@@ -8,16 +8,11 @@ import json
 import os
 import pathlib
 import shutil
-import time
-from collections.abc import Iterator
 
-from diffusion_jax.distributed.file_lock import try_lock
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import user_cache, write_text
-from diffusion_jax.storage.locations import add_url, find_mirror
-from diffusion_jax.storage.mirror import is_safe
+from diffusion_jax.storage.locations import add_url, find_mirror, is_safe, mirror_workdir
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 
 __all__ = ["local_path"]
 
@@ -58,10 +53,12 @@ def _mirror(url: str) -> pathlib.Path:
 
 def _download(store: ObjectStore, name: str, below: str, found: dict[str, ObjectInfo]) -> pathlib.Path:
     """Downloads what has changed into the user's cache, and removes what has been deleted in the bucket."""
+    import filelock  # not installed with the core
+
     root = user_cache() / "downloads" / hashlib.sha256(f"{store.url}/{name}".encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
     add_url(root, store.url)
-    with _waiting_for(root / ".lock"):
+    with filelock.FileLock(root / ".lock"):  # waits for other processes of this machine
         tags = _read_json(root / ".tags")
         for key in [key for key in tags if key.startswith(f"{name}/{below}") and key not in found]:
             (root / key).unlink(missing_ok=True)
@@ -94,12 +91,3 @@ def _check_space(url: str, root: pathlib.Path, needed: int) -> None:
             f"{url} has {needed / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory "
             "of a larger disk, or mount the bucket"
         )
-
-
-@contextlib.contextmanager
-def _waiting_for(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock on a file, for which other processes of this machine wait."""
-    while (lock := try_lock(path)) is None:
-        time.sleep(0.5)
-    with lock:
-        yield

@@ -14,18 +14,17 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+from diffusion_jax.storage.locations import MANIFEST as NAME
 from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.storage.mirror import COMMITTED
-from diffusion_jax.storage.mirror import MANIFEST as NAME
 
-__all__ = ["COMMITTED", "NAME", "Table", "committed_steps", "compute", "find_corruption", "join", "write"]
+__all__ = ["NAME", "Table", "committed_steps", "compute", "find_corruption", "write"]
 
 Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
     """Steps with a committed checkpoint, in increasing order; in a mirror, those that are committed in the bucket."""
-    paths = directory.glob(f"*/{COMMITTED}")
+    paths = directory.glob(f"*/{NAME}")
     steps = sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
     mirror = find_mirror(directory)
     return [step for step in steps if step in mirror.known_steps] if mirror else steps
@@ -43,16 +42,6 @@ def compute(directory: pathlib.Path) -> Table:
     return {path.relative_to(directory).as_posix(): _digest(path) for path in files}
 
 
-def join(tables: Iterable[Table]) -> Table:
-    """The table of the files of several processes. Raises: OSError if two have written the same file."""
-    joined: Table = {}
-    for table in tables:
-        for name in joined.keys() & table.keys():
-            raise OSError(f"two processes have written {name}")
-        joined |= table
-    return joined
-
-
 def write(directory: pathlib.Path, table: Table) -> None:
     """Writes the table of the files in `directory` into it, and syncs it to the disk."""
     with (directory / NAME).open("w") as file:
@@ -62,18 +51,7 @@ def write(directory: pathlib.Path, table: Table) -> None:
 
 
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
-    """The first corrupted file of `items` or of all items and its fault, as a phrase; None if these files are intact.
-
-    Raises: FileNotFoundError for a step that was saved without digests, by an earlier version.
-    """
-    try:
-        marked = NAME in json.loads((directory / COMMITTED).read_bytes())["custom_metadata"].values()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{COMMITTED} cannot be read: {type(error).__name__}"
-    if not (directory / NAME).exists():
-        if marked:
-            return f"{NAME} is missing"
-        raise FileNotFoundError(f"{directory / NAME}")
+    """The first corrupted file of `items` and its fault, as a phrase; None if their files are intact."""
     try:
         table = json.loads((directory / NAME).read_bytes())
         listed = {name: (size, digest) for name, (size, digest) in table.items()}

@@ -335,9 +335,9 @@ FULL = f"""
 import errno, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_files, digests
 
-write_part, write_digests = checkpoints.write_part, digests.write
+save_part, write_digests = checkpoint_files.save_part, digests.write
 
 
 def check_room(directory, process):
@@ -345,18 +345,18 @@ def check_room(directory, process):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def part(directory, *arguments):
+def save(part, items):
     if "--process_id=1" in sys.argv:
-        check_room(directory, 1)
-    return write_part(directory, *arguments)
+        check_room(part, 1)
+    return save_part(part, items)
 
 
-def commit(directory, table):
+def write(directory, table):
     check_room(directory, 0)
     write_digests(directory, table)
 
 
-checkpoints.write_part, digests.write = part, commit
+checkpoint_files.save_part, digests.write = save, write
 cli.main()
 """
 

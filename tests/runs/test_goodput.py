@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from diffusion_jax import cli
-from diffusion_jax.distributed.file_lock import find_holder, locked
 from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.runs import status, train
 from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
+from diffusion_jax.storage.locks import find_holder, locked
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
 

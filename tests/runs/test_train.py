@@ -11,10 +11,10 @@ from PIL import Image
 
 from diffusion_jax import data, errors, training
 from diffusion_jax.config import flatten
-from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.runs import metrics_writer, sample, train, workdir
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.stored_config import from_weights
+from diffusion_jax.storage.locks import LockHeldError
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 
@@ -277,7 +277,7 @@ def test_other_images_are_refused(tmp_path):
     workdir.check_data(source(7), run)  # of a launch that saved nothing
     (run / "checkpoints" / "1").mkdir(parents=True)
     workdir.check_data(source(5), run)
-    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    (run / "checkpoints" / "1" / "digests.json").write_text("{}")
     for same in (source(5), source(5)):
         workdir.check_data(same, run)
     for other in (source(6), source(5, seed=1)):

@@ -12,9 +12,8 @@ from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import TensorBoardWriter, open_lines, read_metrics
 from diffusion_jax.storage import downloads, locations
-from diffusion_jax.storage.mirror import is_safe
+from diffusion_jax.storage.locations import is_safe, mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 
 
 @pytest.fixture

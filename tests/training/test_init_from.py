@@ -73,7 +73,7 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
         sample.run(config, tmp_path / "out")
         assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
     (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "out" / "checkpoints" / "1" / "digests.json").write_text("{}")
     config.sampling.steps = 7
     workdir.write_config_if_untrained(config, tmp_path / "out")
     assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
