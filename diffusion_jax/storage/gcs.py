@@ -41,7 +41,8 @@ class Store(ObjectStore):
                 use_listings_cache=False,
                 skip_instance_cache=True,
             )
-        except google.auth.exceptions.GoogleAuthError as error:
+            filesystem.credentials.maybe_refresh()
+        except (google.auth.exceptions.GoogleAuthError, HttpError) as error:
             raise StorageError(f"{url}: no valid credentials ({_first_sentence(error)}); {_ADVICE}") from None
         super().__init__(url, filesystem)
 
@@ -71,9 +72,6 @@ class Store(ObjectStore):
             code = str(error.code)
             return int(code) if code.isdigit() else None
         return 403 if isinstance(error, OSError) and str(error).startswith("Forbidden:") else None
-
-    def _lacks_credentials(self, error: BaseException) -> bool:
-        return isinstance(error, google.auth.exceptions.GoogleAuthError) or super()._lacks_credentials(error)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -15,7 +12,6 @@ from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.runs import status, train
 from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
-from diffusion_jax.storage.locks import find_holder, locked
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
 
@@ -61,19 +57,6 @@ def test_sparkline():
     assert status.sparkline([0.0, 1.0, 3.0, 7.0]) == "▁▂▄█"
     assert status.sparkline([2.0, 2.0]) == "▁▁"
     assert len(status.sparkline(range(1000))) == 40
-
-
-def test_the_holder_of_a_lock(tmp_path):
-    path = tmp_path / ".lock"
-    assert find_holder(path) is None and not path.exists()
-    with locked(path, "is training"):
-        # The lock is of a process, so another one must look.
-        code = (
-            f"import pathlib; from {find_holder.__module__} import *; print(find_holder(pathlib.Path({str(path)!r})))"
-        )
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        assert found.strip() == f"process {os.getpid()} of {socket.gethostname()}"
-    assert find_holder(path) is None
 
 
 def test_the_status_of_a_run(tmp_path, capsys):

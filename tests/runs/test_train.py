@@ -14,6 +14,7 @@ from diffusion_jax.config import flatten
 from diffusion_jax.runs import metrics_writer, sample, train, workdir
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.stored_config import from_weights
+from diffusion_jax.storage import locks
 from diffusion_jax.storage.locks import LockHeldError
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
@@ -169,7 +170,7 @@ def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(
 HOLDER = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 file.write("process 1 of there")
 file.flush()
 print("held", flush=True)
@@ -178,8 +179,9 @@ time.sleep(60)
 
 
 @pytest.mark.whole
-def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
     """Another process holds the lock; killed, it holds it no longer."""
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 1.0)
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / ".lock").write_text("")

@@ -1,4 +1,4 @@
-"""What open_store refuses before any object is touched: missing packages and missing credentials."""
+"""What open_store refuses before any object is touched: missing and unusable credentials."""
 
 import os
 import socket
@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from diffusion_jax.errors import StorageError
-from diffusion_jax.storage import objects
 from helpers.paths import ROOT
 
 OPEN = """
@@ -21,19 +19,6 @@ except StorageError as error:
     print(error)
     sys.exit(error.exit_code)
 """
-
-
-@pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, package, extra):
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"diffusion_jax.storage.{extra}", raising=False)
-    with pytest.raises(
-        StorageError, match=rf"{scheme}:// needs {package} \(.*\): pip install '.\[{extra}\]'"
-    ) as caught:
-        objects.open_store(f"{scheme}://bucket/run")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -86,6 +71,6 @@ def test_credentials_that_cannot_be_used(tmp_path):
     assert code == 2 and "missing" in out and out.count("\n") == 1
     variables = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
     code, out = open_in_a_new_process("s3://bucket/run", tmp_path, **variables)
-    assert code == 2 and "Could not connect to the endpoint URL" in out and out.count("\n") == 1
+    assert code == 2 and "check the name of the bucket and the network" in out and out.count("\n") == 1
     code, out = open_in_a_new_process("gs://bucket/run", tmp_path, STORAGE_EMULATOR_HOST="http://127.0.0.1:1")
-    assert code == 2 and "Cannot connect to host" in out and out.count("\n") == 1
+    assert code == 2 and "check the name of the bucket and the network" in out and out.count("\n") == 1
