@@ -182,7 +182,7 @@ def _temporary_directory() -> pathlib.Path:
     import filelock  # not installed with the core
 
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    parent = pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_{user}"
+    parent = pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
     parent.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
         raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")

@@ -44,22 +44,20 @@ def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
     Raises: LockHeldError if another launch holds the lock, OSError.
     """
     mirror = find_mirror(path)
+    lease = Lease(mirror.store, mirror.name_of(path)) if mirror else None
     with contextlib.ExitStack() as held:
-        if mirror is None:
-            holder = broadcast_from_process_0(lambda: _lock_file(path, held))
-        else:
-            lease = Lease(mirror.store, mirror.name_of(path))
+        if lease:
             held.callback(lease.release)
-            holder = broadcast_from_process_0(lease.acquire)
+        holder = broadcast_from_process_0(lease.acquire if lease else lambda: _lock_file(path, held))
         if holder:
             raise LockHeldError(
                 f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
             )
-        if mirror is not None:
+        if mirror and lease:
             mirror.refresh()  # another launch may have written until now
             mirror.before_commit = lease.check
         yield
-        if mirror is not None:
+        if lease:
             lease.check()
 
 

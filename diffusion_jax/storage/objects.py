@@ -79,6 +79,9 @@ class ObjectStore(abc.ABC):
     such as a data worker, must open the URL itself.
     """
 
+    _wrong_tag: str  # a well-formed tag that no object has
+    _advice: dict[str, str]  # what to type without "credentials", and to create a "bucket"
+
     def __init__(self, url: str, filesystem: Any):
         scheme, self._bucket, folder = _split_url(url)
         self._root = f"{self._bucket}/{folder}".rstrip("/")
@@ -106,16 +109,6 @@ class ObjectStore(abc.ABC):
     @abc.abstractmethod
     def _status(self, error: BaseException) -> int | None:
         """The HTTP status of an error; None if it has none, such as errors of the connection and of local files."""
-
-    @property
-    @abc.abstractmethod
-    def _wrong_tag(self) -> str:
-        """A well-formed tag that no object has."""
-
-    @property
-    @abc.abstractmethod
-    def _advice(self) -> dict[str, str]:
-        """What to type without "credentials", and to create a "bucket"."""
 
     def _lacks_credentials(self, error: BaseException) -> bool:
         return self._status(error) == 401

@@ -11,6 +11,7 @@ its own (zarr), so the files of all processes have different names and are toget
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,7 +79,7 @@ def upload_part(part: pathlib.Path, table: digests.Table, directory: pathlib.Pat
     mirror = find_mirror(directory)
     if mirror:
         name = mirror.name_of(directory)
-        files = {part / file: f"{name}/{file}" for file in table}
+        files: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
         mirror.store.upload_all(files, before_overwriting=mirror.before_commit)
         if jax.process_index() > 0:
             shutil.rmtree(part.parent, ignore_errors=True)
