@@ -61,8 +61,8 @@ parity: setup $(VENV)/installed-parity
 parity-slow: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -m "parity and slow"
 
-# How many single-line mutants of the core the tests notice, into docs/results/reliability.md: hours; a relaunch goes on.
-# make mutants MUTANTS="--count=5 --files=losses,sampling/scan" draws fewer.
+# How many single-line mutants of the package the tests notice, into docs/results/reliability.md: an hour or two; a relaunch
+# goes on. make mutants MUTANTS="--core=5 --elsewhere=5" draws fewer.
 MUTANTS ?=
 mutants: setup $(VENV)/installed-mutants
 	$(BIN)/python benchmarks/mutants.py $(MUTANTS)

@@ -1,13 +1,12 @@
-"""Cases of benchmarks/accelerator.py, each measured in its own process: this project, diffusers on PyTorch, single layers."""
+"""Cases of benchmarks/accelerator.py, each measured in its own process: this project, and diffusers on PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
-import os
-import pathlib
 import platform
 import resource
 import shutil
@@ -18,16 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import compiled, diffusers_network, roofline
+from benchmarks import diffusers_network, roofline
 from configs import cifar10, imagenet64_adm, imagenet_adm
-from diffusion_jax import data, models, sampling, schedules, training
+from diffusion_jax import data, sampling, schedules, training
 from diffusion_jax.config import default
 from diffusion_jax.distributed import compiler
-from diffusion_jax.models import convolution
-from diffusion_jax.models.layers import GroupNorm
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
 NETWORKS = tuple(_CONFIGS)
@@ -37,9 +33,8 @@ NETWORKS = tuple(_CONFIGS)
 class Case:
     """One measurement.
 
-    work: train, sample, a name of `LAYERS`, or device. precision: float32, tf32 or bfloat16. library: ours, torch, or hlo to
-    read the compiled program. steps: of DDIM. small: a tiny network of the same kind. seconds: duration of the timed calls.
-    mode: of torch.compile, or eager. changes: steps_per_call, donate; for hlo the target.
+    work: train, sample or device. precision: float32, tf32 or bfloat16. library: ours or torch. steps: of DDIM. small: a tiny
+    network of the same kind. seconds: duration of the timed calls. mode: of torch.compile, or eager.
     """
 
     network: str
@@ -51,7 +46,6 @@ class Case:
     small: bool = False
     seconds: float = 2.0
     mode: str = "default"
-    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def config_of(case: Case) -> ConfigDict:
@@ -59,7 +53,7 @@ def config_of(case: Case) -> ConfigDict:
     config, base = _CONFIGS[case.network](), default()
     config.optimizer, config.diffusion.loss, config.diffusion.variance = base.optimizer, "simple", "fixed_large"
     config.data.random_flip = False
-    config.training.update(batch_size=case.batch, steps_per_call=case.changes.get("steps_per_call", 1))
+    config.training.update(batch_size=case.batch, steps_per_call=1)
     config.model.dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
     config.mesh.update(data=1, fsdp=1)
     if case.small:
@@ -74,13 +68,8 @@ def config_of(case: Case) -> ConfigDict:
 
 def measure(case: Case) -> dict:
     """The results of a case, or {"error": one line} if it fails."""
-    functions = {
-        "device": describe_device,
-        "torch": measure_diffusers,
-        "hlo": summarize_program,
-        "ours": measure_ours,
-    }
-    function = measure_layer if case.work in LAYERS else functions["device" if case.work == "device" else case.library]
+    functions = {"device": describe_device, "torch": measure_diffusers, "ours": measure_ours}
+    function = functions["device" if case.work == "device" else case.library]
     try:
         return function(case)
     except Exception as error:  # the benchmark continues with the other cases
@@ -132,63 +121,36 @@ def _size_of(case: Case, built: training.TrainingProgram, parameters) -> dict:
     return {"parameters": count, "gmac": roofline.forward_macs(built.model, shape) / 1e9}
 
 
-def _train(case: Case) -> tuple[training.TrainingProgram, Callable, dict]:
-    """(program of the config, compiled function of one or several steps, shapes of its batch)."""
-    config = config_of(case)
-    built = training.build_program(config)
-    num_steps = case.changes.get("steps_per_call", 1) if built.train_steps else 1
-    step = built.train_steps if num_steps > 1 else built.train_step
-    if not case.changes.get("donate", True):
-        step = jax.jit(step.__wrapped__, compiler_options=compiler.options())
-    leading = (num_steps,) if num_steps > 1 else ()
-    image = jax.ShapeDtypeStruct((*leading, case.batch, *data.example_shape(config["data"])), jnp.uint8)
-    return built, step, {"image": image, "label": jax.ShapeDtypeStruct((*leading, case.batch), jnp.int32)}
-
-
-def _sample(case: Case) -> tuple[training.TrainingProgram, Callable, tuple]:
-    """(program of the config, compiled function (params, x_T, y) -> x_0 by DDIM, shapes of its arguments)."""
-    config = config_of(case)
-    built = training.build_program(config)
-    short = schedules.respace(built.schedule, case.steps)
-
-    def generate(params, x_T, y):
-        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
-
-        def denoise_fn(x_t, time):
-            return network(x_t, time, y if built.model.num_classes else None)
-
-        return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
-
-    x_T = jax.ShapeDtypeStruct((case.batch, *data.example_shape(config["data"])), jnp.float32)
-    program = jax.jit(generate, compiler_options=compiler.options())
-    return built, program, (built.abstract_state.params, x_T, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
-
-
 def measure_ours(case: Case) -> dict:
     """This project: the train step that `training.build_program` builds, or DDIM."""
     _set_jax_precision(case.precision)
-    if case.work == "train":
-        built, step, shapes = _train(case)
-        results = [built.init()]
-        batch = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), shapes)
-        images = case.batch * (case.changes["steps_per_call"] if batch["label"].ndim == 2 else 1)
-
-        def call():
-            results[0], _ = step(results[0], batch)
-
-        parameters = results[0].params
-    else:
-        built, program, (_, x_T, y) = _sample(case)
-        results, images, parameters = [None], case.batch, built.init().params
-        x_T, y = jax.random.normal(jax.random.key(1), x_T.shape), jnp.zeros(y.shape, y.dtype)
-
-        def call():
-            results[0] = program(parameters, x_T, y)
-
+    config = config_of(case)
+    built = training.build_program(config)
+    state, y = built.init(), jnp.zeros(case.batch, jnp.int32)
+    parameters, shape = state.params, (case.batch, *data.example_shape(config["data"]))
     size = _size_of(case, built, parameters)
+    results: list[Any] = [state]
+    if case.work == "train":
+        batch = {"image": jnp.zeros(shape, jnp.uint8), "label": y}
+
+        def call():
+            results[0], _ = built.train_step(results[0], batch)
+    else:
+        short, x_T = schedules.respace(built.schedule, case.steps), jax.random.normal(jax.random.key(1), shape)
+
+        @functools.partial(jax.jit, compiler_options=compiler.options())
+        def generate(params, x_T, y):
+            def denoise_fn(x_t, time):
+                return built.model.apply({"params": params}, x_t, time, y if built.model.num_classes else None)
+
+            return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
+
+        def call():
+            results[0] = generate(parameters, x_T, y)
+
     first, seconds = timed(call, lambda: jax.block_until_ready(results), case.seconds)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or _process_peak()
-    return size | {"rate": images / seconds, "first": first, "peak": peak}
+    return size | {"rate": case.batch / seconds, "first": first, "peak": peak}
 
 
 def measure_diffusers(case: Case) -> dict:
@@ -225,92 +187,3 @@ def measure_diffusers(case: Case) -> dict:
     peak = torch.cuda.max_memory_allocated() if gpu else _process_peak()
     measured = {"rate": case.batch / seconds, "first": first, "peak": peak, "note": note}
     return measured | {"parameters": parameters, "gmac": macs / 1e9}
-
-
-def summarize_program(case: Case) -> dict:
-    """A summary of the kernels of a case's program, compiled for `changes["target"]` and not run."""
-    _set_jax_precision(case.precision)
-    with compiled.target(case.changes["target"]) as kind:
-        if case.work == "train":
-            built, program, batch = _train(case)
-            arguments = (built.abstract_state, batch)
-        else:
-            built, program, arguments = _sample(case)
-            sharding = jax.tree.leaves(built.abstract_state.params)[0].sharding
-            arguments = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
-            )
-        text = program.lower(*arguments).compile().as_text()
-    if folder := os.environ.get("KEEP_HLO"):
-        name = f"{case.changes['target']}_{case.network}_{case.work}_{case.precision}.txt"
-        pathlib.Path(folder, name).write_text(text)
-    summary = compiled.summary(compiled.kernels(text), case.steps if case.work == "sample" else 1)
-    return _size_of(case, built, built.abstract_state.params) | {"summary": summary._asdict(), "kind": kind}
-
-
-def _conv(inputs: int, outputs: int) -> Callable:
-    def make(batch: int, side: int):
-        return convolution.convolve_xla, ((batch, side, side, inputs), (3, 3, inputs, outputs))
-
-    return make
-
-
-def _norm(batch: int, side: int):
-    """GroupNorm and SiLU, as before a convolution: limited by memory bandwidth."""
-
-    def layer(x, scale):
-        params = {"norm": {"scale": scale, "bias": jnp.zeros_like(scale)}}
-        return jax.nn.silu(GroupNorm(32, 1e-6, x.dtype).apply({"params": params}, x))
-
-    return layer, ((batch, side, side, 128), (128,))
-
-
-def _attention(implementation: str) -> Callable:
-    def make(batch: int, side: int):
-        def layer(x, scale):
-            q = x * scale
-            return jax.nn.dot_product_attention(q, x, x, implementation=implementation)
-
-        return layer, ((batch, (side // 2) ** 2, 4, 64), (64,))
-
-    return make
-
-
-# The most common layer, layers whose bfloat16 autotuning has failed (3 -> 128, 128 -> 3), and one with two implementations.
-LAYERS: dict[str, Callable] = {
-    "convolution 128 -> 128": _conv(128, 128),
-    "convolution 3 -> 128": _conv(3, 128),
-    "convolution 128 -> 3": _conv(128, 3),
-    "GroupNorm and SiLU": _norm,
-    "attention, xla": _attention("xla"),
-    "attention, cudnn": _attention("cudnn"),
-}
-
-
-def measure_layer(case: Case) -> dict:
-    """One layer, forward and backward, at 32x32 pixels (4x4 if small): its time and its error against float32."""
-    _set_jax_precision(case.precision)
-    layer, shapes = LAYERS[case.work](case.batch, 4 if case.small else 32)
-    dtype = jnp.bfloat16 if case.precision == "bfloat16" else jnp.float32
-    exact = [jax.random.normal(jax.random.key(i), shape) / (i * 30 + 1) for i, shape in enumerate(shapes)]
-    rounded = [value.astype(dtype) for value in exact]
-
-    def forward_and_backward(*arguments):
-        out, pullback = jax.vjp(layer, *arguments)
-        return out, pullback(out)
-
-    program, results = jax.jit(forward_and_backward, compiler_options=compiler.options()), []
-
-    def call():
-        results[:] = [program(*rounded)]
-
-    first, seconds = timed(call, lambda: jax.block_until_ready(results), case.seconds)
-    reference = LAYERS["attention, xla"](case.batch, 4 if case.small else 32)[0] if "cudnn" in case.work else layer
-    with jax.default_matmul_precision("highest"):
-        truth = jax.jit(reference, compiler_options=compiler.options())(
-            *(value.astype(jnp.float32) for value in rounded)
-        )
-    error = jnp.linalg.norm((results[0][0] - truth).ravel()) / jnp.linalg.norm(truth.ravel())
-    moved = sum(leaf.nbytes for leaf in jax.tree.leaves((rounded, results)))
-    flops = 6 * roofline.macs(reference, *exact)
-    return {"call": seconds, "first": first, "flops": flops, "bytes": moved, "deviation": float(error)}

@@ -1,11 +1,11 @@
-"""How cost grows: with the batch, the resolution, the number of sampling steps, and the number of devices.
+"""How cost grows: with the batch, the resolution and the number of sampling steps.
 
     python benchmarks/cost.py [--plot=docs/images/cost.png] [--small]
 
 DDPM's CIFAR-10 network in float32. Measured on this machine: one network call at several batches and resolutions, and DDIM
-with several numbers of steps. Counted, not measured: the FLOPs of a call from the traced program (XLA's cost analysis), the
-activations that the backward pass needs (as `--mode=plan`), and for several devices the bytes of ADM's 256-pixel network
-(as benchmarks/scaling.py). `--small` uses a narrow network, to check that everything runs.
+with several numbers of steps. Counted, not measured: the FLOPs of a call from the traced program (XLA's cost analysis) and
+the activations that the backward pass needs (as `--mode=plan`). `--small` uses a narrow
+network, to check that everything runs.
 """
 
 import argparse
@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import scaling
-from configs import cifar10, imagenet_adm
-from diffusion_jax import models, sampling, schedules, training
+from configs import cifar10
+from diffusion_jax import sampling, schedules, training
 from diffusion_jax.distributed import compiler
 from diffusion_jax.runs import plan
 from diffusion_jax.training.state import initial_params
 
-BATCHES, SIZES, STEPS, DEVICES = (1, 2, 4, 8, 16, 32), (16, 24, 32, 48, 64), (5, 10, 20, 50), (1, 2, 4, 8, 16, 32, 64)
+BATCHES, SIZES, STEPS = (1, 2, 4, 8, 16, 32), (16, 24, 32, 48, 64), (5, 10, 20, 50)
 COUNTED_SIZES = (*SIZES, 128, 256)
 
 
@@ -89,7 +88,9 @@ class Network:
         schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), steps, "trailing")
 
         def sample(params, x_T):
-            network = models.precompute_time_embeddings(self.model, params, schedule.timesteps)
+            def network(x_t, time):
+                return self.model.apply({"params": params}, x_t, time)
+
             return sampling.sample(jax.random.key(0), schedule, network, x_T, sampling.ddim())
 
         return seconds(sample, self.params, images(4), rounds=3)
@@ -99,15 +100,13 @@ class Costs(NamedTuple):
     """The numbers of the tables.
 
     by_batch: seconds of a call. by_size: seconds per image. counted: (GFLOP, MB of activations) per image, by size. by_steps:
-    seconds of DDIM. state, sent: GB by number of devices.
+    seconds of DDIM.
     """
 
     by_batch: list[float]
     by_size: list[float]
     counted: list[tuple[float, float]]
     by_steps: list[float]
-    state: list[float]
-    sent: list[float]
 
 
 def images(count: int, size: int = 32) -> jax.Array:
@@ -134,12 +133,7 @@ def measure(network: Network) -> Costs:
     table("DDIM, batch 4", ["steps", "seconds"], [[n, taken] for n, taken in zip(STEPS, by_steps, strict=True)])
     print(f"\n{step:.4f} s per step plus {constant:.4f} s; a network call {by_batch[BATCHES.index(4)]:.4f} s")
 
-    shapes = scaling.parameter_shapes(imagenet_adm.get_config("256"))
-    state = [scaling.state_bytes(shapes, count) / 1e9 for count in DEVICES]
-    sent = [scaling.sent_bytes(shapes, count, 2, 1) / 1e9 for count in DEVICES]
-    rows = [list(row) for row in zip(DEVICES, state, sent, strict=True)]
-    table("ADM-256 with mesh.fsdp", ["devices", "GB of state per device", "GB sent per device and step"], rows)
-    return Costs(by_batch, by_size, counted, by_steps, state, sent)
+    return Costs(by_batch, by_size, counted, by_steps)
 
 
 def plot(costs: Costs):
@@ -147,8 +141,9 @@ def plot(costs: Costs):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
-    figure.suptitle("Costs of the CIFAR-10 network on two CPU cores, and of ADM-256 on many devices")
-    batch, steps, seconds, flops, activations, devices = figure.subplots(3, 2).ravel()
+    figure.suptitle("Costs of the CIFAR-10 network on two CPU cores")
+    batch, steps, seconds, flops, activations, empty = figure.subplots(3, 2).ravel()
+    empty.remove()
     gflop, megabytes = zip(*costs.counted, strict=True)
     batch.plot(BATCHES, costs.by_batch, "o-", label="measured")
     batch.set(title="A network call, 32x32 pixels", xlabel="batch size", ylabel="seconds")
@@ -162,16 +157,13 @@ def plot(costs: Costs):
     flops.set(title="FLOPs of a network call", xlabel="width and height in pixels", ylabel="GFLOP per image")
     activations.plot(COUNTED_SIZES, np.divide(megabytes, 1e3), "o-", label="traced program")
     activations.set(title="Activations of a train step", xlabel="width and height in pixels", ylabel="GB per image")
-    devices.plot(DEVICES, costs.state, "o-", label="state on each device")
-    devices.plot(DEVICES[1:], costs.sent[1:], "s--", color="tab:red", label="sent by each device in a step")
-    devices.set(title="ADM-256", xlabel="devices (mesh.fsdp)", ylabel="GB", ylim=(0.03, 15))
-    ticks = (BATCHES, STEPS, COUNTED_SIZES, COUNTED_SIZES, COUNTED_SIZES, DEVICES)
+    ticks = (BATCHES, STEPS, COUNTED_SIZES, COUNTED_SIZES, COUNTED_SIZES)
     for axes, values in zip(figure.axes, ticks, strict=True):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(values, map(str, values))
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left" if axes is devices else "upper left")
+        axes.legend(loc="upper left")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Trains the network of diffusion_jax/evaluation/digits_classifier.py and prints its accuracy on held-out digits.
+"""Trains the network of diffusion_jax/evaluation/features.py and prints its accuracy on held-out digits.
 
     python benchmarks/digits_features.py [--out=PATH]
 
@@ -19,7 +19,7 @@ import optax
 from safetensors.numpy import save_file
 
 from diffusion_jax.data import Digits
-from diffusion_jax.evaluation.digits_classifier import PATH, DigitsNetwork
+from diffusion_jax.evaluation.features import DIGITS_PATH, DigitsNetwork
 
 STEPS, BATCH = 3000, 128
 
@@ -27,7 +27,7 @@ STEPS, BATCH = 3000, 128
 def main() -> None:
     """Trains, tests and saves the network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default=str(PATH), help="the file to write")
+    parser.add_argument("--out", default=str(DIGITS_PATH), help="the file to write")
     options = parser.parse_args()
     (images, labels), held_out = (_read(split) for split in ("train", "test"))
     network = DigitsNetwork()

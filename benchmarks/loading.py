@@ -38,8 +38,7 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     from diffusion_jax import models
     from diffusion_jax.pretrained import ho, openai, parameters
     from diffusion_jax.pretrained.description import make_description
-    from diffusion_jax.pretrained.diffusers_scheduler import scheduler_to_config
-    from diffusion_jax.pretrained.diffusers_unet import unet_to_config
+    from diffusion_jax.pretrained.diffusers import scheduler_to_config, unet_to_config
 
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:

@@ -1,20 +1,20 @@
-"""Measures how many small errors in the core the tests notice, and writes the result to docs/results/reliability.md.
+"""Measures how many small errors in the package the tests notice, and writes the result to docs/results/reliability.md.
 
-    make mutants [MUTANTS="--count=40 --files=losses,sampling/driver --jobs=2"]
+    make mutants [MUTANTS="--core=40 --elsewhere=40 --seed=0"]
 
-For each file of TESTS, `--count` places in its code are drawn at random (`--seed`). At each place one operator of
-cosmic-ray makes a mutant: another arithmetic operator or comparison, a number that is one more or less, a condition
-negated, a loop without iterations, a decorator removed. Each mutant runs in a fresh process against the file's own tests,
-up to the first failure. A mutant is killed if a test fails or the tests do not end within the time limit. The work tree is
-never changed: mutants are written to a copy of it. Results are stored in `--output`, so the same command resumes an
-interrupted run.
+`--core` places in the code of the core and `--elsewhere` places in all other files are drawn at random. At each place one
+operator of cosmic-ray makes a mutant: another arithmetic operator or comparison, a number that is one more or less, a
+condition negated, a loop without iterations, a decorator removed. Each mutant runs in a fresh process against the tests of
+its file, as `make test` selects them, up to the first failure. A mutant is killed if a test fails or the tests do not end
+within the time limit. Mutants are written to a copy of the checkout `--root`. Results are stored in `--output`, so the same
+command resumes an interrupted measurement.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import hashlib
+import datetime
+import json
 import os
 import pathlib
 import resource
@@ -23,77 +23,93 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import tomllib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from scipy.stats import binomtest
 
-from benchmarks.mutant_drawing import PACKAGE, ROOT, Mutant, draw, places
-from benchmarks.mutant_records import Results, read_reasons, report, write_report
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
+BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
-# Each file's own tests, in the order in which they run: those most likely to fail first.
-_REFUSALS, _SAMPLING = "test_refusals.py", "sampling/test_sampling.py"
-_PROCESS = ("test_process.py", _REFUSALS, _SAMPLING)
-_STEPS, _VALUES = "sampling/test_sampler_steps.py", "sampling/test_sampler_values.py"
-_ORDERS = (
-    "sampling/test_solvers.py",
-    "sampling/test_stochastic_samplers.py",
-    "sampling/test_published_numbers.py",
-    "sampling/test_inversion.py",
-)
-_SAMPLERS = (_VALUES, _SAMPLING, _STEPS, *_ORDERS)
-_SOLVERS = (_STEPS, *_ORDERS, _VALUES, _SAMPLING)
-TESTS = {
-    "process/arrays": _PROCESS,
-    "process/forward": _PROCESS,
-    "process/predictions": _PROCESS,
-    "process/reverse": _PROCESS,
-    "schedules/beta_schedules": ("test_schedules.py", _REFUSALS),
-    "schedules/respacing": ("test_schedules.py", _REFUSALS),
-    "schedules/schedule": ("test_schedules.py", _REFUSALS),
-    "losses": (
-        "test_losses.py",
-        _REFUSALS,
-        "test_dtypes.py",
-        "models/test_classifier.py::test_classify_is_the_cross_entropy_at_x_t",
-    ),
-    "likelihood": ("test_decoder.py", "test_likelihood.py", _REFUSALS, "test_dtypes.py"),
-    "guidance": ("test_guidance.py", _REFUSALS),
-    "timesteps": ("test_timesteps.py", _REFUSALS, "test_losses.py"),
-    "labels": ("test_losses.py", "test_guidance.py", _REFUSALS),
-    "editing": ("test_editing.py", _REFUSALS),
-    "sampling/ancestral": _SAMPLERS,
-    "sampling/driver": _SAMPLERS,
-    "sampling/exponential": _SOLVERS,
-    "sampling/inversion": _SOLVERS,
-    "sampling/noise_levels": _SOLVERS,
-    "sampling/runge_kutta": _SOLVERS,
-    "sampling/spacing": ("sampling/test_spacing.py",),
-    "training/step": ("training/test_train_step.py", "training/test_training.py", "models/test_upsampling.py"),
+# The tests of a file or a folder, below tests/: those most likely to fail first. All other folders have tests/FOLDER.
+CORE = {
+    "process": ("test_process.py", "test_refusals.py", "sampling"),
+    "schedules": ("test_schedules.py", "test_refusals.py"),
+    "sampling": ("sampling", "test_refusals.py"),
+    "losses.py": ("test_losses.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
+    "likelihood.py": ("test_decoder.py", "test_likelihood.py", "test_continuous_likelihood.py", "test_refusals.py"),
+    "guidance.py": ("test_guidance.py", "test_refusals.py"),
+    "timesteps.py": ("test_timesteps.py", "test_refusals.py", "test_losses.py"),
+    "labels.py": ("test_losses.py", "test_guidance.py", "test_refusals.py"),
+    "editing.py": ("test_editing.py", "test_refusals.py"),
+    "training/step.py": ("training", "models/test_upsampling.py"),
+}
+ELSEWHERE = {
+    "__init__.py": ("test_package.py",),
+    "cli.py": ("runs",),
+    "config": ("config", "runs/test_bad_configs.py"),
+    "errors.py": ("runs", "config"),
+    "files.py": ("test_files.py", "runs"),
+    "images.py": ("test_data_range.py", "data", "pictures"),
+    "types.py": ("test_types.py",),
 }
 
 
-def copy_tree(target: pathlib.Path, root: pathlib.Path = ROOT) -> None:
-    """Copies the work tree without the files that git ignores."""
+def tests_of(file: str, root: pathlib.Path) -> tuple[str, ...]:
+    """The tests of a file of the package, as paths below `root`. Raises: SystemExit if one does not exist."""
+    table, folder = CORE | ELSEWHERE, file.partition("/")[0]
+    tests = tuple(f"tests/{test}" for test in table.get(file) or table.get(folder) or (folder,))
+    missing = [test for test in tests if not (root / test).exists()]
+    if missing:
+        raise SystemExit(f"error: {file}: no {', '.join(missing)}; correct the table of tests in {__file__}")
+    return tests
+
+
+def package_files(root: pathlib.Path) -> tuple[list[str], list[str]]:
+    """(files of the core, all other files) of the package, as paths in it. Raises: SystemExit for a file without tests."""
+    files = sorted(path.relative_to(root / PACKAGE).as_posix() for path in (root / PACKAGE).rglob("*.py"))
+    for name in CORE:
+        if not any(file == name or file.startswith(f"{name}/") for file in files):
+            raise SystemExit(f"error: no {PACKAGE}/{name}; correct the table of tests in {__file__}")
+    core = [file for file in files if file in CORE or file.partition("/")[0] in CORE]
+    for file in files:
+        tests_of(file, root)
+    return core, [file for file in files if file not in core]
+
+
+def commit_of(root: pathlib.Path) -> str:
+    """The commit of a checkout, with "+" if its files differ."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=8"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a checkout without the files that git ignores. Raises: SystemExit if its tests would import another package."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
+    code = f"import {PACKAGE}; print({PACKAGE}.__file__)"
+    variables = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=target, env=variables, capture_output=True, text=True)
+    if not done.stdout.startswith(str(target)):
+        raise SystemExit(f"error: the tests would not import the mutated package: {done.stdout}{done.stderr}")
 
 
-def run_tests(tree: pathlib.Path, tests: tuple[str, ...], limit: float, cache: pathlib.Path) -> tuple[str, str, float]:
-    """("passed", "failed" or "timeout", the last lines of the output, seconds) of the tests in a copy of the tree."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    command += [f"tests/{test}" for test in tests]
-    variables = os.environ | {
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
+def run_tests(tree: pathlib.Path, tests: tuple[str, ...], limit: float) -> tuple[str, str, float]:
+    """("passed", "failed" or "timeout", the last lines of the output, seconds) of the tests in a copy of a checkout."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
+    folders = {"JAX_COMPILATION_CACHE_DIR": "compiled", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
+    variables = os.environ | {name: f"{tree.parent}/{folder}" for name, folder in folders.items()}
+    variables |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    (tree.parent / "tmp").mkdir(exist_ok=True)
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -113,133 +129,128 @@ def run_tests(tree: pathlib.Path, tests: tuple[str, ...], limit: float, cache: p
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            shutil.rmtree(tree.parent / "tmp", ignore_errors=True)
         output.seek(0)
         return outcome, "\n".join(output.read().splitlines()[-15:]), time.monotonic() - start
 
 
-def digest_of_tests(file: str, root: pathlib.Path = ROOT) -> str:
-    """A digest of the file's tests: it changes with a new test, and then survivors are run again."""
-    digest = hashlib.sha256()
-    for name in ("conftest.py", *TESTS[file]):
-        digest.update((root / "tests" / name.partition("::")[0]).read_bytes())
-    return digest.hexdigest()[:12]
+def run_all(mutants: list[Mutant], root: pathlib.Path, output: pathlib.Path) -> dict[Mutant, str]:
+    """The outcome of each mutant, from `output` if it is there, else from its tests, and then added to `output`.
 
+    Lines with an empty diff are tests without a mutant. Raises: SystemExit if these fail.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    stored = {(tuple(row["tests"]), row["diff"]): row for row in rows}
+    with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
+        tree = pathlib.Path(temporary) / "tree"
+        copy_tree(root, tree)
 
-def duration(seconds: float) -> str:
-    """Seconds as text: 1 h 05 min, or 40 s."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+        def run(title: str, tests: tuple[str, ...], diff: str, limit: float) -> dict:
+            if (tests, diff) not in stored:
+                outcome, text, seconds = run_tests(tree, tests, limit)
+                if not diff and outcome != "passed":
+                    raise SystemExit(f"error: {' '.join(tests)}: {outcome} without any mutant\n{text}")
+                row = {
+                    "title": title,
+                    "tests": tests,
+                    "diff": diff,
+                    "outcome": outcome,
+                    "seconds": seconds,
+                    "output": text,
+                }
+                print(f"{title}: {outcome}, {seconds:.0f} s", flush=True)
+                with output.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
+                stored[tests, diff] = row
+            return stored[tests, diff]
 
-
-def prepare(tree: pathlib.Path, cache: pathlib.Path) -> None:
-    """Copies the work tree. Raises: SystemExit if its tests would not import the package of the copy."""
-    copy_tree(tree)
-    code = f"import {PACKAGE}; print({PACKAGE}.__file__)"
-    variables = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=variables, capture_output=True, text=True)
-    if not done.stdout.startswith(str(tree)):
-        raise SystemExit(f"error: the tests would not import the mutated package: {done.stdout}{done.stderr}")
-
-
-def run_all(pending: list[Mutant], results: Results, digests: dict, jobs: int, work: pathlib.Path) -> None:
-    """Runs the mutants and records each under its digest. Raises: SystemExit if tests fail without any mutant."""
-    cache = work / "cache"
-    trees = [work / f"tree{i}" for i in range(jobs)]
-    for tree in trees:
-        prepare(tree, cache)
-    print(f"{len(pending)} mutants to run", flush=True)
-    limits, lock, free = {}, threading.Lock(), list(trees)
-    start, done = time.monotonic(), 0
-
-    def time_limit(tests, tree) -> float:
-        """The time limit in seconds, from a run without a mutant, which also fills the compilation cache."""
-        with lock:
-            if tests not in limits:
-                outcome, output, seconds = run_tests(tree, tests, 3600, cache)
-                if outcome != "passed":
-                    raise SystemExit(f"error: {', '.join(tests)}: {outcome} without any mutant\n{output}")
-                limits[tests] = 60 + 4 * seconds
-                print(f"{', '.join(tests)}: {seconds:.0f} s without a mutant", flush=True)
-            return limits[tests]
-
-    def run_mutant(mutant: Mutant):
-        tree, tests = free.pop(), TESTS[mutant.file]
-        path = tree / PACKAGE / f"{mutant.file}.py"
-        original = path.read_text()
-        try:
-            limit = time_limit(tests, tree)
+        outcomes = {}
+        for index, mutant in enumerate(mutants, 1):
+            tests, path = tests_of(mutant.file, root), tree / PACKAGE / mutant.file
+            limit = 60 + 3 * run(f"{' '.join(tests)} without a mutant", tests, "", 3600)["seconds"]
             path.write_text(mutant.source)
-            return mutant, run_tests(tree, tests, limit, cache)
-        finally:
-            path.write_text(original)
-            free.append(tree)
+            title = f"[{index}/{len(mutants)}] {mutant.file}, {mutant.name}"
+            outcomes[mutant] = run(title, tests, mutant.diff, limit)["outcome"]
+            shutil.copy2(root / PACKAGE / mutant.file, path)
+    return outcomes
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_mutant, mutant) for mutant in pending]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                mutant, (outcome, output, seconds) = future.result()
-                results.add(mutant, digests[mutant.file], outcome, output, seconds)
-                done += 1
-                left = (time.monotonic() - start) / done * (len(pending) - done)
-                verdict = {"passed": "SURVIVED", "failed": "killed", "timeout": "killed by the time limit"}[outcome]
-                print(
-                    f"[{done}/{len(pending)}] {mutant.file}, {mutant.name}: {verdict}, {seconds:.0f} s; "
-                    f"about {duration(left)} left",
-                    flush=True,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            print("Stopping after the mutants that are running. Rerun the same command to resume.", flush=True)
-            raise
+
+def read_reasons(
+    path: pathlib.Path = ROOT / "benchmarks" / "equivalent_mutants.toml",
+) -> dict[tuple[str, str, str], str]:
+    """{(file, lines that a mutant removes, lines that it adds): why no test can detect it}."""
+    entries = tomllib.loads(path.read_text()).get("mutant", [])
+    return {(entry["file"], entry["removed"], entry["added"]): entry["why"] for entry in entries}
+
+
+def equivalence_reason(mutant: Mutant, reasons: dict[tuple[str, str, str], str]) -> str | None:
+    """Why no test can detect a mutant; None if there is no recorded reason."""
+    lines = mutant.diff.splitlines()[2:]
+    removed, added = ("\n".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+    return reasons.get((mutant.file, removed, added))
+
+
+def table_row(title: str, num_places: int, outcomes: list[str], num_equivalent: int) -> str:
+    """A row of the table: counts, and the share of killed mutants with its interval."""
+    killed, counted = len(outcomes) - outcomes.count("passed"), len(outcomes) - num_equivalent
+    low, high = binomtest(killed, counted).proportion_ci(0.95, "exact") if counted else (0.0, 1.0)
+    share = f"{killed / counted:.1%}" if counted else ""
+    counts = f"{num_places} | {len(outcomes)} | {killed} | {outcomes.count('timeout')} | {num_equivalent}"
+    return f"| {title} | {counts} | {share} | {low:.1%} to {high:.1%} |"
+
+
+def write_report(page: pathlib.Path, commit: str, rows: list[str], survivors: list[str]) -> None:
+    """Writes rows and survivors between the markers of a page, where the rows of other commits stay."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    old, _, after = rest.partition(END)
+    kept = [line for line in old.splitlines() if line.startswith("| 2") and f", {commit}, " not in line]
+    lines = [
+        "The interval is Clopper and Pearson's, 95%. No test can detect an equivalent mutant.",
+        "",
+        "| date, commit, seed | places | drawn | killed | by the time limit | equivalent | killed of the rest | interval |",
+        "|---|---|---|---|---|---|---|---|",
+        *kept,
+        *rows,
+        "",
+        f"Survivors at {commit}: {len(survivors) or 'none'}.",
+        *survivors,
+    ]
+    page.write_text("\n".join([before + BEGIN, *lines, END]) + after)
 
 
 def main() -> None:
     """Draws the mutants, runs those without a result and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40, help="mutants of each file (40)")
-    parser.add_argument(
-        "--files", default=",".join(TESTS), help="modules of the package, comma-separated (losses,sampling/driver)"
-    )
+    parser.add_argument("--core", type=int, default=40, help="mutants of the core (40)")
+    parser.add_argument("--elsewhere", type=int, default=40, help="mutants of all other files (40)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "mutants.jsonl", help="stored results")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="checkout to measure, by default this one")
+    parser.add_argument("--output", type=pathlib.Path, help="stored results (runs/mutants/COMMIT.jsonl)")
     parser.add_argument(
-        "--report",
-        type=pathlib.Path,
-        default=ROOT / "docs" / "results" / "reliability.md",
-        help="the page that gets the report",
-    )
-    parser.add_argument(
-        "--keep_killed", action="store_true", help="do not run killed mutants again; valid if tests were only added"
+        "--report", type=pathlib.Path, default=ROOT / "docs" / "results" / "reliability.md", metavar="PAGE"
     )
     parser.add_argument("--list", action="store_true", help="print the mutants' diffs and run nothing")
     options = parser.parse_args()
-    files = options.files.split(",")
-    unknown = [file for file in files if file not in TESTS]
-    if unknown:
-        parser.error(f"--files={','.join(unknown)} is unknown; known: {', '.join(TESTS)}")
-    mutants = [mutant for file in files for mutant in draw(file, options.count, options.seed)]
+    root, commit, reasons = options.root.resolve(), commit_of(options.root), read_reasons()
+    areas = {}
+    for area, files in zip(("core", "elsewhere"), package_files(root), strict=True):
+        areas[area] = draw(files, getattr(options, area), options.seed, root)
+    mutants = [mutant for drawn, _ in areas.values() for mutant in drawn]
     if options.list:
         print("\n\n".join(mutant.diff for mutant in mutants))
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    results, digests = Results(options.output), {file: digest_of_tests(file) for file in files}
-
-    def stored_row(mutant: Mutant) -> dict | None:
-        return results.find(mutant, digests[mutant.file], options.keep_killed)
-
-    pending = [mutant for mutant in mutants if stored_row(mutant) is None]
-    if pending:
-        with tempfile.TemporaryDirectory(prefix="mutants") as work:
-            run_all(pending, results, digests, options.jobs, pathlib.Path(work))
-    rows = [stored_row(mutant) for mutant in mutants]
-    num_places = {file: len(places((ROOT / PACKAGE / f"{file}.py").read_text())) for file in files}
-    text = report(rows, num_places, options.seed, read_reasons())
-    write_report(text, options.report)
-    print(text)
+    outcomes = run_all(mutants, root, options.output or ROOT / "runs" / "mutants" / f"{commit}.jsonl")
+    rows, survivors = [], []
+    for area, (drawn, num_places) in areas.items():
+        alive = [mutant for mutant in drawn if outcomes[mutant] == "passed"]
+        why = [equivalence_reason(mutant, reasons) for mutant in alive]
+        title = f"{datetime.date.today()}, {commit}, {options.seed}: {area}"
+        rows.append(table_row(title, num_places, [outcomes[mutant] for mutant in drawn], len(list(filter(None, why)))))
+        for mutant, reason in zip(alive, why, strict=True):
+            survivors += ["", "```diff", mutant.diff, "```", *([f"Equivalent: {reason}"] if reason else [])]
+    write_report(options.report, commit, rows, survivors)
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

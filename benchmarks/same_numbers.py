@@ -2,8 +2,9 @@
 
     python benchmarks/same_numbers.py OLD NEW [--python=PATH]
 
-OLD and NEW are checkouts (`git worktree add OLD v0.1.1`). Each trains and samples with its own main.py, on the CPU and with
-the same interpreter. The logs (without times), every array of the last checkpoint and the samples must be bit-identical.
+OLD and NEW are checkouts (`git worktree add --detach OLD COMMIT`). Each trains and samples with its own main.py, on the CPU
+and with the same interpreter. In the last checkpoint the step, the parameters, their moving average and the optimizer's state
+must be bit-identical, wherever a checkpoint holds them, and so must the logs (without times) and the samples.
 """
 
 import argparse
@@ -53,6 +54,7 @@ RUNS = {
     "field": {"training.batch_size": 8, "sampling.steps": 10},
     "vectors": {"training.batch_size": 8, "sampling.steps": 10},
 }
+PARTS = ("step", "params", "ema_params", "opt_state")  # of a checkpoint; what else it holds decides the log, too
 TIMES = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
@@ -80,14 +82,29 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         arrays |= {f"log {record['step']} {key}": value for key, value in record.items() if key not in TIMES}
-    for item in sorted((workdir / "checkpoints" / str(STEPS)).iterdir()):
-        if (item / "_METADATA").is_file():
-            tree = ocp.PyTreeCheckpointer().restore(item)
-            flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-            arrays |= {f"{item.name} {jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in flat}
+    arrays |= checkpoint_arrays(workdir / "checkpoints" / str(STEPS))
     (samples,) = (workdir / "samples").glob("*.npz")
     with np.load(samples) as stored:
         arrays |= {f"samples {key}": stored[key] for key in ("arr_0", "arr_1") if key in stored}
+    return arrays
+
+
+def checkpoint_arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of PARTS in a checkpoint, whichever items it has, by their paths from the name of the part on."""
+    arrays = {}
+    for metadata in directory.rglob("_METADATA"):
+        tree = ocp.PyTreeCheckpointer().restore(metadata.parent)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            names = [
+                *metadata.parent.relative_to(directory).parts,
+                *jax.tree_util.keystr(path, simple=True, separator="/").split("/"),
+            ]
+            start = next((index for index, name in enumerate(names) if name in PARTS), None)
+            if start is not None:
+                arrays["/".join(names[start:])] = np.asarray(leaf)
+    missing = [part for part in PARTS if not any(name.split("/")[0] == part for name in arrays)]
+    if missing:
+        raise SystemExit(f"error: {directory} has no {', '.join(missing)}")
     return arrays
 
 

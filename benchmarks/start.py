@@ -179,7 +179,7 @@ def decoded_data(root: str, data_dir: str) -> None:
 def programs(presets: list[str], compiled: bool) -> None:
     """Prints two lines for each network: its train step, and a sampler of 50 steps of DDIM; the seconds are CPU seconds."""
     from diffusion_jax import models, training
-    from diffusion_jax.config import default
+    from diffusion_jax.config import default, preset_fields
     from diffusion_jax.runs import devices
 
     devices.collect_garbage_rarely()  # as `devices.start`, which would also use the compilation cache
@@ -187,7 +187,7 @@ def programs(presets: list[str], compiled: bool) -> None:
     print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name in presets:
         config = default()
-        config.model.update(models.preset_fields(name))
+        config.model.update(preset_fields(name))
         config.data.image_size = PIXELS[name]
         config.training.batch_size = 2
         if models.preset(name).out_channels == 6:
@@ -221,16 +221,14 @@ def _sampler(config, built) -> tuple:
     """(DDIM of 50 steps, the shapes of its arguments)."""
     import jax
 
-    from diffusion_jax import models, sampling, schedules
+    from diffusion_jax import sampling, schedules
     from diffusion_jax.distributed import compiler
 
     short, sampler = schedules.respace(built.schedule, 50), sampling.ddim(variance=config.diffusion.variance)
 
     def generate(params, x_T, y):
-        network = models.precompute_time_embeddings(built.model, params, short.timesteps)
-
         def denoise_fn(x_t, time):
-            return network(x_t, time, y if built.model.num_classes else None)
+            return built.model.apply({"params": params}, x_t, time, y if built.model.num_classes else None)
 
         return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampler)
 

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """As field.py, with three periodic axes of 8 positions, one channel and half the width."""
     config = experiment("field")
     config.data.update(dataset="diffusion_jax.data.synthetic:volume", image_size=(8, 8, 8), channels=1)
-    config.model.update(channels=16, convolution="products")
+    config.model.channels = 16
     config.training.update(num_steps=800, batch_size=16)
     config.optimizer.decay_steps = 800
     config.evaluation.num_examples = 250

@@ -17,8 +17,9 @@ import os
 import pathlib
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
-from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
+from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
 from diffusion_jax.storage.locks import LockHeldError
@@ -53,7 +54,6 @@ _MODULES_OF_MODES = {
     "evaluate": ("measure_likelihood", "sample_metrics"),
     "progressive": ("progressive",),
 }
-_SECONDS_OF_A_LAST_REPORT = 2.0  # of a run that failed or was stopped: whoever stops it waits for it to end
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
@@ -64,11 +64,7 @@ class Command:
     config: ConfigDict
     mode: str
     workdir: pathlib.Path | None
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
-    join_timeout: int
-    verbose: bool
+    flags: argparse.Namespace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,65 +132,35 @@ def parse(arguments: Sequence[str]) -> Command:
             f"--config.editing.num_samples={overrides['sampling.num_samples']}"
         )
     config = configs.load_experiment(flags.config) if flags.config else None
-    log = print if flags.process_id in (None, 0) else lambda line: None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, log)
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
         overrides = init | overrides
     elif config is None and workdir is not None:
-        config = _stored_config(workdir, log)
+        config = _stored_config(workdir)
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
-    config = _override(config, overrides, flags.config)
+    config = configs.override(config, overrides)
     if workdir is None and flags.mode != "plan":
         raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
-    return Command(
-        config=config,
-        mode=flags.mode,
-        workdir=workdir,
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.num_processes,
-        process_id=flags.process_id,
-        join_timeout=flags.join_timeout,
-        verbose=flags.verbose,
-    )
+    return Command(config, flags.mode, workdir, flags)
 
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{"group.leaf": text} of --config.group.leaf=text (or with a space, and a Boolean leaf alone). Raises: UserError."""
-    overrides, remaining = {}, list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
+    """{"group.leaf": text} of --config.group.leaf=text. Raises: UserError for anything else."""
+    overrides = {}
+    for argument in arguments:
         flag, equals, text = argument.partition("=")
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
         if not flag.startswith("--config."):
-            if not flag.startswith("-"):
-                raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
             near = closest_names(flag, known)
             raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}")
-        name = flag.removeprefix("--config.")
         if not equals:
-            alone = not remaining or remaining[0].startswith("--")
-            if alone and not configs.is_boolean_leaf(name):
-                raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            text = "True" if configs.is_boolean_leaf(name) else remaining.pop(0)
-        overrides[name] = text
+            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = text
     return overrides
-
-
-def _override(config: ConfigDict, overrides: Mapping[str, str], file: str | None) -> ConfigDict:
-    """`configs.override`; an error that the config file has without overrides names the file."""
-    try:
-        return configs.override(config, overrides)
-    except ConfigError as error:
-        if not file:
-            raise
-        try:
-            configs.resolve(config)
-        except ConfigError as error_of_file:
-            if str(error_of_file) == str(error):
-                raise ConfigError(f"--config={file}: {error}") from None
-        raise
 
 
 def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
@@ -230,21 +196,18 @@ def check_workdir(workdir: str) -> None:
             ) from error
 
 
-def _stored_config(workdir: pathlib.Path, log: Callable[[str], None]) -> ConfigDict | None:
-    from diffusion_jax.runs import stored_config
+def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
+    from diffusion_jax.runs.workdir import load_config
 
-    try:
-        return stored_config.from_workdir(workdir, log)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    return load_config(workdir)
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str, log: Callable[[str], None]
+    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
     if workdir is not None and any(workdir.glob("checkpoints/*/digests.json")):
-        stored = _stored_config(workdir, log)
+        stored = _stored_config(workdir)
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
@@ -252,10 +215,10 @@ def _config_with_weights(
         # A relaunch of the run that these weights started.
         config, flags = stored if config is None else config, flags or stored.init_flags
     if config is None:
-        from diffusion_jax.runs import stored_config
+        from diffusion_jax.runs.workdir import config_from_weights
 
         try:
-            config = stored_config.from_weights(weights, flags)
+            config = config_from_weights(weights, flags)
         except (DiffusionJaxError, ValueError, OSError) as error:
             raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}
@@ -295,7 +258,7 @@ def run(command: Command) -> None:
 
         return status.run(command.config, command.workdir)
     if command.mode == "report":
-        from diffusion_jax.report.write import write_report
+        from diffusion_jax.report import write_report
 
         path = write_report(command.workdir, command.config)
         print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
@@ -303,10 +266,9 @@ def run(command: Command) -> None:
     trains = command.mode in ("train", "train_classifier")
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
-        processes.join_processes(
-            command.coordinator_address, command.num_processes, command.process_id, command.join_timeout
-        )
-        devices.start(command.verbose)
+        flags = command.flags
+        processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
+        devices.start(flags.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 
@@ -316,21 +278,26 @@ def run(command: Command) -> None:
 
         hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-            write = functools.partial(_write_report, command.config, command.workdir)
-            last = {"after_failure": functools.partial(write, max_seconds=_SECONDS_OF_A_LAST_REPORT)} if trains else {}
             for function in functions:
-                function(command.config, command.workdir, **last)
-            write()
-            processes.barrier()
+                function(command.config, command.workdir)
+            _write_report(command.config, command.workdir)
+            processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
 
 
-def _write_report(config: ConfigDict, workdir: pathlib.Path, max_seconds: float | None = None) -> None:
+def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the report at the end of a mode; an error is one line, because the mode has done its work."""
     import jax
 
-    from diffusion_jax.report.write import write_report_after
+    from diffusion_jax.report import write_report
 
-    if jax.process_index() == 0:
-        write_report_after(workdir, config, processes.log, max_seconds)
+    if jax.process_index() != 0:
+        return
+    start = time.perf_counter()
+    try:
+        line = f"Report, with curves, samples and metrics: {write_report(workdir, config)}"
+    except Exception as error:
+        line = f"Note: {workdir / 'report.html'} could not be written: {' '.join(str(error).split())[:200]}"
+    processes.log(f"{line} ({time.perf_counter() - start:.1f} s)")
 
 
 def _run_plan(command: Command) -> None:

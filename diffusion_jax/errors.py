@@ -91,17 +91,8 @@ class SaveError(CheckpointError):
 
 
 def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
-    """Returns up to `count` names, the most similar to `name` first.
-
-    Of equally similar names the one with the same letters is first: "ddmi" is nearer to ddim than to ddpm.
-    """
-
-    def ratio(one, other) -> float:
-        return difflib.SequenceMatcher(None, one, other).ratio()
-
-    scores = {known: (ratio(known, name), ratio(sorted(known), sorted(name))) for known in names}
-    near = [known for known, (similarity, _) in scores.items() if similarity >= 0.6]
-    return sorted(near, key=lambda known: scores[known], reverse=True)[:count]
+    """Returns up to `count` names, the most similar to `name` first."""
+    return difflib.get_close_matches(name, list(names), count)
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:

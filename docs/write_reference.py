@@ -61,8 +61,7 @@ def command_line() -> str:
     modes += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in cli.MODES.items()]
     leaves = (
         "`--config.group.leaf=VALUE` overrides a leaf of the config: `--config.training.num_steps=1e4`,\n"
-        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all leaves. A Boolean leaf may\n'
-        "stand alone: `--config.model.remat`."
+        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all leaves.'
     )
     parts = [
         _INTRODUCTION,

@@ -18,7 +18,6 @@ from diffusion_jax import (
     schedules,
     timesteps,
 )
-from diffusion_jax.evaluation import array_metrics, array_statistics
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
@@ -218,18 +217,6 @@ OF_ANOTHER_KIND = {
     "prediction of interpolate": (
         lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), prediction="v"),
         "prediction='v' of the encoding must be the sampler's, 'eps'",
-    ),
-    "sliced_wasserstein order": (
-        lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, order=float("inf"), groups=2),
-        "order=inf must be at least 1, and finite",
-    ),
-    "projections": (
-        lambda: array_metrics.sliced_wasserstein(KEY, ROWS, ROWS, projections=2.5, groups=2),
-        "projections=2.5 must be at least 2, and a whole number",
-    ),
-    "max_lag": (
-        lambda: array_statistics.autocorrelation(ROWS[..., None], max_lag=2.5),
-        r"max_lag=2.5 must lie in 0 \.\.\. 4, a whole number",
     ),
     "guidance interval": (
         lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),

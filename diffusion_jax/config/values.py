@@ -1,23 +1,23 @@
-"""The kinds of values of a leaf: which values are allowed, and how text from a command line is parsed."""
+"""The kinds of values that a leaf allows, as Python values and as text of a command line, which is never evaluated."""
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import dataclasses
 import math
+import numbers
 import os
+import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from diffusion_jax.config.conversion import to_float, to_integer, to_items, to_scalar
 from diffusion_jax.errors import closest_names
 
 __all__ = [
     "Boolean",
     "Choice",
-    "ChoiceOrNone",
-    "DType",
     "Integer",
     "Interval",
     "Nothing",
@@ -31,29 +31,52 @@ __all__ = [
 
 
 class ValueKind(Protocol):
-    """The values that a leaf allows.
-
-    allowed: a noun phrase that continues "must be".
-    example: shown if text from a command line cannot be parsed; "" for none.
-    """
+    """The values that a leaf allows. allowed: a noun phrase that continues "must be"."""
 
     @property
     def allowed(self) -> str: ...
 
-    @property
-    def example(self) -> str: ...
-
     def check(self, value: Any) -> Any:
-        """The value in its own Python type. Raises: ValueError if it is not allowed."""
+        """The value in its own Python type. Raises: ValueError if it is not allowed; its text is advice, or empty."""
         ...
 
     def parse(self, text: str) -> Any:
-        """The value of an argument on the command line. Raises: ValueError."""
+        """The value of an argument on the command line. Raises: as `check`."""
         ...
 
-    def hint(self, value: Any) -> str:
-        """Advice for a value that is not allowed, such as the value to type instead; "" for none."""
-        ...
+
+def _to_scalar(value: Any) -> Any:
+    """A NumPy or JAX array without dimensions as the Python value that it holds; anything else unchanged."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _to_number(value: Any, kind: type) -> Any:
+    """A number of an abstract kind of `numbers`, but no bool. Raises: ValueError."""
+    value = _to_scalar(value)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError
+    return value
+
+
+def _to_items(value: Any) -> tuple:
+    """The items of a tuple, a list, another sequence or a one-dimensional array. Raises: ValueError."""
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        return tuple(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return tuple(value)
+    raise ValueError
+
+
+def _split(text: str) -> list[str]:
+    """The items of "1,2", "(1, 2)" or "['a, b', c]", with their quotes."""
+    text = text.strip()
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    return [item for part in re.findall(r"\s*'[^']*'|\s*\"[^\"]*\"|[^,]+", inner) if (item := part.strip())]
+
+
+def _unquote(text: str) -> str:
+    """The text without one pair of quotes around it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +84,6 @@ class Nothing:
     """Only None."""
 
     allowed: str = "None"
-    example: str = ""
 
     def check(self, value: Any) -> None:
         if value is not None:
@@ -71,59 +93,38 @@ class Nothing:
         if text != "None":
             raise ValueError
 
-    def hint(self, value: Any) -> str:
-        return ""
-
 
 @dataclasses.dataclass(frozen=True)
 class Boolean:
     """True or False."""
 
     allowed: str = "True or False"
-    example: str = ""
 
     def check(self, value: Any) -> bool:
-        value = to_scalar(value)
+        value = _to_scalar(value)
         if not isinstance(value, bool):
             raise ValueError
         return value
 
     def parse(self, text: str) -> bool:
-        try:
-            return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
-        except KeyError:
-            raise ValueError from None
-
-    def hint(self, value: Any) -> str:
-        return ""
+        value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
+        return self.check(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A string.
+    """A string, or an os.PathLike. Quotes around it, which mark a string that looks like a number, are removed."""
 
-    quotes: whether the command line may put quotes around it, to mark a string that looks like a number.
-    path: whether it is a path, which may also be given as an os.PathLike.
-    """
-
-    quotes: bool = False
-    path: bool = False
     allowed: str = "a string"
-    example: str = ""
 
     def check(self, value: Any) -> str:
-        value = os.fspath(value) if self.path and isinstance(value, os.PathLike) else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(value, str):
             raise ValueError
         return str(value)  # not a subclass, such as NumPy's
 
     def parse(self, text: str) -> str:
-        if self.quotes and text[:1] in ("'", '"'):
-            return self.check(_literal(text))
-        return text
-
-    def hint(self, value: Any) -> str:
-        return ""
+        return _unquote(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,6 @@ class Integer:
 
     minimum: int | None = None
     maximum: int | None = None
-    example: str = "such as 10000 or 1e4"
 
     @property
     def allowed(self) -> str:
@@ -143,26 +143,23 @@ class Integer:
         return "a whole number" + ("" if self.minimum is None else f" of at least {self.minimum}")
 
     def check(self, value: Any) -> int:
-        number = to_integer(value)
+        if isinstance(value, float) and value.is_integer():
+            raise ValueError(f"write {int(value)}")
+        number = int(_to_number(value, numbers.Integral))
         if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
             raise ValueError
         return number
 
     def parse(self, text: str) -> int:
+        with contextlib.suppress(ValueError):
+            return self.check(int(text))
         try:
-            return int(text)
-        except ValueError:
             value = float(text)
-        if not math.isfinite(value) or int(value) != value or abs(value) > 2**53:
-            raise ValueError  # beyond 2^53 a float can be another whole number than the text
-        return int(value)
-
-    def hint(self, value: Any) -> str:
-        return _integer_hint(value)
-
-
-def _integer_hint(value: Any) -> str:
-    return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        except ValueError:
+            raise ValueError("write it as 10000 or 1e4") from None
+        if not (value.is_integer() and abs(value) <= 2**53):  # a larger float can be another number than the text
+            raise ValueError
+        return self.check(int(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +170,6 @@ class Number:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
-    example: str = "such as 0.5 or 2e-4"
 
     @property
     def allowed(self) -> str:
@@ -188,7 +184,7 @@ class Number:
         return "a finite number" if self.minimum is None else f"a number of at least {self.minimum:g}"
 
     def check(self, value: Any) -> float:
-        number = to_float(value)
+        number = float(_to_number(value, numbers.Real))
         inside = math.isfinite(number) and (
             (self.minimum is None or number >= self.minimum)
             and (self.maximum is None or number <= self.maximum)
@@ -200,16 +196,15 @@ class Number:
         return number
 
     def parse(self, text: str) -> float:
-        return float(text)
-
-    def hint(self, value: Any) -> str:
-        return ""
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("write it as 0.5 or 2e-4") from None
+        return self.check(value)
 
 
 class Choice:
-    """One of some names (or numbers)."""
-
-    example = ""
+    """One of some names (or numbers). The name of a type may also be given as the type, such as jnp.bfloat16."""
 
     def __init__(self, *choices: str | int):
         self.choices = choices
@@ -220,97 +215,54 @@ class Choice:
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
     def check(self, value: Any) -> Any:
-        value = value if isinstance(value, str) else to_integer(value)
-        if value not in self.choices:
-            raise ValueError
-        return self.choices[self.choices.index(value)]
+        value = np.dtype(value).name if isinstance(value, type | np.dtype) else _to_scalar(value)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value in self.choices:
+            return self.choices[self.choices.index(value)]
+        near = closest_names(value, list(map(str, self.choices))) if isinstance(value, str) else []
+        raise ValueError(f"did you mean {near[0]}?" if near else "")
 
     def parse(self, text: str) -> Any:
-        for choice in self.choices:
-            if text == str(choice):
-                return choice
-        return text  # `check` refuses it
-
-    def hint(self, value: Any) -> str:
-        names = [choice for choice in self.choices if isinstance(choice, str)]
-        near = closest_names(value, names) if isinstance(value, str) else []
-        return f"did you mean {near[0]}?" if near else "" if names else _integer_hint(value)
-
-
-class ChoiceOrNone(Choice):
-    """One of some names; None stands for the name "none"."""
-
-    def check(self, value: Any) -> Any:
-        return super().check("none" if value is None else value)
-
-
-class DType(Choice):
-    """The name of a floating type, or the type itself, such as jnp.bfloat16 or np.dtype("float32")."""
-
-    def check(self, value: Any) -> Any:
-        return super().check(np.dtype(value).name if isinstance(value, type | np.dtype) else value)
-
-    def hint(self, value: Any) -> str:
-        name = value if isinstance(value, str) else np.dtype(value).name if isinstance(value, type | np.dtype) else ""
-        if name == "float16":
-            return "gradients underflow without loss scaling, so use bfloat16"
-        return super().hint(value)
+        return self.check({str(choice): choice for choice in self.choices}.get(_unquote(text), _unquote(text)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuple:
     """A tuple (or another sequence) of items of one kind.
 
-    items: a plural noun for the items. shown: an example of a tuple.
-    bare: whether the command line may give one item alone, and several names without quotes: `fid,kid`.
+    items: a plural noun for the items. shown: an example of a tuple. brackets: whether a command line must put the items into
+    brackets, because without them the text is something else.
     """
 
     item: ValueKind
     items: str
-    length: int | None = None
     minimum_length: int = 0
     maximum_length: int | None = None
     shown: str = ""
-    bare: bool = False
+    brackets: bool = False
 
     @property
     def allowed(self) -> str:
-        count = "" if self.length is None else f"{self.length} "
-        return f"a tuple of {count}{self.items}" + (f" such as {self.shown}" if self.shown else "")
-
-    @property
-    def example(self) -> str:
-        return ""
+        return f"a tuple of {self.items}" + (f" such as {self.shown}" if self.shown else "")
 
     def check(self, value: Any) -> tuple:
-        items = to_items(value)
-        longest = len(items) if self.maximum_length is None else self.maximum_length
-        if not self.minimum_length <= len(items) <= longest or self.length not in (None, len(items)):
-            raise ValueError
-        return tuple(self.item.check(item) for item in items)
+        return self._convert(_to_items(value), self.item.check)
 
     def parse(self, text: str) -> tuple:
-        if self.bare and isinstance(self.item, Choice) and not set(text) & set("()[]'\""):
-            return tuple(self.item.parse(name.strip()) for name in text.split(",") if name.strip())
-        value = _literal(text)
-        if isinstance(value, tuple | list):
-            return tuple(value)  # `check` refuses items, with a hint
-        if not self.bare:
+        if self.brackets and text[:1] not in ("(", "["):
             raise ValueError
-        return (value,)
+        return self._convert(_split(text), self.item.parse)
 
-    def hint(self, value: Any) -> str:
-        try:
-            items = self.parse(value) if self.bare and isinstance(value, str) else to_items(value)
-        except ValueError:
-            return ""
+    def _convert(self, items: Sequence, convert) -> tuple:
+        values = []
         for item in items:
             try:
-                self.item.check(item)
-            except ValueError:
-                advice = self.item.hint(item)
-                return f"{item!r} is not allowed" + (f"; {advice}" if advice else "")
-        return ""
+                values.append(convert(item))
+            except ValueError as error:
+                shown = item if isinstance(item, str) and item[:1] in ("'", '"') else repr(item)
+                raise ValueError(f"{shown} is not allowed" + (f"; {error}" if str(error) else "")) from None
+        if len(values) < self.minimum_length or (self.maximum_length is not None and len(values) > self.maximum_length):
+            raise ValueError
+        return tuple(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,14 +271,13 @@ class Interval:
 
     unit: str
     finite: bool = False
-    example: str = ""
 
     @property
     def allowed(self) -> str:
         return f"two numbers (low, high), or () for {self.unit}"
 
     def check(self, value: Any) -> tuple[float, ...]:
-        bounds = tuple(to_float(bound) for bound in to_items(value))
+        bounds = tuple(float(_to_number(bound, numbers.Real)) for bound in _to_items(value))
         if len(bounds) not in (0, 2) or (bounds and not bounds[0] <= bounds[1]):
             raise ValueError
         if self.finite and bounds and not (bounds[0] < bounds[1] and all(map(math.isfinite, bounds))):
@@ -334,10 +285,11 @@ class Interval:
         return bounds
 
     def parse(self, text: str) -> tuple[float, ...]:
-        return self.check(_literal(text))
-
-    def hint(self, value: Any) -> str:
-        return ""
+        try:
+            bounds = tuple(map(float, _split(text)))
+        except ValueError:
+            raise ValueError("write it as 0,100") from None
+        return self.check(bounds)
 
 
 class OneOf:
@@ -350,37 +302,22 @@ class OneOf:
     def allowed(self) -> str:
         return " or ".join(kind.allowed for kind in self.kinds)
 
-    @property
-    def example(self) -> str:
-        return ""
-
     def check(self, value: Any) -> Any:
-        for kind in self.kinds:
-            try:
-                return kind.check(value)
-            except ValueError:
-                continue
-        raise ValueError
+        return self._first(value, [kind.check for kind in self.kinds])
 
     def parse(self, text: str) -> Any:
-        for kind in self.kinds:
-            try:
-                return kind.check(kind.parse(text))
-            except ValueError:
-                continue
-        raise ValueError
+        return self._first(text, [kind.parse for kind in self.kinds])
 
-    def hint(self, value: Any) -> str:
-        return next(filter(None, (kind.hint(value) for kind in self.kinds)), "")
+    def _first(self, value: Any, conversions: Sequence) -> Any:
+        advice = []
+        for convert in conversions:
+            try:
+                return convert(value)
+            except ValueError as error:
+                advice.append(str(error))
+        raise ValueError(next(filter(None, advice), ""))
 
 
 def optional(kind: ValueKind) -> OneOf:
     """A kind, or None."""
     return OneOf(kind, Nothing())
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError from None

@@ -19,9 +19,9 @@ from diffusion_jax.data.checks import (
     import_source,
     is_of_images,
 )
-from diffusion_jax.data.decoded_cache import decode_once
 from diffusion_jax.data.holdout import check_holdout, select_split
-from diffusion_jax.data.in_memory import InMemory
+from diffusion_jax.data.images import Digits, Folder, find_folder, fit
+from diffusion_jax.data.in_memory import InMemory, decode_once, is_in_memory
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -31,21 +31,8 @@ from diffusion_jax.data.normalization import (
     to_model_units,
 )
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
-from diffusion_jax.data.preparation import prepare
-from diffusion_jax.data.sources import (
-    Digits,
-    Folder,
-    Source,
-    Tfds,
-    find_folder,
-    fit,
-    local_data_dir,
-    make_builder,
-    make_prepared_builder,
-    natural_shape,
-    read_class_names,
-    read_num_classes,
-)
+from diffusion_jax.data.sources import Source, read_classes
+from diffusion_jax.data.tfds import Tfds, local_data_dir, make_builder, make_prepared_builder, natural_shape, prepare
 from diffusion_jax.errors import DataError, UnreadableFilesError
 from diffusion_jax.storage.objects import is_url
 
@@ -72,11 +59,11 @@ __all__ = [
     "find_normalizations",
     "fit",
     "has_splits",
+    "is_in_memory",
     "is_of_images",
     "load",
     "natural_shape",
-    "read_class_names",
-    "read_num_classes",
+    "read_classes",
     "stream",
     "to_data_units",
     "to_model_units",
@@ -85,7 +72,7 @@ __all__ = [
 
 def describe(source: Source) -> str:
     """The numbers of examples and classes of a source, with the names of up to 12 classes."""
-    first, names, num_classes = _read_first(source), read_class_names(source), read_num_classes(source)
+    first, (num_classes, names) = _read_first(source), read_classes(source)
     noun = "example" if "x" in first or ("image" in first and first["image"].ndim != 4) else "image"
     examples = f"{len(source):,} {noun}{'s' * (len(source) != 1)}"
     if "condition" in first:
@@ -151,11 +138,8 @@ def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
 
 
 def _read_first(source: Source) -> dict[str, np.ndarray]:
-    """The first example; {} if its image is corrupted, which is reported later together with all others."""
-    try:
-        return source.read([0])
-    except UnreadableFilesError:
-        return {}
+    """The first example; {} for image files, whose shape is known and whose damage is reported for all of them together."""
+    return {} if isinstance(source, Folder | Tfds) else source.read([0])
 
 
 def _megabytes(source: Source, config: Mapping) -> float:
@@ -196,7 +180,10 @@ def _open_source(config: Mapping) -> Source:
         return _check_source(config, import_source(name, config))
     if name == "arrays":
         source = ArrayFiles(data_dir, "train" if config["holdout"] else config["split"], shape)
-        check_examples(config, source)
+        try:
+            check_examples(config, source)
+        except DataError as error:
+            raise DataError(f"{data_dir}: {error}") from error
         return source
     size, channels = check_image_leaves(config)
     if name == "digits":
@@ -205,5 +192,5 @@ def _open_source(config: Mapping) -> Source:
         return Folder(data_dir or "", size, channels)
     local_dir = local_data_dir(name, data_dir or None)
     if config["download"] and not is_url(data_dir):
-        prepare(name, lambda: make_builder(name, local_dir), local_dir)
+        prepare(name, local_dir)
     return Tfds(name, config["split"], local_dir, size, channels)

@@ -1,57 +1,62 @@
-"""Arrays in files, read by rows: .npy and .npz, folders of .npy, HDF5 and Zarr.
-
-Each class has `shape` and `dtype` of the whole array and `read(rows)`. They hold paths, no values: a copy in another process
-opens the files again. `read` raises DataError for files that cannot be read.
-"""
+"""Arrays in files, read by rows: .npy and .npz, folders of .npy, HDF5 and Zarr."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import importlib
-import math
 import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from diffusion_jax.data.numpy_files import ArrayLayout, map_layout, read_rows, seeks_rows
 from diffusion_jax.errors import DataError
 
-__all__ = [
-    "FileLabels",
-    "FileRows",
-    "Hdf5Rows",
-    "LoadedRows",
-    "NumpyRows",
-    "Rows",
-    "ZarrRows",
-    "import_extra",
-    "one_line",
-    "open_zarr",
-    "readable",
-]
+__all__ = ["FileRows", "Hdf5Rows", "NumpyRows", "Rows", "ZarrRows", "import_extra", "map_array", "readable"]
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
+    """An array of an .npz, memory-mapped and read-only, or loaded if it is compressed.
+
+    Raises: OSError, ValueError; KeyError for an unknown name; zipfile.BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(pathlib.Path(path), allow_pickle=False) as arrays:
+                return arrays[name]
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(cast(Any, file))
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, is_fortran, dtype = read_header(cast(Any, file))
+            header_size = file.tell()
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    with open(path, "rb") as file:  # the lengths of the name and of the extra field are in the member's local header
+        file.seek(member.header_offset + 26)
+        start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    if not all(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start + header_size, shape, "F" if is_fortran else "C")
 
 
 @contextlib.contextmanager
 def readable(path: str | pathlib.Path) -> Iterator[None]:
-    """Raises: DataError for everything that reading a file raises, because codecs have errors of their own."""
+    """Raises: DataError of one line for everything that reading a file raises, because codecs have errors of their own."""
     try:
         yield
     except (DataError, MemoryError, ImportError):
         raise
     except Exception as error:
-        raise DataError(f"cannot read {path}: {one_line(error)}") from error
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(message.split()) or type(error).__name__
+        raise DataError(f"cannot read {path}: {reason}") from error
 
 
 def import_extra(name: str, path: str | pathlib.Path) -> Any:
@@ -59,213 +64,93 @@ def import_extra(name: str, path: str | pathlib.Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{path} needs {name} ({one_line(error)}); pip install '.[arrays]'") from error
+        raise DataError(f"{path} needs {name} ({error}); pip install '.[arrays]'") from error
 
 
 class Rows(abc.ABC):
-    """An array [N, ...] in one or several files."""
+    """An array [N, ...] in a file, opened at the first read in each process: a copy for another process has the path alone.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    shape, dtype: of the whole array, in the byte order of this machine. Raises: DataError for files that cannot be read.
+    """
 
-    @abc.abstractmethod
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """[n, ...] at the rows int [n], which are in range, in the byte order of this machine. Raises: DataError."""
-
-    def note(self) -> str:
-        """A line about values that the files lack; "" if they have all."""
-        return ""
-
-
-class _OpenedRows(Rows):
-    """An array with a handle, which is opened at the first read in each process."""
-
-    def __init__(self, path: str):
-        self._path = path
-        self._opened: tuple[int, Any] | None = None
+    def __init__(self, path: str, name: str = ""):
+        """name: of the array in the file; "" for an .npy."""
+        self._path, self._name = path, name
+        with readable(path):
+            self.shape: tuple[int, ...] = tuple(self._opened.shape)
+            self.dtype = np.dtype(self._opened.dtype).newbyteorder("=")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+    @functools.cached_property
+    def _opened(self) -> Any:
+        return self._open()
 
     @abc.abstractmethod
     def _open(self) -> Any:
-        """The handle."""
+        """The array, of which nothing is read yet."""
 
-    def _handle(self) -> Any:
-        if self._opened is None or self._opened[0] != os.getpid():  # a fork must not share the handles of HDF5
-            self._opened = os.getpid(), self._open()
-        return self._opened[1]
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        return self._opened[rows]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """[n, ...] at rows int [n], in any order, also repeated."""
+        with readable(self._path):
+            return np.ascontiguousarray(self._read(rows), self.dtype)
 
 
-class NumpyRows(_OpenedRows):
-    """An uncompressed array of an .npy or .npz: large rows are read, small ones through a memory map."""
-
-    def __init__(self, path: str, layout: ArrayLayout):
-        super().__init__(path)
-        self.shape, self.dtype, self._layout = layout.shape, _native(layout.dtype), layout
+class NumpyRows(Rows):
+    """An .npy, or an array of an .npz."""
 
     def _open(self) -> np.ndarray:
-        return np.asarray(map_layout(self._path, self._layout))
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        with readable(self._path):
-            if seeks_rows(self._layout):
-                values = read_rows(self._path, self._layout, rows)
-            else:
-                values = self._handle()[rows]
-        return np.ascontiguousarray(values, self.dtype)
+        return map_array(self._path, self._name) if self._name else np.lib.format.open_memmap(self._path, mode="r")
 
 
-class LoadedRows(_OpenedRows):
-    """A compressed array of an .npz, loaded at the first read."""
-
-    def __init__(self, path: str, name: str, layout: ArrayLayout):
-        super().__init__(path)
-        self.shape, self.dtype, self._name = layout.shape, _native(layout.dtype), name
-
-    def _open(self) -> np.ndarray:
-        with np.load(self._path, allow_pickle=False) as arrays:
-            return arrays[self._name]
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        with readable(self._path):
-            return np.ascontiguousarray(self._handle()[rows], self.dtype)
-
-
-class FileRows(Rows):
-    """The rows of several .npy files, one after the other; a file is open only while it is read.
-
-    layouts: those of the files, each of shape [n, ...] with the same rest.
-    """
-
-    def __init__(self, root: str, files: Sequence[str], layouts: Sequence[ArrayLayout]):
-        self._root, self._files, self._layouts = root, list(files), list(layouts)
-        self.ends = np.cumsum([layout.shape[0] for layout in layouts])
-        self.shape, self.dtype = (int(self.ends[-1]), *layouts[0].shape[1:]), _native(layouts[0].dtype)
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        indices = np.searchsorted(self.ends, rows, "right")
-        order = np.argsort(indices, kind="stable")
-        starts = np.flatnonzero(np.diff(indices[order], prepend=-1))
-        for group in np.split(order, starts[1:]) if len(rows) else ():
-            file, layout = self._files[indices[group[0]]], self._layouts[indices[group[0]]]
-            first = self.ends[indices[group[0]]] - layout.shape[0]
-            path = os.path.join(self._root, file)
-            with readable(path):
-                values[group] = read_rows(path, layout, rows[group] - first)
-        return values
-
-
-class FileLabels(Rows):
-    """The label of each row of `FileRows`: that of its file. ends: as of FileRows. labels: int [number of files]."""
-
-    def __init__(self, ends: np.ndarray, labels: np.ndarray):
-        self._ends, self._labels = ends, labels.astype(np.int32)
-        self.shape, self.dtype = (int(ends[-1]),), np.dtype(np.int32)
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        return self._labels[np.searchsorted(self._ends, rows, "right")]
-
-
-class _StoreRows(_OpenedRows):
-    """An array of a store, whose chunks are read once for each call: HDF5 takes increasing indices only."""
-
-    def __init__(self, path: str, name: str):
-        super().__init__(path)
-        self._name = name
-        with readable(path):
-            array = self._handle()
-            self.shape, self.dtype = tuple(array.shape), _native(np.dtype(array.dtype))
-
-    @abc.abstractmethod
-    def _count_chunks(self) -> tuple[int, int, Any]:
-        """(the chunks that were written, all chunks, what the values of the others are read as)."""
-
-    def note(self) -> str:
-        with readable(self._path):
-            written, total, fill_value = self._count_chunks()
-        if written >= total:
-            return ""
-        where = f"{self._path}: {self._name}" if self._name else self._path
-        return (
-            f"Note: {where} has {written:,} of its {total:,} chunks, and all others are read as {fill_value or 0:g}: repair "
-            "it unless they contain only this value."
-        )
-
-    @abc.abstractmethod
-    def _read_sorted(self, rows: np.ndarray) -> np.ndarray:
-        """[n, ...] at increasing rows."""
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        if not len(rows):
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        unique, inverse = np.unique(rows, return_inverse=True)
-        with readable(self._path):
-            values = np.asarray(self._read_sorted(unique), self.dtype)
-        return values[inverse.reshape(-1)]
-
-
-class Hdf5Rows(_StoreRows):
+class Hdf5Rows(Rows):
     """A data set of an HDF5 file."""
 
     def _open(self) -> Any:
         return import_extra("h5py", self._path).File(self._path, "r", locking="best-effort")[self._name]
 
-    def _count_chunks(self) -> tuple[int, int, Any]:
-        array = self._handle()
-        if array.chunks is None:  # contiguous
-            return 1, 1, array.fillvalue
-        return array.id.get_num_chunks(), _num_chunks(array.shape, array.chunks), array.fillvalue
-
-    def _read_sorted(self, rows: np.ndarray) -> np.ndarray:
-        array = self._handle()
-        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):  # slices are faster than lists of indices
-            values[start:end] = array[int(rows[start]) : int(rows[end - 1]) + 1]
-        return values
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads increasing rows only
+        values = np.empty((len(unique), *self.shape[1:]), self.dtype)
+        starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
+        for start, end in zip(starts, [*starts[1:], len(unique)], strict=False):  # a list of rows is 5 times slower
+            values[start:end] = self._opened[int(unique[start]) : int(unique[end - 1]) + 1]
+        return values[inverse]
 
 
-class ZarrRows(_StoreRows):
-    """An array of a Zarr store; name "" for the store itself."""
+class ZarrRows(Rows):
+    """An array of a Zarr store."""
 
     def _open(self) -> Any:
-        opened = open_zarr(self._path)
-        return opened[self._name] if self._name else opened
+        return import_extra("zarr", self._path).open(self._path, mode="r")[self._name]
 
-    def _count_chunks(self) -> tuple[int, int, Any]:
-        # By the names of files, because Array.nchunks_initialized takes 0.2 ms for each of them.
-        array = self._handle()
-        names = [name for name in _file_names(self._path, self._name) if name != "zarr.json" and name[0] != "."]
-        return len(names), _num_chunks(array.shape, array.shards or array.chunks), array.fill_value
-
-    def _read_sorted(self, rows: np.ndarray) -> np.ndarray:
-        if len(rows) == rows[-1] - rows[0] + 1:
-            return self._handle()[int(rows[0]) : int(rows[-1]) + 1]
-        return self._handle().oindex[rows]
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        return self._opened.oindex[rows]
 
 
-def open_zarr(path: str) -> Any:
-    """The array or group of a Zarr store of format 2 or 3: a directory, or an archive .zip."""
-    zarr = import_extra("zarr", path)
-    store = zarr.storage.ZipStore(path, mode="r") if os.path.isfile(path) else path
-    return zarr.open(store, mode="r")
+class FileRows:
+    """The rows of several .npy files, one after the other; a file is open only while it is read.
 
+    lengths: the number of rows of each file. row_shape: of one row; a file may contain one row without the first axis.
+    """
 
-def _file_names(path: str, folder: str) -> list[str]:
-    """The names of all files below a folder of a directory, or of an archive .zip."""
-    if os.path.isfile(path):
-        prefix = f"{folder}/" if folder else ""
-        with zipfile.ZipFile(path) as archive:
-            found = {name for name in archive.namelist() if name.startswith(prefix)}  # a rewritten file is in it twice
-        return [name.rpartition("/")[2] for name in found]
-    return [name for _, _, names in os.walk(os.path.join(path, folder)) for name in names]
+    def __init__(
+        self, root: str, files: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype
+    ):
+        self._root, self._files, self._ends = root, list(files), np.cumsum(lengths)
+        self.shape, self.dtype = (int(self._ends[-1]), *row_shape), dtype
 
-
-def _num_chunks(shape: Sequence[int], chunk: Sequence[int]) -> int:
-    return math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
-
-
-def _native(dtype: np.dtype) -> np.dtype:
-    return dtype.newbyteorder("=")
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """[n, ...] at rows int [n], in any order, also repeated. Raises: DataError."""
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        indices = np.searchsorted(self._ends, rows, "right")
+        for i in np.unique(indices):
+            path, group = os.path.join(self._root, self._files[i]), indices == i
+            with readable(path):
+                array = np.lib.format.open_memmap(path, mode="r").reshape(-1, *self.shape[1:])
+                values[group] = array[rows[group] - self._ends[i]]  # counted from the end of the file
+        return values

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.config import LEAVES
-from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
+from diffusion_jax.data.sources import DerivedSource, Source
 from diffusion_jax.errors import DataError, shorten
 
 __all__ = [
@@ -166,23 +166,17 @@ def _check_label_and_condition(batch: Mapping, shape: tuple[int, ...]) -> None:
         )
 
 
-class CheckedSource:
+class CheckedSource(DerivedSource):
     """A user's source, of which every batch must have the arrays of the first example, in their shapes and types."""
 
     def __init__(self, source: Source):
-        self._source = source
-        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
-        self.no_labels_reason = getattr(source, "no_labels_reason", "")
-        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
+        super().__init__(source)
         first = {name: np.asarray(array) for name, array in source.read(np.arange(1)).items()}
         self._expected = {name: (array.shape[1:], array.dtype) for name, array in first.items()}
 
-    def __len__(self) -> int:
-        return len(self._source)
-
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Raises: DataError for a batch with other arrays, other shapes or types, or labels outside `num_classes`."""
-        batch = {name: np.asarray(array) for name, array in self._source.read(indices).items()}
+        batch = {name: np.asarray(array) for name, array in self.source.read(indices).items()}
         where = f"a source, read at the indices {indices[0]} ... {indices[-1]}," if len(indices) else "a source"
         if batch.keys() != self._expected.keys():
             names = (", ".join(map(repr, arrays)) for arrays in (batch, self._expected))

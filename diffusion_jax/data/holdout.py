@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from diffusion_jax.data.array_files import ArrayFiles, has_splits
-from diffusion_jax.data.in_memory import InMemory
-from diffusion_jax.data.sources import Folder, Source, read_class_names, read_num_classes
+from diffusion_jax.data.images import Folder
+from diffusion_jax.data.sources import SelectedExamples, Source
 from diffusion_jax.errors import DataError
 
-__all__ = ["SelectedExamples", "are_held_out", "check_holdout", "select_split"]
+__all__ = ["are_held_out", "check_holdout", "select_split"]
 
 _BLOCK_BYTES = 2**24
 _SPLITS = ("train", "test")
-
-
-class SelectedExamples:
-    """The examples of a source at some indices [N]."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
-        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
-        self.no_labels_reason = getattr(source, "no_labels_reason", "")
-        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return self._source.read(self._indices[indices])
 
 
 def check_holdout(config: Mapping) -> None:
@@ -81,10 +65,7 @@ def select_split(config: Mapping, files: Folder | ArrayFiles, loaded: Source) ->
             f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each of 'train' and 'test' "
             "needs one: use another share"
         )
-    indices = np.flatnonzero(held_out == (config["split"] == "test"))
-    if isinstance(loaded, InMemory):
-        return InMemory(loaded, arrays={name: array[indices] for name, array in loaded.arrays.items()})
-    return SelectedExamples(loaded, indices)
+    return SelectedExamples(loaded, np.flatnonzero(held_out == (config["split"] == "test")))
 
 
 def _contents(source: Source) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from diffusion_jax.data.sources import Source, read_class_names, read_num_classes
+from diffusion_jax.data.sources import DerivedSource, Source
 from diffusion_jax.errors import DataError
 
 __all__ = [
@@ -71,7 +71,7 @@ class Normalization:
 
     def describe_outside(self, conditions: np.ndarray) -> str:
         """The first of conditions [N, ..., C] outside [low, high], widened by a tenth, and what to use; "" for none."""
-        if not self.low:  # a run of an older version
+        if not self.low:
             return ""
         low, high = np.asarray(self.low), np.asarray(self.high)
         margin = _RANGE_MARGIN * (high - low)
@@ -112,7 +112,7 @@ def to_data_units(x: Values, normalization: Normalization | None) -> Values:
 Normalizations = Mapping[str, Normalization]
 
 
-class Normalized:
+class Normalized(DerivedSource):
     """A source whose arrays "x" and "condition" are float32 and standardized; the others are those of `source`.
 
     normalizations: of the arrays by name; an array without one is only converted to float32.
@@ -120,13 +120,8 @@ class Normalized:
     """
 
     def __init__(self, source: Source, normalizations: Normalizations, bounded: Iterable[str] = ()):
-        self.source, self.normalizations, self._bounded = source, dict(normalizations), tuple(bounded)
-        self.num_classes, self.class_names = read_num_classes(source), read_class_names(source)
-        self.no_labels_reason = getattr(source, "no_labels_reason", "")
-        self.no_conditions_reason = getattr(source, "no_conditions_reason", "")
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source)
+        self.normalizations, self._bounded = dict(normalizations), tuple(bounded)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Raises: DataError for values that are not finite, or outside the limits."""

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 
-__all__ = ["DETERMINISTIC", "fast_compile_options", "low_memory_options", "options"]
+__all__ = ["DETERMINISTIC", "fast_compile_options", "options"]
 
 _CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }
 _FAST_COMPILE = {"xla_backend_optimization_level": 1}
-_LOW_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 # GPU kernels that add in a fixed order, chosen by rule instead of by a measurement during compilation.
 DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
@@ -42,12 +41,6 @@ def options(deterministic: bool = False) -> dict[str, Any]:
 def fast_compile_options() -> dict[str, Any]:
     """Options of a program that runs once, such as the initialization: CPUs compile it in less than half the time."""
     return _supported_on_cpu(_FAST_COMPILE)
-
-
-@functools.cache
-def low_memory_options() -> dict[str, Any]:
-    """Options of a program that is compiled to find the memory it needs: the default order on CPUs favors speed only."""
-    return _supported_on_cpu(_LOW_MEMORY)
 
 
 def _not_set(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
 T = TypeVar("T")
 
 _ABORT_DELAY = 5.0  # seconds
+_BARRIER_TIMEOUT = 3600  # seconds
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
 
 
@@ -140,10 +141,12 @@ def log(text: str) -> None:
         print(with_urls(text), flush=True)
 
 
-def barrier() -> None:
-    """Waits for all processes: the last files of process 0 may take longer than JAX's own barrier at exit allows."""
+def barrier(name: str) -> None:
+    """Waits for all processes, without their devices; `name` must be unique in a launch."""
     if is_multiprocess():
-        multihost_utils.sync_global_devices("the end")
+        from orbax.checkpoint import multihost  # slow to import
+
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _BARRIER_TIMEOUT)
 
 
 def is_peer_failure(error: BaseException) -> bool:

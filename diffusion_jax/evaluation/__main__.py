@@ -45,13 +45,13 @@ def _compare(args: argparse.Namespace) -> None:
     from diffusion_jax.runs import devices
 
     devices.silence_libraries()
-    from diffusion_jax.runs.set_metrics import Comparison, compare_sets  # imports TensorFlow, now silenced
+    from diffusion_jax.runs.set_metrics import compare_sets  # imports TensorFlow, now silenced
 
-    compare_sets(Comparison(**vars(args)))
+    compare_sets(args)
 
 
 def _print_table(directories: list[str]) -> None:
-    from diffusion_jax.runs.metric_table import format_table, read_runs
+    from diffusion_jax.runs.metric_records import format_table, read_runs
 
     runs, notes = read_runs(directories)
     if not runs:

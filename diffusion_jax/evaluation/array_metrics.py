@@ -7,7 +7,6 @@ may be a memory map that is larger than memory. `array_statistics` has means, co
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.evaluation.array_statistics import Measurement
-from diffusion_jax.evaluation.example_blocks import as_example_pair, read_blocks
+from diffusion_jax.evaluation.example_sets import as_example_pair, read_blocks
 
 __all__ = [
     "EnergyDistance",
     "MarginalHistograms",
     "SlicedWasserstein",
-    "common_range",
     "energy_distance",
     "marginal_histograms",
     "sliced_wasserstein",
+    "value_range",
 ]
 
 _MAX_PROJECTED_BYTES = 2**26
@@ -123,37 +122,20 @@ class SlicedWasserstein(NamedTuple):
 
 
 def sliced_wasserstein(
-    key: jax.Array,
-    reference: Any,
-    samples: Any,
-    *,
-    order: float = 2,
-    projections: int = 256,
-    groups: int = 20,
-    permutations: int = 20,
+    key: jax.Array, reference: Any, samples: Any, *, projections: int = 256, groups: int = 20, permutations: int = 20
 ) -> SlicedWasserstein:
-    """(E_u W_p(u.X, u.Y)^p)^(1/p) over random unit vectors u, with p the order (Bonneel et al. 2015).
+    """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
 
-    W_p is the exact Wasserstein distance of the two projected sets, which may have different sizes.
+    W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes.
 
     Args:
       key: draws the directions, the groups and the permutations.
-      projections: how many directions.
-      groups: the standard error is that of the jackknife that leaves out one of so many groups of examples of both sets,
-        plus that of the choice of directions. It is too large for equal laws, where the distance is not smooth.
+      projections: how many directions, at least 2.
+      groups: the standard error is a jackknife over so many groups of examples of both sets, plus the error of the choice of
+        directions. It is too large for equal laws, where the distance is not smooth.
       permutations: of the examples over both sets, for `same_law`.
-    Raises: ValueError for too few examples for the groups, different shapes of examples, values that are not finite, or
-      options that are too small.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
     """
-    for name, number, minimum in (
-        ("order", order, 1),
-        ("projections", projections, 2),
-        ("groups", groups, 2),
-        ("permutations", permutations, 2),
-    ):
-        if not minimum <= number < np.inf or (name != "order" and not isinstance(number, int | np.integer)):
-            kind = "finite" if name == "order" else "a whole number"
-            raise ValueError(f"{name}={number} must be at least {minimum}, and {kind}")
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     n, m = len(reference), len(samples)
     key_directions, key_groups, key_permutations = jax.random.split(key, 3)
@@ -165,7 +147,7 @@ def sliced_wasserstein(
     assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
     assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
-    powers = np.empty((len(assignments), projections))  # W_p^p of every assignment and direction
+    powers = np.empty((len(assignments), projections))  # W_2^2 of every assignment and direction
     width = max(reference[0].size, n + m)
     size = max(_MAX_PROJECTED_BYTES // (8 * width), 1)
     for start in range(0, projections, size):
@@ -175,13 +157,13 @@ def sliced_wasserstein(
         order_of_values = projected.argsort(axis=0)
         values = np.take_along_axis(projected, order_of_values, axis=0)
         for i, assignment in enumerate(assignments):
-            powers[i, indices] = _wasserstein_power(values, assignment[order_of_values], order)
-    distances = powers.mean(axis=1) ** (1 / order)
+            powers[i, indices] = _wasserstein_power(values, assignment[order_of_values])
+    distances = np.sqrt(powers.mean(axis=1))
     value, left_out, permuted = distances[0], distances[1 : groups + 1], distances[groups + 1 :]
     data_variance = (groups - 1) * left_out.var()
     direction_error = powers[0].std(ddof=1) / np.sqrt(projections)
     if value > 0:
-        direction_error /= order * value ** (order - 1)
+        direction_error /= 2 * value
     error = np.sqrt(data_variance + direction_error**2)
     return SlicedWasserstein(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
 
@@ -200,17 +182,17 @@ def _project(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return np.concatenate([block.reshape(len(block), -1) @ directions for _, block in read_blocks(x)])
 
 
-def _wasserstein_power(values: np.ndarray, assignment: np.ndarray, order: float) -> np.ndarray:
-    """W_p^p [P] of sorted numbers [N, P] that belong to set 0, to set 1 or, at -1, to none."""
+def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
+    """W_2^2 [P] of sorted numbers [N, P] that belong to set 0, to set 1 or, at -1, to none."""
     columns = values.shape[1]
     x, y = (values.T[(assignment == i).T].reshape(columns, -1) for i in (0, 1))
     n, m = x.shape[1], y.shape[1]
     if n == m:
-        return (np.abs(x - y) ** order).mean(axis=1)
+        return np.square(x - y).mean(axis=1)
     # Quantile functions are constant between multiples of 1/n and of 1/m, here in units of 1 / (n m).
     ends = np.union1d(np.arange(1, n + 1, dtype=np.int64) * m, np.arange(1, m + 1, dtype=np.int64) * n)
     lengths = np.diff(ends, prepend=0)
-    differences = np.abs(x[:, (ends - 1) // m] - y[:, (ends - 1) // n]) ** order
+    differences = np.square(x[:, (ends - 1) // m] - y[:, (ends - 1) // n])
     return differences @ (lengths / (n * m))
 
 
@@ -232,25 +214,18 @@ class MarginalHistograms(NamedTuple):
 
 
 def marginal_histograms(
-    reference: Any, samples: Any, bins: int = 50, *, limits: Any = None, groups: int = 20
+    reference: Any, samples: Any, bins: int = 50, *, limits: Any, groups: int = 20
 ) -> MarginalHistograms:
     """Histograms of the values of each channel at all positions, with common bins of equal width, and their distances.
 
     Args:
-      limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins. None: the range of
-        both sets.
-      groups: the standard error of the distance is that of the jackknife that leaves out one of so many groups of examples.
-        It is too large for equal laws. Those of the shares are from the scatter over examples.
-    Raises: ValueError for too few examples for the groups, different shapes of examples, values that are not finite, or
-      limits that are not in order.
+      limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins.
+      groups: the standard error of the distance is a jackknife over so many groups of examples. It is too large for equal
+        laws. Those of the shares are from the scatter over examples.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
     """
-    if bins < 1 or groups < 2:
-        raise ValueError(f"bins={bins} must be at least 1 and groups={groups} at least 2")
     reference, samples = as_example_pair(reference, samples, 2 * groups)
-    low, high = common_range(reference, samples) if limits is None else limits
-    low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in (low, high))
-    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
-        raise ValueError(f"limits={limits} must be finite, with low below high")
+    low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in limits)
     counts, histograms, sums = [], [], []
     for x in (reference, samples):
         total, squares, count = _group_shares(x, low, high, bins, groups)
@@ -277,14 +252,11 @@ def marginal_histograms(
     return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error), same_law)
 
 
-def common_range(*sets: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(lowest, highest) value of each channel [C] in sets of examples [n, *spatial, C]; a constant channel has width 1."""
-
-    def reduce(function: Callable[..., np.ndarray]) -> np.ndarray:
-        blocks = [function(b.reshape(-1, b.shape[-1]), axis=0) for x in sets for _, b in read_blocks(x)]
-        return function(np.stack(blocks), axis=0)
-
-    low, high = reduce(np.min), reduce(np.max)
+def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(lowest, highest) value of each channel [C] of examples [n, *spatial, C]; a constant channel has width 1."""
+    blocks = (block.reshape(-1, block.shape[-1]) for _, block in read_blocks(x))
+    ranges = np.array([(block.min(axis=0), block.max(axis=0)) for block in blocks])
+    low, high = ranges[:, 0].min(axis=0), ranges[:, 1].max(axis=0)
     constant = low == high
     return np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
 

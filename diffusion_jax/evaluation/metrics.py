@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,19 +194,18 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(reference, samples, k: int = 3, devices: Sequence[Any] | None = None) -> PrecisionRecall:
+def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
     """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
 
     A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
     its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
-    inside. devices: of JAX, for the comparisons; by default all of this process. Raises: ValueError for fewer than k + 1
-    images.
+    inside. Raises: ValueError for fewer than k + 1 images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
-    inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any(), devices=devices)
+    inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any())
     return PrecisionRecall(
-        float(np.mean(inside(samples, reference, _radii(reference, k, devices)))),
-        float(np.mean(inside(reference, samples, _radii(samples, k, devices)))),
+        float(np.mean(inside(samples, reference, _radii(reference, k)))),
+        float(np.mean(inside(reference, samples, _radii(samples, k)))),
     )
 
 
@@ -217,20 +216,20 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
-def density_coverage(reference, samples, k: int = 5, devices: Sequence[Any] | None = None) -> DensityCoverage:
+def density_coverage(reference, samples, k: int = 5) -> DensityCoverage:
     """Density and coverage (Naeem et al. 2020, eq. 4 and 6).
 
     density: the mean number of the reference's balls that contain a sample, over k. coverage: the share of balls that contain
     a sample. Arguments and errors: as `precision_recall`.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
-    radii = _radii(reference, k, devices)
-    balls = _compare(lambda d, slack, radii: (d <= radii + slack).sum(), samples, reference, radii, devices=devices)
+    radii = _radii(reference, k)
+    balls = _compare(lambda d, slack, radii: (d <= radii + slack).sum(), samples, reference, radii)
 
     def covered(d, slack, _, radius):
         return (d <= radius + slack).any()
 
-    is_covered = _compare(covered, reference, samples, np.zeros(1), radii, devices=devices)
+    is_covered = _compare(covered, reference, samples, np.zeros(1), radii)
     return DensityCoverage(float(np.mean(balls) / k), float(np.mean(is_covered)))
 
 
@@ -241,9 +240,7 @@ class Neighbors(NamedTuple):
     distances: np.ndarray
 
 
-def nearest_neighbors(
-    reference, queries, k: int = 1, others: bool = False, devices: Sequence[Any] | None = None
-) -> Neighbors:
+def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> Neighbors:
     """The k nearest reference features of each query.
 
     others: whether the queries are the reference, and none is its own neighbor. Raises: ValueError for fewer than k
@@ -251,22 +248,20 @@ def nearest_neighbors(
     """
     reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
     excluded = np.arange(len(queries)) if others else np.full(len(queries), -1)
-    indices = _compare(
-        lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded, devices=devices
-    )
+    indices = _compare(lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded)
     # From the differences, because the products that gave the indices cancel for a query that is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
 
 
-def _radii(features: np.ndarray, k: int, devices) -> np.ndarray:
+def _radii(features: np.ndarray, k: int) -> np.ndarray:
     """Squared distance [N] to the k-th nearest other."""
 
     def radius(d, slack, _, number):
         return _smallest(d, k, number)[0][-1]
 
-    return _compare(radius, features, features, np.zeros(1), np.arange(len(features)), devices=devices)
+    return _compare(radius, features, features, np.zeros(1), np.arange(len(features)))
 
 
 def _smallest(d, k: int, excluded):
@@ -275,9 +270,7 @@ def _smallest(d, k: int, excluded):
     return -values, indices
 
 
-def _compare(
-    function: Callable, rows: np.ndarray, columns: np.ndarray, column_values, *row_values, devices=None
-) -> np.ndarray:
+def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, column_values, *row_values) -> np.ndarray:
     """function(squared distances of a row to all columns, slack, column_values, *row_values) of every row, in blocks.
 
     column_values: array for all columns. row_values: arrays with one value for each row. slack: the rounding error of the
@@ -286,9 +279,9 @@ def _compare(
     # A bound of the rounding of products and sums of D terms, of two distances; the measured error is below half of it.
     slack = float(np.finfo(rows.dtype).eps) * (8 + rows.shape[1] ** 0.5)
     mesh = jax.make_mesh(
-        (len(devices or jax.local_devices()),),
+        (jax.local_device_count(),),
         ("rows",),
-        devices=devices or jax.local_devices(),
+        devices=jax.local_devices(),
         axis_types=(AxisType.Auto,),
     )
     sharded, replicated = PartitionSpec("rows"), PartitionSpec()

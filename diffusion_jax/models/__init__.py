@@ -9,19 +9,16 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.config.presets import UNET_PRESETS, preset_fields
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.encoder import KEPT_NAMES
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
-from diffusion_jax.models.presets import PRESETS, preset, preset_fields
-from diffusion_jax.models.time_table import precompute_time_embeddings
-from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.unet import KEPT_NAMES, UNet
 
 __all__ = [
     "KEPT_NAMES",
     "MLP",
-    "PRESETS",
     "Classifier",
     "Conditional",
     "UNet",
@@ -29,15 +26,19 @@ __all__ = [
     "fields_of",
     "from_config",
     "initial_inputs",
-    "precompute_time_embeddings",
     "preset",
-    "preset_fields",
     "timestep_embedding",
 ]
 
 _Network = UNet | MLP | Classifier
 _Kind = TypeVar("_Kind", UNet, MLP, Classifier)
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
+
+
+def preset(name: str) -> UNet | Classifier:
+    """A published network by name, one of the table in `config.presets`. Raises: ValueError for an unknown name."""
+    fields = preset_fields(name)
+    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**fields)
 
 
 def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.models.blocks import split_heads
-from diffusion_jax.models.encoder import Encoder
 from diffusion_jax.models.layers import LayerFactory
+from diffusion_jax.models.unet import Encoder
 
 __all__ = ["AttentionPool", "Classifier"]
 

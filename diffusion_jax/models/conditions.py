@@ -79,7 +79,26 @@ class Conditional(nn.Module):
         """The number of classes and the null label."""
         return self.num_classes + (1 if self.label_dropout else 0)
 
-    def drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
+    def add_conditions(
+        self, layers: LayerFactory, x_t, embedding, y, condition, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """(x_t with the channels of an array condition, the time embedding with those of the label and of a vector).
+
+        Training drops labels and conditions. Raises: ValueError for fields, labels or conditions that do not fit together.
+        """
+        y, condition = self._check_labels(y), self._check_condition(condition, x_t)
+        if train:
+            y, condition = self._drop(y, condition)
+        features = embedding.shape[-1]
+        if y is not None:
+            embedding += self._embed_labels(layers, y, features)
+        if condition is not None and self.condition_features:
+            embedding += self._embed_condition(layers, condition, features)
+        elif condition is not None:
+            x_t = self._concatenate_condition(x_t, condition)
+        return x_t, embedding
+
+    def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
         """(y, condition) of training, with nulls in place of those that dropout draws; called once in a forward pass."""
         joint = self._joint_share
         kept_jointly = self._draw_kept("joint_dropout", joint, y) if joint else True
@@ -104,7 +123,7 @@ class Conditional(nn.Module):
         """bool [B], True with probability 1 - rate. Dropout draws it, so that microbatches take their rows of it."""
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
 
-    def embed_labels(self, layers: LayerFactory, y, features: int) -> jax.Array:
+    def _embed_labels(self, layers: LayerFactory, y, features: int) -> jax.Array:
         """The embedding [B, features] of labels y int [B]."""
         embedding = layers.embed(self._num_labels, features, "class")(y)
         if self._num_labels == 1:  # Flax returns the only row for every y
@@ -122,7 +141,7 @@ class Conditional(nn.Module):
         present = ~jnp.isnan(condition).all(axis=axes)
         return jnp.where(jnp.expand_dims(present, axes), condition, 0), present
 
-    def embed_condition(self, layers: LayerFactory, condition, features: int) -> jax.Array:
+    def _embed_condition(self, layers: LayerFactory, condition, features: int) -> jax.Array:
         """The embedding [B, features] of conditions float [B, D]."""
         condition, present = self._replace_nulls(condition)
         embedding = nn.silu(layers.dense(features, "condition_0")(condition.astype(layers.dtype)))
@@ -132,7 +151,7 @@ class Conditional(nn.Module):
         null = layers.embed(1, features, "condition_null")(jnp.zeros(len(condition), jnp.int32))
         return jnp.where(present[:, None], embedding, null)
 
-    def concatenate_condition(self, x_t, condition) -> jax.Array:
+    def _concatenate_condition(self, x_t, condition) -> jax.Array:
         """x_t with the channels of conditions float [B, *spatial, K], and the channel that marks which examples have one."""
         condition, present = self._replace_nulls(condition)
         parts = [x_t, condition.astype(x_t.dtype)]
@@ -141,7 +160,7 @@ class Conditional(nn.Module):
             parts.append(jnp.broadcast_to(marks, (*x_t.shape[:-1], 1)))
         return jnp.concatenate(parts, axis=-1)
 
-    def check_labels(self, y) -> jax.Array | None:
+    def _check_labels(self, y) -> jax.Array | None:
         """y as int, with traced labels outside the range replaced by one beyond the embedding. Raises: ValueError."""
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
@@ -153,7 +172,7 @@ class Conditional(nn.Module):
             raise ValueError("labels were given to a network without classes (num_classes=0)")
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
-    def check_condition(self, condition, x_t) -> jax.Array | None:
+    def _check_condition(self, condition, x_t) -> jax.Array | None:
         """The condition as an array, null conditions for None; None for a network without. Raises: ValueError."""
         features, channels, dropout = self.condition_features, self.condition_channels, self.condition_dropout
         if features and channels:

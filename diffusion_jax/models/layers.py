@@ -1,17 +1,19 @@
-"""The layers that residual blocks and attention are made of, and the embedding of the network time."""
+"""The layers that residual blocks and attention are made of, and the embedding of the network time.
+
+Arrays are [B, *spatial, C] with 1, 2 or 3 spatial axes, and kernels [*kernel size, C, K].
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from diffusion_jax.models import convolution
 
 __all__ = [
     "Conv",
@@ -20,10 +22,10 @@ __all__ = [
     "GroupNorm",
     "LayerFactory",
     "check_options",
-    "embed_time",
-    "product_precision",
+    "convolve",
+    "convolve_periodic",
+    "convolve_upsampled",
     "timestep_embedding",
-    "use_matmul",
 ]
 
 
@@ -145,17 +147,69 @@ class Dropout(nn.Module):
         return jnp.where(bits >= num_dropped, scaled, 0).astype(x.dtype)
 
 
+def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.Array:
+    """`jax.lax.conv_general_dilated`; on CPUs volumes [B, D, H, W, C] are convolved slice by slice of the kernel.
+
+    XLA's gradient of a convolution with three axes is slow on CPUs: a train step of configs/volume.py takes 1.09 s with it
+    and 0.55 s with slices.
+    """
+    if x.ndim != 5 or any(stride != 1 for stride in strides) or jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+    batch, depth, numbers = len(x), x.shape[1] - len(kernel) + 1, ("NHWC", "HWIO", "NHWC")
+
+    def convolve_slice(i):
+        images = x[:, i : i + depth].reshape(batch * depth, *x.shape[2:])
+        return jax.lax.conv_general_dilated(
+            images, kernel[i], (1, 1), padding[1:], dimension_numbers=numbers, precision=precision
+        )
+
+    y = functools.reduce(jnp.add, map(convolve_slice, range(len(kernel))))
+    return y.reshape(batch, depth, *y.shape[1:])
+
+
+def convolve_periodic(x, kernel, strides, padding, **options) -> jax.Array:
+    """`convolve` of an array that repeats beyond its ends."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap")
+    return convolve(x, kernel, strides, ((0, 0),) * len(padding), **options)
+
+
+def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> jax.Array:
+    """convolve(upsample_2x(x), kernel, ...), where `upsample_2x` repeats each position along every axis; [B, *2 spatial, K].
+
+    convolve: `convolve` or `convolve_periodic`. kernel: [3, ..., 3, C, K]; strides: 1. In an image the nine pixels that a
+    copy of a pixel sees are copies of four, two in each direction: if the kernel's rows and columns are added accordingly,
+    4 products replace 9 (2 replace 3 in a series, 8 replace 27 in a volume). The kernel is summed in its own dtype, float32,
+    and then rounded to x's dtype.
+    """
+    batch, *spatial, _ = x.shape
+
+    def sum_taps(kernel, axis):
+        """The two taps of the first copy and of the second."""
+        first, middle, last = jnp.split(kernel, 3, axis)
+        return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
+
+    def convolve_copies(kernel, padding) -> list[jax.Array]:
+        """The results [B, *spatial, K] for each copy of a position, the copies along the last axis next to each other."""
+        axis = len(padding)
+        if axis == len(spatial):
+            return [convolve(x, kernel.astype(x.dtype), strides, padding, **options)]
+        taps = enumerate(sum_taps(kernel, axis))
+        return [y for i, part in taps for y in convolve_copies(part, (*padding, (1 - i, i)))]
+
+    copies = convolve_copies(kernel, ())
+    for axis in reversed(range(2, len(spatial) + 2)):  # in the end [B, H, 2, W, 2, K] of an image
+        copies = [jnp.stack(copies[i : i + 2], axis=axis) for i in range(0, len(copies), 2)]
+    return copies[0].reshape(batch, *(2 * size for size in spatial), -1)
+
+
 def _promote_except_kernel(x, kernel, bias, dtype):
-    """For `convolution.convolve_upsampled`, which sums parts of a kernel before it rounds them."""
+    """For `convolve_upsampled`, which sums parts of a kernel before it rounds them."""
     return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
 class Conv(nn.Conv):
-    """A convolution that returns `dtype`, also when `convolution.convolve_matmul` returns float32."""
-
-    def __call__(self, x) -> jax.Array:
-        """x: [B, *spatial, C]; returns [B, *spatial', features]."""
-        return super().__call__(x).astype(self.dtype)
+    """A convolution that can return its bias separately."""
 
     @nn.compact
     def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
@@ -164,11 +218,7 @@ class Conv(nn.Conv):
 
 
 class Dense(nn.Dense):
-    """A dense layer that returns `dtype`, also when `convolution.dot_general_float32` returns float32."""
-
-    def __call__(self, x) -> jax.Array:
-        """x: [..., C]; returns [..., features]."""
-        return super().__call__(x).astype(self.dtype)
+    """A dense layer that can return its bias separately."""
 
     @nn.compact
     def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
@@ -180,20 +230,24 @@ class Dense(nn.Dense):
 class LayerFactory:
     """Makes the layers of a network with the options that they share.
 
-    use_matmul: whether convolutions of stride 1 and dense layers are computed as `models.convolution` does.
     spatial_dims: the number of axes that convolutions go over; 0 for vectors, whose layers are all dense.
     periodic: whether convolutions continue an array periodically beyond its ends, instead of by zeros.
-    precision: "high" or "highest", of float32 products, as `jax.lax.dot_general` takes it; None for JAX's default.
+    precision: "high" or "highest", of float32 products; "default" follows `jax.default_matmul_precision`.
     """
 
     num_groups: int
     norm_epsilon: float
     initializer: str
     dtype: Any
-    use_matmul: bool = False
     spatial_dims: int = 2
     periodic: bool = False
-    precision: str | None = None
+    precision: str = "default"
+
+    def _options(self, name: str, last: bool, use_bias: bool) -> dict[str, Any]:
+        """The options of a convolution or a dense layer."""
+        precision = None if self.precision == "default" else self.precision
+        options = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "precision": precision}
+        return options | {"use_bias": use_bias, "name": name}
 
     def _kernel_init(self, last: bool):
         """Layers that end a residual branch, and the network's last, start at 0 (OpenAI) or close to it (Ho et al.)."""
@@ -217,36 +271,20 @@ class LayerFactory:
         last: whether it ends a residual branch or the network. padding: before and after, along every axis. upsample:
         whether it takes `blocks.upsample_2x` of its input, computed with fewer multiplications.
         """
-        options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options |= {"use_bias": use_bias, "precision": self.precision}
-        padding = (tuple(padding),) * self.spatial_dims
-        convolve = functools.partial(convolution.convolve_xla, precision=self.precision)
-        if self.use_matmul and stride == 1:
-            convolve = functools.partial(convolution.convolve_matmul_nd, precision=self.precision)
-        elif stride != 1:
-            convolve = functools.partial(convolve, stride=stride)
-        if self.periodic:
-            convolve = functools.partial(convolution.convolve_periodic, convolve)
+        options = self._options(name, last, use_bias)
+        function: Callable = convolve_periodic if self.periodic else convolve
         if upsample:
-            options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolution.convolve_upsampled(
-                convolve, x, kernel
-            )
-            options["promote_dtype"] = _promote_except_kernel
-        elif self.periodic or (self.use_matmul and stride == 1):
-            options["conv_general_dilated"] = lambda x, kernel, *_, **__: convolve(x, kernel, padding)
-        return Conv(features, (3,) * self.spatial_dims, stride, padding=padding, **options)
+            function, options["promote_dtype"] = functools.partial(convolve_upsampled, function), _promote_except_kernel
+        padding, kernel_size = (tuple(padding),) * self.spatial_dims, (3,) * self.spatial_dims
+        return Conv(features, kernel_size, stride, padding=padding, conv_general_dilated=function, **options)
 
-    def dense(self, features: int, name: str | None, *, last: bool = False, use_bias: bool = True) -> Dense:
+    def dense(self, features: int, name: str, *, last: bool = False, use_bias: bool = True) -> Dense:
         """A dense layer over the last axis. last: whether it ends a residual branch."""
-        options: dict[str, Any] = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "name": name}
-        options |= {"use_bias": use_bias, "precision": self.precision}
-        if self.use_matmul:
-            options["dot_general"] = convolution.dot_general_float32
-        return Dense(features, **options)
+        return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:
         """`jax.nn.dot_product_attention`, which has no argument for the precision of its products."""
-        if self.precision is None:
+        if self.precision == "default":
             return jax.nn.dot_product_attention(q, k, v)
         with jax.default_matmul_precision(self.precision):
             return jax.nn.dot_product_attention(q, k, v)
@@ -262,32 +300,17 @@ class LayerFactory:
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
-
-def embed_time(layers: LayerFactory, time, channels: int, *, cos_first: bool, freq_shift: float) -> jax.Array:
-    """The embedding [B, 4 channels] of the network time [B]: sines, cosines and two dense layers of the calling module."""
-    embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
-    embedding = nn.silu(layers.dense(4 * channels, "time_0")(embedding.astype(layers.dtype)))
-    return layers.dense(4 * channels, "time_1")(embedding)
-
-
-def use_matmul(convolution: str, dtype: str) -> bool:
-    """Whether a network's field `convolution` stands for products of matrices, on this machine."""
-    if convolution == "auto":
-        return jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu" and jax.device_count() == 1
-    return convolution == "products"
+    def embed_time(self, time, channels: int, *, cos_first: bool, freq_shift: float) -> jax.Array:
+        """The embedding [B, 4 channels] of the network time [B]: sines and cosines, then two dense layers."""
+        embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
+        embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
+        return self.dense(4 * channels, "time_1")(embedding)
 
 
-def product_precision(precision: str) -> str | None:
-    """A network's field `precision`, as `jax.lax.dot_general` takes it: None follows `jax.default_matmul_precision`."""
-    return None if precision == "default" else precision
-
-
-def check_options(initializer: str, convolution: str, precision: str, dropout: float) -> None:
+def check_options(initializer: str, precision: str, dropout: float) -> None:
     """Raises: ValueError for values that a network's fields of these names do not allow."""
     if initializer not in ("ho", "openai"):
         raise ValueError(f"initializer={initializer!r} must be 'ho' or 'openai'")
-    if convolution not in ("auto", "products", "xla"):
-        raise ValueError(f"convolution={convolution!r} must be 'auto', 'products' or 'xla'")
     if precision not in ("default", "high", "highest"):
         raise ValueError(f"precision={precision!r} must be 'default', 'high' or 'highest'")
     if not 0 <= dropout < 1:

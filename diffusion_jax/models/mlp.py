@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.models.blocks import ResBlock
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory, check_options, embed_time, product_precision, use_matmul
+from diffusion_jax.models.layers import LayerFactory, check_options
 
 __all__ = ["MLP"]
 
@@ -32,7 +32,7 @@ class MLP(Conditional):
     out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
-    convolution, precision: as of the U-Net, for dense layers.
+    precision: as of the U-Net.
     remat: recompute each block's activations in the backward pass.
     """
 
@@ -46,7 +46,6 @@ class MLP(Conditional):
     dropout: float = 0.1
     out_channels: int | None = None
     dtype: str = "float32"
-    convolution: str = "auto"
     precision: str = "default"
     remat: bool = False
 
@@ -58,15 +57,8 @@ class MLP(Conditional):
             norm_epsilon=self.norm_epsilon,
             initializer=self.initializer,
             dtype=jnp.dtype(self.dtype),
-            use_matmul=use_matmul(self.convolution, self.dtype),
             spatial_dims=0,
-            precision=product_precision(self.precision),
-        )
-
-    def embed_time(self, time) -> jax.Array:
-        """The embedding [B, 4 channels] of the network time [B]."""
-        return embed_time(
-            self.layers, time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+            precision=self.precision,
         )
 
     @nn.compact
@@ -81,22 +73,14 @@ class MLP(Conditional):
                 f"the MLP needs float vectors [B, C], got {x_t.dtype} of shape {x_t.shape}; a UNet takes arrays with spatial "
                 "axes"
             )
-        check_options(self.initializer, self.convolution, self.precision, self.dropout)
+        check_options(self.initializer, self.precision, self.dropout)
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
-        y = self.check_labels(y)
-        condition = self.check_condition(condition, x_t)
-        if train:
-            y, condition = self.drop(y, condition)
-        layers, features = self.layers, 4 * self.channels
-        embedding = self.embed_time(time)
-        if y is not None:
-            embedding += self.embed_labels(layers, y, features)
-        h = x_t
-        if condition is not None and self.condition_features:
-            embedding += self.embed_condition(layers, condition, features)
-        elif condition is not None:
-            h = self.concatenate_condition(h, condition)
+        layers = self.layers
+        embedding = layers.embed_time(
+            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+        h, embedding = self.add_conditions(layers, x_t, embedding, y, condition, train)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock
         for j in range(self.num_res_blocks):

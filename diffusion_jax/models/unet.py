@@ -10,16 +10,183 @@ Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from diffusion_jax.models.blocks import upsample_2x
+from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x, upsample_2x
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.encoder import KEPT_BETWEEN, Encoder
+from diffusion_jax.models.layers import LayerFactory, check_options
 
-__all__ = ["UNet"]
+__all__ = ["KEPT_NAMES", "Encoder", "UNet"]
+
+# Names, for a policy of jax.checkpoint, of the activations that `remat` keeps for the backward pass: between blocks, and
+# inside those that are not recomputed.
+_KEPT_BETWEEN = "between blocks"
+KEPT_NAMES = (_KEPT_BETWEEN, KEPT_INSIDE)
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
+_REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
+
+
+class Encoder(nn.Module):
+    """The downsampling path and the middle: fields, layers and their names.
+
+    channels: width of the first level, a multiple of `num_groups`.
+    channel_multipliers: the width of each level over `channels`, fractions too (0.5 is ADM's first at 512 pixels); each level
+      after the first halves the resolution.
+    num_res_blocks: residual blocks of each level of the downsampling path (the upsampling path has one more).
+    attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
+      256-pixel ones. The middle always has one.
+    num_heads: attention heads of every layer; head_channels: the channels of a head instead, so that wider layers have more
+      heads (ADM's are 64).
+    resample_blocks: levels are joined by a residual block that averages 2x2 pixels, or repeats them, in both its branches
+      (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
+    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
+    downsample_padding: before and after each side of the stride-2 convolution; OpenAI's is (1, 1).
+    num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
+    initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
+    dropout: rate before the second convolution of each block, in training only.
+    dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics, the softmax and the
+      output stay float32.
+    precision: of the products of float32 numbers, in the network and its gradients. By default GPUs round their inputs to
+      TF32 (11 bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three products in bfloat16 for
+      one); "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
+    remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
+      levels whose blocks do so. Level 0 has most of them.
+    spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
+    padding: "zeros", or "periodic" for data on a torus: convolutions continue an array by its other end, so that a shift
+      of the input by a multiple of 2^(levels - 1) positions shifts the output of a U-Net.
+    """
+
+    channels: int = 128
+    channel_multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (1,)
+    num_heads: int = 1
+    head_channels: int | None = None
+    resample_blocks: bool = False
+    scale_shift_norm: bool = False
+    embedding_cos_first: bool = False
+    embedding_freq_shift: float = 1.0
+    downsample_padding: tuple[int, int] = (0, 1)
+    num_groups: int = 32
+    norm_epsilon: float = 1e-6
+    initializer: str = "ho"
+    dropout: float = 0.1
+    dtype: str = "float32"
+    precision: str = "default"
+    remat: bool | tuple[int, ...] = False
+    spatial_dims: int = 2
+    padding: str = "zeros"
+
+    @property
+    def layers(self) -> LayerFactory:
+        """The factory of this network's layers."""
+        return LayerFactory(
+            self.num_groups,
+            self.norm_epsilon,
+            self.initializer,
+            jnp.dtype(self.dtype),
+            self.spatial_dims,
+            self.padding == "periodic",
+            self.precision,
+        )
+
+    @property
+    def divisor(self) -> int:
+        """2^(levels - 1), by which the downsampling path divides sizes."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    def width(self, level: int) -> int:
+        """Channels of a level."""
+        return round(self.channels * self.channel_multipliers[level])
+
+    def residual_block(
+        self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None
+    ) -> jax.Array:
+        """h after a residual block of a level's width."""
+        keep = not self._recomputes(level)
+        kind = ResBlock if keep else _REMAT_BLOCK
+        block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
+        return checkpoint_name(block(h, embedding, train), _KEPT_BETWEEN)
+
+    def attention(self, h, level: int, name: str, num_heads: int | None = None) -> jax.Array:
+        """h after a self-attention layer of a level. num_heads: overrides the field."""
+        keep = not self._recomputes(level)
+        kind = Attention if keep else _REMAT_ATTENTION
+        layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, keep, name=name)
+        return checkpoint_name(layer(h), _KEPT_BETWEEN)
+
+    def _recomputes(self, level: int) -> bool:
+        """Whether `remat` recomputes the blocks of a level."""
+        return self.remat if isinstance(self.remat, bool) else level in self.remat
+
+    def embed_time(self, time) -> jax.Array:
+        """The embedding [B, 4 channels] of the network time [B]."""
+        return self.layers.embed_time(
+            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+        )
+
+    def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
+        """(the middle's output, the activations for skip connections in order) of x [B, *spatial, C]."""
+        num_levels = len(self.channel_multipliers)
+        h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), _KEPT_BETWEEN)
+        skips = [h]
+        for level in range(num_levels):
+            for j in range(self.num_res_blocks):
+                h = self.residual_block(h, embedding, level, f"down_{level}_block_{j}", train)
+                if level in self.attention_levels:
+                    h = self.attention(h, level, f"down_{level}_attn_{j}")
+                skips.append(h)
+            if level < num_levels - 1:
+                name = f"down_{level}_downsample"
+                if self.resample_blocks:
+                    h = self.residual_block(h, embedding, level, name, train, downsample_2x)
+                else:
+                    h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
+                    h = checkpoint_name(h, _KEPT_BETWEEN)
+                skips.append(h)
+        h = self.residual_block(h, embedding, num_levels - 1, "mid_block_0", train)
+        h = self.attention(h, num_levels - 1, "mid_attn")
+        return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
+
+    def check_input(self, x) -> None:
+        """Raises: ValueError for fields that do not describe a network, or arrays that do not fit this one."""
+        num_levels = len(self.channel_multipliers)
+        kind = type(self).__name__
+        if self.spatial_dims not in _AXES:
+            raise ValueError(f"spatial_dims={self.spatial_dims} must be 1, 2 or 3; vectors need an MLP")
+        if self.padding not in ("zeros", "periodic"):
+            raise ValueError(f"padding={self.padding!r} must be 'zeros' or 'periodic'")
+        noun = "images" if self.spatial_dims == 2 else "arrays"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"the {kind} needs float {noun}, such as images in [-1, 1]; got {x.dtype}; convert uint8 images with "
+                "x / 127.5 - 1"
+            )
+        if x.ndim != self.spatial_dims + 2:
+            raise ValueError(
+                f"the {kind} needs {noun} [B, {_AXES[self.spatial_dims]}, C], got shape {x.shape}; spatial_dims gives the "
+                "number of spatial axes"
+            )
+        check_options(self.initializer, self.precision, self.dropout)
+        for name in ("attention_levels", "remat"):
+            value = getattr(self, name)
+            outside = [] if isinstance(value, bool) else [level for level in value if not 0 <= level < num_levels]
+            if outside:
+                raise ValueError(f"{name} must lie in 0 ... {num_levels - 1}, got {outside[0]}")
+
+    def check_divisible(self, x, reason: str) -> None:
+        """Raises: ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""
+        if any(size % self.divisor for size in x.shape[1:-1]):
+            raise ValueError(
+                f"a {type(self).__name__} of {len(self.channel_multipliers)} levels needs sizes divisible by {self.divisor}, "
+                f"because {reason}; got {x.shape[1:-1]}; resize the arrays or use fewer channel_multipliers"
+            )
 
 
 class UNet(Encoder, Conditional):
@@ -49,23 +216,12 @@ class UNet(Encoder, Conditional):
         reverse), labels that are not int or not in the range, or a condition of another shape.
         """
         self.check_input(x_t)
-        y = self.check_labels(y)
-        condition = self.check_condition(condition, x_t)
-        if train:
-            y, condition = self.drop(y, condition)
-        embedding = self.embed_time(time)
-        if y is not None:
-            embedding += self.embed_labels(self.layers, y, 4 * self.channels)
-        h = x_t
-        if condition is not None and self.condition_features:
-            embedding += self.embed_condition(self.layers, condition, 4 * self.channels)
-        elif condition is not None:
-            h = self.concatenate_condition(h, condition)
+        h, embedding = self.add_conditions(self.layers, x_t, self.embed_time(time), y, condition, train)
         h, skips = self.encode(self._pad(h), embedding, train)
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
         out_channels = self.out_channels or x_t.shape[-1]
-        h = checkpoint_name(self.layers.conv(out_channels, "conv_out", last=True)(h), KEPT_BETWEEN).astype(jnp.float32)
+        h = checkpoint_name(self.layers.conv(out_channels, "conv_out", last=True)(h), _KEPT_BETWEEN).astype(jnp.float32)
         return h if h.shape[:-1] == x_t.shape[:-1] else h[tuple(map(slice, x_t.shape[:-1]))]
 
     def _pad(self, x) -> jax.Array:
@@ -81,8 +237,7 @@ class UNet(Encoder, Conditional):
         """The upsampling path: from the middle's output to [B, *spatial, channels]."""
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
-                # Without a barrier XLA computes it again for the backward pass, from the same bytes.
-                h = jax.lax.optimization_barrier(jnp.concatenate([h, skips.pop()], axis=-1))
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.residual_block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
                     h = self.attention(h, level, f"up_{level}_attn_{j}", self.num_heads_up)
@@ -91,5 +246,5 @@ class UNet(Encoder, Conditional):
                 if self.resample_blocks:
                     h = self.residual_block(h, embedding, level, name, train, upsample_2x)
                 else:
-                    h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), KEPT_BETWEEN)
+                    h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), _KEPT_BETWEEN)
         return h

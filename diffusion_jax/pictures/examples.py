@@ -1,8 +1,7 @@
 """Pictures of float examples [n, *spatial, C], in their own units: vectors, series, fields and volumes.
 
-Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms. Values
-that are NaN or infinite are counted in the title and drawn in a color that nothing else has. The title also tells what is
-left out: large sets and large arrays are drawn in part.
+Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms. The title
+has the number of values that are NaN or infinite, and what is left out: large sets and large arrays are drawn in part.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.evaluation.example_blocks import as_example_pair, as_examples
+from diffusion_jax.evaluation.example_sets import as_examples
 from diffusion_jax.pictures import panels
 from diffusion_jax.pictures.panels import Margins
 from diffusion_jax.pictures.tables import ColorScale, draw_image_table, image_stride
@@ -27,7 +26,6 @@ __all__ = [
     "draw_examples",
     "draw_histogram",
     "draw_points",
-    "note_colors",
     "position_limits",
     "share_an_axis",
 ]
@@ -41,19 +39,11 @@ _MAX_VOLUME_CHANNELS = 3
 _MAX_VOXELS = 128  # of a volume along each axis
 _MAX_ENTRIES = 16  # histograms of vectors
 _MAX_VECTORS = 100_000  # in a histogram
-_MAX_COLORS = 10  # points of a color each
 MAX_POINTS = 4000  # in a scatter plot
-_MAX_REFERENCE = 64  # examples of the data that decide a scale
 
 
 def draw_examples(
-    x: Any,
-    *,
-    title: str,
-    captions: Sequence[str] | None = None,
-    channel_names: Sequence[str] | None = None,
-    reference: Any = None,
-    columns: int | None = None,
+    x: Any, *, title: str, captions: Sequence[str] | None = None, reference: Any = None, columns: int | None = None
 ) -> Figure:
     """A figure of examples x [n, *spatial, C] with at most three spatial axes.
 
@@ -64,102 +54,69 @@ def draw_examples(
 
     Args:
       captions: of the examples, for instance their classes; vectors have none.
-      channel_names: of the channels, or of the entries of vectors.
-      reference: examples of the data [m, *spatial, C]. Their histograms are drawn beside those of vectors. Series, fields
-        and volumes take their scale from the first of them, so that the pictures of several steps can be compared; the
-        axes of series also contain all of x.
+      reference: vectors of the data [m, C], whose histograms are drawn beside those of vectors.
       columns: of the panels of series.
-    Raises: ValueError for no example, more spatial axes, other shapes of the reference, or complex numbers.
+    Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
-    if reference is not None:
-        x, reference = as_example_pair(x, reference, 1)
     if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
+    if x.ndim == 2:
+        return _draw_vectors(x, reference, title)
     if x.ndim == 3:
-        return _draw_series(x, reference, title, captions, channel_names, columns)
-    draw = {2: _draw_vectors, 4: _draw_fields, 5: _draw_volumes}[x.ndim]
-    return draw(x, reference, title, captions, channel_names)
+        return _draw_series(x, title, captions, columns)
+    return (_draw_fields if x.ndim == 4 else _draw_volumes)(x, title, captions)
 
 
 # ---- Series
 
 
-def _draw_series(x, reference, title, captions, channel_names, columns) -> Figure:
+def _draw_series(x, title, captions, columns) -> Figure:
+    """A panel for each example, with a line for each channel and one scale; or a panel for each channel with its scale."""
     n, length, channels = x.shape
-    if reference is not None:
-        reference = reference[:_MAX_REFERENCE]
-    by_channel = channels > _MAX_LINES or not share_an_axis(*_ranges(x[:_MAX_SERIES], reference))
+    by_channel = channels > _MAX_LINES or not share_an_axis(*panels.channel_ranges(panels.to_plotted(x[:_MAX_SERIES])))
     num_examples, num_channels = min(n, _MAX_OVERLAID if by_channel else _MAX_SERIES), min(channels, _MAX_PANELS)
     shown = panels.to_plotted(x[:num_examples, :, :num_channels])
-    low, high = _ranges(shown, None if reference is None else reference[..., :num_channels])
-    names = panels.make_names(channel_names, num_channels, "channel")
-    captions = panels.make_names(captions, num_examples, "example")
+    low, high = panels.channel_ranges(shown)
     notes = panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
     notes += panels.note_intervals(length) + panels.note_invalid(shown)
+    panel_names = panels.make_captions(captions, num_examples, "example")
+    line_names = [f"channel {i}" for i in range(num_channels)]
     if by_channel:
+        shown, panel_names, line_names = shown.swapaxes(0, 2), line_names, panel_names
         limits = [panels.widen(*edges, 0.05) for edges in zip(low.tolist(), high.tolist(), strict=True)]
-        return _draw_series_by_channel(shown, limits, title, notes, captions, names)
-    limits = panels.widen(*panels.full_range(low, high), 0.05)
-    return _draw_series_by_example(shown, limits, title, notes, captions, names, columns)
-
-
-def _ranges(x: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest value of each channel in both sets."""
-    return panels.channel_ranges(*(panels.to_plotted(part) for part in (x, reference) if part is not None))
+        columns = 1 if num_channels <= 3 else 2 if num_channels <= 8 else 3
+        size = {1: (6.5, 1.2), 2: (4.0, 1.2), 3: (3.0, 1.2)}[columns]
+    else:
+        limits = [panels.widen(*panels.full_range(low, high), 0.05)] * num_examples
+        columns = min(num_examples, columns or (3 if num_examples <= 9 else 4))
+        size = (6.0, 2.6) if num_examples == 1 else (3.6, 1.8) if num_examples <= 4 else (2.6, 1.3)
+    count, num_lines = len(shown), shown.shape[2]
+    styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(num_lines)]
+    figure, axes = panels.make_panels(
+        title,
+        notes,
+        (-(-count // columns), columns),
+        size,
+        gap=(0.62 if by_channel else 0.12, 0.3),
+        margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.28),
+        count=count,
+        legend=list(zip(line_names, styles, strict=True)) if num_lines > 1 else [],
+    )
+    for i, panel in enumerate(axes.reshape(-1)[:count]):
+        for line, style in enumerate(styles):
+            panels.draw_line(panel, shown[i, :, line], **style)
+        panel.set_title(panel_names[i], fontsize=8, pad=3)
+        panel.set(xlim=position_limits(length), ylim=limits[i])
+        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= count, left=i % columns == 0)
+        panel.tick_params(labelleft=by_channel or i % columns == 0)
+    return figure
 
 
 def share_an_axis(low: np.ndarray, high: np.ndarray) -> bool:
     """Whether each channel that is not constant fills at least a tenth of the range of all channels."""
     spans = (high - low)[high > low]
     return not len(spans) or bool(spans.min() >= 0.1 * (np.nanmax(high) - np.nanmin(low)))
-
-
-def _draw_series_by_example(x, limits, title, notes, captions, names, columns) -> Figure:
-    """x [n, L, C]: a panel for each example, a line for each channel, and one scale."""
-    n, length, channels = x.shape
-    columns = min(n, columns or (3 if n <= 9 else 4))
-    styles = [{"color": f"C{i}", "linewidth": 1.1} for i in range(channels)]
-    legend = list(zip(names, styles, strict=True)) if channels > 1 else []
-    shape, size = (-(-n // columns), columns), _panel_size(n)
-    margins = Margins(left=0.7, right=0.15, bottom=0.45, top=0.28)
-    figure, axes = panels.make_panels(
-        title, notes, shape, size, gap=(0.12, 0.3), margins=margins, count=n, legend=legend
-    )
-    for i, panel in enumerate(axes.reshape(-1)[:n]):
-        for channel, style in enumerate(styles):
-            panels.draw_line(panel, x[i, :, channel], **style)
-        panel.set_title(captions[i], fontsize=8, pad=3)
-        panel.set(xlim=position_limits(length), ylim=limits)
-        panels.label_axes(panel, "position", panels.VALUE, bottom=i + columns >= n, left=i % columns == 0)
-    return figure
-
-
-def _draw_series_by_channel(x, limits, title, notes, captions, names) -> Figure:
-    """x [n, L, C]: a panel with its own scale for each channel, a line for each example."""
-    n, length, channels = x.shape
-    columns = 1 if channels <= 3 else 2 if channels <= 8 else 3
-    styles = [{"color": f"C{i}", "linewidth": 0.9, "alpha": 0.8} for i in range(n)]
-    legend = list(zip(captions, styles, strict=True)) if n > 1 else []
-    shape, size = (-(-channels // columns), columns), (6.5 if columns == 1 else 4.0 if columns == 2 else 3.0, 1.2)
-    margins = Margins(left=0.7, right=0.15, bottom=0.45, top=0.28)
-    figure, axes = panels.make_panels(
-        title, notes, shape, size, gap=(0.62, 0.3), margins=margins, count=channels, legend=legend
-    )
-    for channel, panel in enumerate(axes.reshape(-1)[:channels]):
-        for i, style in enumerate(styles):
-            panels.draw_line(panel, x[i, :, channel], **style)
-        panel.set_title(names[channel], fontsize=8, pad=3)
-        panel.set(xlim=position_limits(length), ylim=limits[channel])
-        panels.label_axes(
-            panel, "position", panels.VALUE, bottom=channel + columns >= channels, left=channel % columns == 0
-        )
-        panel.tick_params(labelleft=True)
-    return figure
-
-
-def _panel_size(count: int) -> tuple[float, float]:
-    return (6.0, 2.6) if count == 1 else (3.6, 1.8) if count <= 4 else (2.6, 1.3)
 
 
 def position_limits(length: int) -> tuple[float, float]:
@@ -170,56 +127,46 @@ def position_limits(length: int) -> tuple[float, float]:
 # ---- Fields
 
 
-def _draw_fields(x, reference, title, captions, channel_names) -> Figure:
+def _draw_fields(x, title, captions) -> Figure:
     n, height, width, channels = x.shape
     num_examples, num_channels = min(n, _MAX_FIELDS), min(channels, _MAX_CHANNELS)
     stride = image_stride(height, width)
     shown = panels.to_plotted(x[:num_examples, ::stride, ::stride, :num_channels])
-    if reference is not None:
-        reference = reference[:_MAX_REFERENCE, ::stride, ::stride]
     notes = [f"fields of {height} x {width}"]
     notes += panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
-    notes += panels.note_stride(stride) + _note_scale(reference) + panels.note_invalid(shown)
+    notes += panels.note_stride(stride) + panels.note_invalid(shown)
     return draw_image_table(
         title,
         notes,
         [[shown[i, ..., channel] for channel in range(num_channels)] for i in range(num_examples)],
-        _channel_scales(shown, reference),
-        captions=panels.make_names(captions, num_examples, "example"),
-        headers=panels.make_names(channel_names, num_channels, "channel"),
+        _channel_scales(shown),
+        captions=panels.make_captions(captions, num_examples, "example"),
+        headers=[f"channel {i}" for i in range(num_channels)],
         by_column=True,
     )
 
 
-def _note_scale(reference: Any) -> list[str]:
-    return [] if reference is None else ["colors: the range of the data"]
-
-
-def _channel_scales(shown: np.ndarray, reference: Any) -> list[ColorScale]:
-    """A scale for each channel of x [n, *spatial, C], from the reference if it is given."""
-    channels = shown.shape[-1]
-    values = shown if reference is None else panels.to_plotted(reference[..., :channels])
-    edges = zip(*(edge.tolist() for edge in panels.channel_ranges(values)), strict=True)
+def _channel_scales(shown: np.ndarray) -> list[ColorScale]:
+    """A scale for each channel of x [n, *spatial, C]."""
+    edges = zip(*(edge.tolist() for edge in panels.channel_ranges(shown)), strict=True)
     return [ColorScale.of_range(low, high, shown[..., channel]) for channel, (low, high) in enumerate(edges)]
 
 
 # ---- Volumes
 
 
-def _draw_volumes(x, reference, title, captions, channel_names) -> Figure:
+def _draw_volumes(x, title, captions) -> Figure:
     n, *sizes, channels = x.shape
     num_examples, num_channels = min(n, _MAX_VOLUMES), min(channels, _MAX_VOLUME_CHANNELS)
     stride = max(-(-size // _MAX_VOXELS) for size in sizes)
     steps = (slice(None, None, stride),) * 3
     shown = panels.to_plotted(x[(slice(num_examples), *steps, slice(num_channels))])
-    if reference is not None:
-        reference = reference[(slice(_MAX_REFERENCE // 8), *steps)]
     notes = [f"volumes of {' x '.join(map(str, sizes))}"]
     notes += panels.note_shown(num_examples, n, "examples") + panels.note_shown(num_channels, channels, "channels")
-    notes += panels.note_stride(stride) + _note_scale(reference) + panels.note_invalid(shown)
-    scales = _channel_scales(shown, reference)
-    captions = panels.make_names(captions, num_examples, "example")
-    names = panels.make_names(channel_names, num_channels, "channel")
+    notes += panels.note_stride(stride) + panels.note_invalid(shown)
+    scales = _channel_scales(shown)
+    captions = panels.make_captions(captions, num_examples, "example")
+    names = [f"channel {i}" for i in range(num_channels)]
     if channels > 1:
         captions = [f"{caption}\n{name}" for caption in captions for name in names]
     middles = [size // 2 for size in shown.shape[1:4]]
@@ -246,13 +193,12 @@ def _farthest_from_zero(x: np.ndarray, axis: int) -> np.ndarray:
 # ---- Vectors
 
 
-def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
-    del captions
+def _draw_vectors(x, reference, title) -> Figure:
     n, entries = x.shape
     num_examples, num_entries = min(n, _MAX_VECTORS), min(entries, _MAX_ENTRIES)
     shown = panels.to_plotted(x[:num_examples, :num_entries])
     data = None if reference is None else panels.to_plotted(reference[:_MAX_VECTORS, :num_entries])
-    names = panels.make_names(channel_names, num_entries, "entry")
+    names = [f"entry {i}" for i in range(num_entries)]
     notes = (
         [f"{n} vectors" if n > 1 else "1 vector"]
         if n == num_examples
@@ -279,8 +225,7 @@ def _draw_vectors(x, reference, title, captions, channel_names) -> Figure:
         panels.label_axes(flat[entry], names[entry], "density", left=entry % columns == 0)
         flat[entry].tick_params(labelleft=True)
     if entries == 2:
-        points = panels.note_shown(min(n, MAX_POINTS), n, "vectors") + note_colors(n)
-        flat[2].set_title("".join(points), fontsize=8, pad=3)
+        flat[2].set_title("".join(panels.note_shown(min(n, MAX_POINTS), n, "vectors")), fontsize=8, pad=3)
         draw_points(flat[2], shown, data)
         panels.label_axes(flat[2], names[0], names[1])
     return figure
@@ -298,20 +243,11 @@ def draw_histogram(axes: Axes, values: np.ndarray, reference: np.ndarray | None 
             density = np.histogram(finite, edges, density=True)[0]
             axes.stairs(density, edges, fill=i == 0, color=("C0", "black")[i], alpha=(0.6, 1.0)[i])
     axes.set(ylim=(0, None))
-    if len(sets[0]) < len(values):
-        text = f"{len(values) - len(sets[0])} NaN or infinite"
-        axes.text(0.97, 0.95, text, color=panels.MARK, fontsize=7, ha="right", va="top", transform=axes.transAxes)
 
 
 def draw_points(axes: Axes, x: np.ndarray, reference: np.ndarray | None = None) -> None:
-    """The first points of x [n, 2] with NaN, over those of the reference in gray; up to ten have a color each."""
-    if reference is not None:
-        points = reference[:MAX_POINTS]
-        axes.plot(points[:, 0], points[:, 1], ".", color="0.75", markersize=3, markeredgewidth=0)
-    for points in [x[:MAX_POINTS]] if len(x) > _MAX_COLORS else x[:, None]:
-        axes.plot(points[:, 0], points[:, 1], ".", markersize=3 if len(x) > 300 else 6, markeredgewidth=0)
-
-
-def note_colors(count: int) -> list[str]:
-    """What the colors of `draw_points` mean for this number of points."""
-    return ["a color for each vector"] if 1 < count <= _MAX_COLORS else []
+    """The first points of x [n, 2] with NaN, over those of the reference in gray."""
+    for points, color in ((reference, "0.75"), (x, "C0")):
+        if points is not None:
+            size = 3 if color == "0.75" or len(points) > 300 else 6
+            axes.plot(*points[:MAX_POINTS].T, ".", color=color, markersize=size, markeredgewidth=0)

@@ -1,19 +1,31 @@
-"""Grids of images with their texts, and small images as text for a terminal."""
+"""Grids of images with their texts, and pictures as arrays, PNG files and text for a terminal."""
 
 from __future__ import annotations
 
 import math
+import pathlib
+import textwrap
+import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["GAP", "LINE", "as_text", "draw_grid"]
+from diffusion_jax.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["GAP", "LINE", "Picture", "as_text", "draw_grid", "save", "to_array"]
+
+Picture: TypeAlias = "np.ndarray | Figure"
 
 GAP = 4  # gray pixels around every image of a grid
 LINE = 14  # rows of pixels of a line of text
 _MIN_SIZE, _MAX_SIZE = 64, 160  # pixels of an enlarged image
-_MIN_TITLE_WIDTH, _MAX_TITLE_WIDTH = 300, 600  # pixels; within them the picture is as wide as the longest word
+_MIN_TITLE_WIDTH = 300  # pixels
+_LETTER_WIDTH = 7  # pixels of a title, at most on average
 _BACKGROUND, _TEXT_GRAY = 64, 230
 _SHADES = " .:-=+*#%@"
 
@@ -27,8 +39,7 @@ def draw_grid(
 ) -> np.ndarray:
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
 
-    title: above everything, in as many lines as it needs; a long word, such as the name of a file, widens the picture
-    to 600 pixels at most. captions: a line of text below each image. headers: the same
+    title: above everything, in as many lines as it needs. captions: a line of text below each image. headers: the same
     above each column. They are shortened to the width of the images, which are enlarged for them to 160 pixels at most.
     """
     n, height, width, channels = images.shape
@@ -49,12 +60,10 @@ def draw_grid(
             above[:, column * width + GAP : (column + 1) * width] = _line(header, width - GAP)[..., None]
         picture = np.concatenate([above, picture])
     if title:
-        longest_word = max(math.ceil(_font().getlength(word)) for word in ["", *_to_drawable(title).split()])
-        width = min(max(longest_word + GAP, _MIN_TITLE_WIDTH), _MAX_TITLE_WIDTH)
-        missing = max(0, width - picture.shape[1])
+        missing = max(0, _MIN_TITLE_WIDTH - picture.shape[1])
         picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=_BACKGROUND)
         text_width = picture.shape[1] - GAP
-        lines = [_line(line, text_width) for line in _wrap(title, text_width)]
+        lines = [_line(line, text_width) for line in textwrap.wrap(title, text_width // _LETTER_WIDTH)]
         above = np.full((len(lines) * LINE, picture.shape[1], channels), _BACKGROUND, np.uint8)
         above[:, GAP:] = np.concatenate(lines)[..., None]
         picture = np.concatenate([above, picture])
@@ -64,7 +73,7 @@ def draw_grid(
 def _scale(height: int, width: int, texts: Sequence[str]) -> int:
     """By how much images are enlarged, so that they can be seen and the texts below them be read."""
     scale = max(1, _MIN_SIZE // max(height, width))
-    needed = max((_font().getlength(_to_drawable(text)) for text in texts), default=0)
+    needed = max((_font().getlength(text) for text in texts), default=0)
     while width * scale < needed and max(height, width) * (scale + 1) <= _MAX_SIZE:
         scale += 1
     return scale
@@ -74,34 +83,9 @@ def _font():
     return ImageFont.load_default(LINE - 3)
 
 
-def _to_drawable(text: str) -> str:
-    """The text with letters that the font has: a Pillow without FreeType has Latin letters only."""
-    if isinstance(_font(), ImageFont.FreeTypeFont):
-        return text
-    return text.encode("latin-1", "replace").decode("latin-1")
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words and, if a word is longer, inside it."""
-    font, lines = _font(), [""]
-    for word in _to_drawable(text).split():
-        while word:
-            line = f"{lines[-1]} {word}".strip()
-            if font.getlength(line) <= width:
-                lines[-1], word = line, ""
-            elif lines[-1]:
-                lines.append("")
-            else:
-                count = max(1, sum(font.getlength(word[:n]) <= width for n in range(1, len(word) + 1)))
-                lines[-1], word = word[:count], word[count:]
-                lines += [""] if word else []
-    return lines
-
-
 def _line(text: str, width: int) -> np.ndarray:
     """A line of text as uint8 [LINE, width]."""
-    font, text = _font(), _to_drawable(text)
-    shown = text
+    font, shown = _font(), text
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
         shown = text + "..."
@@ -115,3 +99,23 @@ def as_text(images: np.ndarray) -> str:
     shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
     rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
     return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
+
+
+def to_array(picture: Picture) -> np.ndarray:
+    """The picture as uint8 [H, W, C] with one or three channels."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here because it takes half a second
+
+    canvas = FigureCanvasAgg(picture)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(path: pathlib.Path, picture: Picture) -> None:
+    """Writes the picture as PNG, completely or not at all."""
+    array = to_array(picture)
+    with atomic_write(path) as temporary:
+        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")

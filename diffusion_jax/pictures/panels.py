@@ -24,9 +24,8 @@ __all__ = [
     "draw_line",
     "full_range",
     "label_axes",
-    "make_names",
+    "make_captions",
     "make_panels",
-    "mark_invalid",
     "note_intervals",
     "note_invalid",
     "note_shown",
@@ -67,10 +66,10 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(line for part in text.split("\n") for line in wrapper.wrap(part))
 
 
-def make_names(names: Sequence[str] | None, count: int, word: str) -> list[str]:
-    """The first `count` names as plain text; those that are missing are "word i"."""
-    given = list(names or ())[:count]
-    return [plain_text(name) for name in given] + [f"{word} {i}" for i in range(len(given), count)]
+def make_captions(captions: Sequence[str] | None, count: int, word: str) -> list[str]:
+    """The first `count` captions as plain text; those that are missing are "word i"."""
+    given = list(captions or ())[:count]
+    return [plain_text(caption) for caption in given] + [f"{word} {i}" for i in range(len(given), count)]
 
 
 def note_shown(shown: int, total: int, word: str) -> list[str]:
@@ -86,7 +85,7 @@ def note_stride(stride: int) -> list[str]:
 def note_invalid(*arrays: np.ndarray) -> list[str]:
     """How many values are NaN, as `to_plotted` marks those that are not finite; [] if none is."""
     count, total = sum(int(np.isnan(x).sum()) for x in arrays), sum(x.size for x in arrays)
-    return [f"{count} of {total} drawn values are NaN or infinite ({MARK})"] if count else []
+    return [f"{count} of {total} drawn values are NaN or infinite ({MARK} in images and lines)"] if count else []
 
 
 # ---- Values
@@ -146,7 +145,10 @@ def draw_line(axes: Axes, values: np.ndarray, **style) -> None:
     else:
         marked = positions[invalid]
     axes.plot(positions, values, **style)
-    mark_invalid(axes, marked)
+    if len(marked):
+        height, transform = np.full(len(marked), 0.02), axes.get_xaxis_transform()
+        style = {"color": MARK, "markersize": 6, "markeredgewidth": 2, "gid": "invalid"}
+        axes.plot(marked, height, "|", transform=transform, **style)
 
 
 def label_axes(axes: Axes, x: str, y: str, *, bottom: bool = True, left: bool = True) -> None:
@@ -176,21 +178,6 @@ def note_intervals(length: int) -> list[str]:
 
 def _interval_width(length: int) -> int:
     return 1 if length <= 2 * _MAX_INTERVALS else -(-length // _MAX_INTERVALS)
-
-
-def mark_invalid(axes: Axes, positions: np.ndarray) -> None:
-    """Marks at the bottom of the axes where values are NaN or infinite."""
-    if len(positions):
-        axes.plot(
-            positions,
-            np.full(len(positions), 0.02),
-            "|",
-            color=MARK,
-            markersize=6,
-            markeredgewidth=2,
-            transform=axes.get_xaxis_transform(),
-            gid="invalid",
-        )
 
 
 # ---- Layout

@@ -20,8 +20,7 @@ from typing import Any
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import MLP, Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai
-from diffusion_jax.pretrained.description import Description, Pretrained
-from diffusion_jax.pretrained.summary import format_summary
+from diffusion_jax.pretrained.description import Description, Pretrained, format_summary
 from diffusion_jax.pretrained.tensors import is_tensorflow_checkpoint, open_tensors
 from diffusion_jax.storage.downloads import local_path
 
@@ -51,9 +50,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
       - a TensorFlow checkpoint of Ho et al.'s code, by its prefix .../model.ckpt-N, or its PyTorch port's .ckpt;
       - a work directory, or a file of `save_safetensors`.
     flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
-      text ("--num_heads 4 --noise_schedule cosine ..."); for Ho et al.'s, the name of a preset or leaves of
-      `config.diffusion` and image_size, for networks that were not published; for a diffusers folder without a scheduler,
-      the fields of its config.
+      text ("--num_heads 4 --noise_schedule cosine ..."); for networks of Ho et al.'s code that were not published,
+      image_size, variance and other leaves of `config.diffusion`.
     ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
       average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
       warning.
@@ -88,7 +86,8 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tup
             _check_no_flags(path, flags)
             return native.load_workdir(path, ema, with_params)
         if diffusers.find_configs(path):
-            return diffusers.load_diffusers(path, flags, with_params)
+            _check_no_flags(path, flags)
+            return diffusers.load_diffusers(path, with_params)
         raise PretrainedError(
             f"{path} is neither a diffusers folder (model_index.json, unet/config.json) nor a work directory with checkpoints"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,11 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
-from diffusion_jax.data import Normalizations, to_data_units, to_model_units
-from diffusion_jax.models import Classifier, Conditional, apply_network, upsampling
+from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
+from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.training.state import Network
 
-__all__ = ["DIFFUSION_DEFAULTS", "Description", "Pretrained", "make_clip", "make_description"]
+__all__ = [
+    "DIFFUSION_DEFAULTS",
+    "Description",
+    "Pretrained",
+    "format_normalization",
+    "format_summary",
+    "make_clip",
+    "make_description",
+]
+
+_MAX_SHOWN = 6
 
 # The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -221,12 +233,15 @@ class Pretrained(Description):
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)
-        sampler = _replace(sampler, {name: value for name, value in changes.items() if name in fields})
-        if sampler.prediction != self.prediction:
+        replace: Any = dataclasses.replace
+        changed: sampling.Sampler = replace(
+            sampler, **{name: value for name, value in changes.items() if name in fields}
+        )
+        if changed.prediction != self.prediction:
             raise ValueError(
-                f"{sampler} needs the prediction {sampler.prediction!r}, and this network predicts {self.prediction!r}"
+                f"{changed} needs the prediction {changed.prediction!r}, and this network predicts {self.prediction!r}"
             )
-        return sampler
+        return changed
 
     def _check_guidance(self, guidance_scale: float, condition) -> None:
         """Raises: ValueError if the network has no label and no condition that guidance can drop."""
@@ -294,10 +309,6 @@ class Pretrained(Description):
         return apply_network(self.model, self.params, x_t, time)
 
 
-def _replace(sampler, changes: Mapping[str, Any]) -> sampling.Sampler:
-    return dataclasses.replace(sampler, **changes)
-
-
 @partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))
 def _sample(params, key, schedule, y, condition, guidance_scale, *, model, sampler, shape, use_guidance):
     """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
@@ -333,13 +344,12 @@ def make_description(
     """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
     image_size: the size of each spatial axis, or one number for two axes. Raises: ValueError for values that
-    `training.schedule_from_config` does not allow, and normalizations of other arrays or channels; `pretrained.load` turns
-    it into a PretrainedError.
+    `training.schedule_from_config` does not allow; `pretrained.load` turns it into a PretrainedError.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
-    if low_resolution:  # stored networks of versions before 0.3 lack the field
+    if low_resolution:
         model = model.clone(condition_channels=upsampling.condition_channels(channels, conditioning_noise))
-    description = Description(
+    return Description(
         family=family,
         model=model,
         channels=channels,
@@ -355,17 +365,46 @@ def make_description(
         normalizations=normalizations or {},
         limits=tuple(limits),
     )
-    _check_normalizations(description)
-    return description
 
 
-def _check_normalizations(description: Description) -> None:
-    """Raises: ValueError for normalizations of arrays that the network does not take, or of other numbers of channels."""
-    channels = {"x": description.channels, "condition": (description.condition_shape or (0,))[-1]}
-    for name, (offset, scale) in ((name, (n.offset, n.scale)) for name, n in description.normalizations.items()):
-        if not channels.get(name) or (name == "x" and description.levels is not None):
-            raise ValueError(f"these weights have a normalization of {name!r}, which their network does not take")
-        if not len(offset) == len(scale) == channels[name]:
-            raise ValueError(f"the normalization of {name!r} must have {channels[name]} channels, not {len(scale)}")
-        if not np.isfinite([*offset, *scale]).all() or not np.all(scale):
-            raise ValueError(f"the normalization of {name!r} must be finite, with scales other than 0")
+def format_summary(description: Description) -> str:
+    """The description of weights, one line for each setting."""
+    shapes = parameters.parameter_shapes(description.model, description.example_shape)
+    size, schedule, model = " x ".join(map(str, description.image_size)), description.schedule, description.model
+    values = "continuous" if description.levels is None else f"{description.levels} levels"
+    values += " in {:g} ... {:g}".format(*description.limits) if description.limits else ""
+    normalizations = {name: format_normalization(value) for name, value in description.normalizations.items()}
+    conditions = None
+    if description.condition_shape is not None and isinstance(model, Conditional):
+        null = "or none" if model.condition_dropout else None
+        parts = [f"shape {list(description.condition_shape)}", null, normalizations.get("condition")]
+        conditions = ", ".join(part for part in parts if part)
+    rows = {
+        "family": description.family,
+        "network": type(model).__name__,
+        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,} in {len(shapes)} tensors",
+        "images" if description.is_images else "examples": f"{size or 'vectors'}, {description.channels} channels",
+        "values": values,
+        "normalization": normalizations.get("x"),
+        "conditions": conditions,
+        "enlarges": f"images {description.low_resolution} pixels high" if description.low_resolution else None,
+        "classes": description.num_classes or None,
+        "prediction": description.prediction,
+        "variance": description.variance,
+        "clip": description.clip,
+        "schedule": "a table of betas" if description.diffusion is None else description.diffusion["schedule"],
+        "timesteps": f"{schedule.num_timesteps}, network times 0 ... {schedule.timesteps[-1]:g}",
+    }
+    rows |= {f"model.{name}": value for name, value in fields_of(model).items()}
+    rows = {name: value for name, value in rows.items() if value is not None}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def format_normalization(normalization: Normalization) -> str:
+    """(data - offset) / scale of the first channels."""
+    offset, scale = (
+        ", ".join([f"{value:.4g}" for value in values[:_MAX_SHOWN]] + ["..."] * (len(values) > _MAX_SHOWN))
+        for values in (normalization.offset, normalization.scale)
+    )
+    return f"(data - ({offset})) / ({scale})"

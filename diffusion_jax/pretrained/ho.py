@@ -68,19 +68,15 @@ def load_ho(
 ) -> tuple[Description, dict | None]:
     """The description of a checkpoint, and its parameters if `with_params`, else None.
 
-    flags: None for a published network; its preset's name; or image_size, variance and other leaves of `config.diffusion`.
+    flags: None for a published network, otherwise image_size, variance and other leaves of `config.diffusion`.
     Raises: PretrainedError.
     """
+    if isinstance(flags, str):
+        raise PretrainedError(f"flags={flags!r}: for Ho et al.'s networks they are JSON with image_size and variance")
     is_tensorflow = tensors.framework == "TensorFlow"
     names = {_port_name(name) if is_tensorflow else name: name for name in tensors}
     model = _infer_model(path, tensors, names)
     matches = [name for name in PRESETS if dataclasses.replace(preset(name), dropout=0.0, parent=None) == model]
-    if isinstance(flags, str):
-        if flags not in PRESETS:
-            raise PretrainedError(f"flags={flags!r} is not a preset of Ho et al.'s; known: {', '.join(PRESETS)}")
-        if flags not in matches:
-            raise PretrainedError(f"{path}: its tensors are not those of {flags}, but of {model}")
-        matches, flags = [flags], {}
     leaves = dict(flags or {})
     unknown = sorted(set(leaves) - set(DIFFUSION_DEFAULTS) - {"image_size"})
     if unknown:

@@ -92,10 +92,6 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
         is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
     tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (open_tensors(path), _torch_name)
     names = {name for name in tensors if not name.endswith("num_batches_tracked")}
-    if "fc.weight" in names and tensors.shapes["fc.weight"][0] == 1000:
-        raise PretrainedError(
-            f"{path} contains torchvision's InceptionV3 (1000 classes), not FID's network (1008); use {DOWNLOAD_SOURCES}"
-        )
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
     shapes = parameters.flat_shapes(tree["params"])

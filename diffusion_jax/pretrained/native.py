@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import drop_unknown_leaves, migrate, resolve, resolve_clip
+from diffusion_jax.config import resolve, resolve_clip
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
@@ -41,13 +41,10 @@ def is_native(tensors: Tensors) -> bool:
 def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
     """The description and parameters of a run's newest checkpoint; without parameters None.
 
-    Warns of leaves of its config that this version does not have, which are ignored, and of an EMA that the raw weights
-    replace (`training.ema.weights_kind`). Raises: PretrainedError.
+    Warns if the raw weights replace the EMA (`training.ema.weights_kind`). Raises: PretrainedError.
     """
-    stored = read_json(path / "config.json")
     try:
-        known, unknown = drop_unknown_leaves(migrate(stored))
-        config = resolve(known)
+        config = resolve(read_json(path / "config.json"))
         model, shape = training.model_from_config(config), data.example_shape(config["data"])
         diffusion = config["diffusion"]
         description = make_description(
@@ -67,11 +64,6 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         raise PretrainedError(str(error)) from None
     except (KeyError, ValueError, TypeError, DataError) as error:
         raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
-    if unknown:
-        names = ", ".join(unknown)
-        warnings.warn(
-            f"leaves of {path / 'config.json'} that this version does not have are ignored: {names}", stacklevel=2
-        )
     if not with_params:
         return description, None
     abstract = abstract_params(model, shape)
@@ -139,11 +131,11 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[
             clip=make_clip(stored["clip"]),
             low_resolution=stored["low_resolution"],
             conditioning_noise=stored["conditioning_noise"],
-            levels=stored.get("levels", 256),  # files of earlier versions hold networks of images
+            levels=stored["levels"],
             normalizations={
-                name: data.Normalization.from_json(value) for name, value in stored.get("normalizations", {}).items()
+                name: data.Normalization.from_json(value) for name, value in stored["normalizations"].items()
             },
-            limits=stored.get("limits", ()),
+            limits=stored["limits"],
         )
         if "betas" in diffusion:
             table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])

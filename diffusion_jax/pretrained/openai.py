@@ -13,25 +13,139 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.errors import PretrainedError
+from diffusion_jax.config.presets import OPENAI
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
-from diffusion_jax.models.presets import OPENAI
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import Description, make_description
-from diffusion_jax.pretrained.openai_flags import (
-    FILES,
-    NEW_ATTENTION_ORDER,
-    PRESETS,
-    FlagReader,
-    check_flags,
-    check_model_flags,
-    parse_flags,
-)
 from diffusion_jax.pretrained.tensors import Tensors
 
-__all__ = ["describe_openai", "is_openai", "load_params"]
+__all__ = ["FILES", "PRESETS", "describe_openai", "is_openai", "load_params", "parse_flags"]
 
+_LEARNED = {"variance": "learned_range"}
+_IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
+# Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.
+_LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 _Shapes = Mapping[str, tuple[int, ...]]
+
+# Presets of `models`: the height of the image and of the low-resolution image (or 0), and leaves of `config.diffusion`.
+PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "improved_cifar10": (32, 0, _IMPROVED | {"rescale_timesteps": True}),
+    "improved_imagenet64": (64, 0, _IMPROVED | {"rescale_timesteps": True}),
+    "improved_imagenet64_conditional": (64, 0, _IMPROVED),
+    "improved_lsun": (256, 0, _LEARNED),
+    "improved_upsampler_64_256": (256, 64, _LEARNED | _LINEAR_4000),
+    "adm_imagenet64": (64, 0, _LEARNED | {"schedule": "cosine"}),
+    "adm_imagenet128": (128, 0, _LEARNED),
+    "adm_imagenet256": (256, 0, _LEARNED),
+    "adm_imagenet256_unconditional": (256, 0, _LEARNED),
+    "adm_imagenet512": (512, 0, _LEARNED),
+    "adm_lsun": (256, 0, _LEARNED),
+    "adm_upsampler_64_256": (256, 64, _LEARNED),
+    "adm_upsampler_128_512": (512, 128, _LEARNED),
+    "adm_classifier64": (64, 0, {"schedule": "cosine"}),
+    "adm_classifier128": (128, 0, {}),
+    "adm_classifier256": (256, 0, {}),
+    "adm_classifier512": (512, 0, {}),
+}
+# The presets of the published files, by file name.
+FILES = {
+    "cifar10_uncond_50M_500K": "improved_cifar10",
+    "cifar10_uncond_vlb_50M_500K": "improved_cifar10",
+    "imagenet64_uncond_100M_1500K": "improved_imagenet64",
+    "imagenet64_uncond_vlb_100M_1500K": "improved_imagenet64",
+    "imagenet64_cond_270M_250K": "improved_imagenet64_conditional",
+    "upsample_cond_500K": "improved_upsampler_64_256",
+    "lsun_uncond_100M_1200K_bs128": "improved_lsun",
+    "lsun_uncond_100M_2400K_bs64": "improved_lsun",
+    "64x64_diffusion": "adm_imagenet64",
+    "128x128_diffusion": "adm_imagenet128",
+    "256x256_diffusion": "adm_imagenet256",
+    "256x256_diffusion_uncond": "adm_imagenet256_unconditional",
+    "512x512_diffusion": "adm_imagenet512",
+    "64_256_upsampler": "adm_upsampler_64_256",
+    "128_512_upsampler": "adm_upsampler_128_512",
+    "lsun_bedroom": "adm_lsun",
+    "lsun_cat": "adm_lsun",
+    "lsun_horse": "adm_lsun",
+    "lsun_horse_nodropout": "adm_lsun",
+    "64x64_classifier": "adm_classifier64",
+    "128x128_classifier": "adm_classifier128",
+    "256x256_classifier": "adm_classifier256",
+    "512x512_classifier": "adm_classifier512",
+}
+# Presets whose attention stores the rows of q, k and v one after the other, not head by head.
+_NEW_ATTENTION_ORDER = {"adm_imagenet64"}
+
+# Flags of OpenAI's scripts that describe a network, with the types of their values.
+_FLAGS: dict[str, type] = {
+    "image_size": int,
+    "large_size": int,
+    "small_size": int,
+    "num_heads": int,
+    "num_heads_upsample": int,
+    "num_head_channels": int,
+    "use_new_attention_order": bool,
+    "dropout": float,
+    "diffusion_steps": int,
+    "noise_schedule": str,
+    "predict_xstart": bool,
+    "rescale_timesteps": bool,
+    "classifier_depth": int,
+}
+# Flags of OpenAI's scripts that do not change the output of the network, or that its tensors determine.
+_IGNORED_FLAGS = {
+    "num_channels",
+    "num_res_blocks",
+    "channel_mult",
+    "attention_resolutions",
+    "class_cond",
+    "learn_sigma",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "classifier_width",
+    "classifier_pool",
+    "classifier_attention_resolutions",
+    "classifier_use_scale_shift_norm",
+    "classifier_resblock_updown",
+    "use_fp16",
+    "classifier_use_fp16",
+    "use_checkpoint",
+    "timestep_respacing",
+    "use_kl",
+    "rescale_learned_sigmas",
+    "batch_size",
+    "num_samples",
+    "use_ddim",
+    "clip_denoised",
+    "classifier_scale",
+}
+
+
+def parse_flags(text: str) -> dict[str, str]:
+    """OpenAI's flags as their README writes them, "--image_size 64 --class_cond True", as a dict. Raises: PretrainedError."""
+    words = text.replace("=", " ").split()
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise PretrainedError(f"flags={text!r} are neither the name of a preset nor pairs of --name value")
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that describe a network, each in its type. Raises: PretrainedError for an unknown flag or another type."""
+    known, checked = [*_FLAGS, *_IGNORED_FLAGS], {}
+    unknown = sorted(set(flags) - set(known))
+    if unknown:
+        raise PretrainedError(
+            f"flags: {list_names(unknown)} is not a flag of OpenAI's scripts; known: {', '.join(sorted(known))}"
+        )
+    for name in flags.keys() & _FLAGS.keys():
+        kind, text = _FLAGS[name], str(flags[name])
+        try:
+            checked[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            allowed = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+            raise PretrainedError(f"flags: {name}={text} must be {allowed}") from None
+    return checked
 
 
 def is_openai(names) -> bool:
@@ -45,7 +159,7 @@ def describe_openai(
     """(the description of a state dict, whether its attention has the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None for the file's own name.
-    Raises: PretrainedError for flags that contradict the tensors, and for required flags that are missing.
+    Raises: PretrainedError for unknown flags, and for required flags that are missing.
     """
     without_dropout = flags is None and path.stem.endswith("nodropout")
     if flags is None:
@@ -59,75 +173,68 @@ def describe_openai(
     size, low_resolution, diffusion = PRESETS[flags]
     model = preset(flags).clone(dropout=0.0) if without_dropout else preset(flags)
     description = make_description(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
-    return description, flags in NEW_ATTENTION_ORDER
+    return description, flags in _NEW_ATTENTION_ORDER
 
 
 def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, Any]) -> tuple[Description, bool]:
-    check_flags(flags)
-    reader = FlagReader(flags)
+    flags, missing = _check_flags(flags), []
+
+    def require(*names: str, default: object = None) -> Any:
+        """The first of these flags that is given. default: of OpenAI's scripts, for the error message."""
+        values = [flags[name] for name in names if flags.get(name, -1) != -1]
+        if not values:
+            missing.append(" or ".join(names) + ("" if default is None else f" (OpenAI's default: {default})"))
+        return values[0] if values else None
+
     is_classifier = "out.2.positional_embedding" in shapes
     has_strided = any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in shapes)
-    depth = reader.require("classifier_depth", default=2) if is_classifier and not has_strided else None
-    size = reader.require("image_size", "large_size")
-    diffusion = _read_diffusion(reader)
-    heads = {"head_channels": 64} if is_classifier else _read_heads(reader)
-    in_channels = shapes["input_blocks.0.0.weight"][1]
-    low_resolution, channels = 0, in_channels
-    if not is_classifier and ("large_size" in flags or in_channels == 6):
-        low_resolution, channels = reader.require("small_size"), in_channels // 2
-    reader.check_complete(path)
-
-    fields: dict[str, Any] = OPENAI | heads | _infer_fields(path, shapes, depth)
+    depth = require("classifier_depth", default=2) if is_classifier and not has_strided else None
+    size = require("image_size", "large_size")
+    num_timesteps: Any = require("diffusion_steps", default=1000)
+    diffusion: dict[str, Any] = {
+        "schedule": require("noise_schedule", default="linear"),
+        "num_timesteps": num_timesteps,
+        "prediction": "x_0" if flags.get("predict_xstart") else "eps",
+        "variance": "fixed_large",
+    }
+    if num_timesteps not in (None, 1000):  # at 1000 it changes nothing
+        diffusion["rescale_timesteps"] = require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
+    fields: dict[str, Any] = {"head_channels": 64}
+    if not is_classifier:
+        head_channels, num_heads = flags.get("num_head_channels", -1), 1
+        if head_channels == -1:
+            head_channels, num_heads = None, require("num_heads", "num_head_channels", default="--num_heads 4")
+        fields = {"head_channels": head_channels, "num_heads": num_heads}
+        if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
+            fields["num_heads_up"] = flags["num_heads_upsample"]
+        if head_channels is not None or num_heads not in (None, 1):
+            require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
+    channels, low_resolution = shapes["input_blocks.0.0.weight"][1], 0
+    if not is_classifier and ("large_size" in flags or channels == 6):
+        channels, low_resolution = channels // 2, require("small_size")
+    if missing:
+        raise PretrainedError(
+            f"{path}: its tensors do not determine {'; '.join(missing)}; give these flags, or flags=NAME of a preset: "
+            f"{', '.join(PRESETS)}"
+        )
+    fields = OPENAI | fields | _infer_fields(path, shapes, depth)
     if is_classifier:
-        fields |= {"num_classes": shapes["out.2.c_proj.weight"][0]}
-        model = Classifier(**fields)
+        model = Classifier(**fields, num_classes=shapes["out.2.c_proj.weight"][0])
     else:
-        out_channels = shapes["out.2.weight"][0]
-        fields |= {"num_classes": shapes.get("label_emb.weight", (0,))[0], "out_channels": out_channels}
-        fields |= {"dropout": float(flags.get("dropout", 0.0))}
+        out_channels, num_classes = shapes["out.2.weight"][0], shapes.get("label_emb.weight", (0,))[0]
+        fields |= {"num_classes": num_classes, "out_channels": out_channels, "dropout": flags.get("dropout", 0.0)}
         model = UNet(**fields)
         if out_channels == 2 * channels:
             diffusion["variance"] = "learned_range"
-    check_model_flags(path, flags, model, size, channels)
     if diffusion["schedule"] == "linear":
-        num_timesteps = diffusion["num_timesteps"]
-        diffusion |= {"beta_start": 0.1 / num_timesteps, "beta_end": 20 / num_timesteps}
+        diffusion |= {"beta_start": 0.1 / diffusion["num_timesteps"], "beta_end": 20 / diffusion["num_timesteps"]}
     try:
         description = make_description(
-            "OpenAI", model, size, diffusion, channels=channels, low_resolution=low_resolution or 0
+            "OpenAI", model, size, diffusion, channels=channels, low_resolution=low_resolution
         )
     except (ValueError, TypeError) as error:
         raise PretrainedError(f"flags: {error}") from None
-    return description, bool(flags.get("use_new_attention_order", False)) and not is_classifier
-
-
-def _read_diffusion(reader: FlagReader) -> dict[str, Any]:
-    """Leaves of `config.diffusion` of weights with a fixed variance."""
-    num_timesteps = reader.require("diffusion_steps", default=1000)
-    schedule = reader.require("noise_schedule", default="linear")
-    rescale = False
-    if num_timesteps not in (None, 1000):  # at 1000 it changes nothing
-        rescale = reader.require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
-    return {
-        "schedule": schedule,
-        "num_timesteps": num_timesteps,
-        "rescale_timesteps": rescale,
-        "prediction": "x_0" if reader.get("predict_xstart") else "eps",
-        "variance": "fixed_large",
-    }
-
-
-def _read_heads(reader: FlagReader) -> dict[str, Any]:
-    """The fields of a U-Net about attention heads, which its tensors do not determine."""
-    head_channels, num_heads = reader.get("num_head_channels", -1), None
-    if head_channels == -1:
-        num_heads = reader.require("num_heads", "num_head_channels", default="--num_heads 4")
-    fields = {"head_channels": None if head_channels == -1 else head_channels, "num_heads": num_heads or 1}
-    if head_channels != -1 or num_heads not in (None, 1):
-        reader.require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
-    if reader.get("num_heads_upsample", -1) not in (-1, num_heads):
-        fields["num_heads_up"] = reader.get("num_heads_upsample")
-    return fields
+    return description, flags.get("use_new_attention_order", False) and not is_classifier
 
 
 def _infer_fields(path: pathlib.Path, shapes: _Shapes, depth: int | None) -> dict[str, Any]:

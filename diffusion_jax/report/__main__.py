@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusion_jax.runs import devices
 
     devices.silence_libraries()
-    from diffusion_jax.report.write import NAME, write_comparison
+    from diffusion_jax.report import NAME, write_comparison
     from diffusion_jax.storage.objects import is_url
 
     is_single = len(args.directories) == 1 and not is_url(args.directories[0])

@@ -1,4 +1,4 @@
-"""The commands that produce a run again: training, samples and measurements, with every leaf that must be given."""
+"""The commands that train a run again and draw its samples, with every leaf that must be given."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
 
-__all__ = ["differences_from_defaults", "evaluation_command", "likelihood_command", "sampling_command", "train_command"]
+__all__ = ["differences_from_defaults", "sampling_command", "train_command"]
 
 _PROGRAM = "diffusion-jax"
-_LIKELIHOOD_LEAVES = ("num_examples", "split", "data_dir", "strata", "cdf", "seed", "batch_size")
 
 
 def differences_from_defaults(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
@@ -66,16 +65,6 @@ def _command(arguments: Sequence[str], overrides: Mapping[str, Any]) -> str:
     return shlex.join([_PROGRAM, *arguments, *changed])
 
 
-def _sampling_changes(config: ConfigDict, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of `sampling` whose value in `settings`, those of stored samples, is not the config's."""
-    known = {name: _plain(value) for name, value in config.sampling.items()}
-    stored = {name: _plain(value) for name, value in settings.items() if name in known and name != "clip"}
-    changes = {f"sampling.{name}": value for name, value in stored.items() if value != known[name]}
-    if "clip" in settings and settings["clip"] != configs.resolve_clip(config):
-        changes["sampling.clip"] = settings["clip"]
-    return changes
-
-
 def sampling_command(config: ConfigDict, stored: Mapping[str, Any]) -> str:
     """Draws samples again. stored: as `read_settings` returns them."""
     settings, drawn_with = stored["settings"], stored.get("drawn_with", {})
@@ -83,37 +72,8 @@ def sampling_command(config: ConfigDict, stored: Mapping[str, Any]) -> str:
     sampling = settings.get("sampling", {}) | files
     if settings.get("batch_size") != min(config.sampling.batch_size, sampling.get("num_samples", 0)):
         sampling |= {"batch_size": settings.get("batch_size", config.sampling.batch_size)}
-    return _command(["--workdir=DIR", "--mode=sample"], _sampling_changes(config, sampling))
-
-
-def evaluation_command(config: ConfigDict, record: Mapping[str, Any]) -> str:
-    """Measures samples again. record: of metrics.json."""
-    ignored = ("num_samples", "use_ema", "batch_size", "devices")
-    sampling = {name: value for name, value in record.get("sampling", {}).items() if name not in ignored}
-    changes = _sampling_changes(config, sampling | {"steps": record.get("steps")})
-    if configs.flatten(config)["sampling.steps"] is None and record.get("steps") == config.diffusion.num_timesteps:
-        changes.pop("sampling.steps", None)
-    wanted = {"likelihood": False, "num_samples": record.get("num_samples"), "use_ema": record.get("weights") == "ema"}
-    if config.evaluation.get("features") is not None or record.get("features") not in (None, "inception"):
-        wanted["features"] = record.get("features")
-    changes |= _evaluation_changes(config, wanted)
-    return _command(["--workdir=DIR", "--mode=evaluate"], changes)
-
-
-def likelihood_command(config: ConfigDict, likelihood: Mapping[str, Any]) -> str:
-    """Measures the likelihood again. likelihood: likelihood.json."""
-    wanted: dict[str, Any] = {"num_samples": 0, "use_ema": likelihood.get("weights") == "ema"}
-    wanted |= {name: likelihood[name] for name in _LIKELIHOOD_LEAVES if name in likelihood}
-    if wanted.get("split") is None:  # examples without a split
-        wanted.pop("split", None)
-    if "ode_dequantization" in likelihood:
-        wanted["ode"] = True
-        wanted |= {name: likelihood[name] for name in ("ode_trace", "ode_tolerance") if name in likelihood}
-    return _command(["--workdir=DIR", "--mode=evaluate"], _evaluation_changes(config, wanted))
-
-
-def _evaluation_changes(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: _plain(value) for name, value in config.evaluation.items()}
-    return {
-        f"evaluation.{name}": value for name, value in wanted.items() if name in known and _plain(value) != known[name]
+    known = {name: _plain(value) for name, value in config.sampling.items()} | {"clip": configs.resolve_clip(config)}
+    changes = {
+        f"sampling.{name}": value for name, value in sampling.items() if name in known and known[name] != _plain(value)
     }
+    return _command(["--workdir=DIR", "--mode=sample"], changes)

@@ -1,33 +1,49 @@
-"""The pictures of a run for the page: samples during training, denoising, samples by class, memorization, and others."""
+"""The pictures of a run for the page: samples during training, denoising, samples by class, and others."""
 
 from __future__ import annotations
 
+import base64
+import io
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.data.numpy_files import map_array
+from diffusion_jax.data.array_rows import map_array
 from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
-from diffusion_jax.report.embed import Budget, Picture
-from diffusion_jax.runs.class_labels import class_captions
+from diffusion_jax.runs.sampling_conditions import class_captions
 
-__all__ = ["Captioned", "Frames", "class_rows", "denoising", "even_subset", "other_pictures", "training_samples"]
+__all__ = [
+    "TRAJECTORY",
+    "Budget",
+    "Frames",
+    "Picture",
+    "class_rows",
+    "denoising",
+    "even_subset",
+    "pictures_of_files",
+    "training_samples",
+]
 
-MAX_TRAINING_FRAMES = 24
-_MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
-_MAX_PICTURES = 30
-_READ_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile)
 TRAJECTORY = "_trajectory"
+_MAX_TRAINING_FRAMES = 12
+_MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
+# Of compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and WebP's quality.
+_MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
+_SMALL = 20_000  # bytes of a picture that is not
+_READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # SyntaxError: Pillow, of damaged files
 
 
-class Captioned(NamedTuple):
-    """A picture with its title and what it shows."""
+class Picture(NamedTuple):
+    """A picture inside the page. src: a data URI. caption: what it shows."""
 
-    picture: Picture
+    src: str
+    width: int
+    height: int
     caption: str
 
 
@@ -39,103 +55,122 @@ class Frames(NamedTuple):
     note: str
 
 
+class Budget:
+    """The bytes that the pictures of a section may have together."""
+
+    def __init__(self, num_bytes: int):
+        self.left = num_bytes
+
+    def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
+        """A file, or uint8 [H, W, C], as a picture; None if no room is left.
+
+        side: of the compressed picture, if its PNG is large.
+        Raises: OSError, ValueError, SyntaxError for a file that is not a picture.
+        """
+        if isinstance(source, np.ndarray):
+            image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
+        else:
+            image = Image.open(source)
+        kind, content = "png", _encode(image, "PNG")
+        if len(content) > _SMALL:
+            image = image.convert("RGB")
+            image.thumbnail((side, side))
+            kind, content = "webp", _encode(image, "WEBP")
+        if len(content) > self.left:
+            return None
+        self.left -= len(content)
+        return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size, caption)
+
+
+def _encode(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=_QUALITY)
+    return buffer.getvalue()
+
+
 def even_subset(count: int, most: int) -> list[int]:
     """At most `most` numbers of 0 ... count - 1, evenly spread, with both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
 
-def training_samples(run: RunFiles, budget: Budget, newest_only: bool = False) -> Frames | None:
-    """The pictures samples/train_step*.png in order."""
+def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
+    """The pictures samples/train_step*.png in order, at most `most`."""
     prefix = "train_step"
-    paths = sorted((run.directory / "samples").glob(f"{prefix}*.png"))
+    paths = sorted((run.directory / "samples").glob(f"{prefix}*.png"), reverse=True)
     paths = [path for path in paths if path.stem.removeprefix(prefix).isdecimal()]
-    chosen = paths[-1:] if newest_only else [paths[i] for i in even_subset(len(paths), MAX_TRAINING_FRAMES)]
-    limit, frames = budget.left // max(len(chosen), 1), []
-    for path in chosen:
-        picture = _embed(budget, path, limit, run.notes)
+    frames = []
+    for path in [paths[i] for i in even_subset(len(paths), most)]:  # the newest first
+        caption = f"after {int(path.stem.removeprefix(prefix)):,} training steps"
+        picture = _embed_file(budget, path, caption, run.notes, _FRAME_SIDE)
         if picture:
-            frames.append((f"after {int(path.stem.removeprefix(prefix)):,} training steps", (picture,)))
+            frames.insert(0, (caption, (picture,)))
     note = f"{len(frames)} of {len(paths)} pictures are in this file." if len(frames) < len(paths) else ""
     return Frames(("samples",), frames, note) if frames else None
 
 
-def denoising(run: RunFiles, budget: Budget) -> tuple[Frames | None, Captioned | None]:
-    """(the frames of the newest *_trajectory.npz, the newest picture of a trajectory if there are no frames)."""
+def denoising(run: RunFiles, budget: Budget) -> Frames | None:
+    """The frames of the newest *_trajectory.npz of images."""
     paths = [path for path in (run.directory / "samples").glob(f"*{TRAJECTORY}.npz") if ".partial." not in path.name]
-    for path in sorted(paths, key=modified_time, reverse=True)[:1]:
+    for path in sorted(paths, key=modified_time)[-1:]:
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                samples = arrays["samples"][None]
-                x_t, x_0 = (np.concatenate([arrays[name], samples]) for name in ("x_t", "x_0"))
+                samples = arrays["samples"]
+                x_t, x_0 = (np.concatenate([arrays[name], samples[None]]) for name in ("x_t", "x_0"))
                 captions = [f"network time t = {time:.4g}" for time in arrays["times"]]
-            return _denoising_frames(path.name, x_t, x_0, [*captions, "finished samples"], budget), None
         except _READ_ERRORS as error:
             run.notes.append(f"{path.name} could not be read: {error}")
-    for path in sorted((run.directory / "samples").glob(f"*{TRAJECTORY}.png"), key=modified_time)[-1:]:
-        picture = _embed(budget, path, None, run.notes)
-        return None, Captioned(picture, path.name) if picture else None
-    return None, None
+            return None
+        if not pictures.is_of_images(samples):
+            return None  # its picture is among the others
+        names, frames = ("x_t, the noisy sample", "x_0, as the network predicts it"), []
+        for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
+            drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]
+            if None not in drawn:
+                frames.append((caption, tuple(drawn)))
+        return Frames(names, frames, f"Samples of {path.name}.") if frames else None
+    return None
 
 
-def _denoising_frames(name: str, x_t: np.ndarray, x_0: np.ndarray, captions: Sequence[str], budget: Budget) -> Frames:
-    """x_t [frames, rows, ...] and the x_0 that the network predicts there."""
-    limit, frames, names = (
-        budget.left // (2 * len(x_t)),
-        [],
-        ("x_t, the noisy sample", "x_0, as the network predicts it"),
-    )
-    for caption, *both in zip(captions, x_t, x_0, strict=True):
-        drawn = [budget.embed(pictures.draw_frame(x, x_t[-1]), limit) for x in both]
-        if None not in drawn:
-            frames.append((caption, tuple(drawn)))
-    return Frames(names, frames, f"Samples of {name}.")
-
-
-def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Captioned], str]:
+def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
     """(a row of the newest samples of each class, what was left out); without classes, none."""
-    for path in sample_files(run.directory):
-        try:
-            images, labels = map_array(path, "arr_0"), np.asarray(map_array(path, "arr_1"))
-        except _READ_ERRORS:  # samples without labels
+    path = next(sample_files(run.directory), None)
+    try:
+        if path is None or not pictures.is_of_images(images := map_array(path, "arr_0")):
             return [], ""
-        if not pictures.is_of_images(images):
-            return [], ""
-        present = np.unique(labels)
-        shown = present[:_MAX_CLASSES]
-        captions, rows = class_captions(shown, run.class_names), []
-        for label, caption in zip(shown, captions, strict=True):
-            chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
-            picture = budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)))
-            if picture:
-                rows.append(Captioned(picture, caption))
-        left_out = len(present) - len(rows)
-        note = f"Samples of {path.name}."
-        return rows, note + (f" {left_out} other classes are not in this file." if left_out else "")
-    return [], ""
+        labels = np.asarray(map_array(path, "arr_1"))
+    except _READ_ERRORS:  # samples without labels
+        return [], ""
+    present = np.unique(labels)
+    shown, rows = present[:_MAX_CLASSES], []
+    for label, caption in zip(shown, class_captions(shown, run.class_names), strict=True):
+        chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
+        rows.append(budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)), caption))
+    rows = [row for row in rows if row]
+    left_out = len(present) - len(rows)
+    return rows, f"Samples of {path.name}." + (f" {left_out} other classes are not in this file." if left_out else "")
 
 
-def other_pictures(
-    run: RunFiles, budget: Budget, is_wanted: Callable[[str], bool], captions: dict[str, str] | None = None
-) -> tuple[list[Captioned], list[str]]:
-    """(the other pictures of the directory and of samples/, the newest first; the names of those that found no room)."""
+def pictures_of_files(
+    run: RunFiles, budget: Budget, is_wanted: Callable[[str], bool]
+) -> tuple[list[Picture], Sequence[str]]:
+    """(the pictures of the directory and of samples/, the newest first; the names of those that found no room)."""
     paths = [*run.directory.glob("*.png"), *(run.directory / "samples").glob("*.png")]
     paths = [path for path in paths if ".partial." not in path.name and is_wanted(path.name)]
-    paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
-    shown, left_out = [], [path.name for path in paths[_MAX_PICTURES:]]
-    paths = paths[:_MAX_PICTURES]
-    for number, path in enumerate(paths):
-        limit = 2 * budget.left // max(len(paths) - number, 2)
-        picture = _embed(budget, path, limit, run.notes)
+    shown, left_out = [], []
+    for path in sorted(paths, key=lambda path: (-modified_time(path), path.name)):
+        picture = _embed_file(budget, path, path.name, run.notes)
         if picture:
-            shown.append(Captioned(picture, (captions or {}).get(path.name, path.name)))
+            shown.append(picture)
         else:
             left_out.append(path.name)
     return shown, left_out
 
 
-def _embed(budget: Budget, path: pathlib.Path, limit: int | None, notes: list[str]) -> Picture | None:
+def _embed_file(
+    budget: Budget, path: pathlib.Path, caption: str, notes: list[str], side: int = _MAX_SIDE
+) -> Picture | None:
     try:
-        return budget.embed(path, limit)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged files
+        return budget.embed(path, caption, side)
+    except _READ_ERRORS as error:
         notes.append(f"{path.name} could not be read: {error}")
         return None

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.evaluation import named_array_metrics, named_metrics
+from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.report.sections import LIKELIHOOD_TERMS, examples_of, format_value
+from diffusion_jax.report.page import examples_of, format_value
 from diffusion_jax.training.digests import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]
 
+_MEASURED_WITH = ("num_samples", "steps", "features", "reference")
 _LICENSE = "unknown"  # an identifier that hubs accept, until somebody fills in another
 
 
@@ -48,45 +49,32 @@ def model_card(description: Description, to: pathlib.Path, workdir: pathlib.Path
     weights = "ema" if ema else "raw"
     if run is not None and run.config is not None and step is not None:
         weights = weights_kind(run.config, step, ema)
-    metrics = {} if run is None else _metrics(run, weights, step)
     parts = [
-        f"---\n{_metadata(description, to, run, metrics)}---",
+        f"---\n{_metadata(description, to, run)}---",
         f"# {to.stem}",
         f"Weights of a diffusion model, written by `diffusion_jax.pretrained convert` (version {diffusion_jax.__version__}).",
         "**Fill in:** the license (here and above), what the model is for, and its limits.",
         "## Use\n\n" + _code(to),
         f"## Network and diffusion\n\n```text\n{format_summary(description)}\n```",
         "" if run is None else _training(run, weights, step),
-        _metrics_section(metrics),
+        "" if run is None else _metrics(run, weights, step),
         "## License\n\nTo be filled in. The license of the data may restrict the use of the weights.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(
-    description: Description, to: pathlib.Path, run: RunFiles | None, metrics: Mapping[str, tuple[float, Any, str]]
-) -> str:
+def _metadata(description: Description, to: pathlib.Path, run: RunFiles | None) -> str:
     """The lines of metadata; JSON values are YAML, too."""
-    is_folder = to.suffix != ".safetensors"
-    dataset = run.config.data.dataset if run is not None and run.config is not None else None
-    task = "unconditional-image-generation" if description.is_images else "other"
     fields: dict[str, Any] = {
-        "license": _LICENSE,
-        "library_name": "diffusers" if is_folder else "diffusion_jax",
+        "library_name": "diffusion_jax" if to.suffix == ".safetensors" else "diffusers",
         "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
     }
     if description.is_images:
-        fields["pipeline_tag"] = task
-    if dataset:
-        fields["datasets"] = [dataset]
-    if metrics:
-        values = [{"type": name, "name": name, "value": value} for name, (value, _, _) in metrics.items()]
-        of = {"type": dataset, "name": dataset}
-        fields["model-index"] = [
-            {"name": to.stem, "results": [{"task": {"type": task}, "dataset": of, "metrics": values}]}
-        ]
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join([lines[0] + "  # fill in", *lines[1:]]) + "\n"
+        fields["pipeline_tag"] = "unconditional-image-generation"
+    if run is not None and run.config is not None:
+        fields["datasets"] = [run.config.data.dataset]
+    license_line = f"license: {json.dumps(_LICENSE)}  # fill in\n"
+    return license_line + "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items())
 
 
 def _code(to: pathlib.Path) -> str:
@@ -123,43 +111,29 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
     return "\n\n".join(["## Training", _table(("what", "value"), rows.items()), command])
 
 
-def _metrics(run: RunFiles, weights: str, step: int | None) -> dict[str, tuple[float, Any, str]]:
-    """{name: (value, standard error or None, how it was measured)} of these weights, each of the most samples."""
-    found: dict[str, tuple[float, Any, str]] = {}
+def _metrics(run: RunFiles, weights: str, step: int | None) -> str:
+    """The metrics of these weights, each of the most samples."""
+    found: dict[str, tuple[str, str, str]] = {}  # rows by metric
     records = [record for record in run.records if (record.get("weights"), record.get("step")) == (weights, step)]
-    known = _definitions()
+    known = named_metrics.DEFINITIONS
     for record in sorted(records, key=lambda record: record.get("num_samples") or 0):
-        how = ", ".join(
-            f"{name} {record[name]}" for name in ("num_samples", "steps", "features", "reference") if record.get(name)
-        )
-        how = f"{record.get('sampling', {}).get('sampler', 'samples')}, {how}"
+        settings = [f"{name} {record[name]}" for name in _MEASURED_WITH if record.get(name)]
+        how = ", ".join([record.get("sampling", {}).get("sampler", "samples"), *settings])
         for name, value in record.items():
             if isinstance(value, float) and (name in known or name.partition("_pytorch")[0] in known):
-                found[name] = value, record.get(f"{name}_standard_error"), how
+                found[name] = name, format_value(value, record.get(f"{name}_standard_error")), how
     likelihood = run.likelihood
     if (likelihood.get("weights"), likelihood.get("step")) == (weights, step):
         how = f"{likelihood.get('num_examples')} examples of {examples_of(likelihood)}"
         for name in ("bits_per_dim", "nats_per_dim", "ode_bits_per_dim", "ode_nats_per_dim"):
             if isinstance(likelihood.get(name), float):
-                found[name] = likelihood[name], likelihood.get(f"{name}_standard_error"), how
-    return found
-
-
-def _definitions() -> dict[str, str]:
-    return named_metrics.DEFINITIONS | named_array_metrics.DEFINITIONS | LIKELIHOOD_TERMS
-
-
-def _metrics_section(metrics: Mapping[str, tuple[float, Any, str]]) -> str:
-    if not metrics:
+                found[name] = name, format_value(likelihood[name], likelihood.get(f"{name}_standard_error")), how
+    if not found:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
-    known = _definitions()
-    rows = [
-        (name, format_value(value, error), how, known.get(name, "")) for name, (value, error, how) in metrics.items()
-    ]
-    return "## Metrics\n\n" + _table(("metric", "value ± standard error", "measured with", "definition"), rows)
+    return "## Metrics\n\n" + _table(("metric", "value ± standard error", "measured with"), found.values())
 
 
-def _table(header: Sequence[str], rows) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in cells)
 

@@ -1,81 +1,95 @@
-"""The page about one run, and the page that compares several."""
+"""The page about one run, and the page that compares several.
+
+A section is (id, title, element), or None if the run has nothing to show there.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
-from diffusion_jax.report import gallery
-from diffusion_jax.report.collect import RunFiles
-from diffusion_jax.report.curves import MAX_POINTS, training_charts
-from diffusion_jax.report.embed import Budget
+from diffusion_jax.evaluation import named_metrics
+from diffusion_jax.report import commands, gallery
+from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
+from diffusion_jax.report.collect import RunFiles, sample_files
+from diffusion_jax.report.gallery import Budget, Frames, Picture
 from diffusion_jax.report.markup import Markup, definitions, element, join, json_script, table
-from diffusion_jax.report.sections import PageData, chart_grid, metrics_table, run_sections, section
+from diffusion_jax.runs.console import format_duration
+from diffusion_jax.runs.metric_records import add_likelihood, table_cells
+from diffusion_jax.runs.sample import read_settings
 
-__all__ = ["comparison_page", "run_page"]
+__all__ = ["comparison_page", "examples_of", "format_value", "run_page"]
 
+Section = tuple[str, str, Markup]
+PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 PICTURE_BYTES = 3_000_000  # before base64, which makes them a third larger
+_MAX_RECORDS, _MAX_COMMANDS = 20, 3
 # Nothing is loaded from anywhere, even if a text were not escaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_LIKELIHOOD_TERMS = {
+    "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
+    "nats_per_dim": "the same in nats",
+    "prior": "KL of q(x_T | x_0) from the standard normal, in bits per dimension",
+    "transitions": "sum of the terms of the steps between, in bits per dimension",
+    "decoder": "L_0, the code of x_0 given x_1, in bits per dimension",
+    "ode_bits_per_dim": "by the probability-flow ODE, no bound",
+    "ode_nats_per_dim": "the same in nats",
+}
 
 
 def run_page(run: RunFiles) -> str:
     """The page of a run."""
     data: PageData = {"charts": {}, "frames": {}}
-    parts = run_sections(run, data, PICTURE_BYTES)
-    status = {name: value for name, value in run.status.items() if name != "directory"}
-    head = (
-        definitions(status.items())
-        if status
-        else element("p", "The directory holds no run yet: it has no config.json.")
-    )
-    return _page(f"Run {run.name}", [head, _notes(run)], parts, data)
+    training, denoising, samples, others = (Budget(int(PICTURE_BYTES * share)) for share in (0.4, 0.15, 0.1, 0.35))
+    sections = [
+        _curves(run, data),
+        _training_samples(run, data, training),
+        _denoising(run, data, denoising),
+        _samples(run, samples),
+        _likelihood(run),
+        _metrics({run.name: run}),
+        _pictures(run, others),
+        _launches(run),
+        _config(run),
+        _environment(run),
+        _commands(run),
+    ]
+    status = [(name, value) for name, value in run.status.items() if name != "directory"]
+    head = definitions(status)
+    if not status:
+        head = element("p", "The directory holds no run yet: it has no config.json.")
+    return _page(f"Run {run.name}", [head, _notes(run)], sections, data)
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
     """One page about several runs: their states, curves, differing leaves, metrics and newest pictures."""
     data: PageData = {"charts": {}, "frames": {}}
-    names = unique_names(runs)
-    parts = [
-        _states(runs, names),
-        _common_curves(runs, names, data),
-        _differing_leaves(runs, names),
-        _common_metrics(runs, names),
-        _newest_pictures(runs, names),
+    named: dict[str, RunFiles] = {}
+    for run in runs:  # with a number where two names are equal
+        count = sum(name == run.name or name.startswith(f"{run.name} (") for name in named)
+        named[f"{run.name} ({count + 1})" if count else run.name] = run
+    sections = [
+        _states(named),
+        _common_curves(named, data),
+        _differing_leaves(named),
+        _metrics(named),
+        _newest_samples(named),
     ]
-    notes = [_notes(run, f"{name}: ") for run, name in zip(runs, names, strict=True)]
-    return _page(f"{len(runs)} runs: {', '.join(names)}", notes, [part for part in parts if part is not None], data)
+    notes = [_notes(run, f"{name}: ") for name, run in named.items()]
+    return _page(f"{len(runs)} runs: {', '.join(named)}", notes, sections, data)
 
 
-def unique_names(runs: Sequence[RunFiles]) -> list[str]:
-    """The names of the directories, with a number where two are equal."""
-    names: list[str] = []
-    for run in runs:
-        count = sum(name == run.name or name.startswith(f"{run.name} (") for name in names)
-        names.append(f"{run.name} ({count + 1})" if count else run.name)
-    return names
+def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None], data: PageData) -> str:
+    def static(name: str) -> str:
+        return (importlib.resources.files("diffusion_jax.report") / "static" / name).read_text()
 
-
-def _notes(run: RunFiles, prefix: str = "") -> Markup:
-    if not run.notes:
-        return Markup("")
-    return element("ul", *(element("li", f"{prefix}{note}") for note in run.notes), class_="notes", aria_label="Notes")
-
-
-def _static(name: str) -> str:
-    return (importlib.resources.files("diffusion_jax.report") / "static" / name).read_text()
-
-
-def _page(title: str, head: Sequence[Any], parts: Sequence[tuple[str, str, Markup]], data: Mapping[str, Any]) -> str:
     written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    links = [element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in parts]
-    style = Markup(f"<style>{_static('uPlot.min.css')}{_static('report.css')}</style>")
-    license_text = Markup(f"<!-- uPlot, which draws the charts:\n{_static('uPlot.LICENSE')}-->")
-    scripts = Markup(f"<script>{_static('uPlot.iife.min.js')}</script><script>{_static('report.js')}</script>")
+    shown = [section for section in sections if section is not None]
+    links = [element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in shown]
     document = element(
         "html",
         element(
@@ -85,8 +99,8 @@ def _page(title: str, head: Sequence[Any], parts: Sequence[tuple[str, str, Marku
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),
             element("title", title),
-            license_text,
-            style,
+            Markup(f"<!-- uPlot, which draws the charts:\n{static('uPlot.LICENSE')}-->"),
+            Markup(f"<style>{static('uPlot.min.css')}{static('report.css')}</style>"),
         ),
         element(
             "body",
@@ -101,64 +115,264 @@ def _page(title: str, head: Sequence[Any], parts: Sequence[tuple[str, str, Marku
                 "main",
                 element("noscript", element("p", "Charts and sliders need scripts, which this browser does not run.")),
                 *head,
-                *(part for _, _, part in parts),
+                *(content for _, _, content in shown),
                 id="content",
             ),
             json_script("data", data),
-            scripts,
+            Markup(f"<script>{static('uPlot.iife.min.js')}</script><script>{static('report.js')}</script>"),
         ),
         lang="en",
     )
     return f"<!doctype html>\n{document}\n"
 
 
-def _states(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[str, str, Markup]:
-    keys = list(dict.fromkeys(key for run in runs for key in run.status if key != "directory"))
-    rows = [[name, *(run.status.get(key, "") for key in keys)] for run, name in zip(runs, names, strict=True)]
-    return section("states", "Runs", table("The state of each run", ["run", *keys], rows))
+def _section(identifier: str, title: str, *content: Any) -> Section:
+    """The heading has its own id, so that the element is a named region."""
+    heading = element("h2", title, id=f"{identifier}-title")
+    body = element("section", heading, *content, id=identifier, aria_labelledby=f"{identifier}-title")
+    return identifier, title, body
 
 
-def _common_curves(runs: Sequence[RunFiles], names: Sequence[str], data: PageData) -> tuple[str, str, Markup]:
+def _notes(run: RunFiles, prefix: str = "") -> Markup:
+    if not run.notes:
+        return Markup("")
+    return element("ul", *(element("li", f"{prefix}{note}") for note in run.notes), class_="notes", aria_label="Notes")
+
+
+# ---- Sections of one run
+
+
+def _curves(run: RunFiles, data: PageData) -> Section:
+    charts = training_charts(run.lines)
+    if not charts:
+        return _section("curves", "Curves", element("p", "Nothing is logged yet: the run has no line of metrics."))
+    longest = max(series["values"] for chart in charts for series in chart["series"])
+    points = max(len(series["x"]) for chart in charts for series in chart["series"])
+    text = f"{longest:,} lines of the log."
+    if points < longest:
+        text += f" They are shown as {points} means, with a band from the lowest to the highest value of each interval."
+    return _section("curves", "Curves", element("p", text), chart_grid("curve", charts, data))
+
+
+def _training_samples(run: RunFiles, data: PageData, budget: Budget) -> Section | None:
+    frames = gallery.training_samples(run, budget)
+    if frames is None:
+        return None
+    text = "The same noise at every step, so that only the network changes."
+    body = _frames("training-frames", frames, data, len(frames.frames) - 1)
+    return _section("training-samples", "Samples during training", element("p", text), body)
+
+
+def _denoising(run: RunFiles, data: PageData, budget: Budget) -> Section | None:
+    frames = gallery.denoising(run, budget)
+    if frames is None:
+        return None
+    return _section("denoising", "Denoising, step by step", _frames("denoising-frames", frames, data, 0))
+
+
+def _frames(identifier: str, frames: Frames, data: PageData, start: int) -> Markup:
+    """Pictures with a slider. The first is in the page itself, so that it is seen without scripts, too."""
+    shown_caption, shown = frames.frames[start]
+    data["frames"][identifier] = {
+        "start": start,
+        "captions": [caption for caption, _ in frames.frames],
+        "names": frames.names,
+        "images": [[None if i == start else p.src for p in drawn] for i, (_, drawn) in enumerate(frames.frames)],
+    }
+    images = [
+        _figure(picture._replace(caption=f"{name}, {shown_caption}"), name)
+        for name, picture in zip(frames.names, shown, strict=True)
+    ]
+    label = f"{identifier}-caption"
+    controls = [
+        element("button", "Previous", type="button", data_move=-1),
+        element("input", type="range", min=0, max=len(frames.frames) - 1, step=1, value=start, aria_labelledby=label),
+        element("button", "Next", type="button", data_move=1),
+        element("button", "Play", type="button", data_play=True, aria_pressed="false"),
+    ]
+    return element(
+        "div",
+        element("div", *images, class_="pictures"),
+        element("p", shown_caption, id=label, class_="frame-caption", aria_live="polite"),
+        element("div", *controls, class_="controls"),
+        element("p", frames.note) if frames.note else "",
+        data_frames=identifier,
+        class_="frames",
+    )
+
+
+def _figure(picture: Picture, caption: str) -> Markup:
+    image = element("img", src=picture.src, alt=picture.caption, width=picture.width, height=picture.height)
+    return element("figure", image, element("figcaption", caption))
+
+
+def _figures(pictures: Iterable[Picture], class_: str = "gallery") -> Markup:
+    return element("div", *(_figure(picture, picture.caption) for picture in pictures), class_=class_)
+
+
+def _samples(run: RunFiles, budget: Budget) -> Section | None:
+    rows, note = gallery.class_rows(run, budget)
+    return _section("samples", "Samples", element("p", note), _figures(rows, "classes")) if rows else None
+
+
+def _likelihood(run: RunFiles) -> Section | None:
+    report = run.likelihood
+    rows = [
+        [name, format_value(report[name], report.get(f"{name}_standard_error")), meaning]
+        for name, meaning in _LIKELIHOOD_TERMS.items()
+        if isinstance(report.get(name), int | float)
+    ]
+    if not rows:
+        return None
+    caption = f"{report.get('num_examples')} examples of {examples_of(report)}, "
+    caption += f"the {report.get('weights')} weights of step {report.get('step')}"
+    return _section("likelihood", "Likelihood", table(caption, ["quantity", "value ± standard error", "meaning"], rows))
+
+
+def examples_of(likelihood: Mapping[str, Any]) -> str:
+    """The data set of likelihood.json and its split, if it has one."""
+    return " ".join(str(likelihood[name]) for name in ("dataset", "split") if likelihood.get(name))
+
+
+def format_value(value: float, error: float | None = None) -> str:
+    """A number with its standard error."""
+    return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+
+
+def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
+    """The metrics of all records of runs by name, and what they mean."""
+    pairs = []
+    for run in runs.values():
+        records = add_likelihood(run.records, run.likelihood) if run.likelihood else run.records
+        pairs += [(run.directory, record) for record in records[-_MAX_RECORDS:]]
+    if not pairs:
+        return None
+    columns, rows = table_cells(pairs)
+    names = {str(run.directory): name for name, run in runs.items()}
+    texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
+    body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
+    meanings = named_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
+    return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
+
+
+def _pictures(run: RunFiles, budget: Budget) -> Section | None:
+    def is_wanted(name: str) -> bool:
+        return not name.startswith("train_step")
+
+    shown, left_out = gallery.pictures_of_files(run, budget, is_wanted)
+    if not shown and not left_out:
+        return None
+    names = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
+    text = element("p", f"Left out, because this file stays small: {names}.") if names else ""
+    return _section("pictures", "Pictures", _figures(shown), text)
+
+
+def _launches(run: RunFiles) -> Section | None:
+    """A row for each launch, and the checkpoints that were not used."""
+    if not run.launches:
+        return None
+    rows = []
+    continued_from = [launch["first_step"] for launch in run.launches[1:]] + [run.launches[-1]["last_step"]]
+    for launch, following in zip(run.launches, continued_from, strict=True):
+        started = datetime.datetime.fromtimestamp(launch["start"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+        duration, last = format_duration(launch["end"] - launch["start"]), launch["last_step"]
+        stopped_by = launch.get("stopped_by", "")
+        rows.append([started, duration, launch["first_step"], last, max(last - following, 0), stopped_by])
+    header = ["start (UTC)", "duration", "from step", "to step", "steps done again later", "stopped by"]
+    checkpoints = run.directory / "checkpoints"
+    unused = sorted(path.name for end in ("unreadable", "partial") for path in checkpoints.glob(f"*.{end}"))
+    text = (
+        element("p", f"Damaged or unfinished checkpoints, which are not used: {', '.join(unused)}.") if unused else ""
+    )
+    return _section("launches", "Launches", table("Launches", header, rows, "times"), text)
+
+
+def _config(run: RunFiles) -> Section | None:
+    if run.config is None:
+        return None
+    changed = commands.differences_from_defaults(run.config)
+    rows = [[name, str(value), str(default), text] for name, (value, default, text) in changed.items()]
+    every = table("All leaves", ["leaf", "value"], [[name, str(value)] for name, value in flatten(run.config).items()])
+    return _section(
+        "config",
+        "Config",
+        table("Leaves that differ from the defaults", ["leaf", "value", "default", "meaning"], rows),
+        element("details", element("summary", "All leaves"), every),
+    )
+
+
+def _environment(run: RunFiles) -> Section | None:
+    """What the last launch ran with, and the data."""
+    rows: list[tuple[str, str]] = []
+    environment = run.launches[-1].get("environment") if run.launches else None
+    if environment:
+        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        devices = "{devices} x {device_kind} ({backend}), {processes} processes".format(**environment)
+        rows += [
+            ("versions", versions),
+            ("system", "{system}, {cpus} CPUs".format(**environment)),
+            ("devices", devices),
+        ]
+    if run.data:
+        digest = run.data.get("sha256_of_some")
+        rows.append(("data", f"{run.data.get('images', 0):,} examples, SHA-256 of some: {digest}"))
+        if run.data.get("classes"):
+            rows.append(("classes", ", ".join(map(str, run.data["classes"]))))
+    return _section("environment", "Environment and data", definitions(rows)) if rows else None
+
+
+def _commands(run: RunFiles) -> Section | None:
+    if run.config is None:
+        return None
+    lines = ["# Train, in a new directory DIR.", commands.train_command(run.config)]
+    for path in list(sample_files(run.directory))[:_MAX_COMMANDS]:
+        stored = read_settings(path)
+        if stored:
+            lines += [f"# Draw {path.name}.", commands.sampling_command(run.config, stored)]
+    text = "\n".join(lines)
+    return _section("reproduce", "Commands to reproduce", element("pre", text, tabindex=0, aria_label="Commands"))
+
+
+# ---- Sections of several runs
+
+
+def _states(runs: Mapping[str, RunFiles]) -> Section:
+    keys = list(dict.fromkeys(key for run in runs.values() for key in run.status if key != "directory"))
+    rows = [[name, *(run.status.get(key, "") for key in keys)] for name, run in runs.items()]
+    return _section("states", "Runs", table("The state of each run", ["run", *keys], rows))
+
+
+def _common_curves(runs: Mapping[str, RunFiles], data: PageData) -> Section:
     """A chart for each value of the logs, with a line for each run."""
-    charts: dict[tuple[str, str], dict[str, Any]] = {}
-    for run, name in zip(runs, names, strict=True):
+    charts: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
         for chart in training_charts(run.lines, max(MAX_POINTS // len(runs), 60)):
-            several = len(chart["series"]) > 1
             for series in chart["series"]:
-                title = f"{chart['title']}: {series['label']}" if several else chart["title"]
-                joint = charts.setdefault((title, chart["y"]), chart | {"title": title, "series": []})
+                title = f"{chart['title']}: {series['label']}" if len(chart["series"]) > 1 else chart["title"]
+                joint = charts.setdefault(title, chart | {"title": title, "series": []})
                 joint["series"].append(series | {"label": name})
     if not charts:
-        return section("curves", "Curves", element("p", "Nothing is logged yet."))
-    return section("curves", "Curves", chart_grid("curve", charts.values(), data))
+        return _section("curves", "Curves", element("p", "Nothing is logged yet."))
+    return _section("curves", "Curves", chart_grid("curve", charts.values(), data))
 
 
-def _differing_leaves(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[str, str, Markup] | None:
-    leaves = [{} if run.config is None else flatten(run.config) for run in runs]
+def _differing_leaves(runs: Mapping[str, RunFiles]) -> Section:
+    leaves = [{} if run.config is None else flatten(run.config) for run in runs.values()]
     keys = dict.fromkeys(key for each in leaves for key in each)
     differing = [key for key in keys if len({str(each.get(key)) for each in leaves}) > 1]
-    rows = [[key, *(str(each[key]) if key in each else "" for each in leaves)] for key in differing]
+    rows = [[key, *(str(each.get(key, "")) for each in leaves)] for key in differing]
     if not rows:
-        return section("config", "Config", element("p", "The configs are equal."))
-    return section("config", "Config", table("Leaves in which the runs differ", ["leaf", *names], rows))
+        return _section("config", "Config", element("p", "The configs are equal."))
+    return _section("config", "Config", table("Leaves in which the runs differ", ["leaf", *runs], rows))
 
 
-def _common_metrics(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[str, str, Markup] | None:
-    body = metrics_table(dict(zip(names, runs, strict=True)))
-    return None if body is None else section("metrics", "Metrics", body)
-
-
-def _newest_pictures(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[str, str, Markup] | None:
-    """The newest picture of samples during training, or of samples, of each run."""
+def _newest_samples(runs: Mapping[str, RunFiles]) -> Section | None:
     figures = []
-    for run, name in zip(runs, names, strict=True):
-        budget = Budget(PICTURE_BYTES // len(runs))
-        frames = gallery.training_samples(run, Budget(budget.left), newest_only=True)
+    for name, run in runs.items():
+        frames = gallery.training_samples(run, Budget(PICTURE_BYTES // len(runs)), most=1)
         if frames:
-            caption, (picture,) = frames.frames[-1]
-            text = f"{name}, {caption}"
-            image = element("img", src=picture.src, alt=text, width=picture.width, height=picture.height)
-            figures.append(element("figure", image, element("figcaption", text)))
+            ((caption, (picture,)),) = frames.frames
+            figures.append(_figure(picture, f"{name}, {caption}"))
     if not figures:
         return None
-    return section("samples", "Newest samples during training", element("div", join(figures), class_="gallery"))
+    return _section("samples", "Newest samples during training", element("div", join(figures), class_="gallery"))

@@ -27,8 +27,7 @@ class BatchLoader:
         self._options, self._mesh = config.training, program.mesh
         rows = sharding.process_rows(self._options.batch_size, program.mesh)
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
-        read_from = source.source if isinstance(source, data.Normalized) else source
-        self._workers = 0 if isinstance(read_from, data.InMemory) else config.data.workers
+        self._workers = 0 if data.is_in_memory(source) else config.data.workers
         self._stream = data.stream(batches, step, self._workers)
         self._can_scan = program.train_steps is not None
         if self._options.steps_per_call > 1 and not self._can_scan:

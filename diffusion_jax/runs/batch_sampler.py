@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,8 +23,7 @@ __all__ = ["BatchSampler", "SampleTrajectory", "check_finite", "picture_steps", 
 class BatchSampler:
     """Compiled sampling of a config, distributed over the devices: `batch_sampler(params, seed, batch)`.
 
-    Batch i holds samples i B ... (i + 1) B - 1. on_step: called with the number of finished steps while a batch is drawn.
-    normalization: of continuous data, whose samples are in the units of the data.
+    Batch i holds samples i B ... (i + 1) B - 1. normalization: of continuous data; samples are in the units of the data.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class BatchSampler:
         setup: SamplingSetup,
         mesh: Mesh,
         batch_size: int,
-        on_step: Callable[[int], None] | None = None,
         normalization: data.Normalization | None = None,
     ):
         self.setup, self.batch_size = setup, batch_size
@@ -50,7 +48,7 @@ class BatchSampler:
             params = jax.lax.with_sharding_constraint(params, replicated)
             y, condition = jax.tree.map(constrain, (y, condition))
             key = jax.random.fold_in(jax.random.key(seed), batch)
-            x = setup.draw(params, classifier_params, key, shape, y, condition, constrain=constrain, progress=on_step)
+            x = setup.draw(params, classifier_params, key, shape, y, condition, constrain=constrain)
             return x if continuous else to_uint8(x)
 
         self._sample_batch = jax.jit(

@@ -56,8 +56,8 @@ def check_source(config: ConfigDict, source: data.Source) -> None:
     batch = source.read(np.arange(min(1 if levels is None else _NUM_CHECKED_IMAGES, len(source))))
     if levels is not None:
         data.check_levels(batch["image"], levels)
-    _check_conditions(config, source, batch)
-    num_classes, source_classes = config.model.num_classes, data.read_num_classes(source)
+    _check_conditions(config, batch)
+    num_classes, (source_classes, _) = config.model.num_classes, data.read_classes(source)
     if num_classes and source_classes > num_classes:
         raise UserError(
             f"model.num_classes={num_classes}, but the data has {source_classes} classes; use that number, or 0"
@@ -69,17 +69,13 @@ def check_source(config: ConfigDict, source: data.Source) -> None:
         )
     if num_classes and "label" not in batch:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
-        because = _because(source, "no_labels_reason")
-        raise UserError(f"model.num_classes={num_classes}, but the data has no labels{because}; {advice}")
+        raise UserError(
+            f"model.num_classes={num_classes}, but the data has no labels (an array 'label', or a subfolder for each class "
+            f"with no file outside); {advice}"
+        )
 
 
-def _because(source: data.Source, name: str) -> str:
-    """The reason that a source gives in its attribute of this name, in parentheses; "" for none."""
-    reason = getattr(source, name, "")
-    return f" ({reason})" if reason else ""
-
-
-def _check_conditions(config: ConfigDict, source: data.Source, batch: Mapping[str, np.ndarray]) -> None:
+def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> None:
     """Raises: UserError for conditions that the network does not take, or the reverse."""
     expected, given = condition_shape(config), batch.get("condition")
     shape = None if given is None else given.shape[1:]
@@ -90,11 +86,7 @@ def _check_conditions(config: ConfigDict, source: data.Source, batch: Mapping[st
             f"--config.model.{leaf}={shape[-1]}, or a source without conditions"
         )
     if expected is not None and shape != expected:
-        has = (
-            f"no conditions{_because(source, 'no_conditions_reason')}"
-            if shape is None
-            else f"conditions of shape {list(shape)}"
-        )
+        has = "no conditions (an array 'condition')" if shape is None else f"conditions of shape {list(shape)}"
         raise UserError(
             f"the data has {has}, but model.condition_features={config.model.condition_features} and "
             f"condition_channels={config.model.condition_channels} need shape {list(expected)}"

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform
 import warnings
+from typing import Any
 
 import absl.logging
 import jax
 
+import diffusion_jax
 from diffusion_jax.distributed import compiler
 from diffusion_jax.files import user_cache
 from diffusion_jax.runs.console import log
 
-__all__ = ["collect_garbage_rarely", "log_determinism", "silence_libraries", "start", "start_virtual"]
+__all__ = [
+    "collect_garbage_rarely",
+    "describe_environment",
+    "log_determinism",
+    "silence_libraries",
+    "start",
+    "start_virtual",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
 
 
 def silence_libraries() -> None:
@@ -78,6 +90,23 @@ def log_determinism(deterministic: bool) -> None:
             "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, add "
             "--config.training.deterministic=True"
         )
+
+
+def describe_environment() -> dict[str, Any]:
+    """The versions of the libraries, the system, the devices and the number of processes, as JSON values."""
+    versions = {"diffusion_jax": diffusion_jax.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+    }
 
 
 def _platforms() -> str | None:

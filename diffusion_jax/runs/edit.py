@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from diffusion_jax import data, editing, pictures, sampling
 from diffusion_jax.config import is_continuous, resolve
@@ -22,14 +23,16 @@ from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs.batch_sampler import check_finite
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.edit_arrays import check_known, read_array, read_array_mask
-from diffusion_jax.runs.edit_images import open_image, read_image, read_mask
 from diffusion_jax.runs.sampling_conditions import read_conditions, standardize_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.trained_model import TrainedModel
 from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["TASKS", "run"]
+
+_UNKNOWN = 127  # gray for pixels that the model paints
+_THRESHOLD = 127  # of a mask's 255; pixels above it are known
 
 
 class _Edit(NamedTuple):
@@ -49,7 +52,7 @@ class _Edit(NamedTuple):
 class _Context:
     """The input of every task: options, the sampling setup, and the shape and the values of the data.
 
-    normalization: of continuous data. is_of_images: whether the files are images, and not arrays.
+    normalization: of continuous data. is_of_images: whether the files are images, and not .npy arrays.
     """
 
     def __init__(self, config: ConfigDict, setup: SamplingSetup, normalization: data.Normalization | None):
@@ -63,12 +66,110 @@ class _Context:
 
     def read(self, leaf: str, size: tuple[int, ...] | None = None) -> np.ndarray:
         """`config.editing[leaf]` as uint8 [*spatial, C], or in the units of continuous data. Raises: UserError."""
+        size = size or self.size
         if self.is_of_images:
-            height, width = size or self.size
-            return read_image(self.options[leaf], leaf, (height, width), self.channels)
-        array = read_array(self.options[leaf], leaf, (*(size or self.size), self.channels), self._levels)
-        check_known(array, leaf, self._limits)
+            height, width = size
+            return data.fit(self._open_image(leaf), (height, width), self.channels)
+        array = self._read_array(leaf, (*size, self.channels))
+        self._check_known(array, leaf)
         return array
+
+    def _open_image(self, leaf: str) -> Image.Image:
+        """The decoded image of `config.editing[leaf]`. Raises: UserError."""
+        path = self.options[leaf]
+        if not path:
+            raise UserError(f"editing.{leaf}=FILE is needed: the path of an image file")
+        try:
+            with Image.open(local_path(path)) as image:
+                image.load()
+                return image
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
+
+    def _load_array(self, leaf: str) -> np.ndarray:
+        """The array of `config.editing[leaf]`. Raises: UserError."""
+        path = self.options[leaf]
+        if not path:
+            raise UserError(f"editing.{leaf}=FILE.npy is needed: the path of an array file")
+        try:
+            array = np.load(local_path(path), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"editing.{leaf}={path!r} cannot be read as an .npy file: {error}") from None
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"editing.{leaf}={path!r} holds several arrays; save the one to use with np.save")
+        return array
+
+    def _read_array(self, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One example of this shape: uint8, or numbers in the units of continuous data. Raises: UserError."""
+        array, is_continuous = self._load_array(leaf), self._levels is None
+        is_allowed = array.dtype.kind in "iuf" if is_continuous else array.dtype == np.uint8
+        if array.shape != shape or not is_allowed:
+            raise UserError(
+                f"editing.{leaf}={self.options[leaf]!r} holds {array.dtype} {list(array.shape)}; it must be one example of "
+                f"shape {list(shape)} of {'real numbers, in the units of the data' if is_continuous else 'uint8'}"
+            )
+        return array.astype(np.float64) if is_continuous and array.dtype.kind != "f" else array
+
+    def _check_known(self, values: np.ndarray, leaf: str) -> None:
+        """Raises: UserError for values that are not finite, or outside the limits of the data."""
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"editing.{leaf} has values that are not finite; repair them (editing.task=inpaint generates values that "
+                "editing.mask leaves out)"
+            )
+        if self._limits and (values.min() < self._limits[0] or values.max() > self._limits[1]):
+            raise UserError(
+                f"editing.{leaf} has values from {values.min():g} to {values.max():g}, outside "
+                f"data.limits={tuple(self._limits)}; clip them"
+            )
+
+    def read_masked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The example, the mask, and both as `_Edit.given`; values that are not known may be NaN. Raises: UserError."""
+        if self.is_of_images:
+            image, mask = self.read("image"), self._read_image_mask()
+        else:
+            image, mask = self._read_array("image", self.shape), self._read_array_mask()
+            self._check_known(image[np.broadcast_to(mask, self.shape)], "image")
+        if mask.all() or not mask.any():
+            color, problem = ("white", "nothing is left to generate") if mask.all() else ("black", "nothing is kept")
+            if not self.is_of_images:
+                color = str(bool(mask.all()))
+            raise UserError(
+                f"editing.mask={self.options.mask!r} is {color} everywhere: {problem}. Make what is to be kept white (above "
+                "127 of 255) or True, and what is to be generated black or False"
+            )
+        everywhere = np.broadcast_to(mask, self.shape)
+        log(
+            f"The mask keeps {everywhere.sum():,} of {everywhere.size:,} values ({100 * everywhere.mean():.0f}%), where it "
+            "is white or True, and the model generates the others."
+        )
+        unknown = np.nan if self._levels is None else _UNKNOWN
+        shown = np.where(mask, image, unknown).astype(image.dtype)
+        return np.where(mask, image, 0).astype(image.dtype), mask, np.stack([image, shown])
+
+    def _read_image_mask(self) -> np.ndarray:
+        """bool [H, W, 1], True where pixels are known: white, above 127 of 255, or 1 in a mask of 0 and 1."""
+        image, mask = (self._open_image(leaf) for leaf in ("image", "mask"))
+        if image.size != mask.size:
+            raise UserError(
+                f"editing.mask={self.options.mask!r} has {mask.width}x{mask.height} pixels and the image has "
+                f"{image.width}x{image.height}: they must have the same size, because both are cropped alike"
+            )
+        values = np.asarray(mask.convert("L"))
+        values = values * 255 if values.max() == 1 else values
+        height, width = self.size
+        return data.fit(Image.fromarray(values), (height, width), 1) > _THRESHOLD
+
+    def _read_array_mask(self) -> np.ndarray:
+        """bool [*spatial, 1] or [*spatial, C], True where values are known."""
+        mask = self._load_array("mask")
+        allowed = [self.shape, (*self.size, 1), self.size] if self.size else [self.shape]
+        if mask.dtype != bool or mask.shape not in allowed:
+            raise UserError(
+                f"editing.mask={self.options.mask!r} holds {mask.dtype} {list(mask.shape)}; it must be bool of shape "
+                f"{' or '.join(str(list(shape)) for shape in allowed)}, True where values are known"
+            )
+        return mask if mask.ndim == len(self.shape) else mask[..., None]
 
     def to_model(self, example: np.ndarray) -> jax.Array:
         """An example as a batch float32 [1, *spatial, C] in the model's range."""
@@ -93,44 +194,6 @@ class _Context:
         x_0 = sampling.sample(key_steps, self.setup.schedule, denoise_fn, x_T, sampler)
         assert isinstance(x_0, jax.Array)  # a trajectory is not requested
         return x_0
-
-    def read_masked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The example, the mask, and both as `_Edit.given`. Raises: UserError."""
-        if not self.is_of_images:
-            return self._read_masked_array()
-        image = self.read("image")
-        sizes = [open_image(self.options[leaf], leaf).size for leaf in ("image", "mask")]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"editing.mask={self.options.mask!r} has {sizes[1][0]}x{sizes[1][1]} pixels and the image has "
-                f"{sizes[0][0]}x{sizes[0][1]}: they must have the same size, because both are cropped alike"
-            )
-        height, width = self.size
-        mask = read_mask(self.options.mask, (height, width))
-        kept, total = int(mask.sum()), mask.size
-        log(
-            f"The mask keeps its white pixels, {kept:,} of {total:,} ({100 * kept / total:.0f}%), and the model paints the "
-            f"black ones, {total - kept:,} ({100 * (total - kept) / total:.0f}%)."
-        )
-        return image, mask, np.stack([image, np.where(mask, image, _UNKNOWN).astype(np.uint8)])
-
-    def _read_masked_array(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `read_masked`; values that are not known may be anything, NaN for instance."""
-        mask = read_array_mask(self.options.mask, self.shape)
-        example = read_array(self.options.image, "image", self.shape, self._levels)
-        everywhere = np.broadcast_to(mask, self.shape)
-        check_known(example[everywhere], "image", self._limits)
-        kept, total = int(everywhere.sum()), everywhere.size
-        log(
-            f"The mask keeps {kept:,} of {total:,} values ({100 * kept / total:.0f}%), and the model generates the other "
-            f"{total - kept:,}."
-        )
-        unknown = np.nan if self._levels is None else _UNKNOWN
-        shown = np.where(mask, example, unknown).astype(example.dtype)
-        return np.where(mask, example, 0).astype(example.dtype), mask, np.stack([example, shown])
-
-
-_UNKNOWN = 127  # gray for pixels that the model paints
 
 
 def _inpaint(context: _Context) -> _Edit:
@@ -211,6 +274,8 @@ def _super_resolution(context: _Context) -> _Edit:
 
 
 def _interpolate(context: _Context) -> _Edit:
+    if context.num_samples < 2:
+        raise UserError(f"editing.num_samples={context.num_samples} is too few for interpolate: it must be at least 2")
     first, second = context.read("image"), context.read("other")
     setup, t, num_steps = context.setup, context.options.level, context.setup.schedule.num_timesteps
     if t is not None and t >= num_steps:
@@ -251,14 +316,6 @@ TASKS = {
 }
 
 
-def _make_edit(context: _Context) -> _Edit:
-    """The edit of a config, its files read. Raises: UserError."""
-    task, num_samples = context.options.task, context.num_samples
-    if task == "interpolate" and num_samples < 2:
-        raise UserError(f"editing.num_samples={num_samples} is too few for interpolate: it must be at least 2")
-    return TASKS[task](context)
-
-
 def _captions(edit: _Edit, config: ConfigDict) -> list[str]:
     """One for each example of the picture: the given ones, then the results."""
     num_samples = config.editing.num_samples
@@ -282,7 +339,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             config, trained.model, trained.schedule, trained.mesh, trained.class_names, conditions=conditions
         )
         context = _Context(config, setup, trained.normalizations.get("x"))
-        edit = _make_edit(context)
+        edit = TASKS[config.editing.task](context)
     # One process does this, on one device.
     params, classifier_params = jax.device_get((trained.params, setup.classifier_params))
     num_rows = 1 if config.editing.task == "interpolate" else config.editing.num_samples

@@ -1,7 +1,6 @@
 """Goodput: the fraction of the wall time since a run's first launch that its steps took, and where the rest went.
 
-goodput.json of the work directory has an entry for each launch, which is rewritten at every line of the log, so that a kill
-loses at most one interval.
+goodput.json of the work directory has an entry for each launch, which is rewritten once a minute.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, shorten
 from diffusion_jax.files import write_text
-from diffusion_jax.storage.locations import find_mirror
+from diffusion_jax.runs.devices import describe_environment
 
 __all__ = ["PARTS", "Goodput", "LaunchTimes", "read_goodput", "read_launches"]
 
@@ -46,20 +45,13 @@ class LaunchTimes:
     def __init__(self, workdir: pathlib.Path, clock: Callable[[], float] = time.time):
         self._path, self._clock, self._start = workdir / _FILE, clock, clock()
         self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
-        self._first_step = self._step = 0
         self._written = -math.inf
-        self._earlier: list[dict[str, Any]] = []
-        self._environment: Mapping[str, Any] | None = None
-        self._stopped_by = ""
+        self._launches: list[dict[str, Any]] = [{}]  # the last is this one
 
-    def begin(self, step: int, environment: Mapping[str, Any] | None = None) -> None:
-        """Notes the step that the launch starts from; from now on, what is not measured is `train`.
-
-        environment: what the launch runs with, which goodput.json stores.
-        """
-        self._first_step = self._step = step
-        self._environment = environment
-        self._earlier = _read(self._path)
+    def begin(self, step: int) -> None:
+        """Sets the step that the launch starts from; from now on, what is not measured is `train`."""
+        this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
+        self._launches = [*_read(self._path), this]
         self._count_as("train")
 
     @contextlib.contextmanager
@@ -83,48 +75,39 @@ class LaunchTimes:
         self._count_as(self._part)
         return dict(self._seconds)
 
-    def write_each_minute(self, step: int) -> None:
-        """Writes the times up to a step if the last time was a minute ago: lines of the log may be further apart."""
-        if self._clock() - self._written > _SECONDS_BETWEEN_WRITES:
-            self.write(step)
+    def record(self, step: int, is_last: bool = False) -> None:
+        """Records that a step is finished, and writes the file at most once a minute unless `is_last`."""
+        self._launches[-1]["last_step"] = step
+        now = self._clock()
+        if is_last or now - self._written > _SECONDS_BETWEEN_WRITES:
+            self._launches[-1] |= {"end": now, "seconds": {part: round(s, 3) for part, s in self.seconds().items()}}
+            write_text(self._path, json.dumps(self._launches) + "\n")
+            self._written = now
 
-    def write(self, step: int, is_last: bool = False) -> float:
-        """Writes the times up to a step, to a bucket at most once a minute unless `is_last`.
-
-        Returns: the goodput of the run.
-        """
-        self._step = step
-        launches = [*self._earlier, self._entry()]
-        if is_last or not find_mirror(self._path) or self._clock() - self._written > _SECONDS_BETWEEN_WRITES:
-            write_text(self._path, json.dumps(launches) + "\n")
-            self._written = self._clock()
-        return _goodput(launches, self._clock()).fractions["train"]
+    def goodput(self) -> float:
+        """The goodput of the run up to now."""
+        this = self._launches[-1] | {"end": self._clock(), "seconds": self.seconds()}
+        return _goodput([*self._launches[:-1], this]).fractions["train"]
 
     def stop(self, error: BaseException) -> None:
-        """Notes the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
+        """Records the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
         if isinstance(error, StorageError | LeaseLostError):
             return
         is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)
         text = str(error) if is_message else f"{type(error).__name__}: {error}"
-        self._stopped_by = shorten(" ".join(text.split()) or type(error).__name__, 300)
+        self._launches[-1]["stopped_by"] = shorten(" ".join(text.split()) or type(error).__name__, 300)
         with contextlib.suppress(Exception):
-            self.write(self._step, is_last=True)
-
-    def _entry(self) -> dict[str, Any]:
-        times = {"start": self._start, "end": self._clock(), "first_step": self._first_step, "last_step": self._step}
-        entry = times | {"seconds": {part: round(seconds, 3) for part, seconds in self.seconds().items()}}
-        entry |= {"environment": dict(self._environment)} if self._environment else {}
-        return entry | ({"stopped_by": self._stopped_by} if self._stopped_by else {})
+            self.record(self._launches[-1]["last_step"], is_last=True)
 
 
-def read_goodput(workdir: pathlib.Path, now: float | None = None) -> Goodput | None:
-    """The goodput of a run up to now, or up to the end of its last launch; None without a launch that logged a line."""
+def read_goodput(workdir: pathlib.Path) -> Goodput | None:
+    """The goodput of a run up to the end of its last launch; None without a launch that wrote its times."""
     launches = read_launches(workdir)
-    return _goodput(launches, launches[-1]["end"] if now is None else now) if launches else None
+    return _goodput(launches) if launches else None
 
 
 def read_launches(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The launches of a run that logged a line or failed, as goodput.json has them; [] if there are none."""
+    """The launches of a run that finished a step or failed, as goodput.json has them; [] if there are none."""
     return _read(workdir / _FILE)
 
 
@@ -134,18 +117,18 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     return []
 
 
-def _goodput(launches: list[dict[str, Any]], now: float) -> Goodput:
+def _goodput(launches: list[dict[str, Any]]) -> Goodput:
     totals = dict.fromkeys([*PARTS, "repeated", "idle"], 0.0)
     for launch, following in zip(launches, [*launches[1:], None], strict=True):
-        seconds = launch["seconds"]
         for part in PARTS:
-            totals[part] += seconds[part]
-        end = now if following is None else following["start"]
-        totals["idle"] += max(end - launch["end"], 0.0)
+            totals[part] += launch["seconds"][part]
+        if following is None:
+            break
+        totals["idle"] += max(following["start"] - launch["end"], 0.0)
         steps = launch["last_step"] - launch["first_step"]
-        if following is not None and steps:
+        if steps:
             lost = min(max(launch["last_step"] - following["first_step"], 0), steps)
-            totals["repeated"] += seconds["train"] * lost / steps
+            totals["repeated"] += launch["seconds"]["train"] * lost / steps
     totals["train"] -= totals["repeated"]
     wall = max(sum(totals.values()), 1e-9)
     return Goodput({part: seconds / wall for part, seconds in totals.items()}, wall, len(launches))

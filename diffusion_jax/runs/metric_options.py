@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import feature_extractors, image_sets, named_array_metrics, named_metrics
-from diffusion_jax.evaluation.feature_extraction import cache_directory
+from diffusion_jax.evaluation import features, named_metrics
+from diffusion_jax.evaluation.example_sets import ExampleSet
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs.console import progress_over
 from diffusion_jax.runs.data_source import rename_leaves_in_errors
@@ -51,11 +51,11 @@ def resolve_metrics(config: ConfigDict) -> tuple[str, ...]:
     spatial_axes = len(data.example_shape(config.data)) - 1
     suitable = named_metrics.METRICS
     if is_array:
-        suitable = named_array_metrics.suitable_metrics(spatial_axes, bool(config.evaluation.features))
+        suitable = named_metrics.suitable_metrics(spatial_axes, bool(config.evaluation.features))
     for name in given or ():
         if name not in suitable:
             what = f"data with {spatial_axes} spatial axes" if is_array else "images"
-            if is_array and name in named_array_metrics.FEATURE_METRICS:
+            if is_array and name in named_metrics.ARRAY_METRICS_OF_FEATURES:
                 what += " and without evaluation.features=module:function"
             raise UserError(
                 f"evaluation.metrics: {name} is not for {what}; use None, or names from {', '.join(suitable)}"
@@ -65,11 +65,11 @@ def resolve_metrics(config: ConfigDict) -> tuple[str, ...]:
 
 def _check_features(config: ConfigDict) -> None:
     """Raises: UserError for features of images with other data."""
-    features = config.evaluation.features
-    if has_array_metrics(config) and features and ":" not in features:
+    name = config.evaluation.features
+    if has_array_metrics(config) and name and ":" not in name:
         shape = ", ".join(map(str, ("N", *data.example_shape(config.data))))
         raise UserError(
-            f"evaluation.features={features!r} are features of images; use module:function, a function of arrays [{shape}], "
+            f"evaluation.features={name!r} are features of images; use module:function, a function of arrays [{shape}], "
             'or "" for the metrics that need none'
         )
 
@@ -86,17 +86,17 @@ def lacks_inception(config: ConfigDict) -> bool:
     return _features_name(config) == "inception" and not config.evaluation.inception
 
 
-def load_extractor(config: ConfigDict) -> feature_extractors.FeatureExtractor:
+def load_extractor(config: ConfigDict) -> features.FeatureExtractor:
     """The feature extractor. Raises: UserError, also if the data have none; PretrainedError."""
     options = config.evaluation
     _check_features(config)
     if not _features_name(config):
         raise UserError("these data have no default features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
-        return feature_extractors.from_name(_features_name(config), options.inception, options.resize)
+        return features.from_name(_features_name(config), options.inception, options.resize)
 
 
-def load_reference(config: ConfigDict, source: data.Source | None = None) -> image_sets.ImageSet:
+def load_reference(config: ConfigDict, source: data.Source | None = None) -> ExampleSet:
     """The examples of `evaluation.reference_split`, those of the training split by default, in the units of the data.
 
     source: takes their place. Raises: DataError.
@@ -104,16 +104,16 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> ima
     progress = progress_over("Reading the reference")
     if source is not None:
         given = data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source)
-        return image_sets.ImageSet(type(source).__name__, given)
+        return ExampleSet(type(source).__name__, given)
     own_split = config.evaluation.reference_split
     split = own_split or config.data.split
     with rename_leaves_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
         loaded = data.load(ConfigDict({**config.data, "split": split}), progress)
     dataset, data_dir = config.data.dataset, config.data.data_dir
     names = {"folder": f"{data_dir}:{split}" if config.data.holdout else data_dir, "arrays": f"{data_dir}:{split}"}
-    return image_sets.ImageSet(names.get(dataset, f"{dataset}:{split}"), loaded)
+    return ExampleSet(names.get(dataset, f"{dataset}:{split}"), loaded)
 
 
 def features_cache(workdir: pathlib.Path) -> pathlib.Path:
     """Where features are kept. Every process must see it, so several processes use the work directory."""
-    return cache_directory() if jax.process_count() == 1 else workdir / ".features"
+    return features.cache_directory() if jax.process_count() == 1 else workdir / ".features"

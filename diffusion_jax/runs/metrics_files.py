@@ -1,28 +1,38 @@
-"""The metrics of a run in its work directory: lines of JSON, and TensorBoard events.
+"""The metrics of a run: lines of JSON and TensorBoard events in its work directory, and trackers that its config names.
 
-A local directory has metrics.jsonl, which grows. Objects of a bucket cannot grow, so there each flush writes a new one:
-metrics/<last step>.jsonl, and a file of events whose name ends with the step.
+A local directory has metrics.jsonl, which grows. Objects of a bucket cannot grow, so each flush writes the new lines to
+metrics/<last step>.jsonl, and begins a new file of events.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import write_text
+from diffusion_jax.runs.trackers import TRACKERS, Trackers
+from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.storage.locations import EVENTS, Mirror, find_mirror
+from diffusion_jax.storage.locations import EVENTS, find_mirror
 
-__all__ = ["MetricsLines", "MetricsWriter", "TensorBoardWriter", "open_lines", "read_metrics", "tensorboard_tag"]
+__all__ = ["RunMetrics", "check_writers", "read_metrics", "tensorboard_tag"]
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
+_SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
 _TENSORBOARD_GROUPS = {
     **dict.fromkeys(("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "mse", "vlb", "accuracy"), "loss"),
     **dict.fromkeys(("images_per_second", "seconds_left", "step_seconds", "goodput"), "time"),
@@ -31,42 +41,31 @@ _TENSORBOARD_GROUPS = {
 }  # the others are metrics of samples
 
 
-class MetricsWriter(Protocol):
-    """One destination of metrics."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers."""
-        ...
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
-        """Writes images uint8 [N, H, W, C]. caption: what they show."""
-        ...
-
-    def flush(self) -> None:
-        """Makes sure that what was written survives a kill."""
-        ...
-
-    def close(self) -> None:
-        """Ends the writer."""
-        ...
+def check_writers(config: ConfigDict) -> None:
+    """Raises: UserError for a tracker of `logging.writers` whose package is not installed."""
+    for name in config.logging.writers:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
+            )
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-    """The metrics of a run: dictionaries with "step" and the means since the line before; [] if it has logged nothing.
+    """Returns the metrics of a run: dictionaries with "step" and the means since the line before; [] if nothing is logged.
 
     workdir: a path, or the URL of a work directory in a bucket. A last line that a killed run did not finish is left out.
     """
-    directory = local_path(workdir)
-    return [line for path in [directory / _LINES, *_parts(directory)] for line in _read_lines(path)]
+    lines = [line for path in _files(local_path(workdir)) for line in _read_lines(path)]
+    return sorted(lines, key=lambda line: line["step"])
 
 
-def _parts(workdir: pathlib.Path) -> list[pathlib.Path]:
-    return sorted((workdir / _PARTS).glob("*.jsonl"))
+def _files(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in (workdir / _LINES, *sorted((workdir / _PARTS).glob("*.jsonl"))) if path.exists()]
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -78,71 +77,106 @@ def _as_text(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def open_lines(workdir: pathlib.Path, step: int) -> MetricsWriter:
-    """The writer of lines of JSON for a directory, after lines beyond `step`, from which a launch starts, are removed."""
-    return _MetricsParts(workdir, step) if find_mirror(workdir) else MetricsLines(workdir, step)
+class RunMetrics:
+    """Writes the metrics of a launch to metrics.jsonl and to the writers of `logging.writers`.
 
+    step: where the launch starts: later lines are removed first, so that each step has its lines once. Raises: UserError
+    with exit code 1 if a file cannot be written; trackers never raise.
+    """
 
-class MetricsLines:
-    """Appends to metrics.jsonl, after its lines beyond `step`, from which a launch starts, are removed."""
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, step: int):
+        self._workdir, self._is_mirrored, self._last_flush = workdir, find_mirror(workdir) is not None, time.monotonic()
+        stored, names = to_dict(config), config.logging.writers
+        self._writers: list[_Lines | _TensorBoardEvents | Trackers] = []
+        with self._write_errors():
+            self._writers.append(_Lines(workdir, step))
+            if "tensorboard" in names:
+                self._writers.append(_TensorBoardEvents(workdir, step, stored))
+        trackers = [name for name in names if name in TRACKERS]
+        self._writers.append(Trackers(trackers, workdir, config.logging.project, stored))
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        path = workdir / _LINES
-        if path.exists():
-            write_text(path, _as_text([line for line in _read_lines(path) if line["step"] <= step]))
-        self._file = path.open("a")
+    def __enter__(self) -> RunMetrics:
+        return self
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one line."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+    def __exit__(self, kind, *_) -> None:
+        with contextlib.suppress(*[UserError] if kind else []):  # the first error is the one to report
+            self.close()
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
-        """Does nothing: pictures are files of their own."""
-
-    def flush(self) -> None:
-        """Flushes the file to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-class _MetricsParts:
-    """Writes the lines since the last flush to a new file of metrics/, named by their last step."""
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        self._directory, self._lines = workdir / _PARTS, []
-        self._directory.mkdir(exist_ok=True)
-        for path in _parts(workdir):
-            lines = _read_lines(path)
-            if any(line["step"] > step for line in lines):
-                self._lines += [line for line in lines if line["step"] <= step]
-                path.unlink()
-                locations.removed(path)
-        self.flush()
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the logs in {self._workdir} ({error}); is the disk full? The checkpoints are kept: free some "
+                "space and rerun the same command to resume from the newest",
+                exit_code=1,
+            ) from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Keeps one line for the next flush."""
-        self._lines.append({"step": step, **scalars})
+        """Writes numbers by name."""
+        with self._write_errors():
+            for writer in self._writers:
+                writer.write_scalars(step, scalars)
+        if self._is_mirrored and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
-        """Does nothing: pictures are files of their own."""
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        """Writes a uint8 image [H, W, C]. caption: what it shows."""
+        with self._write_errors():
+            for writer in self._writers:
+                writer.write_image(step, name, image, caption)
 
     def flush(self) -> None:
-        """Writes and uploads the lines since the last flush."""
-        if not self._lines:
-            return
-        name = f"{self._lines[-1]['step']:08d}"
-        count = len(list(self._directory.glob(f"{name}*.jsonl")))  # other lines of this step
-        write_text(self._directory / (f"{name}_{count}.jsonl" if count else f"{name}.jsonl"), _as_text(self._lines))
-        self._lines = []
+        """Makes sure that what was written survives a kill: call it before the checkpoint from which a rerun continues."""
+        self._last_flush = time.monotonic()
+        with self._write_errors():
+            for writer in self._writers:
+                writer.flush()
 
     def close(self) -> None:
-        """Writes what is left."""
-        self.flush()
+        """Flushes and closes all writers."""
+        with self._write_errors(), contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            self.flush()
+
+
+class _Lines:
+    """Appends lines of JSON to a file of the work directory, after lines beyond `step` are removed."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._workdir, self._is_mirrored, self._waiting = workdir, find_mirror(workdir) is not None, []
+        for path in _files(workdir):
+            text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
+            if text != path.read_text():
+                write_text(path, text)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._waiting.append({"step": step, **scalars})
+        if not self._is_mirrored:
+            self._append(self._workdir / _LINES)
+
+    def write_image(self, *_) -> None:
+        """Does nothing: pictures are files of their own."""
+
+    def _append(self, path: pathlib.Path) -> None:
+        with path.open("a") as file:
+            file.write(_as_text(self._waiting))
+            self._waiting = []
+
+    def flush(self) -> None:
+        if not self._is_mirrored:
+            with (self._workdir / _LINES).open("a") as file:
+                os.fsync(file.fileno())
+        elif self._waiting:
+            path = self._workdir / _PARTS / f"{self._waiting[-1]['step']:08d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            self._append(path)
+            locations.written(path)
+
+    def close(self) -> None:
+        """Does nothing: no file stays open."""
 
 
 def tensorboard_tag(name: str) -> str:
@@ -150,75 +184,60 @@ def tensorboard_tag(name: str) -> str:
     return f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}"
 
 
-class TensorBoardWriter:
-    """Writes TensorBoard events, after those beyond `step`, from which a launch starts, are removed.
+class _TensorBoardEvents:
+    """Writes event files with TensorBoard alone: the import of TensorFlow takes seconds.
 
-    leaves: the config by full name, which becomes a text, and, in a run that starts at step 0, the hyperparameters.
+    The first event of a launch makes TensorBoard ignore the events of earlier launches beyond `step`.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, leaves: Mapping[str, Any] | None = None):
-        from diffusion_jax.runs import event_files  # imported here because tensorboard is needed for this writer only
+    def __init__(self, workdir: pathlib.Path, step: int, config: Mapping[str, Any]):
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # imported here because other modes do not need it
+        from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._workdir, self._mirror = workdir, find_mirror(workdir)
-        self._open = lambda: event_files.EventFile(workdir)
-        self._last_step: int | None = None  # of the events that are not uploaded yet
-        if self._mirror:
-            _delete_events(self._mirror, step)
-        else:
-            event_files.truncate_events(workdir, step)
-        self._events = self._open()
-        if leaves:
-            self._write_config(step, leaves)
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
+        self._workdir, self._is_mirrored = workdir, find_mirror(workdir) is not None
+        self._open()
+        self._write(step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+        self._write(step, summary=text_pb("config", f"```json\n{json.dumps(config, indent=2)}\n```"))
 
-    def _write_config(self, step: int, leaves: Mapping[str, Any]) -> None:
-        """Writes the config as a table in Markdown, and as hyperparameters, which have few types."""
-        rows = [f"| {name} | {_in_markdown(value)} |" for name, value in leaves.items()]
-        self._events.text("config", "\n".join(["| leaf | value |", "|---|---|", *rows]), step)
-        if step == 0:
-            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in leaves.items()}
-            self._events.hyperparameters(plain)
+    def _open(self) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path = self._workdir / f"{EVENTS}{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(self._path.open("wb"))
+        self._write(0, file_version="brain.Event:2")
+        self._is_empty = True
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._records.write(self._event.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        self._is_empty = False
+
+    def _write_values(self, step: int, values: list[dict[str, Any]]) -> None:
+        summary = self._summary.Summary
+        self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one point for each value."""
-        self._last_step = step
-        for name, value in scalars.items():
-            self._events.scalar(tensorboard_tag(name), value, step)
+        self._write_values(
+            step, [{"tag": tensorboard_tag(name), "simple_value": value} for name, value in scalars.items()]
+        )
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray], caption: str) -> None:
-        """Writes images uint8 [N, H, W, C]. caption: what they show."""
-        self._last_step = step
-        for name, batch in images.items():
-            self._events.images(name, batch, step, caption)
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        height, width, channels = image.shape
+        png = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if channels == 1 else image).save(png, "PNG")
+        size = {"height": height, "width": width, "colorspace": channels}
+        self._write_values(step, [{"tag": name, "image": size | {"encoded_image_string": png.getvalue()}}])
 
     def flush(self) -> None:
-        """Flushes the events to disk; to a bucket, uploads them and begins a new file."""
-        self._events.flush()
-        if self._mirror and self._last_step is not None:
-            self._events.close()
-            self._upload(self._mirror)
-            self._events = self._open()
+        self._records.flush()
+        if self._is_mirrored and not self._is_empty:
+            self.close()
+            self._open()
 
     def close(self) -> None:
-        """Closes the file of events."""
-        self._events.close()
-        if self._mirror and self._last_step is not None:
-            self._upload(self._mirror)
-
-    def _upload(self, mirror: Mirror) -> None:
-        for path in self._workdir.glob(f"{EVENTS}*"):
-            path = path.rename(path.with_name(f"{path.name}.{self._last_step:08d}"))
-            mirror.upload(path)
-            path.unlink()
-        self._last_step = None
-
-
-def _in_markdown(value: Any) -> str:
-    """A value as code in a cell of a table."""
-    text = " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
-    return f"`{text}`" if text else ""
-
-
-def _delete_events(mirror: Mirror, step: int) -> None:
-    """Deletes the events of a bucket beyond a step."""
-    steps = {name: name.rpartition(".")[2] for name in mirror.store.list(EVENTS)}
-    mirror.store.delete([name for name, last in steps.items() if last.isdecimal() and int(last) > step])
+        self._records.close()
+        if self._is_mirrored:
+            if not self._is_empty:
+                locations.written(self._path)
+            self._path.unlink()

@@ -1,55 +1,94 @@
-"""`--mode=plan`: memory and communication of a train step on a mesh, compiled for virtual devices. Writes nothing.
+"""`--mode=plan`: memory and FLOPs of a train step, and the settings with which it fits a kind of device. Writes nothing.
 
-The program is a CPU program that is split as it would be on accelerators, so the size of the state and of what is sent are
-the same there (an all-reduce and a slice become one reduce-scatter, which sends half). The temporaries are those of the CPU
-compiler: other compilers fuse more, and pad.
+Everything follows from shapes, by the rule of `distributed/sharding.py`, and from traced programs; nothing is compiled.
 """
 
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, training
-from diffusion_jax.config import is_continuous, resolve
-from diffusion_jax.distributed import collectives, compiler
+from diffusion_jax import data, models, training
+from diffusion_jax.config import resolve
+from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import as_user_error
-from diffusion_jax.runs import plan_settings, recipe_checks
-from diffusion_jax.runs.console import log, log_compilation
-from diffusion_jax.runs.plan_settings import activations_per_example
+from diffusion_jax.runs import recipe_checks
+from diffusion_jax.runs.console import log
+from diffusion_jax.training.state import abstract_params
 
-__all__ = ["Plan", "batch_shapes", "estimate", "log_settings", "num_virtual_devices", "run"]
+__all__ = [
+    "DEVICES",
+    "USABLE",
+    "Estimate",
+    "Settings",
+    "Traced",
+    "activations_per_example",
+    "all_estimates",
+    "estimate",
+    "flops_per_example",
+    "given_settings",
+    "num_virtual_devices",
+    "remat_choices",
+    "run",
+    "trace",
+]
+
+DEVICES = {"v4": 32e9, "v5e": 16e9, "a100": 80e9, "h100": 80e9}  # bytes of memory
+USABLE = 0.9  # of a device's memory; the rest is for the runtime, and for fragments between arrays
+_CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
+_PRODUCTS = ("conv_general_dilated", "dot_general")
+
+Remat = bool | tuple[int, ...]
 
 
-class Plan(NamedTuple):
-    """Requirements of a train step: bytes on one device, except for the first three; flops are those of the compiled program.
+class Settings(NamedTuple):
+    """Values of `mesh.fsdp`, `model.remat` and `training.accumulation_steps`."""
 
-    activations_per_example: bytes of an example that stay in memory from the forward to the backward pass, for any compiler.
-    temporaries: maximum of activations, gradients and gathered parameters. minimum_sent: what a device must send: two gathers
-    and a reduce-scatter of the parameters over `fsdp`, and an all-reduce of its part of the gradient over `data`.
-    """
-
-    num_parameters: int
-    flops_per_example: float
-    activations_per_example: int
-    params: int
-    ema: int
-    optimizer: int
-    arguments: int
-    temporaries: int
-    collectives: list[collectives.Collective]
-    minimum_sent: float
+    fsdp: int
+    remat: Remat
+    accumulation_steps: int
 
     @property
-    def ring_bytes(self) -> float:
-        """Bytes that the device sends in a step."""
-        return sum(c.ring_bytes for c in self.collectives)
+    def flags(self) -> str:
+        """As arguments of the command line."""
+        remat = str(self.remat).replace(" ", "")
+        return (
+            f"--config.mesh.fsdp={self.fsdp} '--config.model.remat={remat}' "
+            f"--config.training.accumulation_steps={self.accumulation_steps}"
+        )
+
+
+class Estimate(NamedTuple):
+    """Bytes on one device, in the order in which `run` prints them.
+
+    state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: of a
+    microbatch, kept for the backward pass. working: what the backward pass needs beside them, and gathered parameters.
+    """
+
+    settings: Settings
+    state: float
+    gradients: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.state + self.gradients + self.activations + self.working
+
+
+class Traced(NamedTuple):
+    """The shapes of the parameters, and of an example {remat: bytes of activations} and {remat: FLOPs of a step}."""
+
+    shapes: list[tuple[int, ...]]
+    activations: dict[Remat, int]
+    flops: dict[Remat, float]
 
 
 def num_virtual_devices(config: Mapping) -> int:
@@ -57,113 +96,46 @@ def num_virtual_devices(config: Mapping) -> int:
     return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
-def estimate(config: Mapping) -> Plan:
-    """Compiles the train step of a config on the present devices. Raises: as `training.build_program`."""
-    config = resolve(config)
-    # The program represents an accelerator's, so the choice for a CPU does not apply.
-    config.model.convolution = "xla"
-    program = training.build_program(config)
-    assert isinstance(program.train_step, jax.stages.Wrapped)
-    batch_size, state = config["training"]["batch_size"], program.abstract_state
-    batch = batch_shapes(config)
-    options = compiler.options() | compiler.low_memory_options()
-    compiled = program.train_step.lower(state, batch).compile(compiler_options=options)
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory is not None and cost is not None and text is not None  # the CPU compiler has all of them
-    num_devices = program.mesh.size
-    params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    data_size, fsdp_size = program.mesh.shape["data"], program.mesh.shape["fsdp"]
-    return Plan(
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        flops_per_example=cost["flops"] / (batch_size / num_devices),
-        activations_per_example=activations_per_example(config),
-        params=_bytes_per_device(state.params),
-        ema=_bytes_per_device(state.ema_params),
-        optimizer=_bytes_per_device(state.opt_state),
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        collectives=collectives.parse(text),
-        minimum_sent=params_bytes * (3 * (fsdp_size - 1) / fsdp_size + 2 * (data_size - 1) / data_size / fsdp_size),
-    )
-
-
-def batch_shapes(config: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a train step, as `data.Batches` makes it."""
-    name, dtype = ("x", jnp.float32) if is_continuous(config) else ("image", jnp.uint8)
-    shapes = {name: (data.example_shape(config["data"]), dtype), "label": ((), jnp.int32)}
-    condition = training.condition_shape(config)
-    if condition is not None:
-        shapes["condition"] = (condition, jnp.float32)
-    batch_size = config["training"]["batch_size"]
-    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-
-
-def _bytes_per_device(tree) -> int:
-    """Bytes of a tree of shapes and shardings on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def run(config: ConfigDict, workdir: pathlib.Path | None = None) -> None:
-    """Prints the plan of a config on the present devices. workdir: ignored, because nothing is written. Raises: UserError."""
-    del workdir
+def run(config: ConfigDict) -> None:
+    """Prints the plan of a config on the present devices. Raises: UserError."""
     config, num_devices = resolve(config), jax.device_count()
+    mesh, options = config.mesh, config.training
     with as_user_error("config"):
         recipe_checks.log_notes(config)
-    if config.mesh.device is not None:
-        with as_user_error("config"):
-            log_settings(config, num_devices)
-    with as_user_error("config"), log_compilation("the train step"):
-        plan = estimate(config)
-    mesh, batch_size = config.mesh, config.training.batch_size
-    num_microbatches = config.training.accumulation_steps
-    devices = f"{num_devices} device{'s' * (num_devices > 1)}"
+        training.build_program(config)  # checks the config
+        given, proposes = given_settings(config), mesh.device is not None
+        choices = remat_choices(config) if proposes else [given.remat]
+        log(f"Tracing the network with model.remat={', '.join(map(str, choices))} ...")
+        traced = trace(config, choices)
+    found = estimate(config, traced, given, num_devices)
     log(
-        f"On {devices} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch {batch_size} "
-        f"({batch_size // num_devices} per device, in {num_microbatches} microbatch{'es' * (num_microbatches > 1)}), layers "
-        f"in {config.model.dtype}:"
+        f"On {num_devices} device{'s' * (num_devices > 1)} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch "
+        f"{options.batch_size} ({options.batch_size // num_devices} per device, in {options.accumulation_steps} "
+        f"microbatch{'es' * (options.accumulation_steps > 1)}), layers in {config.model.dtype}:"
     )
-    log(f"  parameters          {plan.num_parameters:,}")
-    log(f"  per example         {_gigaflop(plan.flops_per_example)} a step, as compiled")
-    log(f"                      {_megabytes(plan.activations_per_example)} of activations kept for the backward pass")
-    log(f"  memory per device   {_megabytes(plan.arguments + plan.temporaries)}, of which")
-    for name, size in (("parameters", plan.params), ("EMA", plan.ema), ("optimizer", plan.optimizer)):
-        log(f"    {name:<18}{_megabytes(size)}")
+    flops, activations = traced.flops[given.remat], traced.activations[given.remat]
+    log(f"  parameters          {sum(map(math.prod, traced.shapes)):,}")
     log(
-        f"    {'temporaries':<18}{_megabytes(plan.temporaries)} (activations, gradients, gathered parameters; of the CPU "
-        "program)"
+        f"  per example         {_flops(flops)} a step; {_bytes(activations)} of activations kept for the backward pass"
     )
-    log(f"  sent per device     {_megabytes(plan.ring_bytes)} a step, around a ring")
-    for kind, count, size, ring_bytes in collectives.summarize(plan.collectives):
-        log(f"    {kind:<18}{_megabytes(ring_bytes)} in {count}, {_megabytes(size)} in total")
-    if plan.minimum_sent:
-        log(
-            f"    {plan.ring_bytes / plan.minimum_sent:.2f} times the minimum: two gathers and a reduce-scatter over fsdp, "
-            "an all-reduce of the parts over data"
-        )
+    log(f"  memory per device   {_describe(found)}")
+    if proposes:
+        _propose(config, traced, found, num_devices)
 
 
-def log_settings(config: ConfigDict, num_devices: int) -> None:
-    """Prints the fastest settings that fit the devices of `mesh.device`, and how much the given ones need."""
-    name, model, options = config.mesh.device, config.model, config.training
-    log("Tracing the network with each choice of model.remat ...")
-    device = plan_settings.DEVICES[name]
-    usable = plan_settings.USABLE * device.memory
-    all_estimates = plan_settings.estimates(config, plan_settings.trace(config), num_devices, device)
-    given = plan_settings.Settings(config.mesh.fsdp, model.remat, options.accumulation_steps)
-    found = [each for each in all_estimates if each.settings == given]
-    fitting = [each for each in all_estimates if each.total <= usable]
-    log(
-        f"On {num_devices} x {name} ({_bytes(usable)} of {_bytes(device.memory)} counted), a step at "
-        f"{plan_settings.UTILIZATION:.0%} of the peak FLOPs:"
-    )
-    for each in found:
-        log(f"  as given            {_describe(each)}: {'fits' if each.total <= usable else 'does not fit'}")
+def _propose(config: ConfigDict, traced: Traced, found: Estimate, num_devices: int) -> None:
+    """Prints whether the given settings fit the devices of `mesh.device`, and which do."""
+    name, memory = config.mesh.device, DEVICES[config.mesh.device]
+    usable = USABLE * memory
+    log(f"On {num_devices} x {name} ({_bytes(usable)} of {_bytes(memory)} counted):")
+    log(f"  as given            {'fits' if found.total <= usable else 'does not fit'}")
+    estimates = all_estimates(config, traced, num_devices)
+    fitting = [each for each in estimates if each.total <= usable]
     if fitting:
-        log(f"  fastest that fits   {_describe(fitting[0])}")
+        log(f"  first that fits     {_describe(fitting[0])}")
         log(f"    type              {fitting[0].settings.flags}")
     else:
-        least = min(all_estimates, key=lambda each: each.total)
+        least = min(estimates, key=lambda each: each.total)
         log(f"  nothing fits; least {_describe(least)}")
         log(f"    with              {least.settings.flags}")
         log(
@@ -171,19 +143,132 @@ def log_settings(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-def _describe(estimate: plan_settings.Estimate) -> str:
-    parts = {name: getattr(estimate, name) for name in ("state", "gradients", "activations", "working")}
-    sizes = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    return f"{_bytes(estimate.total)} ({sizes}), {1e3 * estimate.seconds:,.1f} ms"
+def given_settings(config: Mapping[str, Any]) -> Settings:
+    """The settings of a complete config."""
+    return Settings(config["mesh"]["fsdp"], config["model"]["remat"], config["training"]["accumulation_steps"])
 
 
-def _gigaflop(flops: float) -> str:
+def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
+    """Traces the network of a config with these values of `model.remat`."""
+    without, first, *_ = remat_choices(config)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
+    activations = {
+        remat: activations_per_example(_with_remat(config, remat))
+        for remat in dict.fromkeys([*choices, without, first, True])  # `estimate` needs the last three
+    }
+    return Traced(shapes, activations, {remat: flops_per_example(_with_remat(config, remat)) for remat in choices})
+
+
+def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
+    """The memory of a device for the batch of a complete config on `num_devices` devices."""
+    activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
+    # The backward pass of a block has what the block keeps and as many gradients; those of all skip connections, half of
+    # the arrays between blocks, wait for the encoder's. The full resolution has the largest blocks.
+    without, first, *_ = remat_choices(config)
+    num_blocks = 2 * config["model"]["num_res_blocks"] + 1
+    backward = 2 * (activations[without] - activations[first]) / num_blocks + activations[True] / 2
+    fsdp, remat, steps = settings
+    microbatch = config["training"]["batch_size"] // num_devices // steps
+    largest = max(map(math.prod, traced.shapes)) * width if fsdp > 1 else 0
+    held = sum(math.prod(s) / (1 if sharding.split_axis(s, fsdp) is None else fsdp) for s in traced.shapes)
+    return Estimate(
+        settings,
+        state=4 * 4 * held,
+        gradients=4 * held * (1 if steps == 1 else 2),
+        activations=microbatch * activations[remat],
+        working=microbatch * backward + 2 * largest,
+    )
+
+
+def all_estimates(config: Mapping[str, Any], traced: Traced, num_devices: int) -> list[Estimate]:
+    """The estimates of all settings in order of cost: recomputation, then the value of fsdp, then microbatches."""
+    examples = config["training"]["batch_size"] // num_devices
+    choices = [
+        Settings(fsdp, remat, steps)
+        for remat in sorted(traced.flops, key=lambda remat: traced.flops[remat])
+        for fsdp in range(1, num_devices + 1)
+        for steps in (2**k for k in range(examples.bit_length()))
+        if num_devices % fsdp == 0 and examples % steps == 0
+    ]
+    return [estimate(config, traced, settings, num_devices) for settings in choices]
+
+
+def activations_per_example(config: Mapping[str, Any]) -> int:
+    """Bytes that a network keeps of an example for its backward pass: those of two examples minus those of one.
+
+    Counted are the inputs of convolutions and matrix products, the results of blocks and of the first convolution of each,
+    all once: compilers for accelerators recompute the rest, norms and activation functions, inside of fused kernels. Of a
+    block that `remat` recomputes, only the result.
+    """
+
+    def size(n: int) -> int:
+        apply, params, inputs = _network(config, n)
+        kept = _kept(jax.make_jaxpr(apply)(inputs, params).jaxpr)
+        return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
+
+    return size(2) - size(1)
+
+
+def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
+    """{variable: its shape and dtype} of the arrays of a program that `activations_per_example` counts."""
+    kept, named = {}, {}  # named: what jax.ad_checkpoint.checkpoint_name returns, which is its argument
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        variables = equation.invars if name in _PRODUCTS else []
+        if name == "name":
+            (variable,), (result,) = equation.invars, equation.outvars
+            named[result] = named.get(variable, variable)
+            variables = [variable]
+        kept |= {named.get(variable, variable): variable.aval for variable in variables}
+        if name not in _CHECKPOINTS:
+            for inner in core.jaxprs_in_params(equation.params):
+                kept |= _kept(inner)
+    return kept
+
+
+def flops_per_example(config: Mapping[str, Any]) -> float:
+    """FLOPs of the forward and the backward pass for an example, recomputation included, as traced."""
+    apply, params, inputs = _network(config, 1)
+    gradient = jax.grad(lambda p, x: jnp.sum(apply(x, p)))
+    cost = jax.jit(gradient).lower(params, inputs).cost_analysis()
+    assert cost is not None  # jax's own count, of the program before it is compiled
+    return cost["flops"]
+
+
+def _network(config: Mapping[str, Any], batch_size: int):
+    """(function of inputs and parameters, the shapes of the parameters, those of the inputs)."""
+    model, shape = training.model_from_config(config), data.example_shape(config["data"])
+    example = jax.eval_shape(lambda: models.initial_inputs(model, shape))
+    params = abstract_params(model, shape)
+    inputs = {name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in example.items()}
+    rngs = {"dropout": jax.random.key(0)}
+
+    def apply(inputs, params) -> Any:
+        return model.apply({"params": params}, **inputs, train=True, rngs=rngs)
+
+    return apply, params, inputs
+
+
+def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
+    """Without, with the first levels, and with all, of which each recomputes more; and that of the config."""
+    choices: list[Remat] = [False, True]
+    if config["model"].get("kind", "unet") == "unet":  # a classifier has no such leaf
+        choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
+    return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
+
+
+def _with_remat(config: Mapping[str, Any], remat: Remat) -> dict[str, Any]:
+    return {**config, "model": {**config["model"], "remat": remat}}
+
+
+def _describe(estimate: Estimate) -> str:
+    parts = zip(Estimate._fields[1:], estimate[1:], strict=True)
+    return f"{_bytes(estimate.total)} ({' + '.join(f'{name} {_bytes(size)}' for name, size in parts)})"
+
+
+def _flops(flops: float) -> str:
     return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
 
 
 def _bytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else _megabytes(size)
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

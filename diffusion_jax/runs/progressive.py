@@ -10,7 +10,6 @@ import csv
 import io
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,12 @@ from diffusion_jax.files import write_text
 from diffusion_jax.images import to_model_range, to_uint8
 from diffusion_jax.runs.batch_sampler import SampleTrajectory, picture_steps, sample_trajectory
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.likelihood_terms import LikelihoodRun, Terms, noun_of, rate_distortion
+from diffusion_jax.runs.measure_likelihood import LikelihoodRun, Terms, noun_of, rate_distortion
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 
 __all__ = ["run"]
 
+_EXAMPLES, _COLUMNS = 64, 12  # of the table, and of the pictures
 _LOGGED_ROWS, _PICTURED_ROWS = 11, 4
 
 
@@ -46,28 +46,27 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         setup = SamplingSetup(config, trained.model, trained.schedule, trained.mesh, trained.class_names)
         # Samples have the conditions of the examples of the other picture.
         setup.conditions = _first_examples(likelihood_run).get("condition")
-    num_examples = min(options.progressive_examples, len(likelihood_run.source))
+    num_examples = min(_EXAMPLES, len(likelihood_run.source))
     weights = f"the {trained.weights_kind} weights of step {trained.step}"
     log(f"Measuring rate and distortion of {num_examples} {noun_of(config)} with {weights}.")
     terms, chunks = likelihood_run.measure(num_examples, ode=False)
     if jax.process_index() != 0:
         return
-    write = _write_table_of_densities if is_continuous(config) else _write_table
-    write(workdir / "progressive.csv", terms, trained.schedule.timesteps)
+    _write_table(workdir / "progressive.csv", terms, trained.schedule.timesteps, is_continuous(config))
     log("Compiling the programs of the pictures ...")
     trajectory = sample_trajectory(
         jax.random.key(options.seed),
         config,
         setup,
         trained.params,
-        options.progressive_columns,
+        _COLUMNS,
         _PICTURED_ROWS,
         show="x_0",
         normalization=trained.normalizations.get("x"),
     )
     picture = pictures.draw_trajectory(trajectory.x, trajectory.times, "x_0 predicted from samples at x_t")
     pictures.save(workdir / "progressive.png", picture)
-    trajectory = _code_examples(likelihood_run, options.progressive_columns)
+    trajectory = _code_examples(likelihood_run)
     title = "x_0 predicted from noised examples of the data"
     picture = pictures.draw_trajectory(trajectory.x, trajectory.times, title, last="example")
     pictures.save(workdir / "progressive_coding.png", picture)
@@ -75,53 +74,39 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     log(f"Written to {workdir}: progressive.csv, progressive.png, progressive_coding.png")
 
 
-def _write_table(path: pathlib.Path, terms: Terms, times: np.ndarray) -> None:
-    """A row for each x_t that is transmitted, from the noisiest to x_0; a few rows are logged."""
-    rate, distortion = rate_distortion(terms)
-    table = [(t + 1, times[t], rate[t], distortion[t]) for t in reversed(range(len(rate)))]
-    table.append((0, 0.0, terms.examples["total"].mean(), 0.0))  # x_0 itself: the decoder makes the code lossless
-    header = ("known_x_t", "network_time", "rate_bits_per_dim", "rmse_0_255")
-    _write_csv(path, header, ((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.4f}") for t, time, rate, rmse in table))
-    log("     known   bits/dim   RMSE (0-255)")
-    for t, _, rate, rmse in _logged_rows(table):
-        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.2f}")
+def _write_table(path: pathlib.Path, terms: Terms, times: np.ndarray, continuous: bool) -> None:
+    """A row for each x_t that is transmitted, from the noisiest to x_0; a few rows are logged.
 
-
-def _write_table_of_densities(path: pathlib.Path, terms: Terms, times: np.ndarray) -> None:
-    """The same for continuous data, in nats, and without x_0 itself, which no finite code transmits."""
-    rate, distortion = rate_distortion(terms, continuous=True)
-    table = [(t + 1, times[t], math.log(2) * rate[t], distortion[t]) for t in reversed(range(len(rate)))]
-    header = ("known_x_t", "network_time", "rate_nats_per_dim", "rmse_standardized")
-    _write_csv(path, header, ((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.6g}") for t, time, rate, rmse in table))
-    log("     known   nats/dim   RMSE (standardized)")
-    for t, _, rate, rmse in _logged_rows(table):
-        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.4f}")
-
-
-def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    Continuous data are measured in nats, and x_0 itself is left out: no finite code transmits it.
+    """
+    unit, scale, space = ("nats", math.log(2), "standardized") if continuous else ("bits", 1.0, "0_255")
+    rate, distortion = rate_distortion(terms, continuous)
+    table = [(t + 1, times[t], scale * rate[t], distortion[t]) for t in reversed(range(len(rate)))]
+    if not continuous:
+        table.append((0, 0.0, terms.examples["total"].mean(), 0.0))  # the decoder makes the code lossless
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(("known_x_t", "network_time", f"rate_{unit}_per_dim", f"rmse_{space}"))
+    writer.writerows((t, f"{time:g}", f"{rate:.6f}", f"{rmse:.6g}") for t, time, rate, rmse in table)
     write_text(path, text.getvalue())
-
-
-def _logged_rows(table: list[tuple]) -> list[tuple]:
-    return [table[i] for i in np.unique(np.linspace(0, len(table) - 1, _LOGGED_ROWS).round().astype(int))]
+    log(f"     known   {unit}/dim   RMSE ({space.replace('_', '-')})")
+    for i in np.unique(np.linspace(0, len(table) - 1, _LOGGED_ROWS).round().astype(int)):
+        t, _, rate, rmse = table[i]
+        log(f"{'x_' + str(t):>10}   {rate:8.4f}   {rmse:8.4g}")
 
 
 def _first_examples(likelihood_run: LikelihoodRun) -> dict[str, np.ndarray]:
     return likelihood_run.read(np.arange(min(_PICTURED_ROWS, len(likelihood_run.source))))
 
 
-def _code_examples(likelihood_run: LikelihoodRun, columns: int) -> SampleTrajectory:
+def _code_examples(likelihood_run: LikelihoodRun) -> SampleTrajectory:
     """x_0 as predicted from examples of the data with less and less noise, and at last these examples."""
     config, schedule = likelihood_run.config, likelihood_run.trained.schedule
     batch = _first_examples(likelihood_run)
     # The clip of images is that of DDPM's figure.
     continuous, clip = is_continuous(config), not is_continuous(config) or bool(resolve_clip(config, "evaluation"))
     params = jax.device_get(likelihood_run.params)  # one process draws this, on one device
-    steps = picture_steps(schedule, columns - 1)[::-1]
+    steps = picture_steps(schedule, _COLUMNS - 1)[::-1]
 
     def predict(params, x_0, batch):
         def at_step(t):

@@ -1,6 +1,6 @@
 """`--mode=evaluate`, second part: FID and other metrics of samples, written to metrics.json.
 
-Samples that are no images have metrics without features (`named_array_metrics`).
+Samples that are no images have metrics without features (`evaluation.array_metrics`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from diffusion_jax.config import is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.evaluation import array_sets, feature_extractors, image_sets, named_array_metrics, named_metrics
-from diffusion_jax.runs.array_set_metrics import ArraySets, FeatureOptions, record_array_metrics
+from diffusion_jax.evaluation import features, named_metrics
+from diffusion_jax.evaluation.example_sets import MAX_EXAMPLES, EvenRows, ExampleSet, NpzExamples
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.metric_options import (
     HOW_TO_GET_INCEPTION,
@@ -32,8 +32,8 @@ from diffusion_jax.runs.metric_options import (
     resolve_metrics,
 )
 from diffusion_jax.runs.metric_records import differing_settings, read_records, record_settings
-from diffusion_jax.runs.sample_files import SampleFile, read_settings
-from diffusion_jax.runs.set_metrics import record_metrics
+from diffusion_jax.runs.sample import SampleFile, read_settings
+from diffusion_jax.runs.set_metrics import FeatureOptions, record_array_metrics, record_metrics
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
 from diffusion_jax.storage import locations
 from diffusion_jax.training.from_config import condition_shape
@@ -61,66 +61,58 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
 
 
 def _run_of_images(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None) -> None:
-    options, extractor, metric_names = config.evaluation, load_extractor(config), resolve_metrics(config)
+    options, metric_names = _feature_options(config, workdir), resolve_metrics(config)
     with as_user_error("config.evaluation"):
-        feature_extractors.feature_dimension(extractor, data.example_shape(config.data))
+        features.feature_dimension(options.extractor, data.example_shape(config.data))
     reference = load_reference(config, source)
-    _check_number(config, max(named_metrics.MIN_IMAGES[metric] for metric in metric_names))
+    _check_number(config, max(named_metrics.MIN_EXAMPLES[metric] for metric in metric_names))
     file = _draw_samples(config, workdir)
+    samples, output = ExampleSet(str(file.path), NpzExamples(file.path)), workdir / "metrics.json"
     try:
-        record_metrics(
-            reference,
-            image_sets.ImageSet(str(file.path), image_sets.NpzImages(file.path)),
-            extractor,
-            metric_names,
-            sharding.make_mesh(config.mesh),
-            options.batch_size,
-            workdir / "metrics.json",
-            _settings(config, file),
-            features_cache(workdir),
-        )
+        record_metrics(reference, samples, options, metric_names, output, _settings(config, file))
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     if jax.process_index() == 0:
-        _plot_against_steps(workdir, named_metrics.reported_name("fid", extractor))
+        _plot_against_steps(workdir, named_metrics.reported_name("fid", options.extractor))
 
 
 def _run_of_arrays(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None) -> None:
-    options, metric_names = config.evaluation, resolve_metrics(config)
-    features = None
-    if options.features:
-        extractor, mesh = load_extractor(config), sharding.make_mesh(config.mesh)
-        features = FeatureOptions(extractor, mesh, options.batch_size, features_cache(workdir))
+    metric_names = resolve_metrics(config)
+    options = _feature_options(config, workdir) if config.evaluation.features else None
     name, loaded, _ = load_reference(config, source)
     assert loaded is not None  # a data set, not a file of statistics
-    minimums = named_array_metrics.MIN_EXAMPLES | named_metrics.MIN_IMAGES
-    minimum = max(minimums[metric] for metric in metric_names)
+    minimum = max(named_metrics.MIN_EXAMPLES[metric] for metric in metric_names)
     if len(loaded) < minimum:
         raise UserError(
             f"{name} has {len(loaded)} examples: these metrics need at least {minimum} (evaluation.metrics)"
         )
     _check_number(config, minimum)
-    reference = array_sets.EvenRows(loaded, array_sets.MAX_EXAMPLES)
+    reference = EvenRows(loaded, MAX_EXAMPLES)
     file = _draw_samples(config, workdir, _reference_conditions(config, reference))
-    normalization = file.trained.normalizations.get("x")
     settings = _settings(config, file)
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"those of the examples of {name}"
     try:
-        samples = array_sets.EvenRows(array_sets.NpzArrays(file.path), array_sets.MAX_EXAMPLES)
         record_array_metrics(
-            ArraySets(name, reference, str(file.path), samples, normalization),
+            ExampleSet(name, reference),
+            ExampleSet(str(file.path), EvenRows(NpzExamples(file.path), MAX_EXAMPLES)),
+            options,
             metric_names,
-            options.seed,
             workdir / "metrics.json",
             settings,
-            features,
+            seed=config.evaluation.seed,
+            normalization=file.trained.normalizations.get("x"),
             periodic=config.model.get("padding") == "periodic",
         )
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     if jax.process_index() == 0:
         _plot_against_steps(workdir, "energy_distance")
+
+
+def _feature_options(config: ConfigDict, workdir: pathlib.Path) -> FeatureOptions:
+    mesh = sharding.make_mesh(config.mesh)
+    return FeatureOptions(load_extractor(config), mesh, config.evaluation.batch_size, features_cache(workdir))
 
 
 def _check_number(config: ConfigDict, minimum: int) -> None:
@@ -134,12 +126,11 @@ def _check_number(config: ConfigDict, minimum: int) -> None:
 def _reference_conditions(config: ConfigDict, reference: data.Source) -> np.ndarray | None:
     """The conditions of samples without `sampling.conditions`: those of the reference, in the units of the data.
 
-    Sample i has that of example i, where there are as many samples as examples; fewer samples have those of examples that
-    are evenly spread.
+    Sample i gets the condition of example i; fewer samples than examples get the conditions of evenly spread examples.
     """
     if condition_shape(config) is None or config.sampling.conditions:
         return None
-    rows = array_sets.EvenRows(reference, config.evaluation.num_samples)
+    rows = EvenRows(reference, config.evaluation.num_samples)
     starts = range(0, len(rows), _BLOCK)
     return np.concatenate([rows.read(np.arange(i, min(i + _BLOCK, len(rows))))["condition"] for i in starts])
 
@@ -183,7 +174,7 @@ def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
         "weights": file.trained.weights_kind,
         "step": file.trained.step,
         "steps": file.num_steps,
-        "sampling": sampling | {"batch_size": settings["batch_size"], "devices": settings["devices"]},
+        "sampling": sampling | {"batch_size": settings["batch_size"]},
         "weights_digest": settings["weights_digest"],
         "classifier_digest": settings["classifier_digest"],
         "drawn_with": stored["drawn_with"],

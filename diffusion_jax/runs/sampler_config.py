@@ -9,7 +9,6 @@ from diffusion_jax import process, sampling, schedules
 
 __all__ = [
     "SAMPLERS",
-    "calls_between_steps",
     "is_stochastic",
     "resolve_spacing",
     "respace",
@@ -18,28 +17,15 @@ __all__ = [
 ]
 
 
-def _final_order(options: Mapping) -> dict[str, bool]:
-    return {"lower_order_final": options["lower_order_final"]}
-
-
 SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
     "ddpm": lambda options, **arguments: sampling.ddpm(**arguments),
     "ddim": lambda options, **arguments: sampling.ddim(options["eta"], **arguments),
     "euler": lambda options, **arguments: sampling.euler(**arguments),
     "euler_ancestral": lambda options, **arguments: sampling.euler_ancestral(**arguments),
-    "heun": lambda options, **arguments: sampling.heun(
-        churn=options["churn"],
-        churn_range=options["churn_range"] or (0.0, float("inf")),
-        churn_noise=options["churn_noise"],
-        **arguments,
-    ),
-    "dpm_solver_pp": lambda options, **arguments: sampling.dpm_solver_pp(
-        options["order"], sde=options["sde"], singlestep=options["singlestep"], **_final_order(options), **arguments
-    ),
-    "unipc": lambda options, **arguments: sampling.unipc(
-        options["order"], variant=options["variant"], **_final_order(options), **arguments
-    ),
-    "deis": lambda options, **arguments: sampling.deis(options["order"], **_final_order(options), **arguments),
+    "heun": lambda options, **arguments: sampling.heun(**arguments),
+    "dpm_solver_pp": lambda options, **arguments: sampling.dpm_solver_pp(options["order"], **arguments),
+    "unipc": lambda options, **arguments: sampling.unipc(options["order"], **arguments),
+    "deis": lambda options, **arguments: sampling.deis(options["order"], **arguments),
     "pndm": lambda options, **arguments: sampling.pndm(**arguments),
     "plms": lambda options, **arguments: sampling.pndm(runge_kutta=False, **arguments),
 }
@@ -48,10 +34,6 @@ SAMPLERS: dict[str, Callable[..., sampling.Sampler]] = {
 _READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
     "eta": (0.0, ("ddim",)),
     "order": (2, ("dpm_solver_pp", "unipc", "deis")),
-    "variant": ("bh2", ("unipc",)),
-    "singlestep": (False, ("dpm_solver_pp",)),
-    "sde": (False, ("dpm_solver_pp",)),
-    "churn": (0.0, ("heun",)),
 }
 
 
@@ -93,15 +75,7 @@ def sampler_from_config(
 
 def is_stochastic(options: Mapping) -> bool:
     """Whether two samples from the same x_T differ."""
-    return options["sampler"] in ("ddpm", "euler_ancestral") or any(
-        options["sampler"] == sampler and options[leaf]
-        for sampler, leaf in (("ddim", "eta"), ("dpm_solver_pp", "sde"), ("heun", "churn"))
-    )
-
-
-def calls_between_steps(options: Mapping) -> bool:
-    """Whether the sampler also calls the network at times between those of its steps."""
-    return options["sampler"] == "pndm" or (options["sampler"] == "heun" and options["churn"] > 0)
+    return options["sampler"] in ("ddpm", "euler_ancestral") or (options["sampler"] == "ddim" and options["eta"] > 0)
 
 
 def resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:

@@ -1,24 +1,105 @@
-"""The conditions of samples: `sampling.conditions`, or conditions of the data."""
+"""The classes and conditions of samples, and the small images that an upsampler enlarges."""
 
 from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.errors import UserError, list_names
+from diffusion_jax.errors import UserError, closest_names, list_names
 from diffusion_jax.runs.console import log
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
 
 __all__ = [
+    "ClassLabels",
+    "SmallImages",
+    "class_captions",
     "condition_captions",
     "evenly_spaced_conditions",
+    "parse_classes",
     "read_conditions",
+    "read_small_images",
     "standardize_conditions",
 ]
 
 _MAX_SHOWN_NUMBERS = 4
+
+
+# ---- Classes
+
+
+def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Each label with its name, as "class 1: cats"; only the number if it has no other name."""
+    known = [names[y] if y < len(names) else "" for y in labels.tolist()]
+    pairs = zip(labels.tolist(), known, strict=True)
+    return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
+
+
+class ClassLabels:
+    """The label of each sample: sample i has the class number i modulo the number of classes.
+
+    classes: None if samples have no class. names: of all classes of the model, () if they are not known.
+    """
+
+    def __init__(self, classes: tuple[int, ...] | None, names: Sequence[str] = ()):
+        self.classes, self.names = classes, tuple(names)
+        self.given: np.ndarray | None = None
+
+    def set_given(self, labels: np.ndarray) -> None:
+        """Uses the labels [N] of the small images instead of the requested classes. Raises: UserError."""
+        assert self.classes is not None
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(self.classes):
+            raise UserError(f"the small images' labels (arr_1) must be classes in 0 ... {len(self.classes) - 1}")
+        self.given = labels.astype(np.int32)
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray | None:
+        """int32 labels of the samples of these numbers; None if they have none."""
+        if self.given is not None:
+            return self.given[indices % len(self.given)]
+        return None if self.classes is None else np.array(self.classes, np.int32)[indices % len(self.classes)]
+
+    def captions(self, indices: np.ndarray) -> list[str] | None:
+        """Class and name, as "1: cats", of the samples of these numbers; None if they have no class."""
+        labels = self(indices)
+        return None if labels is None else class_captions(labels, self.names)
+
+
+def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, ...] | None:
+    """The classes of `sampling.class`: all classes for None; None for a model without classes. Raises: UserError.
+
+    value: a class or several, each an index or a name; a string may list several, as in "3,cats".
+    """
+    if value is None:
+        return tuple(range(num_classes)) or None
+    if not num_classes:
+        raise UserError(f"sampling.class={value}, but the model has no classes (model.num_classes=0)")
+    classes = value
+    if isinstance(value, str) and value not in names:
+        classes = [part.strip(" '\"") for part in value.strip("()[] ,").split(",")]
+    indices = []
+    for y in classes if isinstance(classes, tuple | list) else (classes,):
+        if isinstance(y, str):
+            y = names.index(y) if y in names else int(y) if y.isdecimal() else y
+        elif str(y) in names and names.index(str(y)) != y:
+            raise UserError(
+                f"sampling.class={y} is ambiguous: {str(y)!r} is the name of class {names.index(str(y))}; give the name of "
+                f"the class, as in --config.sampling.class=\"'{y}'\""
+            )
+        if type(y) is not int or not 0 <= y < num_classes:
+            known = f" ({list_names(names, 20)})" if names else ""
+            near = closest_names(y, names, count=3) if isinstance(y, str) else []
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
+        indices.append(y)
+    return tuple(indices)
+
+
+# ---- Conditions
 
 
 def read_conditions(config: ConfigDict) -> np.ndarray | None:
@@ -43,19 +124,14 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
         conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None
-    return _check_conditions(conditions, shape, leaf)
-
-
-def _check_conditions(conditions: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """The conditions [N, *shape]. where: the start of an error. Raises: UserError for others, or for none."""
     if conditions.dtype.kind not in "iuf" or conditions.shape[1:] != shape or not len(conditions):
         expected = ", ".join(map(str, ("N", *shape)))
         raise UserError(
-            f"{where} holds {conditions.dtype} {list(conditions.shape)}; this model takes numbers [{expected}]"
+            f"{leaf} holds {conditions.dtype} {list(conditions.shape)}; this model takes numbers [{expected}]"
         )
     finite = np.isfinite(conditions).reshape(len(conditions), -1).all(axis=1)
     if not finite.all():
-        raise UserError(f"{where}: row {finite.argmin()} has values that are not finite")
+        raise UserError(f"{leaf}: row {finite.argmin()} has values that are not finite")
     return conditions
 
 
@@ -93,3 +169,51 @@ def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
     if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
         return None
     return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
+
+
+# ---- Small images
+
+
+class SmallImages(NamedTuple):
+    """images: uint8 [N, h, w, C]. labels: [N]. Each is None if there are none."""
+
+    images: np.ndarray | None
+    labels: np.ndarray | None
+
+
+def read_small_images(config: ConfigDict) -> SmallImages:
+    """The images of `sampling.low_resolution` and their labels; (None, None) for models that are no upsamplers.
+
+    Raises: UserError, DataError.
+    """
+    path, side = config.sampling.low_resolution, config.data.low_resolution
+    if not side:
+        return SmallImages(None, None)
+    if not path:
+        raise UserError(
+            "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
+        )
+    height, width, channels = data.example_shape(config.data)
+    size = (side, width * side // height)
+    source = local_path(path)
+    if source.is_dir():
+        folder = data.Folder(str(source), size, channels)
+        return SmallImages(folder.read(np.arange(len(folder)))["image"], None)
+    try:
+        with np.load(source, allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays.get("arr_1")
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
+        ) from None
+    if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
+            f"{size[0]}x{size[1]} with {channels} channels"
+        )
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}; there must be "
+            "one label for each image"
+        )
+    return SmallImages(images, labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,23 +10,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, guidance, models, pretrained, sampling, schedules
-from diffusion_jax.config import clips_by_default, is_upsampler, resolve, resolve_clip
+from diffusion_jax.config import LEAVES, clips_by_default, is_upsampler, resolve, resolve_clip
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.images import to_model_range
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs.class_labels import ClassLabels, parse_classes
-from diffusion_jax.runs.sample_name import sample_name
+from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.sampler_config import (
-    calls_between_steps,
     is_stochastic,
     resolve_spacing,
     respace,
     sampler_from_config,
     unused_leaves,
 )
+from diffusion_jax.runs.sampling_conditions import ClassLabels, parse_classes
 
-__all__ = ["SamplingSetup"]
+__all__ = ["LEAVES_WITHOUT_EFFECT", "SamplingSetup"]
+
+# Leaves of `config.sampling` that no sample depends on.
+LEAVES_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
+# Leaves that the name of a file shows.
+_NAMED_LEAVES = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
+_MAX_CLASSES_IN_NAME = 40
 
 
 class _Classifier(NamedTuple):
@@ -97,9 +101,30 @@ class SamplingSetup:
 
     @property
     def name(self) -> str:
-        """The part of a file name that distinguishes samples with different options."""
-        clips = clips_by_default(self._config)
-        return sample_name(self._options, self.schedule.num_timesteps, self._spacing, self.labels, clips)
+        """The part of a file name that distinguishes samples with different options.
+
+        It shows the sampler, the steps, the classes and the guidance. A digest stands for all other options that differ from
+        their defaults.
+        """
+        options, num_steps = self._options, self.schedule.num_timesteps
+        hashed = {
+            name: value
+            for name, value in options.to_dict().items()
+            if name not in (*LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
+        }
+        if options["clip"] != clips_by_default(self._config):
+            hashed["clip"] = options["clip"]
+        if isinstance(options["steps"], tuple | list):
+            hashed["steps"] = options["steps"]
+        parts = [f"{options['sampler']}{num_steps}"] + [options["spacing"]] * (options["spacing"] is not None)
+        if options["label"] is not None and self.classes is not None:
+            classes = "class" + "-".join(map(str, self.classes))
+            if len(classes) > _MAX_CLASSES_IN_NAME:
+                classes, hashed["classes"] = f"{len(self.classes)}classes", self.classes
+            parts.append(classes)
+        if self.is_guided:
+            parts.append(f"guided{options['guidance_scale']}")
+        return "_".join(parts + ([options_digest(hashed)[:6]] if hashed else []))
 
     @property
     def is_stochastic(self) -> bool:
@@ -144,6 +169,11 @@ class SamplingSetup:
                 f"sampling.guidance_scale={options['guidance_scale']} needs a model trained with model.num_classes and "
                 "model.label_dropout above 0, or with conditions and model.condition_dropout above 0; use 1, or "
                 "sampling.classifier"
+            )
+        if options["low_resolution"] and not is_upsampler(self._config):
+            raise UserError(
+                f"sampling.low_resolution={options['low_resolution']!r} is for models that enlarge images "
+                "(data.low_resolution)"
             )
         noise, maximum = options["low_resolution_noise"], self._config["diffusion"]["conditioning_noise"]
         if noise > maximum:
@@ -232,16 +262,11 @@ class SamplingSetup:
         y: int32 [B] or None. condition: rows of `conditions`, or None.
         """
         options = self._options
-        apply: Callable[..., Any]
         conditional: Callable[..., Any]
         denoise_fn: Callable[..., Any]
-        if calls_between_steps(options):
-            apply = functools.partial(self._model.apply, {"params": params})
-        else:
-            apply = models.precompute_time_embeddings(self._model, params, self.schedule.timesteps)
         given = {"y": y} if self._model.num_classes else {}
         given |= {} if condition is None else {"condition": self._to_network(condition)}
-        conditional = lambda x_t, time, given: apply(x_t, time, **given)  # noqa: E731
+        conditional = lambda x_t, time, given: self._model.apply({"params": params}, x_t, time, **given)  # noqa: E731
         if self.is_guided:
             denoise_fn = guidance.classifier_free(
                 conditional,

@@ -1,60 +1,45 @@
-"""Metrics of one set of images against another, added with their settings to a metrics.json."""
+"""Metrics of one set of images or arrays against another, added with their settings to a metrics.json, and their pictures."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import diffusion_jax
-from diffusion_jax import pictures
+from diffusion_jax import data, pictures
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, closest_names
-from diffusion_jax.evaluation import feature_extractors, named_metrics
-from diffusion_jax.evaluation.feature_extraction import FeaturePipeline, SetFeatures, cache_directory
-from diffusion_jax.evaluation.feature_extractors import FeatureExtractor
-from diffusion_jax.evaluation.image_sets import ImageSet, open_image_set
+from diffusion_jax.evaluation import example_sets, features, named_metrics
+from diffusion_jax.evaluation.example_sets import ExampleSet, open_image_set, read_examples
+from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, SetFeatures
 from diffusion_jax.evaluation.metrics import Neighbors
-from diffusion_jax.evaluation.named_metrics import METRICS
+from diffusion_jax.evaluation.named_metrics import ARRAY_METRICS_OF_FEATURES, METRICS, ArrayComparison
+from diffusion_jax.files import save_npz
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.runs import devices
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
-__all__ = ["Comparison", "compare_sets", "record_metrics"]
+__all__ = ["FeatureOptions", "compare_sets", "record_array_metrics", "record_metrics"]
 
-_PICTURED_SAMPLES = 10
-_NEIGHBORS = 5
+_PICTURED_IMAGES, _NEIGHBORS = 10, 5
+_PICTURED_ARRAYS = 4
 _EXPECTED_CLOSE_SHARE = 0.01  # of images that the model was not trained on
+_WIDTH = 28  # of names in the log
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The options of a comparison, as `python -m diffusion_jax.evaluation` describes them."""
-
-    reference: str
-    samples: str
-    inception: str = ""
-    features: str | None = None
-    metrics: str | None = None
-    resize: str = "tf1"
-    batch_size: int = 64
-    data_dir: str = ""
-    image_size: int | None = None
-    channels: int | None = None
-    output: str = "metrics.json"
-
-
-def compare_sets(options: Comparison) -> None:
+def compare_sets(options: argparse.Namespace) -> None:
     """Measures the samples against the reference and adds a record to the output file.
 
+    options: the arguments of `python -m diffusion_jax.evaluation`.
     Raises: DiffusionJaxError, ValueError, OSError: one line.
     """
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
@@ -65,102 +50,129 @@ def compare_sets(options: Comparison) -> None:
         raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size} must be at least 1")
-    output = _output_file(options.output)
+    output = pathlib.Path(options.output).expanduser()
+    output = output if output.suffix == ".json" else output / "metrics.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     reference, samples = (
         open_image_set(location, options.data_dir, options.image_size, options.channels)
         for location in (options.reference, options.samples)
     )
     _check_comparable(reference, samples)
-    features = options.features or ("digits" if reference.name.startswith("digits:") else "inception")
-    if features == "inception" and not options.inception:
+    name = options.features or ("digits" if reference.name.startswith("digits:") else "inception")
+    if name == "inception" and not options.inception:
         raise UserError(
             f"--inception=PATH is needed: the weights of FID's network ({DOWNLOAD_SOURCES}); or --features=digits, or "
             "module:function"
         )
-    extractor = feature_extractors.from_name(features, options.inception, options.resize)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    extractor = features.from_name(name, options.inception, options.resize)
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
-    record_metrics(reference, samples, extractor, metric_names, mesh, options.batch_size, output, {})
+    settings = FeatureOptions(extractor, mesh, options.batch_size, features.cache_directory())
+    record_metrics(reference, samples, settings, metric_names, output, {})
+
+
+class FeatureOptions(NamedTuple):
+    """The features of both sets, and how they are computed. cache: a directory that every process sees."""
+
+    extractor: FeatureExtractor
+    mesh: Mesh
+    batch_size: int
+    cache: pathlib.Path
+
+
+# ---- Images
 
 
 def record_metrics(
-    reference: ImageSet,
-    samples: ImageSet,
-    extractor: FeatureExtractor,
+    reference: ExampleSet,
+    samples: ExampleSet,
+    options: FeatureOptions,
     metric_names: Sequence[str],
-    mesh: Mesh,
-    batch_size: int,
     output: pathlib.Path,
     settings: Mapping[str, Any],
-    cache: pathlib.Path | None = None,
 ) -> None:
-    """Compares two sets and adds a record to `output`; writes the picture of memorization beside it.
+    """Compares two sets of images and adds a record to `output`; writes the picture of memorization beside it.
 
-    settings: more entries of the record. cache: directory of the features, by default the user's cache. Every process calls
-    this, and process 0 writes. Raises: ValueError, before anything is computed, for sets that cannot be compared.
+    settings: more entries of the record. Every process calls this, and process 0 writes. Raises: ValueError, before anything
+    is computed, for sets that cannot be compared.
     """
+    extractor = options.extractor
     metric_names = _possible_metrics(reference, samples, extractor, metric_names)
     read_records(output)
-    extraction, cache = FeaturePipeline(extractor, mesh, batch_size, ProgressBar), cache or cache_directory()
-    reference_features = _features(extraction, reference, cache / "references")
+    pipeline = FeaturePipeline(extractor, options.mesh, options.batch_size, ProgressBar)
+    of_reference = _set_features(pipeline, reference, options.cache / "references")
     # Samples are rarely measured again: their features are kept only until the record is written.
-    sample_features = _features(extraction, samples, cache / "samples")
+    of_samples = _set_features(pipeline, samples, options.cache / "samples")
     if jax.process_index() != 0:
         return
     log("Comparing ...")
-    results: dict[str, Any] = named_metrics.compute_metrics(
-        reference_features, sample_features, extractor, metric_names, log
-    )
+    values: dict[str, Any] = named_metrics.compute_metrics(of_reference, of_samples, extractor, metric_names, log)
     if "memorization" in metric_names:
-        assert reference_features.pool is not None and sample_features.pool is not None
-        report, neighbors = named_metrics.memorization_report(reference_features.pool, sample_features.pool, _NEIGHBORS)
-        picture = _neighbors_path(output, samples, extractor, reference_features, sample_features)
-        results["memorization"] = {**report, "picture": picture.name}
-        close = f"{report['close_distance']:.3g}"
-        unit = f"Euclidean distances of {extractor.name} features; at most {close} is close"
-        _draw_neighbors(picture, reference, samples, neighbors, unit)
+        assert of_reference.pool is not None and of_samples.pool is not None
+        report, neighbors = named_metrics.memorization_report(of_reference.pool, of_samples.pool, _NEIGHBORS)
+        key = (of_reference.digest, of_samples.digest, extractor.digest, extractor.resize)
+        tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:6]
+        picture = output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")
+        values["memorization"] = {**report, "picture": picture.name}
+        unit = f"Euclidean distances of {extractor.name} features; at most {report['close_distance']:.3g} is close"
+        _draw_neighbors(picture, reference, samples, np.arange(len(of_samples.pool)), neighbors, _PICTURED_IMAGES, unit)
         log(f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}")
-    record = results | {
-        "reference": reference.name,
-        "reference_sha256": reference_features.digest,
-        "num_reference": reference_features.moments.count or None,
-        "samples": samples.name,
-        "samples_sha256": sample_features.digest,
-        "num_samples": sample_features.moments.count,
-        "features": extractor.name,
-        "features_digest": extractor.digest,
-        "resize": extractor.resize,
-        **settings,
-        "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "backend": jax.default_backend(),
-    }
-    add_record(output, record)
-    sample_features.delete_cache()
-    _log_results(results)
+    counts = {"num_reference": of_reference.moments.count or None, "num_samples": of_samples.moments.count}
+    digests = of_reference.digest, of_samples.digest
+    _add_record(output, values | counts, reference, samples, digests, extractor, settings)
+    of_samples.delete_cache()
+    _log_values(values)
     log(f"Written to {output}")
 
 
-def _log_results(results: Mapping[str, Any]) -> None:
-    for name, value in results.items():
-        if isinstance(value, float) and not name.endswith(("_std", "_standard_error")):
-            error = results.get(f"{name}_standard_error")
-            log(f"{name:28} {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
-    if "memorization" in results:
-        share = results["memorization"]["close_share"]
-        log(f"{'closer than the reference':28} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh images)")
+def _add_record(
+    output: pathlib.Path,
+    values: Mapping[str, Any],
+    reference: ExampleSet,
+    samples: ExampleSet,
+    digests: tuple[str, str],
+    extractor: FeatureExtractor | None,
+    settings: Mapping[str, Any],
+) -> None:
+    versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
+    record = {
+        **values,
+        "reference": reference.name,
+        "reference_sha256": digests[0],
+        "samples": samples.name,
+        "samples_sha256": digests[1],
+        "features": extractor.name if extractor else None,
+        "features_digest": extractor.digest if extractor else None,
+        "resize": extractor.resize if extractor else None,
+        **settings,
+        "versions": versions,
+        "backend": jax.default_backend(),
+    }
+    add_record(output, record)
+
+
+def _log_values(values: Mapping[str, Any]) -> None:
+    """Logs a line for each metric, with its standard error, and its value for equal laws if that is not 0 or 1."""
+    for name, value in values.items():
+        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_law")):
+            error, same_law = (values.get(f"{name}_{of}") for of in ("standard_error", "same_law"))
+            line = f"{name:{_WIDTH}} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+            log(line + (f" (equal laws: {same_law:.4g})" if same_law is not None else ""))
+    if "memorization" in values:
+        share = values["memorization"]["close_share"]
+        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")
 
 
 def _possible_metrics(
-    reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor, metric_names: Sequence[str]
+    reference: ExampleSet, samples: ExampleSet, extractor: FeatureExtractor, metric_names: Sequence[str]
 ) -> list[str]:
     """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
-    if samples.images is None:
+    if samples.examples is None:
         raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
     _check_comparable(reference, samples)
     statistics = reference.statistics
     has_spatial = statistics.spatial is not None if statistics else extractor.name == "inception"
-    missing = named_metrics.unavailable_metrics(reference.images is None, has_spatial, extractor, metric_names)
+    missing = named_metrics.unavailable_metrics(reference.examples is None, has_spatial, extractor, metric_names)
     if missing:
         log(f"Not measured: {'; '.join(f'{metric} ({reason})' for metric, reason in missing.items())}.")
     metric_names = [metric for metric in metric_names if metric not in missing]
@@ -168,12 +180,14 @@ def _possible_metrics(
         raise ValueError("nothing is left to measure; name other metrics")
     if extractor.name == "inception" and not extractor.published:
         log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
-    for images in (reference, samples):
+    for each in (reference, samples):
         for metric in metric_names:
-            if images.images is not None and len(images.images) < named_metrics.MIN_IMAGES[metric]:
-                message = f"{images.name}: {len(images.images)} images are too few for {metric}"
-                raise ValueError(f"{message}, which needs {named_metrics.MIN_IMAGES[metric]}")
-    dimensions = feature_extractors.feature_dimension(extractor, samples.images.read(np.arange(1))["image"].shape[1:])
+            minimum = named_metrics.MIN_EXAMPLES[metric]
+            if each.examples is not None and len(each.examples) < minimum:
+                raise ValueError(
+                    f"{each.name}: {len(each.examples)} images are too few for {metric}, which needs {minimum}"
+                )
+    dimensions = features.feature_dimension(extractor, samples.examples.read(np.arange(1))["image"].shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
             f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
@@ -182,11 +196,11 @@ def _possible_metrics(
     return metric_names
 
 
-def _check_comparable(reference: ImageSet, samples: ImageSet) -> None:
+def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
     """Raises: ValueError if the images of the two sets differ in size or number of channels."""
-    if reference.images is None or samples.images is None:
+    if reference.examples is None or samples.examples is None:
         return
-    shapes = [images.read(np.arange(1))["image"].shape[1:] for images in (reference.images, samples.images)]
+    shapes = [images.read(np.arange(1))["image"].shape[1:] for images in (reference.examples, samples.examples)]
     if shapes[0] != shapes[1]:
         kinds = ["x".join(map(str, shape[:2])) + (" gray" if shape[2] == 1 else " color") for shape in shapes]
         advice = ["--channels=1 or 3 makes both gray or both color"] if shapes[0][2] != shapes[1][2] else []
@@ -198,57 +212,168 @@ def _check_comparable(reference: ImageSet, samples: ImageSet) -> None:
         )
 
 
-def _features(extraction: FeaturePipeline, images: ImageSet, cache: pathlib.Path) -> SetFeatures:
+def _set_features(pipeline: FeaturePipeline, images: ExampleSet, cache: pathlib.Path) -> SetFeatures:
     """Features of a set. Statistics that its file holds replace those of its images, which may be fewer."""
-    features = None
-    if images.images is not None:
-        features = extraction.extract_set(pathlib.Path(images.name).name, images.images, cache)
+    found = None
+    if images.examples is not None:
+        found = pipeline.extract_set(pathlib.Path(images.name).name, images.examples, cache)
     if not images.statistics:
-        assert features is not None
-        return features
+        assert found is not None
+        return found
     moments, spatial = images.statistics
     digest = hashlib.sha256()
     for part in (moments, spatial):
         if part is not None:
             digest.update(part.mean.tobytes() + part.covariance.tobytes())
-    pool, parts = (None, None) if features is None else (features.pool, features.cache)
+    pool, parts = (None, None) if found is None else (found.pool, found.cache)
     return SetFeatures(pool, moments, spatial, digest.hexdigest(), parts)
 
 
-def _neighbors_path(
-    output: pathlib.Path,
-    samples: ImageSet,
-    extractor: FeatureExtractor,
-    reference_features: SetFeatures,
-    sample_features: SetFeatures,
-) -> pathlib.Path:
-    """The path of the picture, different for each comparison."""
-    key = (reference_features.digest, sample_features.digest, extractor.digest, extractor.resize)
-    tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:6]
-    return output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")
-
-
 def _draw_neighbors(
-    path: pathlib.Path, reference: ImageSet, samples: ImageSet, neighbors: Neighbors, unit: str
+    path: pathlib.Path,
+    reference: ExampleSet,
+    samples: ExampleSet,
+    rows: np.ndarray,
+    neighbors: Neighbors,
+    count: int,
+    unit: str,
 ) -> None:
-    """Draws a row for each of the samples nearest to reference images: the sample, and these images with their distances."""
-    assert samples.images is not None and reference.images is not None
-    suspects = np.argsort(neighbors.distances[:, 0], kind="stable")[:_PICTURED_SAMPLES]
-    nearest = np.stack([reference.images.read(neighbors.indices[i])["image"] for i in suspects])
-    names = (pathlib.Path(images.name).name for images in (samples, reference))
-    title = "Samples of {} and their nearest images in {}; ".format(*names) + unit
-    shown = samples.images.read(suspects)["image"]
-    pictures.save(
-        path, pictures.draw_neighbors(shown, suspects.tolist(), nearest, neighbors.distances[suspects], title)
+    """Draws a row for each of the samples nearest to reference examples: the sample, and these examples with their distances.
+
+    rows: the indices of the samples that have neighbors. count: how many samples are drawn.
+    """
+    assert samples.examples is not None and reference.examples is not None
+    suspects = np.argsort(neighbors.distances[:, 0], kind="stable")[:count]
+    nearest = np.stack([read_examples(reference.examples, neighbors.indices[i]) for i in suspects])
+    names = (pathlib.Path(each.name).name for each in (samples, reference))
+    title = "Samples of {} and their nearest examples in {}; ".format(*names) + unit
+    shown, distances = read_examples(samples.examples, rows[suspects]), neighbors.distances[suspects]
+    pictures.save(path, pictures.draw_neighbors(shown, rows[suspects].tolist(), nearest, distances, title))
+
+
+# ---- Arrays
+
+
+def record_array_metrics(
+    reference: ExampleSet,
+    samples: ExampleSet,
+    options: FeatureOptions | None,
+    metric_names: Sequence[str],
+    output: pathlib.Path,
+    settings: Mapping[str, Any],
+    *,
+    seed: int,
+    normalization: data.Normalization | None = None,
+    periodic: bool = False,
+) -> None:
+    """Compares two sets of arrays and adds a record to `output`; writes the pictures and an .npz of the statistics beside it.
+
+    options: of the user's features, None without them. settings: more entries of the record. seed: of the directions of the
+    sliced Wasserstein distance. normalization: of both sets, which are in the units of the data; None if they are not
+    standardized. Every process calls this, and process 0 writes. Raises: ValueError for sets that cannot be compared.
+    """
+    assert reference.examples is not None and samples.examples is not None
+    read_records(output)
+    values = {} if options is None else _feature_metrics(reference, samples, options, metric_names)
+    if jax.process_index() != 0:
+        return
+    log("Comparing ...")
+    one, other = (example_sets.standardize(x, normalization) for x in (reference.examples, samples.examples))
+    comparison = named_metrics.compare_arrays(
+        jax.random.key(seed), one, other, metric_names, normalization, periodic, log
     )
+    values |= comparison.values
+    digests = example_sets.value_digest(reference.examples), example_sets.value_digest(samples.examples)
+    tag = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:6]
+    files = _write_files(output.parent, f"{pathlib.Path(samples.name).stem}_{tag}", reference, samples, comparison)
+    if "memorization" in values and "memorization" in files:
+        values["memorization"]["picture"] = files["memorization"]
+    more = {
+        "files": files,
+        "num_reference": len(reference.examples),
+        "num_samples": len(samples.examples),
+        "seed": seed,
+    }
+    extractor = options.extractor if options else None
+    _add_record(output, values | more, reference, samples, digests, extractor, settings)
+    _log_values(values)
+    log(f"Written to {output}, and beside it: {', '.join(files.values())}")
 
 
-def _output_file(output: str) -> pathlib.Path:
-    """The JSON file of --output, a file or its folder. Raises: UserError if a file has the folder's name."""
-    path = pathlib.Path(output).expanduser()
-    if output.endswith("/") or path.suffix != ".json" or path.is_dir():
-        path = path / "metrics.json"
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output={output}: {folder} is a file; name a folder, or a file that ends in .json")
-    return path
+def _feature_metrics(
+    reference: ExampleSet, samples: ExampleSet, options: FeatureOptions, metric_names: Sequence[str]
+) -> dict[str, Any]:
+    """The metrics of the user's features."""
+    wanted = [name for name in metric_names if name in ARRAY_METRICS_OF_FEATURES]
+    if not wanted:
+        return {}
+    pipeline = FeaturePipeline(options.extractor, options.mesh, options.batch_size, ProgressBar)
+    of_reference = _set_features(pipeline, reference, options.cache / "references")
+    of_samples = _set_features(pipeline, samples, options.cache / "samples")
+    if jax.process_index() != 0:
+        return {}
+    values = named_metrics.compute_metrics(of_reference, of_samples, options.extractor, wanted, log)
+    of_samples.delete_cache()
+    return values
+
+
+def _write_files(
+    folder: pathlib.Path, suffix: str, reference: ExampleSet, samples: ExampleSet, comparison: ArrayComparison
+) -> dict[str, str]:
+    """Writes the pictures, and the statistics as an .npz. Returns: their names by what they show."""
+    files: dict[str, str] = {}
+    title = f"Samples of {pathlib.Path(samples.name).stem} and {pathlib.Path(reference.name).name}"
+    histograms, neighbors = comparison.histograms, comparison.neighbors
+    figures = {
+        "histograms": (pictures.draw_histograms, None if histograms is None else (histograms,)),
+        "spectrum": (pictures.draw_spectra, comparison.spectra),
+        "autocorrelation": (pictures.draw_autocorrelation, comparison.autocorrelations),
+    }
+    for name, (draw, statistics) in figures.items():
+        if statistics is not None:
+            files[name] = f"{name}_{suffix}.png"
+            pictures.save(folder / files[name], draw(*statistics, title=title))
+    assert samples.examples is not None
+    if neighbors is not None and len(read_examples(samples.examples, np.arange(1)).shape) > 2:
+        files["memorization"] = f"memorization_{suffix}.png"
+        assert comparison.neighbor_samples is not None
+        nearest = Neighbors(neighbors.indices[:, :1], neighbors.distances[:, :1])
+        path, rows = folder / files["memorization"], comparison.neighbor_samples
+        _draw_neighbors(path, reference, samples, rows, nearest, _PICTURED_ARRAYS, "Euclidean, standardized")
+    arrays = _statistics_arrays(comparison)
+    if arrays:
+        files["statistics"] = f"statistics_{suffix}.npz"
+        path = folder / files["statistics"]
+        if path.exists():  # other statistics of the same two sets
+            with np.load(path) as stored:
+                arrays = dict(stored) | arrays
+        save_npz(path, arrays)
+    return files
+
+
+def _statistics_arrays(comparison: ArrayComparison) -> dict[str, np.ndarray]:
+    """The statistics of both sets in the units of the data, with their standard errors, as an .npz holds them."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(name: str, measurement: Any) -> None:
+        arrays[name] = np.asarray(measurement.value)
+        arrays[f"{name}_standard_error"] = np.asarray(measurement.standard_error)
+
+    if comparison.histograms is not None:
+        arrays["histogram_edges"] = comparison.histograms.edges
+        add("histogram_distance", comparison.histograms.distance)
+        arrays["histogram_distance_same_law"] = comparison.histograms.same_law
+        add("histogram_reference", comparison.histograms.reference)
+        add("histogram_samples", comparison.histograms.samples)
+    for which in (0, 1):
+        side = ("reference", "samples")[which]
+        if comparison.moments is not None:
+            add(f"mean_{side}", comparison.moments[which].mean)
+            add(f"covariance_{side}", comparison.moments[which].covariance)
+        if comparison.spectra is not None:
+            arrays["spectrum_frequencies"] = comparison.spectra[which].frequencies
+            add(f"spectrum_{side}", comparison.spectra[which])
+        if comparison.autocorrelations is not None:
+            arrays["autocorrelation_lags"] = comparison.autocorrelations[which].lags
+            add(f"autocorrelation_{side}", comparison.autocorrelations[which])
+    return arrays

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import collections
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -76,57 +73,49 @@ class StepsInFlight:
 
 
 class TraceProfile:
-    """Traces five calls of the train step for XProf, into the work directory: at the start, or on demand.
+    """Traces five calls of the train step for XProf, into the work directory.
 
-    On demand: after SIGUSR1, or after `check_request` has found a file PROFILE in the directory. directory: None on all
-    processes but 0, which trace nothing. at_start: traces the sixth to the tenth call; the first calls fill caches.
+    directory: None on all processes but 0, which trace nothing. at_start: traces the sixth to the tenth call; the first calls
+    fill caches.
     """
 
     _FIRST_CALL, _NUM_CALLS = 5, 5
 
     def __init__(self, directory: pathlib.Path | None, at_start: bool):
-        self._directory, self._call, self._end = directory, 0, None
-        self._start = self._FIRST_CALL if at_start else None
-        self._earlier_handler: Any = None
+        self._directory, self._calls_left = directory, 0
+        self._calls_before = self._FIRST_CALL if at_start else None
 
     def __enter__(self) -> TraceProfile:
-        if self._directory and hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
-            self._earlier_handler = signal.signal(signal.SIGUSR1, lambda *_: self.request())
         return self
 
     def __exit__(self, *_) -> None:
-        if self._earlier_handler is not None:
-            signal.signal(signal.SIGUSR1, self._earlier_handler)
-        if self._end is not None:  # the run ended before the last call
+        if self._calls_left:  # the run ended before the last call
             self._stop()
 
-    def request(self) -> None:
-        """Traces the next calls, unless some are traced already."""
-        if self._directory and self._end is None:
-            self._start = self._call
-
     def check_request(self) -> None:
-        """Requests a trace if there is a file PROFILE, which is removed."""
-        if self._directory and locations.take(self._directory / "PROFILE"):
-            self.request()
+        """Traces the next calls if there is a file PROFILE in the directory, which is removed."""
+        if self._directory and not self._calls_left and locations.take(self._directory / "PROFILE"):
+            self._calls_before = 0
 
     def annotate(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """The context of one call."""
-        if self._directory and self._start is not None and self._call >= self._start:
+        if self._directory and self._calls_before == 0:
             jax.profiler.start_trace(str(self._directory))
-            self._start, self._end = None, self._call + self._NUM_CALLS
+            self._calls_left = self._NUM_CALLS
+        self._calls_before = self._calls_before - 1 if self._calls_before else None
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def count_call(self, state) -> None:
         """Counts a call that has been made, and stops the trace after the last one. state: its result."""
-        self._call += 1
-        if self._end is not None and self._call >= self._end:
-            jax.block_until_ready(state)
-            self._stop()
+        if self._calls_left:
+            self._calls_left -= 1
+            if not self._calls_left:
+                jax.block_until_ready(state)
+                self._stop()
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        self._end = None
+        self._calls_left = 0
         assert self._directory
         locations.written(self._directory / "plugins")
         log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")

@@ -1,4 +1,4 @@
-"""`--mode=train` and `train_classifier`: trains a config from scratch, or from its last checkpoint on."""
+"""`--mode=train` and `train_classifier`: trains a config, or resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed.preemption import Preemption
-from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.processes import barrier, broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import recipe_checks
@@ -31,10 +31,9 @@ from diffusion_jax.runs.console import (
 )
 from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
 from diffusion_jax.runs.devices import log_determinism
-from diffusion_jax.runs.environment import describe_environment
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_writer import RunMetrics, check_writers
-from diffusion_jax.runs.preview import PreviewPictures, check_sampling, make_preview_sampler, set_data
+from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
+from diffusion_jax.runs.preview import PreviewPictures, TrainingFid, check_sampling, make_preview_sampler, set_data
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
 from diffusion_jax.runs.trained_model import (
     InitialWeights,
@@ -42,26 +41,19 @@ from diffusion_jax.runs.trained_model import (
     normalization_differences,
     set_params,
 )
-from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.runs.training_outputs import TrainingOutputs
-from diffusion_jax.runs.workdir import check_data, check_identity, read_class_names, write_config
+from diffusion_jax.runs.workdir import check_data, check_identity, write_config
 from diffusion_jax.storage.locks import locked
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
 __all__ = ["run"]
 
 
-def run(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    source: data.Source | None = None,
-    after_failure: Callable[[], None] = lambda: None,
-) -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
       source: the data, in place of those that `config.data` names; its other leaves describe them.
-      after_failure: called if the train loop fails or is stopped, after its files are closed. It must not raise.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
@@ -71,16 +63,15 @@ def run(
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
-        check_sampling(config, program, read_class_names(config, workdir))
         preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
         fid_sampler = _make_fid_sampler(config, program)
     if _is_finished(config, workdir):
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
-    class_names = data.read_class_names(loaded)
+    _, class_names = data.read_classes(loaded)
     with as_user_error("config"):
-        check_sampling(config, program, class_names, are_names_final=True)
+        check_sampling(config, program, class_names)
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not _checkpoint_steps(workdir):
@@ -92,7 +83,6 @@ def run(
         preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)
     kept = (config.training.checkpoints_kept, config.training.checkpoint_keep_every)
     with (
-        contextlib.ExitStack() as after,
         locked(workdir / ".lock", f"is training in {workdir}"),
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
     ):
@@ -115,7 +105,6 @@ def run(
         normalized = normalize(config, loaded, normalizations)
         for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
             set_data(batch_sampler, normalized, normalizations)
-        after.push(lambda kind, *_: after_failure() if kind else None)
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
 
@@ -195,7 +184,7 @@ def _train(
     state = begin_window(step, state)
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer else None, options.profile)
-    launch.begin(step, describe_environment())
+    launch.begin(step)
     with contextlib.ExitStack() as stack:
         if is_writer:
             stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
@@ -205,6 +194,8 @@ def _train(
         compiled = _CompiledSteps(program)
         with log_compilation("the train step"), launch.measure("compile"):
             compiled.get(count, state, batch)
+            # Gloo ends processes that begin their first step more than 30 s apart, as slow compilations can be.
+            barrier("compiled")
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, watchdog, profile):
@@ -214,8 +205,8 @@ def _train(
             config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
         )
         outputs.write_missing(step, state)
-        must_stop = is_timed = handles_signals = False
-        while step < options.num_steps and not must_stop:
+        is_timed = handles_signals = False
+        while step < options.num_steps:
             with profile.annotate(step):
                 state, step_metrics = compiled.get(count, state, batch)(state, batch)
             step += count
@@ -229,25 +220,25 @@ def _train(
                 stack.enter_context(preemption.install_handler())
                 handles_signals = True
             watchdog.record_step()
-            must_stop = preemption.requested()
-            note, shown = outputs.log_metrics(step, state), ""
+            note = outputs.log_metrics(step, state)
             state = begin_window(step, state)
             if note:
                 profile.check_request()
             if not is_timed and (seconds := in_flight.seconds_per_step()):
-                is_timed, shown = True, f"{format_seconds(seconds)} a step"
+                is_timed = True
                 _log_duration(config, program, options.num_steps - in_flight.finished, seconds)
             with launch.measure("output"):
                 checkpoints.check()
-                bar.update(in_flight.finished, note or shown)
+                bar.update(in_flight.finished, note)
                 if is_writer:
-                    launch.write_each_minute(in_flight.finished)
-            must_stop = outputs.write(step, state, must_stop)
+                    launch.record(in_flight.finished)
+            if outputs.write(step, state, preemption.requested()):
+                break
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
             if is_writer:
-                launch.write(step, is_last=True)
+                launch.record(step, is_last=True)
             is_incomplete = step < options.num_steps or preemption.has_abandoned
             stopped = preemption.stop_exception(step) if is_incomplete else None
         if stopped:
@@ -272,7 +263,7 @@ def _log_duration(config: ConfigDict, program: training.TrainingProgram, num_ste
 def _begin_window(
     program: training.TrainingProgram, log_every: int, step: int, state: training.TrainState
 ) -> training.TrainState:
-    """The state with an empty window after each multiple of the interval, also in checkpoints of earlier versions."""
+    """The state with an empty window after each multiple of the interval."""
     return state if step % log_every else dataclasses.replace(state, window=program.empty_window())
 
 

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained, schedules
 from diffusion_jax.config import is_continuous
-from diffusion_jax.data import Normalization, Normalizations, example_shape
+from diffusion_jax.data import Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.pretrained.description import format_normalization
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
@@ -36,7 +37,6 @@ __all__ = [
     "normalization_differences",
     "params_digest",
     "set_params",
-    "weights_name",
 ]
 
 _Read = TypeVar("_Read", bound=pretrained.Description)
@@ -118,7 +118,8 @@ class TrainedModel:
     @property
     def weights_name(self) -> str:
         """The origin of the weights in file names: step500, or the name of `config.init_from`."""
-        return weights_name(self.config, self.step)
+        is_initial = self.config.init_from and not self.step
+        return pathlib.Path(self.config.init_from).stem if is_initial else f"step{self.step}"
 
 
 def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
@@ -163,11 +164,6 @@ def params_digest(params) -> str:
     return digest.hexdigest()
 
 
-def weights_name(config: Mapping, step: int) -> str:
-    """step500, or the name of `config.init_from` for untrained weights."""
-    return pathlib.Path(config["init_from"]).stem if config["init_from"] and not step else f"step{step}"
-
-
 class InitialWeights(NamedTuple):
     """Parameters of `config.init_from`.
 
@@ -205,18 +201,9 @@ def normalization_differences(initial_weights: InitialWeights, normalizations: N
         pair = old.get(name), normalizations.get(name)
         if pair[0] == pair[1]:
             continue
-        there, here = ("none" if one is None else _format(one) for one in pair)
+        there, here = ("none" if one is None else format_normalization(one) for one in pair)
         differences.append(f"{name}: {there} there, {here} here")
     return "; ".join(differences) or None
-
-
-def _format(normalization: Normalization) -> str:
-    """(data - offset) / scale of the first channels, for a log line."""
-    offset, scale = (
-        ", ".join([f"{value:.4g}" for value in values[:3]] + ["..."] * (len(values) > 3))
-        for values in (normalization.offset, normalization.scale)
-    )
-    return f"(data - ({offset})) / ({scale})"
 
 
 def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:

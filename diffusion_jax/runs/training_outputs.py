@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,9 @@ from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_writer import RunMetrics
-from diffusion_jax.runs.preview import PreviewPictures
+from diffusion_jax.runs.metrics_files import RunMetrics
+from diffusion_jax.runs.preview import PreviewPictures, TrainingFid
 from diffusion_jax.runs.step_timing import StepsInFlight
-from diffusion_jax.runs.training_fid import TrainingFid
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.ema import weights_kind
 
@@ -60,7 +60,8 @@ class TrainingOutputs:
         speed = self._speed(step)
         with self.launch.measure("output"):
             if self.metrics:
-                speed["goodput"] = self.launch.write(step)
+                self.launch.record(step)
+                speed["goodput"] = self.launch.goodput()
                 self.metrics.write_scalars(step, means | speed)
         self.logged_step = step
         return f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
@@ -135,37 +136,33 @@ class TrainingOutputs:
             "logging": logging / seconds,
         }
 
-    def _sampling_weights(self, step: int, state: training.TrainState) -> tuple[str, Any]:
-        kind = weights_kind(self.config, step)
-        return kind, state.ema_params if kind == "ema" else state.params
-
     def _draw_preview(self, step: int, state: training.TrainState) -> bool:
-        """Writes a grid of samples of the EMA, or of the raw weights as long as these replace it.
-
-        Returns: False if a signal arrived before it was drawn.
-        """
+        """Writes a grid of samples. Returns: False if a signal arrived before it was drawn."""
         assert self.preview
-        kind, params = self._sampling_weights(step, state)
-        with self.watchdog.paused():
-            is_drawn, images = self.preemption.call(functools.partial(self.preview.draw, params))
+        is_drawn, images, kind = self._call(self.preview.draw, step, state)
         if is_drawn and self.metrics:
             self.preview.write(step, images, self.metrics, kind)
         return is_drawn
 
     def _log_fid(self, step: int, state: training.TrainState) -> bool:
-        """Logs the Frechet distance of samples of the EMA, or of the raw weights as long as these replace it.
-
-        Returns: False if a signal arrived before it was known.
-        """
+        """Logs the Frechet distance of samples. Returns: False if a signal arrived before it was known."""
         assert self.training_fid
-        kind, params = self._sampling_weights(step, state)
-        with self.watchdog.paused():
-            is_known, distance = self.preemption.call(functools.partial(self.training_fid, params))
+        is_known, distance, kind = self._call(self.training_fid, step, state)
         if is_known:
             log(f"{self.training_fid.name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))
             if self.metrics:
                 self.metrics.write_scalars(step, {self.training_fid.name: distance})
         return is_known
+
+    def _call(self, function: Callable[[Any], Any], step: int, state: training.TrainState) -> tuple[bool, Any, str]:
+        """Calls a function of the EMA, or of the raw weights as long as these replace it, until a signal arrives.
+
+        Returns: (False if a signal arrived, the result, "ema" or "raw").
+        """
+        kind = weights_kind(self.config, step)
+        params = state.ema_params if kind == "ema" else state.params
+        with self.watchdog.paused():
+            return *self.preemption.call(functools.partial(function, params)), kind
 
     def _save(self, step: int, state: training.TrainState) -> None:
         """Saves a checkpoint of a finite state."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data
-from diffusion_jax.config import identity_leaves, migrate, resolve
+from diffusion_jax import data, pretrained
+from diffusion_jax.config import identity_leaves, resolve
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
@@ -23,9 +23,10 @@ from diffusion_jax.training.digests import committed_steps
 __all__ = [
     "check_data",
     "check_identity",
+    "config_from_weights",
     "digest_of_some",
+    "load_config",
     "read_class_names",
-    "read_config",
     "to_dict",
     "write_config",
     "write_config_if_untrained",
@@ -39,19 +40,30 @@ def to_dict(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def read_config(workdir: pathlib.Path) -> dict | None:
-    """The stored config, or None if there is none. Raises: UserError if it cannot be read."""
-    path = workdir / "config.json"
+def load_config(directory: pathlib.Path | str) -> ConfigDict | None:
+    """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
+    path = local_path(directory) / "config.json"
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())
-        if isinstance(config, dict):
-            return config
-        error = "not a dictionary"
-    except (ValueError, OSError) as caught:
-        error = str(caught)
-    raise UserError(f"{path} is not a valid config ({error}); restore it, or use another --workdir")
+        return resolve(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
+
+
+def config_from_weights(path: str, flags: str = "") -> ConfigDict:
+    """The config with which training starts from published weights, or from those of a run, whose other settings it inherits.
+
+    path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
+    """
+    description = pretrained.describe(path, pretrained.read_flags(flags))
+    config = load_config(path) if pretrained.is_workdir(path) else None
+    if config is None:
+        leaves = pretrained.config_leaves(description)
+        dataset = "folder" if description.is_images and description.channels in (1, 3) else "arrays"
+        config = resolve(leaves | {"data": leaves["data"] | {"dataset": dataset, "random_flip": False}})
+    config.init_from, config.init_flags = path, flags
+    return config
 
 
 def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -60,17 +72,14 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     A directory without a checkpoint holds no run: after a launch that failed or stopped before its first checkpoint, another
     config may be used.
     """
-    stored = read_config(workdir)
+    stored = load_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    # A stored config lacks the leaves that later versions added; it was trained with what their defaults describe.
-    defaults = resolve({"diffusion": {"loss": config.diffusion.loss}})
-    old = identity_leaves(to_dict(defaults)) | identity_leaves(migrate(stored))
-    new = identity_leaves(to_dict(config))
-    differing = [key for key in new if old[key] != new[key]]
+    old, new = identity_leaves(to_dict(stored)), identity_leaves(to_dict(config))
+    differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
         return
-    listed = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} here" for key in differing)
+    listed = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} here" for key in differing)
     advice = "use another --workdir, or the config of that run"
     if not any(key.startswith(("model.", "diffusion.")) for key in differing):
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
@@ -83,14 +92,16 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
 
     source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
     """
-    names, path = list(data.read_class_names(source)), workdir / "data.json"
+    names, path = list(data.read_classes(source)[1]), workdir / "data.json"
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
-    old = _read_data_json(workdir) if _has_checkpoint(workdir) else None
-    if old is not None and {"classes": names, **old} != new:  # runs of version 0.1 store no names
+    old = None
+    if path.exists() and committed_steps(workdir / "checkpoints"):
+        old = json.loads(path.read_text())
+    if old is not None and old != new:
         difference = "other values or labels"
-        if old.get("classes", names) != names:
+        if old["classes"] != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
         # The weights fit only the scale in this file.
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
@@ -100,7 +111,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
             f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
             f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
         )
-    if old != new:
+    if old is None:
         write_text(path, json.dumps(new) + "\n")
 
 
@@ -113,15 +124,6 @@ def digest_of_some(source: Source) -> str:
     return hashlib.sha256(
         b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
     ).hexdigest()
-
-
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-    return bool(committed_steps(workdir / "checkpoints"))
-
-
-def _read_data_json(workdir: pathlib.Path) -> dict[str, Any] | None:
-    path = workdir / "data.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
         try:
             stored = json.loads((local_path(directory) / "data.json").read_text())
             return tuple(map(str, stored["classes"]))
-        except (OSError, ValueError, KeyError, TypeError):  # published weights, or a run of version 0.1
+        except (OSError, ValueError, KeyError, TypeError):  # published weights
             continue
     return ()
 

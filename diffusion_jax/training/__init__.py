@@ -7,8 +7,7 @@ from diffusion_jax.training.from_config import (
     schedule_from_config,
     stored_normalizations,
 )
-from diffusion_jax.training.metrics import window_means
-from diffusion_jax.training.state import TrainState
+from diffusion_jax.training.state import TrainState, window_means
 from diffusion_jax.training.step import scan_steps
 
 __all__ = [

@@ -58,8 +58,12 @@ def read_batch(
             f"a batch of {batch_size} must be a multiple of training.accumulation_steps={num_microbatches}"
         )
     x_0 = to_model_range(values) if name == "image" else values.astype(jnp.float32)
-    y = _read_labels(batch, batch_size) if takes_labels else None
-    condition = None if condition_shape is None else _read_condition(batch, (batch_size, *condition_shape))
+    y = condition = None
+    if takes_labels:
+        y = _read(batch, "label", "int", (batch_size,), "model.num_classes or diffusion.loss=classify")
+    if condition_shape is not None:
+        reason = "model.condition_features or model.condition_channels"
+        condition = _read(batch, "condition", "float", (batch_size, *condition_shape), reason).astype(jnp.float32)
     return Examples(x_0, y, condition)
 
 
@@ -94,35 +98,20 @@ def _check_dtype(name: str, values: Any) -> None:
         raise ValueError(f'batch["x"] must be float, standardized data; got {dtype}; {advice}')
 
 
-def _read_labels(batch: Mapping[str, Any], batch_size: int) -> jax.Array:
-    if "label" not in batch:
-        raise ValueError(
-            f'a batch must have "label", int [{batch_size}], for model.num_classes or diffusion.loss=classify; '
-            f"got {', '.join(map(repr, batch))}"
-        )
-    y = batch["label"]
-    if not hasattr(y, "dtype"):
-        raise ValueError(f'batch["label"] must be an array; got {type(y).__name__}')
-    if not jnp.issubdtype(jnp.result_type(y), jnp.integer) or jnp.shape(y) != (batch_size,):
-        raise ValueError(
-            f'batch["label"] must be int of shape [{batch_size}]; got {jnp.result_type(y)} {list(jnp.shape(y))}'
-        )
-    return y
-
-
-def _read_condition(batch: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
+def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
+    """The array of a name, of the kind "int" or "float" and of `shape`. reason: what needs it."""
     expected = ", ".join(map(str, shape))
-    if "condition" not in batch:
+    if name not in batch:
         raise ValueError(
-            f'a batch must have "condition", float [{expected}], for model.condition_features or model.condition_channels; '
-            f"got {', '.join(map(repr, batch))}"
+            f'a batch must have "{name}", {kind} [{expected}], for {reason}; got {", ".join(map(repr, batch))}'
         )
-    condition = batch["condition"]
-    dtype = jnp.result_type(condition) if hasattr(condition, "dtype") else None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.shape(condition) != shape:
-        got = type(condition).__name__ if dtype is None else f"{dtype} {list(jnp.shape(condition))}"
-        raise ValueError(f'batch["condition"] must be float of shape [{expected}], standardized; got {got}')
-    return condition.astype(jnp.float32)
+    value = batch[name]
+    if not hasattr(value, "dtype"):
+        raise ValueError(f'batch["{name}"] must be an array; got {type(value).__name__}')
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, {"int": jnp.integer, "float": jnp.floating}[kind]) or jnp.shape(value) != shape:
+        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}]; got {dtype} {list(jnp.shape(value))}')
+    return value
 
 
 def random_flip(key: jax.Array, examples: Examples) -> Examples:

@@ -15,10 +15,9 @@ from diffusion_jax import data, models, schedules
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.training.from_config import check_loss, model_from_config, schedule_from_config
-from diffusion_jax.training.metrics import empty_window, metric_names
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
-from diffusion_jax.training.state import Network, TrainState, initial_state
+from diffusion_jax.training.state import Network, TrainState, empty_window, initial_state, metric_names
 from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
 
 __all__ = ["TrainingProgram", "build_program", "create"]

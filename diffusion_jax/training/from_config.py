@@ -39,7 +39,7 @@ def stored_normalizations(config: Mapping[str, Any], workdir: pathlib.Path) -> d
     """
     path = workdir / "data.json"
     has_scale = is_continuous(config) or condition_shape(config) is not None
-    if not path.exists() and not has_scale:  # images, of version 0.1
+    if not path.exists() and not has_scale:
         return {}
     try:
         stored = json.loads(path.read_text()).get("normalization", {})

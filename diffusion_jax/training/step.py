@@ -1,29 +1,133 @@
-"""The train step: one pure function from (state, batch) to (state, metrics)."""
+"""The train step: one pure function from (state, batch) to (state, metrics), and the loss that it minimizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from diffusion_jax import data, timesteps
+from diffusion_jax import data, losses, timesteps
+from diffusion_jax.models import upsampling
+from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.training.batches import Examples, check_settings, random_flip, read_batch
 from diffusion_jax.training.ema import ema_decay
 from diffusion_jax.training.from_config import condition_shape
-from diffusion_jax.training.metrics import loss_terms, metric_names, quarter_sums, update_window
-from diffusion_jax.training.objective import Microbatch, Objective, make_objective, takes_labels
 from diffusion_jax.training.optimizer import global_norm
-from diffusion_jax.training.state import Network, TrainState
+from diffusion_jax.training.state import (
+    Network,
+    TrainState,
+    loss_terms,
+    make_average,
+    quarter_averages,
+    update_window,
+)
 
-__all__ = ["TrainStep", "make_train_step", "scan_steps"]
+__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps"]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+# (params, loss history, key, examples, microbatch) -> (loss [B], values that the loss computed)
+Objective = Callable[..., tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """Every `count`-th row of a batch, from `index` on, which are equally many rows on every device.
+
+    All draws are those of the whole batch, so that the number of microbatches does not change a step: timesteps and noise
+    are drawn for B rows, of which the network sees some, and dropout draws its mask for B rows.
+    """
+
+    index: Any = 0
+    count: int = 1
+
+    def take(self, x: Any) -> jax.Array:
+        """[B, ...] to [B / count, ...]."""
+        return x if self.count == 1 else x.reshape(-1, self.count, *x.shape[1:])[:, self.index]
+
+    def put(self, x: jax.Array) -> jax.Array:
+        """[B / count, ...] to [B, ...], with zeros in the other rows."""
+        if self.count == 1:
+            return x
+        rows = jnp.zeros((len(x), self.count, *x.shape[1:]), x.dtype)
+        return rows.at[:, self.index].set(x).reshape(-1, *x.shape[1:])
+
+    def dropout(self, layer: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext):
+        """A Linen interceptor: dropout takes this microbatch's rows of the mask of the whole batch."""
+        if self.count == 1 or not isinstance(context.module, nn.Dropout | Dropout):
+            return layer(*args, **kwargs)
+        (x,) = args
+        mask = self.take(layer(jnp.ones((len(x) * self.count, *x.shape[1:])), **kwargs))  # zeros and 1 / (1 - rate)
+        return (x * mask).astype(x.dtype)
+
+
+_WHOLE_BATCH = Microbatch()
+
+
+def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The function of `losses` that a config names, and its keyword arguments."""
+    diffusion = config["diffusion"]
+    prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
+    bound = {"variance": diffusion["variance"], "gray_levels": config["data"]["levels"]}
+    return {
+        "simple": (losses.simple, prediction | weighting),
+        "vlb": (losses.vlb, prediction | bound),
+        "hybrid": (losses.hybrid, prediction | bound | weighting | {"vlb_weight": diffusion["vlb_weight"]}),
+        "classify": (losses.classify, {}),
+    }[diffusion["loss"]]
+
+
+def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
+    """The condition of an upsampler [B, H, W, K]: the small version of x_0, with noise of random size if max_noise > 0."""
+    low, noise_std = upsampling.downsample(x_0, low_resolution), None
+    if max_noise:
+        key_std, key_noise = jax.random.split(key)
+        noise_std = jax.random.uniform(key_std, x_0.shape[:1], x_0.dtype, maxval=max_noise)
+        low = upsampling.augment(key_noise, low, noise_std)
+    return upsampling.condition(low, x_0.shape, noise_std)
+
+
+def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
+    """objective(params, history, key, examples, microbatch) -> (loss [B], aux): the loss that `config.diffusion` names.
+
+    history: `TrainState.loss_history`. examples: as `read_batch` returns them. microbatch: the rows that the network sees;
+    the results in the other rows have no meaning. aux: the second result of the function of `losses`.
+    """
+    loss, options = _loss_and_options(config)
+    classifies = config["diffusion"]["loss"] == "classify"
+    is_conditional = bool(model.num_classes) and not classifies
+    sampler_name = config["diffusion"]["timestep_sampler"]
+    low_resolution, max_noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
+
+    def objective(params, history, key, examples: Examples, microbatch=_WHOLE_BATCH):
+        x_0, y, condition = examples
+        key_loss, key_dropout, key_low = jax.random.split(key, 3)
+        if low_resolution:
+            condition = _small_image(key_low, x_0, low_resolution, max_noise)
+        if history is None:
+            timestep_sampler = timesteps.SAMPLERS[sampler_name]
+        else:
+            timestep_sampler = timesteps.loss_second_moment(history)
+
+        def network(x_t, time):
+            labels = (microbatch.take(y),) if is_conditional else ()
+            conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
+            x, time = microbatch.take(x_t), microbatch.take(time)
+            rngs = {"dropout": key_dropout}
+            with nn.intercept_methods(microbatch.dropout):
+                output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
+            return microbatch.put(jnp.asarray(output))
+
+        targets = (y,) if classifies else ()
+        return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)
+
+    return objective
 
 
 def make_train_step(
@@ -46,22 +150,22 @@ def make_train_step(
     """
     diffusion, options = config["diffusion"], config["training"]
     num_microbatches = options["accumulation_steps"]
-    terms, names = loss_terms(diffusion["loss"]), metric_names(diffusion["loss"])
-    shape, labeled = data.example_shape(config["data"]), takes_labels(model, diffusion["loss"])
+    terms = loss_terms(diffusion["loss"])
+    shape = data.example_shape(config["data"])
+    takes_labels = bool(model.num_classes) or diffusion["loss"] == "classify"
     shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
-    gradient = _make_gradient(objective, terms, num_microbatches, gather_params, _can_fuse_casts(config))
+    gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
-        examples = read_batch(batch, shape, labeled, num_microbatches, shape_of_condition)
+        examples = read_batch(batch, shape, takes_labels, num_microbatches, shape_of_condition)
         check_settings(batch, config)
         if config["data"]["random_flip"]:
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
-        grad_norm = global_norm(_fuse_across_leaves(grads, "grad_norm", (2,)))
-        grads = _prepare_for_update(grads)
+        grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
@@ -69,71 +173,18 @@ def make_train_step(
         if history is not None:
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
-        sums = quarter_sums(values, schedule.num_timesteps)
-        param_norm = global_norm(_fuse_across_leaves(_after_update(params), "param_norm", (2,)))
-        sums |= {"loss": (loss, 1), "grad_norm": (grad_norm, 1), "param_norm": (param_norm, 1)}
-        sums |= {"learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), 1)}
-        sums |= {name: ((values["importance"] * values[name]).mean(), 1) for name in terms}
-        metrics = {name: sums[name][0] / sums[name][1] for name in names}
+        param_norm = global_norm(params)
+        scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
+        scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
+        scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
+        averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
+        averages |= quarter_averages(values, schedule.num_timesteps)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = update_window(_fuse_across_leaves(state.window, "window"), sums, names, state.step, finite)
+        window = update_window(state.window, averages, state.step, finite)
+        metrics = {name: average.compute() for name, average in averages.items()}
         return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
 
     return train_step
-
-
-# The length of the array that leaves share, another for each purpose, so that they do not share kernels.
-_LENGTHS = {"grad_norm": 2, "param_norm": 3, "update": 4, "casts": 5, "window": 6}
-
-
-def _fuse_across_leaves(tree: Any, purpose: str, ndims: Sequence[int] = range(6)) -> Any:
-    """The same tree; what is computed next from its float32 leaves of these numbers of axes takes fewer kernels of a GPU.
-
-    XLA computes leaves of one shape in one kernel only if they all read one array that is not a scalar. So each leaf is
-    multiplied by the 1 in an array, which changes no bit; purpose: one of `_LENGTHS`. Other devices get the tree unchanged.
-    """
-    if jax.default_backend() != "gpu":
-        return tree
-    # Equal numbers would be written by a kernel.
-    one = jax.lax.optimization_barrier(jnp.asarray(np.eye(1, _LENGTHS[purpose], dtype=np.float32)[0]))[0]
-
-    def multiply(leaf):
-        return leaf * one if jnp.ndim(leaf) in ndims and jnp.result_type(leaf) == jnp.float32 else leaf
-
-    return jax.tree.map(multiply, tree)
-
-
-def _prepare_for_update(grads: Any) -> Any:
-    """The gradient for the update, in few kernels of a GPU and with the last axis contiguous, as the state is stored.
-
-    cuDNN computes the gradient of a kernel in another order, to which XLA would change the parameters, the moments and the
-    average, and back. On other devices the orders are the same.
-    """
-    if jax.default_backend() != "gpu":
-        return grads
-
-    def place(g):
-        placed = with_layout_constraint(g, Layout(major_to_minor=tuple(range(g.ndim))))
-        # Of convolutions only the changes of layout are fused: XLA would not update several such leaves in place.
-        return jax.lax.optimization_barrier(placed) if g.ndim > 2 else placed
-
-    return jax.tree.map(place, _fuse_across_leaves(grads, "update"))
-
-
-def _after_update(params: Any) -> Any:
-    """The same parameters, for their norm; on GPUs the norm of matrices is not computed by the kernels that update them.
-
-    XLA would update one matrix in each of those kernels.
-    """
-    if jax.default_backend() != "gpu":
-        return params
-    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if leaf.ndim == 2 else leaf, params)
-
-
-def _can_fuse_casts(config: Mapping[str, Any]) -> bool:
-    """Whether the backward pass reads the parameters that the forward pass has cast, instead of casting them again."""
-    model = config["model"]
-    return model["dtype"] != "float32" and not model["remat"] and config["mesh"]["fsdp"] == 1
 
 
 def _make_gradient(
@@ -141,7 +192,6 @@ def _make_gradient(
     terms: tuple[str, ...],
     num_microbatches: int,
     gather_params: Callable[[Callable], Callable],
-    fuse_casts: bool,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """gradient(params, history, key, examples) -> (gradient of the mean loss, values of each example).
 
@@ -158,15 +208,12 @@ def _make_gradient(
 
     gradient_fn = jax.grad(gather_params(loss_fn), has_aux=True)
 
-    def microbatch_gradient(params, *arguments):
-        return gradient_fn(_fuse_across_leaves(params, "casts") if fuse_casts else params, *arguments)
-
     def gradient(params, *arguments):
         if num_microbatches == 1:
-            return microbatch_gradient(params, *arguments, 0)
+            return gradient_fn(params, *arguments, 0)
 
         def add(total, index):
-            grads, values = microbatch_gradient(params, *arguments, index)
+            grads, values = gradient_fn(params, *arguments, index)
             return jax.tree.map(jnp.add, total, grads), values
 
         # XLA's CPU backend computes the gradient of a convolution many times slower inside a loop than outside.

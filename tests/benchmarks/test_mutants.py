@@ -1,8 +1,10 @@
-"""`make mutants`: how it draws mutants, stores results and reports them."""
+"""`make mutants`: how it draws mutants, selects and runs their tests, and reports the result."""
+
+import json
 
 import pytest
 
-from benchmarks import mutant_drawing, mutant_records, mutants
+from benchmarks import mutant_drawing, mutants
 
 SOURCE = '''
 def halve(x: int | None, steps: list[int] = (3,)) -> int | None:
@@ -12,17 +14,18 @@ def halve(x: int | None, steps: list[int] = (3,)) -> int | None:
 '''
 
 
-def test_the_table_names_files_and_tests_that_exist():
-    for file, tests in mutants.TESTS.items():
-        assert (mutants.ROOT / mutants.PACKAGE / f"{file}.py").is_file(), file
-        for test in tests:
-            path, _, function = test.partition("::")
-            source = (mutants.ROOT / "tests" / path).read_text()
-            assert not function or f"def {function}(" in source, test
-    core = {"losses", "likelihood", "guidance", "timesteps", "labels", "editing", "training/step"}
-    for folder in ("schedules", "process", "sampling"):
-        core |= {f"{folder}/{path.stem}" for path in (mutants.ROOT / mutants.PACKAGE / folder).glob("[!_]*.py")}
-    assert set(mutants.TESTS) == core
+def test_every_file_of_the_package_has_tests_that_exist():
+    core, elsewhere = mutants.package_files(mutants.ROOT)
+    assert {"losses.py", "process/forward.py", "training/step.py"} <= set(core)
+    assert {"training/state.py", "cli.py", "data/__init__.py"} <= set(elsewhere)
+
+
+def test_a_table_with_tests_or_files_that_are_gone_is_an_error(monkeypatch):
+    with pytest.raises(SystemExit, match=r"new/file.py: no tests/new; correct the table"):
+        mutants.tests_of("new/file.py", mutants.ROOT)
+    monkeypatch.setitem(mutants.CORE, "gone.py", ("test_losses.py",))
+    with pytest.raises(SystemExit, match=r"no diffusion_jax/gone.py; correct the table"):
+        mutants.package_files(mutants.ROOT)
 
 
 def test_only_code_is_mutated():
@@ -35,49 +38,34 @@ def test_only_code_is_mutated():
     )
 
 
-def test_draws_are_one_line_each_at_different_places_and_repeat(tmp_path):
+def test_draws_are_one_line_each_at_different_places_and_stay_when_other_lines_change(tmp_path):
     pytest.importorskip("cosmic_ray")
     (tmp_path / mutants.PACKAGE).mkdir()
-    (tmp_path / mutants.PACKAGE / "halves.py").write_text(SOURCE)
-    many, few = (mutant_drawing.draw("halves", count, 3, tmp_path) for count in (40, 2))
-    assert few == many[:2] and len(many) == len({mutant.source for mutant in many}) == 5
-    assert mutant_drawing.draw("halves", 40, 4, tmp_path) != many
+    path = tmp_path / mutants.PACKAGE / "halves.py"
+
+    def draw(source, count, seed):
+        path.write_text(source)
+        return mutant_drawing.draw(["halves.py"], count, seed, tmp_path)
+
+    (many, num_places), (few, _) = (draw(SOURCE, count, 3) for count in (40, 2))
+    assert few == many[:2] and len(many) == len({mutant.source for mutant in many}) == num_places == 5
+    assert draw(SOURCE, 40, 4)[0] != many
     for mutant in many:
         changed = [line for line in mutant.diff.splitlines()[2:] if line[0] in "+-"]
         assert [line[0] for line in changed] == ["-", "+"] and changed[0][1:] in SOURCE.splitlines()
+    longer, num_places = draw(f"z = 1 + 2\n{SOURCE}", 40, 3)
+    kept = [mutant.source.partition("\n")[2] for mutant in longer if mutant.source.startswith("z = 1 + 2\n")]
+    assert num_places == 8 and kept == [mutant.source for mutant in many]
 
 
-def rows(file, *outcomes):
-    diff = "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-    return a * b\n+    return a / b"
-    return [{"file": file, "outcome": outcome, "diff": diff} for outcome in outcomes]
-
-
-def test_the_report_counts_with_the_exact_interval_and_shows_survivors(tmp_path):
-    known = [mutant_records.Reason("b", "return a * b", "return a / b", "b is 1.")]
-    found = rows("a", *["failed"] * 7, "timeout", "passed", "passed") + rows("b", "failed", "passed")
-    text = mutant_records.report(found, {"a": 50, "b": 9}, 0, known)
-    # Clopper and Pearson's interval of 8 in 10, from their table; of 1 in 1 it is 0.025 to 1.
-    assert "| a | 50 | 10 | 8 | 1 | 0 | 80.0% | 44.4% to 97.5% |" in text
-    assert "| b | 9 | 2 | 1 | 0 | 1 | 100.0% | 2.5% to 100.0% |" in text
-    assert "| all | 59 | 12 | 9 | 1 | 1 | 81.8% |" in text
-    assert text.count("-    return a * b") == 3 and text.count("Equivalent: b is 1.") == 1
-    page = tmp_path / "page.md"
-    page.write_text("# Page\n\nBefore.\n")
-    for again in ("old", text):
-        mutant_records.write_report(again, page)
-    assert page.read_text().startswith("# Page\n\nBefore.\n") and "old" not in page.read_text()
-    assert page.read_text().count(text) == page.read_text().count(mutant_records.BEGIN) == 1
-
-
-def test_results_are_kept_until_the_file_or_its_tests_change(tmp_path):
-    mutant, path = mutant_drawing.Mutant("losses", "x 1", "source", "diff"), tmp_path / "kept.jsonl"
-    mutant_records.Results(path).add(mutant, "tests", "passed", "output", 1.0)
-    again = mutant_records.Results(path)
-    assert again.find(mutant, "tests")["outcome"] == "passed"
-    assert again.find(mutant._replace(diff="other"), "tests") is None and again.find(mutant, "others") is None
-    assert again.find(mutant, "others", keep_killed=True) is None  # it survived
-    again.add(mutant, "tests", "failed", "output", 1.0)
-    assert mutant_records.Results(path).find(mutant, "others", keep_killed=True)["outcome"] == "failed"
+def checkout(path, body):
+    """A checkout of a package with one file and one test."""
+    (path / "tests").mkdir(parents=True)
+    (path / "tests" / "test_one.py").write_text(f"import time\n\n\ndef test_one():\n    {body}\n")
+    (path / mutants.PACKAGE).mkdir()
+    (path / mutants.PACKAGE / "__init__.py").write_text("")
+    (path / mutants.PACKAGE / "one.py").write_text("two = 1 + 1\n")
+    return path
 
 
 @pytest.mark.whole
@@ -85,15 +73,50 @@ def test_results_are_kept_until_the_file_or_its_tests_change(tmp_path):
     ("body", "outcome"), [("pass", "passed"), ("assert 0", "failed"), ("time.sleep(99)", "timeout")]
 )
 def test_a_run_ends_as_its_tests_do(tmp_path, body, outcome):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_one.py").write_text(f"import time\n\n\ndef test_one():\n    {body}\n")
-    limit = 3 if outcome == "timeout" else 60
-    found, _, seconds = mutants.run_tests(tmp_path, ("test_one.py",), limit, tmp_path / "cache")
+    tree = checkout(tmp_path / "tree", body)
+    found, _, seconds = mutants.run_tests(tree, ("tests/test_one.py",), 3 if outcome == "timeout" else 60)
     assert found == outcome and seconds < 60
 
 
-def test_equivalent_mutants_are_of_files_and_lines_that_exist():
-    for reason in mutant_records.read_reasons():
-        assert reason.file in mutants.TESTS and reason.why.endswith(".")
-        source = (mutants.ROOT / mutants.PACKAGE / f"{reason.file}.py").read_text()
-        assert all(line in source for line in reason.removed.splitlines()), reason
+@pytest.mark.whole
+def test_mutants_run_in_a_copy_and_only_once(tmp_path, monkeypatch, capsys):
+    root = checkout(tmp_path / "root", f"from {mutants.PACKAGE} import one; assert one.two == 2")
+    monkeypatch.setattr(mutants, "tests_of", lambda file, root: ("tests/test_one.py",))
+    monkeypatch.setattr(mutants, "copy_tree", lambda root, target: mutants.shutil.copytree(root, target))
+    sources = {"killed": "two = 1 - 1\n", "alive": "two = 1 * 2\n"}
+    drawn = [mutant_drawing.Mutant("one.py", name, source, name) for name, source in sources.items()]
+    for _ in range(2):
+        outcomes = mutants.run_all(drawn, root, tmp_path / "kept.jsonl")
+        assert {mutant.name: outcome for mutant, outcome in outcomes.items()} == {"killed": "failed", "alive": "passed"}
+    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [row["diff"] for row in rows] == ["", "killed", "alive"] and capsys.readouterr().out.count("\n") == 3
+    assert (root / mutants.PACKAGE / "one.py").read_text() == "two = 1 + 1\n"
+
+
+def test_the_table_has_the_exact_interval():
+    # Clopper and Pearson's interval of 8 in 10, from their table; of 1 in 1 it is 0.025 to 1.
+    row = mutants.table_row("a", 50, [*["failed"] * 7, "timeout", "passed", "passed"], 0)
+    assert row == "| a | 50 | 10 | 8 | 1 | 0 | 80.0% | 44.4% to 97.5% |"
+    assert mutants.table_row("b", 9, ["failed", "passed"], 1) == "| b | 9 | 2 | 1 | 0 | 1 | 100.0% | 2.5% to 100.0% |"
+
+
+def test_the_report_keeps_the_rows_of_other_commits(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{mutants.BEGIN}\n{mutants.END}\n\nAfter.\n")
+    for commit, score in (("abc", 1), ("def", 2), ("def", 3)):
+        mutants.write_report(page, commit, [f"| 2026-11-27, {commit}, 0: core | {score} |"], [f"diff {score}"])
+    text = page.read_text()
+    assert text.startswith("# Page\n") and text.endswith("\nAfter.\n")
+    assert [line[-3] for line in text.splitlines() if line.startswith("| 2026")] == ["1", "3"]
+    assert "diff 3" in text and "diff 2" not in text and "diff 1" not in text
+
+
+def test_equivalent_mutants_are_recorded_by_their_lines_which_exist():
+    diff = "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-    return a * b\n+    return a / b"
+    reasons = {("x.py", "return a * b", "return a / b"): "b is 1."}
+    mutant = mutant_drawing.Mutant("x.py", "", "", diff)
+    assert mutants.equivalence_reason(mutant, reasons) == "b is 1."
+    assert mutants.equivalence_reason(mutant._replace(file="y.py"), reasons) is None
+    for (file, removed, _), why in mutants.read_reasons().items():
+        source = (mutants.ROOT / mutants.PACKAGE / file).read_text()
+        assert why.endswith(".") and all(line in source for line in removed.splitlines()), file

@@ -1,6 +1,5 @@
 """Arrays in files: .npy, .npz, folders, HDF5 and Zarr, read by index."""
 
-import importlib
 import multiprocessing
 import os
 import pathlib
@@ -11,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffusion_jax.data import array_files, numpy_files
+from diffusion_jax.data import array_files
 from diffusion_jax.data.array_files import ArrayFiles, has_splits
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
@@ -29,17 +28,12 @@ def test_an_npy_file_is_read_in_any_order_and_repeatedly(tmp_path):
     np.testing.assert_array_equal(batch["x"], X[INDICES])
     np.testing.assert_array_equal(source.read([6, 1])["x"], X[[6, 1]])
     assert source.read([])["x"].shape == (0, *SHAPE)
-    for indices in ([7], [-1]):
-        with pytest.raises(IndexError, match=r"\[0, 7\)"):
-            source.read(indices)
 
 
-@pytest.mark.parametrize("is_mapped", [True, False])
-@pytest.mark.parametrize("dtype", ["f2", "<f4", ">f4", ">f8", "i2", ">i4", "u2", "i1", "u1"])
+@pytest.mark.parametrize("dtype", ["f2", "<f4", ">f8", ">i4", "u1"])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", ["npy", "npz", "folder"])
-def test_types_byte_orders_and_fortran_order(tmp_path, monkeypatch, is_mapped, dtype, order, kind):
-    monkeypatch.setattr(numpy_files, "_MIN_SEEK_BYTES", 2**18 if is_mapped else 1)
+def test_types_byte_orders_and_fortran_order(tmp_path, dtype, order, kind):
     shape = (3, 7)
     values = np.random.default_rng(0).integers(0, 100, (5, *shape)).astype(dtype, order=order)
     if kind == "npz":
@@ -58,15 +52,20 @@ def test_arrays_without_an_axis_of_channels_get_one(tmp_path):
     np.testing.assert_array_equal(found, fields[INDICES][..., None])
     found = ArrayFiles(save_npy(tmp_path / "b.npy", vectors), "train", (1,)).read(INDICES)["x"]
     np.testing.assert_array_equal(found, vectors[INDICES][:, None])
-    save_npy(tmp_path / "c.npy", X[..., :1])
-    assert ArrayFiles(str(tmp_path / "c.npy"), "train", (3, 4, 1)).read([0])["x"].shape == (1, 3, 4, 1)
+    (tmp_path / "folder").mkdir()
+    for i in range(3):
+        np.save(tmp_path / "folder" / f"{i}.npy", fields[i])
+    np.save(tmp_path / "folder" / "3.npy", fields[3:])
+    found = ArrayFiles(str(tmp_path / "folder"), "train", (3, 4, 1)).read(INDICES)["x"]
+    np.testing.assert_array_equal(found, fields[INDICES][..., None])
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.hdf5", "a.zarr", "a.v2.zarr", "a.zarr.zip"])
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.hdf5", "a.zarr", "a.v2.zarr"])
 def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name):
-    path = save_store(tmp_path / name, x=X, label=LABEL, condition=CONDITION)
+    path = save_store(tmp_path / name, x=X, label=LABEL, condition=CONDITION, cond=CONDITION)
     source = pickle.loads(pickle.dumps(ArrayFiles(path, "train", SHAPE)))
-    assert (len(source), source.num_classes, source.class_names, source.no_labels_reason) == (7, 5, (), "")
+    assert (len(source), source.num_classes, source.class_names) == (7, 5, ())
+    assert source.notes() == ["Ignored arrays: 'cond'; arrays are x or image, label, and condition."]
     for indices in (INDICES, [3], np.arange(1, 6), np.arange(7)[::-1], []):
         batch = source.read(indices)
         assert batch.keys() == {"x", "label", "condition"} and batch["label"].dtype == np.int32
@@ -75,30 +74,18 @@ def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name):
             np.testing.assert_array_equal(batch[key], values[rows])
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.zarr", "b.v2.zarr"])
-def test_stores_with_images_or_one_array_of_another_name(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.zarr"])
+def test_a_file_has_images_or_other_numbers(tmp_path, name):
     images = np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)
-    for key, values, expected in (
-        ("image", images, "image"),
-        ("rows", images, "image"),
-        ("rows", X, "x"),
-        ("x", images, "x"),
-    ):
-        folder = tmp_path / f"{key}_{values.dtype}"
-        folder.mkdir()
-        source = ArrayFiles(save_store(folder / name, **{key: values}), "train", SHAPE)
-        batch = source.read(INDICES)
-        assert batch.keys() == {expected} and source.num_classes == 0 and "no array 'label'" in source.no_labels_reason
-        np.testing.assert_array_equal(batch[expected], values[INDICES])
-    found = message(save_store(tmp_path / name, x=X, image=images))
-    assert "'x' and 'image'; keep one" in found
-    (tmp_path / "other").mkdir()
+    batch = ArrayFiles(save_store(tmp_path / name, image=images), "train", SHAPE).read(INDICES)
+    assert batch.keys() == {"image"}
+    np.testing.assert_array_equal(batch["image"], images[INDICES])
+    for folder in ("both", "other", "wrong"):
+        (tmp_path / folder).mkdir()
+    assert "'x' and 'image'; keep one" in message(save_store(tmp_path / "both" / name, x=X, image=images))
     found = message(save_store(tmp_path / "other" / name, alpha=X, beta=X))
     assert "no array 'x' or 'image', only alpha, beta" in found
-    (tmp_path / "wrong").mkdir()
-    assert "'image' as float32, not uint8; save it under the name 'x'" in message(
-        save_store(tmp_path / "wrong" / name, image=X)
-    )
+    assert '"image" as float32, which must be uint8' in message(save_store(tmp_path / "wrong" / name, image=X))
 
 
 def test_a_zarr_or_hdf5_array_in_another_byte_order(tmp_path):
@@ -109,32 +96,10 @@ def test_a_zarr_or_hdf5_array_in_another_byte_order(tmp_path):
         np.testing.assert_array_equal(found, X[INDICES])
 
 
-def test_a_zarr_array_without_a_group(tmp_path):
-    zarr = pytest.importorskip("zarr")
-    for zarr_format, name in ((2, "two.zarr"), (3, "three.zarr"), (3, "no_suffix"), (2, "no_suffix_2")):
-        zarr.create_array(tmp_path / name, data=X, chunks=(3, 2, 4, 1), zarr_format=zarr_format)
-        source = ArrayFiles(str(tmp_path / name), "train", SHAPE)
-        np.testing.assert_array_equal(source.read(INDICES)["x"], X[INDICES])
-
-
-def test_positional_arrays_of_an_npz(tmp_path):
-    np.savez(tmp_path / "a.npz", X, LABEL)  # as --mode=sample writes samples
-    batch = ArrayFiles(str(tmp_path / "a.npz"), "train", SHAPE).read(INDICES)
-    np.testing.assert_array_equal(batch["x"], X[INDICES])
-    np.testing.assert_array_equal(batch["label"], LABEL[INDICES])
-
-
 def test_a_condition_of_the_spatial_shape(tmp_path):
     for suffix, condition in enumerate((X[..., :1], CONDITION, CONDITION[:, :1].astype(np.int16))):
         path = save_store(tmp_path / f"{suffix}.npz", x=X, condition=condition)
         np.testing.assert_array_equal(ArrayFiles(path, "train", SHAPE).read(INDICES)["condition"], condition[INDICES])
-
-
-def test_labels_are_scanned_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_jax.data.array_files._LABELS_PER_READ", 2)
-    for i, label in enumerate((LABEL, LABEL[::-1], np.arange(7), np.zeros(7, np.int8))):
-        source = ArrayFiles(save_store(tmp_path / f"{i}.npz", x=X, label=label), "train", SHAPE)
-        assert source.num_classes == label.max() + 1
 
 
 def test_a_folder_of_examples_and_of_several_examples(tmp_path):
@@ -156,17 +121,8 @@ def test_a_folder_of_examples_and_of_several_examples(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", SHAPE)))
     assert len(source) == 7 and source.num_classes == 0 and source.class_names == ()
-    assert source.no_labels_reason.startswith("a.npy, b.npy, z.npy are outside the subfolders")
-    assert source.notes() == ["Skipped other files: 1 .txt."]
     for indices in (INDICES, np.arange(7), np.arange(7)[::-1], [6, 6], []):
         np.testing.assert_array_equal(source.read(indices)["x"], X[np.asarray(indices, int)])
-
-
-def test_a_folder_without_an_axis_of_channels(tmp_path):
-    for i in range(3):
-        np.save(tmp_path / f"{i}.npy", X[i, ..., 0])
-    np.save(tmp_path / "3.npy", X[3:, ..., 0])
-    np.testing.assert_array_equal(ArrayFiles(str(tmp_path), "train", (3, 4, 1)).read(INDICES)["x"], X[INDICES][..., :1])
 
 
 def test_subfolders_are_classes(tmp_path):
@@ -181,14 +137,13 @@ def test_subfolders_are_classes(tmp_path):
     }.items():
         np.save(tmp_path / f"{name}.npy", values)
     source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", (2, 2, 1))))
-    assert (source.class_names, source.num_classes, source.no_labels_reason) == (("apple", "fig", "pear"), 3, "")
+    assert (source.class_names, source.num_classes) == (("apple", "fig", "pear"), 3)
     batch = source.read(INDICES)
     np.testing.assert_array_equal(batch["image"], images[INDICES])
     assert batch["label"].dtype == np.int32 and batch["label"].tolist() == [2, 0, 2, 0, 1, 0]
     np.save(tmp_path / "outside.npy", images)
     source = ArrayFiles(str(tmp_path), "train", (2, 2, 1))
     assert source.num_classes == 0 and "label" not in source.read([0])
-    assert source.no_labels_reason == "outside.npy is outside the subfolders; move each file into one"
 
 
 @pytest.mark.parametrize("kind", [".npy", ".npz", ".h5", ".zarr", ""])
@@ -211,41 +166,6 @@ def test_splits_are_entries_of_a_folder(tmp_path, kind):
     assert f"{tmp_path} has {both}; keep one of them" in message(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.h5", "v2.zarr", "v3.zarr", "a.zarr.zip"])
-def test_chunks_that_were_not_written_are_noted(tmp_path, name):
-    """Zarr writes no chunks of zeros, HDF5 none that nothing was assigned to; both read zeros where a chunk is missing."""
-    path, label = tmp_path / name, np.arange(len(X)) % 3 + 1
-    assert ArrayFiles(save_store(path, x=X + 1, label=label), "train", SHAPE).notes() == []
-    x = X + 1
-    x[2:4] = 0
-    if name == "a.h5":
-        path.unlink()
-        with pytest.importorskip("h5py").File(path, "w") as file:
-            array = file.create_dataset("x", X.shape, X.dtype, chunks=(2, *X.shape[1:]))
-            array[:2], array[4:] = x[:2], x[4:]
-    else:
-        path = tmp_path / f"b{name}"
-        save_store(path, x=x, label=label)
-    source = ArrayFiles(str(path), "train", SHAPE)
-    expected = (
-        f"Note: {path}: x has 3 of its 4 chunks, and all others are read as 0: repair it unless they contain only this"
-    )
-    assert source.notes() == [f"{expected} value."]
-    assert not source.read([2, 3])["x"].any()
-
-
-def test_chunks_of_shards_are_counted_by_shards(tmp_path):
-    zarr = pytest.importorskip("zarr")
-    for name, x in (("all", X + 1), ("some", np.where(np.arange(len(X))[:, None, None, None] < 4, X + 1, 0))):
-        store = zarr.create_array(
-            tmp_path / f"{name}.zarr", shape=X.shape, dtype=X.dtype, chunks=(1, *SHAPE), shards=(2, *SHAPE)
-        )
-        store[:] = x
-    assert ArrayFiles(str(tmp_path / "all.zarr"), "train", SHAPE).notes() == []
-    (note,) = ArrayFiles(str(tmp_path / "some.zarr"), "train", SHAPE).notes()
-    assert note.startswith(f"Note: {tmp_path / 'some.zarr'} has 2 of its 4 chunks")
-
-
 def test_only_names_of_splits_make_splits(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", X)
     assert not has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "a.npy"), "train")
@@ -257,20 +177,20 @@ def test_only_names_of_splits_make_splits(tmp_path, monkeypatch):
 
 
 def test_another_process_opens_the_files_itself(tmp_path):
-    """A pickled source has paths and no values, even after it was read."""
+    """A pickled source has paths and labels, but no other values, even after it was read."""
     x = np.random.default_rng(0).normal(size=(500, 64))
     label, condition = np.arange(500) % 3, x[:, :2]
     np.savez_compressed(tmp_path / "packed.npz", x=x, label=label, condition=condition)
-    paths = [str(tmp_path / "packed.npz"), save_store(tmp_path / "a.npz", x=x, label=label, condition=condition)]
-    for module, name in (("h5py", "a.h5"), ("zarr", "a.zarr")):
-        if importlib.util.find_spec(module):
-            paths.append(save_store(tmp_path / name, x=x, label=label, condition=condition))
+    paths = [str(tmp_path / "packed.npz")]
+    paths += [
+        save_store(tmp_path / name, x=x, label=label, condition=condition) for name in ("a.npz", "a.h5", "a.zarr")
+    ]
     pickled = []
     for path in paths:
         source = ArrayFiles(path, "train", (64,))
         source.read(INDICES)
         pickled.append(pickle.dumps(source))
-        assert len(pickled[-1]) < 2000, path
+        assert len(pickled[-1]) < 2000 + label.astype(np.int32).nbytes, path
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=read_in_child, args=(pickled, INDICES, queue))
@@ -289,9 +209,8 @@ def _rss_anon() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("shape", [(256, 256, 5), (5,)], ids=["large rows", "small rows"])
-def test_a_file_of_6_gb_is_not_loaded(tmp_path, shape):
-    path = tmp_path / "a.npy"
+def test_a_file_of_6_gb_is_not_loaded(tmp_path):
+    path, shape = tmp_path / "a.npy", (256, 256, 5)
     num_examples = 6 * 10**9 // (4 * int(np.prod(shape)))
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (num_examples, *shape)}

@@ -175,13 +175,25 @@ def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
             data.load({**config, **other})
 
 
-def test_tfds_refuses_a_missing_data_set(tmp_path):
-    with pytest.raises(data.DataError, match=r"prepare it with: python -c .*download_and_prepare"):
-        data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="must be a TFDS data set"):
-        data.load({**CONFIG, "dataset": "no_such_set", "data_dir": str(tmp_path)})
-    with pytest.raises(data.DataError, match="must be a TFDS data set"):
-        data.load({**CONFIG, "dataset": "my data", "data_dir": str(tmp_path)})
+@pytest.mark.parametrize("function", [data.load, data.check_location])
+@pytest.mark.parametrize(
+    ("leaves", "words"),
+    [
+        ({"dataset": "folder", "data_dir": "nowhere"}, "is not a folder"),
+        ({"dataset": "no_such_set"}, "must be a TFDS data set"),
+        ({"dataset": "my data"}, "must be a TFDS data set"),
+        ({"dataset": "mnist", "data_dir": "nowhere"}, "prepare it with: python -c .*download_and_prepare"),
+    ],
+)
+def test_data_that_do_not_exist_are_refused(function, leaves, words):
+    with pytest.raises(data.DataError, match=words):
+        function({**CONFIG, **leaves})
+
+
+def test_data_that_exist_or_are_downloaded(tmp_path):
+    data.check_location({"dataset": "digits"})
+    data.check_location({"dataset": "folder", "data_dir": str(tmp_path)})
+    data.check_location({"dataset": "cifar10", "data_dir": str(tmp_path)})
 
 
 def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> None:

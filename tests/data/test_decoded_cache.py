@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.data import decoded_cache
+from diffusion_jax.files import user_cache
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return decoded_cache.cache_directory()
+    return user_cache() / "decoded"
 
 
 @pytest.fixture
@@ -65,13 +65,6 @@ def test_the_second_launch_reads_the_same_examples_without_decoding(folder, cach
         assert_equal(examples(plain), examples(source))
 
 
-def test_notes_about_images_are_kept(folder):
-    lines = [], []
-    for log in lines:
-        load(folder, log.append)
-    assert lines[0] == lines[1] and any("transparency of" in line for line in lines[1])
-
-
 @pytest.mark.parametrize("change", ["content", "name", "size", "channels"])
 def test_a_changed_source_is_decoded_again(folder, change):
     load(folder)
@@ -93,7 +86,6 @@ def test_a_changed_source_is_decoded_again(folder, change):
 def test_a_damaged_file_is_made_again(folder, cache, damage):
     expected = examples(load(folder, image_size=64)[0])
     (path,) = cache.iterdir()
-    # A pixel beyond what is read with the header: the file's own checksum is compared only if all of an array is read.
     content = bytearray(path.read_bytes())
     content[content.index(expected["image"].tobytes()) + 60_000] ^= 1
     path.write_bytes({"flipped": content, "truncated": content[:-9], "empty": b""}[damage])
@@ -138,29 +130,3 @@ def test_launches_at_once_write_one_complete_file(folder, cache, monkeypatch):
     for source in [*results, load(folder)[0]]:
         assert_equal(expected, examples(source))
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
-
-
-def test_the_files_not_used_for_the_longest_time_are_deleted(folder, cache, monkeypatch):
-    load(folder, image_size=6)
-    load(folder, image_size=7)
-    for age, path in enumerate(sorted(cache.iterdir(), key=lambda path: path.stat().st_size)):
-        os.utime(path, (1000 + age, 1000 + age))
-    load(folder, image_size=6)  # a use
-    sizes = sum(path.stat().st_size for path in cache.iterdir())
-    monkeypatch.setattr(decoded_cache, "MAX_BYTES", sizes + 6 * 8 * 8 * 3 - 1)
-    load(folder, image_size=8)
-    assert [load(folder, image_size=size)[1] for size in (6, 8, 7)] == [False, False, True]
-
-
-def test_a_set_above_the_limit_is_not_kept(folder, cache, monkeypatch):
-    monkeypatch.setattr(decoded_cache, "MAX_BYTES", 100)
-    load(folder)
-    assert not cache.exists()
-
-
-def test_a_file_that_another_launch_has_finished_is_not_replaced(folder, cache):
-    load(folder)
-    (path,) = cache.iterdir()
-    inode = path.stat().st_ino
-    decoded_cache._write(path, {"image": np.zeros((1, 8, 8, 3), np.uint8)}, data.Folder(str(folder), (8, 8), 3))
-    assert path.stat().st_ino == inode and len(list(cache.iterdir())) == 1 and not load(folder)[1]

@@ -311,6 +311,37 @@ cli.main()
 """
 
 
+def test_processes_wait_for_the_slowest_compilation(tmp_path):
+    """For longer than the 30 s after which Gloo gives up a process that is late for the first step."""
+    directory = tmp_path / "two"
+    program = tmp_path / "late.py"
+    program.write_text(LATE)
+    pair = joined(directory, "--config.training.num_steps=3", program=str(program))
+    codes = [process.wait(timeout=300) for process in pair]
+    assert codes == [0, 0], [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    figure("process 1 of two compiles 45 s longer than process 0: both train")
+
+
+LATE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.runs import train
+
+get = train._CompiledSteps.get
+
+
+def late(self, count, state, batch):
+    if not self._compiled and "--process_id=1" in sys.argv:
+        time.sleep(45)
+    return get(self, count, state, batch)
+
+
+train._CompiledSteps.get = late
+cli.main()
+"""
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_full_disk_of_one_process_ends_both(tmp_path, process):
     """Of process 1 when it writes its part, or of process 0 when it commits the step: both report it in the same step."""

@@ -12,7 +12,7 @@ import pytest
 
 from configs import cifar10
 from diffusion_jax import training
-from diffusion_jax.distributed import collectives, sharding
+from diffusion_jax.distributed import sharding
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
@@ -50,9 +50,18 @@ def test_each_of_eight_devices_holds_an_eighth_of_the_cifar10_state():
     assert held <= 1.1 / 8 * sum(leaf.size for leaf in leaves)
 
 
+def assert_sends_parameters_alone(program):
+    """Two gathers of every split leaf, one leaf at a time, and one sum of the gradients; activations would come on top."""
+    split = program["params"] - program["whole"]
+    assert program["kinds"] == ["all-gather", "all-reduce"]
+    assert max(program["gathers"]) <= program["largest"]
+    assert split < sum(program["gathers"]) <= 2 * split
+    assert program["reduced"] <= 1.05 * program["params"]
+
+
 @pytest.mark.whole
-def test_program_gathers_parameters_and_scatters_gradients(measured):
-    """Bytes counted from the leaves: parameters, two moments and the EMA; two gathers and, on CPUs, an all-reduce."""
+def test_program_gathers_parameters_and_sums_gradients(measured):
+    """Bytes counted from the leaves: parameters, two moments and the EMA."""
     program = measured["program"]
     split = program["params"] - program["whole"]
     state = 4 * (split / 8 + program["whole"])
@@ -60,14 +69,7 @@ def test_program_gathers_parameters_and_scatters_gradients(measured):
     assert program["held"] <= program["arguments"] <= 1.01 * state  # and the batch and the running sums
     assert state <= 1.15 * 4 * program["params"] / 8  # a small network: more of it is biases and norms
     assert program["init_temporary"] < program["params"]  # not even one of the four copies was whole on a device
-    assert program["kinds"] == ["all-gather", "all-reduce"]
-    ideal = program["ideal"]
-    assert ideal == 3 * program["params"] * 7 / 8
-    assert program["ring"] <= 1.4 * ideal
-    assert program["ring"] >= 1.3 * split / program["params"] * ideal  # gathered twice: not kept for the backward pass
-    # Each leaf by itself, and nothing but leaves: gathers of activations would come on top.
-    assert max(program["gathers"]) <= program["largest"]
-    assert split < sum(program["gathers"]) <= 2 * split
+    assert_sends_parameters_alone(program)
 
 
 @pytest.mark.whole
@@ -103,8 +105,7 @@ def test_checkpoint_resumes_on_another_mesh(measured):
 def test_sharded_state_trains_other_losses_dtypes_and_networks():
     """Two minutes. The hybrid loss with importance sampling, accumulation and remat; bfloat16; an upsampler."""
     found = on_eight_devices("slow")
-    kinds, over_least = found["labeled"]
-    assert kinds == ["all-gather", "all-reduce"] and over_least <= 1.4
+    assert_sends_parameters_alone(found["labeled"])
     for name, (whole, split) in found["variants"].items():
         # bfloat16 has eight bits: kernels that are split otherwise round otherwise.
         np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
@@ -140,31 +141,6 @@ def test_plan_prints_for_virtual_devices_and_writes_nothing(tmp_path):
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
     assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
     assert "On 4 devices (data 2, fsdp 2), batch 64 (16 per device, in 1 microbatch" in out.stdout
-    words = ("parameters", "FLOP a step", "kept for the backward pass", "optimizer", "temporaries", "all-reduce")
-    assert all(word in out.stdout for word in words)
+    assert all(word in out.stdout for word in ("parameters", "FLOP a step", "kept for the backward pass", "gradients"))
     refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr
-
-
-HLO = """
-  %ag = f32[3,128]{1,0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  %ar = (f32[128]{0}, /*index=1*/bf16[3,3]{1,0}) all-reduce(%b, %c), replica_groups={{0,1},{2,3}}, to_apply=%add
-  %rs = f32[16]{0} reduce-scatter(%d), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
-  %cp = u8[10]{0} collective-permute(%e), source_target_pairs={{0,1},{1,0}}
-  %aa = pred[8]{0} all-to-all(%f), replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x', 'y':(1)2}
-  %no = f32[8]{0} add(%all-gather.3, %g)
-"""
-
-
-def test_collectives_are_parsed_from_hlo():
-    found = collectives.parse(HLO)
-    assert [(c.kind, c.bytes, c.largest, c.devices, c.ring_bytes) for c in found] == [
-        ("all-gather", 1536, 1536, 4, 1152.0),
-        ("all-reduce", 530, 512, 2, 530.0),
-        ("reduce-scatter", 64, 64, 4, 192.0),
-        ("collective-permute", 10, 10, 2, 10.0),
-        ("all-to-all", 8, 8, 4, 6.0),
-    ]
-    assert collectives.summarize(found)[0] == ("all-gather", 1, 1536, 1152.0)
-    with pytest.raises(ValueError, match="all-gather-start"):
-        collectives.parse("%x = (f32[1], f32[8]) all-gather-start(%a), replica_groups=[1,8]<=[8]")

@@ -31,8 +31,11 @@ def test_blocks_are_of_a_known_kind(page):
         assert block.kind not in ("{code-block}", "{code}"), f"line {block.line}: write ```python, so that it is tested"
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=markdown.name)
+@pytest.mark.parametrize(
+    "page",
+    [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.whole) for page in WITH_PYTHON],
+    ids=markdown.name,
+)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

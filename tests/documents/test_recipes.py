@@ -52,18 +52,6 @@ def commands(path):
     return commands_of_yaml(yaml.safe_load(text)) if path.suffix == ".yaml" else commands_of_script(text)
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.suffix == ".yaml"], ids=name)
-def test_yaml_is_valid(path):
-    assert isinstance(yaml.safe_load(path.read_text()), dict)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_the_page_shows_every_recipe(path):
-    page = PAGE.read_text()
-    assert f"{{literalinclude}} ../recipes/{path.name}" in page
-    assert f"](../recipes/{path.name})" in page
-
-
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=name)
 def test_the_command_line_parses_the_commands(path):
     assert commands(path)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import metrics
-from diffusion_jax.runs.metric_records import read_likelihood
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
 from helpers.paths import ROOT
@@ -72,14 +71,6 @@ def test_the_table_has_bits_per_dimension(tmp_path, capsys):
     assert "both/likelihood.json is not a valid likelihood.json" in refused(capsys, "table", tmp_path / "both")
 
 
-@pytest.mark.parametrize("key", ["ode_dequantization", "ode_dequantisation"])
-def test_a_likelihood_of_either_version_is_read(tmp_path, key):
-    """Version 0.1 wrote the second key."""
-    report = {"dataset": "cifar10", "weights": "ema", "step": 500, "bits_per_dim": 3.7, "ode_bits_per_dim": 3.6}
-    (tmp_path / "likelihood.json").write_text(json.dumps(report | {key: "uniform"}))
-    assert read_likelihood(tmp_path / "likelihood.json") == report
-
-
 def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path, capsys):
     """Each measurement has one of its own, which the same measurement replaces; --output may be a folder, too."""
     one, other = (save(tmp_path / f"{name}.npz", all_digits()[i : i + 40]) for i, name in ((0, "one"), (40, "other")))
@@ -95,32 +86,13 @@ def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path, capsys)
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize(
-    ("output", "written"),
-    [
-        ("new/", "new/metrics.json"),
-        ("new", "new/metrics.json"),
-        ("a/b.c/", "a/b.c/metrics.json"),
-        ("a/b.c", "a/b.c/metrics.json"),
-        ("new/res.json", "new/res.json"),
-        ("dir.json/", "dir.json/metrics.json"),
-    ],
-)
+@pytest.mark.parametrize(("output", "written"), [("a/b.c", "a/b.c/metrics.json"), ("new/res.json", "new/res.json")])
 def test_the_folder_of_output_is_created(tmp_path, output, written):
     one = save(tmp_path / "one.npz", all_digits()[:20])
     command.main([one, one, "--metrics=memorization", "--features=test_command:a_function", f"--output={output}"])
     (record,) = json.loads((tmp_path / written).read_text())
     assert [path.name for path in tmp_path.rglob("*.png")] == [record["memorization"]["picture"]]
     assert (tmp_path / written).with_name(record["memorization"]["picture"]).is_file()
-
-
-def test_errors_name_the_address_of_the_weights_of_inception(tmp_path, capsys):
-    good, url = (
-        save(tmp_path / "good.npz", all_digits()[:20]),
-        "https://github.com/mseitzer/pytorch-fid/releases/download/",
-    )
-    assert url in refused(capsys, "digits", good, "--features=inception")
-    assert url in refused(capsys, "digits", good, "--inception=x.pth", "--features=inception")
 
 
 def a_function(batch):
@@ -165,9 +137,6 @@ def test_two_functions_of_one_file_are_different_features(tmp_path):
     assert other["frechet_distance"] == pytest.approx(4 * one["frechet_distance"], rel=1e-6)
 
 
-mesh_shape = (1, 1)
-
-
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         command.main([str(argument) for argument in arguments])
@@ -180,51 +149,35 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     digit = all_digits()[:20]
     good = save(tmp_path / "good.npz", digit)
     color = save(tmp_path / "color.npz", digit.repeat(3, axis=3))
-    floats = save(tmp_path / "floats.npz", digit / np.float32(255))
-    signed = save(tmp_path / "signed.npz", digit / np.float32(127.5) - 1)
-    nans = save(tmp_path / "nans.npz", np.where(digit == 0, np.nan, digit))
+    floats = save(tmp_path / "floats.npz", digit / np.float32(127.5) - 1)
     flat = save(tmp_path / "flat.npz", digit[0])
     one = save(tmp_path / "one.npz", digit[:1])
-    five = save(tmp_path / "five.npz", digit[:5])
     wider = save(tmp_path / "wider.npz", digit.repeat(2, axis=1).repeat(2, axis=2))
     np.save(tmp_path / "bare.npy", digit)
     (tmp_path / "text.json").write_text("text")
     wide, negative = str(tmp_path / "wide.npz"), str(tmp_path / "negative.npz")
     np.savez(wide, mu=np.zeros(3), sigma=np.eye(3))
     np.savez(negative, mu=np.zeros(64), sigma=-np.eye(64))
-    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
         ((good, color), "8x8 gray images and .*color.npz holds 8x8 color images.*--channels=1 or 3"),
-        (("digits", floats), r"float32 from 0 to 1, not uint8 from 0 to 255; save round\(x \* 255\)"),
-        (("digits", signed), r"float32 from -1 to 1, .*round\(\(x \+ 1\) \* 127.5\)"),
-        (("digits", nans), "not finite"),
+        (("digits", floats), r"float32 \[20, 8, 8, 1\], not uint8 .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", flat), r"uint8 \[8, 8, 1\], not uint8 \[N, H, W, 1 or 3\]"),
         (("digits", one), "one.npz: 1 images are too few for fid, which needs 2"),
-        (("digits", five), "five.npz: 5 images are too few for kid, which needs 8"),
-        (("digits", tmp_path / "torn.npz"), "torn.npz is not an .npz"),
-        (("digits", tmp_path / "bare.npy"), "bare.npy is not an .npz"),
         (("digits", tmp_path / "none.npz"), "none.npz: no such file"),
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
         ((wide, good, "--features=digits"), "statistics of 3 dimensions, and features of digits have 64"),
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
-        (("digits", good, "--features=sys:path"), "cannot be imported|must be a function"),
-        (("digits", good, "--features=test_command:mesh_shape"), "must be a function, not a tuple"),
         (("digits", tmp_path / "empty"), "no images below"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
-        (("digits", good, "--metrics=memorisation"), r"'memorisation' is unknown; .*did you mean memorization\?"),
-        (("digits", good, "--batch_size=0"), "must be at least 1"),
-        (("digits", good, "--features=vgg"), "features='vgg' is unknown"),
         (("digits", good, "--features=nothing:here"), "cannot be imported"),
         (("digits", good, "--features=inception"), "--inception=PATH is needed"),
         (("digits", good, "--inception=x.pth", "--features=inception"), "x.pth: no such file"),
         ((good, wider), "8x8 gray images and .*wider.npz holds 16x16 gray images, .* not comparable; .*--image_size"),
-        (("digits", good, "--output=bare.npy"), "bare.npy is a file; name a folder, or a file that ends in .json"),
-        (("digits", good, "--output=bare.npy/place.json"), "bare.npy is a file"),
+        (("digits", good, "--output=bare.npy"), "bare.npy"),
         ((good, good, "--features=digits", "--output=text.json"), "is not a valid metrics.json"),
         ((color, color, "--features=digits"), "gray images of 8x8 pixels, not 8x8x3; .*--channels=1"),
-        ((wider, wider, "--features=digits"), "gray images of 8x8 pixels, not 16x16x1; .*--image_size=8"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
 

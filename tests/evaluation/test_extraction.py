@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data
-from diffusion_jax.evaluation import (
-    digits_classifier,
-    feature_extraction,
-    feature_extractors,
-    image_sets,
-    metrics,
-    named_metrics,
-)
+from diffusion_jax.evaluation import example_sets, features, metrics, named_metrics
 from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save, single_mesh
@@ -20,18 +13,17 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_the_digits_network_classifies_digits():
-    params, _ = digits_classifier.load()
     source = data.Digits("test", (8, 8), 1)
     drawn, labels = source.read(np.arange(len(source))).values()
-    judged = digits_classifier.DigitsNetwork().apply({"params": params}, drawn)
+    judged = features.DigitsNetwork().apply({"params": features.digits().params}, drawn)
     assert (judged.logits.argmax(-1) == labels).mean() > 0.98
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_extraction, "CHUNK", 50)
-    extraction = feature_extraction.FeaturePipeline(feature_extractors.digits(), single_mesh(), batch_size, ProgressBar)
-    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).images
+    monkeypatch.setattr(features, "CHUNK", 50)
+    extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size, ProgressBar)
+    source = example_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).examples
     found = extraction.extract_set("x", source, tmp_path / str(batch_size))
     expected = by_hand(all_digits()[:151])
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
@@ -40,7 +32,7 @@ def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypa
 
 
 def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_extraction, "CHUNK", 20)
+    monkeypatch.setattr(features, "CHUNK", 20)
     calls = []
 
     def judge_images(batch):
@@ -49,10 +41,10 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
-    extraction = feature_extraction.FeaturePipeline(
-        feature_extractors.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
+    extraction = features.FeaturePipeline(
+        features.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
     )
-    source = image_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).images
+    source = example_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).examples
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set("x", source, tmp_path / "parts")
     found = extraction.extract_set("x", source, tmp_path / "parts")
@@ -69,15 +61,15 @@ def test_invalid_features_are_refused(tmp_path):
         (lambda x: np.zeros((1, 2)), r"features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
-        extraction = feature_extraction.FeaturePipeline(
-            feature_extractors.from_function(function, "mine", "1"), single_mesh(), 4, ProgressBar
+        extraction = features.FeaturePipeline(
+            features.from_function(function, "mine", "1"), single_mesh(), 4, ProgressBar
         )
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
 
 
 def test_only_published_inception_has_the_names_of_its_metrics():
-    published = feature_extractors.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
+    published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
     assert [named_metrics.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
         "fid",
         "sfid",
@@ -88,7 +80,7 @@ def test_only_published_inception_has_the_names_of_its_metrics():
         named_metrics.reported_name("fid", published._replace(resize="clean", published=False))
         == "frechet_distance_clean"
     )
-    for substitute in (published._replace(published=False), feature_extractors.digits()):
+    for substitute in (published._replace(published=False), features.digits()):
         assert named_metrics.reported_name("fid", substitute) == "frechet_distance"
 
 
@@ -96,10 +88,8 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
     """On arrays in place of features: which figures there are, and that each is its own function's."""
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
-    extractor = feature_extractors.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
-    sets = [
-        feature_extraction.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools
-    ]
+    extractor = features.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
+    sets = [features.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
     said = []
     found = named_metrics.compute_metrics(*sets, extractor, named_metrics.METRICS, said.append)
     assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
@@ -119,9 +109,7 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         "density_coverage",
         "memorization",
     ]
-    assert list(
-        named_metrics.unavailable_metrics(False, False, feature_extractors.digits(), named_metrics.METRICS)
-    ) == [
+    assert list(named_metrics.unavailable_metrics(False, False, features.digits(), named_metrics.METRICS)) == [
         "sfid",
         "is",
     ]

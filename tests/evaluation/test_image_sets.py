@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.evaluation import image_sets
+from diffusion_jax.evaluation import example_sets
 from helpers.image_files import all_digits, save
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -18,10 +18,10 @@ def test_npz_files_are_read_by_index(tmp_path):
     plain, packed = save(tmp_path / "plain.npz", drawn, arr_1=np.arange(9)), tmp_path / "packed.npz"
     np.savez_compressed(packed, drawn)
     for path in (plain, str(packed)):
-        source = image_sets.open_image_set(path).images
+        source = example_sets.open_image_set(path).examples
         assert len(source) == 9
         np.testing.assert_array_equal(source.read(np.array([7, 2]))["image"], drawn[[7, 2]])
-    assert isinstance(image_sets.open_image_set(plain).images._images, np.memmap)
+    assert isinstance(example_sets.open_image_set(plain).examples.values, np.memmap)
 
 
 def test_a_folder_is_read_without_resizing(tmp_path):
@@ -30,16 +30,21 @@ def test_a_folder_is_read_without_resizing(tmp_path):
     drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
     for i, image in enumerate(drawn):
         Image.fromarray(image).save(folder / f"{i}.png")
-    np.testing.assert_array_equal(image_sets.open_image_set(str(folder)).images.read(np.arange(3))["image"], drawn)
+    np.testing.assert_array_equal(example_sets.open_image_set(str(folder)).examples.read(np.arange(3))["image"], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
     with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
-        image_sets.open_image_set(str(folder)).images.read(np.arange(4))
-    assert image_sets.open_image_set(str(folder), image_size=8).images.read(np.arange(4))["image"].shape == (4, 8, 8, 3)
+        example_sets.open_image_set(str(folder)).examples.read(np.arange(4))
+    assert example_sets.open_image_set(str(folder), image_size=8).examples.read(np.arange(4))["image"].shape == (
+        4,
+        8,
+        8,
+        3,
+    )
     turned = Image.fromarray(drawn[0])
     turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
     turned.save(folder / "z.png", exif=turned.getexif())
     with pytest.raises(data.DataError, match="z.png is 6x9"):
-        image_sets.open_image_set(str(folder)).images.read(np.arange(4))
+        example_sets.open_image_set(str(folder)).examples.read(np.arange(4))
 
 
 def test_a_folder_with_gray_and_color_images_is_read_as_color(tmp_path):
@@ -47,12 +52,17 @@ def test_a_folder_with_gray_and_color_images_is_read_as_color(tmp_path):
     folder.mkdir()
     drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(drawn[..., 0]).save(folder / "a.png")
-    assert image_sets.open_image_set(str(folder)).images.read(np.arange(1))["image"].shape == (1, 8, 8, 1)
-    assert image_sets.open_image_set(str(folder), image_size=4).images.read(np.arange(1))["image"].shape == (1, 4, 4, 1)
+    assert example_sets.open_image_set(str(folder)).examples.read(np.arange(1))["image"].shape == (1, 8, 8, 1)
+    assert example_sets.open_image_set(str(folder), image_size=4).examples.read(np.arange(1))["image"].shape == (
+        1,
+        4,
+        4,
+        1,
+    )
     Image.fromarray(drawn).save(folder / "b.png")
     expected = drawn[..., :1].repeat(3, axis=2), drawn
     for first in ("a.png", "b.png"):  # whichever comes first
-        found = image_sets.open_image_set(str(folder)).images.read(np.arange(2))["image"]
+        found = example_sets.open_image_set(str(folder)).examples.read(np.arange(2))["image"]
         assert found.shape == (2, 8, 8, 3)
         np.testing.assert_array_equal(
             sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
@@ -76,7 +86,7 @@ def test_images_are_converted_to_the_requested_channels(tmp_path, channels):
         (gray, drawn[..., :1].repeat(channels, axis=3)),
         ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
     ):
-        found = image_sets.open_image_set(what, channels=channels).images.read(np.arange(2))["image"]
+        found = example_sets.open_image_set(what, channels=channels).examples.read(np.arange(2))["image"]
         np.testing.assert_array_equal(found, expected)
 
 
@@ -85,21 +95,21 @@ def test_a_work_directory_stands_for_its_newest_samples(tmp_path):
     run.mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a run without samples"):
-        image_sets.open_image_set(str(run.parent))
+        example_sets.open_image_set(str(run.parent))
     for i, name in enumerate(("b.npz", "a.npz", "edit_inpaint.npz", "c.partial.npz")):
         save(run / name, all_digits()[:2])
         os.utime(run / name, (i, i))
-    assert image_sets.open_image_set(str(run.parent)).name == str(run / "a.npz")
+    assert example_sets.open_image_set(str(run.parent)).name == str(run / "a.npz")
 
 
 def test_statistics_files_are_read(tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 64))
     mu, sigma = x.mean(0), np.cov(x, rowvar=False)
     np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)
-    alone = image_sets.open_image_set(str(tmp_path / "alone.npz"))
-    assert alone.images is None and alone.statistics.spatial is None
+    alone = example_sets.open_image_set(str(tmp_path / "alone.npz"))
+    assert alone.examples is None and alone.statistics.spatial is None
     np.testing.assert_array_equal(alone.statistics.moments.covariance, sigma)
-    both = image_sets.open_image_set(
+    both = example_sets.open_image_set(
         save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
     )
-    assert len(both.images) == 9 and both.statistics.spatial is not None
+    assert len(both.examples) == 9 and both.statistics.spatial is not None

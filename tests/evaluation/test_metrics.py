@@ -205,12 +205,6 @@ def test_features_of_few_bits(dtype):
     assert metrics.frechet_distance(metrics.moments(x), metrics.moments(x)) == pytest.approx(0, abs=1e-10)
 
 
-def test_few_queries_have_neighbors_too():
-    x = gaussian(0, 20, 5)
-    found = metrics.nearest_neighbors(x, x[7:8] + 1e-3, k=5)
-    assert found.indices[0, 0] == 7 and (np.diff(found.distances) >= 0).all()
-
-
 def test_nearest_neighbors():
     x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
     q[3] = x[17]
@@ -239,26 +233,11 @@ def test_float64_where_jax_has_it(x64):
         (lambda x: metrics.moments(np.where(np.arange(20)[:, None] == 3, np.nan, x)), "of 1 images are not finite"),
         (lambda x: metrics.frechet_distance(metrics.moments(x), metrics.moments(x[:, :3])), "5 and of 3 dimensions"),
         (lambda x: metrics.kid(x, x, subset_size=21), "a subset of 21 .* 2 ... 20"),
-        (lambda x: metrics.kid(x, x[:, :3], subset_size=5), "5 and of 3 dimensions"),
         (lambda x: metrics.precision_recall(x, x[:3]), "3 images are too few: this needs 4"),
-        (lambda x: metrics.density_coverage(x[:5], x), "5 images are too few: this needs 6"),
         (lambda x: metrics.precision_recall(x, x, k=0), "k=0 must be a whole number of neighbors, at least 1"),
-        (lambda x: metrics.precision_recall(x, x, k=-1), "k=-1 must be"),
-        (lambda x: metrics.precision_recall(x, x, k=2.5), "k=2.5 must be"),
-        (lambda x: metrics.precision_recall(x, x, k=True), "k=True must be"),
-        (lambda x: metrics.precision_recall(x, x, k=20), "20 images are too few: this needs 21, for k=20"),
-        (lambda x: metrics.density_coverage(x, x, k=0), "k=0 must be"),
-        (lambda x: metrics.density_coverage(x, x, k=20), "20 images are too few: this needs 21"),
-        (lambda x: metrics.nearest_neighbors(x, x, k=0), "k=0 must be"),
-        (lambda x: metrics.nearest_neighbors(x, x, k=21), "20 images are too few: this needs 21"),
-        (lambda x: metrics.nearest_neighbors(x, x, k=20, others=True), "20 images are too few: this needs 21"),
         (lambda x: metrics.precision_recall(x, np.where(x > 2, np.nan, x)), "images are not finite"),
         (lambda x: metrics.precision_recall(x, x.astype(np.complex64)), "features are complex64"),
-        (lambda x: metrics.precision_recall(x, x > 0), "features are bool"),
         (lambda x: metrics.precision_recall(x - 1.7e308 * np.sign(x), x), "too far apart"),
-        (lambda x: metrics.moments(x[:, :0]), "not \\[N, D\\]"),
-        (lambda x: metrics.moments_of_chunks([]), "0 images are too few"),
-        (lambda x: metrics.moments_of_chunks([x[:1]]), "1 images are too few"),
         (lambda x: metrics.moments_of_chunks([x, x[:, :3]]), "5 and of 3 dimensions"),
         (lambda x: metrics.merge(metrics.Moments(x[0], np.eye(5), 0), metrics.moments(x)), "0 and 20 images"),
         (
@@ -269,15 +248,8 @@ def test_float64_where_jax_has_it(x64):
         (lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], x[:5], 9)] * 2), "not symmetric"),
         (lambda x: metrics.kid(x, x, subsets=0, subset_size=5), "subsets=0 .* at least 1"),
         (lambda x: metrics.inception_score(x, split_size=0), "split_size=0 .* at least 1"),
-        (lambda x: metrics.inception_score(x, split_size=-5), "split_size=-5 .* at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian(0, 20, 5))
-
-
-def test_the_number_of_devices_changes_nothing():
-    reference, samples = gaussian(0, 61, 6), gaussian(1, 53, 6)
-    whole = metrics.precision_recall(reference, samples)
-    assert whole == metrics.precision_recall(reference, samples, devices=jax.local_devices()[:1])

@@ -201,44 +201,6 @@ def test_discrete_likelihoods_have_their_closed_forms_and_bound_the_truth(dequan
 
 
 @pytest.mark.whole
-def test_the_decoder_of_variational_dequantization():
-    """256 levels, where x_1 leaves the cell open: the decoder's nats, by SciPy on draws of its own, at two variances."""
-    n, width, t0 = 40_000, 2 / 255, 0
-    rng = np.random.default_rng(1)
-    x_0 = np.clip(np.round((M + np.sqrt(S2) * rng.standard_normal((n, 1)) + 1) / width), 1, 254) * width - 1
-    scale, a, noise = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar[t0]
-    m = a[0] * M - scale * a[-1] * M
-    squares = (a[0] * x_0 - m) ** 2 + noise**2
-    density = 0.5 * np.log(2 * np.pi * scale**2) + squares / (2 * scale**2)
-    entropy = -0.5 * np.log(2 * np.pi * np.e * noise**2)
-    x_1 = a[0] * x_0 + noise * rng.standard_normal((n, 1))
-    mean = M + a[0] * S2 / V[0] * (x_1 - a[0] * M)
-    for variance, sd in (
-        ("fixed_small", np.exp(0.5 * SCHEDULE.posterior_log_variance[0])),
-        ("learned", 0.02),
-    ):
-
-        def network(x, time, variance=variance, sd=sd):
-            eps = exact(x, time)
-            return eps if variance == "fixed_small" else jnp.concatenate([eps, jnp.full_like(eps, 2 * np.log(sd))], -1)
-
-        cell = scipy.stats.norm.cdf((x_0 + width / 2 - mean) / sd) - scipy.stats.norm.cdf((x_0 - width / 2 - mean) / sd)
-        expected = (density + entropy - np.log(cell)) / np.log(2)
-        bits, _ = ode_likelihood.bits_per_dim(
-            jax.random.key(0),
-            SCHEDULE,
-            network,
-            x_0.astype(np.float32),
-            dequantization="variational",
-            trace="exact",
-            variance=variance,
-        )
-        error = np.sqrt((np.var(np.asarray(bits)) + expected.var()) / n)
-        # The draws of x_0 are shared, so this is an upper bound of the standard error.
-        assert abs(bits.mean() - expected.mean()) < 4 * error and -np.log(cell).mean() > 0.5
-
-
-@pytest.mark.whole
 def test_images_a_rounding_off_their_level_count_as_it():
     """The digits' 17 levels, as uint8 has them."""
     levels = np.round(np.arange(17) * 255 / 16)
@@ -332,23 +294,3 @@ def test_bad_arguments():
             ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)
     with pytest.raises(ValueError, match="x_prev"):
         ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, prediction="x_prev")
-
-
-@pytest.mark.whole
-def test_float32_data_under_x64():
-    """Crashed in the solver; the same numbers as without x64."""
-    x, found = np.asarray(data(8), np.float32), []
-    for x64 in (False, True):
-        with jax.enable_x64(x64):
-            density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, jnp.asarray(x))
-            assert density.log_density.dtype == density.x_T.dtype == jnp.float32
-            found.append(np.asarray(density.log_density))
-            for dequantization in ode_likelihood.DEQUANTIZATIONS:
-                bits = jax.eval_shape(
-                    lambda x, d=dequantization: ode_likelihood.bits_per_dim(
-                        jax.random.key(1), SCHEDULE, exact, x, dequantization=d
-                    )[0],
-                    jax.ShapeDtypeStruct((2, 4), jnp.bfloat16),
-                )
-                assert bits.dtype == jnp.float32
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

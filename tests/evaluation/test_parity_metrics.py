@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from diffusion_jax.evaluation import feature_extractors, metrics
+from diffusion_jax.evaluation import metrics
+from diffusion_jax.evaluation.features import inception, to_inception
 from helpers import inception_peer
 
 pytestmark = pytest.mark.parity
@@ -119,7 +120,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 
 def ours(path, images, resize):
-    extractor = feature_extractors.inception(path, resize)
+    extractor = inception(path, resize)
     found = extractor.function(extractor.params, images)
     return found, np.asarray(found.pool) @ extractor.head
 
@@ -163,5 +164,5 @@ def test_clean_fid_s_resize(images):
     from cleanfid.resize import build_resizer
 
     theirs = np.stack([build_resizer("clean")(image) for image in images])
-    found = (np.asarray(feature_extractors.to_inception(images.astype(np.float32), "clean")) + 1) * 128
+    found = (np.asarray(to_inception(images.astype(np.float32), "clean")) + 1) * 128
     np.testing.assert_allclose(found, theirs, atol=0.01)  # of 255: Pillow rounds between its two passes

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from diffusion_jax.evaluation import digits_classifier
+from diffusion_jax.evaluation import features
 
 
 def by_hand(drawn):
-    params, _ = digits_classifier.load()
-    return np.asarray(digits_classifier.DigitsNetwork().apply({"params": params}, drawn).features)
+    extractor = features.digits()
+    return np.asarray(features.DigitsNetwork().apply({"params": extractor.params}, drawn).features)

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from unittest import mock
@@ -14,7 +16,7 @@ import numpy as np
 
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
-from diffusion_jax.runs import plan, sample, train
+from diffusion_jax.runs import sample, train
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import a_batch, tiny_config
 from helpers.program import evaluate
@@ -103,12 +105,39 @@ def variants():
     return out
 
 
+def collectives(built, config) -> dict:
+    """What the devices send in a train step: kinds of collectives, bytes of the gathered and of the summed arrays."""
+    compiled = built.train_step.lower(built.abstract_state, a_batch(config)).compile()
+    pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+    found = re.findall(pattern, compiled.as_text())
+    sizes = {kind: [] for _, kind in found}
+    for result, kind in found:
+        shapes = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", result)
+        sizes[kind].append(sum(math.prod(map(int, filter(None, s.split(",")))) * int(bits) // 8 for bits, s in shapes))
+    return {
+        "kinds": sorted(sizes),
+        "gathers": sizes.get("all-gather", []),
+        "reduced": sum(sizes.get("all-reduce", [])),
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+    }
+
+
 def labeled_program():
-    """Bytes that a program with labels sends on a mesh of both axes: [kinds, its ring bytes over the least]."""
+    """The collectives of a program with labels on a mesh of both axes, beside what its leaves say."""
     config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
     config.model.num_classes = 40  # an embedding large enough to be split
-    found = plan.estimate(config)
-    return [sorted({c.kind for c in found.collectives}), found.ring_bytes / found.minimum_sent]
+    return leaves_and_collectives(config)
+
+
+def leaves_and_collectives(config) -> dict:
+    """Bytes of the parameters, of those that are not split and of the largest, and `collectives`."""
+    built = training.build_program(config)
+    params = jax.tree.leaves(built.abstract_state.params)
+    return {
+        "params": sum(leaf.size for leaf in params) * 4,
+        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
+        "largest": max(leaf.size for leaf in params) * 4,
+    } | collectives(built, config)
 
 
 def runs():
@@ -124,21 +153,14 @@ def runs():
 
 
 def program():
-    """The plan of a network of 1.6 million parameters with fsdp=8, beside what its leaves say."""
+    """The train step of a network of 1.6 million parameters with fsdp=8."""
     config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
-    built, found = training.build_program(config), plan.estimate(config)
-    params = jax.tree.leaves(built.abstract_state.params)
-    return {
-        "params": sum(leaf.size for leaf in params) * 4,
-        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
-        "largest": max(leaf.size for leaf in params) * 4,
-        "held": found.params + found.ema + found.optimizer,
-        "arguments": found.arguments,
+    built = training.build_program(config)
+    state = built.abstract_state
+    held = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
+    return leaves_and_collectives(config) | {
+        "held": sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in held),
         "init_temporary": built.init.func.lower(*built.init.args).compile().memory_analysis().temp_size_in_bytes,
-        "kinds": sorted({c.kind for c in found.collectives}),
-        "gathers": [c.bytes for c in found.collectives if c.kind == "all-gather"],
-        "ring": found.ring_bytes,
-        "ideal": found.minimum_sent,
         "convolutions": [_convolutions(remat) for remat in (False, (0,), True)],
     }
 

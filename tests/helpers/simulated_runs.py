@@ -104,15 +104,6 @@ def write_results(directory, classes=("zero", "one", "two")):
     likelihood = {"bits_per_dim": 3.21, "bits_per_dim_standard_error": 0.02, "prior": 1e-5, "decoder": 0.3}
     likelihood |= {"weights": "ema", "step": 1000, "dataset": "digits", "split": "test", "num_examples": 100}
     (directory / "likelihood.json").write_text(json.dumps(likelihood))
-    t = np.arange(1000)
-    terms = {
-        "t": t,
-        "vlb": 1 / (1 + t),
-        "vlb_standard_error": 0.1 / (1 + t),
-        "rate": 3 - t / 400,
-        "distortion": t / 10.0,
-    }
-    save_npz(directory / "likelihood.npz", terms)
 
 
 def write_run(directory):

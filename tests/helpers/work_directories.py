@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from diffusion_jax import training
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.metrics_files import read_metrics
-from diffusion_jax.runs.sample_files import SampleFile
+from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")

@@ -11,57 +11,11 @@ from configs import imagenet_classifier
 from diffusion_jax import errors, losses, models, schedules, timesteps, training
 from diffusion_jax.models import classifier
 from diffusion_jax.models.layers import LayerFactory
-from diffusion_jax.runs import stored_config, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
 from helpers.program import finish, start
 from helpers.work_directories import lines
-
-
-def parameters(width, depth, multipliers, size, classes):
-    """How many ADM's classifier has, counted layer by layer as its paper and code describe them."""
-    embedded = 4 * width
-
-    def layer(inputs, outputs, kernel=1):
-        return inputs * outputs * kernel * kernel + outputs
-
-    def norm(c):
-        return 2 * c
-
-    def block(c, out):
-        skip = layer(c, out) if c != out else 0
-        return norm(c) + layer(c, out, 3) + layer(embedded, 2 * out) + norm(out) + layer(out, out, 3) + skip
-
-    def attention(c):
-        return norm(c) + 3 * layer(c, c) + layer(c, c)
-
-    c = int(multipliers[0] * width)
-    total = layer(width, embedded) + layer(embedded, embedded) + layer(3, c, 3)
-    for level, multiplier in enumerate(multipliers):
-        for _ in range(depth):
-            total += block(c, int(multiplier * width))
-            c = int(multiplier * width)
-            total += attention(c) if size >> level in (32, 16, 8) else 0
-        if level < len(multipliers) - 1:
-            total += block(c, c)
-    last = size >> (len(multipliers) - 1)
-    pool = (last**2 + 1) * c + 3 * layer(c, c) + layer(c, classes)
-    return total + 2 * block(c, c) + attention(c) + norm(c) + pool
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize(("size", "count"), [(64, 65_438_568), (128, 42_568_040), (256, 54_096_360), (512, 54_448_360)])
-def test_parameter_counts_equal_adm(size, count):
-    config = imagenet_classifier.get_config(str(size))
-    shapes = training.build_program(config).abstract_state.params
-    depth = 4 if size == 64 else 2
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-    assert parameters(128, depth, config.model.channel_multipliers, size, 1000) == count
-    assert (config.model.num_res_blocks, config.optimizer.weight_decay, config.optimizer.schedule) == (
-        depth,
-        0.05,
-        "linear",
-    )
 
 
 def test_defaults_equal_adm_at_128_pixels():
@@ -235,7 +189,7 @@ def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert {"accuracy", "loss", "loss_q1"} <= set(lines(tmp_path / "whole")[0])
     assert not (tmp_path / "broken" / "samples").exists()
-    again = stored_config.from_workdir(tmp_path / "whole")
+    again = workdir.load_config(tmp_path / "whole")
     assert workdir.to_dict(again) == workdir.to_dict(classifier_config())
     assert training.model_from_config(again) == training.model_from_config(classifier_config())
 
@@ -244,8 +198,6 @@ def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
     ("overrides", "words"),
     [
         ({"model.num_classes": 3}, "the data has 10 classes"),
-        ({"model.num_classes": 1}, "model.num_classes=1 must be a whole number of at least 2"),
-        ({"diffusion.timestep_sampler": "all"}, "must be uniform, "),
         ({"data.image_size": 9}, "divisible by 2"),
     ],
 )
@@ -262,8 +214,6 @@ def test_wrong_mode_is_refused_in_one_line(tmp_path):
         (["--config=configs/digits.py", "--mode=train_classifier"], "use --mode=train"),
         ([], "use --mode=train_classifier"),
         (["--mode=sample"], "is for diffusion models; this config trains a classifier"),
-        (["--mode=evaluate"], "is for diffusion models; this config trains a classifier"),
-        (["--mode=progressive"], "is for diffusion models; this config trains a classifier"),
     ]
     for flags, words in cases:
         code, _, err = finish(start(f"--workdir={tmp_path}", *flags))

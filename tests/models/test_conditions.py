@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import guidance, models
-from diffusion_jax.training.objective import Microbatch
+from diffusion_jax.training.step import Microbatch
 from helpers.networks import TINY, apply, redraw
 
 SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
@@ -166,25 +166,6 @@ def test_classifier_free_guidance_of_a_condition():
     np.testing.assert_allclose(guided(x, time), 3 * network(x, time, c) - 2 * network(x, time), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.whole
-def test_labels_and_conditions_together_and_before_the_loop_of_a_sampler():
-    model = models.MLP(**SMALL, num_classes=3, condition_features=2, condition_dropout=0.1)
-    x, c, y = jax.random.normal(jax.random.key(0), (2, 3)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 2])
-    time = jnp.array([700.0, 3.0])
-    params = parameters(model, x, time, y)
-    for own in (
-        model,
-        model.clone(num_classes=0),
-        model.clone(num_classes=0, condition_features=0, condition_dropout=0),
-    ):
-        given = {"condition": c} if own.condition_features else {}
-        labels = y if own.num_classes else None
-        expected = apply(own, params, x, time, labels, **given)
-        network = jax.jit(models.precompute_time_embeddings(own, params, np.array([3.0, 250.5, 700.0])))
-        np.testing.assert_allclose(network(x, time, labels, **given), expected, rtol=1e-4, atol=1e-4)
-        assert np.isnan(network(x, jnp.array([700.0, 4.0]), labels, **given)[1]).all()
-
-
 def test_networks_without_conditions_have_no_parameters_for_them():
     """And with them, the other parameters have the same initial values."""
     x, time = jnp.ones((1, 3)), jnp.zeros(1)
@@ -209,20 +190,9 @@ def test_networks_without_conditions_have_no_parameters_for_them():
             jnp.zeros((2, 3)),
             r"must be float of shape \(2, 2\), got float32 of shape \(2, 3\)",
         ),
-        ({"condition_features": 2}, jnp.zeros((1, 2)), r"got float32 of shape \(1, 2\)"),
         ({"condition_features": 2}, jnp.zeros((2, 2), int), "must be float of shape .* got int32"),
-        (
-            {"condition_channels": 1},
-            jnp.zeros((2, 1)),
-            r"must be float of shape \(2, 8, 1\), got float32 of shape \(2, 1\)",
-        ),
         ({"condition_features": 2, "condition_channels": 1}, None, "a network takes one kind of condition"),
         ({"joint_dropout": 0.1}, None, r"joint_dropout=0.1 must lie in \[0, 0.0\], at most label_dropout=0.0"),
-        (
-            {"condition_features": 2, "condition_dropout": 0.2, "joint_dropout": 0.1},
-            None,
-            r"must lie in \[0, 0.0\].*condition_dropout=0.2, or be None",
-        ),
     ],
 )
 def test_refusals(fields, condition, words):

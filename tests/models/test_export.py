@@ -29,7 +29,6 @@ def exported(function, *args):
     [
         {
             "model.dtype": "bfloat16",
-            "model.convolution": "xla",  # "auto" asks for the machine that traces
             "model.remat": True,
             "model.attention_levels": (1,),
             "training.accumulation_steps": 2,

@@ -6,18 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_jax import models, sampling, schedules, training
+from diffusion_jax import models, training
 from diffusion_jax.evaluation import ode_likelihood
 from helpers.configs import a_batch, classifier_config, tiny_config
 
 SMALL = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
-PRODUCTS = {n: {"spatial_dims": n, "convolution": "products"} for n in (1, 3)}
 NETWORKS = {
     "images": models.UNet(**SMALL),
     "adm": models.UNet(**SMALL, resample_blocks=True, scale_shift_norm=True, num_classes=3, remat=True),
     "periodic": models.UNet(**SMALL, padding="periodic", condition_features=2),
-    "series of products": models.UNet(**SMALL, **PRODUCTS[1]),
-    "volumes of products": models.UNet(**SMALL | {"channel_multipliers": (1,), "attention_levels": ()}, **PRODUCTS[3]),
+    "volumes": models.UNet(**SMALL | {"channel_multipliers": (1,), "attention_levels": ()}, spatial_dims=3),
     "classifier": models.Classifier(**SMALL, attention_levels=(1,), head_channels=8, num_classes=3),
     "vectors": models.MLP(channels=8, condition_features=2),
 }
@@ -65,18 +63,6 @@ def test_the_leaf_sets_the_precision_of_the_train_step(make_config):
     config = make_config(**{"model.precision": "highest", "training.accumulation_steps": 2})
     program = training.build_program(config)
     text = program.train_step.lower(program.abstract_state, a_batch(config)).as_text()
-    assert precisions(text) == {"HIGHEST"}
-
-
-def test_samplers_with_precomputed_times_have_the_precision_of_the_network():
-    program = training.build_program(tiny_config(**{"model.precision": "highest"}))
-    short = schedules.respace(program.schedule, 3)
-
-    def sample(params, x_T):
-        network = models.precompute_time_embeddings(program.model, params, short.timesteps)
-        return sampling.sample(jax.random.key(0), short, network, x_T, sampling.ddim())
-
-    text = jax.jit(sample).lower(program.abstract_state.params, jnp.zeros((2, 8, 8, 1))).as_text()
     assert precisions(text) == {"HIGHEST"}
 
 

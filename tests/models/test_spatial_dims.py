@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models import convolution
 from diffusion_jax.models.blocks import Attention, downsample_2x, upsample_2x
 from diffusion_jax.models.layers import LayerFactory
 from helpers.networks import TINY, apply, init, redraw
@@ -28,9 +27,9 @@ def explicit(x, kernel, padding, stride=1, periodic=False):
     return y
 
 
-def layer(n, *, periodic=False, use_matmul=False, **options):
+def layer(n, *, periodic=False, **options):
     """A convolution of 5 to 3 channels, its input, and its kernel."""
-    factory = LayerFactory(1, 1e-6, "ho", jnp.dtype("float32"), use_matmul, n, periodic)
+    factory = LayerFactory(1, 1e-6, "ho", jnp.dtype("float32"), n, periodic)
     conv = factory.conv(3, "conv", **options)
     x = jax.random.normal(jax.random.key(n), (2, *SIZES[n], 5))
     params = redraw(conv.init(jax.random.key(0), x))
@@ -41,8 +40,8 @@ def layer(n, *, periodic=False, use_matmul=False, **options):
 @pytest.mark.parametrize("periodic", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_convolutions_are_the_explicit_sums(n, periodic):
-    for use_matmul, options in itertools.product((False, True), ({}, {"stride": 2}, {"stride": 2, "padding": (0, 1)})):
-        conv, params, x = layer(n, periodic=periodic, use_matmul=use_matmul, **options)
+    for options in ({}, {"stride": 2}, {"stride": 2, "padding": (0, 1)}):
+        conv, params, x = layer(n, periodic=periodic, **options)
         kernel, bias = (params["params"][name] for name in ("kernel", "bias"))
         expected = explicit(x, kernel, options.get("padding", (1, 1)), options.get("stride", 1), periodic)
         np.testing.assert_allclose(conv.apply(params, x), expected + bias, rtol=1e-5, atol=1e-5)
@@ -51,38 +50,33 @@ def test_convolutions_are_the_explicit_sums(n, periodic):
 @pytest.mark.parametrize("periodic", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic):
-    for use_matmul in (False, True):
-        conv, params, x = layer(n, periodic=periodic, use_matmul=use_matmul, upsample=True)
-        large = np.asarray(x)
-        for axis in range(1, n + 1):
-            large = large.repeat(2, axis)
-        np.testing.assert_array_equal(upsample_2x(x), large)
-        np.testing.assert_allclose(downsample_2x(large), x, rtol=1e-6)
-        kernel, bias = (params["params"][name] for name in ("kernel", "bias"))
-        expected = explicit(large, kernel, (1, 1), 1, periodic) + bias
-        np.testing.assert_allclose(conv.apply(params, x), expected, rtol=1e-5, atol=2e-5)
+    conv, params, x = layer(n, periodic=periodic, upsample=True)
+    large = np.asarray(x)
+    for axis in range(1, n + 1):
+        large = large.repeat(2, axis)
+    np.testing.assert_array_equal(upsample_2x(x), large)
+    np.testing.assert_allclose(downsample_2x(large), x, rtol=1e-6)
+    kernel, bias = (params["params"][name] for name in ("kernel", "bias"))
+    expected = explicit(large, kernel, (1, 1), 1, periodic) + bias
+    np.testing.assert_allclose(conv.apply(params, x), expected, rtol=1e-5, atol=2e-5)
 
 
-def test_a_series_is_convolved_as_numpy_does():
-    x, kernel = np.random.default_rng(0).normal(size=16), np.array([1.0, 2.0, -4.0])
-    y = convolution.convolve_xla(jnp.float32(x)[None, :, None], jnp.float32(kernel)[:, None, None], ((1, 1),))
-    np.testing.assert_allclose(y[0, :, 0], np.convolve(x, kernel[::-1], "same"), rtol=1e-5, atol=1e-5)
+def test_the_kernel_of_an_upsampled_image_is_summed_before_rounding():
+    x, kernel = (np.random.default_rng(i).normal(size=size) for i, size in enumerate([(2, 8, 8, 64), (3, 3, 64, 64)]))
+    low, true = jnp.asarray(x, jnp.bfloat16), explicit(x.repeat(2, 1).repeat(2, 2), kernel, (1, 1))
+    layers = LayerFactory(4, 1e-6, "ho", jnp.dtype("bfloat16"))
 
+    def error(y):
+        return np.linalg.norm(np.float64(y) - true) / np.linalg.norm(true)
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_products_have_the_gradients_of_xla_s_convolution(n):
-    x, kernel = (
-        jax.random.normal(jax.random.key(0), (2, *SIZES[n], 5)),
-        jax.random.normal(jax.random.key(1), (*(3,) * n, 5, 4)),
-    )
-    padding = ((1, 1), (0, 2), (1, 0))[:n]
-    g = jax.random.normal(jax.random.key(2), convolution.convolve_xla(x, kernel, padding).shape)
-    computed, true = (
-        jax.vjp(lambda x, kernel, f=f: f(x, kernel, padding), x, kernel)[1](g)
-        for f in (convolution.convolve_matmul_nd, convolution.convolve_xla)
-    )
-    for mine, exact in zip(computed, true, strict=True):
-        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=2e-5)
+    def run(kernel, upsample, x):
+        params = {"params": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.zeros(64)}}
+        return layers.conv(64, "up", upsample=upsample).apply(params, x)
+
+    y, doubled = run(kernel, True, low), run(kernel, False, upsample_2x(low))
+    # As of the doubled image itself; with kernels that are rounded before they are added up 1.25 times that.
+    assert error(y) < 1.05 * error(doubled)
+    assert error(run(np.asarray(kernel, jnp.bfloat16), True, low)) > 1.1 * error(y)
 
 
 @pytest.mark.whole
@@ -109,7 +103,7 @@ def without_first_axis(params):
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("n", "fields"),
-    [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), (2, {"convolution": "products"}), (3, {})],
+    [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), (3, {})],
 )
 def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, fields):
     """On a torus kernels add up along an axis on which the array is constant; norms and attention do not see copies."""
@@ -126,9 +120,7 @@ def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, field
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("n", "fields"), [(1, {}), (1, {"convolution": "products"}), (2, {"resample_blocks": True}), (3, {})]
-)
+@pytest.mark.parametrize(("n", "fields"), [(1, {}), (2, {"resample_blocks": True}), (3, {})])
 def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
     size = (8, 4, 4)[:n]
     x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
@@ -161,17 +153,17 @@ def test_any_size_is_padded_with_zeros_and_cropped(shape):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("n", "convolution"), [(1, "products"), (3, "products"), (3, "xla")])
-def test_bfloat16_has_finite_gradients_near_float32_s(n, convolution):
+@pytest.mark.parametrize("n", [1, 3])
+def test_bfloat16_has_finite_gradients_near_float32_s(n):
     x, time = jax.random.normal(jax.random.key(2), (2, *(8, 4, 4)[:n], 3)), jnp.array([3.0, 700.0])
-    model = models.UNet(**TINY, spatial_dims=n, convolution="xla")
+    model = models.UNet(**TINY, spatial_dims=n)
     params = redraw(init(model, (1, *x.shape[1:])))
 
     def flat_gradient(model):
         gradient = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, time) ** 2).mean()))(params)
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
-    exact, rounded = flat_gradient(model), flat_gradient(model.clone(dtype="bfloat16", convolution=convolution))
+    exact, rounded = flat_gradient(model), flat_gradient(model.clone(dtype="bfloat16"))
     assert np.isfinite(rounded).all() and np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
 
 

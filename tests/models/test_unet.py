@@ -6,54 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from helpers.jaxprs import equations
 from helpers.networks import TINY, apply, init, redraw
-
-
-@pytest.mark.parametrize(
-    ("fields", "size", "count"),
-    [
-        ({}, 32, 35_746_307),
-        ({"channel_multipliers": (1, 1, 2, 2, 4, 4), "attention_levels": (4,)}, 256, 113_673_219),
-    ],
-)
-def test_parameter_counts_equal_ho_et_al(fields, size, count):
-    shapes = jax.eval_shape(lambda: init(models.UNet(**fields), (1, size, size, 3)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-
-
-ADM = {
-    "channels": 256,
-    "scale_shift_norm": True,
-    "resample_blocks": True,
-    "head_channels": 64,
-    "embedding_cos_first": True,
-    "embedding_freq_shift": 0.0,
-    "norm_epsilon": 1e-5,
-    "initializer": "openai",
-    "dropout": 0.0,
-    "num_classes": 1000,
-    "out_channels": 6,
-}
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    ("size", "fields", "count"),
-    [
-        (64, {"channels": 192, "channel_multipliers": (1, 2, 3, 4), "num_res_blocks": 3}, 295_904_454),
-        (128, {"channel_multipliers": (1, 1, 2, 3, 4), "num_heads": 4, "head_channels": None}, 421_529_606),
-        (256, {"channel_multipliers": (1, 1, 2, 2, 4, 4)}, 553_838_086),
-        (256, {"channel_multipliers": (1, 1, 2, 2, 4, 4), "num_classes": 0}, 552_814_086),
-        (512, {"channel_multipliers": (0.5, 1, 1, 2, 2, 4, 4)}, 558_997_638),
-    ],
-)
-def test_parameter_counts_equal_adm(size, fields, count):
-    levels = tuple(i for i in range(len(fields["channel_multipliers"])) if size >> i in (32, 16, 8))
-    model = models.UNet(**{**ADM, **fields, "attention_levels": levels})
-    y = jnp.zeros(1, int) if model.num_classes else None
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1), y))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
 def test_timestep_embedding_equals_published_values():
@@ -149,62 +102,6 @@ def test_output_depends_on_labels_time_and_dropout():
 
 
 @pytest.mark.whole
-def test_label_dropout_uses_the_null_label_in_training_only():
-    """Without other randomness, a training output is that of the label or of the null label, at the configured rate."""
-    rate, n = 0.3, 400
-    model = models.UNet(**TINY, dropout=0.0, num_classes=3, label_dropout=rate)
-    assert model.null_label == 3 and models.UNet(**TINY, num_classes=3).null_label is None
-    x, time, y = jnp.ones((n, 2, 2, 3)), jnp.zeros(n), jnp.ones(n, int)
-    params = redraw(init(model, x.shape, y))
-    assert params["class"]["embedding"].shape == (4, 32)
-    evaluated = apply(model, params, x, time, y.at[0].set(model.null_label))
-    null, labeled = evaluated[0], evaluated[1]
-    assert abs(labeled - null).max() > 1e-2
-    np.testing.assert_allclose(evaluated[2:], jnp.broadcast_to(labeled, (n - 2, 2, 2, 3)), atol=1e-4)
-    trained = apply(model, params, x, time, y, train=True, rngs={"dropout": jax.random.key(1)})
-    kept, dropped = (abs(trained - one).max(axis=(1, 2, 3)) < 1e-3 for one in (labeled, null))
-    assert (kept ^ dropped).all()
-    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"num_classes": 3},
-        {"remat": True},
-        {"scale_shift_norm": True, "resample_blocks": True, "dtype": "bfloat16", "convolution": "xla"},
-    ],
-)
-def test_precomputed_time_embeddings_give_the_same_output_with_fewer_products(fields):
-    model, times = models.UNet(**TINY, **fields), np.array([3.0, 250.5, 700.0])
-    y = jnp.array([2, 0]) if model.num_classes else None
-    params = redraw(init(model, y=y if y is None else y[:1]))
-    x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([700.0, 250.5])
-    tabulated = jax.jit(lambda p, x, time: models.precompute_time_embeddings(model, p, times)(x, time, y))
-    reference = apply(model, params, x, time, y)
-    # The same sums, in another order perhaps; in bfloat16 a rounding of 0.4% then grows as in the test of remat below.
-    tolerance = 0.05 if model.dtype == "bfloat16" else 1e-5
-    assert np.linalg.norm(tabulated(params, x, time) - reference) < tolerance * np.linalg.norm(reference)
-    assert np.isnan(tabulated(params, x, jnp.array([700.0, 251.0]))[1]).all()  # a time that is not in the table
-
-    def count(network):
-        """Products of matrices, and casts of convolutions' kernels and of biases."""
-        made = list(equations(jax.make_jaxpr(lambda x, time: network(x, time, y))(x, time).jaxpr))
-        products = sum(e.primitive.name == "dot_general" and e.invars[0].aval.ndim == 2 for e in made)
-        casts = (e.invars[0].aval for e in made if e.primitive.name == "convert_element_type")
-        return products, sum(
-            cast.ndim in (1, 4) and cast.dtype == jnp.float32 and len(x) not in cast.shape for cast in casts
-        )
-
-    products, casts = count(lambda x, time, y: model.apply({"params": params}, x, time, y))
-    blocks = sum("time_proj" in own for own in params.values())
-    assert products == 2 + blocks and (casts > 0) == (model.dtype == "bfloat16")
-    assert count(models.precompute_time_embeddings(model, params, times)) == (blocks if model.num_classes else 0, 0)
-
-
-@pytest.mark.whole
 def test_head_channels_equal_the_same_number_of_heads():
     x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
@@ -238,9 +135,7 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
         ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
         ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
         ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),
-        ({"convolution": "fft"}, (1, 8, 8, 3), None, "'auto', 'products' or 'xla'"),
         ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3 does not divide an attention layer of 16"),
-        ({"head_channels": 3}, (1, 8, 8, 3), None, "head_channels=3 does not divide an attention layer of 16"),
         ({"head_channels": 0}, (1, 8, 8, 3), None, "head_channels=0"),
         (
             {"label_dropout": 1.0, "num_classes": 2},
@@ -248,7 +143,6 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
             jnp.zeros(1, int),
             r"label_dropout must lie in \[0, 1\)",
         ),
-        ({"label_dropout": 0.1}, (1, 8, 8, 3), None, "needs labels to drop"),
         ({"attention_levels": (2,)}, (1, 8, 8, 3), None, "attention_levels must lie in 0 ... 1"),
         ({"num_classes": 2}, (1, 8, 8, 3), None, "needs y"),
         ({}, (1, 8, 8, 3), jnp.zeros(1, int), "without classes"),

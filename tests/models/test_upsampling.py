@@ -9,9 +9,9 @@ from diffusion_jax import models, training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import train
 from diffusion_jax.training.batches import Examples
-from diffusion_jax.training.objective import make_objective
-from helpers.configs import a_batch, classifier_config, upsampler_config
-from helpers.networks import TINY, redraw
+from diffusion_jax.training.step import make_objective
+from helpers.configs import classifier_config, upsampler_config
+from helpers.networks import redraw
 from helpers.program import finish, start
 
 
@@ -124,58 +124,15 @@ def test_objective_conditions_on_the_downsampled_x_0(most):
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5
 
 
-@pytest.mark.whole
-def test_gradient_reaches_the_small_image():
-    model = models.UNet(**TINY, condition_channels=3)
-    x_t, low = jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3))
-    params = redraw(jax.jit(model.init)(jax.random.key(1), **models.initial_inputs(model, (8, 8, 3)))["params"])
-
-    def run(low):
-        out = model.apply({"params": params}, x_t, jnp.zeros(1), condition=upsampling.condition(low, x_t.shape))
-        assert out.shape == x_t.shape
-        return (out**2).sum()
-
-    assert (abs(jax.jit(jax.grad(run))(low)) > 0).all()
-
-
-@pytest.mark.whole
-def test_upsampler_learns_from_the_small_image():
-    """x_0 is white noise at the low resolution, which the small image tells whole and x_t hardly.
-
-    From x_t alone the least error of x_0 is s^2 v / (s^2 alpha_bar + v), with s^2 = 1/3 of uniform pixels and the noise
-    v = (1 - alpha_bar) / 4 of means over four: in the noisiest quarter, where alpha_bar < 0.15, more than 0.27.
-    """
-    config = upsampler_config(
-        **{"diffusion.prediction": "x_0", "optimizer.learning_rate": 3e-3, "training.batch_size": 32}
-    )
-    state, train_step = training.create(config)
-    assert state.params["conv_in"]["kernel"].shape[2] == 2 and state.params["conv_out"]["kernel"].shape[3] == 1
-    rng, last = np.random.default_rng(0), []
-    for i in range(150):
-        batch = a_batch(config)
-        batch["image"] = rng.integers(0, 256, (32, 4, 4, 1), dtype=np.uint8).repeat(2, 1).repeat(2, 2)
-        state, metrics = train_step(state, batch)
-        if i == 0:
-            first = float(metrics["loss"])
-        last.append(float(metrics["loss_q4"]))
-    assert train_step._cache_size() == 1
-    assert first > 0.3 and np.mean(last[-20:]) < 0.1
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ({"data.low_resolution": 3}, "data.low_resolution=3: the size of the small images must divide 8x8"),
-        ({"data.low_resolution": 8}, "data.low_resolution=8"),
-        ({"data.low_resolution": -4}, "data.low_resolution=-4"),
-        ({"diffusion.conditioning_noise": -1.0}, "diffusion.conditioning_noise=-1.0 must be a number of at least 0"),
         ({"data.low_resolution": 0, "diffusion.conditioning_noise": 0.1}, "is for upsamplers"),
         (
             {"model.condition_channels": 1},
             "model.condition_channels=1: the small image is the condition of an upsampler",
         ),
-        ({"model.condition_features": 2}, "model.condition_features=2: the small image"),
-        ({"model.condition_dropout": 0.1}, "model.condition_dropout=0.1: the small image"),
     ],
 )
 def test_build_program_refuses_invalid_upsamplers(overrides, words):

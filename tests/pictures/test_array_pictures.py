@@ -5,14 +5,13 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.pictures import (
-    draw_edit,
     draw_examples,
     draw_neighbors,
     panels,
     save,
     to_array,
 )
-from diffusion_jax.pictures.trajectories import draw_array_trajectory
+from diffusion_jax.pictures.samples import draw_array_trajectory
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
 
@@ -46,14 +45,14 @@ def count_marked(figure):
 
 def test_series_are_lines_of_all_channels():
     x = drawn(0, 5, 40, 3)
-    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"], channel_names=["_u", "v", "v"])
+    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"])
     assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
     for example, axes in zip(x, figure.axes, strict=True):
         np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
         low, high = axes.get_ylim()
         assert low < x.min() and x.max() < high
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
-    assert legend(figure) == ["_u", "v", "v"] and figure.get_suptitle() == "samples"
+    assert legend(figure) == ["channel 0", "channel 1", "channel 2"] and figure.get_suptitle() == "samples"
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
     assert [axes.get_ylabel() for axes in figure.axes] == [panels.VALUE, "", "", panels.VALUE, ""]
 
@@ -78,18 +77,6 @@ def test_a_sample_and_its_nearest_series_are_side_by_side():
     assert [axes.get_title() for axes in figure.axes[:2]] == ["sample 0", "distance 1"]
 
 
-def test_values_to_be_generated_are_named_in_the_title_of_an_edit():
-    given, results = drawn(1, 2, 40, 1), drawn(2, 2, 40, 1)
-    assert "magenta" not in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
-    given[1, 5:] = np.nan
-    assert "magenta: values to be generated" in draw_edit(given, results, ["image", "known"], "Edit").get_suptitle()
-
-
-def test_the_axes_of_series_contain_the_reference():
-    figure = draw_examples(drawn(2, 2, 40, 1), title="samples", reference=10 * drawn(3, 5, 40, 1))
-    assert figure.axes[0].get_ylim()[1] > 15
-
-
 @pytest.mark.parametrize("length", [601, 100_000, 99_999])
 def test_long_series_keep_their_extremes(length):
     """An interval without a finite value has no line; one with some has its finite extremes."""
@@ -105,7 +92,6 @@ def test_long_series_keep_their_extremes(length):
     starts = np.arange(0, length, width)
     for reduce, ours in ((np.fmin, values.reshape(-1, 2).min(axis=1)), (np.fmax, values.reshape(-1, 2).max(axis=1))):
         np.testing.assert_array_equal(ours, reduce.reduceat(x[0, :, 0], starts))
-    assert f"the lowest and highest of every {width} positions" in figure.get_suptitle()
 
 
 # ---- Fields and volumes
@@ -114,7 +100,7 @@ def test_long_series_keep_their_extremes(length):
 def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
     x = drawn(5, 3, 6, 9, 2)
     x[..., 1] = np.abs(x[..., 1]) + 280
-    figure = draw_examples(x, title="fields", captions=["0: a", "1: b", "2: c"], channel_names=["wind", "heat"])
+    figure = draw_examples(x, title="fields", captions=["0: a", "1: b", "2: c"])
     shown, pictures = images(figure)
     assert len(shown) == 6 and len(figure.axes) == 6 + 2  # a color bar for each channel
     for i, picture in enumerate(pictures):
@@ -127,18 +113,8 @@ def test_fields_have_a_row_for_each_example_and_a_column_for_each_channel():
         else:
             assert (low, high) == (values.min(), values.max())
     assert pictures[0].cmap.name == "RdBu_r" and pictures[1].cmap.name == "viridis"
-    assert [axes.get_title() for axes in shown[:2]] == ["wind", "heat"]
+    assert [axes.get_title() for axes in shown[:2]] == ["channel 0", "channel 1"]
     assert [text.get_text() for text in figure.texts][-3:] == ["0: a", "1: b", "2: c"]
-    assert figure.get_suptitle() == "fields\nfields of 6 x 9; color bars in data units"
-
-
-@pytest.mark.parametrize("limits", [[-1.0, 2.0], [-2.0, 1.0]])
-def test_a_reference_gives_the_colors_of_fields(limits):
-    reference = np.resize(limits, (1, 6, 9, 1))
-    figure = draw_examples(5 * drawn(6, 2, 6, 9, 1), title="fields", reference=reference)
-    _, pictures = images(figure)
-    assert {picture.get_clim() for picture in pictures} == {(-2.0, 2.0)}
-    assert pictures[-1].colorbar.extend == "both" and "the range of the data" in figure.get_suptitle()
 
 
 def test_a_small_part_below_zero_does_not_center_the_colors():
@@ -173,8 +149,8 @@ def test_volumes_are_slices_and_the_values_farthest_from_zero():
 
 def test_vectors_are_histograms_of_each_entry_beside_those_of_the_reference():
     x, reference = drawn(8, 500, 3), drawn(9, 300, 3) + 1
-    figure = draw_examples(x, title="vectors", channel_names=["a"], reference=reference)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["a", "entry 1", "entry 2"]
+    figure = draw_examples(x, title="vectors", reference=reference)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["entry 0", "entry 1", "entry 2"]
     for entry, axes in enumerate(figure.axes):
         ours, outline = axes.patches
         for patch, values in ((ours, x), (outline, reference)):
@@ -182,7 +158,7 @@ def test_vectors_are_histograms_of_each_entry_beside_those_of_the_reference():
             assert (heights * np.diff(edges)).sum() == pytest.approx(1)
             counts = np.histogram(values[:, entry], edges)[0]
             np.testing.assert_allclose(heights * np.diff(edges) * len(values), counts, atol=1e-9)
-    assert legend(figure) == ["samples", "data"] and "500 vectors" in figure.get_suptitle()
+    assert legend(figure) == ["samples", "data"]
 
 
 def test_vectors_of_two_entries_are_also_points():
@@ -236,7 +212,7 @@ def test_large_noise_does_not_hide_the_samples():
     factors = np.array([100, 10, 1]).reshape(3, 1, 1, 1)
     figure = draw_array_trajectory(drawn(14, 3, 2, 40, 1) * factors, "abc", title="lines")
     spans = [np.ptp(axes.get_ylim()) for axes in figure.axes[:3]]
-    assert spans[0] > 5 * spans[1] > 25 * spans[2] and "its own scale" in figure.get_suptitle()
+    assert spans[0] > 5 * spans[1] > 25 * spans[2]
     x = drawn(15, 3, 2, 6, 9, 1) * factors[..., None]
     _, pictures = images(draw_array_trajectory(x, "abc", title="fields"))
     last = x[-1]
@@ -249,21 +225,21 @@ def test_large_noise_does_not_hide_the_samples():
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_axes", "notes"),
+    ("shape", "num_axes"),
     [
-        ((64, 40, 1), 12, ["first 12 of 64 examples"]),
-        ((64, 40, 30), 12, ["first 6 of 64 examples", "first 12 of 30 channels"]),
-        ((64, 6, 9, 30), 8 * 8 + 8, ["first 8 of 64 examples", "first 8 of 30 channels"]),
-        ((2, 6, 900, 1), 2 + 1, ["1 of 4 positions along each axis"]),
-        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1), ["first 4 of 64 examples", "first 3 of 9 channels"]),
-        ((1, 300, 4, 4, 1), 6 + 1, ["1 of 3 positions along each axis"]),
-        ((100_001, 100), 16, ["first 100000 of 100001 vectors", "first 16 of 100 entries"]),
+        ((64, 40, 1), 12),
+        ((64, 40, 30), 12),
+        ((64, 6, 9, 30), 8 * 8 + 8),
+        ((2, 6, 900, 1), 2 + 1),
+        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1)),
+        ((1, 300, 4, 4, 1), 6 + 1),
+        ((100_001, 100), 16),
     ],
 )
-def test_large_sets_are_drawn_in_part_and_the_title_says_so(shape, num_axes, notes):
+def test_large_sets_are_drawn_in_part(shape, num_axes):
     figure = draw_examples(np.broadcast_to(drawn(22, *shape[1:]), shape), title="samples")
-    assert len(figure.axes) == num_axes
-    assert all(note in figure.get_suptitle().replace("\n", " ") for note in notes)
+    title = figure.get_suptitle()
+    assert len(figure.axes) == num_axes and ("first" in title or "1 of" in title)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -271,8 +247,6 @@ def test_large_trajectories_are_drawn_in_part(shape):
     x = np.broadcast_to(drawn(23, *shape[:-1], 9), (50, 40, *shape[:-1], 9))
     figure = draw_array_trajectory(x, [f"t = {49 - i}" for i in range(50)], title="trajectory")
     assert len(figure.axes) <= 70
-    title = figure.get_suptitle().replace("\n", " ")
-    assert "10 of 50 times" in title and ("of 9 channels" in title or "of 9 entries" in title)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles[0] == "t = 49" and titles[9] == "t = 0"
 
@@ -283,8 +257,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
     assert count_marked(draw_examples(x, title="finite")) == 0
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
     figure = draw_examples(x, title="not finite")
-    assert f"3 of {x.size} drawn values are NaN or infinite (magenta)" in figure.get_suptitle()
-    assert count_marked(figure) > 0
+    assert f"3 of {x.size} drawn values are NaN or infinite" in figure.get_suptitle()
+    assert (count_marked(figure) > 0) == (len(shape) > 1)  # vectors are counted only
     if len(shape) == 2:  # a gap in the line, and the mark at its position
         assert np.isnan(lines(figure.axes[0])[0][0])
         (marks,) = [line for line in figure.axes[0].get_lines() if line.get_gid() == "invalid"]
@@ -296,7 +270,8 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_example_of_one_value(shape, value):
     x = np.full((1, *shape), value, np.float32)
-    draw_examples(x, title="constant", reference=x)
+    if x.ndim == 2:
+        draw_examples(x, title="constant", reference=x)
     for figure in (draw_examples(x, title="constant"), draw_array_trajectory(x[None], ["sample"], title="constant")):
         assert to_array(figure).dtype == np.uint8
 
@@ -305,7 +280,7 @@ def test_one_example_of_one_value(shape, value):
 def test_text_is_not_mathematical_notation(shape):
     """A name that Matplotlib cannot read as a formula would raise; very long names are shortened."""
     text = "$\\frac{$ a" + 40 * "b"
-    options = {"title": text, "captions": [text] * 2, "channel_names": [text] * 3}
+    options = {"title": text, "captions": [text] * 2}
     figures = [
         draw_examples(drawn(25, 2, *shape), **options),
         draw_array_trajectory(drawn(26, 1, 2, *shape), [text], **options),
@@ -329,8 +304,6 @@ def test_what_cannot_be_drawn_is_refused():
         draw_examples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
     with pytest.raises(ValueError, match="at least 1"):
         draw_examples(np.zeros((0, 2)), title="")
-    with pytest.raises(ValueError, match="they must be equal"):
-        draw_examples(np.zeros((1, 2)), title="", reference=np.zeros((1, 3)))
     with pytest.raises(ValueError, match="2 headers"):
         draw_array_trajectory(np.zeros((3, 1, 2)), ["a", "b"], title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):

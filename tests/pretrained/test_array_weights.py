@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from diffusion_jax import data, models, pretrained, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.description import make_description
 from diffusion_jax.pretrained.parameters import parameter_shapes
-from diffusion_jax.runs import stored_config, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.networks import TINY, redraw
 from helpers.work_directories import untrained
@@ -98,7 +97,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
         scale, offset = (np.float32(stored["x"][name]) for name in ("scale", "offset"))
         np.testing.assert_allclose(x, standardized * scale + offset, rtol=1e-6)
     for path in (tmp_path / "run", tmp_path / "net.safetensors"):
-        new = stored_config.from_weights(str(path))
+        new = workdir.config_from_weights(str(path))
         for group in ("model", "data", "diffusion"):
             ignored = {"data_dir", "memory_mb", "workers", "dropout", "split", "out_channels"}
             for name, value in config[group].items():
@@ -174,13 +173,13 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (lambda: net_of(UNET.clone(spatial_dims=1), (8,), 2), "spatial_dims=1: UNet2DModel has two"),
-        (lambda: net_of(UNET.clone(spatial_dims=3), (4, 4, 4), 2), "spatial_dims=3: UNet2DModel has two"),
+        (lambda: net_of(UNET.clone(spatial_dims=1), (8,), 2), "spatial_dims=1"),
+        (lambda: net_of(UNET.clone(spatial_dims=3), (4, 4, 4), 2), "spatial_dims=3"),
         (vectors_net, "MLP: diffusers has no such network"),
-        (lambda: net_of(UNET.clone(condition_features=2), (4, 4), 3), r"conditions of shape \[2\]"),
+        (lambda: net_of(UNET.clone(condition_features=2), (4, 4), 3), "condition_features=2"),
         (lambda: net_of(UNET.clone(padding="periodic"), (4, 4), 3), "padding='periodic'"),
-        (lambda: net_of(UNET, (4, 5), 3), r"image_size=\(4, 5\): UNet2DModel needs multiples of 2"),
-        (lambda: net_of(UNET, (4, 4), 3), "cannot store the units of the data"),
+        (lambda: net_of(UNET, (4, 5), 3), r"image_size=\(4, 5\), no multiple of 2"),
+        (lambda: net_of(UNET, (4, 4), 3), "normalizations, the units of the data"),
     ],
 )
 def test_networks_of_other_data_are_refused_by_diffusers(net, words, tmp_path):
@@ -197,46 +196,6 @@ def test_the_summary_shows_the_shape_the_scale_and_the_conditions():
     assert "4 x 8 x 4, 8 channels" in text and "continuous" in text
     assert "(data - (300, 300, 300, 300, 300, 300, ...)) / (10," in text
     assert "images" in pretrained.format_summary(net_of(UNET, (4, 4), 3, levels=256, normalizations={}))
-
-
-@pytest.mark.whole
-def test_files_of_earlier_versions_are_of_images(tmp_path):
-    net = net_of(UNET, (4, 4), 3, levels=256, normalizations={}, clip=True)
-    pretrained.save_safetensors(net, tmp_path / "new.safetensors")
-    tensors = safetensors.numpy.load_file(tmp_path / "new.safetensors")
-    with safetensors.safe_open(tmp_path / "new.safetensors", "numpy") as file:
-        stored = json.loads(file.metadata()["diffusion_jax"])
-    for name in ("levels", "normalizations", "limits"):
-        del stored[name]
-    for name in ("spatial_dims", "padding", "condition_features", "condition_channels", "condition_dropout"):
-        del stored["model"][name]
-    metadata = {"diffusion_jax": json.dumps(stored)}
-    safetensors.numpy.save_file(tensors, tmp_path / "old.safetensors", metadata)
-    old = pretrained.load(tmp_path / "old.safetensors")
-    assert (old.levels, old.normalizations, old.model, old.limits) == (256, {}, net.model, ())
-    np.testing.assert_array_equal(old.sample(KEY, 1, steps=2), net.sample(KEY, 1, steps=2))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"normalizations": {"x": {"offset": [0.0], "scale": [1.0]}}}, "normalization of 'x' must have 2 channels, not 1"),
-        ({"normalizations": {"x": {"offset": [0.0, 1.0], "scale": [1.0, 0.0]}}}, "scales other than 0"),
-        ({"normalizations": {"condition": {"offset": [0.0], "scale": [1.0]}}}, "which their network does not take"),
-        ({"levels": 256}, "normalization of 'x', which their network does not take"),
-    ],
-)  # fmt: skip
-def test_a_file_with_another_normalization_is_refused(change, words, tmp_path):
-    net = net_of(models.MLP(channels=8, num_res_blocks=1), (), 2)
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    tensors = safetensors.numpy.load_file(tmp_path / "net.safetensors")
-    with safetensors.safe_open(tmp_path / "net.safetensors", "numpy") as file:
-        stored = json.loads(file.metadata()["diffusion_jax"])
-    metadata = {"diffusion_jax": json.dumps(stored | change)}
-    safetensors.numpy.save_file(tensors, tmp_path / "net.safetensors", metadata)
-    with pytest.raises(PretrainedError, match=words) as caught:
-        pretrained.load(tmp_path / "net.safetensors")
-    assert "\n" not in str(caught.value)
 
 
 def test_the_number_of_parameters_does_not_depend_on_the_size_of_a_volume():

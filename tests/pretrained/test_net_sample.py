@@ -104,13 +104,6 @@ def test_a_net_warns_of_steps_on_which_its_errors_grow():
     np.testing.assert_allclose(images, by_hand(net, schedule, net.denoise_fn, sampler, 2), rtol=1e-3, atol=1e-3)
 
 
-def test_the_text_of_a_net_is_a_few_lines():
-    text = repr(net_of(num_classes=3, condition_features=2))
-    assert text.startswith('Pretrained("test\'s", UNet, [4, 4, 1] of 256 levels, 3 classes, conditions [2],\n')
-    assert "prediction='eps', variance='fixed_large', clip=True" in text and "Schedule(num_timesteps=100, " in text
-    assert len(text.splitlines()) == 3
-
-
 @pytest.mark.whole
 def test_what_does_not_fit_a_net_is_one_line():
     plain, conditional = net_of(), net_of(num_classes=3)

@@ -50,6 +50,13 @@ def ours(net, x, times, y=None, low=None):
     return np.asarray(jax.jit(run)(net.params))
 
 
+def typed(text):
+    """The value of a flag, as OpenAI's scripts read it."""
+    if text in ("True", "False"):
+        return text == "True"
+    return int(text) if text.isdecimal() else float(text) if text.replace(".", "").isdecimal() else text
+
+
 def agree(what, ours, theirs):
     """Within 2e-5 of the largest value."""
     error = worst(ours, theirs)
@@ -73,7 +80,7 @@ def inputs(size, seed=1, count=2):
     [
         ("cifar10", torch_networks.PUBLISHED, (32, (16, 24))),
         ("256", torch_networks.LARGE, (64,)),
-        ("defaults", {}, (32,)),
+        ("defaults", {"sample_size": 32}, (32,)),
         ("improved", torch_networks.IMPROVED, ((16, 32),)),
         ("adm", torch_networks.ADM, ((16, 32),)),
     ],
@@ -85,7 +92,7 @@ def test_diffusers_networks(name, config, sizes, tmp_path):
     (tmp_path / "scheduler").mkdir()
     scheduler = LEARNED if config.get("out_channels") == 6 else SCHEDULER
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    net = pretrained.load(tmp_path, None if config else {"sample_size": 32})
+    net = pretrained.load(tmp_path)
     for size in sizes:
         x, times = inputs(size)
         y = np.array([4, 0]) if config.get("num_class_embeds") else None
@@ -116,7 +123,7 @@ def test_openai_s_networks(name, tmp_path):
 @pytest.mark.parametrize("name", ["adm_imagenet64", "improved_cifar10", "adm_upsampler_64_256", "adm_classifier64"])
 def test_openai_s_networks_at_full_width(name, tmp_path):
     """A network of each kind as it is published; gigabytes, and minutes."""
-    flags = openai.parse_flags(README[name])
+    flags = {name: typed(value) for name, value in openai.parse_flags(README[name]).items()}
     size, low, _ = openai.PRESETS[name]
     taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
     common = torch_networks.OPENAI["improved"][1]

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from diffusion_jax import pretrained, schedules
-from diffusion_jax.pretrained import PretrainedError, __main__, description, diffusers_scheduler, diffusers_unet
+from diffusion_jax.pretrained import PretrainedError, __main__, description, diffusers
 from helpers import torch_networks
 from helpers.published_files import NARROW_FLAGS, SCHEDULER, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
@@ -27,12 +27,12 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
     for key in before:
         np.testing.assert_array_equal(before[key], after[key])
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
-    assert diffusers_unet.unet_from_config(config) == net.model
+    assert diffusers.unet_from_config(config) == net.model
     with pytest.raises(PretrainedError, match="exists and is not empty"):
         pretrained.save_diffusers(net, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-    assert diffusers_scheduler.scheduler_from_config(scheduler)[0].items() <= dict(net.diffusion).items()
+    assert diffusers.scheduler_from_config(scheduler)[0].items() <= dict(net.diffusion).items()
     again = pretrained.load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
 

@@ -1,5 +1,6 @@
-"""Parts of report.html: thinned curves, pictures of a given size, events and commands."""
+"""Parts of report.html: thinned curves, pictures of a given size, and commands."""
 
+import base64
 import json
 import shlex
 
@@ -9,12 +10,10 @@ import pytest
 from diffusion_jax import cli
 from diffusion_jax.config import experiment, flatten, override, resolve
 from diffusion_jax.report import commands
-from diffusion_jax.report.curves import make_series, training_charts
-from diffusion_jax.report.embed import Budget
-from diffusion_jax.report.events import launch_events
+from diffusion_jax.report.charts import make_series, training_charts
+from diffusion_jax.report.gallery import Budget
 from diffusion_jax.report.markup import element, json_script, table
 from diffusion_jax.runs.workdir import to_dict
-from helpers.simulated_runs import launch
 
 
 def test_intervals_have_their_mean_lowest_and_highest_value():
@@ -52,34 +51,15 @@ def test_elements_escape_text_and_attributes():
     assert json.loads(written.partition(">")[2].rpartition("<")[0]) == ["</script>"]
 
 
-def test_a_picture_has_at_most_its_bytes():
+def test_pictures_have_at_most_their_bytes():
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
-    budget = Budget(50_000)
-    picture = budget.embed(noise, 20_000)
-    assert picture.width < 300 and "of 300 columns" in picture.note
-    assert 30_000 <= budget.left < 50_000
-    assert Budget(10).embed(noise) is None
-    small = Budget(50_000).embed(noise[:4, :4])
-    assert (small.width, small.height, small.note) == (4, 4, "")
-
-
-def test_a_run_in_progress_and_a_stop_lose_nothing():
-    launches = [launch(0, 100, 0, 10), launch(100, 150, 20, 30)]
-    kinds = [event.kind for event in launch_events(launches, 1000, is_running=True)]
-    assert kinds == ["launch", "ended", "restore", "running"]
-    kinds = [event.kind for event in launch_events(launches, 1000, is_running=False)]
-    assert kinds == ["launch", "ended", "restore", "ended early"]
-    assert launch_events([], None, is_running=False) == []
-
-
-def test_a_launch_that_failed_has_its_reason():
-    first = launch(0, 10, 0, 100) | {"stopped_by": "the disk is full"}
-    following = {"ended early": [], "failed": [launch(5, 30, 100, 150)], "ended": [launch(10, 30, 100, 150)]}
-    for kind, others in following.items():
-        event = launch_events([first, *others], 1000, is_running=False)[1]
-        assert event.kind == kind and event.text.endswith(" Reason: the disk is full")
-    [*_, event] = launch_events([first], 100, is_running=False)  # also if the save of the last step failed
-    assert event.kind == "ended early" and event.text.endswith(" Reason: the disk is full")
+    budget = Budget(100_000)
+    picture = budget.embed(noise, "noise", side=150)
+    assert (picture.width, picture.height, picture.caption) == (150, 100, "noise")
+    assert budget.left == 100_000 - len(base64.b64decode(picture.src.partition("base64,")[2]))
+    assert Budget(10).embed(noise, "noise") is None
+    small = budget.embed(noise[:4, :4], "small")
+    assert (small.width, small.height) == (4, 4) and small.src.startswith("data:image/png")
 
 
 def parsed(command, mode):

@@ -1,14 +1,11 @@
 """`init_from` of runs on data that are not images: the same network, its normalization, and new data."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, pretrained, training
-from diffusion_jax.data import Normalization
-from diffusion_jax.runs import sample, stored_config, train, trained_model, workdir
+from diffusion_jax.runs import sample, train, trained_model, workdir
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -48,22 +45,10 @@ def test_weights_of_vectors_are_compared_with_the_config(weights):
         trained_model.load_initial_weights(series, training.model_from_config(series))
 
 
-def test_other_normalizations_are_described(weights):
-    found = initial(weights)
-    assert trained_model.normalization_differences(found, found.normalizations) is None
-    other = {"x": Normalization((1.0, 2.0, 3.0, 4.0), (0.5,) * 4)}
-    changed = dataclasses.replace(found.normalizations["x"], offset=(300.0, 301.0, 302.0), scale=(10.0, 20.0, 30.0))
-    assert (
-        trained_model.normalization_differences(found._replace(normalizations={"x": changed}), other)
-        == "x: (data - (300, 301, 302)) / (10, 20, 30) there, (data - (1, 2, 3, ...)) / (0.5, 0.5, 0.5, ...) here"
-    )
-    assert trained_model.normalization_differences(found._replace(normalizations={}), other).startswith("x: none there")
-
-
 @pytest.mark.parametrize("name", ["run", "net.safetensors"])
 def test_samples_of_initial_weights_have_the_units_of_their_data(weights, name, tmp_path):
     """The config of the weights suffices, and no data are read."""
-    config = stored_config.from_weights(str(weights / name))
+    config = workdir.config_from_weights(str(weights / name))
     config.data.data_dir = "nowhere"
     config.sampling.update(num_samples=2, batch_size=2, steps=2, sampler="ddim")
     sample.run(config, tmp_path / name)

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.runs import workdir
-from diffusion_jax.runs.sample_files import SampleFile
+from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.sampling_conditions import standardize_conditions
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import untrained
@@ -39,14 +39,6 @@ def test_the_range_of_a_run_is_stored_and_its_conditions_are_checked(tmp_path, c
     assert "outside" not in note()
     with pytest.warns(UserWarning, match="condition 0 has 80 at entry 1, and the training data have -1 to 1"):
         pretrained.load(run, ema=False)._to_conditions(np.array([12.0, 80.0]), 1)
-    # A run of an earlier version resumes with the range unknown.
-    old = json.loads((run / "data.json").read_text())
-    del old["normalization"]["condition"]["low"], old["normalization"]["condition"]["high"]
-    (run / "data.json").write_text(json.dumps(old))
-    np.save(given, np.array([[12.0, 80.0]]))
-    assert "outside" not in note()
-    normalizations = {name: data.Normalization.from_json(value) for name, value in old["normalization"].items()}
-    workdir.check_data(source, run, normalizations)
 
 
 @pytest.mark.parametrize("value", [-3.0, 30.0])

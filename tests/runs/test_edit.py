@@ -27,12 +27,6 @@ def files(tmp_path_factory):
         "mask": mask,
         "white": mask | 255,
         "black": mask & 0,
-        "dim": mask // 3,
-        "zero_one": mask // 255,
-        "ones": mask // 255 | 1,
-        "bits": mask < 256,
-        "deep": np.full((8, 8), 300, np.uint16),
-        "alpha": np.stack([mask & 0, mask & 0, mask & 0, mask], axis=-1),
         "wide": np.zeros((5, 9), np.uint8),
     }.items():
         Image.fromarray(image).save(directory / f"{name}.png")
@@ -120,27 +114,16 @@ def test_edits_equal_those_of_the_core(root, files):
 @pytest.mark.whole
 def test_invalid_editing_options_are_refused(root, files):
     for overrides, words in (
-        ({"editing.task": "foo"}, "must be inpaint, replace"),
         ({"editing.task": "colorize"}, "needs a model of color images"),
         ({"editing.mask": ""}, "editing.mask=FILE is needed"),
         ({"editing.image": str(files)}, "cannot be read as an image"),
         ({"editing.mask": str(files / "white.png")}, "white everywhere"),
-        ({"editing.mask": str(files / "black.png")}, "black everywhere .values 0 to 0 of 255.: no pixel is kept"),
-        ({"editing.mask": str(files / "dim.png")}, "black everywhere .values 0 to 85 of 255.: no pixel is kept"),
-        ({"editing.mask": str(files / "ones.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
-        ({"editing.mask": str(files / "bits.png")}, "white everywhere .values 1 to 1 of 1.: nothing is left"),
-        ({"editing.mask": str(files / "deep.png")}, "black everywhere .values 300 to 300 of 65535.: no pixel"),
-        (
-            {"editing.mask": str(files / "alpha.png")},
-            "black everywhere .values 0 to 0 of 255; transparency is ignored.",
-        ),
+        ({"editing.mask": str(files / "black.png")}, "black everywhere: nothing is kept"),
         ({"editing.mask": str(files / "wide.png")}, "has 9x5 pixels and the image has 8x8"),
-        ({"editing.num_samples": 0}, "editing.num_samples=0 must be a whole number of at least 1"),
         ({"editing.jump": 5}, "jump=5 must be below the 5 steps"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
         ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single class: give sampling.class"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
-        ({"editing.task": "sdedit", "editing.strength": 0.0}, r"editing.strength=0.0 must be a number in \(0, 1\]"),
         ({"sampling.sampler": "unipc"}, "use ddpm, ddim or heun"),
         (
             {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},
@@ -152,21 +135,19 @@ def test_invalid_editing_options_are_refused(root, files):
 
 
 @pytest.mark.whole
-def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys):
-    """Saved as gray, as color, as 16 bits or as single bits: the same pixels are kept, and the console says which."""
-    with Image.open(files / "zero_one.png") as mask:
-        values = np.asarray(mask)
-    kinds = {"gray": values, "color": np.stack([values] * 3, -1), "deep": values.astype(np.uint16), "bits": values > 0}
-    for name, array in kinds.items():
-        path = files / f"zero_one_{name}.png"
-        Image.fromarray(array).save(path)
-        edit.run(editing_config(files, **{"editing.task": "replace", "editing.mask": str(path)}), root / "conditional")
-        out = capsys.readouterr().out
-        assert "The mask keeps its white pixels, 32 of 64 (50%), and the model paints the black ones, 32 (50%)." in out
-        written = pathlib.Path(out.split("the results alone: ")[1].strip())
-        with np.load(written) as arrays, Image.open(files / "image.png") as image:
-            kept = arrays["arr_0"][:, 4:, :, 0]
-            np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
+@pytest.mark.parametrize("convert", [lambda mask: mask, lambda mask: np.stack([mask] * 3, -1), lambda mask: mask > 0])
+def test_a_mask_of_zeros_and_ones_keeps_the_ones(root, files, capsys, convert):
+    """Saved as gray, as color or as single bits: the same pixels are kept, and the console says how many."""
+    with Image.open(files / "mask.png") as mask:
+        Image.fromarray(convert(np.asarray(mask) // 255)).save(files / "ones.png")
+    config = editing_config(files, **{"editing.task": "replace", "editing.mask": str(files / "ones.png")})
+    edit.run(config, root / "conditional")
+    out = capsys.readouterr().out
+    assert "The mask keeps 32 of 64 values (50%)" in out
+    written = pathlib.Path(out.split("the results alone: ")[1].strip())
+    with np.load(written) as arrays, Image.open(files / "image.png") as image:
+        kept = arrays["arr_0"][:, 4:, :, 0]
+        np.testing.assert_array_equal(kept, np.broadcast_to(np.asarray(image)[4:], kept.shape))
 
 
 @pytest.mark.whole

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import errors, pictures, schedules
-from diffusion_jax.evaluation import image_sets
-from diffusion_jax.runs import sample, train
+from diffusion_jax.evaluation import example_sets
+from diffusion_jax.runs import sample
 from diffusion_jax.runs.batch_sampler import BatchSampler, picture_steps
 from helpers.configs import conditional, tiny_config
 from helpers.work_directories import untrained
@@ -37,7 +37,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
-    assert image_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
+    assert example_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
 def test_the_trajectory_is_of_the_first_samples(tmp_path, monkeypatch):
@@ -104,15 +104,6 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
     with np.load(whole) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.whole
-def test_a_conditional_run_samples_all_classes_in_turn(tmp_path):
-    config = tiny_config(**{"model.num_classes": 10, "training.num_steps": 2})
-    train.run(config, tmp_path)
-    sample.run(config, tmp_path)
-    with np.load(tmp_path / "samples" / "step2_ema_ddpm2_seed0_n3.npz") as arrays:
-        assert arrays["arr_1"].tolist() == [0, 1, 2]
 
 
 def test_sampling_without_a_run_is_refused(tmp_path):

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from diffusion_jax.runs import sample, sampling_setup, trained_model
+from diffusion_jax.runs import sample, trained_model
 from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.sample_files import read_settings
+from diffusion_jax.runs.sample import read_settings
 from helpers.configs import FEW_DRAWN, tiny_config
 from helpers.work_directories import reuse_or_draw
 
@@ -26,7 +26,7 @@ def store_settings(path, change):
 def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
     reuse_or_draw(tiny_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
-    for free in ({}, {"sampling.trajectory": 3, "sampling.progress": True, "sampling.preview_steps": 7}):
+    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample draws whatever is there
@@ -34,26 +34,11 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
 
 
 @pytest.mark.whole
-def test_samples_of_a_version_without_a_setting_are_reused(run, drawn, capsys):
-    config = tiny_config(**{"sampling.batch_size": 3, "sampling.seed": 5})
-    path = reuse_or_draw(config, run).path
-    store_settings(path, lambda settings: settings["model"].pop("precision"))
-    before = len(drawn)
-    reuse_or_draw(config, run)
-    assert len(drawn) == before and "Sampling again" not in capsys.readouterr().out
-    config.model.precision = "highest"
-    reuse_or_draw(config, run)
-    assert len(drawn) > before and "(model.precision=default, now highest)" in capsys.readouterr().out
-
-
-@pytest.mark.whole
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
-        ({"sampling.classifier_flags": "{}"}, "sampling.classifier_flags=, now {}"),
-        ({"sampling.clip_quantile": 0.9}, "sampling.clip_quantile=0.995, now 0.9"),
-        ({"model.convolution": "xla"}, "model.convolution=auto, now xla"),
+        ({"model.precision": "highest"}, "model.precision=default, now highest"),
     ],
 )
 def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys, overrides, told):
@@ -69,32 +54,18 @@ def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys, overr
     assert f"Sampling again: {one.path} was drawn with other settings" in capsys.readouterr().out
 
 
-def test_samples_with_other_weights_or_devices_are_sampled_again(run, drawn, capsys):
+def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
     config = tiny_config(**FEW_DRAWN)
     path = reuse_or_draw(config, run).path
-    store_settings(path, lambda settings: settings.update(devices=64, classifier_digest="0" * 64))
+    store_settings(path, lambda settings: settings.update(classifier_digest="0" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 6
     out = capsys.readouterr().out
-    assert re.search(
-        r"Sampling again: .* other settings \(classifier_digest=0+\.\.\., now None; devices=64, now \d+\)", out
-    )
+    assert re.search(r"Sampling again: .* other settings \(classifier_digest=0+\.\.\., now None\)", out)
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
-
-
-def test_the_times_of_a_spacing_are_a_setting(run, drawn, capsys, monkeypatch):
-    """The same config may stand for other times in another version."""
-    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
-    respace = sampling_setup.respace
-    other = {"steps": 2, "spacing": "leading"}
-    monkeypatch.setattr(
-        sampling_setup, "respace", lambda schedule, options, *more: respace(schedule, {**options, **other}, *more)
-    )
-    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
-    assert len(drawn) == 6 and "(times_digest=" in capsys.readouterr().out
 
 
 def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):

@@ -12,7 +12,6 @@ from diffusion_jax.runs import preview, sample, sampling_setup, trained_model
 from helpers.array_configs import array_config
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.core_samples import agree, core_inputs
-from helpers.program import finish, start
 
 
 def by_hand(network, walked, sampler, batches=2, size=4):
@@ -64,23 +63,16 @@ def test_guided_samples_equal_those_of_the_core(root):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("options", "sampler"),
-    [
-        ({"sampler": "pndm"}, sampling.pndm()),
-        ({"sampler": "heun", "churn": 2.0}, sampling.heun(churn=2.0)),
-    ],
-)
-def test_samplers_that_call_the_network_between_steps_work(root, options, sampler):
+def test_samplers_that_call_the_network_between_steps_work(root):
     """These ask at times that no table of the steps' times holds."""
     base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
-    sample.run(tiny_config(**base, **{f"sampling.{leaf}": value for leaf, value in options.items()}), root / "plain")
+    sample.run(tiny_config(**base, **{"sampling.sampler": "pndm"}), root / "plain")
     images, _ = drawn(root / "plain")
     walked, _, model, params = core_inputs(
         tiny_config(**base), root / "plain", 8, "log_snr"
     )  # what suits these samplers
     network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
-    agree(images, by_hand(network, walked, lambda batch: sampler)[:6], distinct=10)  # most are clipped
+    agree(images, by_hand(network, walked, lambda batch: sampling.pndm())[:6], distinct=10)  # most are clipped
 
 
 @pytest.mark.whole
@@ -144,11 +136,9 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
     sample.run(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
     np.testing.assert_array_equal(drawn(directory)[0], images)
     np.savez(tmp_path / "wrong.npz", low[:, :2])
-    np.savez(tmp_path / "empty.npz", low[:0])
     for path, words in (
         ("", "set sampling.low_resolution to an .npz"),
         (str(tmp_path / "none.npz"), "neither a folder nor an .npz"),
-        (str(tmp_path / "empty.npz"), "holds no images"),
         (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
     ):
         with pytest.raises(errors.UserError, match=words):
@@ -164,51 +154,35 @@ def of(leaves, **diffusion):
 
 @pytest.mark.whole
 def test_different_sampling_options_have_different_file_names(root):
-    """Options are spelled; a digest stands for paths and for what is long."""
+    """The sampler, the steps, the classes and the guidance are spelled; a digest stands for all else."""
     names = {
         "ddpm5": {},
-        "ddpm5_guided2": {"guidance_scale": 2.0},
-        "ddpm5_guided2_interval1-5": {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
-        "ddpm5_guided2_interval2-5": {"guidance_scale": 2.0, "guidance_interval": (2, 5)},
-        "ddpm5_guided2_rescale0.5": {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        "ddpm5_guided2.0": {"guidance_scale": 2.0},
         "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
-        "ddpm5_clip-none": {"clip": False},
-        "ddpm5_clip-dynamic0.995": {"clip": "dynamic"},
-        "ddim5_openai_clip-dynamic0.9_class3-5": {
-            "sampler": "ddim",
-            "spacing": "openai",
-            "clip": "dynamic",
-            "clip_quantile": 0.9,
-            "label": (3, 5),
-        },
-        "ddpm5_openai2-3": {"steps": (2, 3)},
-        "ddpm5_openai3-2": {"steps": (3, 2)},
-        "ddpm5_openai_ddim": {"spacing": "openai_ddim"},
-        "dpm_solver_pp5_order3_fullorder": {"sampler": "dpm_solver_pp", "order": 3, "lower_order_final": False},
-        "unipc5_bh1": {"sampler": "unipc", "variant": "bh1"},
-        "heun8_log_snr": {"sampler": "heun", "steps": 8},
-        "heun8_log_snr_churn2_range0.1-20_noise1.1": {
-            "sampler": "heun",
-            "steps": 8,
-            "churn": 2.0,
-            "churn_range": (0.1, 20),
-            "churn_noise": 1.1,
-        },
+        "ddim5_openai_class3-5": {"sampler": "ddim", "spacing": "openai", "label": (3, 5)},
+        "heun8": {"sampler": "heun", "steps": 8},
     }
     for name, leaves in names.items():
         assert of(leaves).name == name
-    digested = {
+    hashed = {
         of(leaves).name
         for leaves in (
+            {"clip": False},
+            {"clip": "dynamic"},
+            {"clip": "dynamic", "clip_quantile": 0.9},
+            {"steps": (2, 3)},
+            {"steps": (3, 2)},
             {"steps": (1, 5, 8, 15, 19), "spacing": "given"},
             {"steps": (2, 5, 8, 15, 19), "spacing": "given"},
+            {"guidance_scale": 2.0, "guidance_interval": (1, 5)},
+            {"guidance_scale": 2.0, "guidance_rescale": 0.5},
             {"label": tuple(range(10)) * 3},
             {"label": tuple(range(10)) * 3 + (1,)},
             {"classifier": str(root / "classifier")},
             {"classifier": str(root / "classifier"), "classifier_form": "mean"},
         )
     }
-    assert len(digested) == 6 and all(len(name.split("_")[-1]) == 6 for name in digested)
+    assert len(hashed) == 13 and all(len(name.split("_")[-1]) == 6 for name in hashed)
 
 
 def test_steps_on_which_a_sampler_fails_are_refused():
@@ -216,7 +190,7 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     cosine = {"schedule": "cosine", "num_timesteps": 1000}
     for sampler in ("heun", "pndm", "plms"):
         chosen = of({"sampler": sampler, "steps": 20}, **cosine)
-        assert chosen.name == f"{sampler}20_log_snr" and chosen.warning is None
+        assert chosen.name == f"{sampler}20" and chosen.warning is None
         with pytest.raises(
             errors.UserError, match="would be noise; use sampling.spacing=log_snr or more steps"
         ) as caught:
@@ -225,7 +199,9 @@ def test_steps_on_which_a_sampler_fails_are_refused():
         assert "\n" not in str(caught.value)
     assert of({"sampler": "ddim", "steps": 20}, **cosine).name == "ddim20"
     # Without a clip the errors of an eps network grow, unless the steps are even in the log SNR: the default then.
-    assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine).name == "ddim20_log_snr_clip-none"
+    unclipped = of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine)
+    log_snr = of({"sampler": "ddim", "steps": 20, "clip": False, "spacing": "log_snr"}, **cosine)
+    np.testing.assert_array_equal(unclipped.schedule.timesteps, log_snr.schedule.timesteps)
     for leaves, words in (
         ({"steps": 20, "spacing": "trailing"}, "use --config.sampling.spacing=log_snr, --config.sampling.clip=True"),
         ({"steps": None}, "use --config.sampling.steps=250 --config.sampling.spacing=log_snr, --config"),
@@ -259,28 +235,12 @@ def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp
         ("conditional", {"sampling.label": "seven"}, "sampling.class=seven must be classes"),
         ("plain", {"sampling.label": 1}, "the model has no classes"),
         ("plain", {"sampling.guidance_scale": 2.0}, "needs a model trained with model.num_classes and"),
-        ("conditional", {"sampling.label": True}, "sampling.label=True must be None or a whole number"),
-        ("conditional", {"sampling.guidance_interval": (5,)}, "must be two numbers"),
-        ("conditional", {"sampling.guidance_interval": (30, 10)}, "must be two numbers"),
-        ("conditional", {"sampling.guidance_interval": ("a", "b")}, "must be two numbers"),
-        ("conditional", {"sampling.guidance_scale": float("nan")}, "must be a finite number"),
-        ("conditional", {"sampling.guidance_rescale": -3.0}, r"must be a number in \[0, 1\]"),
-        ("conditional", {"sampling.sampler": "heun", "sampling.churn": float("nan")}, "churn=nan must be a number"),
         ("conditional", {"sampling.low_resolution_noise": 0.5}, r"must lie in 0 \.\.\. 0.0"),
-        ("conditional", {"sampling.clip": "maybe"}, "must be True or False or dynamic"),
-        ("conditional", {"sampling.clip": "dynamic", "sampling.clip_quantile": 2.0}, r"must be a number in \(0, 1\]"),
-        ("conditional", {"sampling.sampler": "deis", "sampling.order": 4}, "sampling.order=4 must be 1, 2 or 3"),
-        (
-            "conditional",
-            {"sampling.sampler": "ddim", "sampling.eta": 2.0},
-            r"sampling.eta=2.0 must be a number in \[0, 1\]",
-        ),
         ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
         ("conditional", {"sampling.low_resolution": "x"}, "is for models that enlarge images"),
         ("plain", {"sampling.classifier": "conditional"}, "holds no classifier"),
         ("plain", {"sampling.classifier": "nothing"}, "sampling.classifier=.*nothing: no such file or folder"),
         ("plain", {"sampling.classifier": "other_classifier"}, "another noise schedule"),
-        ("plain", {"sampling.classifier": "classifier", "sampling.classifier_form": "x"}, "must be eps or mean"),
         (
             "plain",
             {
@@ -302,14 +262,3 @@ def test_invalid_combinations_of_options_are_refused(root, name, overrides, word
     with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
         sample.run(config, root / name)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.whole
-def test_the_command_line_accepts_a_class(root):
-    flags = ("--config.sampling.class=(2,)", "--config.sampling.progress=True", "--config.sampling.sampler=unipc")
-    code, out, err = finish(start(f"--workdir={root / 'conditional'}", "--mode=sample", *flags))
-    assert code == 0, err
-    assert "step 5 of 5" in out
-    np.testing.assert_array_equal(drawn(root / "conditional")[1], [2] * 6)
-    code, _, err = finish(start(f"--workdir={root / 'nothing'}", "--mode=sample", "--config.sampling.class=1"))
-    assert code == 2 and "holds no run whose config could be used" in err and len(err.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""TensorBoard's events: groups of numbers, the config as text and hyperparameters, pictures with captions."""
+"""TensorBoard's events: groups of numbers, the config, pictures, and what a relaunch writes again."""
 
 import subprocess
 import sys
@@ -8,38 +8,35 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from diffusion_jax.runs.metrics_files import TensorBoardWriter, tensorboard_tag
-from diffusion_jax.runs.metrics_writer import RunMetrics
-from diffusion_jax.training.metrics import metric_names
+from diffusion_jax.runs.metrics_files import RunMetrics, tensorboard_tag
+from diffusion_jax.training.state import metric_names
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 from helpers.work_directories import lines
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    with RunMetrics(tiny_config(**{"data.data_dir": "a|`b`"}), directory, step=0) as metrics:
-        metrics.write_scalars(
-            2, {"loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
-        )
-        metrics.write_image(2, "samples", np.zeros((8, 8, 3), np.uint8), "Samples after 2 steps")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def events(directory):
-    events = event_accumulator.EventAccumulator(str(directory), size_guidance={"tensors": 0})
+def read_events(directory):
+    events = event_accumulator.EventAccumulator(str(directory))
     events.Reload()
     return events
 
 
-def test_numbers_are_in_groups_and_lines_keep_their_names(directory, events):
-    found = {tag for tag in events.Tags()["tensors"] if "/" in tag and not tag.startswith("_")}
-    assert found == {"loss/loss", "loss/loss_q1", "time/compute", "optimizer/grad_norm", "metrics/frechet_distance"}
-    assert lines(directory, without=()) == [
-        {"step": 2, "loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
-    ]
+def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
+    scalars = {"loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
+    picture = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+    with RunMetrics(tiny_config(), tmp_path, step=0) as metrics:
+        metrics.write_scalars(2, scalars)
+        metrics.write_image(2, "samples", picture, "Samples after 2 steps")
+    events = read_events(tmp_path)
+    groups = ("loss/loss", "loss/loss_q1", "time/compute", "optimizer/grad_norm", "metrics/frechet_distance")
+    assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == dict(
+        zip(groups, scalars.values(), strict=True)
+    )
+    assert lines(tmp_path, without=()) == [{"step": 2, **scalars}]
+    (config,) = events.Tensors("config")
+    assert '"num_steps": 4' in tensor_util.make_ndarray(config.tensor_proto).item().decode()
+    (image,) = events.Images("samples")
+    assert (image.step, image.height, image.width) == (2, 8, 6)
 
 
 @pytest.mark.parametrize("loss", ["simple", "hybrid", "classify"])
@@ -48,44 +45,27 @@ def test_every_metric_of_training_has_a_group(loss):
     assert groups == {"loss", "optimizer"}
 
 
-def test_the_config_is_a_text_and_hyperparameters(events):
-    (event,) = events.Tensors("config")
-    text = tensor_util.make_ndarray(event.tensor_proto).item().decode()
-    assert "| model.channels | `8` |" in text and "| data.data_dir | `a\\|'b'` |" in text
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"model.channels" in content and b"model.channel_multipliers" in content
+def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
+    """The first launch is killed in the middle of a line and of an event."""
+    for step in (0, 4):
+        metrics = RunMetrics(tiny_config(), tmp_path, step)
+        for later in (3, 5, 7) if step == 0 else (5, 6):
+            metrics.write_scalars(later, {"loss": float(step)})
+        metrics.flush()
+        if step == 0:
+            for path in tmp_path.iterdir():
+                path.write_bytes(path.read_bytes()[:-3])
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 0.0), (5, 4.0), (6, 4.0)]
+    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss/loss")] == [
+        (3, 0.0),
+        (5, 4.0),
+        (6, 4.0),
+    ]
 
 
-def test_a_picture_has_its_caption(events):
-    assert events.SummaryMetadata("samples").summary_description == "Samples after 2 steps"
-
-
-def test_a_relaunch_writes_its_config_at_its_step_once(tmp_path):
-    """Also if an earlier launch started at this step, and was killed before it saved another checkpoint."""
-    leaves = {"training.num_steps": 5, "data.levels": None}
-    for step in (0, 0, 4, 4):
-        TensorBoardWriter(tmp_path, step, leaves).close()
-    events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
-    events.Reload()
-    assert [event.step for event in events.Tensors("config")] == [0, 4]
-    assert len(events.Tensors("_hparams_/session_start_info")) == 1
-
-
-def test_events_are_written_without_tensorflow():
-    code = "import sys; from diffusion_jax.runs import event_files; print('tensorflow' in sys.modules)"
+def test_events_are_written_without_tensorflow(tmp_path):
+    code = "import sys, pathlib; from diffusion_jax.runs import metrics_files as m; "
+    code += f"m._TensorBoardEvents(pathlib.Path({str(tmp_path)!r}), 0, {{}}).write_scalars(1, {{'loss': 1.0}}); "
+    code += "print('tensorflow' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False"]
-
-
-def test_an_incomplete_last_event_is_removed(tmp_path):
-    for step in (0, 4):
-        writer = TensorBoardWriter(tmp_path, step)
-        writer.write_scalars(3, {"loss": 1.0})
-        writer.write_scalars(5, {"loss": 2.0})
-        writer.close()
-        if step == 0:
-            (path,) = tmp_path.iterdir()
-            path.write_bytes(path.read_bytes()[:-3])
-    events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
-    events.Reload()
-    assert [event.step for event in events.Tensors("loss/loss")] == [3, 3, 5]

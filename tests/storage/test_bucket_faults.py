@@ -113,7 +113,8 @@ def assert_nothing_leaked(url):
         assert manifest.keys() <= names
         assert names - manifest.keys() == {"digests.json"}
     others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
-    assert sorted(others) == [".lock", "config.json", "data.json", "goodput.json"] and store.read(".lock") == b"{}"
+    assert sorted(others) == [".lock", "config.json", "data.json", "goodput.json", "report.html"]
+    assert store.read(".lock") == b"{}"
     ends = [name.rpartition(".")[2] for name in store.list("events")]
     assert len(ends) == len(set(ends))
 
@@ -189,7 +190,7 @@ def test_a_second_launch_is_refused(runs, whole):
     while "Starting from step 0" not in runs.text() and first.poll() is None:
         time.sleep(0.05)
     second = runs.launch()
-    assert second.wait(PATIENCE) == 2 and f"process {first.pid} of" in runs.text(), runs.text()
+    assert second.wait(PATIENCE) == 2 and f"error: process {first.pid} of" in runs.text(), runs.text()
     first.kill()
     first.wait()
 

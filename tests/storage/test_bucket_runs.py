@@ -9,8 +9,9 @@ import pytest
 
 from diffusion_jax import pretrained
 from diffusion_jax.errors import CheckpointError
-from diffusion_jax.runs import edit, progressive, sample, status, stored_config, train
+from diffusion_jax.runs import edit, progressive, sample, status, train
 from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.runs.workdir import load_config
 from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -26,7 +27,6 @@ SAMPLES = {
     "evaluation.num_examples": 8,
     "evaluation.batch_size": 4,
 }
-SAMPLES |= {"evaluation.progressive_examples": 2, "evaluation.progressive_columns": 2}
 
 
 def names_of_steps(store):
@@ -73,7 +73,7 @@ def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cach
     train.run(tiny_config(), mirror_workdir(url))
     picture = tmp_path / "picture.png"
     workdir = mirror_workdir(url)
-    assert stored_config.from_workdir(workdir).model.channels == 8
+    assert load_config(workdir).model.channels == 8
     for directory in (local, workdir):
         sample.run(config, directory)
         evaluate(config, directory)

@@ -10,10 +10,11 @@ from diffusion_jax import files
 from diffusion_jax.errors import LeaseLostError, StorageError, UserError
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_files import TensorBoardWriter, open_lines, read_metrics
+from diffusion_jax.runs.metrics_files import RunMetrics, read_metrics
 from diffusion_jax.storage import downloads, locations
 from diffusion_jax.storage.locations import is_safe, mirror_workdir
 from diffusion_jax.storage.objects import open_store
+from helpers.configs import tiny_config
 
 
 @pytest.fixture
@@ -131,38 +132,21 @@ def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch
     assert second.exists() and not (first.parent / "dead").exists() and not (first.parent / "dead.lock").exists()
 
 
-def test_lines_are_parts_and_a_relaunch_drops_what_is_beyond_its_step(url, store):
-    workdir = mirror_workdir(url)
-    lines = open_lines(workdir, 0)
-    for step in (10, 20):
-        lines.write_scalars(step, {"loss": 1.0 / step})
-    lines.flush()
-    lines.flush()  # nothing new
-    lines.write_scalars(20, {"fid": 3.0})
-    lines.flush()
-    lines.write_scalars(30, {"loss": 0.1})
-    lines.write_scalars(40, {"loss": 0.1})
-    lines.close()
-    assert sorted(store.list("metrics/")) == [f"metrics/{n}.jsonl" for n in ("00000020", "00000020_1", "00000040")]
+def test_a_relaunch_drops_lines_beyond_its_step(url, store):
+    metrics = RunMetrics(tiny_config(), mirror_workdir(url), 0)
+    for step, value in ((10, {"loss": 0.1}), (20, {"loss": 0.05}), (20, {"fid": 3.0}), (30, {"loss": 0.1}), (40, {})):
+        metrics.write_scalars(step, value)
+        if step == 20:
+            metrics.flush()
+    metrics.close()
+    assert sorted(store.list("metrics/")) == ["metrics/00000020.jsonl", "metrics/00000040.jsonl"]
     assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30, 40]
+    assert len(store.list("events")) == 3  # a new object for each flush
 
-    again = mirror_workdir(url)
-    open_lines(again, 30)
-    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30]
-    assert sorted(store.list("metrics/"))[-1] == "metrics/00000030.jsonl"
-
-
-def test_events_are_new_objects_and_a_relaunch_deletes_those_beyond_its_step(url, store):
-    workdir = mirror_workdir(url)
-    events = TensorBoardWriter(workdir, 0)
-    for step in (10, 20):
-        events.write_scalars(step, {"loss": 1.0})
-        events.flush()
-    events.flush()  # nothing new
-    events.close()
-    assert [name.rpartition(".")[2] for name in sorted(store.list("events"))] == ["00000010", "00000020"]
-    TensorBoardWriter(mirror_workdir(url), 10).close()
-    assert [name.rpartition(".")[2] for name in store.list("events")] == ["00000010"]
+    with RunMetrics(tiny_config(), mirror_workdir(url), 30) as metrics:
+        assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30]
+        metrics.write_scalars(35, {"loss": 0.2})
+    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30, 35]
 
 
 def test_goodput_is_uploaded_once_a_minute_and_at_the_end(url, store):
@@ -171,9 +155,9 @@ def test_goodput_is_uploaded_once_a_minute_and_at_the_end(url, store):
     times.begin(0)
     for seconds, expected in ((0, 1), (30, 1), (61, 3)):
         now[0] = seconds
-        times.write(seconds // 30 + 1)
+        times.record(seconds // 30 + 1)
         assert json.loads(store.read("goodput.json"))[-1]["last_step"] == expected
-    times.write(4, is_last=True)
+    times.record(4, is_last=True)
     assert json.loads(store.read("goodput.json"))[-1]["last_step"] == 4
 
 

@@ -1,7 +1,5 @@
 """The share of the initial weights in the EMA, and the weights that a run uses as long as it is large."""
 
-import contextlib
-import types
 import warnings
 
 import jax
@@ -10,13 +8,9 @@ import pytest
 
 from diffusion_jax import pretrained
 from diffusion_jax.config import default
-from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.preview import PreviewPictures
-from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.trained_model import TrainedModel
-from diffusion_jax.runs.training_outputs import TrainingOutputs
 from diffusion_jax.training.ema import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
 from helpers.work_directories import last_state
@@ -63,7 +57,7 @@ def early(tmp_path_factory):
             PreviewPictures, "draw", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
         )
         patch.setattr(
-            "diffusion_jax.runs.metrics_writer.RunMetrics.write_image",
+            "diffusion_jax.runs.metrics_files.RunMetrics.write_image",
             lambda self, step, name, picture, title: titles.append(title),
         )
         train.run(config, directory)
@@ -102,20 +96,3 @@ def test_a_run_from_weights_uses_its_average_at_once(early, tmp_path, capsys):
     trained = TrainedModel.open(config, tmp_path, True)
     jax.tree.map(np.testing.assert_array_equal, trained.params, state.ema_params)
     assert trained.weights_kind == "ema" and "raw weights" not in capsys.readouterr().out
-
-
-def test_the_distance_during_training_names_the_raw_weights(tmp_path, capsys):
-    used = []
-
-    def training_fid(params):
-        used.append(params)
-        return 1.0
-
-    training_fid.name = "fid"
-    watchdog = types.SimpleNamespace(paused=contextlib.nullcontext)
-    launch, in_flight = LaunchTimes(tmp_path), StepsInFlight(0)
-    outputs = TrainingOutputs(default(), 0, None, None, watchdog, None, training_fid, launch, in_flight, Preemption())
-    for step in (20_000, 30_000):
-        outputs._log_fid(step, types.SimpleNamespace(params="raw", ema_params="average"))
-    assert used == ["raw", "average"]
-    assert capsys.readouterr().out.splitlines() == ["fid 1 at step 20000 (raw weights)", "fid 1 at step 30000"]

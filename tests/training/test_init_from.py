@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion_jax import errors, models, pretrained, sampling, schedules, training
+from diffusion_jax.config import presets
 from diffusion_jax.images import to_uint8
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
-from diffusion_jax.runs.stored_config import from_weights
+from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
 from helpers.program import finish, start
 from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
@@ -69,19 +70,19 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
 def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     """The config that is kept is the newest launch's, until there is a checkpoint."""
     for steps in (3, 2):
-        config = small(from_weights(str(folder)), **{"sampling.steps": steps})
+        config = small(config_from_weights(str(folder)), **{"sampling.steps": steps})
         sample.run(config, tmp_path / "out")
-        assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == steps
+        assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == steps
     (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "out" / "checkpoints" / "1" / "digests.json").write_text("{}")
     config.sampling.steps = 7
     workdir.write_config_if_untrained(config, tmp_path / "out")
-    assert workdir.read_config(tmp_path / "out")["sampling"]["steps"] == 2
+    assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == 2
 
 
 @pytest.mark.whole
 def test_training_begins_with_published_weights(folder, tmp_path):
-    config = from_weights(str(folder))
+    config = config_from_weights(str(folder))
     config.data.update(dataset="digits", data_dir="")
     config = small(config, **{"training.num_steps": 1, "training.batch_size": 2, "training.sample_every": 0})
     config.training.update(log_every=1, checkpoint_every=1)
@@ -154,8 +155,6 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
 def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
     for flags, words in (
         ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
-        ([f"--pretrained={folder}", "--pretrained_flags=adm_lsun"], "fields of the scheduler's config"),
-        ([f"--pretrained={folder}", "--config.sampling.color=1"], "unknown leaf sampling.color"),
         (["--config=configs/digits.py", f"--pretrained={folder}"], "is another network"),
     ):
         code, _, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}", *flags))
@@ -165,7 +164,7 @@ def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
 def openai_upsampler(directory):
     """An upsampler of OpenAI's form from 8 to 16 pixels, with classes, as a file of its names."""
     model = models.UNet(
-        **{**models.presets.OPENAI, "channels": 32, "channel_multipliers": (1,), "num_res_blocks": 1},
+        **{**presets.OPENAI, "channels": 32, "channel_multipliers": (1,), "num_res_blocks": 1},
         scale_shift_norm=True,
         attention_levels=(),
         num_classes=4,
@@ -189,7 +188,7 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
     path, flags = openai_upsampler(tmp_path)
     low = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "low.npz", low, np.array([3, 1, 2]))
-    config = small(from_weights(str(path), flags), **{"sampling.num_samples": 4})
+    config = small(config_from_weights(str(path), flags), **{"sampling.num_samples": 4})
     assert config.data.low_resolution == 8 and config.diffusion.variance == "learned_range"
     config.sampling.low_resolution = str(tmp_path / "low.npz")
     sample.run(config, tmp_path / "out")
@@ -226,8 +225,7 @@ def test_classifiers_of_openai_s_guide(tmp_path):
             "sampling.classifier_flags": flags,
             "sampling.classifier_scale": scale,
         }
-        sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run)
-        (found,) = (run / "samples").glob(f"step1_*classifier{scale:g}_*.npz")
+        found = sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run).path
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()

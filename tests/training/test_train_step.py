@@ -7,12 +7,10 @@ import pytest
 
 from diffusion_jax import losses, timesteps, training
 from diffusion_jax.images import to_model_range
-from diffusion_jax.training import step
 from diffusion_jax.training.batches import Examples
-from diffusion_jax.training.metrics import QUARTERS, quarter_sums
-from diffusion_jax.training.objective import make_objective
+from diffusion_jax.training.state import QUARTERS, quarter_averages
+from diffusion_jax.training.step import make_objective
 from helpers.configs import a_batch, classifier_config, tiny_config
-from helpers.jaxprs import equations
 from helpers.recorded_steps import floats, recorded, schedule_of
 
 
@@ -87,10 +85,12 @@ def test_quarters_are_of_the_noise_levels_from_the_cleanest_on():
 def test_quarters_of_a_number_of_timesteps_that_4_does_not_divide(num_timesteps):
     """Timestep t is in the quarter of t / T, so that every timestep is in one and their sizes differ by one at most."""
     t = np.arange(num_timesteps)
-    sums = quarter_sums({"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))}, len(t))
+    averages = quarter_averages(
+        {"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))}, len(t)
+    )
     in_quarters = [[i for i in t if quarter / 4 <= i / num_timesteps < (quarter + 1) / 4] for quarter in range(4)]
-    for (total, count), members in zip(sums.values(), in_quarters, strict=True):
-        assert float(count) == len(members) and float(total) == sum(10.0**4 + i for i in members)
+    for average, members in zip(averages.values(), in_quarters, strict=True):
+        assert float(average.count) == len(members) and float(average.total) == sum(10.0**4 + i for i in members)
     sizes = [len(members) for members in in_quarters]
     assert sum(sizes) == num_timesteps and max(sizes) - min(sizes) <= 1
 
@@ -252,38 +252,3 @@ def test_a_state_and_its_metrics_are_float32_with_x64(x64):
         assert {leaf.dtype.name for leaf in floats} == {"float32"}
         same = jax.tree.map(lambda a, b: a.dtype == b.dtype, built.abstract_state, after[0])
         assert all(jax.tree.leaves(same))
-
-
-@pytest.mark.whole
-def test_leaves_that_share_kernels_keep_every_bit(monkeypatch):
-    tree = {
-        "empty": {},
-        "scalar": jnp.float32(0.1),
-        "vector": jnp.array([-0.0, np.inf, np.nan, 3.0], jnp.float32),
-        "numpy": np.array([[0.1, -0.0]], np.float32),
-        "integer": jnp.arange(3),
-        "half": jnp.ones(2, jnp.bfloat16),
-        "kernel": jax.random.normal(jax.random.key(0), (3, 3, 2, 2)),
-    }
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    for fuse in (lambda tree: step._fuse_across_leaves(tree, "grad_norm"), step._prepare_for_update):
-        fused = jax.jit(fuse)(tree)
-        assert jax.tree.structure(fused) == jax.tree.structure(tree)
-        for leaf, other in zip(jax.tree.leaves(fused), jax.tree.leaves(tree), strict=True):
-            assert leaf.dtype == other.dtype
-            assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_the_update_reads_gradients_in_the_layout_of_the_state(backend, monkeypatch):
-    """Only on GPUs, whose gradients of kernels have another; nothing is compiled for one here."""
-    built = training.build_program(tiny_config())
-    monkeypatch.setattr("jax.default_backend", lambda: backend)
-    batch = {"image": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8)}
-    made = equations(built.train_step.trace(built.abstract_state, batch).jaxpr.jaxpr)
-    placed = [e for e in made if e.primitive.name == "layout_constraint"]
-    leaves = jax.tree.leaves(built.abstract_state.params)
-    shapes = [leaf.shape for leaf in leaves] if backend == "gpu" else []
-    assert [e.invars[0].aval.shape for e in placed] == shapes
-    assert all(e.params["layout"].major_to_minor == tuple(range(e.invars[0].aval.ndim)) for e in placed)

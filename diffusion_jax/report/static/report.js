@@ -103,7 +103,7 @@
         legend: { show: false },
         cursor: { drag: { x: true, y: false, setScale: true } },
         scales: {
-          x: { time: false, distr: chart.xlog ? 3 : 1 },
+          x: { time: false },
           y: { distr: this.isLog ? 3 : 1 },
         },
         axes: [

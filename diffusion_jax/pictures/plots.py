@@ -1,8 +1,8 @@
-"""Plots of statistics of two sets of float arrays, with their standard errors: histograms, spectra, autocorrelations."""
+"""Plots: terms of the bound, metrics against steps, and statistics of two sets of float arrays with standard errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,26 +17,104 @@ if TYPE_CHECKING:
     from diffusion_jax.evaluation.array_metrics import MarginalHistograms
     from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
 
-__all__ = ["draw_autocorrelation", "draw_histograms", "draw_spectra"]
+__all__ = [
+    "draw_against_steps",
+    "draw_autocorrelation",
+    "draw_bound_terms",
+    "draw_histograms",
+    "draw_rate_distortion",
+    "draw_spectra",
+]
 
+_MAX_TICKS = 10
+_MARKERS = "os^vD<>pPX*"  # with 10 colors, no two of up to 110 lines have the same marker and color
 _MAX_CHANNELS = 16
 _MAX_POINTS = 120  # of a curve with error bars
 _COLORS = "black", "C0"
 _ERRORS = "bars: standard errors"
 
 
-def draw_histograms(
-    histograms: MarginalHistograms,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
-    """A figure of the marginal histograms of a reference and of samples, with a panel and the distance for each channel.
+def _make_axes(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes. lines: pairs of a label and a style, for the legend."""
+    margins = panels.Margins(left=0.8, right=0.2, bottom=0.5, top=0.1)
+    figure, axes = panels.make_panels(title, [], (1, 1), (6.0, 3.6), margins=margins, legend=lines)
+    return figure, axes[0, 0]
 
-    names: of the reference and the samples in the legend.
+
+def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> Figure:
+    """The terms of the bound [T] against t, both on logarithmic axes (Improved DDPM figure 2).
+
+    An L_0 of continuous data, which may be negative, is shown at the bottom of the axis.
     """
-    figure, axes, captions = _make_figure(title, len(histograms.edges), channel_names, names)
+    t = np.arange(1, len(vlb) + 1)
+    seen = np.isfinite(vlb) & (vlb > 0)
+    seen[0] = False
+    # An L_0 near 0 would stretch the logarithmic axis without limit, so an arrow at the bottom represents it.
+    bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
+    above = bool(vlb[0] >= bottom)
+    transitions = {"color": "C0", "linewidth": 1.2}
+    decoder = {"color": "C3", "linestyle": "", "marker": "o" if above else "v", "markersize": 8}
+    label = f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if above else ", below the axis")
+    figure, axes = _make_axes(
+        f"Terms of the variational bound: {title}", [("transitions $L_{t-1}$", transitions), (label, decoder)]
+    )
+    axes.plot(t[seen], vlb[seen], **transitions)
+    axes.set(xscale="log", yscale="log")
+    axes.plot(t[:1], [vlb[0] if above else bottom], zorder=3, **decoder)
+    top = axes.get_ylim()[1]
+    axes.set_ylim(bottom=bottom / (top / bottom) ** 0.05)  # room for the whole marker
+    panels.label_axes(axes, "timestep t (1 is the cleanest)", unit)
+    return figure
+
+
+def draw_rate_distortion(
+    rate: np.ndarray,
+    distortion: np.ndarray,
+    lossless: float | None,
+    title: str,
+    units: tuple[str, str] = ("bits per dimension", "pixel values of 0 to 255"),
+) -> Figure:
+    """Root mean squared error against rate (DDPM figure 5), and the lossless rate, None if no code is lossless.
+
+    units: of the rate and of the distortion.
+    """
+    code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
+    line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
+    lossless_entry = [] if lossless is None else [(f"lossless code: {lossless:.3f} {units[0]}", line)]
+    figure, axes = _make_axes(f"Rate and distortion: {title}", [("progressive code", code), *lossless_entry])
+    axes.plot(rate, distortion, **code)
+    if lossless is not None:
+        axes.axvline(lossless, **line)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    panels.label_axes(axes, f"rate ({units[0]})", f"distortion (RMSE, {units[1]})")
+    return figure
+
+
+def draw_against_steps(curves: Mapping[str, Mapping[int, float]], metric: str) -> Figure:
+    """A line for each label of {label: {number of sampling steps: value}}, the steps on a logarithmic axis."""
+    styles = [
+        {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5} for i in range(len(curves))
+    ]
+    labels = [panels.plain_text(label, 100) for label in curves]
+    figure, axes = _make_axes(f"{metric} against sampling steps", list(zip(labels, styles, strict=True)))
+    for points, style in zip(curves.values(), styles, strict=True):
+        steps = sorted(points)
+        axes.plot(steps, [points[n] for n in steps], **style)
+    axes.set(xscale="log", ylim=(0, None))
+    counts = sorted({n for points in curves.values() for n in points})
+    if len(counts) <= _MAX_TICKS:
+        axes.set_xticks(counts, labels=[f"{n:,}" for n in counts])
+        axes.minorticks_off()
+    panels.label_axes(axes, "sampling steps", metric)
+    return figure
+
+
+# ---- Statistics of arrays
+
+
+def draw_histograms(histograms: MarginalHistograms, *, title: str) -> Figure:
+    """A figure of the marginal histograms of a reference and of samples, with a panel and the distance for each channel."""
+    figure, axes, captions = _make_figure(title, len(histograms.edges))
     distance, error = (np.asarray(part) for part in histograms.distance)
     for channel, panel in enumerate(axes):
         edges = histograms.edges[channel]
@@ -54,33 +132,20 @@ def draw_histograms(
     return figure
 
 
-def draw_spectra(
-    reference: PowerSpectrum,
-    samples: PowerSpectrum,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
+def draw_spectra(reference: PowerSpectrum, samples: PowerSpectrum, *, title: str) -> Figure:
     """A figure of two radial power spectra on logarithmic axes, with a panel for each channel.
 
     The frequency 0 has no place on the axis: its power is in the title of the panel, that of the reference first.
 
     Args:
-      reference: of the data, or of a known law with the standard errors 0. names: of both spectra in the legend.
-    Raises: ValueError for spectra on a grid, cross spectra, or spectra at different frequencies.
+      reference: of the data, or of a known law with the standard errors 0.
     """
-    for spectrum in (reference, samples):
-        if np.ndim(spectrum.frequencies) != 1 or np.ndim(spectrum.value) != 2:
-            shape = np.shape(spectrum.value)
-            raise ValueError(f"the spectrum has shape {shape}; plots need [K, C], of radial=True and cross=False")
     frequencies = np.asarray(samples.frequencies)
-    _check_positions("frequencies", reference.frequencies, frequencies)
     positive = np.flatnonzero(frequencies > 0)
     spaced = np.geomspace(1, max(len(positive), 1), _MAX_POINTS).round().astype(int) - 1
     chosen = positive[np.unique(spaced)] if len(positive) > _MAX_POINTS else positive
     figure, axes, captions = _make_figure(
-        title, samples.value.shape[1], channel_names, names, _note_points(len(chosen), len(positive), "frequencies")
+        title, samples.value.shape[1], _note_points(len(chosen), len(positive), "frequencies")
     )
     for channel, panel in enumerate(axes):
         _draw_curves(panel, frequencies, reference, samples, chosen, channel)
@@ -105,26 +170,15 @@ def draw_spectra(
     return figure
 
 
-def draw_autocorrelation(
-    reference: Autocorrelation,
-    samples: Autocorrelation,
-    *,
-    title: str,
-    channel_names: Sequence[str] | None = None,
-    names: tuple[str, str] = ("data", "samples"),
-) -> Figure:
+def draw_autocorrelation(reference: Autocorrelation, samples: Autocorrelation, *, title: str) -> Figure:
     """A figure of two autocorrelations against the lag, with a panel for each channel.
 
     Args:
-      reference: of the data, or of a known law with the standard errors 0. names: of both curves in the legend.
-    Raises: ValueError for autocorrelations at different lags.
+      reference: of the data, or of a known law with the standard errors 0.
     """
     lags = np.asarray(samples.lags)
-    _check_positions("lags", reference.lags, lags)
     chosen = np.unique(np.linspace(0, len(lags) - 1, min(len(lags), _MAX_POINTS)).round().astype(int))
-    figure, axes, captions = _make_figure(
-        title, samples.value.shape[1], channel_names, names, _note_points(len(chosen), len(lags), "lags")
-    )
+    figure, axes, captions = _make_figure(title, samples.value.shape[1], _note_points(len(chosen), len(lags), "lags"))
     for channel, panel in enumerate(axes):
         _draw_curves(panel, lags, reference, samples, chosen, channel)
         panel.axhline(0, color="0.5", linewidth=0.6, zorder=1)
@@ -143,19 +197,11 @@ def _set_ticks(axis: Any, ratio: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _check_positions(word: str, one: Any, other: np.ndarray) -> None:
-    one = np.asarray(one)
-    if one.shape != other.shape or not np.allclose(one, other):
-        raise ValueError(f"the two sets have different {word}: {len(one)} and {len(other)}; they must be equal")
-
-
 def _note_points(shown: int, total: int, word: str) -> list[str]:
     return [] if shown == total else [f"{shown} of {total} {word}"]
 
 
-def _make_figure(
-    title: str, channels: int, channel_names: Sequence[str] | None, names: tuple[str, str], notes: Sequence[str] = ()
-) -> tuple[Figure, np.ndarray, list[str]]:
+def _make_figure(title: str, channels: int, notes: Sequence[str] = ()) -> tuple[Figure, np.ndarray, list[str]]:
     """A figure, the axes of the channels that are shown, and the names of these channels."""
     count = min(channels, _MAX_CHANNELS)
     columns = min(count, 3 if count <= 9 else 4)
@@ -167,10 +213,10 @@ def _make_figure(
         size,
         gap=(0.7, 0.85),
         margins=Margins(left=0.8, right=0.15, bottom=0.45, top=0.4),
-        legend=[(panels.plain_text(name), {"color": color}) for name, color in zip(names, _COLORS, strict=True)],
+        legend=[(name, {"color": color}) for name, color in zip(("data", "samples"), _COLORS, strict=True)],
         count=count,
     )
-    return figure, axes.reshape(-1)[:count], panels.make_names(channel_names, count, "channel")
+    return figure, axes.reshape(-1)[:count], [f"channel {i}" for i in range(count)]
 
 
 def _draw_curves(axes: Axes, x: np.ndarray, reference: Any, samples: Any, chosen: np.ndarray, channel: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Chart", "make_series", "training_charts"]
+from diffusion_jax.report.gallery import even_subset
+from diffusion_jax.report.markup import Markup, element, join, table
+
+__all__ = ["MAX_POINTS", "Chart", "chart_grid", "make_series", "training_charts"]
 
 Chart = dict[str, Any]  # as report.js draws it
 MAX_POINTS = 600  # of a line
@@ -48,7 +51,7 @@ _MAX_OTHER_CHARTS = 12
 
 
 def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
-    """The charts of the lines of a log, each with the values that the lines have; others have a chart of their own."""
+    """The charts of a log. Values that `_CHARTS` does not list have a chart each."""
     known = {name for _, _, labels, _ in _CHARTS for name in labels}
     others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
     wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
@@ -68,19 +71,14 @@ def _values(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, 
     return x[order], y[order]
 
 
-def make_series(
-    label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS, error: np.ndarray | None = None
-) -> dict[str, Any]:
+def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
     """A line of at most `max_points` points: x, the mean, and the lowest and highest value of each interval.
 
-    x: increasing. error: instead, low and high are y - error and y + error. Values that are not finite are left out.
+    x: increasing. Values that are not finite are left out.
     """
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = np.asarray(x, np.float64)[finite], np.asarray(y, np.float64)[finite]
     low, high = y, y
-    if error is not None:
-        error = np.nan_to_num(np.asarray(error, np.float64)[finite])
-        low, high = y - error, y + error
     series: dict[str, Any] = {"label": label, "values": len(x)}
     if len(x) > max_points:
         starts = np.unique(np.linspace(0, len(x), max_points, endpoint=False).astype(int))
@@ -97,3 +95,36 @@ def _rounded(values: np.ndarray, digits: int = 5) -> list[float | int]:
     """Numbers with so many digits, which the JSON of the page stores."""
     numbers = (float(f"{value:.{digits}g}") for value in values)
     return [int(number) if number == math.floor(number) and abs(number) < 1e15 else number for number in numbers]
+
+
+def chart_grid(prefix: str, charts: Iterable[dict[str, Any]], data: dict[str, Any]) -> Markup:
+    """The places of charts, which report.js fills, each with its numbers as a table. data: of the page, gets the charts."""
+    figures = []
+    for number, chart in enumerate(charts):
+        identifier = f"{prefix}{number}"
+        data["charts"][identifier] = chart
+        figures.append(
+            element(
+                "figure",
+                element("figcaption", chart["title"]),
+                element("div", id=identifier, class_="chart", data_chart=identifier),
+                element("details", element("summary", "Numbers"), _numbers(chart)),
+            )
+        )
+    return element("div", *figures, class_="charts")
+
+
+def _numbers(chart: Mapping[str, Any], rows: int = 12) -> Markup:
+    """Some values of a chart as a table, for those who do not see the drawing."""
+    parts = []
+    for series in chart["series"]:
+        chosen = even_subset(len(series["x"]), rows)
+        bounds = ("low", "high") if "low" in series else ()
+        header = [chart["x"], chart["y"], *({"low": "lowest", "high": "highest"}[name] for name in bounds)]
+        lines = [[_number(series[name][i]) for name in ("x", "mean", *bounds)] for i in chosen]
+        parts.append(table(f"{chart['title']}: {series['label']}", header, lines))
+    return join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

@@ -1,0 +1,140 @@
+"""Sources of images: a folder of image files, and the digits of scikit-learn."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
+from diffusion_jax.storage.downloads import local_path
+
+__all__ = ["Digits", "Folder", "find_folder", "fit"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
+    """An image as uint8 [H, W, C] of size (H, W): resized to cover it (antialiased, bicubic) and center-cropped."""
+    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip instead of scaling
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
+    height, width = image_size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth is held out as "test"."""
+
+    num_classes, class_names = 10, tuple("0123456789")
+
+    def __init__(self, split: str, image_size: tuple[int, int], channels: int):
+        if split not in ("train", "test"):
+            raise DataError(f"data.split={split!r}: the digits have 'train' and 'test'")
+        sklearn = importlib.util.find_spec("sklearn")  # not imported, because that would take most of a second
+        if sklearn is None or sklearn.origin is None:
+            raise DataError("data.dataset='digits' needs scikit-learn: pip install scikit-learn")
+        table = np.loadtxt(pathlib.Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        table = table[(np.arange(len(table)) % 6 == 5) == (split == "test")]
+        gray = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self._images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in gray])
+        self._labels = table[:, 64].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+
+def find_folder(directory: str) -> pathlib.Path:
+    """The local path of a folder of images. Raises: DataError if there is none."""
+    root = local_path(directory)
+    if not directory or not root.is_dir():
+        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+    return root
+
+
+class Folder:
+    """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
+
+    Hidden files and folders are skipped; transparency is dropped, and only the first frame of an animation is read.
+    """
+
+    def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
+        root = find_folder(directory)
+        self._root, self._size, self._channels = root, image_size, channels
+        paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
+        paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
+        files = sorted(p for p in paths if p.suffix.lower() in _SUFFIXES)
+        self._skipped = collections.Counter(suffix for p in paths if (suffix := p.suffix.lower()) not in _SUFFIXES)
+        if not files:
+            skipped = f"; it has only {self._skipped_files()}" if self._skipped else ""
+            raise DataError(f"no images below {directory!r}; known: {', '.join(sorted(_SUFFIXES))}{skipped}")
+        outside = [str(p) for p in files if len(p.parts) == 1]
+        self.class_names = () if outside else tuple(sorted({p.parts[0] for p in files}))
+        self.num_classes = len(self.class_names)
+        self._outside = outside if len(outside) < len(files) else []
+        self._files = [str(p) for p in files]
+        index = {name: i for i, name in enumerate(self.class_names)}
+        self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
+        self._transparent: set[str] = set()
+        self._animated: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _skipped_files(self) -> str:
+        reasons = {".gif": ".gif (may be animated: convert them to PNG)", "": "without a suffix"}
+        counts = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
+
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(file, self._root / file) for file in self._files]
+
+    def notes(self) -> list[str]:
+        """Lines about skipped files, and about transparency and frames that `read` dropped."""
+        notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
+        if self._outside:
+            are = "is" if len(self._outside) == 1 else "are"
+            advice = "move every image into the subfolder of its class"
+            notes.append(f"No classes: {list_names(self._outside, 3)} {are} outside the subfolders; {advice}.")
+        if self._transparent:
+            notes.append(f"Dropped the transparency of {list_names(sorted(self._transparent), 3)}.")
+        if self._animated:
+            notes.append(f"Read only the first frame of {list_names(sorted(self._animated), 3)}.")
+        return notes
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Raises: UnreadableFilesError with every image that cannot be read."""
+        images, failures = [], []
+        for file in (self._files[i] for i in indices):
+            try:
+                images.append(self._read_image(file))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: some PNGs
+                reason = "not an image, or corrupted" if isinstance(error, UnidentifiedImageError) else str(error)
+                failures.append((str(self._root / file), reason))
+        if failures:
+            raise UnreadableFilesError(failures)
+        batch = {"image": np.stack(images)}
+        if self.num_classes:
+            batch["label"] = self._labels[indices]
+        return batch
+
+    def _read_image(self, file: str) -> np.ndarray:
+        with Image.open(self._root / file) as image:
+            if image.has_transparency_data:
+                self._transparent.add(file)
+            if getattr(image, "is_animated", False):
+                self._animated.add(file)
+            return self._resize(self._root / file, ImageOps.exif_transpose(image))
+
+    def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
+        return fit(image, self._size, self._channels)

@@ -1,0 +1,476 @@
+"""Data sets whose laws are known exactly, to compare samples and likelihoods with, and one recorded series.
+
+| `data.dataset` | spatial axes, channels | law |
+|---|---|---|
+| `diffusion_jax.data.synthetic:series` | 1, 2 | `SERIES`: a stationary Gaussian process |
+| `diffusion_jax.data.synthetic:field` | 2, 5 | `FIELD`: a periodic Gaussian field |
+| `diffusion_jax.data.synthetic:volume` | 3, 1 | `VOLUME`: a periodic Gaussian field |
+| `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
+| `diffusion_jax.data.synthetic:mixture` | 0, 10 | `MIXTURE`: five Gaussians of unequal weights |
+| `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
+| `diffusion_jax.data.synthetic:real_series` | 1, 1 | unknown: a recorded membrane potential |
+
+Each has a split "train" and a split "test", with independent draws. A law has its exact covariance, spectrum, density or
+conditional mean, its entropy, and `sample`.
+
+    --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
+
+Arrays of a law are float64 NumPy. A law is a frozen dataclass, so `dataclasses.replace(law, ...)` is another law of the same
+kind. Densities and entropies are in nats, entropies per dimension. Spectra have the convention of
+`evaluation.power_spectrum`: with F_c(k) = sum_r (x_c(r) - mean_c) exp(-2 pi i k.r) and N positions they are
+E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.errors import DataError
+
+__all__ = [
+    "CONDITIONAL",
+    "FIELD",
+    "MIXTURE",
+    "MOONS",
+    "SERIES",
+    "VOLUME",
+    "ConditionalLaw",
+    "Estimate",
+    "Examples",
+    "FieldLaw",
+    "MixtureLaw",
+    "MoonsLaw",
+    "SeriesLaw",
+    "conditional",
+    "field",
+    "mixture",
+    "moons",
+    "real_series",
+    "series",
+    "volume",
+]
+
+_LOG_2_PI = math.log(2 * math.pi)
+_HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
+_BLOCK = 4096
+_NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
+_TRAIN_START, _TRAIN_END, _TEST_END = 1500, 9000, 10900  # of the recording, in samples
+_RECORDING_STEP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesLaw:
+    """A stationary Gaussian series of C channels: a damped oscillation that reaches them with delays, and rough noise.
+
+    x_c(s) = mean_c + scale_c (a_c u(s - delay_c) + sqrt(1 - a_c^2) v_c(s)), a_c = oscillating_c, with
+    E u(s + h) u(s) = exp(-|h| / damping) cos(2 pi frequency h), and rough parts v (Matern processes of smoothness 1/2) with
+    E v_c(s + h) v_d(s) = rho_cd exp(-|h| / roughness), rho_cd = correlation for c != d, else 1. The delays make the cross
+    covariance of two channels asymmetric. The series has no period.
+
+    frequency: cycles per position. damping, roughness, delays: in positions. scales: the standard deviation of each channel.
+    """
+
+    means: tuple[float, ...] = (3.0, -1.0)
+    scales: tuple[float, ...] = (2.0, 0.5)
+    oscillating: tuple[float, ...] = (0.8, 0.6)
+    delays: tuple[float, ...] = (0.0, 2.0)
+    frequency: float = 0.125
+    damping: float = 16.0
+    roughness: float = 6.0
+    correlation: float = 0.5
+
+    def cross_covariance(self, lags: np.ndarray) -> np.ndarray:
+        """E (x_c(s + h) - mean_c) (x_d(s) - mean_d) at lags h [K]; [K, C, C]."""
+        lags = np.asarray(lags, np.float64)[:, None, None]
+        delays, amplitudes, scales = (np.array(v) for v in (self.delays, self.oscillating, self.scales))
+        shifted = lags - delays[:, None] + delays
+        oscillation = np.exp(-np.abs(shifted) / self.damping) * np.cos(2 * np.pi * self.frequency * shifted)
+        rough = np.exp(-np.abs(lags) / self.roughness) * np.where(np.eye(len(scales)) == 1, 1.0, self.correlation)
+        rest = np.sqrt(1 - amplitudes**2)
+        return np.outer(scales, scales) * (
+            np.outer(amplitudes, amplitudes) * oscillation + np.outer(rest, rest) * rough
+        )
+
+    def covariance(self, length: int) -> np.ndarray:
+        """The covariance [L, C, L, C] of a whole series."""
+        positions = np.arange(length)
+        lags = np.subtract.outer(positions, positions)
+        table = self.cross_covariance(np.arange(1 - length, length))
+        return table[lags + length - 1].transpose(0, 2, 1, 3)
+
+    def spectrum(self, length: int) -> np.ndarray:
+        """The expected periodogram of a series of L positions: complex [L, C, C]."""
+        lags = np.arange(1 - length, length)
+        covariance = self.cross_covariance(lags)
+        waves = np.exp(-2j * np.pi * np.outer(np.fft.fftfreq(length), lags)) * (1 - np.abs(lags) / length)
+        return np.einsum("kh,hcd->kcd", waves, covariance)
+
+    def entropy(self, length: int) -> float:
+        """The differential entropy of a series of L positions, in nats per dimension."""
+        size = length * len(self.means)
+        _, log_determinant = np.linalg.slogdet(self.covariance(length).reshape(size, size))
+        return _HALF_LOG_2_PI_E + 0.5 * float(log_determinant) / size
+
+    def sample(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+        """`count` independent series [count, L, C]."""
+        size = length * len(self.means)
+        factor = np.linalg.cholesky(self.covariance(length).reshape(size, size))
+        series = rng.standard_normal((count, size)) @ factor.T
+        return series.reshape(count, length, -1) + np.array(self.means)
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldLaw:
+    """A stationary Gaussian field of C channels on a torus of any size, with as many spatial axes as `lengths` has columns.
+
+    x_c(r) = mean_c + scale_c (sum_j mixing_cj u_j(r - shift_c) + sqrt(noise) w_c(r)), with white noise w of variance 1 and
+    independent fields u_j of variance 1, whose spectrum is proportional to (1 + sum_a (2 pi k_a lengths_ja)^2)^-exponent_j at
+    frequency k, in cycles per position. The shifts, whole positions on each axis, make cross spectra complex.
+    """
+
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    mixing: tuple[tuple[float, ...], ...]
+    lengths: tuple[tuple[float, ...], ...]
+    exponents: tuple[float, ...]
+    shifts: tuple[tuple[int, ...], ...]
+    noise: float
+
+    def _transfer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """From the white noises of the fields u to the channels, without the scales: complex [*K, C, J]."""
+        if len(shape) != len(self.lengths[0]):
+            raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, as this law")
+        frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=-1)
+        squares = np.square(2 * np.pi * frequencies) @ np.square(self.lengths).T
+        power = (1 + squares) ** -np.array(self.exponents)
+        power /= power.mean(axis=tuple(range(len(shape))))
+        phases = np.exp(-2j * np.pi * frequencies @ np.transpose(self.shifts))
+        return phases[..., :, None] * np.array(self.mixing) * np.sqrt(power)[..., None, :]
+
+    def spectrum(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The spectra of all pairs of channels on a grid of this shape: complex [*K, C, C]."""
+        transfer = self._transfer(shape)
+        standardized = transfer @ transfer.conj().swapaxes(-1, -2) + self.noise * np.eye(len(self.means))
+        return standardized * np.outer(self.scales, self.scales)
+
+    def cross_covariance(self, shape: tuple[int, ...]) -> np.ndarray:
+        """E (x_c(s + r) - mean_c) (x_d(s) - mean_d) at every lag r, modulo the shape: [*shape, C, C]."""
+        return np.fft.ifftn(self.spectrum(shape), axes=tuple(range(len(shape)))).real
+
+    def entropy(self, shape: tuple[int, ...]) -> float:
+        """The differential entropy of a field of this shape, in nats per dimension."""
+        _, log_determinants = np.linalg.slogdet(self.spectrum(shape))
+        return _HALF_LOG_2_PI_E + 0.5 * float(log_determinants.mean()) / len(self.means)
+
+    def sample(self, rng: np.random.Generator, count: int, shape: tuple[int, ...]) -> np.ndarray:
+        """`count` independent fields [count, *shape, C]."""
+        axes = tuple(range(1, len(shape) + 1))
+        transfer = self._transfer(shape)
+        transform = np.fft.fftn(rng.standard_normal((count, *shape, len(self.exponents))), axes=axes)
+        fields = np.fft.ifftn(np.einsum("...cj,n...j->n...c", transfer, transform), axes=axes).real
+        fields += math.sqrt(self.noise) * rng.standard_normal(fields.shape)
+        return fields * np.array(self.scales) + np.array(self.means)
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+def _log_sum_exp(values: np.ndarray) -> np.ndarray:
+    """log of the sum of exp over the last axis."""
+    largest = values.max(axis=-1, keepdims=True)
+    return largest[..., 0] + np.log(np.exp(values - largest).sum(axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class MoonsLaw:
+    """Two half circles in the plane, with equal weights, plus Gaussian noise: vectors [n, 2].
+
+    The upper moon is (cos a, sin a), the lower (1 - cos a, 1/2 - sin a), with a uniform in [0, pi].
+    noise: the standard deviation in each direction.
+    """
+
+    noise: float = 0.1
+
+    def _centers(self, angles: np.ndarray) -> np.ndarray:
+        """Points of both half circles [2, K, 2]."""
+        x, y = np.cos(angles), np.sin(angles)
+        return np.stack([np.stack([x, y], axis=-1), np.stack([1 - x, 0.5 - y], axis=-1)])
+
+    def log_density(self, x: np.ndarray) -> np.ndarray:
+        """log p(x) of vectors [n, 2]; the integral over the angle by 200 nodes of Gauss and Legendre."""
+        nodes, weights = np.polynomial.legendre.leggauss(200)
+        centers = self._centers((nodes + 1) * (np.pi / 2)).reshape(-1, 2)
+        constant = np.log(np.tile(weights, 2) / 4) - _LOG_2_PI - 2 * math.log(self.noise)
+
+        def of_block(block):
+            squares = np.square(block[:, None] - centers).sum(axis=-1)
+            return _log_sum_exp(constant - squares / (2 * self.noise**2))
+
+        return np.concatenate([of_block(x[i : i + _BLOCK]) for i in range(0, len(x), _BLOCK)])
+
+    def entropy(self) -> float:
+        """The differential entropy in nats per dimension: -p log p on a grid, whose error is far below 1e-6."""
+        step, margin = self.noise / 4, 9 * self.noise
+        axes = [np.arange(low - margin, high + margin, step) for low, high in ((-1, 2), (-0.5, 1))]
+        log_density = self.log_density(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2))
+        return float(-(np.exp(log_density) * log_density).sum()) * step**2 / 2
+
+    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` independent vectors [count, 2]."""
+        moon, angles = rng.integers(2, size=count), rng.uniform(0, np.pi, count)
+        return self._centers(angles)[moon, np.arange(count)] + self.noise * rng.standard_normal((count, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureLaw:
+    """A mixture of K Gaussians in D dimensions, vectors [n, D].
+
+    Mode k has the weight weights_k, the mean `spacing` * signs_k, the standard deviation scales_k in every dimension and the
+    correlation correlations_k between any two of them. Modes whose signs differ in m entries have means
+    2 spacing sqrt(m) apart.
+    """
+
+    weights: tuple[float, ...] = (0.36, 0.26, 0.18, 0.12, 0.08)
+    signs: tuple[str, ...] = ("++++++++++", "+++++-----", "---++++---", "+-+-+-+-+-", "----------")
+    spacing: float = 1.5
+    scales: tuple[float, ...] = (0.5, 0.3, 0.4, 0.25, 0.6)
+    correlations: tuple[float, ...] = (0.0, 0.5, -0.05, 0.7, 0.3)
+
+    @property
+    def means(self) -> np.ndarray:
+        """The mean of each mode [K, D]."""
+        return self.spacing * np.array([[1.0 if sign == "+" else -1.0 for sign in row] for row in self.signs])
+
+    @property
+    def covariances(self) -> np.ndarray:
+        """The covariance of each mode [K, D, D]."""
+        dimensions = len(self.signs[0])
+        correlations = np.array(self.correlations)[:, None, None]
+        equal = np.eye(dimensions) * (1 - correlations) + correlations
+        return np.square(self.scales)[:, None, None] * equal
+
+    def log_joint(self, x: np.ndarray) -> np.ndarray:
+        """log of weight times density of each mode at vectors [n, D]; [n, K]."""
+        rows = []
+        for weight, mean, covariance in zip(self.weights, self.means, self.covariances, strict=True):
+            factor = np.linalg.cholesky(covariance)
+            standardized = np.linalg.solve(factor, (x - mean).T)
+            log_scale = np.log(np.diag(factor)).sum() + 0.5 * len(mean) * _LOG_2_PI
+            rows.append(math.log(weight) - 0.5 * np.square(standardized).sum(axis=0) - log_scale)
+        return np.stack(rows, axis=-1)
+
+    def log_density(self, x: np.ndarray) -> np.ndarray:
+        """log p(x) of vectors [n, D]."""
+        return _log_sum_exp(self.log_joint(x))
+
+    def mode_of(self, x: np.ndarray) -> np.ndarray:
+        """The most probable mode of vectors [n, D]; int [n]."""
+        return self.log_joint(x).argmax(axis=-1)
+
+    def entropy(self, rng: np.random.Generator, count: int) -> Estimate:
+        """The differential entropy in nats per dimension, estimated from `count` vectors."""
+        values = -self.log_density(self.sample(rng, count)) / len(self.signs[0])
+        return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)))
+
+    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` independent vectors [count, D]."""
+        modes = rng.choice(len(self.weights), size=count, p=self.weights)
+        factors = np.linalg.cholesky(self.covariances)
+        noise = rng.standard_normal((count, len(self.signs[0])))
+        return self.means[modes] + np.einsum("nij,nj->ni", factors[modes], noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionalLaw:
+    """Vectors x [n, 2] around a spiral, at the place that a condition c [n, 1] gives.
+
+    c is uniform in [low, high]. Given c, x is Gaussian with the mean c (cos 2c, sin 2c), the standard deviation
+    `noise` + `noise_slope` c in both dimensions, and the correlation `correlation` between them.
+    """
+
+    low: float = 0.0
+    high: float = 4.0
+    noise: float = 0.1
+    noise_slope: float = 0.05
+    correlation: float = 0.6
+
+    def mean(self, condition: np.ndarray) -> np.ndarray:
+        """E(x | c) at conditions [n, 1]; [n, 2]."""
+        return condition * np.concatenate([np.cos(2 * condition), np.sin(2 * condition)], axis=-1)
+
+    def standard_deviation(self, condition: np.ndarray) -> np.ndarray:
+        """The standard deviation of x given c in each dimension, at conditions [n, 1]; [n, 2]."""
+        return np.repeat(self.noise + self.noise_slope * condition, 2, axis=-1)
+
+    def _factor(self) -> np.ndarray:
+        """The Cholesky factor of the correlation matrix."""
+        return np.linalg.cholesky(np.array([[1.0, self.correlation], [self.correlation, 1.0]]))
+
+    def log_density(self, x: np.ndarray, condition: np.ndarray) -> np.ndarray:
+        """log p(x | c) of vectors [n, 2] at conditions [n, 1]; [n]."""
+        deviation = self.standard_deviation(condition)
+        standardized = np.linalg.solve(self._factor(), ((x - self.mean(condition)) / deviation).T)
+        log_scale = np.log(deviation).sum(axis=-1) + 0.5 * math.log(1 - self.correlation**2) + _LOG_2_PI
+        return -0.5 * np.square(standardized).sum(axis=0) - log_scale
+
+    def entropy(self) -> float:
+        """The differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
+        narrow, wide = (self.noise + self.noise_slope * c for c in (self.low, self.high))
+        # The mean of log s over s uniform in [narrow, wide].
+        mean_log = (wide * math.log(wide) - narrow * math.log(narrow)) / (wide - narrow) - 1
+        return 0.5 * (_LOG_2_PI + 1) + mean_log + 0.25 * math.log(1 - self.correlation**2)
+
+    def sample_conditions(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` independent conditions [count, 1]."""
+        return rng.uniform(self.low, self.high, (count, 1))
+
+    def sample(self, rng: np.random.Generator, condition: np.ndarray) -> np.ndarray:
+        """One vector for each of the conditions [n, 1]; [n, 2]."""
+        noise = rng.standard_normal((len(condition), 2)) @ self._factor().T
+        return self.mean(condition) + self.standard_deviation(condition) * noise
+
+
+SERIES = SeriesLaw()
+FIELD = FieldLaw(
+    means=(280.0, 5.0, 0.0, 1000.0, -2.0),
+    scales=(10.0, 2.0, 1.0, 20.0, 0.5),
+    mixing=(
+        (0.9, 0.3, 0.0, 0.2, 0.0),
+        (0.6, 0.7, 0.0, 0.0, 0.3),
+        (0.0, 0.5, 0.8, 0.0, 0.2),
+        (-0.7, 0.0, 0.3, 0.6, 0.0),
+        (0.3, 0.0, -0.5, 0.3, 0.7),
+    ),
+    lengths=((3.0, 1.5), (2.0, 2.0), (1.0, 2.0), (1.5, 1.5), (0.7, 0.7)),
+    exponents=(2.0, 1.5, 1.5, 1.5, 1.0),
+    shifts=((0, 0), (0, 2), (1, 0), (0, 0), (-2, 1)),
+    noise=0.05,
+)
+VOLUME = FieldLaw(
+    means=(0.5,),
+    scales=(0.2,),
+    mixing=((1.0,),),
+    lengths=((2.0, 1.2, 0.8),),
+    exponents=(1.5,),
+    shifts=((0, 0, 0),),
+    noise=0.05,
+)
+MOONS, MIXTURE, CONDITIONAL = MoonsLaw(), MixtureLaw(), ConditionalLaw()
+
+
+class Examples:
+    """A source that holds its arrays: "x" float32 [n, *spatial, C], and "condition" float32 [n, D] if there is one."""
+
+    def __init__(self, x: np.ndarray, condition: np.ndarray | None = None):
+        arrays = {"x": x} if condition is None else {"x": x, "condition": condition}
+        self.arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+
+    def __len__(self) -> int:
+        return len(self.arrays["x"])
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
+def series(config: Mapping[str, Any]) -> Examples:
+    """20,000 series for training and 4,000 for test, of the law `SERIES`: 2 channels, any length."""
+    rng, count = _generator(config, "series")
+    (length,) = _spatial_shape(config, "series", 1, len(SERIES.means))
+    return Examples(SERIES.sample(rng, count, length))
+
+
+def field(config: Mapping[str, Any]) -> Examples:
+    """20,000 periodic fields for training and 4,000 for test, of the law `FIELD`: 5 channels, any two sizes."""
+    return _periodic(config, "field", FIELD)
+
+
+def volume(config: Mapping[str, Any]) -> Examples:
+    """20,000 periodic volumes for training and 4,000 for test, of the law `VOLUME`: 1 channel, any three sizes."""
+    return _periodic(config, "volume", VOLUME)
+
+
+def moons(config: Mapping[str, Any]) -> Examples:
+    """20,000 vectors for training and 4,000 for test, of the law `MOONS`: 2 channels."""
+    rng, count = _generator(config, "moons")
+    _spatial_shape(config, "moons", 0, 2)
+    return Examples(MOONS.sample(rng, count))
+
+
+def mixture(config: Mapping[str, Any]) -> Examples:
+    """20,000 vectors for training and 4,000 for test, of the law `MIXTURE`: 10 channels."""
+    rng, count = _generator(config, "mixture")
+    _spatial_shape(config, "mixture", 0, len(MIXTURE.signs[0]))
+    return Examples(MIXTURE.sample(rng, count))
+
+
+def conditional(config: Mapping[str, Any]) -> Examples:
+    """20,000 vectors with conditions for training and 4,000 for test, of the law `CONDITIONAL`: 2 channels."""
+    rng, count = _generator(config, "conditional")
+    _spatial_shape(config, "conditional", 0, 2)
+    condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
+    return Examples(CONDITIONAL.sample(rng, condition.astype(np.float64)), condition)
+
+
+def real_series(config: Mapping[str, Any]) -> Examples:
+    """Windows of a neuron's membrane potential in millivolts, 1 channel, of the recording that ships with matplotlib.
+
+    The recording (`membrane.dat`) has a value every 0.5 ms; a series has every fourth, 2 ms apart, and one window starts at
+    each value. Windows for training are from 0.75 to 4.5 s of the recording, where the neuron fires regularly at first;
+    those for test are from 4.5 to 5.45 s, so no value is in both. The windows of a split overlap and are not independent.
+    """
+    _generator(config, "real_series")  # checks the split
+    (length,) = _spatial_shape(config, "real_series", 1, 1)
+    found = importlib.util.find_spec("matplotlib")  # not imported, because that would take half a second
+    if found is None or found.origin is None:
+        raise DataError("the data set 'real_series' needs matplotlib: pip install matplotlib")
+    path = pathlib.Path(found.origin).parent / "mpl-data" / "sample_data" / "membrane.dat"
+    if not path.is_file():
+        raise DataError(f"matplotlib lacks its sample data {path}; install matplotlib with pip: pip install matplotlib")
+    millivolts = 100 * np.fromfile(path, "<f4")  # the file's unit is 0.1 V
+    start, end = (_TRAIN_START, _TRAIN_END) if config["split"] == "train" else (_TRAIN_END, _TEST_END)
+    span = (length - 1) * _RECORDING_STEP + 1
+    if span > end - start:
+        longest = (_TEST_END - _TRAIN_END - 1) // _RECORDING_STEP + 1
+        raise DataError(f"data.image_size=({length},) is longer than the recording; use ({longest},) or less")
+    windows = np.lib.stride_tricks.sliding_window_view(millivolts[start:end], span)[:, ::_RECORDING_STEP]
+    return Examples(windows[..., None])
+
+
+def _periodic(config: Mapping[str, Any], name: str, law: FieldLaw) -> Examples:
+    rng, count = _generator(config, name)
+    shape = _spatial_shape(config, name, len(law.lengths[0]), len(law.means))
+    blocks = (law.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000))  # float64 takes memory
+    return Examples(np.concatenate(list(blocks)))
+
+
+def _generator(config: Mapping[str, Any], name: str) -> tuple[np.random.Generator, int]:
+    """(the generator of a split's draws, the number of examples). Raises: DataError for an unknown split."""
+    split = config["split"]
+    if split not in _NUM_EXAMPLES:
+        raise DataError(f"data.split={split!r}: the data set {name!r} has 'train' and 'test'")
+    return np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split]
+
+
+def _spatial_shape(config: Mapping[str, Any], name: str, axes: int, channels: int) -> tuple[int, ...]:
+    """The size of each spatial axis. Raises: DataError for another number of axes or channels than the data set has."""
+    size = config["image_size"]
+    shape = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(shape) != axes:
+        example = {0: "()", 1: "(64,)", 2: "(16, 16)", 3: "(8, 8, 8)"}[axes]
+        raise DataError(
+            f"data.image_size={size!r}: the data set {name!r} has {axes} spatial axes; use a tuple of {axes}, like {example}"
+        )
+    if config["channels"] != channels:
+        raise DataError(f"data.channels={config['channels']!r}: the data set {name!r} has {channels}; use {channels}")
+    return shape

@@ -1,0 +1,256 @@
+"""Data sets of TFDS: prepared ones in array_record or tfrecord format as a source, missing ones downloaded first."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import mmap
+import os
+import pathlib
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from diffusion_jax.data.images import fit
+from diffusion_jax.errors import DataError, shorten
+from diffusion_jax.storage.downloads import local_path
+
+__all__ = ["Tfds", "local_data_dir", "make_builder", "make_prepared_builder", "natural_shape", "prepare"]
+
+_ANSWER_SECONDS = 10.0  # for name resolution, connection and answer of a server
+# Bytes of a TFRecord around the data: its length (uint64) with a checksum before, the checksum of the data after.
+_HEADER, _FOOTER = 12, 4
+
+
+def make_builder(name: str, data_dir: str | None) -> Any:
+    """TFDS's builder of a data set. Raises: DataError for an unknown name, or without TFDS."""
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise DataError(
+            f"data.dataset={name!r} is a data set of TFDS, and tensorflow_datasets is not installed: pip install '.[tfds]'; "
+            "'digits', 'folder' and 'arrays' do not need it"
+        )
+    import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {str(error).partition(chr(10))[0]}"
+        raise DataError(
+            f"data.dataset={name!r} must be a TFDS data set, 'digits', or 'folder' (with data.data_dir){reason}"
+        ) from None
+
+
+def make_prepared_builder(name: str, data_dir: str | None) -> Any:
+    """As `make_builder`. Raises: DataError also for a data set that is not in the directory."""
+    builder = make_builder(name, data_dir)
+    if not builder.is_prepared():
+        command = _preparation_command(name, data_dir)
+        raise DataError(
+            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: {command}"
+        )
+    return builder
+
+
+def local_data_dir(name: str, data_dir: str | None) -> str | None:
+    """The directory of TFDS; of one in a bucket, a copy of the part that belongs to a data set."""
+    return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
+
+
+def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
+    """((H, W), channels) of a TFDS data set's images, (None, channels) if they differ in size. Raises: DataError."""
+    features = make_builder(name, local_data_dir(name, data_dir)).info.features
+    _check_has_images(name, features)
+    height, width, channels = features["image"].shape
+    return (height, width) if height and width else None, channels or 3
+
+
+def _check_has_images(name: str, features: Iterable[str]) -> None:
+    if "image" not in features:
+        raise DataError(f"the data set {name!r} has no feature 'image', only {', '.join(features)}")
+
+
+def _preparation_command(name: str, data_dir: str | None) -> str:
+    """The shell command that prepares a data set."""
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
+    )
+
+
+def prepare(name: str, data_dir: str | None) -> None:
+    """Downloads and prepares a data set that is missing, with TFDS's progress, or waits for the process that does so.
+
+    Raises: DataError with the reason in one line.
+    """
+    builder = make_builder(name, data_dir)
+    if builder.is_prepared():
+        return
+    root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
+    if importlib.util.find_spec("tensorflow") is None:
+        raise DataError(
+            f"{missing}, and TFDS needs TensorFlow to prepare it: pip install '.[tfds]'; reading a prepared one does not "
+            "need it"
+        )
+    if builder.data_path.exists():
+        raise DataError(
+            f"{builder.data_path} is not a complete data set (dataset_info.json or features.json is missing): remove that "
+            "folder, and rerun the same command"
+        )
+    elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
+    unanswered = _unanswered_host(builder)
+    if unanswered:
+        raise DataError(
+            f"{missing} and cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
+        )
+    print(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.", flush=True)
+    try:
+        import tensorflow as tf  # which builders use
+        from filelock import FileLock
+
+        tf.config.set_visible_devices([], "GPU")  # it would reserve the memory of the accelerator
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".prepare.lock", fallback_to_soft=False):
+            builder = make_builder(name, data_dir)
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # a builder may raise any error
+        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400)
+        raise DataError(
+            f"the data set {name!r} cannot be prepared in {root}: {reason}; rerun the same command, set data.data_dir to "
+            f"another directory, or {elsewhere}"
+        ) from error
+
+
+def _unanswered_host(builder: Any) -> str:
+    """Which server of a data set does not answer, and why; "" if the first one does. TFDS would try for minutes."""
+    import requests
+
+    url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
+    failures = []
+
+    def request():
+        try:
+            requests.head(url or "", timeout=_ANSWER_SECONDS)
+            failures.append("")
+        except requests.RequestException as error:
+            failures.append(type(error).__name__)
+
+    if url is None:
+        return ""
+    thread = threading.Thread(target=request, daemon=True)  # because name resolution has no timeout
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    reason = failures[0] if failures else f"nothing in {_ANSWER_SECONDS:.0f} s"
+    return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
+
+
+class Tfds:
+    """A TFDS data set in array_record or tfrecord format (random access, no TensorFlow at run time)."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
+        self._name, self._split, self._data_dir = name, split, data_dir
+        self._size, self._channels = image_size, channels
+        builder = make_prepared_builder(name, data_dir)
+        directory = builder.data_path.parent
+        file_format = builder.info.file_format.value
+        if file_format not in ("array_record", "tfrecord"):
+            other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory
+            raise DataError(
+                f"the data set {name!r} in {directory} is in {file_format} format, not array_record or tfrecord; "
+                f"prepare it with: {_preparation_command(name, other)} and set data.data_dir={other}"
+            )
+        try:
+            info = builder.info.splits[split]
+            self._length, instructions = info.num_examples, info.file_instructions
+        except (KeyError, ValueError):
+            raise DataError(f"data.split={split!r}: {name!r} has {', '.join(builder.info.splits)}") from None
+        features = builder.info.features
+        _check_has_images(name, features)
+        self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
+        self.class_names = tuple(features["label"].names) if self.num_classes else ()
+        self._tfrecords = _TfRecords(instructions) if file_format == "tfrecord" else None
+        shards = {pathlib.Path(instruction.filename) for instruction in instructions}
+        self._files = sorted(shards | set(pathlib.Path(builder.data_path).glob("*.json")))
+
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
+        return [(path.name, path) for path in self._files]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_read_records"}
+
+    @functools.cached_property
+    def _read_records(self) -> Callable[[list[int]], Sequence[dict]]:
+        """Reads examples, whose images stay encoded; each process opens the files itself."""
+        import tensorflow_datasets as tfds
+
+        builder, encoded = make_builder(self._name, self._data_dir), {"image": tfds.decode.SkipDecoding()}
+        if self._tfrecords is None:
+            return builder.as_data_source(self._split, decoders=encoded).__getitems__
+        records, parse = self._tfrecords, builder.info.features.deserialize_example_np
+        return lambda indices: [parse(records[i], decoders=encoded) for i in indices]
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            records = self._read_records([int(i) for i in indices])
+            images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
+        except (OSError, SyntaxError, ValueError) as error:
+            examples = f"examples {indices[0]} ... {indices[-1]}"
+            raise DataError(f"cannot read {examples} of {self._name!r} {self._split!r}: {error}") from None
+        batch = {"image": np.stack(images)}
+        if self.num_classes:
+            batch["label"] = np.array([record["label"] for record in records], np.int32)
+        return batch
+
+
+class _TfRecords:
+    """The records of TFDS's file instructions, in order: `records[i]` is bytes. Picklable.
+
+    The offsets of all records are computed once from the lengths of the records before them. Raises: DataError for files that
+    are missing or do not contain the expected records. The checksums of the data are not verified.
+    """
+
+    def __init__(self, instructions: Sequence):
+        with ThreadPoolExecutor() as pool:
+            spans = list(pool.map(_find_records, instructions))
+        self._files = [instruction.filename for instruction in instructions]
+        self._file_index = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+        self._spans = np.concatenate(spans)  # offset, length
+
+    def __getitem__(self, index: int) -> bytes:
+        offset, length = self._spans[index].tolist()
+        with open(self._files[self._file_index[index]], "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+def _find_records(instruction) -> np.ndarray:
+    """int64 [n, 2]: offset and length of the data of each record that an instruction of TFDS reads from its file."""
+    spans, position = [], 0
+    try:
+        with open(instruction.filename, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
+                while position + _HEADER <= size:
+                    (length,) = struct.unpack_from("<Q", data, position)
+                    spans.append((position + _HEADER, length))
+                    position += _HEADER + length + _FOOTER
+    except OSError as error:
+        raise DataError(f"cannot read {instruction.filename}: {error.strerror or error}") from None
+    if position != size or len(spans) != instruction.examples_in_shard:
+        end = "" if position == size else ", the last of them truncated"
+        raise DataError(
+            f"{instruction.filename} is corrupted: it has {len(spans):,} records{end}, not "
+            f"{instruction.examples_in_shard:,}; remove the data set, and prepare it again"
+        )
+    return np.array(spans, np.int64).reshape(-1, 2)[instruction.skip :][: instruction.take]
