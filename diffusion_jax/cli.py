@@ -113,9 +113,17 @@ def make_parser() -> argparse.ArgumentParser:
         default="",
         help="settings that the weights do not contain: a preset, OpenAI's flags, or JSON",
     )
-    add("--coordinator_address", metavar="HOST:PORT", help="address of process 0, the same for all processes")
-    add("--num_processes", type=_integer(1), metavar="N", help="number of processes of the run")
-    add("--process_id", type=_integer(0), metavar="I", help="number of this process, from 0")
+    address, count, index = (
+        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    )
+    add(
+        "--coordinator_address",
+        default=address,
+        metavar="HOST:PORT",
+        help="address of process 0, the same for all processes",
+    )
+    add("--num_processes", default=count, type=_integer(1), metavar="N", help="number of processes of the run")
+    add("--process_id", default=index, type=_integer(0), metavar="I", help="number of this process, from 0")
     add("--join_timeout", type=_integer(1), metavar="SECONDS", default=300, help="how long to wait for the others")
     add("--verbose", action="store_true", help="also print the options given to the compiler")
     return parser

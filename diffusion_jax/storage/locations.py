@@ -28,6 +28,7 @@ __all__ = [
     "MANIFEST",
     "Mirror",
     "add_url",
+    "committed_steps",
     "fetch",
     "find_mirror",
     "is_safe",
@@ -212,6 +213,14 @@ def add_url(path: pathlib.Path, url: str) -> None:
 def find_mirror(path: pathlib.Path) -> Mirror | None:
     """The mirror that holds a path; None for a path that is only local."""
     return next((mirror for mirror in _MIRRORS if path.is_relative_to(mirror.root)), None)
+
+
+def committed_steps(directory: pathlib.Path) -> list[int]:
+    """Steps with a committed checkpoint, in increasing order; in a mirror, those that are committed in the bucket."""
+    paths = directory.glob(f"*/{MANIFEST}")
+    steps = sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
+    mirror = find_mirror(directory)
+    return [step for step in steps if step in mirror.known_steps] if mirror else steps
 
 
 def with_urls(text: str) -> str:

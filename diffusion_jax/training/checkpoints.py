@@ -22,9 +22,8 @@ from etils import epath
 from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, log
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.storage import locations
-from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.training import checkpoint_files, digests
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps, find_mirror
+from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.state import TrainState
 
 __all__ = ["Checkpoints", "committed_steps", "resume_hint"]
@@ -43,10 +42,6 @@ def resume_hint(directory: pathlib.Path) -> str:
 
 def _first_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -104,20 +99,14 @@ class Checkpoints:
         It waits for an earlier save, and then for the copies alone.
         """
         self._wait()
-        try:
-            finish_part = checkpoint_files.save_part(self._part(step, jax.process_index()), _items(state))
-        except Exception as error:  # reported with those of other processes
-            finish_part = functools.partial(_raise, error)
-        self._saving = step, self._thread.submit(self._write, step, finish_part)
+        self._saving = step, self._thread.submit(self._write, step, checkpoint_files.copy_to_host(_items(state)))
         self._num_checks = 0
 
-    def _write(self, step: int, finish_part: Callable[[], digests.Table]) -> dict[str, Any]:
+    def _write(self, step: int, copies: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the part of this process of a step, in the background. Returns: its "files", or an "error"."""
         try:
-            files = finish_part()
             part = self._part(step, jax.process_index())
-            checkpoint_files.upload_part(part, files, self._directory / str(step))
-            return {"files": files}
+            return {"files": checkpoint_files.write_part(part, copies, self._directory / str(step))}
         except Exception as error:  # Orbax and tensorstore raise many types for a full disk
             return {"error": _first_line(error)}
 
@@ -235,7 +224,7 @@ class Checkpoints:
 
     def _find_corruption(self, step: int, items: Iterable[str]) -> str | None:
         checkpoint_files.fetch_items(self._directory / str(step), items)
-        return digests.find_corruption(self._directory / str(step), items)
+        return checkpoint_files.find_corruption(self._directory / str(step), items)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
         """Raises: CheckpointError if the arrays have other names, types or shapes than `abstract`, which Orbax would cast.
@@ -291,5 +280,5 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         checkpoint_files.remove_uncommitted(self._directory)
         for name in self._uncommitted():
-            log(f"The checkpoint of step {name} is damaged: {digests.NAME} is missing.")
+            log(f"The checkpoint of step {name} is damaged: {locations.MANIFEST} is missing.")
             log(f"Renamed it to {self._mark_unreadable(name)}.")

@@ -19,7 +19,7 @@ import pytest
 from configs import digits
 from diffusion_jax import training
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_files, checkpoints
 from helpers.paths import ROOT
 from helpers.program import TWO_DEVICES, free_port
 from helpers.work_directories import last_state, lines
@@ -193,7 +193,9 @@ def test_restore_detects_every_corrupted_file(tmp_path, whole):
         else:
             del content[rng.integers(len(content)) :]
         path.write_bytes(content)
-        found[kind] += digests.find_corruption(directory / str(newest), ("params", "ema_params", "rest")) is not None
+        found[kind] += (
+            checkpoint_files.find_corruption(directory / str(newest), ("params", "ema_params", "rest")) is not None
+        )
         if i % 5:  # reading takes seconds
             continue
         with checkpoints.Checkpoints(directory) as saved:
@@ -366,28 +368,28 @@ FULL = f"""
 import errno, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.training import checkpoint_files, digests
+from diffusion_jax.training import checkpoint_files
 
-save_part, write_digests = checkpoint_files.save_part, digests.write
+write_part, write_manifest = checkpoint_files.write_part, checkpoint_files.write_manifest
 
 
 def check_room(directory, process):
-    if directory.parent.name == "30.partial" and os.environ["FULL"] == str(process):
+    if os.environ["FULL"] == str(process) and directory.parent.name == "30.partial":
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def save(part, items):
+def write(part, *arguments):
     if "--process_id=1" in sys.argv:
         check_room(part, 1)
-    return save_part(part, items)
+    return write_part(part, *arguments)
 
 
-def write(directory, table):
+def commit(directory, table):
     check_room(directory, 0)
-    write_digests(directory, table)
+    write_manifest(directory, table)
 
 
-checkpoint_files.save_part, digests.write = save, write
+checkpoint_files.write_part, checkpoint_files.write_manifest = write, commit
 cli.main()
 """
 

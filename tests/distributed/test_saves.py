@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.runs import train
-from diffusion_jax.training import digests
+from diffusion_jax.storage.locations import MANIFEST
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
@@ -35,8 +35,8 @@ def assert_complete(directory, is_split):
     """One step, whose table lists all files; a file of its own for each chunk if an array is split over processes."""
     assert [path.name for path in directory.iterdir()] == ["2"]
     files = {path.relative_to(directory / "2").as_posix() for path in (directory / "2").rglob("*") if path.is_file()}
-    table = json.loads((directory / "2" / digests.NAME).read_text())
-    assert set(table) == files - {digests.NAME}
+    table = json.loads((directory / "2" / MANIFEST).read_text())
+    assert set(table) == files - {MANIFEST}
     assert ("params/manifest.ocdbt" in files) is not is_split
     assert ("params/conv/0.0.0.1" in files) is is_split
 
@@ -79,38 +79,31 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
 from diffusion_jax.distributed import sharding
-from diffusion_jax.training import checkpoint_files, digests
+from diffusion_jax.training import checkpoint_files
 
-save_part, write_digests = checkpoint_files.save_part, digests.write
+write_part, write_manifest = checkpoint_files.write_part, checkpoint_files.write_manifest
 victim, moment = "--process_id=1" in sys.argv, os.environ["MOMENT"]
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill_if(condition):
+    if condition:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def saving(part, items):
+def write(part, *arguments):
     is_last = victim and part.parent.name == "4.partial"
-    if is_last and moment == "before its files are written":
-        die()
-    finish = save_part(part, items)
-
-    def finishing():
-        table = finish()
-        if is_last and moment == "after its files are written":
-            die()
-        return table
-
-    return finishing
+    kill_if(is_last and moment == "before its files are written")
+    table = write_part(part, *arguments)
+    kill_if(is_last and moment == "after its files are written")
+    return table
 
 
-def committing(directory, table):
-    if directory.parent.name == "4.partial" and moment == "in the commit":
-        die()
-    write_digests(directory, table)
+def commit(directory, table):
+    kill_if(directory.parent.name == "4.partial" and moment == "in the commit")
+    write_manifest(directory, table)
 
 
-checkpoint_files.save_part, digests.write = saving, committing
+checkpoint_files.write_part, checkpoint_files.write_manifest = write, commit
 sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
 cli.main()
 """

@@ -14,7 +14,7 @@ import pytest
 from diffusion_jax import training
 from diffusion_jax.distributed import preemption
 from diffusion_jax.errors import CheckpointError, SaveError
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_files, checkpoints
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
@@ -158,9 +158,9 @@ def test_a_flipped_bit_of_any_file_is_found(two_steps, tmp_path):
         content = path.read_bytes()
         if content:
             flip(path, int(rng.integers(8 * len(content))))
-            assert digests.find_corruption(directory / "2", items), path
+            assert checkpoint_files.find_corruption(directory / "2", items), path
             path.write_bytes(content)
-    assert digests.find_corruption(directory / "2", items) is None
+    assert checkpoint_files.find_corruption(directory / "2", items) is None
 
 
 def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, mon
 
     with checkpoints.Checkpoints(directory) as saved:
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "write", full)
+            patch.setattr(checkpoint_files, "write_manifest", full)
             saved.save(3, state)
             with pytest.raises(SaveError, match="No space left.*checkpoint of step 2 is kept"):
                 saved.finish(3)
@@ -236,7 +236,7 @@ KILLED = f"""
 import os, pathlib, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import jax
-from diffusion_jax.training import digests
+from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers import saving
 
@@ -261,7 +261,8 @@ with Checkpoints(pathlib.Path(sys.argv[1]), kept=2) as saved:
     if step:
         saving.assert_holds(state, abstract, step)
     print(step, flush=True)
-    digests._digest, digests.write = killing(digests._digest), killing(digests.write)
+    checkpoint_files.digest = killing(checkpoint_files.digest)
+    checkpoint_files.write_manifest = killing(checkpoint_files.write_manifest)
     while True:
         step += 1
         saved.save(step, saving.random_state(abstract, step))
