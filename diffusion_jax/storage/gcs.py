@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +41,8 @@ class Store(ObjectStore):
             )
             filesystem.credentials.maybe_refresh()
         except (google.auth.exceptions.GoogleAuthError, HttpError) as error:
-            raise StorageError(f"{url}: no valid credentials ({_first_sentence(error)}); {_ADVICE}") from None
+            reason = " ".join(str(error.args[0] if error.args else error).split()).partition(". To set up")[0]
+            raise StorageError(f"{url}: no valid credentials ({shorten(reason, 200)}); {_ADVICE}") from None
         super().__init__(url, filesystem)
 
     def _to_info(self, found: Mapping[str, Any]) -> ObjectInfo:
@@ -51,29 +50,12 @@ class Store(ObjectStore):
         return ObjectInfo(int(found["size"]), found["generation"], modified)
 
     def _write_if(self, key: str, data: bytes, tag: str) -> str:
-        boundary = uuid.uuid4().hex
-        metadata = json.dumps({"name": key, "cacheControl": "no-store"})
-        head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{metadata}\r\n"
-        head += f"--{boundary}\r\nContent-Type: application/json\r\n\r\n"
-        answer = self._fs.call(
-            "POST",
-            f"{self._fs._location}/upload/storage/v1/b/{{}}/o",
-            self._bucket,
-            uploadType="multipart",
-            ifGenerationMatch=tag or "0",
-            headers={"Content-Type": f'multipart/related; boundary="{boundary}"'},
-            data=head.encode() + data + f"\r\n--{boundary}--\r\n".encode(),
-            json_out=True,
-        )
-        return answer["generation"]
+        url = f"{self._fs._location}/upload/storage/v1/b/{{}}/o"
+        options = {"uploadType": "media", "name": key, "ifGenerationMatch": tag or "0"}
+        return self._fs.call("POST", url, self._bucket, data=data, json_out=True, **options)["generation"]
 
     def _status(self, error: BaseException) -> int | None:
         if isinstance(error, HttpError):
             code = str(error.code)
             return int(code) if code.isdigit() else None
         return 403 if isinstance(error, OSError) and str(error).startswith("Forbidden:") else None
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    return shorten(text.partition(". To set up")[0], 200)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import getpass
-import math
 import os
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +21,6 @@ from diffusion_jax.errors import StorageError
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, open_store
 
 __all__ = [
-    "COMMITTED",
     "EVENTS",
     "MANIFEST",
     "Mirror",
@@ -35,18 +32,15 @@ __all__ = [
     "mirror_workdir",
     "moved",
     "removed",
-    "take",
     "with_urls",
     "written",
 ]
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "digests.json"
-COMMITTED = "_CHECKPOINT_METADATA"
 EVENTS = "events.out.tfevents."
 LOCK = ".lock"
 _ATTEMPTS = 5
-_SECONDS_BETWEEN_QUESTIONS = 10.0
 _MIRRORS: list[Mirror] = []
 _URLS: dict[str, str] = {}  # by local path
 _LOCKS: list[Any] = []  # on the directories of this process
@@ -68,7 +62,6 @@ class Mirror:
         self._with_samples, self._read_only = with_samples, read_only
         self._tags: dict[str, str] = {}
         self.known_steps: set[int] = set()
-        self._asked = -math.inf
         self.before_commit: Callable[[], None] = lambda: None
 
     def name_of(self, path: pathlib.Path) -> str:
@@ -77,16 +70,15 @@ class Mirror:
 
     def refresh(self) -> None:
         """Fetches what has changed in the bucket since the last call, and removes what has been deleted there."""
-        for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(FileNotFoundError):  # deleted after it was listed
-                return self._refresh()
-        self._refresh()
-
-    def _refresh(self) -> None:
-        found = self.store.list()
-        needed = {name: info for name, info in found.items() if self._is_needed(name, found)}
-        changed = {name: info for name, info in needed.items() if self._tags.get(name) != info.tag}
-        self._download(changed)
+        for attempt in range(_ATTEMPTS):
+            found = self.store.list()
+            needed = {name: info for name, info in found.items() if self._is_needed(name, found)}
+            try:
+                self._download({name: info for name, info in needed.items() if self._tags.get(name) != info.tag})
+                break
+            except FileNotFoundError:  # deleted after it was listed
+                if attempt + 1 == _ATTEMPTS:
+                    raise
         for name in self._tags.keys() - needed.keys():
             (self.root / name).unlink(missing_ok=True)
         self._tags = {name: info.tag for name, info in needed.items()}
@@ -94,20 +86,12 @@ class Mirror:
         self.known_steps |= {int(path.parts[1]) for path in manifests if path.parts[1].isdecimal()}
 
     def _is_needed(self, name: str, found: dict[str, ObjectInfo]) -> bool:
-        parts = pathlib.PurePosixPath(name).parts
-        if (
-            name.endswith("/")
-            or not is_safe(name)
-            or parts[-1].startswith(EVENTS)
-            or parts[-1].startswith((LOCK, PROBE))
-        ):
+        first, *others = parts = pathlib.PurePosixPath(name).parts
+        if not is_safe(name) or parts[-1].startswith((EVENTS, LOCK, PROBE)):
             return False
-        if parts[0] == "samples":
-            return self._with_samples
-        if parts[0] != CHECKPOINTS:
-            return True
-        is_committed = "/".join((*parts[:2], MANIFEST)) in found
-        return is_committed and len(parts) == 3
+        if first == CHECKPOINTS:
+            return len(others) == 2 and f"{first}/{others[0]}/{MANIFEST}" in found
+        return self._with_samples or first != "samples"
 
     def _download(self, objects: dict[str, ObjectInfo]) -> None:
         paths = {name: self.root / name for name in objects}
@@ -116,7 +100,7 @@ class Mirror:
         self.store.download_all(paths)
         for name, info in objects.items():
             os.utime(paths[name], (info.modified, info.modified))
-            if paths[name].name in (MANIFEST, COMMITTED):
+            if paths[name].name == MANIFEST:
                 os.utime(paths[name].parent, (info.modified, info.modified))
 
     def upload(self, path: pathlib.Path) -> None:
@@ -149,16 +133,6 @@ class Mirror:
         self._download(
             {name: info for name, info in self.store.list(f"{self.name_of(path)}/").items() if is_safe(name)}
         )
-
-    def take(self, path: pathlib.Path) -> bool:
-        """Deletes an object. Returns: whether there was one; False within ten seconds of the last call."""
-        if time.monotonic() - self._asked < _SECONDS_BETWEEN_QUESTIONS:
-            return False
-        self._asked = time.monotonic()
-        found = self.store.find(self.name_of(path)) is not None
-        if found:
-            self.store.delete([self.name_of(path)])
-        return found
 
     def _check_writable(self, path: pathlib.Path) -> None:
         if self._read_only:
@@ -196,13 +170,9 @@ def _temporary_directory() -> pathlib.Path:
         lock = filelock.FileLock(directory.with_suffix(".lock"))
         lock.acquire()
     _LOCKS.append(lock)
-    atexit.register(_remove, directory)
+    atexit.register(directory.with_suffix(".lock").unlink, missing_ok=True)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
-
-
-def _remove(directory: pathlib.Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def add_url(path: pathlib.Path, url: str) -> None:
@@ -257,21 +227,6 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
     if mirror:
         mirror.fetch(path)
     return path
-
-
-def take(path: pathlib.Path) -> bool:
-    """Removes a file that somebody may have put into a work directory. Returns: whether it was there.
-
-    A bucket is asked at most every ten seconds.
-    """
-    mirror = find_mirror(path)
-    if mirror:
-        return mirror.take(path)
-    try:
-        path.unlink()
-    except OSError:
-        return False
-    return True
 
 
 def is_safe(name: str) -> bool:

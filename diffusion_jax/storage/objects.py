@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from diffusion_jax.errors import StorageError, shorten
 
@@ -87,12 +87,6 @@ class ObjectStore(abc.ABC):
         self._root = f"{self._bucket}/{folder}".rstrip("/")
         self.url = f"{scheme}://{self._root}"
         self._fs = filesystem
-
-    def __repr__(self) -> str:
-        return f"ObjectStore({self.url!r})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self!r} cannot be sent to another process; open its URL there")
 
     @abc.abstractmethod
     def _to_info(self, found: Mapping[str, Any]) -> ObjectInfo:

@@ -137,18 +137,6 @@ def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whol
     )
 
 
-def test_run_resumes_bit_identically_after_kills_at_random_moments(runs, whole):
-    rng = random.Random(1)
-    for _ in range(5):
-        process = runs.launch()
-        time.sleep(rng.uniform(4, 20))
-        process.kill()
-        process.wait()
-    runs.to_the_end()
-    assert_same(runs.url, whole)
-    assert_nothing_leaked(runs.url)
-
-
 def test_network_faults_change_nothing(runs, whole):
     """Every kind of fault at least three times, in one run that none of them ends."""
     proxy = runs.proxy

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import training
-from diffusion_jax.distributed import preemption
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import checkpoint_files, checkpoints
 from helpers.configs import tiny_config
@@ -35,21 +34,6 @@ def two_steps(tmp_path_factory):
             states[step] = jax.device_get(state)
         saved.finish(2)
     return directory, built.abstract_state, states
-
-
-@pytest.mark.whole
-def test_sigterm_is_no_damage(two_steps, tmp_path, monkeypatch):
-    """A signal while a checkpoint is read must not make the program rename the checkpoint."""
-    directory, abstract, _ = two_steps
-    shutil.copytree(directory, tmp_path / "run")
-
-    def stopped(*_):
-        raise preemption.StoppedBySignal(signal.SIGTERM, "")
-
-    monkeypatch.setattr(checkpoints.Checkpoints, "_read", stopped)
-    with pytest.raises(preemption.StoppedBySignal):
-        restore(tmp_path / "run", abstract)
-    assert checkpoints.committed_steps(tmp_path / "run") == [1, 2]
 
 
 def restore(directory, abstract):
