@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_now, exit_without_cleanup, write_last_line
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_now
 from diffusion_jax.errors import UserError
 from diffusion_jax.storage.locations import with_urls
 
@@ -143,7 +142,4 @@ def abort_process(message: str, exit_code: int) -> None:
 
     The end of process 0 aborts the others, so it first gives them time to write their own line.
     """
-    write_last_line(message)
-    if jax.process_index() == 0:
-        time.sleep(_ABORT_DELAY)
-    exit_without_cleanup(exit_code)
+    exit_now(message, exit_code, delay=0 if jax.process_index() else _ABORT_DELAY)
