@@ -37,8 +37,6 @@ __all__ = [
     "write_part",
 ]
 
-_HOST = "pinned_host"  # memory of the host into which devices copy fastest; CPUs have it, too
-
 Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
 
@@ -55,12 +53,17 @@ def copy_to_host(tree: Any) -> Any:
             return array
         return array.addressable_data(0) if jax.process_index() == 0 else None
 
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    # Devices copy fastest to the pinned memory of the host. CPUs have it, too.
+    kind = "pinned_host" if "pinned_host" in kinds else device.default_memory().kind
     arrays, structure = jax.tree.flatten(jax.tree.map(select, tree))
     shards = [[shard.data for shard in array.addressable_shards] for array in arrays]
-    places = jax.tree.map(lambda shard: shard.sharding.with_memory_kind(_HOST), shards)
-    copied = jax.block_until_ready(jax.device_put(shards, places))  # one call, so that the devices copy them at once
+    places = jax.tree.map(lambda shard: shard.sharding.with_memory_kind(kind), shards)
+    copied = jax.device_put(shards, places, may_alias=False)  # one call, so that the devices copy them at once
+    jax.block_until_ready(copied)
     copies = [
-        jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(_HOST), its_shards)
+        jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(kind), its_shards)
         for array, its_shards in zip(arrays, copied, strict=True)
     ]
     return jax.tree.unflatten(structure, copies)
