@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,9 +52,20 @@ class Store(ObjectStore):
         return ObjectInfo(int(found["size"]), found["generation"], modified)
 
     def _write_if(self, key: str, data: bytes, tag: str) -> str:
-        url = f"{self._fs._location}/upload/storage/v1/b/{{}}/o"
-        options = {"uploadType": "media", "name": key, "ifGenerationMatch": tag or "0"}
-        return self._fs.call("POST", url, self._bucket, data=data, json_out=True, **options)["generation"]
+        url, end = f"{self._fs._location}/upload/storage/v1/b/{{}}/o", uuid.uuid4().hex
+        metadata = json.dumps({"name": key, "cacheControl": "no-store"})
+        parts = [f"--{end}\r\nContent-Type: application/json\r\n\r\n{part}\r\n" for part in (metadata, data.decode())]
+        answer = self._fs.call(
+            "POST",
+            url,
+            self._bucket,
+            uploadType="multipart",
+            ifGenerationMatch=tag or "0",
+            headers={"Content-Type": f'multipart/related; boundary="{end}"'},
+            data=f"{''.join(parts)}--{end}--\r\n".encode(),
+            json_out=True,
+        )
+        return answer["generation"]
 
     def _status(self, error: BaseException) -> int | None:
         if isinstance(error, HttpError):
