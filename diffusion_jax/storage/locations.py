@@ -110,9 +110,10 @@ class Mirror:
         self.store.upload_all({str(file): self.name_of(file) for file in files})
 
     def delete(self, path: pathlib.Path) -> None:
-        """Deletes the object of a file, or all objects of a directory."""
+        """Deletes the object of a file, or all objects of a directory, the manifest first: then a step does not exist."""
         self._check_writable(path)
         name = self.name_of(path)
+        self.store.delete([f"{name}/{MANIFEST}"])
         self.store.delete([name, *self.store.list(f"{name}/")])
 
     def move(self, path: pathlib.Path, new_path: pathlib.Path) -> None:
@@ -124,15 +125,11 @@ class Mirror:
             self.store.move(name, new + name.removeprefix(old))
 
     def fetch(self, path: pathlib.Path) -> None:
-        """Downloads a file that another process may have uploaded, unless it is here."""
+        """Downloads a file, or all files of a directory, unless it is here."""
+        name = self.name_of(path)
         if not path.exists():
-            self._download({name: info for name in [self.name_of(path)] if (info := self.store.find(name))})
-
-    def fetch_directory(self, path: pathlib.Path) -> None:
-        """Downloads all files of a directory."""
-        self._download(
-            {name: info for name, info in self.store.list(f"{self.name_of(path)}/").items() if is_safe(name)}
-        )
+            found = self.store.list(name)
+            self._download({key: found[key] for key in found if is_safe(key) and f"{key}/".startswith(f"{name}/")})
 
     def _check_writable(self, path: pathlib.Path) -> None:
         if self._read_only:
@@ -222,7 +219,7 @@ def moved(path: pathlib.Path, new_path: pathlib.Path) -> None:
 
 
 def fetch(path: pathlib.Path) -> pathlib.Path:
-    """The same path, after a file that another process uploaded has been downloaded into its mirror."""
+    """The same path, after a file or directory that another process uploaded has been downloaded into its mirror."""
     mirror = find_mirror(path)
     if mirror:
         mirror.fetch(path)

@@ -24,13 +24,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from diffusion_jax.storage.locations import MANIFEST, Mirror, find_mirror
+from diffusion_jax.storage import locations
+from diffusion_jax.storage.locations import MANIFEST, find_mirror
 
 __all__ = [
     "commit",
     "copy_to_host",
     "delete_step",
-    "fetch_items",
     "find_corruption",
     "own_options",
     "remove_uncommitted",
@@ -189,19 +189,9 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
     return None
 
 
-def fetch_items(directory: pathlib.Path, items: Iterable[str]) -> None:
-    """Downloads the files of some items of a step that are not in the mirror yet. Raises: OSError."""
-    mirror = find_mirror(directory)
-    for item in items if mirror else ():
-        if mirror and not (directory / item).exists():
-            mirror.fetch_directory(directory / item)
-
-
 def delete_step(directory: pathlib.Path) -> None:
     """Deletes a step, which no longer exists when the deletion begins."""
-    mirror = find_mirror(directory)
-    if mirror:
-        _delete_objects(mirror, mirror.name_of(directory))
+    locations.removed(directory)
     removed = directory.with_name(f"{directory.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)  # from an earlier launch
     directory.rename(removed)
@@ -220,10 +210,4 @@ def remove_uncommitted(directory: pathlib.Path) -> None:
     steps = {name.removeprefix(prefix).split("/")[0] for name in mirror.store.list(prefix)}
     for step in filter(str.isdecimal, steps):
         if mirror.store.find(f"{prefix}{step}/{MANIFEST}") is None:
-            _delete_objects(mirror, f"{prefix}{step}")
-
-
-def _delete_objects(mirror: Mirror, name: str) -> None:
-    """Deletes the objects of a step, the digests first."""
-    mirror.store.delete([f"{name}/{MANIFEST}"])
-    mirror.store.delete(mirror.store.list(f"{name}/"))
+            mirror.delete(directory / step)

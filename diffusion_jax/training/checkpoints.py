@@ -208,7 +208,7 @@ class Checkpoints:
             abstract = abstract_of(step)
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
             if problem is None:
-                checkpoint_files.fetch_items(self._directory / str(step), abstract)
+                self._fetch(step, abstract)
                 self._check_leaves(step, abstract)
                 items = self._read(step, abstract)
                 self._set_aside(damaged)
@@ -223,8 +223,12 @@ class Checkpoints:
         return None
 
     def _find_corruption(self, step: int, items: Iterable[str]) -> str | None:
-        checkpoint_files.fetch_items(self._directory / str(step), items)
+        self._fetch(step, items)
         return checkpoint_files.find_corruption(self._directory / str(step), items)
+
+    def _fetch(self, step: int, items: Iterable[str]) -> None:
+        for item in items:
+            locations.fetch(self._directory / str(step) / item)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
         """Raises: CheckpointError if the arrays have other names, types or shapes than `abstract`, which Orbax would cast.
