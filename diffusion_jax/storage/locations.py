@@ -70,15 +70,15 @@ class Mirror:
 
     def refresh(self) -> None:
         """Fetches what has changed in the bucket since the last call, and removes what has been deleted there."""
-        for attempt in range(_ATTEMPTS):
-            found = self.store.list()
-            needed = {name: info for name, info in found.items() if self._is_needed(name, found)}
-            try:
-                self._download({name: info for name, info in needed.items() if self._tags.get(name) != info.tag})
-                break
-            except FileNotFoundError:  # deleted after it was listed
-                if attempt + 1 == _ATTEMPTS:
-                    raise
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):  # deleted after it was listed
+                return self._refresh()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        found = self.store.list()
+        needed = {name: info for name, info in found.items() if self._is_needed(name, found)}
+        self._download({name: info for name, info in needed.items() if self._tags.get(name) != info.tag})
         for name in self._tags.keys() - needed.keys():
             (self.root / name).unlink(missing_ok=True)
         self._tags = {name: info.tag for name, info in needed.items()}
