@@ -12,6 +12,7 @@ The digests list every other file of a step, because Orbax restores a flipped bi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -78,6 +79,10 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], directory: pathlib.
     items: {name: tree of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
     LeaseLostError instead of overwriting objects, if another launch has taken over the bucket.
     """
+    size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if size > shutil.disk_usage(part.parent).free:  # otherwise tensorstore prints a traceback for every array
+        raise OSError(errno.ENOSPC, "No space left on device")
     # Orbax does not take an array for the devices of one process of several.
     items = jax.tree.map(lambda array: np.asarray(array) if array.is_fully_addressable else array, items)
     if not jax.tree.leaves(items):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,11 @@ def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, mon
             with pytest.raises(SaveError, match="No space left"):
                 saved.check()
         saved.check()
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+            saved.save(3, state)
+            with pytest.raises(SaveError, match="No space left"):
+                saved.finish(3)
         saved.save(4, state)
         saved.finish(4)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restore(directory, abstract)), states[2])
