@@ -21,11 +21,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from diffusion_jax import training
-from diffusion_jax.distributed.processes import barrier
 from diffusion_jax.runs import devices
-from diffusion_jax.training.checkpoint_writing import HostCopy
 from diffusion_jax.training.checkpoints import Checkpoints
 
 MEASURED = {
@@ -38,7 +37,7 @@ MEASURED = {
 
 def seconds(function) -> float:
     """The seconds of a call, which all processes begin together."""
-    barrier()
+    multihost_utils.sync_global_devices("benchmark")
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -55,7 +54,8 @@ def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
     state = jax.tree.map(random, abstract)
-    own = [chunk for leaf in jax.tree.leaves(state) for chunk in HostCopy(leaf).select(leaf)]
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    own = [shard.data for shard in shards if shard.replica_id == 0]
     memory = [np.array(chunk, copy=True) for chunk in own]
     found = {name: [] for name in MEASURED}
     with Checkpoints(directory, kept=1) as checkpoints:
@@ -70,7 +70,7 @@ def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -
                 found[name].append(seconds(function))
     megabytes = sum(chunk.nbytes for chunk in own) / 1e6
     print(json.dumps({name: values[1:] for name, values in found.items()} | {"megabytes": megabytes}), flush=True)
-    barrier()
+    multihost_utils.sync_global_devices("benchmark")
 
 
 def run(options: argparse.Namespace, num_processes: int) -> dict[str, float]:

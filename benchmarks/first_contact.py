@@ -37,8 +37,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, training
 from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
-from diffusion_jax.distributed.launch import join_processes
-from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, is_multiprocess, log
+from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, is_multiprocess, join_processes, log
 from diffusion_jax.distributed.termination import exit_now
 from diffusion_jax.runs.devices import silence_libraries
 from diffusion_jax.runs.trained_model import set_params
@@ -241,7 +240,7 @@ def run_checks(checks: Any, names: Sequence[str]) -> Iterator[tuple[bool, str]]:
                 raise
             lines = str(error).strip().splitlines() or [""]
             passed, word, text = False, "FAILED", f"{type(error).__name__}: {lines[0]}"
-        if not all_processes_agree(passed):
+        if not all(gather(bool(passed))):
             passed, word = False, "FAILED"
         yield passed, f"{word:8}{name:16}{text} ({time.perf_counter() - start:.0f} s)"
 
@@ -282,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
             log(line)
             results.append(passed)
         timer.cancel()
-        all_processes_agree(True)  # the directory of process 0 is removed when no other reads it
+        gather(True)  # the directory of process 0 is removed when no other reads it
     log("all checks passed" if all(results) else "at least one check failed")
     return 0 if all(results) else 1
 

@@ -27,12 +27,11 @@ from ml_collections import ConfigDict
 from diffusion_jax import config as configs
 from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
-from diffusion_jax.distributed.file_lock import LockHeldError
-from diffusion_jax.distributed.launch import join_processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
 from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
+from diffusion_jax.storage.locks import LockHeldError
 
 __all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
 
@@ -114,9 +113,17 @@ def make_parser() -> argparse.ArgumentParser:
         default="",
         help="settings that the weights do not contain: a preset, OpenAI's flags, or JSON",
     )
-    add("--coordinator_address", metavar="HOST:PORT", help="address of process 0, the same for all processes")
-    add("--num_processes", type=_integer(1), metavar="N", help="number of processes of the run")
-    add("--process_id", type=_integer(0), metavar="I", help="number of this process, from 0")
+    address, count, index = (
+        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    )
+    add(
+        "--coordinator_address",
+        default=address,
+        metavar="HOST:PORT",
+        help="address of process 0, the same for all processes",
+    )
+    add("--num_processes", default=count, type=_integer(1), metavar="N", help="number of processes of the run")
+    add("--process_id", default=index, type=_integer(0), metavar="I", help="number of this process, from 0")
     add("--join_timeout", type=_integer(1), metavar="SECONDS", default=300, help="how long to wait for the others")
     add("--verbose", action="store_true", help="also print the options given to the compiler")
     return parser
@@ -172,7 +179,7 @@ def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
             raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
         check_workdir(workdir)
         return path
-    from diffusion_jax.storage.workdirs import mirror_workdir
+    from diffusion_jax.storage.locations import mirror_workdir
 
     reads = mode == "status"
     return mirror_workdir(workdir.rstrip("/"), with_samples=not reads, read_only=reads)
@@ -207,7 +214,7 @@ def _config_with_weights(
     config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
-    if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
+    if workdir is not None and any(workdir.glob("checkpoints/*/digests.json")):
         stored = _stored_config(workdir)
         if stored is None or stored.init_from != weights:
             raise UserError(
@@ -268,7 +275,7 @@ def run(command: Command) -> None:
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
         flags = command.flags
-        join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
+        processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
         devices.start(flags.verbose)
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
@@ -282,7 +289,7 @@ def run(command: Command) -> None:
             for function in functions:
                 function(command.config, command.workdir)
             _write_report(command.config, command.workdir)
-            processes.barrier()
+            processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
 
 
 def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -1,28 +1,22 @@
-"""Reactions to SIGTERM and Ctrl-C."""
+"""Reactions to SIGTERM and Ctrl-C, in a thread: the main thread may compile, or wait for a device, for minutes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from types import FrameType
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.distributed.processes import abort_process, is_multiprocess
+from diffusion_jax.distributed.processes import abort_process, gather, is_multiprocess
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PREEMPTED, exit_now
 
 __all__ = ["Preemption", "StoppedBySignal", "exit_on_signals", "rerun_hint"]
-
-Handler = Callable[[int, FrameType | None], None]
 
 _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
 
@@ -46,25 +40,20 @@ def rerun_hint() -> str:
 
 
 @contextlib.contextmanager
-def exit_on_signals(
-    resume_hint: Callable[[], str] = rerun_hint, only_interrupts: bool = False, grace: float = 5.0
-) -> Iterator[None]:
-    """Makes SIGTERM and Ctrl-C end the process, for work that has no state to save or saves its results one by one.
+def exit_on_signals(resume_hint: Callable[[], str] = rerun_hint, only_interrupts: bool = False) -> Iterator[None]:
+    """Makes SIGTERM and Ctrl-C end the process at once, for work that has no state to save or saves its results one by one.
 
-    The process ends at once, or after `grace` seconds if the main thread is inside a compiler. The handler does not raise: it
-    may run in a callback that discards exceptions, and a regular exit unloads libraries while the devices still compute.
     Result files are written completely or not at all, and locks end with the process.
 
     resume_hint: returns the end of the message, how to resume. only_interrupts: leaves SIGTERM to JAX's
     preemption service, as processes that train together must: `Preemption` asks the service.
     """
 
-    def handler(number: int, _: FrameType | None) -> None:
+    def stop(number: signal.Signals) -> None:
         stopped = StoppedBySignal(number, f"; {resume_hint()}")
         (abort_process if is_multiprocess() else exit_now)(str(stopped), stopped.exit_code)
 
-    numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
-    with _install_handler(numbers, handler, resume_hint, grace):
+    with _handle_signals(only_interrupts, stop):
         yield
 
 
@@ -78,28 +67,24 @@ class Preemption:
     def __init__(self, resume_hint: Callable[[], str] = rerun_hint):
         """resume_hint: as for `exit_on_signals`."""
         self._resume_hint, self._num_calls = resume_hint, 0
-        self._number: int | None = None
+        self._number: signal.Signals | None = None
         self._interrupted = False
         self.has_abandoned = False  # whether a function of `call` may still be computing
 
-    @contextlib.contextmanager
-    def install_handler(self) -> Iterator[None]:
+    def install_handler(self) -> contextlib.AbstractContextManager[None]:
         """Handles the signals inside the context; a second Ctrl-C ends the process at once."""
+        return _handle_signals(is_multiprocess(), self._handle)
 
-        def handler(number: int, _: FrameType | None) -> None:
-            if number == signal.SIGINT and not self._interrupted:
-                self._interrupted = True
-                # Not `print`, which this signal may have interrupted.
-                os.write(
-                    1, b"\nCtrl-C: saving after the steps in progress, two at most. Press it again to stop at once.\n"
-                )
-                if is_multiprocess():
-                    os.kill(os.getpid(), signal.SIGTERM)
-            self._number = self._number or number
-
-        numbers = (signal.SIGINT,) if is_multiprocess() else (signal.SIGINT, signal.SIGTERM)
-        with _install_handler(numbers, handler, self._resume_hint, None):
-            yield
+    def _handle(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            exit_now(f"stopped at once by a second Ctrl-C; {self._resume_hint()}", EXIT_INTERRUPTED)
+        if number == signal.SIGINT:
+            self._interrupted = True
+            # Not `print`, which the main thread may hold.
+            os.write(1, b"\nCtrl-C: saving after the steps in progress, two at most. Press it again to stop at once.\n")
+            if is_multiprocess():
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._number = self._number or number
 
     def requested(self) -> bool:
         """True in the same call on every process."""
@@ -111,57 +96,50 @@ class Preemption:
     def call(self, function: Callable[[], Any]) -> tuple[bool, Any]:
         """Calls `function` in another thread, and does not wait for it any longer once a signal has arrived.
 
-        For work of minutes that a later launch can repeat, such as a picture: no Python code runs in the main thread while
-        that compiles or waits for a device. Processes that work together wait for the function, because all take part in it.
+        For work of minutes that a later launch can repeat, such as a picture. Processes that work together wait for the
+        function, because all take part in it.
         Returns: (True, the result), or (False, None) if the function was abandoned. Raises: what `function` raises.
         """
-        if is_multiprocess() or threading.current_thread() is not threading.main_thread():
+        if is_multiprocess():
             return True, function()
-        result: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
         if self._number is None:
-            threading.Thread(target=run, daemon=True, name="interruptible").start()
-        while self._number is None:
-            if wait([result], timeout=0.1).done:
-                return True, result.result()
+            pool = ThreadPoolExecutor(1)
+            result = pool.submit(function)
+            pool.shutdown(wait=False)
+            while self._number is None:
+                if wait([result], timeout=0.1).done:
+                    return True, result.result()
         self.has_abandoned = True
         return False, None
 
     def stop_exception(self, step: int) -> StoppedBySignal:
         """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""
         number = self._number or signal.SIGTERM
-        if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
+        if signal.SIGINT in gather(int(number)):
             number = signal.SIGINT
         detail = f" at step {step}, which is saved; rerun the same command to resume from it"
         return StoppedBySignal(number, detail, self.has_abandoned)
 
 
 @contextlib.contextmanager
-def _install_handler(
-    numbers: tuple[signal.Signals, ...], handler: Handler, resume_hint: Callable[[], str], grace: float | None
-) -> Iterator[None]:
-    """Calls `handler` in the main thread for each of the signals, and `_force_exit` in another thread.
-
-    Two threads are needed because Python calls handlers between two bytecode instructions, and the main thread may compile,
-    or wait for a device, for minutes. Outside the main thread this does nothing.
-    """
+def _handle_signals(only_interrupts: bool, handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Calls `handle` in a thread for each SIGINT, and unless `only_interrupts`, each SIGTERM; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    reader, writer = socket.socketpair()  # not a pipe, which `select` cannot wait for on Windows
+    numbers = (signal.SIGINT,) if only_interrupts else (signal.SIGINT, signal.SIGTERM)
+    reader, writer = socket.socketpair()  # not a pipe, to which Windows cannot write the signals
     writer.setblocking(False)
-    thread = threading.Thread(
-        target=_force_exit, args=(reader, numbers, resume_hint, grace), daemon=True, name="signals"
-    )
+
+    def watch() -> None:
+        while received := reader.recv(1):
+            if received[0] in numbers:
+                handle(signal.Signals(received[0]))
+
+    thread = threading.Thread(target=watch, daemon=True, name="signals")
     thread.start()
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield
     finally:
@@ -171,29 +149,3 @@ def _install_handler(
         writer.close()
         thread.join()
         reader.close()
-
-
-def _force_exit(
-    reader: socket.socket, numbers: tuple[signal.Signals, ...], resume_hint: Callable[[], str], grace: float | None
-) -> None:
-    """Ends the process at a second Ctrl-C, and `grace` seconds (None for never) after the first signal.
-
-    reader: receives the number of each signal as one byte, and is closed when the handler is removed.
-    """
-    first: int | None = None
-    deadline: float | None = None
-    num_interrupts = 0
-    while select.select([reader], [], [], deadline and max(0.0, deadline - time.monotonic()))[0]:
-        received = reader.recv(1)
-        if not received:
-            return
-        if received[0] not in numbers:
-            continue
-        num_interrupts += received[0] == signal.SIGINT
-        if num_interrupts == 2:
-            exit_now(f"stopped at once by a second Ctrl-C; {resume_hint()}", EXIT_INTERRUPTED)
-        if grace is not None and first is None:
-            first, deadline = received[0], time.monotonic() + grace
-    assert first is not None
-    stopped = StoppedBySignal(first, f"; {resume_hint()}")
-    exit_now(str(stopped), stopped.exit_code)

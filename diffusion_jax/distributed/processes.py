@@ -1,37 +1,93 @@
-"""Several processes that work together: agreement between them, and the loss of one of them."""
+"""Several processes that work together by `jax.distributed`: start, agreement, and the loss of one of them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import time
+import os
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.distributed import termination
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_now
+from diffusion_jax.errors import UserError
 from diffusion_jax.storage.locations import with_urls
 
 __all__ = [
     "abort_process",
-    "all_processes_agree",
     "barrier",
     "broadcast_from_process_0",
+    "gather",
     "is_multiprocess",
     "is_peer_failure",
+    "join_processes",
     "log",
 ]
 
 T = TypeVar("T")
 
 _ABORT_DELAY = 5.0  # seconds
+_BARRIER_TIMEOUT = 3600  # seconds
+_HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
+
+
+def join_processes(address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+    """Joins the other processes of the run; must be called before anything uses a device.
+
+    Without the first three arguments, JAX itself detects the processes of srun and of TPU pods; anything else is a single
+    process, and nothing is done.
+
+    address: HOST:PORT of process 0. timeout: seconds to wait for the others, after which the program ends. Raises: UserError.
+    """
+    arguments = (address, num_processes, process_id)
+    has_address = any(value is not None for value in arguments)
+    if has_address and (None in arguments or ":" not in str(address)):
+        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id must be given together")
+    is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets it in each of its tasks
+    if not (has_address or is_slurm or importlib.util.find_spec("libtpu")):
+        return
+    name = f"process {process_id if has_address else os.environ.get('SLURM_PROCID', '')}"
+    message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
+    timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))  # JAX's own timeout aborts with a stack trace
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            *arguments,
+            cluster_detection_method="deactivate" if has_address else None,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=2 * _HEARTBEAT_TIMEOUT,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        exit_now(f"{name} cannot connect to the others: {error}", EXIT_PEER_LOST)
+    except (ValueError, RuntimeError) as error:
+        if has_address or is_slurm:
+            raise UserError(f"cannot connect to the other processes: {error}") from None
+        # Otherwise libtpu is installed, but this machine is a single TPU host or has no TPU.
+    finally:
+        timer.cancel()
 
 
 def is_multiprocess() -> bool:
     """Whether this process works together with others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order, on every process. They are passed as JSON."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def broadcast_from_process_0(function: Callable[[], T]) -> T:
@@ -47,12 +103,7 @@ def broadcast_from_process_0(function: Callable[[], T]) -> T:
             result = {"value": function()}
         except Exception as raised:
             error, result = raised, {"error": str(raised)}
-    text = json.dumps(result).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(length, np.uint8)
-    if jax.process_index() == 0:
-        padded[:] = np.frombuffer(text, np.uint8)
-    result = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    result = gather(result)[0]
     if error:
         raise error
     if "error" in result:
@@ -66,15 +117,12 @@ def log(text: str) -> None:
         print(with_urls(text), flush=True)
 
 
-def all_processes_agree(value: bool) -> bool:
-    """Whether `value` is true on every process."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
-
-
-def barrier() -> None:
-    """Waits for all processes: the last files of process 0 may take longer than JAX's own barrier at exit allows."""
+def barrier(name: str) -> None:
+    """Waits for all processes, without their devices; `name` must be unique in a launch."""
     if is_multiprocess():
-        multihost_utils.sync_global_devices("the end")
+        from orbax.checkpoint import multihost  # slow to import
+
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _BARRIER_TIMEOUT)
 
 
 def is_peer_failure(error: BaseException) -> bool:
@@ -94,7 +142,4 @@ def abort_process(message: str, exit_code: int) -> None:
 
     The end of process 0 aborts the others, so it first gives them time to write their own line.
     """
-    termination.write_last_line(message)
-    if jax.process_index() == 0:
-        time.sleep(_ABORT_DELAY)
-    termination.exit_without_cleanup(exit_code)
+    exit_now(message, exit_code, delay=0 if jax.process_index() else _ABORT_DELAY)

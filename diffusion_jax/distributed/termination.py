@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 from diffusion_jax.storage.locations import with_urls
@@ -32,24 +33,19 @@ _EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: what shells re
 _LAST_LINE = threading.Lock()  # acquired by the writer of the last line and never released
 
 
-def exit_now(message: str, exit_code: int) -> None:
-    """Ends the process from any thread or signal handler with one line; nothing is cleaned up, as after SIGKILL."""
-    write_last_line(message)
-    exit_without_cleanup(exit_code)
+def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
+    """Ends the process and its data workers from any thread with one line; nothing is cleaned up, as after SIGKILL.
 
-
-def write_last_line(message: str) -> None:
-    """Writes the line with `os.write`, because a signal may have interrupted `print`; only the first call writes."""
-    if _LAST_LINE.acquire(blocking=False):
+    If several threads call this, only the first writes its line. delay: seconds between the line and the end.
+    """
+    if message and _LAST_LINE.acquire(blocking=False):
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
+        # Not `print`, which another thread may be in.
         os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
-
-
-def exit_without_cleanup(exit_code: int) -> None:
-    """Ends the process and its data workers, which would otherwise wait for it."""
+    time.sleep(delay)
     with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():
+        for child in multiprocessing.active_children():  # they would wait for this process
             child.kill()
     os._exit(exit_code)
 
@@ -81,5 +77,5 @@ def exit_if_output_is_closed() -> Iterator[None]:
         try:
             print(flush=True)  # fails, too, unless another pipe broke
         except BrokenPipeError:
-            exit_without_cleanup(_EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
+            exit_now("", _EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
         raise

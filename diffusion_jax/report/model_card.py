@@ -14,7 +14,7 @@ from diffusion_jax.pretrained import Description, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
 from diffusion_jax.report.page import examples_of, format_value
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]

@@ -36,7 +36,8 @@ class ChunkStore:
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
         broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-        _LOCKS.enter_context(locked(directory / ".lock", "is already running this command"))
+        self._lock = _LOCKS.enter_context(contextlib.ExitStack())
+        self._lock.enter_context(locked(directory / ".lock", "is already running this command"))
         self.finished = set(broadcast_from_process_0(self._numbers))
 
     def _numbers(self) -> list[int]:
@@ -54,6 +55,7 @@ class ChunkStore:
 
     def delete(self) -> None:
         """Deletes all chunks; call it when the result files are written."""
+        self._lock.close()
         for path in self._directory.iterdir():
             path.unlink()
         self._directory.rmdir()

@@ -15,7 +15,7 @@ from diffusion_jax.config import is_classifier
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError
 from diffusion_jax.runs.console import progress_over
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.from_config import condition_shape, stored_normalizations
 
 __all__ = ["check_source", "normalize", "rename_leaves_in_errors", "run_normalizations"]

@@ -27,8 +27,7 @@ from diffusion_jax.runs.trackers import TRACKERS, Trackers
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.storage.mirror import EVENTS
+from diffusion_jax.storage.locations import EVENTS, find_mirror
 
 __all__ = ["RunMetrics", "check_writers", "read_metrics", "tensorboard_tag"]
 

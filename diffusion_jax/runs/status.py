@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from diffusion_jax.runs.console import format_duration
 from diffusion_jax.runs.goodput import Goodput, read_goodput, read_launches
 from diffusion_jax.runs.metrics_files import read_metrics
-from diffusion_jax.storage.locations import with_urls
+from diffusion_jax.storage.locations import committed_steps, with_urls
 from diffusion_jax.storage.locks import find_holder
-from diffusion_jax.training.digests import committed_steps
 
 __all__ = ["describe", "report", "run", "sparkline"]
 

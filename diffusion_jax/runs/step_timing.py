@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -94,8 +95,10 @@ class TraceProfile:
 
     def check_request(self) -> None:
         """Traces the next calls if there is a file PROFILE in the directory, which is removed."""
-        if self._directory and not self._calls_left and locations.take(self._directory / "PROFILE"):
-            self._calls_before = 0
+        if self._directory and not self._calls_left:
+            with contextlib.suppress(OSError):
+                (self._directory / "PROFILE").unlink()
+                self._calls_before = 0
 
     def annotate(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """The context of one call."""

@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
-from diffusion_jax.distributed.messages import call_on_process_0
 from diffusion_jax.distributed.preemption import Preemption
-from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.processes import barrier, broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import recipe_checks
@@ -196,7 +195,7 @@ def _train(
         with log_compilation("the train step"), launch.measure("compile"):
             compiled.get(count, state, batch)
             # Gloo ends processes that begin their first step more than 30 s apart, as slow compilations can be.
-            call_on_process_0("compiled", lambda _: None, "")
+            barrier("compiled")
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
         for context in (loader, watchdog, profile):

@@ -18,7 +18,7 @@ from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps
 
 __all__ = [
     "check_data",

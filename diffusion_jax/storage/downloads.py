@@ -8,16 +8,11 @@ import json
 import os
 import pathlib
 import shutil
-import time
-from collections.abc import Iterator
 
-from diffusion_jax.distributed.file_lock import try_lock
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import user_cache, write_text
-from diffusion_jax.storage.locations import add_url, find_mirror
-from diffusion_jax.storage.mirror import is_safe
+from diffusion_jax.storage.locations import add_url, find_mirror, is_safe, mirror_workdir
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 
 __all__ = ["local_path"]
 
@@ -40,35 +35,37 @@ def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
         raise StorageError(f"{text} is a whole bucket; name a folder or a file in it")
     store = open_store(parent)
     if store.find(f"{name}/config.json"):
-        return _mirror(f"{parent}/{name}")
+        if text not in _WORKDIRS:
+            _WORKDIRS[text] = mirror_workdir(f"{parent}/{name}", read_only=True)
+        elif mirror := find_mirror(_WORKDIRS[text]):
+            mirror.refresh()
+        return _WORKDIRS[text]
     info = store.find(name)
     found = {name: info} if info else store.list(f"{name}/{below}")
     return _download(store, name, below, {key: info for key, info in found.items() if is_safe(key) and key[-1] != "/"})
 
 
-def _mirror(url: str) -> pathlib.Path:
-    if url not in _WORKDIRS:
-        _WORKDIRS[url] = mirror_workdir(url, read_only=True)
-    else:
-        mirror = find_mirror(_WORKDIRS[url])
-        assert mirror
-        mirror.refresh()
-    return _WORKDIRS[url]
-
-
 def _download(store: ObjectStore, name: str, below: str, found: dict[str, ObjectInfo]) -> pathlib.Path:
     """Downloads what has changed into the user's cache, and removes what has been deleted in the bucket."""
+    import filelock  # not installed with the core
+
     root = user_cache() / "downloads" / hashlib.sha256(f"{store.url}/{name}".encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
     add_url(root, store.url)
-    with _waiting_for(root / ".lock"):
-        tags = _read_json(root / ".tags")
+    with filelock.FileLock(root / ".lock"):  # waits for other processes of this machine
+        tags: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            tags = json.loads((root / ".tags").read_text())
         for key in [key for key in tags if key.startswith(f"{name}/{below}") and key not in found]:
             (root / key).unlink(missing_ok=True)
             del tags[key]
         missing = [key for key, info in found.items() if tags.get(key) != info.tag or not (root / key).is_file()]
-        size = sum(found[key].size for key in missing)
-        _check_space(f"{store.url}/{name}", root, size)
+        size, free = sum(found[key].size for key in missing), shutil.disk_usage(root).free
+        if size > free:
+            raise UserError(
+                f"{store.url}/{name} has {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to "
+                "a directory of a larger disk, or mount the bucket"
+            )
         if missing:
             print(f"Downloading {store.url}/{name}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
         for start in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption the finished ones are not repeated
@@ -79,27 +76,3 @@ def _download(store: ObjectStore, name: str, below: str, found: dict[str, Object
             tags |= {key: found[key].tag for key in names}
             write_text(root / ".tags", json.dumps(tags))
     return root / name
-
-
-def _read_json(path: pathlib.Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}
-
-
-def _check_space(url: str, root: pathlib.Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{url} has {needed / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory "
-            "of a larger disk, or mount the bucket"
-        )
-
-
-@contextlib.contextmanager
-def _waiting_for(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock on a file, for which other processes of this machine wait."""
-    while (lock := try_lock(path)) is None:
-        time.sleep(0.5)
-    with lock:
-        yield

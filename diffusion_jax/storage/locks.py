@@ -1,39 +1,226 @@
-"""The lock on a work directory: on a local file, or, in a bucket, a lease."""
+"""The lock on a work directory, for one launch at a time: on a local file, or, in a bucket, a lease.
+
+The holder of a lease renews an object; another launch takes it over once it has not been renewed for the time of the lease.
+Every change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are
+never compared.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import pathlib
-from collections.abc import Iterator
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 
-from diffusion_jax.distributed import file_lock
-from diffusion_jax.storage import lease
+import filelock
+
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.storage.locations import find_mirror
+from diffusion_jax.storage.objects import ObjectStore
 
-__all__ = ["find_holder", "locked"]
+__all__ = ["Lease", "LockHeldError", "find_holder", "locked"]
+
+_WAIT_SECONDS = 30.0  # for a lock that another launch holds, and how long a lease is valid without a renewal
+_RENEW_SECONDS = 10.0
+_COUNTDOWN_SECONDS = 10.0
+
+
+class LockHeldError(OSError):
+    """Another launch holds the lock; the message names it in one line."""
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
     """Holds an exclusive lock on `path` for all processes of this launch; in a mirror, the lease of its object.
 
+    Process 0 holds the lock, and waits half a minute for the one of another launch, which may be about to end.
     activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
-    Raises: LockHeldError if another launch holds it, OSError.
+    Raises: LockHeldError if another launch holds the lock, OSError.
     """
     mirror = find_mirror(path)
-    if mirror is None:
-        with file_lock.locked(path, activity):
-            yield
-        return
-    with lease.leased(mirror.store, mirror.name_of(path), activity) as held:
-        mirror.refresh()  # another launch may have written until now
-        mirror.before_commit = held.check
+    lease = Lease(mirror.store, mirror.name_of(path)) if mirror else None
+    with contextlib.ExitStack() as held:
+        if lease:
+            held.callback(lease.release)
+        holder = broadcast_from_process_0(lease.acquire if lease else lambda: _lock_file(path, held))
+        if holder:
+            raise LockHeldError(
+                f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
+            )
+        if mirror and lease:
+            mirror.refresh()  # another launch may have written until now
+            mirror.before_commit = lease.check
         yield
-        held.check()
-        mirror.store.delete_old_probes(mirror.name_of(path))
+        if lease:
+            lease.check()
 
 
 def find_holder(path: pathlib.Path) -> str | None:
-    """The process that holds the lock on a path, such as "process 1 of HOST"; None if none does. Changes nothing."""
+    """The process that holds the lock on a path, such as "process 1 of HOST"; None if none does. Changes nothing.
+
+    Of a lease, also when it was last renewed, in local time: a killed process is named until another takes its lease over.
+    """
     mirror = find_mirror(path)
-    return lease.find_holder(mirror.store, mirror.name_of(path)) if mirror else file_lock.find_holder(path)
+    if mirror:
+        return Lease(mirror.store, mirror.name_of(path)).find_holder()
+    if not path.exists():
+        return None
+    try:
+        with _file_lock(path).acquire(blocking=False):
+            return None
+    except filelock.Timeout:
+        return _read_holder(path)
+    except (OSError, NotImplementedError):  # it cannot be written, or without locks
+        return None
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} of {socket.gethostname()}"
+
+
+def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
+    """Asks `is_free` for half a minute until it is true. Returns: whether it was."""
+    start = shown = time.monotonic()
+    print(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.", flush=True)
+    while (now := time.monotonic()) - start < _WAIT_SECONDS:
+        if now - shown > _COUNTDOWN_SECONDS:
+            shown = now
+            print(f"Note: {_WAIT_SECONDS - (now - start):.0f} s left.", flush=True)
+        if is_free():
+            return True
+        time.sleep(min(1.0, _WAIT_SECONDS / 30))
+    return False
+
+
+def _file_lock(path: pathlib.Path) -> filelock.BaseFileLock:
+    """The lock on a file. A process that holds it may take it again, as a lease of the system would allow."""
+    return filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
+
+
+def _read_holder(path: pathlib.Path) -> str:
+    return path.read_text().strip() or "another process"
+
+
+def _lock_file(path: pathlib.Path, held: contextlib.ExitStack) -> str | None:
+    """Locks a file until `held` is closed. Returns: the process that holds the lock, None if it is this one."""
+
+    def is_free() -> bool:
+        with contextlib.suppress(filelock.Timeout):
+            held.enter_context(_file_lock(path).acquire(blocking=False))
+            return True
+        return False
+
+    try:
+        if not is_free() and not _wait(is_free, _read_holder(path), str(path)):
+            return _read_holder(path)
+    except (OSError, NotImplementedError) as error:  # a mounted bucket, or NFS without a lock daemon
+        print(f"Note: {path.parent} does not support locks ({error}): a second launch is not refused.", flush=True)
+        return None
+    path.write_text(_this_process())
+    return None
+
+
+class Lease:
+    """A lease on the object `name`. Its holder renews it in a thread; the contents of a free lease name no holder."""
+
+    def __init__(self, store: ObjectStore, name: str):
+        self._store, self._name, self._url = store, name, f"{store.url}/{name}"
+        self._token = secrets.token_hex(16)
+        self._count = 0  # of written versions, so that no two have the same contents
+        self._tag: str | None = None  # of the version that this process wrote; None if it holds no lease
+        self._lost: str | None = None  # the message, once another launch holds the lease
+        self._mutex, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_end, name="lease", daemon=True)
+
+    def find_holder(self) -> str | None:
+        """The process that holds the lease, and when it was last renewed; None if none does. Raises: OSError."""
+        holder, info = self._read()[0].get("holder"), self._store.find(self._name)
+        if holder is None or info is None:
+            return None
+        return holder + time.strftime(" (lease last renewed at %Y-%m-%d %H:%M:%S)", time.localtime(info.modified))
+
+    def acquire(self) -> str | None:
+        """Takes the lease, and renews it from then on. Returns: the process that holds it, None if it is this one.
+
+        Raises: StorageError if the service ignores the conditions of writes, OSError.
+        """
+        content, tag = self._read()
+        if "holder" in content:
+            _wait(lambda: "holder" not in self._read()[0], str(self.find_holder()), self._url)
+            content, new_tag = self._read()
+            if "holder" in content and new_tag != tag:  # it was renewed
+                return content["holder"]
+            tag = new_tag
+        self._tag = self._store.replace(self._name, self._next_content(), tag)
+        if self._tag is None:  # another launch was faster
+            return self._read()[0].get("holder", "another process")
+        self._store.check_conditions(self._name)
+        self._thread.start()
+        return None
+
+    def check(self) -> None:
+        """Renews the lease. Raises: LeaseLostError if another launch has taken it over, OSError if the store is out of reach.
+
+        Must be called before a write that makes others visible, on process 0; does nothing on other processes.
+        """
+        self._renew()
+        if self._lost:
+            raise LeaseLostError(self._lost)
+
+    def release(self) -> None:
+        """Stops renewing the lease and frees it, if it is still this process's."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(OSError):  # otherwise it ends by itself
+            self._renew(is_free=True)
+        self._tag = None
+
+    def _read(self) -> tuple[dict[str, str], str]:
+        """(contents, tag) of the lease; contents without "holder" if it is free, tag "" if there is no object."""
+        try:
+            data, tag = self._store.read_version(self._name)
+        except FileNotFoundError:
+            return {}, ""
+        try:
+            return dict(json.loads(data)), tag
+        except (ValueError, TypeError):
+            return {"holder": "another process"}, tag
+
+    def _next_content(self) -> bytes:
+        """Contents that no other version of the object has."""
+        self._count += 1
+        return json.dumps({"holder": _this_process(), "token": self._token, "count": self._count}).encode()
+
+    def _renew_until_end(self) -> None:
+        while not self._end.wait(_RENEW_SECONDS):
+            with contextlib.suppress(OSError):  # tried again: until another launch takes it over, it can be renewed
+                self._renew()
+            if self._lost:
+                print(f"Warning: {self._lost}", flush=True)
+                return
+
+    def _renew(self, is_free: bool = False) -> None:
+        """Replaces the object by a new version, or notes which process has taken it over."""
+        with self._mutex:
+            while self._tag:
+                content = b"{}" if is_free else self._next_content()
+                renewed = self._store.replace(self._name, content, self._tag)
+                if renewed:
+                    self._tag = renewed
+                    return
+                stored, tag = self._read()
+                if stored.get("token") == self._token:  # a renewal whose answer was lost
+                    self._tag = tag
+                    continue
+                self._tag = None
+                self._lost = (
+                    f"{stored.get('holder', 'another launch')} has taken over {self._store.url}, which this process did "
+                    "not renew in time: this launch must stop; let the other one go on, or end it and rerun this command"
+                )

@@ -6,12 +6,10 @@ A step's directory holds three items, so that sampling reads only the weights it
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-import math
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -21,22 +19,17 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion_jax.distributed.messages import call_on_process_0
-from diffusion_jax.distributed.processes import all_processes_agree, broadcast_from_process_0, is_peer_failure, log
-from diffusion_jax.errors import CheckpointError, LeaseLostError, SaveError
+from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, log
+from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.storage import locations
-from diffusion_jax.storage.locations import find_mirror
-from diffusion_jax.training import bucket_checkpoints, digests
-from diffusion_jax.training.checkpoint_writing import HostCopies, commit, own_options, write_part
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps, find_mirror
+from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.state import TrainState
 
 __all__ = ["Checkpoints", "committed_steps", "resume_hint"]
 
 _WEIGHTS = ("params", "ema_params")
 _ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
-_PARTIAL, _REMOVED, _UNREADABLE = ".partial", ".removed", ".unreadable"
-_LEFTOVERS = (f"*{_PARTIAL}", f"*{_REMOVED}", "*.orbax-checkpoint-tmp*")  # the last of earlier versions
 
 
 def resume_hint(directory: pathlib.Path) -> str:
@@ -69,7 +62,8 @@ def _leaf_types(tree: Any) -> dict[str, str]:
 class Checkpoints:
     """The checkpoints of one run: the newest `kept`, and all steps divisible by `keep_every` (0 for none).
 
-    With several processes, every process must make every call, and all get the same result.
+    With several processes, every process must make every call, and all get the same result. Each writes its arrays in the
+    background; the main threads agree when all are written, and then process 0 commits the step.
     """
 
     def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0, read_only: bool = False):
@@ -78,12 +72,9 @@ class Checkpoints:
         self._kept, self._keep_every = kept, keep_every
         if not read_only:
             broadcast_from_process_0(self._clean_up)
-        self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._saving: Future[None] | None = None  # None once it is known how the last save ended
-        self._lock = threading.Lock()
-        self._num_checks = 0
-        self._last_check: float = math.inf  # the number of the last check that does not report a failed save
+        self._saving: tuple[int, Future[dict[str, Any]]] | None = None  # the step that is not committed yet
+        self._num_checks = 0  # since it was saved
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -91,85 +82,64 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # another process may be lost, and the thread would wait for it
-        self._thread.shutdown()
-        if kind is None:  # otherwise the first error is more useful
+        if kind is None:
             self._wait()
+        elif jax.process_count() == 1:  # otherwise the others may not get here
+            with contextlib.suppress(Exception):  # the first error is more useful
+                self._wait()
+        self._thread.shutdown(wait=kind is None)
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, in increasing order."""
         return committed_steps(self._directory)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background. Raises: SaveError, also for an earlier save.
+        """Copies the state to the host and writes it in the background. Raises: SaveError for an earlier save.
 
-        It waits for an earlier save, and then for the copies alone. While they are written, the host holds them twice.
+        It waits for an earlier save, and then for the copies alone.
         """
         self._wait()
-        try:
-            copies = self._copies.copy(_items(state))
-        except Exception as error:  # jax raises many types when the memory is full
-            raise self._save_error(error) from error
-        self._saving = self._thread.submit(self._write, step, copies)
+        self._saving = step, self._thread.submit(self._write, step, checkpoint_files.copy_to_host(_items(state)))
+        self._num_checks = 0
 
-    def _write(self, step: int, copies: Mapping[str, Any]) -> None:
-        """Writes the part of this process and commits the step, in the background."""
-        metadata = {"digests": digests.NAME}  # distinguishes a step that lost its digests from one that never had any
+    def _write(self, step: int, copies: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the part of this process of a step, in the background. Returns: its "files", or an "error"."""
         try:
             part = self._part(step, jax.process_index())
-            report = {"files": write_part(part, copies, metadata)}
-            bucket_checkpoints.upload_part(part, report["files"], self._directory / str(step))
+            return {"files": checkpoint_files.write_part(part, copies, self._directory / str(step))}
         except Exception as error:  # Orbax and tensorstore raise many types for a full disk
-            report = {"error": _first_line(error)}
-        try:
-            call_on_process_0("save", functools.partial(self._commit, step), json.dumps(report))
-        except Exception:
-            self._agree_on_last_check()
-            raise
+            return {"error": _first_line(error)}
 
     def _part(self, step: int, process: int) -> pathlib.Path:
         """Where a process writes its part of a step."""
-        return self._directory / f"{step}{_PARTIAL}" / str(process)
+        return self._directory / f"{step}.partial" / str(process)
 
-    def _commit(self, step: int, reports: list[str]) -> None:
+    def _commit(self, step: int, reports: list[dict[str, Any]]) -> None:
         """Makes the step exist and removes old ones. Raises: OSError, also if a process could not write its part."""
-        tables = []
         try:
-            for process, report in enumerate(map(json.loads, reports)):
+            for process, report in enumerate(reports):
                 if "error" in report:
-                    bucket_checkpoints.check_lease(self._directory)
+                    if mirror := find_mirror(self._directory):
+                        mirror.before_commit()  # raises if another launch has taken over the bucket
                     raise OSError(f"process {process}: {report['error']}" if len(reports) > 1 else report["error"])
-                tables.append(report["files"])
-            parts = [self._part(step, process) for process in range(len(tables))]
-            if find_mirror(self._directory):
-                bucket_checkpoints.commit(parts[0], tables, self._directory / str(step))
-            else:
-                commit(parts, tables, self._directory / str(step))
+            parts = [self._part(step, process) for process in range(len(reports))]
+            checkpoint_files.commit(parts, [report["files"] for report in reports], self._directory / str(step))
         finally:
-            shutil.rmtree(self._directory / f"{step}{_PARTIAL}", ignore_errors=True)
+            shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
         for old in self.steps()[: -self._kept]:
             if not self._keep_every or old % self._keep_every:
-                bucket_checkpoints.delete_step(self._directory / str(old))
-                # Removing takes long, and would leave a damaged step where it is interrupted.
-                shutil.rmtree(self._rename(self._directory / str(old), _REMOVED), ignore_errors=True)
-
-    def _agree_on_last_check(self) -> None:
-        """Makes every process report a failed save in the same call of `check`: none waits for another in a later step."""
-        with self._lock:  # the main thread waits in its next call, so the counts stay
-            try:
-                self._last_check = call_on_process_0(
-                    "checks", lambda counts: max(map(int, counts)), str(self._num_checks)
-                )
-            except Exception:  # a process is lost
-                self._last_check = self._num_checks
+                checkpoint_files.delete_step(self._directory / str(old))
 
     def check(self) -> None:
-        """Raises: SaveError if a save in the background has failed; does not wait for it."""
-        with self._lock:
-            self._num_checks += 1
-            has_failed = self._num_checks > self._last_check
-        if has_failed:
+        """Commits the last save if it is written, without waiting for it. Raises: SaveError if it has failed.
+
+        Several processes agree only at the first, second, fourth, eighth ... call after a save, because that takes time.
+        """
+        if self._saving is None:
+            return
+        self._num_checks += 1
+        is_written, is_due = self._saving[1].done(), self._num_checks & (self._num_checks - 1) == 0
+        if is_written if jax.process_count() == 1 else is_due and all(gather(is_written)):
             self._wait()
 
     def finish(self, step: int) -> None:
@@ -179,17 +149,14 @@ class Checkpoints:
             raise self._save_error(f"step {step} is missing")
 
     def _wait(self) -> None:
-        """Waits for the last save. Raises: SaveError, or what jax raises if another process is lost."""
+        """Waits for the last save and commits it. Raises: SaveError, LeaseLostError; JaxRuntimeError if a process is lost."""
         saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        step, reports = saving[0], gather(saving[1].result())
         try:
-            if saving is not None:
-                saving.result()
-        except Exception as error:
-            self._last_check = math.inf
-            if isinstance(error, LeaseLostError) or (
-                isinstance(error, jax.errors.JaxRuntimeError) and is_peer_failure(error)
-            ):
-                raise
+            broadcast_from_process_0(lambda: self._commit(step, reports))
+        except OSError as error:
             raise self._save_error(error) from error
 
     def _save_error(self, reason: BaseException | str) -> SaveError:
@@ -238,21 +205,16 @@ class Checkpoints:
         for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
             log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
         for step in reversed(broadcast_from_process_0(self.steps)):
-            abstract, items = abstract_of(step), None
+            abstract = abstract_of(step)
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
             if problem is None:
-                bucket_checkpoints.fetch_items(self._directory, step, abstract)
+                self._fetch(step, abstract)
                 self._check_leaves(step, abstract)
-                try:
-                    items = self._read(step, abstract)
-                except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-                    problem = _first_line(error)
-                if all_processes_agree(problem is None):
-                    assert items is not None
-                    self._set_aside(damaged)
-                    return step, items
+                items = self._read(step, abstract)
+                self._set_aside(damaged)
+                return step, items
             damaged.append(step)
-            log(f"The checkpoint of step {step} is damaged: {problem or 'another process cannot read it'}.")
+            log(f"The checkpoint of step {step} is damaged: {problem}.")
         if damaged:
             raise CheckpointError(
                 f"none of the checkpoints {damaged} in {self._directory} is intact; restore one from a copy, or use another "
@@ -261,12 +223,12 @@ class Checkpoints:
         return None
 
     def _find_corruption(self, step: int, items: Iterable[str]) -> str | None:
-        bucket_checkpoints.fetch_items(self._directory, step, items)
-        try:
-            return digests.find_corruption(self._directory / str(step), items)
-        except FileNotFoundError:
-            log(f"The checkpoint of step {step} has no digests, as those of earlier versions; it is used unchecked.")
-            return None
+        self._fetch(step, items)
+        return checkpoint_files.find_corruption(self._directory / str(step), items)
+
+    def _fetch(self, step: int, items: Iterable[str]) -> None:
+        for item in items:
+            locations.fetch(self._directory / str(step) / item)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
         """Raises: CheckpointError if the arrays have other names, types or shapes than `abstract`, which Orbax would cast.
@@ -274,11 +236,8 @@ class Checkpoints:
         The checkpoint is not set aside, because it is not damaged.
         """
         for name, tree in abstract.items():
-            try:
-                item = epath.Path(self._directory) / str(step) / name
-                metadata = ocp.StandardCheckpointHandler().metadata(item).tree
-            except Exception:  # a damaged file of a checkpoint without digests, which reading will report
-                continue
+            item = epath.Path(self._directory) / str(step) / name
+            metadata = ocp.StandardCheckpointHandler().metadata(item).tree
             saved, expected = _leaf_types(metadata), _leaf_types(tree)
             differing = [key for key in sorted(saved.keys() | expected.keys()) if saved.get(key) != expected.get(key)]
             if differing:
@@ -290,12 +249,12 @@ class Checkpoints:
                 )
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
+        options = checkpoint_files.own_options()  # a process that cannot read must not keep the others waiting
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         composite = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=own_options())
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
         )
-        # A process that cannot read must not keep the others waiting.
-        with ocp.Checkpointer(composite, multiprocessing_options=own_options()) as checkpointer:
+        with ocp.Checkpointer(composite, multiprocessing_options=options) as checkpointer:
             return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -304,35 +263,26 @@ class Checkpoints:
             if self._read_only:
                 log("It is left unchanged; the checkpoint before it is used.")
                 continue
-            path = broadcast_from_process_0(functools.partial(self._rename, self._directory / str(step), _UNREADABLE))
+            path = broadcast_from_process_0(functools.partial(self._mark_unreadable, str(step)))
             log(f"Renamed it to {path}; continuing from the checkpoint before it.")
 
-    @staticmethod
-    def _rename(path: pathlib.Path, suffix: str) -> str:
-        """Appends a suffix to the name of a step, which removes it from the steps. Returns: the new path."""
-        renamed = path.with_name(path.name + suffix)
+    def _mark_unreadable(self, name: str) -> str:
+        """Renames the directory of a step, which then is no step any more. Returns: the new path."""
+        path, renamed = self._directory / name, self._directory / f"{name}.unreadable"
         shutil.rmtree(renamed, ignore_errors=True)  # from an earlier launch
         path.rename(renamed)
-        if suffix == _UNREADABLE:
-            locations.moved(path, renamed)
+        locations.moved(path, renamed)
         return str(renamed)
 
     def _uncommitted(self) -> list[str]:
-        """Directories that are named like a step and not empty, but not committed."""
-        committed = set(self.steps())
-        paths = [path for path in self._directory.glob("*") if path.name.isdecimal() and path.is_dir()]
-        return [path.name for path in paths if int(path.name) not in committed and any(path.iterdir())]
+        """Directories that are named like a step, but not committed."""
+        committed = set(map(str, self.steps()))
+        return [path.name for path in self._directory.glob("*") if path.name.isdecimal() and path.name not in committed]
 
     def _clean_up(self) -> None:
         """Creates the directory, removes what an interrupted launch left, and sets aside steps that are not committed."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        for pattern in _LEFTOVERS:
-            for path in self._directory.glob(pattern):
-                shutil.rmtree(path)
+        checkpoint_files.remove_uncommitted(self._directory)
         for name in self._uncommitted():
-            log(f"The checkpoint of step {name} is damaged: {digests.COMMITTED} is missing.")
-            log(f"Renamed it to {self._rename(self._directory / name, _UNREADABLE)}.")
-        for path in self._directory.glob("*"):
-            if path.name.isdecimal() and path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        bucket_checkpoints.remove_uncommitted(self._directory)
+            log(f"The checkpoint of step {name} is damaged: {locations.MANIFEST} is missing.")
+            log(f"Renamed it to {self._mark_unreadable(name)}.")

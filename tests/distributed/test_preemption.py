@@ -1,5 +1,6 @@
 """Signals and the watchdog, without a run."""
 
+import os
 import signal
 import threading
 import time
@@ -8,7 +9,6 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.distributed import preemption, processes, watchdog
-from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
 from diffusion_jax.runs import devices, train
@@ -47,70 +47,33 @@ def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
     assert seen == [False, True]  # five times the duration of the first: 2.5 s
 
 
-COMPILING = f"""
+IN_A_CALL = f"""
 import functools, hashlib, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed.preemption import exit_on_signals
+from diffusion_jax.distributed.preemption import Preemption, exit_on_signals
 from diffusion_jax.training.checkpoints import resume_hint
 
-with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[2])), grace=float(sys.argv[1])):
+hint = functools.partial(resume_hint, pathlib.Path(sys.argv[2]))
+with exit_on_signals(hint) if sys.argv[1] == "1" else Preemption(hint).install_handler():
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
 """
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("grace", "numbers"), [(0.1, [signal.SIGINT]), (0.1, [signal.SIGTERM]), (999, [signal.SIGINT] * 2)]
-)
-def test_signal_ends_a_call_that_python_cannot_interrupt(tmp_path, grace, numbers):
-    """For example a compilation before the first step."""
-    process = start("-c", COMPILING, str(grace), str(tmp_path), program="-u")
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
+def test_signal_ends_a_call_that_python_cannot_interrupt(tmp_path, numbers):
+    """For example a compilation before the first step; during training, the second Ctrl-C does."""
+    process = start("-c", IN_A_CALL, str(len(numbers)), str(tmp_path), program="-u")
     assert process.stdout.readline() == "compiling\n"
-    time.sleep(1)  # the call has begun: before it, the first signal alone ends the process
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.3)  # signals that come together are one
-    code, _, err = finish(process)
+    code, out, err = finish(process)
     reason, exit_code = ENDINGS[numbers[0]]
     reason = reason if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
     assert code == exit_code and err == f"error: {reason}; nothing was saved yet\n"
-
-
-IN_A_CALLBACK = f"""
-import atexit, functools, gc, os, pathlib, sys, time
-from multiprocessing import shared_memory
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed.preemption import exit_on_signals
-from diffusion_jax.runs import devices
-from diffusion_jax.training.checkpoints import resume_hint
-
-devices.silence_libraries()
-of_data_workers = shared_memory.SharedMemory(create=True, size=64)
-
-
-def collecting(phase, info):
-    print("collecting", flush=True)
-    time.sleep(60)
-
-
-atexit.register(os.abort)  # as libraries do whose threads still compute
-with exit_on_signals(functools.partial(resume_hint, pathlib.Path(sys.argv[1])), grace=60):
-    gc.callbacks.append(collecting)
-    gc.collect()
-"""
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("number", ENDINGS)
-def test_signal_inside_a_callback_prints_one_line(tmp_path, number):
-    """Python discards exceptions in a callback of the garbage collector, and a regular exit can crash in a library."""
-    process = start("-c", IN_A_CALLBACK, str(tmp_path), program="-u")
-    assert process.stdout.readline() == "collecting\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    reason, exit_code = ENDINGS[number]
-    assert process.returncode == exit_code and err == f"error: {reason}; nothing was saved yet\n"
+    assert out.count("Press it again") == len(numbers) - 1
 
 
 @pytest.fixture
@@ -124,12 +87,17 @@ def restored_handlers():
 @pytest.mark.parametrize("number", ENDINGS)
 def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatch, capfd, restored_handlers):
     """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
-    monkeypatch.setattr(preemption, "exit_now", lambda message, code: messages.append((message, code)))
+    ended, messages = threading.Event(), []
+
+    def barrier(name):
+        os.kill(os.getpid(), number)
+        assert ended.wait(20)
+
+    monkeypatch.setattr(preemption, "exit_now", lambda message, code: (messages.append((message, code)), ended.set()))
     monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
     monkeypatch.setattr(devices, "start", lambda verbose: None)
     monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
-    monkeypatch.setattr(processes, "barrier", lambda: signal.getsignal(number)(number, None))
-    messages = []
+    monkeypatch.setattr(processes, "barrier", barrier)
     cli.main(["--config=digits", f"--workdir={tmp_path}"])
     signal.getsignal(number)(number, None)
     reason, exit_code = ENDINGS[number]
@@ -137,13 +105,6 @@ def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatc
     assert code == second_code == exit_code
     assert in_the_barrier == f"{reason}; {resume_hint(tmp_path)}"
     assert afterwards == f"error: {reason}; {preemption.rerun_hint()}\n"
-
-
-def test_first_ctrl_c_prints_its_advice_once(capfd):
-    with Preemption().install_handler():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            signal.getsignal(number)(number, None)
-    assert capfd.readouterr().out.count("Press it again") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.runs import train
-from diffusion_jax.training import digests
+from diffusion_jax.storage.locations import MANIFEST
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
@@ -35,8 +35,8 @@ def assert_complete(directory, is_split):
     """One step, whose table lists all files; a file of its own for each chunk if an array is split over processes."""
     assert [path.name for path in directory.iterdir()] == ["2"]
     files = {path.relative_to(directory / "2").as_posix() for path in (directory / "2").rglob("*") if path.is_file()}
-    table = json.loads((directory / "2" / digests.NAME).read_text())
-    assert set(table) == files - {digests.NAME}
+    table = json.loads((directory / "2" / MANIFEST).read_text())
+    assert set(table) == files - {MANIFEST}
     assert ("params/manifest.ocdbt" in files) is not is_split
     assert ("params/conv/0.0.0.1" in files) is is_split
 
@@ -55,21 +55,13 @@ def test_four_processes_restore_what_they_saved_on_any_mesh(saved_by_four):
 
 def test_two_processes_of_two_devices_restore_what_they_or_others_saved(saved_by_four, tmp_path):
     together("exchange", 2, 2, tmp_path, 4, 2, 1)
-    for fsdp, is_split in ((4, True), (2, False), (1, False)):
+    for fsdp, is_split in ((4, True), (2, True), (1, False)):
         assert_complete(tmp_path / str(fsdp), is_split)
     for directory in (tmp_path, saved_by_four):
         for count, num_devices in ((2, 2), (1, 4), (1, 1)):
             meshes = [fsdp for fsdp in (4, 1) if fsdp <= count * num_devices]
             found = together("restore", count, num_devices, directory, *meshes)
             assert found == [{"restored": ["1", "2", "4"]}] * count
-
-
-def test_checkpoints_that_several_processes_saved_with_earlier_versions_are_restored(tmp_path):
-    together("save_as_before", 2, 1, tmp_path, 2, 1)
-    for fsdp in (2, 1):
-        assert (tmp_path / str(fsdp) / "2" / "params" / "ocdbt.process_1").is_dir()
-    for count, num_devices, fsdp in ((2, 1, 2), (1, 4, 4), (1, 1, 1)):
-        assert together("restore", count, num_devices, tmp_path, fsdp) == [{"restored": ["1", "2"]}] * count
 
 
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
@@ -83,37 +75,35 @@ def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
 
 
 KILLED = f"""
-import os, pathlib, signal, sys
+import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
 from diffusion_jax.distributed import sharding
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_files
 
-write_part, write_digests = checkpoints.write_part, digests.write
+write_part, write_manifest = checkpoint_files.write_part, checkpoint_files.write_manifest
 victim, moment = "--process_id=1" in sys.argv, os.environ["MOMENT"]
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill_if(condition):
+    if condition:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def writing(directory, *arguments):
-    is_last = victim and directory.parent.name == "4.partial"
-    if is_last and moment == "before its files are written":
-        die()
-    table = write_part(directory, *arguments)
-    if is_last and moment == "after its files are written":
-        die()
+def write(part, *arguments):
+    is_last = victim and part.parent.name == "4.partial"
+    kill_if(is_last and moment == "before its files are written")
+    table = write_part(part, *arguments)
+    kill_if(is_last and moment == "after its files are written")
     return table
 
 
-def committing(directory, table):
-    if directory.parent.name == "4.partial" and moment == "in the commit":
-        die()
-    write_digests(directory, table)
+def commit(directory, table):
+    kill_if(directory.parent.name == "4.partial" and moment == "in the commit")
+    write_manifest(directory, table)
 
 
-checkpoints.write_part, digests.write = writing, committing
+checkpoint_files.write_part, checkpoint_files.write_manifest = write, commit
 sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
 cli.main()
 """

@@ -1,7 +1,6 @@
 """Meshes: the rule that splits a state, what its program sends, the same numbers on any mesh, and relaunches on another."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,18 +16,14 @@ from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
 
-def on_eight_devices(*arguments):
+@pytest.fixture(scope="module")
+def measured():
     """The measurements of helpers/eight_devices.py."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "helpers.eight_devices", *arguments]
+    command = [sys.executable, "-m", "helpers.eight_devices"]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout)
-
-
-@pytest.fixture(scope="module")
-def measured():
-    return on_eight_devices()
 
 
 def test_split_axis_is_the_longest_divisible_axis():
@@ -101,23 +96,6 @@ def test_checkpoint_resumes_on_another_mesh(measured):
         np.testing.assert_allclose(loss, measured["trajectories"]["losses"]["1x1"][1], rtol=1e-5, err_msg=mesh)
 
 
-@pytest.mark.slow
-def test_sharded_state_trains_other_losses_dtypes_and_networks():
-    """Two minutes. The hybrid loss with importance sampling, accumulation and remat; bfloat16; an upsampler."""
-    found = on_eight_devices("slow")
-    assert_sends_parameters_alone(found["labeled"])
-    for name, (whole, split) in found["variants"].items():
-        # bfloat16 has eight bits: kernels that are split otherwise round otherwise.
-        np.testing.assert_allclose(split, whole, rtol=2e-2 if name == "bfloat16" else 1e-4, err_msg=name)
-
-
-@pytest.mark.whole
-def test_sharded_state_gives_pictures_samples_and_likelihoods(measured):
-    assert measured["runs"]["pictures"] == ["step2_ema_ddpm2_seed0_n3.png", "train_step00000002.png"]
-    numbers = [leaf for leaf in jax.tree.leaves(measured["runs"]["bound"]) if isinstance(leaf, float)]
-    assert numbers and all(map(math.isfinite, numbers))
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -131,16 +109,3 @@ def test_make_mesh_refuses_sizes_other_than_the_number_of_devices(overrides, wor
     monkeypatch.setattr("jax.device_count", lambda: 8)
     with pytest.raises(ValueError, match=words):
         sharding.make_mesh(tiny_config(**overrides).mesh)
-
-
-@pytest.mark.whole
-def test_plan_prints_for_virtual_devices_and_writes_nothing(tmp_path):
-    small = ["channels=8", "num_groups=4", "channel_multipliers=(1,)", "num_res_blocks=1"]
-    command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / 'digits.py'}", "--mode=plan"]
-    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", *(f"--config.model.{leaf}" for leaf in small)]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
-    assert out.returncode == 0 and not list(tmp_path.iterdir()), out.stderr
-    assert "On 4 devices (data 2, fsdp 2), batch 64 (16 per device, in 1 microbatch" in out.stdout
-    assert all(word in out.stdout for word in ("parameters", "FLOP a step", "kept for the backward pass", "gradients"))
-    refused = subprocess.run([*command, "--config.training.batch_size=6"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "nearest: 4 or 8" in refused.stderr

@@ -16,10 +16,8 @@ import numpy as np
 
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
-from diffusion_jax.runs import sample, train
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import a_batch, tiny_config
-from helpers.program import evaluate
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
@@ -88,23 +86,6 @@ VARIANTS = {
 }
 
 
-def variants():
-    """{variant: the losses and gradient norms of three steps on (1, 1) and on (2, 4)}."""
-    out = {}
-    for name, overrides in VARIANTS.items():
-        out[name] = []
-        for mesh in ((1, 1), (2, 4)):
-            config = on(*mesh, **overrides)
-            with mock.patch("jax.device_count", lambda mesh=mesh: mesh[0] * mesh[1]):
-                built = training.build_program(config)
-            state, seen = built.init(), []
-            for i in range(3):
-                state, metrics = built.train_step(state, a_batch(config, i))
-                seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-            out[name].append(seen)
-    return out
-
-
 def collectives(built, config) -> dict:
     """What the devices send in a train step: kinds of collectives, bytes of the gathered and of the summed arrays."""
     compiled = built.train_step.lower(built.abstract_state, a_batch(config)).compile()
@@ -122,13 +103,6 @@ def collectives(built, config) -> dict:
     }
 
 
-def labeled_program():
-    """The collectives of a program with labels on a mesh of both axes, beside what its leaves say."""
-    config = tiny_config(**{"mesh.data": 2, "mesh.fsdp": 4, "model.channels": 128, "model.channel_multipliers": (1,)})
-    config.model.num_classes = 40  # an embedding large enough to be split
-    return leaves_and_collectives(config)
-
-
 def leaves_and_collectives(config) -> dict:
     """Bytes of the parameters, of those that are not split and of the largest, and `collectives`."""
     built = training.build_program(config)
@@ -138,18 +112,6 @@ def leaves_and_collectives(config) -> dict:
         "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
         "largest": max(leaf.size for leaf in params) * 4,
     } | collectives(built, config)
-
-
-def runs():
-    """Training with pictures, sampling and evaluation on a mesh of both axes: the names of the pictures, and the bound."""
-    config = on(2, 4, **{"training.num_steps": 2, "training.sample_every": 2, "evaluation.num_examples": 8})
-    config.evaluation.update(strata=1, batch_size=8)
-    with tempfile.TemporaryDirectory() as directory:
-        directory = pathlib.Path(directory)
-        for run in (train.run, sample.run, evaluate):
-            run(config, directory)
-        bound = json.loads((directory / "likelihood.json").read_text())
-        return {"pictures": sorted(path.name for path in directory.glob("samples/*.png")), "bound": bound}
 
 
 def program():
@@ -175,11 +137,7 @@ def _convolutions(remat: bool | tuple[int, ...]) -> int:
 if __name__ == "__main__":
     output = sys.stdout
     sys.stdout = sys.stderr  # what runs say
-    slow = sys.argv[1:] == ["slow"]
-    found = {"labeled": labeled_program()} if slow else {"program": program()}
+    found = {"program": program()}
     sharding.MIN_SPLIT_SIZE = 64  # the tiny network's leaves, too, are split from here on
-    if slow:
-        found |= {"variants": variants()}
-    else:
-        found |= {"trajectories": trajectories(), "relaunches": relaunches(), "runs": runs()}
+    found |= {"trajectories": trajectories(), "relaunches": relaunches()}
     print(json.dumps(found), file=output)

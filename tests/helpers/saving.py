@@ -14,12 +14,11 @@ from unittest import mock
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import SaveError
 from diffusion_jax.runs import devices
-from diffusion_jax.training import checkpoints, digests
+from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.state import TrainState
 
@@ -82,18 +81,6 @@ def restore(directory: pathlib.Path, *meshes: str) -> dict:
     return {"restored": [path.name for path in found]}
 
 
-def save_as_before(directory: pathlib.Path, *meshes: str) -> dict:
-    """Saves the second step of `exchange` as versions before 0.3 did: by Orbax's manager, with all processes together."""
-    for fsdp in map(int, meshes):
-        state = random_state(abstract_state(fsdp), seed=10 * fsdp + 2)
-        rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
-        items = {"params": state.params, "ema_params": state.ema_params, "rest": rest}
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        with ocp.CheckpointManager(directory / str(fsdp)) as manager:
-            manager.save(2, args=ocp.args.Composite(**saves))
-    return {}
-
-
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -110,14 +97,14 @@ def fail(directory: pathlib.Path) -> dict:
     with Checkpoints(directory) as saved:
         saved.save(1, state)
         saved.finish(1)
-        for step, broken in ((2, (1, checkpoints, "write_part")), (3, (0, digests, "write"))):
+        for step, broken in ((2, (1, checkpoint_files, "write_part")), (3, (0, checkpoint_files, "write_manifest"))):
             with full_disk(*broken):
                 saved.save(step, state)
                 try:
                     saved.finish(step)
                 except SaveError as error:
                     errors.append(str(error))
-        with full_disk(1, checkpoints, "write_part"):
+        with full_disk(1, checkpoint_files, "write_part"):
             saved.save(4, state)
             try:
                 while True:  # as the train loop does, at another speed on each process
@@ -137,5 +124,5 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(num_devices))
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
     devices.silence_libraries()
-    scenarios = {function.__name__: function for function in (exchange, restore, save_as_before, fail)}
+    scenarios = {function.__name__: function for function in (exchange, restore, fail)}
     print(json.dumps(scenarios[scenario](pathlib.Path(directory), *more)), flush=True)

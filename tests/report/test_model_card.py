@@ -22,7 +22,7 @@ def run(tmp_path):
     directory = tmp_path / "run"
     write_run(directory)
     (directory / "checkpoints" / "1000").mkdir()
-    (directory / "checkpoints" / "1000" / "_CHECKPOINT_METADATA").write_text("{}")
+    (directory / "checkpoints" / "1000" / "digests.json").write_text("{}")
     return directory, pretrained.describe(directory)
 
 

@@ -320,7 +320,7 @@ def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
     stored = tiny_config(init_from="weights.pt", init_flags="preset")
     workdir.write_config(stored, tmp_path)
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "checkpoints" / "2" / "digests.json").write_text("{}")
     flags = ["--pretrained=weights.pt", f"--workdir={tmp_path}"]
     for more in ([], ["--config=digits"]):
         parsed = cli.parse([*flags, *more]).config

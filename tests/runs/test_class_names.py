@@ -105,7 +105,7 @@ def test_all_corrupted_images_are_listed_in_one_error(pets):
 def test_class_names_are_stored_with_the_run_and_must_not_change(pets, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
-    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")  # without a checkpoint nothing is compared
+    (run / "checkpoints" / "1" / "digests.json").write_text("{}")  # without a checkpoint nothing is compared
     workdir.check_data(load(pets)[0], run)
     stored = json.loads((run / "data.json").read_text())
     assert stored["classes"] == ["birds", "cats", "dogs"]

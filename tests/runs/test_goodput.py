@@ -1,16 +1,11 @@
 """Goodput over launches, the status of a directory, and profiles on demand."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from diffusion_jax import cli
-from diffusion_jax.distributed.file_lock import find_holder, locked
 from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.runs import status, train
 from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
@@ -60,19 +55,6 @@ def test_sparkline():
     assert status.sparkline([0.0, 1.0, 3.0, 7.0]) == "▁▂▄█"
     assert status.sparkline([2.0, 2.0]) == "▁▁"
     assert len(status.sparkline(range(1000))) == 40
-
-
-def test_the_holder_of_a_lock(tmp_path):
-    path = tmp_path / ".lock"
-    assert find_holder(path) is None and not path.exists()
-    with locked(path, "is training"):
-        # The lock is of a process, so another one must look.
-        code = (
-            f"import pathlib; from {find_holder.__module__} import *; print(find_holder(pathlib.Path({str(path)!r})))"
-        )
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        assert found.strip() == f"process {os.getpid()} of {socket.gethostname()}"
-    assert find_holder(path) is None
 
 
 def test_the_status_of_a_run(tmp_path, capsys):

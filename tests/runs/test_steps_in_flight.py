@@ -19,7 +19,7 @@ from diffusion_jax.runs import console, preview, train
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.training_outputs import TrainingOutputs
-from diffusion_jax.training.digests import committed_steps
+from diffusion_jax.storage.locations import committed_steps
 from helpers.array_configs import array_config, write_arrays
 from helpers.paths import ROOT
 from helpers.work_directories import lines

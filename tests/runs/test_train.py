@@ -11,10 +11,11 @@ from PIL import Image
 
 from diffusion_jax import data, errors, training
 from diffusion_jax.config import flatten
-from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.runs import metrics_files, sample, train, workdir
 from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.workdir import config_from_weights
+from diffusion_jax.storage import locks
+from diffusion_jax.storage.locks import LockHeldError
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 
@@ -145,7 +146,7 @@ def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(
 HOLDER = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 file.write("process 1 of there")
 file.flush()
 print("held", flush=True)
@@ -154,8 +155,9 @@ time.sleep(60)
 
 
 @pytest.mark.whole
-def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
     """Another process holds the lock; killed, it holds it no longer."""
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 1.0)
     train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / ".lock").write_text("")
@@ -253,7 +255,7 @@ def test_other_images_are_refused(tmp_path):
     workdir.check_data(source(7), run)  # of a launch that saved nothing
     (run / "checkpoints" / "1").mkdir(parents=True)
     workdir.check_data(source(5), run)
-    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    (run / "checkpoints" / "1" / "digests.json").write_text("{}")
     for same in (source(5), source(5)):
         workdir.check_data(same, run)
     for other in (source(6), source(5, seed=1)):

@@ -6,7 +6,6 @@ from etils import epath
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import DataError
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.fruit_dataset import NAMES, LocalFruit
@@ -52,16 +51,6 @@ def test_a_folder_of_images(bucket_url, tmp_path, own_cache):
     assert sorted(source.read(range(6))["image"][:, 0, 0, 0]) == [0, 10, 20, 30, 40, 50]
 
 
-def test_arrays(bucket_url, tmp_path, own_cache):
-    values = np.random.default_rng(0).normal(size=(10, 16, 2)).astype(np.float32)
-    np.save(tmp_path / "train.npy", values)
-    copy_to_bucket(tmp_path, f"{bucket_url}/arrays")
-    leaves = {"dataset": "arrays", "image_size": (16,), "channels": 2, "levels": None, "random_flip": False}
-    for location in ("arrays", "arrays/train.npy"):
-        source = data.load(options(data_dir=f"{bucket_url}/{location}", **leaves))
-        np.testing.assert_array_equal(source.read(range(10))["x"], values)
-
-
 def test_a_tfds_directory(bucket_url, tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(BucketFruit, "folder", str(fruit(tmp_path / "images")))
     BucketFruit(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
@@ -70,14 +59,3 @@ def test_a_tfds_directory(bucket_url, tmp_path, own_cache, monkeypatch):
     source = data.load(options(dataset="bucket_fruit", data_dir=f"{bucket_url}/tfds"))
     assert len(source) == 6 and source.class_names == tuple(NAMES)
     assert not list((tmp_path / "cache").rglob("large.array_record"))
-
-
-def test_what_is_not_there_is_said(bucket_url, own_cache):
-    for dataset, expected in (
-        ("folder", "is not a folder"),
-        ("arrays", "no such file or folder"),
-        ("bucket_fruit", "is not in"),
-    ):
-        leaves = {"image_size": (16,), "levels": None, "random_flip": False} if dataset == "arrays" else {}
-        with pytest.raises(DataError, match=expected):
-            data.load(options(dataset=dataset, data_dir=f"{bucket_url}/nothing", **leaves))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.distributed.termination import EXIT_PREEMPTED
+from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 from helpers.configs import tiny_config
 from helpers.fault_proxy import MUTATING, FaultProxy
 from helpers.object_stores import variables
@@ -38,6 +38,17 @@ def config(**overrides):
     return tiny_config(**OVERRIDES | overrides)
 
 
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.storage import locks
+
+locks._RENEW_SECONDS, locks._WAIT_SECONDS = 1.0, 3.0  # instead of tens
+cli.main()
+"""
+
+
 def figure(text):
     print(f"\nFIGURE {text}", flush=True)
 
@@ -47,13 +58,15 @@ class Runs:
 
     def __init__(self, url, proxy, log):
         self.url, self.proxy, self._log = url, proxy, log
+        self._program = log.with_suffix(".py")
+        self._program.write_text(PROGRAM)
         self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.environment |= variables(url.partition(":")[0], proxy.address)
 
     def launch(self, **overrides):
         with self._log.open("a") as file:
             return subprocess.Popen(
-                [sys.executable, "main.py", *tiny_flags(self.url, **OVERRIDES | overrides)],
+                [sys.executable, str(self._program), *tiny_flags(self.url, **OVERRIDES | overrides)],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=file,
@@ -89,7 +102,7 @@ def assert_same(url, whole):
 
 
 def assert_nothing_leaked(url):
-    """Objects: two steps with the files that their manifests list, lines and pictures once, no lease."""
+    """Objects: two steps with the files that their manifests list, lines and pictures once, a free lease."""
     store = open_store(url)
     steps = collections.defaultdict(set)
     for name in store.list("checkpoints/"):
@@ -98,9 +111,10 @@ def assert_nothing_leaked(url):
     for step, names in steps.items():
         manifest = json.loads(store.read(f"checkpoints/{step}/digests.json"))
         assert manifest.keys() <= names
-        assert names - manifest.keys() <= {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+        assert names - manifest.keys() == {"digests.json"}
     others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
-    assert sorted(others) == ["config.json", "data.json", "goodput.json", "report.html"]
+    assert sorted(others) == [".lock", "config.json", "data.json", "goodput.json", "report.html"]
+    assert store.read(".lock") == b"{}"
 
 
 def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whole):
@@ -119,18 +133,6 @@ def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whol
     figure(
         f"15 SIGKILLs at object boundaries of {runs.url[:2]}://: {dict(kinds)}; equal to the bit, no object left over"
     )
-
-
-def test_run_resumes_bit_identically_after_kills_at_random_moments(runs, whole):
-    rng = random.Random(1)
-    for _ in range(5):
-        process = runs.launch()
-        time.sleep(rng.uniform(4, 20))
-        process.kill()
-        process.wait()
-    runs.to_the_end()
-    assert_same(runs.url, whole)
-    assert_nothing_leaked(runs.url)
 
 
 def test_network_faults_change_nothing(runs, whole):
@@ -185,10 +187,10 @@ def test_a_suspended_launch_that_was_replaced_writes_no_more_checkpoints(runs, w
         time.sleep(0.02)
     first.send_signal(signal.SIGSTOP)
     runs.to_the_end()
-    assert "to see whether it is alive" in runs.text()
+    assert "waiting 3 s" in runs.text()
     first.send_signal(signal.SIGCONT)
     assert first.wait(PATIENCE) == 2, runs.text()
-    assert "has taken over" in runs.text() or "was deleted" in runs.text()
+    assert "has taken over" in runs.text()
     store = open_store(runs.url)
     for name in store.list("checkpoints/"):  # objects without a manifest, until the next launch that trains
         if not store.find(f"checkpoints/{name.split('/')[1]}/digests.json"):

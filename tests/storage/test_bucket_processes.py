@@ -10,8 +10,8 @@ import pytest
 
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.runs import train
+from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 from helpers.program import TWO_DEVICES, finish, free_port, start, tiny_flags
@@ -80,7 +80,7 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
     written = open_store(url).list()
     assert {"likelihood.json", "metrics.json"} <= written.keys()
     assert any(name.startswith("samples/") and name.endswith(".npz") for name in written)
-    assert not any(".lock" in name or "/." in name for name in written), written
+    assert not any("/." in name for name in written), written
     train.run(tiny_config(**OVERRIDES, **{"training.num_steps": 6}), tmp_path / "one")
     train.run(tiny_config(**OVERRIDES, **{"training.num_steps": 6}), mirror_workdir(url))  # one process, one device
     close(lines(tmp_path / "one"), lines(mirror_workdir(url)))

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-import time
 
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
-from diffusion_jax.errors import CheckpointError
 from diffusion_jax.runs import edit, progressive, sample, status, train
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.workdir import load_config
-from diffusion_jax.storage import objects
+from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
 from helpers.configs import tiny_config
 from helpers.program import evaluate
@@ -63,8 +60,8 @@ def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
     assert sorted(steps) == ["2", "4"]
     for step, names in steps.items():  # the manifest lists every object; nothing else is left
         manifest = json.loads(store.read(f"checkpoints/{step}/digests.json"))
-        assert names - manifest.keys() <= {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
-    others = {name.split("/")[0].split(".")[0] for name in store.list()} - {"checkpoints"}
+        assert names - manifest.keys() == {"digests.json"}
+    others = {name.split("/")[0].split(".")[0] for name in store.list()} - {"checkpoints", ""}
     assert others == {"config", "data", "events", "goodput", "metrics"}
 
 
@@ -86,7 +83,7 @@ def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cach
             Image.fromarray(arrays["arr_0"][0, ..., 0]).save(picture)
         edit.run(tiny_config(**{"editing.task": "sdedit", "editing.image": str(picture)} | SAMPLES), directory)
     store = open_store(url)
-    written = {name for name in store.list() if not name.startswith(("checkpoints", "metrics/", "events"))}
+    written = {name for name in store.list() if not name.startswith(("checkpoints", "metrics/", "events", ".lock"))}
     expected = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
     expected = {name for name in expected if not name.startswith(("checkpoints", "metrics", "events", ".lock"))}
     assert written == expected
@@ -114,9 +111,7 @@ def test_weights_status_and_metrics_are_read_by_url(url, local):
 @pytest.mark.parametrize(
     ("scheme", "fault", "item"),
     [
-        ("gs", "flipped", "params"),
         ("gs", "missing", "ema_params"),
-        ("gs", "shorter", "rest"),
         ("s3", "flipped", "rest"),
     ],
 )
@@ -130,7 +125,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local
         store.delete([name])
     else:
         content[len(content) // 2] ^= 1
-        store.write(name, bytes(content[: -1 if fault == "shorter" else None]))
+        store.write(name, bytes(content))
     train.run(tiny_config(), mirror_workdir(url))
     assert set(names_of_steps(store)) == {"2", "4", "4.unreadable"}
     jax.tree.map(
@@ -150,25 +145,6 @@ def test_a_step_without_a_manifest_does_not_exist_and_is_deleted(url, local):
     train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))  # finished: nothing to do
     train.run(tiny_config(**{"training.num_steps": 3}), mirror_workdir(url))
     assert set(names_of_steps(store)) == {"2", "3"}
-
-
-def test_without_an_intact_checkpoint_the_run_does_not_start_over(url):
-    train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))
-    store = open_store(url)
-    name = next(name for name in store.list("checkpoints/2/params/d/"))
-    store.write(name, b"damaged")
-    with pytest.raises(CheckpointError, match="none of the checkpoints"):
-        train.run(tiny_config(), mirror_workdir(url))
-    assert "checkpoints/2/digests.json" in store.list()
-
-
-def test_what_a_killed_check_left_is_deleted(url, monkeypatch):
-    store, workdir = open_store(url), mirror_workdir(url)
-    store.write(".write_check-killed", b"1")
-    time.sleep(1)
-    monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 0.5)  # after the checks, which also end by it
-    train.run(tiny_config(**{"training.num_steps": 2}), workdir)
-    assert not store.list(".write_check")
 
 
 def test_old_steps_are_deleted_from_the_bucket(url):

@@ -1,6 +1,5 @@
 """Local mirrors of work directories in buckets: what is fetched, uploaded and deleted."""
 
-import json
 import os
 
 import numpy as np
@@ -9,13 +8,9 @@ import pytest
 from diffusion_jax import files
 from diffusion_jax.errors import LeaseLostError, StorageError, UserError
 from diffusion_jax.runs.chunk_store import ChunkStore
-from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_files import RunMetrics, read_metrics
 from diffusion_jax.storage import downloads, locations
-from diffusion_jax.storage.mirror import is_safe
+from diffusion_jax.storage.locations import is_safe, mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.storage.workdirs import mirror_workdir
-from helpers.configs import tiny_config
 
 
 @pytest.fixture
@@ -91,21 +86,19 @@ def test_an_object_that_vanishes_after_it_was_listed_is_not_missed(url, store, m
 
 
 def test_a_launch_that_was_replaced_overwrites_no_file_of_a_checkpoint(url, store, tmp_path):
-    for name in ("new", "same", "other"):
+    for name in ("new", "other"):
         (tmp_path / name).write_text(name)
-    store.write("same", b"same")
     store.write("other", b"of the launch that replaced it")
 
     def refuse():
         raise LeaseLostError("another launch")
 
-    for name in ("new", "same"):
-        store.upload(tmp_path / name, name, refuse)
+    store.upload(tmp_path / "new", "new", refuse)
     with pytest.raises(LeaseLostError):
         store.upload(tmp_path / "other", "other", refuse)
     assert store.read("other") == b"of the launch that replaced it"
     store.upload(tmp_path / "other", "other", lambda: None)
-    assert [store.read(name) for name in ("new", "same", "other")] == [b"new", b"same", b"other"]
+    assert [store.read(name) for name in ("new", "other")] == [b"new", b"other"]
 
 
 def test_names_cannot_leave_the_mirror():
@@ -120,11 +113,6 @@ def test_a_read_only_mirror_uploads_nothing(url, store):
     assert store.read("config.json") == b"{}"
 
 
-def test_messages_name_the_url(url, capsys):
-    workdir = mirror_workdir(url)
-    assert locations.with_urls(f"Done: {workdir}/samples/a.png.") == f"Done: {url}/samples/a.png."
-
-
 def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     first = mirror_workdir(url)
@@ -133,35 +121,6 @@ def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch
     second = mirror_workdir(url)
     # The lock of a live process is respected between processes; this one cannot refuse itself.
     assert second.exists() and not (first.parent / "dead").exists() and not (first.parent / "dead.lock").exists()
-
-
-def test_a_relaunch_drops_lines_beyond_its_step(url, store):
-    metrics = RunMetrics(tiny_config(), mirror_workdir(url), 0)
-    for step, value in ((10, {"loss": 0.1}), (20, {"loss": 0.05}), (20, {"fid": 3.0}), (30, {"loss": 0.1}), (40, {})):
-        metrics.write_scalars(step, value)
-        if step == 20:
-            metrics.flush()
-    metrics.close()
-    assert sorted(store.list("metrics/")) == ["metrics/00000020.jsonl", "metrics/00000040.jsonl"]
-    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30, 40]
-    assert len(store.list("events")) == 3  # a new object for each flush
-
-    with RunMetrics(tiny_config(), mirror_workdir(url), 30) as metrics:
-        assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30]
-        metrics.write_scalars(35, {"loss": 0.2})
-    assert [line["step"] for line in read_metrics(url)] == [10, 20, 20, 30, 35]
-
-
-def test_goodput_is_uploaded_once_a_minute_and_at_the_end(url, store):
-    now = [0.0]
-    times = LaunchTimes(mirror_workdir(url), clock=lambda: now[0])
-    times.begin(0)
-    for seconds, expected in ((0, 1), (30, 1), (61, 3)):
-        now[0] = seconds
-        times.record(seconds // 30 + 1)
-        assert json.loads(store.read("goodput.json"))[-1]["last_step"] == expected
-    times.record(4, is_last=True)
-    assert json.loads(store.read("goodput.json"))[-1]["last_step"] == 4
 
 
 def test_another_machine_continues_after_finished_chunks(url, store):
@@ -176,13 +135,6 @@ def test_another_machine_continues_after_finished_chunks(url, store):
         np.testing.assert_array_equal(arrays["images"], np.arange(4))
     chunks.delete()
     assert not [name for name in store.list("samples/") if name.endswith(".npz")]
-
-
-def test_a_file_that_asks_for_a_profile_is_taken_once(url, store):
-    workdir = mirror_workdir(url)
-    store.write("PROFILE", b"")
-    assert locations.take(workdir / "PROFILE")
-    assert not store.list() and not locations.take(workdir / "PROFILE")
 
 
 def test_files_and_folders_are_downloaded_once(bucket_url, own_cache, capsys):

@@ -1,4 +1,4 @@
-"""What open_store refuses before any object is touched: missing packages and missing credentials."""
+"""What open_store refuses before any object is touched: missing packages, missing and unusable credentials."""
 
 import os
 import socket
@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from diffusion_jax.errors import StorageError
-from diffusion_jax.storage import objects
 from helpers.paths import ROOT
 
 OPEN = """
@@ -21,19 +19,6 @@ except StorageError as error:
     print(error)
     sys.exit(error.exit_code)
 """
-
-
-@pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, package, extra):
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"diffusion_jax.storage.{extra}", raising=False)
-    with pytest.raises(
-        StorageError, match=rf"{scheme}:// needs {package} \(.*\): pip install '.\[{extra}\]'"
-    ) as caught:
-        objects.open_store(f"{scheme}://bucket/run")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -76,16 +61,13 @@ def test_credentials_that_cannot_be_used(tmp_path):
     missing = tmp_path / "missing.json"
     code, out = open_in_a_new_process("gs://bucket/run", tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(missing))
     assert code == 2 and str(missing) in out and out.count("\n") == 1
-    key = tmp_path / "key.json"
-    key.write_text('{"type": "authorized_user", "client_id": "x", "client_secret": "x", "refresh_token": "x"}')
-    code, out = open_in_a_new_process(
-        "gs://bucket/run", tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(key), HTTPS_PROXY="http://127.0.0.1:1"
-    )
-    assert code == 2 and "gs://bucket/run: no valid credentials (" in out and out.count("\n") == 1
-    code, out = open_in_a_new_process("s3://bucket/run", tmp_path, AWS_PROFILE="missing")
-    assert code == 2 and "missing" in out and out.count("\n") == 1
     variables = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
     code, out = open_in_a_new_process("s3://bucket/run", tmp_path, **variables)
-    assert code == 2 and "Could not connect to the endpoint URL" in out and out.count("\n") == 1
-    code, out = open_in_a_new_process("gs://bucket/run", tmp_path, STORAGE_EMULATOR_HOST="http://127.0.0.1:1")
-    assert code == 2 and "Cannot connect to host" in out and out.count("\n") == 1
+    assert code == 2 and "check the name of the bucket and the network" in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_missing_package_is_named(scheme, package, tmp_path):
+    (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")
+    code, out = open_in_a_new_process(f"{scheme}://bucket/run", tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 2 and "pip install" in out and package in out and out.count("\n") == 1

@@ -176,17 +176,3 @@ def test_a_wrong_condition_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             read_batch({"image": IMAGE} | condition, (8, 8, 1), takes_labels=False, condition_shape=(2,))
-
-
-def test_the_compiled_step_refuses_it_too():
-    built = training.build_program(tiny_config(**{"training.accumulation_steps": 2}))
-    for batch, words in (
-        ({"image": IMAGE / 127.5 - 1}, "must be uint8"),
-        ({"image": IMAGE[:6]}, None),
-        ({"image": IMAGE[:7]}, "a batch of 7 must be a multiple of training.accumulation_steps=2"),
-    ):
-        if words is None:
-            jax.eval_shape(built.train_step, built.abstract_state, batch)
-            continue
-        with pytest.raises(ValueError, match=words):
-            built.train_step.trace(built.abstract_state, batch)

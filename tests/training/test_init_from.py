@@ -74,7 +74,7 @@ def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
         sample.run(config, tmp_path / "out")
         assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == steps
     (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "out" / "checkpoints" / "1" / "digests.json").write_text("{}")
     config.sampling.steps = 7
     workdir.write_config_if_untrained(config, tmp_path / "out")
     assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == 2
@@ -195,19 +195,6 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
     (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
     with np.load(found) as arrays:
         np.testing.assert_array_equal(arrays["arr_1"], [3, 1, 2, 3])
-        images = arrays["arr_0"]
-    found.unlink()
-    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 0]))
-    sample.run(config, tmp_path / "out")
-    (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
-    with np.load(found) as arrays:
-        assert (arrays["arr_0"][2] != images[2]).any() and (arrays["arr_0"][:2] == images[:2]).all()
-    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 4]))
-    with pytest.raises(errors.UserError, match=r"must be classes in 0 \.\.\. 3"):
-        sample.run(config, tmp_path / "out")
-    np.savez(tmp_path / "low.npz", low, np.array([3, 1]))
-    with pytest.raises(errors.UserError, match="3 images and labels of shape"):
-        sample.run(config, tmp_path / "out")
 
 
 @pytest.mark.whole
@@ -229,8 +216,6 @@ def test_classifiers_of_openai_s_guide(tmp_path):
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
-    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not determine"):
-        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(path)}), run)
     wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
     with pytest.raises(errors.UserError, match="another noise schedule"):
         sample.run(tiny_config(**{**leaves, **wrong}), run)
