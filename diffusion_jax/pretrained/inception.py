@@ -13,8 +13,15 @@ import jax.numpy as jnp
 
 from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models.inception import IMAGE_SIZE, Inception
-from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.tensors import Tensors, open_tensors, require_module
+from diffusion_jax.pretrained.tensors import (
+    Path,
+    Tensors,
+    build_params,
+    flat_shapes,
+    from_torch,
+    open_tensors,
+    require_module,
+)
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["DOWNLOAD_SOURCES", "InceptionWeights", "load_inception"]
@@ -91,26 +98,26 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
         file.seek(0)
         is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
     tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (open_tensors(path), _torch_name)
-    names = {name for name in tensors if not name.endswith("num_batches_tracked")}
+    names = {name for name in tensors.shapes if not name.endswith("num_batches_tracked")}
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
-    shapes = parameters.flat_shapes(tree["params"])
+    shapes = flat_shapes(tree["params"])
 
     def read(name, path, shape):
-        return tensors[name] if is_graph else parameters.from_torch(tensors[name], path, shape)
+        return tensors.read(name) if is_graph else from_torch(tensors.read(name), path, shape)
 
-    params = parameters.build_params(str(path), shapes, names, name_of, read)
+    params = build_params(str(path), shapes, names, name_of, read)
     return InceptionWeights(params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5)
 
 
-def _torch_name(path: parameters.Path) -> str:
+def _torch_name(path: Path) -> str:
     if path[0].startswith("fc"):
         return "fc.bias" if path == ("fc_bias",) else "fc.weight"
     *module, leaf = path
     return ".".join((*module, _LEAVES[leaf]))
 
 
-def _graph_name(path: parameters.Path) -> str:
+def _graph_name(path: Path) -> str:
     """The name in the graph, where TensorFlow numbers layers in a scope (conv, conv_1 ...), towers and blocks (mixed ...)."""
     if path[0].startswith("fc"):
         return "softmax/biases" if path == ("fc_bias",) else "softmax/weights"

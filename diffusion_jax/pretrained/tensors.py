@@ -1,23 +1,52 @@
-"""Tensors of files from untrusted sources, read without executing their contents.
+"""Tensors of files from untrusted sources, read without executing their contents, and the parameters that are made of them.
 
 The formats are safetensors, PyTorch's archives through its weights-only loader, and TensorFlow's checkpoints. A format is
-detected from a file's first bytes, not from its name.
+detected from a file's first bytes, not from its name. A parameter here has a path such as ("down_1_block_0", "conv1",
+"kernel"); a `Naming` maps such a path to the name of the same tensor in the files of another project.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import PretrainedError
+from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_write
+from diffusion_jax.models import initial_inputs
+from diffusion_jax.training.state import Network
 
-__all__ = ["Tensors", "is_tensorflow_checkpoint", "open_tensors", "read_json", "require_module", "save_tensors"]
+__all__ = [
+    "Naming",
+    "Path",
+    "Tensors",
+    "build_params",
+    "channel_multipliers",
+    "flat_shapes",
+    "from_torch",
+    "is_tensorflow_checkpoint",
+    "open_tensors",
+    "parameter_shapes",
+    "read_json",
+    "require_module",
+    "save_tensors",
+    "split_module",
+    "to_torch",
+    "torch_shape",
+]
+
+Path = tuple[str, ...]
+
+# ---- Files
 
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a git-lfs pointer, not the file itself; run git lfs pull",
@@ -26,32 +55,18 @@ _NOT_WEIGHTS = {
 }
 
 
-class Tensors(Mapping):
-    """Tensors by name. Each is read at its first use, and may be read once only.
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a file.
 
-    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: of all tensors, known without reading them. metadata: of a
-    safetensors file.
+    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: of all tensors, by name, known without reading them.
+    read(name): a tensor, which may be read once only. metadata: of a safetensors file.
     """
 
-    def __init__(
-        self, framework: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], metadata=None
-    ):
-        self.framework, self.shapes, self.metadata = framework, dict(shapes), dict(metadata or {})
-        self._read = read
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __contains__(self, name: object) -> bool:  # a Mapping's own would read it
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+    framework: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def is_tensorflow_checkpoint(path: pathlib.Path) -> bool:
@@ -65,22 +80,19 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
         return _open_tensorflow(path, ema)
     if not path.is_file():
         raise PretrainedError(f"{path}: no such file")
-    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(32)
     for start, explanation in _NOT_WEIGHTS.items():
         if head.startswith(start):
             raise PretrainedError(f"{path} is {explanation}")
-    length = int.from_bytes(head[:8], "little")  # its first byte may be that of a pickle, so this is checked first
-    if head[8:9] == b"{" and length < 2**30:
-        if 8 + length > size:
-            raise PretrainedError(f"{path} is a truncated safetensors file; download it again")
+    # safetensors begins with the length of its header, whose first byte may be that of a pickle, so this is checked first.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30:
         return _open_safetensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _open_torch(path)
     raise PretrainedError(
-        f"{path} ({size:,} bytes) is not a file of weights: neither safetensors nor PyTorch's; give a TensorFlow checkpoint "
-        "by its prefix, .../model.ckpt-N"
+        f"{path} ({path.stat().st_size:,} bytes) is not a file of weights: neither safetensors nor PyTorch's; give a "
+        "TensorFlow checkpoint by its prefix, .../model.ckpt-N"
     )
 
 
@@ -92,7 +104,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
     except (safetensors.SafetensorError, OSError) as error:
         raise PretrainedError(f"{path} is a corrupted safetensors file ({error}); download it again") from None
 
-    def read(name):
+    def read(name: str) -> np.ndarray:
         try:
             return file.get_tensor(name)
         except Exception as error:  # bfloat16 and narrower types, which NumPy may not have
@@ -100,7 +112,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
                 f"{path}: {name} cannot be read ({str(error)[:100]}); convert it to float32"
             ) from None
 
-    return Tensors("safetensors", shapes, read, file.metadata())
+    return Tensors("safetensors", shapes, read, file.metadata() or {})
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
@@ -122,24 +134,22 @@ def _open_torch(path: pathlib.Path) -> Tensors:
             warnings.simplefilter("ignore")  # about files that it then rejects
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error)
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
             reason = "it contains more than tensors, and a pickle can run any code; save a plain state dict"
-        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason[:200]}") from None
+        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     has_names = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
     if not has_names or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise PretrainedError(f"{path} contains a {type(loaded).__name__}, not a state dict (tensors by name)")
-
-    shapes = {name: tuple(value.shape) for name, value in loaded.items()}
     loaded = dict(loaded)
 
-    def read(name):
+    def read(name: str) -> np.ndarray:
         value = loaded.pop(name)  # so that memory holds the weights only once
         return (value.detach().float() if value.is_floating_point() else value).numpy()
 
-    return Tensors("PyTorch", shapes, read)
+    return Tensors("PyTorch", {name: tuple(value.shape) for name, value in loaded.items()}, read)
 
 
 _EMA_SUFFIX = "/ExponentialMovingAverage"
@@ -151,29 +161,25 @@ def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
         reader = tf.train.load_checkpoint(str(path))
         shapes = reader.get_variable_to_shape_map()
     except Exception as error:  # tf.errors and its base classes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {reason[:200]}") from None
-    averages = {name for name in shapes if name.endswith(_EMA_SUFFIX)}
-    if ema and not averages:
+        raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {_first_line(error)}") from None
+    variables = {name.removesuffix(_EMA_SUFFIX): name for name in shapes if name.endswith(_EMA_SUFFIX)}
+    if ema and not variables:
         raise PretrainedError(f"{path} contains no moving average; load the raw weights with ema=False")
-    # A checkpoint also contains Adam's moments and the step; a weight has a moving average, or is no optimizer variable.
-    variables = {name.removesuffix(_EMA_SUFFIX): name for name in averages}
-    if not ema:
-        variables = {
-            name: name for name in shapes if name in variables or (not averages and not _is_optimizer_variable(name))
-        }
+    if not ema:  # a checkpoint also contains Adam's moments and the step
+        names = variables or [name for name in shapes if "/" in name and not name.split("/")[-1].startswith("Adam")]
+        variables = {name: name for name in names}
 
-    def read(name):
+    def read(name: str) -> np.ndarray:
         try:
             return reader.get_tensor(variables[name])
         except Exception as error:
-            raise PretrainedError(f"{path}: {name} cannot be read ({str(error)[:100]}); is a file missing?") from None
+            raise PretrainedError(f"{path}: {name} cannot be read ({_first_line(error)}); is a file missing?") from None
 
     return Tensors("TensorFlow", {name: tuple(shapes[variable]) for name, variable in variables.items()}, read)
 
 
-def _is_optimizer_variable(name: str) -> bool:
-    return name.split("/")[-1].startswith("Adam") or "/" not in name
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -193,3 +199,116 @@ def require_module(module: str, name: str):
         return __import__(module)
     except ImportError:
         raise PretrainedError(f"reading this file needs {name}: pip install {module}") from None
+
+
+# ---- Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """The names of another project.
+
+    module: (module here, whether it is a single layer, the network) -> its name there. layers: names of layers in a block.
+    """
+
+    module: Callable[[str, bool, Network], str]
+    layers: Mapping[str, str]
+
+    def __call__(self, path: Path, model: Network) -> str:
+        """The name there of a parameter, as PyTorch writes it: NAME.weight and NAME.bias."""
+        module, *layers, leaf = path
+        if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
+            layers = layers[:-1]  # the layer inside `models.layers.GroupNorm`
+        name = self.module(module, not layers, model)
+        if layers:
+            name += "." + self.layers.get(layers[0], layers[0])
+        if leaf == "position":
+            return f"{name}.positional_embedding"
+        return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def split_module(module: str) -> tuple[str, int, str, str] | None:
+    """("down", 1, "block", "0") of down_1_block_0, and ("up", 2, "resample", "") of up_2_upsample; else None."""
+    match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
+    return match and (match[1], int(match[2]), match[3] or "resample", match[4] or "")
+
+
+def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
+    """`channel_multipliers` of levels with these widths: ints if the quotient is a whole number."""
+    return tuple(w // channels if w % channels == 0 else w / channels for w in widths)
+
+
+def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
+    """Shape of every leaf of a tree of parameters, by its path."""
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple[int, ...]]:
+    """Shape of every parameter of a network, by its path.
+
+    shape: (*spatial, C) of an example. Raises: ValueError for fields that do not describe a network.
+    """
+    # The key is an argument, as in `training.state.abstract_params`.
+    tree = jax.eval_shape(lambda key: model.init(key, **initial_inputs(model, shape))["params"], jax.random.key(0))
+    return flat_shapes(tree)
+
+
+def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A PyTorch tensor in Flax's layout: OIHW to HWIO, [out, in] to [in, out]; 1x1 convolutions are matrices here."""
+    if path[-1] in ("kernel", "position"):
+        if len(shape) == 2 and value.ndim > 2:
+            value = value.reshape(value.shape[:2]) if value.size == value.shape[0] * value.shape[1] else value
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value
+
+
+def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
+    """The inverse of `from_torch`; the 1x1 projection of a residual block is a convolution there."""
+    if path[-1] == "kernel":
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        value = value[:, :, None, None] if path[-2] == "skip" else value
+    return np.ascontiguousarray(value)
+
+
+def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """PyTorch's order of a shape in Flax's layout, except for 1x1 convolutions."""
+    if path[-1] not in ("kernel", "position"):
+        return shape
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def build_params(
+    source: str,
+    shapes: Mapping[Path, tuple[int, ...]],
+    names: Iterable[str],
+    name_of: Callable[[Path], str],
+    read: Callable[[str, Path, tuple[int, ...]], np.ndarray],
+) -> dict:
+    """The tree of parameters, float32 JAX arrays.
+
+    source: the file, for errors. shapes: of the network's parameters by path. names: of all tensors of the file. name_of: the
+    tensor of a parameter. read(name, path, shape): a tensor in this package's layout.
+    Raises: PretrainedError that lists tensors that are missing, unexpected, of another shape, or not finite.
+    """
+    expected, names = {path: name_of(path) for path in shapes}, set(names)
+    missing = [name for name in expected.values() if name not in names]
+    unexpected = sorted(names - set(expected.values()))
+    if missing or unexpected:
+        problems = [f"{len(missing)} tensors are missing ({list_names(missing)})"] if missing else []
+        problems += [f"{len(unexpected)} are unexpected ({list_names(unexpected)})"] if unexpected else []
+        raise PretrainedError(f"{source} does not fit the network: {'; '.join(problems)}")
+    params, wrong = {}, []
+    for path, shape in shapes.items():
+        value = read(expected[path], path, shape)
+        if value.shape != shape:
+            wrong.append(f"{expected[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
+            continue
+        if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(value).all():
+            raise PretrainedError(
+                f"{source}: {expected[path]} is {value.dtype} or contains values that are not finite; convert quantized "
+                "weights to float32, or download the file again"
+            )
+        params[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
+    if wrong:
+        raise PretrainedError(f"{source} does not fit the network: {len(wrong)} shapes differ ({list_names(wrong)})")
+    return flax.traverse_util.unflatten_dict(params)

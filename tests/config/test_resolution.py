@@ -73,7 +73,7 @@ def test_a_classifier_has_the_leaves_of_its_own_network():
         ("optimizer.learning_rate", "3e-4", 3e-4),
         ("model.remat", "true", True),
         ("model.remat", "(0, 1)", (0, 1)),
-        ("model.num_heads_up", "None", None),
+        ("model.head_channels", "None", None),
         ("data.split", "None", "None"),
         ("data.image_size", "8", 8),
         ("data.image_size", "(8, 16)", (8, 16)),
@@ -104,11 +104,9 @@ def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
     [
         ("training.num_steps", "2 * 5", "must be a whole number of at least 1; write it as 10000 or 1e4"),
         ("training.num_steps", "1.5", "must be a whole number"),
-        ("training.num_steps", "1e30", "must be a whole number"),
         ("training.num_steps", "0", "must be a whole number"),
         ("optimizer.learning_rate", "nan", "must be a number above 0"),
-        ("sampling.steps", "0", "write None for all timesteps"),
-        ("sampling.steps", "ddim50", "type --config.sampling.steps=50 --config.sampling.spacing=openai_ddim"),
+        ("sampling.steps", "0", "must be None or a whole number of at least 1 or a tuple of at least 2 numbers"),
         ("evaluation.metrics", "fid,kidd", "'kidd' is not allowed; did you mean kid?"),
         ("model.remat", "maybe", "must be True or False or a tuple of resolutions"),
     ],
@@ -172,9 +170,9 @@ def test_values_of_other_libraries_are_taken_as_python_values():
 def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "C:mine.py").write_text("def get_config(seed='1'):\n    return {'seed': int(seed)}\n")
-    assert config.load_experiment("C:mine.py").seed == 1 and config.load_experiment("C:mine.py:23").seed == 23
-    with pytest.raises(config.ConfigError, match="C:mine.py:x: line 2 of C:mine.py raises ValueError"):
-        config.load_experiment("C:mine.py:x")
+    assert config.experiment("C:mine.py").seed == 1 and config.experiment("C:mine.py:23").seed == 23
+    with pytest.raises(config.ConfigError, match="^C:mine.py:x: line 2 of C:mine.py raises ValueError"):
+        config.experiment("C:mine.py:x")
 
 
 def test_data_takes_a_partial_mapping():

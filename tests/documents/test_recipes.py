@@ -58,7 +58,7 @@ def test_the_command_line_parses_the_commands(path):
     for _, *arguments in commands(path):
         flags, leaves = cli.make_parser().parse_known_args(arguments)
         overrides = dict(leaf.removeprefix("--config.").split("=", 1) for leaf in leaves)
-        config.override(config.load_experiment(flags.config), overrides)
+        config.override(config.experiment(flags.config), overrides)
         assert re.fullmatch(r"(gs|s3)://BUCKET/\w+", flags.workdir)
 
 

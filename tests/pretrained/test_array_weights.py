@@ -12,7 +12,7 @@ from diffusion_jax import data, models, pretrained, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.description import make_description
-from diffusion_jax.pretrained.parameters import parameter_shapes
+from diffusion_jax.pretrained.tensors import parameter_shapes
 from diffusion_jax.runs import train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.networks import TINY, redraw
@@ -29,10 +29,9 @@ def net_of(model, image_size, channels, **options):
     """Weights at random, for data with the offset 300 and the scale 10."""
     normalizations = {"x": Normalization((300.0,) * channels, (10.0,) * channels)}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
-    description = make_description("random", model, image_size, DIFFUSION, channels=channels, **options)
+    description = make_description("random", model, image_size, DIFFUSION, channels, **options)
     params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, description.example_shape))["params"])()
-    values = {field.name: getattr(description, field.name) for field in dataclasses.fields(description)}
-    return pretrained.Pretrained(**values, params=redraw(params))
+    return dataclasses.replace(description, params=redraw(params))
 
 
 def vectors_net(**options):

@@ -28,7 +28,9 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
 def test_flags_of_ho_with_an_unknown_name_are_refused(leaf, tmp_path):
     path = write(tmp_path / "p.safetensors", stored("port_narrow")[0])
     flags = {"image_size": 16, "variance": "fixed_small"} | {leaf: "other"}
-    with pytest.raises(PretrainedError, match=f"flags: diffusion.{leaf}='other' is unknown; use ") as caught:
+    with pytest.raises(
+        PretrainedError, match=f"flags are invalid .*diffusion.{leaf}='other' is unknown; use "
+    ) as caught:
         pretrained.load(path, flags)
     assert "\n" not in str(caught.value)
 
@@ -101,7 +103,7 @@ def with_flags(flags):
 
 BROKEN = {
     "no such file": (lambda directory: (directory / "nothing.pt", None), "no such file or folder"),
-    "an empty folder": (empty_folder, "neither a diffusers folder"),
+    "an empty folder": (empty_folder, "a folder of an unknown network; known: a diffusers folder"),
     "a web page": (bytes_of(b"<!DOCTYPE html><html>"), "a web page"),
     "truncated safetensors": (truncated, "corrupted safetensors"),
     "a tensor missing": (rewritten(lambda w: w.pop("out.2.bias")), "1 tensors are missing (out.2.bias)"),
@@ -112,7 +114,7 @@ BROKEN = {
     ),
     "NaN": (
         rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)),
-        "out.2.bias contains values that are not finite",
+        "out.2.bias is float32 or contains values that are not finite",
     ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
@@ -138,7 +140,7 @@ BROKEN = {
     "a folder without weights": (no_weights, "contains no weights"),
     "diffusers' file without its folder": (
         lambda directory: (write(directory / "d.safetensors", stored("unet_improved_narrow")[0]), None),
-        "give its folder",
+        "of an unknown network",
     ),
 }
 

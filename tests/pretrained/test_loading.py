@@ -1,5 +1,6 @@
 """Stored networks of every family, TensorFlow's checkpoints and work directories load and give their stored outputs."""
 
+import dataclasses
 import json
 import re
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models, pretrained, schedules
-from diffusion_jax.pretrained import PretrainedError, description, parameters
+from diffusion_jax.pretrained import PretrainedError, description, tensors
 from helpers.configs import tiny_config
 from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
@@ -129,13 +130,13 @@ def test_upsamplers_take_their_small_images(tmp_path):
     from diffusion_jax.models import upsampling
 
     model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
-    shapes = parameters.parameter_shapes(model, (8, 8, 6))
+    shapes = tensors.parameter_shapes(model, (8, 8, 6))
     rng = np.random.default_rng(0)
     params = flax.traverse_util.unflatten_dict(
         {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
     )
     described = description.make_description("x", model, 8, {}, low_resolution=4)
-    net = pretrained.Pretrained(**vars(described), params=params)
+    net = dataclasses.replace(described, params=params)
     x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
     large = upsampling.enlarge(jnp.float32(low), (8, 8))
     expected = model.apply({"params": params}, jnp.concatenate([jnp.float32(x), large], axis=-1), time)

@@ -7,17 +7,17 @@ import pytest
 
 from diffusion_jax import models
 from diffusion_jax.config import presets
-from diffusion_jax.pretrained import PretrainedError, ho, openai, parameters
-from diffusion_jax.pretrained.tensors import Tensors
+from diffusion_jax.pretrained import PretrainedError, ho, openai
+from diffusion_jax.pretrained.tensors import Tensors, parameter_shapes, torch_shape
 from helpers.published_files import README
 
 
 def named(model, size, naming, channels=3):
     """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
     shapes = {}
-    for path, shape in parameters.parameter_shapes(model, (size, size, channels)).items():
-        name, shape = naming(path, model), parameters.torch_shape(shape, path)
-        if naming is parameters.OPENAI:
+    for path, shape in parameter_shapes(model, (size, size, channels)).items():
+        name, shape = naming(path, model), torch_shape(shape, path)
+        if naming is openai.NAMING:
             name = name.replace("out.2.proj_out", "out.2.c_proj")
             for layer in ("k", "v"):
                 if f".{layer}." in name:
@@ -37,7 +37,7 @@ def named(model, size, naming, channels=3):
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
     size, *_ = openai.PRESETS[name]
-    shapes = named(models.preset(name), min(size, 256), parameters.OPENAI)
+    shapes = named(models.preset(name), min(size, 256), openai.NAMING)
     if "classifier" in name:
         tokens = (size >> len(models.preset(name).channel_multipliers) - 1) ** 2 + 1
         shapes["out.2.positional_embedding"] = (shapes["out.2.positional_embedding"][0], tokens)
@@ -98,17 +98,16 @@ COUNTS = {
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_have_the_published_numbers_of_parameters(name):
     size, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
-    shapes = parameters.parameter_shapes(models.preset(name), (size, size, 3))
+    shapes = parameter_shapes(models.preset(name), (size, size, 3))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
-    assert f"| {name} | {COUNTS[name]:,} |" in presets.__doc__
     with pytest.raises(ValueError, match="unknown preset"):
         models.preset(name + "x")
 
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
     for name, (size, diffusion) in ho.PRESETS.items():
-        shapes = named(models.preset(name), size, parameters.HO)
-        found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
+        shapes = named(models.preset(name), size, ho.NAMING)
+        found = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
         assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
 
