@@ -36,8 +36,7 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     from safetensors.numpy import save_file
 
     from diffusion_jax import models
-    from diffusion_jax.pretrained import diffusers, ho, openai
-    from diffusion_jax.pretrained import tensors as formats
+    from diffusion_jax.pretrained import diffusers, ho, openai, parameters
     from diffusion_jax.pretrained.description import make_description
 
     model, rng = models.preset(name), np.random.default_rng(0)
@@ -56,9 +55,9 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
         naming, folder, flags = openai.NAMING, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}
-    for path_in_tree, shape in formats.parameter_shapes(model, description.example_shape).items():
+    for path_in_tree, shape in parameters.parameter_shapes(model, description.example_shape).items():
         value = rng.standard_normal(shape, np.float32)
-        tensors[naming(path_in_tree, model)] = formats.to_torch(value, path_in_tree)
+        tensors[naming(path_in_tree, model)] = parameters.to_torch(value, path_in_tree)
     if naming is openai.NAMING:
         for query in [tensor_name for tensor_name in tensors if ".q." in tensor_name]:
             joined = np.concatenate([tensors.pop(query.replace(".q.", f".{layer}.")) for layer in "qkv"])

@@ -160,36 +160,6 @@ def test_every_config_builds(name):
     assert ("--mode=train_classifier" in docstring) == classifier
 
 
-@pytest.mark.whole
-def test_the_published_configs_have_the_published_networks():
-    counts = {
-        "cifar10": 35_746_307,
-        "celeba_hq_256": 113_673_219,
-        "lsun_church_256": 113_673_219,
-        "lsun_cat_256": 113_673_219,
-        "cifar10_improved": 52_546_438,
-        "cifar10_improved:vlb": 52_546_438,
-        "imagenet64_improved": 121_063_942,
-        "imagenet64_improved:vlb": 121_063_942,
-        "imagenet64_improved:conditional": 273_049_350,
-        "imagenet_classifier:64": 65_438_568,
-        "imagenet_classifier:128": 42_568_040,
-        "imagenet_classifier:256": 54_096_360,
-        "imagenet_classifier:512": 54_448_360,
-        "cifar10_classifier": 5_096_138,
-        "digits_classifier": 361_418,
-        "cifar10_upsample": 35_749_763,
-        "imagenet256_upsample": 311_795_910,
-        "imagenet512_upsample": 308_835_270,
-    }
-    for name, count in counts.items():
-        name, _, variant = name.partition(":")
-        config = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else []))
-        shapes = training.build_program(config).abstract_state.params
-        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-        assert config.model.get("out_channels") is None
-
-
 def test_improved_ddpm_s_settings():
     """The settings of its command lines (facts of the paper's repository)."""
     from configs import cifar10_improved, imagenet64_improved
@@ -202,8 +172,6 @@ def test_improved_ddpm_s_settings():
     assert conditional.diffusion.vlb_weight == 1 / 4000 and conditional.training.batch_size == 2048
     with pytest.raises(ValueError, match="known are hybrid, vlb"):
         cifar10_improved.get_config("kl")
-    with pytest.raises(ValueError, match="known are hybrid, vlb, conditional"):
-        imagenet64_improved.get_config("kl")
 
 
 def test_a_stored_config_comes_back(tmp_path):

@@ -18,9 +18,8 @@ from typing import Any
 
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, list_names
 from diffusion_jax.models import MLP, Classifier, fields_of
-from diffusion_jax.pretrained import diffusers, ho, native, openai
+from diffusion_jax.pretrained import diffusers, ho, native, openai, parameters
 from diffusion_jax.pretrained.description import Pretrained, format_summary
-from diffusion_jax.pretrained.tensors import is_tensorflow_checkpoint, open_tensors
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
@@ -81,9 +80,9 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Pretrain
 def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
     tensors = None
     if not path.is_dir():
-        if not path.exists() and not is_tensorflow_checkpoint(path):
+        if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
             raise PretrainedError(f"{path}: no such file or folder")
-        tensors = open_tensors(path, ema)
+        tensors = parameters.open_tensors(path, ema)
         if ho.is_ho(tensors.shapes):
             return ho.load_ho(path, tensors, flags, with_params)
         if openai.is_openai(tensors.shapes):

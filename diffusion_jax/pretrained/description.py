@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
-from diffusion_jax.pretrained.tensors import parameter_shapes
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.training.state import Network
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "make_clip",
     "make_description",
 ]
-
-_MAX_SHOWN = 6
 
 # The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -42,7 +41,7 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A trained network with its description, as `pretrained.load` returns it.
 
@@ -57,31 +56,20 @@ class Pretrained:
     """
 
     family: str
-    model: Network
+    model: Network = field(repr=False)
     channels: int
     image_size: tuple[int, ...]
     schedule: schedules.Schedule
     prediction: str
     variance: str
     clip: bool | Callable = True
-    params: Any = None
+    params: Any = field(default=None, repr=False)
     low_resolution: int = 0
     conditioning_noise: float = 0.0
-    diffusion: Mapping[str, Any] | None = None
+    diffusion: Mapping[str, Any] | None = field(default=None, repr=False)
     levels: int | None = 256
-    normalizations: Normalizations = dataclasses.field(default_factory=dict)
+    normalizations: Normalizations = field(default_factory=dict, repr=False)
     limits: tuple[float, ...] = ()
-
-    def __repr__(self) -> str:
-        """Three short lines; `pretrained.format_summary` describes every setting."""
-        data = f"{list(self.example_shape)} {'continuous' if self.levels is None else f'of {self.levels} levels'}"
-        data += f", {self.num_classes} classes" if self.num_classes else ""
-        data += f", conditions {list(self.condition_shape)}" if self.condition_shape is not None else ""
-        return (
-            f"{type(self).__name__}({self.family!r}, {type(self.model).__name__}, {data},\n"
-            f"    prediction={self.prediction!r}, variance={self.variance!r}, clip={self.clip},\n"
-            f"    schedule={self.schedule})"
-        )
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -137,13 +125,11 @@ class Pretrained:
         noise_std=None,
         condition=None,
     ) -> jax.Array | np.ndarray:
-        """Examples [N, *spatial, C], in the units of the data if those are continuous.
+        """Examples [N, *spatial, C] float32: images of gray levels in [-1, 1], continuous data in their units.
 
-        They are float32, or a float64 NumPy array if an offset of the data is more than 1000 times its scale.
-
-        Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first
-        call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of examples
-        and steps reuse it for every key, labels, conditions and guidance scale other than 1.
+        An offset of the data of more than 1000 times its scale makes it a float64 NumPy array. The first call compiles one
+        program, which later calls with the same sampler, number of examples and steps reuse for every key, labels, conditions
+        and guidance scale other than 1.
 
         Args:
           num_images: N, the number of examples, sampled in one batch.
@@ -333,44 +319,43 @@ def make_description(
     )
 
 
-def format_summary(description: Pretrained) -> str:
+def format_summary(net: Pretrained) -> str:
     """The description of weights, one line for each setting."""
-    shapes = parameter_shapes(description.model, description.example_shape)
-    size, schedule, model = " x ".join(map(str, description.image_size)), description.schedule, description.model
-    values = "continuous" if description.levels is None else f"{description.levels} levels"
-    values += " in {:g} ... {:g}".format(*description.limits) if description.limits else ""
-    normalizations = {name: format_normalization(value) for name, value in description.normalizations.items()}
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    values = "continuous" if net.levels is None else f"{net.levels} levels"
+    values += " in {:g} ... {:g}".format(*net.limits) if net.limits else ""
+    normalizations = {name: format_normalization(value) for name, value in net.normalizations.items()}
     conditions = None
-    if description.condition_shape is not None and isinstance(model, Conditional):
-        null = "or none" if model.condition_dropout else None
-        parts = [f"shape {list(description.condition_shape)}", null, normalizations.get("condition")]
+    if net.condition_shape is not None and isinstance(net.model, Conditional):
+        null = "or none" if net.model.condition_dropout else None
+        parts = [f"shape {list(net.condition_shape)}", null, normalizations.get("condition")]
         conditions = ", ".join(filter(None, parts))
     rows = {
-        "family": description.family,
-        "network": type(model).__name__,
-        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,} in {len(shapes)} tensors",
-        "images" if description.is_images else "examples": f"{size or 'vectors'}, {description.channels} channels",
+        "family": net.family,
+        "network": type(net.model).__name__,
+        "parameters": f"{sum(map(math.prod, shapes.values())):,} in {len(shapes)} tensors",
+        "shape": f"{' x '.join(map(str, net.image_size)) or 'vectors'}, {net.channels} channels",
         "values": values,
         "normalization": normalizations.get("x"),
         "conditions": conditions,
-        "enlarges": f"images {description.low_resolution} pixels high" if description.low_resolution else None,
-        "classes": description.num_classes or None,
-        "prediction": description.prediction,
-        "variance": description.variance,
-        "clip": description.clip,
-        "schedule": "a table of betas" if description.diffusion is None else description.diffusion["schedule"],
-        "timesteps": f"{schedule.num_timesteps}, network times 0 ... {schedule.timesteps[-1]:g}",
+        "enlarges": f"images {net.low_resolution} pixels high" if net.low_resolution else None,
+        "classes": net.num_classes or None,
+        "prediction": net.prediction,
+        "variance": net.variance,
+        "clip": net.clip,
+        "schedule": "a table of betas" if net.diffusion is None else net.diffusion["schedule"],
+        "timesteps": f"{net.schedule.num_timesteps}, network times 0 ... {net.schedule.timesteps[-1]:g}",
+        **{f"model.{name}": value for name, value in fields_of(net.model).items()},
     }
-    rows |= {f"model.{name}": value for name, value in fields_of(model).items()}
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def format_normalization(normalization: Normalization) -> str:
+def format_normalization(normalization: Normalization, limit: int = 6) -> str:
     """(data - offset) / scale of the first channels."""
     offset, scale = (
-        ", ".join([f"{value:.4g}" for value in values[:_MAX_SHOWN]] + ["..."] * (len(values) > _MAX_SHOWN))
+        ", ".join([f"{value:.4g}" for value in values[:limit]] + ["..."] * (len(values) > limit))
         for values in (normalization.offset, normalization.scale)
     )
     return f"(data - ({offset})) / ({scale})"

@@ -21,20 +21,8 @@ from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_directory
 from diffusion_jax.models import UNet, fields_of
 from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
-from diffusion_jax.pretrained.tensors import (
-    Naming,
-    build_params,
-    channel_multipliers,
-    from_torch,
-    open_tensors,
-    parameter_shapes,
-    read_json,
-    save_tensors,
-    split_module,
-    to_torch,
-)
-from diffusion_jax.training.state import Network
 
 __all__ = [
     "NAMING",
@@ -50,37 +38,32 @@ __all__ = [
 # ---- The names of parameters
 
 
-def _module_name(module: str, single: bool, model: Network) -> str:
-    parts = split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
-        if kind == "resample":
-            return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
-        return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{j}"
-    return {
-        "mid_block_0": "mid_block.resnets.0",
-        "mid_attn": "mid_block.attentions.0",
-        "mid_block_1": "mid_block.resnets.1",
-        "time_0": "time_embedding.linear_1",
-        "time_1": "time_embedding.linear_2",
-        "class": "class_embedding",
-        "norm_out": "conv_norm_out",
-    }.get(module, module)
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
+    i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
+    if kind == "resample":
+        return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
+    return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{number}"
 
 
-NAMING = Naming(
-    _module_name,
-    {
-        "time_proj": "time_emb_proj",
-        "skip": "conv_shortcut",
-        "norm": "group_norm",
-        "q": "to_q",
-        "k": "to_k",
-        "v": "to_v",
-        "proj": "to_out.0",
-    },
-)
+_MODULES = {
+    "mid_block_0": "mid_block.resnets.0",
+    "mid_attn": "mid_block.attentions.0",
+    "mid_block_1": "mid_block.resnets.1",
+    "time_0": "time_embedding.linear_1",
+    "time_1": "time_embedding.linear_2",
+    "class": "class_embedding",
+    "norm_out": "conv_norm_out",
+}
+_LAYERS = {
+    "time_proj": "time_emb_proj",
+    "skip": "conv_shortcut",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj": "to_out.0",
+}
+NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 # ---- The network
 
@@ -140,21 +123,27 @@ def _is_residual(block: str, resample_type: str) -> bool:
     return block.startswith("Resnet") or (block.startswith("Attn") and resample_type == "resnet")
 
 
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of a UNet2DModel's config. Raises: PretrainedError for unknown fields and unsupported values."""
-    unknown = sorted(name for name in config if name not in _UNET_DEFAULTS and not name.startswith("_"))
-    if unknown:
-        raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
-    fields = _UNET_DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
-    for name, values in _SUPPORTED_VALUES.items():
-        if fields[name] not in values:
-            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
-    return fields
+# Fields of `models.UNet` that are stored under other names.
+_SAME_FIELDS = {
+    "num_res_blocks": "layers_per_block",
+    "embedding_cos_first": "flip_sin_to_cos",
+    "embedding_freq_shift": "freq_shift",
+    "num_groups": "norm_num_groups",
+    "norm_epsilon": "norm_eps",
+    "dropout": "dropout",
+}
 
 
 def unet_from_config(config: Mapping[str, Any]) -> UNet:
     """The network of a UNet2DModel's config. Raises: PretrainedError that names the field which is not supported."""
-    fields = _read_fields(config)
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    unknown = sorted(config.keys() - _UNET_DEFAULTS.keys())
+    if unknown:
+        raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
+    fields = _UNET_DEFAULTS | config
+    for name, values in _SUPPORTED_VALUES.items():
+        if fields[name] not in values:
+            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
     widths = fields["block_out_channels"]
     channels = widths[0]
     if fields["time_embedding_dim"] not in (None, 4 * channels):
@@ -182,37 +171,23 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     padding = fields["downsample_padding"]
     return UNet(
         channels=channels,
-        channel_multipliers=channel_multipliers(widths, channels),
-        num_res_blocks=fields["layers_per_block"],
+        channel_multipliers=parameters.channel_multipliers(widths, channels),
         attention_levels=tuple(i for i, block in enumerate(down) if block.startswith("Attn")),
         head_channels=fields["attention_head_dim"],
         resample_blocks=True in residual,
         scale_shift_norm=scale_shift,
-        embedding_cos_first=fields["flip_sin_to_cos"],
-        embedding_freq_shift=float(fields["freq_shift"]),
         downsample_padding=(padding, padding) if padding else (0, 1),
-        num_groups=groups,
-        norm_epsilon=fields["norm_eps"],
-        dropout=fields["dropout"],
         num_classes=fields["num_class_embeds"] or 0,
         out_channels=fields["out_channels"],
+        **{ours: fields[theirs] for ours, theirs in _SAME_FIELDS.items()},
     )
 
 
 # Fields that do not change the network's output, or that UNet2DModel stores otherwise.
-_FIELDS_STORED_OTHERWISE = {
-    "num_heads",
-    "head_channels",
-    "num_classes",
-    "label_dropout",
-    "out_channels",
-    "initializer",
-    "dtype",
-    "precision",
-    "remat",
-    "joint_dropout",
-    "condition_dropout",
-}
+_FIELDS_STORED_OTHERWISE = (
+    "num_heads head_channels num_classes label_dropout condition_dropout joint_dropout out_channels initializer dtype "
+    "precision remat"
+).split()
 
 
 def unet_to_config(net: Pretrained) -> dict[str, Any]:
@@ -233,7 +208,6 @@ def unet_to_config(net: Pretrained) -> dict[str, Any]:
         "in_channels": net.channels,
         "out_channels": model.out_channels or net.channels,
         "block_out_channels": widths,
-        "layers_per_block": model.num_res_blocks,
         "down_block_types": ["AttnDownBlock2D" if i in model.attention_levels else down_block for i in levels],
         "up_block_types": ["AttnUpBlock2D" if i in model.attention_levels else up_block for i in reversed(levels)],
         "attention_head_dim": _head_channels(model, widths),
@@ -242,17 +216,8 @@ def unet_to_config(net: Pretrained) -> dict[str, Any]:
         "downsample_padding": model.downsample_padding[0],
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift_norm else "default",
         "attn_norm_num_groups": model.num_groups if model.scale_shift_norm else None,
-        "flip_sin_to_cos": model.embedding_cos_first,
-        "freq_shift": model.embedding_freq_shift,
-        "norm_num_groups": model.num_groups,
-        "norm_eps": model.norm_epsilon,
-        "dropout": model.dropout,
         "num_class_embeds": (model.num_classes + bool(model.label_dropout)) or None,
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "act_fn": "silu",
-        "mid_block_scale_factor": 1,
-        "add_attention": True,
+        **{theirs: getattr(model, ours) for ours, theirs in _SAME_FIELDS.items()},
     }
     read = unet_from_config(config)
     lost = [
@@ -396,20 +361,20 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Pretrained:
     assert paths is not None  # `pretrained.load` has found them
     network, scheduler = paths
     index = folder / "model_index.json"
-    others = {name for name in (read_json(index) if index.is_file() else {}) if not name.startswith("_")}
+    others = {name for name in (parameters.read_json(index) if index.is_file() else {}) if not name.startswith("_")}
     others -= {"unet", "scheduler"}
     if others:
         raise PretrainedError(
             f"{folder}: a pipeline with {list_names(sorted(others))} is not supported, only an unet and a scheduler, whose "
             "output is an image"
         )
-    config = read_json(network / "config.json")
+    config = parameters.read_json(network / "config.json")
     if config.get("_class_name") != "UNet2DModel":
         raise PretrainedError(f"{network}: {config.get('_class_name')} is not supported, only UNet2DModel")
     if not scheduler.is_file():
         raise PretrainedError(f"{folder} contains no scheduler_config.json: give the folder of the whole pipeline")
     try:
-        net = _describe(config, read_json(scheduler))
+        net = _describe(config, parameters.read_json(scheduler))
     except PretrainedError as error:
         raise PretrainedError(f"{network} or {scheduler}: {error}") from None
     return dataclasses.replace(net, params=_load_params(network, net)) if with_params else net
@@ -444,19 +409,14 @@ def _load_params(network: pathlib.Path, net: Pretrained) -> dict:
     path = next((network / file for file in files if (network / file).is_file()), None)
     if path is None:
         raise PretrainedError(f"{network} contains no weights: neither {' nor '.join(files)}")
-    tensors = open_tensors(path)
 
     def new_name(name: str) -> str:
         parts = name.split(".")
         return ".".join(_OLD_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
 
-    names = {new_name(name): name for name in tensors.shapes}
-
-    def read(name, parameter, shape):
-        return from_torch(tensors.read(names[name]), parameter, shape)
-
-    shapes = parameter_shapes(net.model, net.example_shape)
-    return build_params(str(path), shapes, names, lambda p: NAMING(p, net.model), read)
+    tensors = parameters.open_tensors(path).rename(new_name)
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    return parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, net.model))
 
 
 def write_folder(net: Pretrained, folder: pathlib.Path) -> None:
@@ -465,7 +425,7 @@ def write_folder(net: Pretrained, folder: pathlib.Path) -> None:
         raise PretrainedError(f"{folder} exists and is not empty: choose another path")
     network, scheduler = unet_to_config(net), scheduler_to_config(net)
     tensors = {
-        NAMING(path, net.model): to_torch(np.asarray(value), path)
+        NAMING(path, net.model): parameters.to_torch(np.asarray(value), path)
         for path, value in flax.traverse_util.flatten_dict(net.params).items()
     }
     index = {
@@ -478,6 +438,6 @@ def write_folder(net: Pretrained, folder: pathlib.Path) -> None:
     with atomic_directory(folder) as temporary:
         for name in ("unet", "scheduler"):
             (temporary / name).mkdir()
-        save_tensors(tensors, temporary / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        parameters.save_tensors(tensors, temporary / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         for name, content in contents.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")

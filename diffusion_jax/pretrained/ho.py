@@ -13,17 +13,8 @@ from typing import Any
 
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet, preset
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_description
-from diffusion_jax.pretrained.tensors import (
-    Naming,
-    Tensors,
-    build_params,
-    channel_multipliers,
-    from_torch,
-    parameter_shapes,
-    split_module,
-)
-from diffusion_jax.training.state import Network
 
 __all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
 
@@ -35,24 +26,21 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 _LEAVES = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
 
 
-def _module_name(module: str, single: bool, model: Network) -> str:
-    parts = split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        name = f"{direction}sample.conv" if kind == "resample" else f"{kind}.{j}"
-        return f"{direction}.{level}.{name}"
-    return {
-        "mid_block_0": "mid.block_1",
-        "mid_attn": "mid.attn_1",
-        "mid_block_1": "mid.block_2",
-        "time_0": "temb.dense.0",
-        "time_1": "temb.dense.1",
-    }.get(module, module)
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
+    name = f"{direction}sample.conv" if kind == "resample" else f"{kind}.{number}"
+    return f"{direction}.{level}.{name}"
 
 
-NAMING = Naming(
-    _module_name, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"}
-)  # the port's names
+_MODULES = {
+    "mid_block_0": "mid.block_1",
+    "mid_attn": "mid.attn_1",
+    "mid_block_1": "mid.block_2",
+    "time_0": "temb.dense.0",
+    "time_1": "temb.dense.1",
+}
+NAMING = parameters.Naming(  # of the port
+    _at_level, _MODULES, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"}
+)
 
 
 def _port_name(variable: str) -> str:
@@ -76,7 +64,7 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
     widths = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)]
     return UNet(
         channels=channels,
-        channel_multipliers=channel_multipliers(widths, channels),
+        channel_multipliers=parameters.channel_multipliers(widths, channels),
         num_res_blocks=len({name.split(".")[3] for name in shapes if name.startswith("down.0.block.")}),
         attention_levels=tuple(i for i in range(num_levels) if f"down.{i}.attn.0.q.weight" in shapes),
         out_channels=shapes["conv_out.weight"][0],
@@ -85,7 +73,7 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
 
 
 def load_ho(
-    path: pathlib.Path, tensors: Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
 ) -> Pretrained:
     """The network of a checkpoint; with its parameters if `with_params`.
 
@@ -100,9 +88,9 @@ def load_ho(
         known = ", ".join(("image_size", *DIFFUSION_DEFAULTS))
         raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: {known}")
     is_tensorflow = tensors.framework == "TensorFlow"  # HWIO and [in, out]; the port has the outputs first
-    names = {_port_name(name) if is_tensorflow else name: name for name in tensors.shapes}
-    stored = {name: tensors.shapes[stored_name] for name, stored_name in names.items()}
-    model = _infer_model({name: shape[::-1] if is_tensorflow else shape for name, shape in stored.items()})
+    if is_tensorflow:
+        tensors = tensors.rename(_port_name)
+    model = _infer_model({n: shape[::-1] if is_tensorflow else shape for n, shape in tensors.shapes.items()})
     matches = [name for name in PRESETS if dataclasses.replace(preset(name), dropout=0.0, parent=None) == model]
     size, diffusion = PRESETS[matches[0]] if matches else (None, {})
     size, diffusion = leaves.pop("image_size", size), diffusion | leaves
@@ -110,15 +98,11 @@ def load_ho(
         raise PretrainedError(
             f"{path}: not a published network, so flags need image_size and variance (fixed_small or fixed_large)"
         )
-    channels = stored["conv_in.weight"][2 if is_tensorflow else 1]
+    channels = tensors.shapes["conv_in.weight"][2 if is_tensorflow else 1]
     net = make_description(f"Ho et al., {matches[0] if matches else 'another'}", model, size, diffusion, channels)
     if not with_params:
         return net
-
-    def read(name, parameter, shape):
-        value = tensors.read(names[name])
-        return value if is_tensorflow else from_torch(value, parameter, shape)
-
-    shapes = parameter_shapes(model, net.example_shape)
-    params = build_params(str(path), shapes, names, lambda p: NAMING(p, model), read)
+    shapes = parameters.parameter_shapes(model, net.example_shape)
+    convert = parameters.keep_layout if is_tensorflow else parameters.from_torch
+    params = parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, model), convert)
     return dataclasses.replace(net, params=params)

@@ -15,8 +15,8 @@ import numpy as np
 from diffusion_jax import data, models, schedules, training
 from diffusion_jax.config import resolve, resolve_clip
 from diffusion_jax.errors import PretrainedError
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
-from diffusion_jax.pretrained.tensors import Tensors, build_params, parameter_shapes, read_json, save_tensors
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
@@ -32,7 +32,7 @@ def is_workdir(path: pathlib.Path) -> bool:
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
-def is_native(tensors: Tensors) -> bool:
+def is_native(tensors: parameters.Tensors) -> bool:
     """Whether a safetensors file was written by `write_file`."""
     return _METADATA_KEY in tensors.metadata
 
@@ -43,7 +43,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Pretrained
     Warns if the raw weights replace the EMA (`training.ema.weights_kind`). Raises: PretrainedError, CheckpointError,
     DataError.
     """
-    config = resolve(read_json(path / "config.json"))
+    config = resolve(parameters.read_json(path / "config.json"))
     model, shape = training.model_from_config(config), data.example_shape(config["data"])
     diffusion = config["diffusion"]
     net = make_description(
@@ -98,10 +98,10 @@ def write_file(net: Pretrained, path: pathlib.Path) -> None:
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
+    parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 
 
-def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> Pretrained:
+def load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Pretrained:
     """The network of a file of `write_file`; with its parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
@@ -120,6 +120,6 @@ def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> Pretra
         net = dataclasses.replace(net, schedule=table, diffusion=None)
     if not with_params:
         return net
-    shapes = parameter_shapes(net.model, net.example_shape)
-    params = build_params(str(path), shapes, tensors.shapes, ".".join, lambda name, *_: np.asarray(tensors.read(name)))
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    params = parameters.build_params(path, shapes, tensors, ".".join, parameters.keep_layout)
     return dataclasses.replace(net, params=params)

@@ -18,17 +18,8 @@ from diffusion_jax.config.presets import OPENAI
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import Pretrained, make_description
-from diffusion_jax.pretrained.tensors import (
-    Naming,
-    Tensors,
-    build_params,
-    channel_multipliers,
-    from_torch,
-    parameter_shapes,
-    split_module,
-)
-from diffusion_jax.training.state import Network
 
 __all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "load_params", "parse_flags"]
 
@@ -111,34 +102,30 @@ _IGNORED_FLAGS = (
 ).split()
 
 
-def _module_name(module: str, single: bool, model: Network) -> str:
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
     n, levels = model.num_res_blocks, len(model.channel_multipliers)
-    parts = split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        has_attention = level in model.attention_levels
-        if direction == "down":
-            if kind == "resample":
-                return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
-            return f"input_blocks.{1 + level * (n + 1) + int(j)}.{0 if kind == 'block' else 1}"
-        first = (levels - 1 - level) * (n + 1)
+    if direction == "down":
         if kind == "resample":
-            return f"output_blocks.{first + n}.{2 if has_attention else 1}" + (".conv" if single else "")
-        return f"output_blocks.{first + int(j)}.{0 if kind == 'block' else 1}"
-    return {
-        "mid_block_0": "middle_block.0",
-        "mid_attn": "middle_block.1",
-        "mid_block_1": "middle_block.2",
-        "time_0": "time_embed.0",
-        "time_1": "time_embed.2",
-        "class": "label_emb",
-        "conv_in": "input_blocks.0.0",
-        "norm_out": "out.0",
-        "conv_out": "out.2",
-        "pool": "out.2",
-    }[module]
+            return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
+        return f"input_blocks.{1 + level * (n + 1) + int(number)}.{0 if kind == 'block' else 1}"
+    first = (levels - 1 - level) * (n + 1)
+    if kind == "resample":
+        return f"output_blocks.{first + n}.{2 if level in model.attention_levels else 1}" + (".conv" if single else "")
+    return f"output_blocks.{first + int(number)}.{0 if kind == 'block' else 1}"
 
 
+_MODULES = {
+    "mid_block_0": "middle_block.0",
+    "mid_attn": "middle_block.1",
+    "mid_block_1": "middle_block.2",
+    "time_0": "time_embed.0",
+    "time_1": "time_embed.2",
+    "class": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
+    "pool": "out.2",
+}
 _LAYERS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -148,7 +135,7 @@ _LAYERS = {
     "skip": "skip_connection",
     "proj": "proj_out",
 }
-NAMING = Naming(_module_name, _LAYERS)
+NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 
 def parse_flags(text: str) -> dict[str, str]:
@@ -183,7 +170,7 @@ def is_openai(names) -> bool:
 
 
 def describe_openai(
-    path: pathlib.Path, tensors: Tensors, flags: str | Mapping[str, Any] | None
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
 ) -> tuple[Pretrained, bool]:
     """(the network of a state dict without parameters, whether its attention has the new order).
 
@@ -284,7 +271,7 @@ def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> d
     return {
         "channels": channels,
         "num_res_blocks": n,
-        "channel_multipliers": channel_multipliers(widths, channels),
+        "channel_multipliers": parameters.channel_multipliers(widths, channels),
         "attention_levels": tuple(i for i, block in enumerate(first) if f"{block}.1.qkv.weight" in shapes),
         "scale_shift_norm": shapes[f"{first[0]}.0.emb_layers.1.weight"][0] == 2 * widths[0],
         "resample_blocks": num_levels > 1 and not strided,
@@ -292,14 +279,14 @@ def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> d
 
 
 def load_openai(
-    path: pathlib.Path, tensors: Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
 ) -> Pretrained:
     """The network of a state dict; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
     net, new_order = describe_openai(path, tensors, flags)
     return dataclasses.replace(net, params=load_params(path, tensors, net, new_order)) if with_params else net
 
 
-def load_params(path: pathlib.Path, tensors: Tensors, net: Pretrained, new_order: bool) -> dict:
+def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Pretrained, new_order: bool) -> dict:
     """The parameters. new_order: of the attention's q, k and v, as `describe_openai` returns it. Raises: PretrainedError."""
     # q, k and v are one tensor in the file and three layers here; the classifier's pooling has other names for the same.
     model: Any = net.model
@@ -312,13 +299,13 @@ def load_params(path: pathlib.Path, tensors: Tensors, net: Pretrained, new_order
             stored[name.replace("out.2.c_proj.", "out.2.proj_out.")] = name
     split: dict[str, np.ndarray] = {}  # parts of tensors that were read, and are not yet used
 
-    def read(name, parameter, shape):
+    def read(name: str) -> np.ndarray:
         if name in stored:
-            return from_torch(tensors.read(stored[name]), parameter, shape)
+            return tensors.read(stored[name])
         if name not in split:
             value = tensors.read(joined[name])
             channels = value.shape[0] // 3
-            if new_order or parameter[0] == "pool":
+            if new_order or "qkv_proj" in joined[name]:
                 value = value.reshape(3, channels, *value.shape[1:])
             else:  # (head, 3, d)
                 heads = split_heads(channels, model.num_heads, model.head_channels)
@@ -326,7 +313,8 @@ def load_params(path: pathlib.Path, tensors: Tensors, net: Pretrained, new_order
                 value = value.reshape(3, channels, *value.shape[3:])
             stem, _, leaf = name.rsplit(".", 2)
             split.update({f"{stem}.{layer}.{leaf}": part for layer, part in zip("qkv", value, strict=True)})
-        return from_torch(split.pop(name), parameter, shape)
+        return split.pop(name)
 
-    shapes = parameter_shapes(model, net.example_shape)
-    return build_params(str(path), shapes, (*stored, *joined), lambda p: NAMING(p, model), read)
+    layers = dataclasses.replace(tensors, shapes=dict.fromkeys((*stored, *joined), ()), read=read)
+    shapes = parameters.parameter_shapes(model, net.example_shape)
+    return parameters.build_params(path, shapes, layers, lambda p: NAMING(p, model))

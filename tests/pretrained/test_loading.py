@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models, pretrained, schedules
-from diffusion_jax.pretrained import PretrainedError, description, tensors
+from diffusion_jax.pretrained import PretrainedError, description, parameters
 from helpers.configs import tiny_config
 from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
@@ -33,19 +33,6 @@ def test_stored_networks_give_their_stored_outputs(name, tmp_path):
     else:
         with pytest.raises(TypeError, match="use denoise_fn"):
             net.logits(arrays["x"], arrays["time"])
-
-
-def test_a_folder_determines_the_prediction_the_variance_and_the_schedule(tmp_path):
-    net, _ = load(tmp_path, "unet_improved_narrow")
-    assert (net.prediction, net.variance, net.image_size, net.clip, net.channels) == (
-        "eps",
-        "learned_range",
-        (32, 32),
-        True,
-        3,
-    )
-    np.testing.assert_allclose(net.schedule.betas, schedules.betas("linear", 1000))
-    assert net.num_classes == 5 and net.diffusion["schedule"] == "linear"
 
 
 @pytest.mark.whole
@@ -117,20 +104,13 @@ def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
 
 
-def test_a_folder_needs_its_scheduler(tmp_path):
-    weights, arrays = stored("unet_ddpm_cifar10_narrow")
-    folder = write_folder(tmp_path / "in", json.loads(str(arrays["config"])), weights, scheduler=None)
-    with pytest.raises(PretrainedError, match="contains no scheduler_config.json"):
-        pretrained.load(folder)
-
-
 @pytest.mark.whole
 def test_upsamplers_take_their_small_images(tmp_path):
     """As the network of x_t and the enlarged image in six channels, which has the same parameters."""
     from diffusion_jax.models import upsampling
 
     model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
-    shapes = tensors.parameter_shapes(model, (8, 8, 6))
+    shapes = parameters.parameter_shapes(model, (8, 8, 6))
     rng = np.random.default_rng(0)
     params = flax.traverse_util.unflatten_dict(
         {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}

@@ -12,7 +12,7 @@ import pytest
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
 from diffusion_jax.pretrained import PretrainedError, diffusers, ho, openai
-from diffusion_jax.pretrained.tensors import Tensors, parameter_shapes, to_torch
+from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, to_torch
 from helpers import torch_networks
 from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 

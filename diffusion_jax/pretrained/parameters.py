@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -34,12 +35,12 @@ __all__ = [
     "flat_shapes",
     "from_torch",
     "is_tensorflow_checkpoint",
+    "keep_layout",
     "open_tensors",
     "parameter_shapes",
     "read_json",
     "require_module",
     "save_tensors",
-    "split_module",
     "to_torch",
     "torch_shape",
 ]
@@ -67,6 +68,12 @@ class Tensors:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def rename(self, new_name: Callable[[str], str]) -> Tensors:
+        """The same tensors by other names."""
+        old = {new_name(name): name for name in self.shapes}
+        shapes = {name: self.shapes[old[name]] for name in old}
+        return dataclasses.replace(self, shapes=shapes, read=lambda name: self.read(old[name]))
 
 
 def is_tensorflow_checkpoint(path: pathlib.Path) -> bool:
@@ -208,10 +215,13 @@ def require_module(module: str, name: str):
 class Naming:
     """The names of another project.
 
-    module: (module here, whether it is a single layer, the network) -> its name there. layers: names of layers in a block.
+    at_level: the name there of a module of a level, from ("down" or "up", level, "block", "attn" or "resample", number,
+    whether it is a single layer, network). modules: of other modules; others have the same name. layers: names of layers in a
+    block.
     """
 
-    module: Callable[[str, bool, Network], str]
+    at_level: Callable[[str, int, str, str, bool, Network], str]
+    modules: Mapping[str, str]
     layers: Mapping[str, str]
 
     def __call__(self, path: Path, model: Network) -> str:
@@ -219,18 +229,15 @@ class Naming:
         module, *layers, leaf = path
         if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
             layers = layers[:-1]  # the layer inside `models.layers.GroupNorm`
-        name = self.module(module, not layers, model)
+        name = self.modules.get(module, module)
+        match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
+        if match:
+            name = self.at_level(match[1], int(match[2]), match[3] or "resample", match[4] or "", not layers, model)
         if layers:
             name += "." + self.layers.get(layers[0], layers[0])
         if leaf == "position":
             return f"{name}.positional_embedding"
         return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
-def split_module(module: str) -> tuple[str, int, str, str] | None:
-    """("down", 1, "block", "0") of down_1_block_0, and ("up", 2, "resample", "") of up_2_upsample; else None."""
-    match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
-    return match and (match[1], int(match[2]), match[3] or "resample", match[4] or "")
 
 
 def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
@@ -253,13 +260,18 @@ def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple
     return flat_shapes(tree)
 
 
+def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor that is stored in Flax's layout."""
+    return value
+
+
 def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A PyTorch tensor in Flax's layout: OIHW to HWIO, [out, in] to [in, out]; 1x1 convolutions are matrices here."""
-    if path[-1] in ("kernel", "position"):
-        if len(shape) == 2 and value.ndim > 2:
-            value = value.reshape(value.shape[:2]) if value.size == value.shape[0] * value.shape[1] else value
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    return value
+    if path[-1] not in ("kernel", "position"):
+        return value
+    if len(shape) == 2 and value.size == math.prod(value.shape[:2]):
+        value = value.reshape(value.shape[:2])
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
 def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
@@ -278,19 +290,19 @@ def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
 
 
 def build_params(
-    source: str,
+    source: pathlib.Path,
     shapes: Mapping[Path, tuple[int, ...]],
-    names: Iterable[str],
+    tensors: Tensors,
     name_of: Callable[[Path], str],
-    read: Callable[[str, Path, tuple[int, ...]], np.ndarray],
+    convert: Callable[[np.ndarray, Path, tuple[int, ...]], np.ndarray] = from_torch,
 ) -> dict:
     """The tree of parameters, float32 JAX arrays.
 
-    source: the file, for errors. shapes: of the network's parameters by path. names: of all tensors of the file. name_of: the
-    tensor of a parameter. read(name, path, shape): a tensor in this package's layout.
+    source: the file, for errors. shapes: of the network's parameters by path. name_of: the tensor of a parameter. convert: a
+    tensor, its path and its shape here -> the tensor in this package's layout.
     Raises: PretrainedError that lists tensors that are missing, unexpected, of another shape, or not finite.
     """
-    expected, names = {path: name_of(path) for path in shapes}, set(names)
+    expected, names = {path: name_of(path) for path in shapes}, set(tensors.shapes)
     missing = [name for name in expected.values() if name not in names]
     unexpected = sorted(names - set(expected.values()))
     if missing or unexpected:
@@ -299,7 +311,7 @@ def build_params(
         raise PretrainedError(f"{source} does not fit the network: {'; '.join(problems)}")
     params, wrong = {}, []
     for path, shape in shapes.items():
-        value = read(expected[path], path, shape)
+        value = convert(tensors.read(expected[path]), path, shape)
         if value.shape != shape:
             wrong.append(f"{expected[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
