@@ -20,6 +20,8 @@ from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, li
 from diffusion_jax.models import MLP, Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai, parameters
 from diffusion_jax.pretrained.description import Pretrained, format_summary
+from diffusion_jax.pretrained.diffusers import save_diffusers
+from diffusion_jax.pretrained.native import is_workdir, save_safetensors
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
@@ -89,7 +91,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pre
             return openai.load_openai(path, tensors, flags, with_params)
     if flags:
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
-    if tensors is None and native.is_workdir(path):
+    if tensors is None and is_workdir(path):
         return native.load_workdir(path, ema, with_params)
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
@@ -100,11 +102,6 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pre
         f"{path} is {found} of an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
         "directory with checkpoints, and files of Ho et al., of OpenAI and of this package"
     )
-
-
-def is_workdir(path: str | os.PathLike) -> bool:
-    """Whether a path is a work directory with a config and checkpoints."""
-    return native.is_workdir(local_path(path))
 
 
 def read_flags(text: str | None) -> Flags:
@@ -149,16 +146,3 @@ def config_leaves(description: Pretrained) -> dict[str, dict[str, Any]]:
         | ({} if description.is_images else {"random_flip": False}),
         "sampling": {"clip": description.clip},
     }
-
-
-def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
-    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs.
-
-    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
-    """
-    diffusers.write_folder(net, pathlib.Path(folder).expanduser())
-
-
-def save_safetensors(net: Pretrained, path: str | os.PathLike) -> None:
-    """Writes one file with the weights of any network and their description. Raises: PretrainedError, OSError."""
-    native.write_file(net, pathlib.Path(path).expanduser())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,11 +29,11 @@ __all__ = [
     "NAMING",
     "find_configs",
     "load_diffusers",
+    "save_diffusers",
     "scheduler_from_config",
     "scheduler_to_config",
     "unet_from_config",
     "unet_to_config",
-    "write_folder",
 ]
 
 # ---- The names of parameters
@@ -312,17 +313,19 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
 
 
 def scheduler_to_config(net: Pretrained) -> dict[str, Any]:
-    """The config of DDPMScheduler. Raises: PretrainedError that names a field which DDPMScheduler does not support."""
-    schedule = net.schedule
+    """The config of DDPMScheduler. Raises: PretrainedError that names the fields which DDPMScheduler does not support."""
+    schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    lost = []
     if not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
-        raise PretrainedError("rescale_timesteps: the network time of diffusers is the index itself")
-    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+        lost.append("rescale_timesteps")
     if net.prediction not in predictions:
-        raise PretrainedError(f"prediction={net.prediction!r}: DDPMScheduler supports {', '.join(predictions)}")
+        lost.append(f"prediction={net.prediction!r}")
     if net.variance not in _VARIANCES.values():
-        raise PretrainedError(f"variance={net.variance!r}: DDPMScheduler does not support this variance")
+        lost.append(f"variance={net.variance!r}")
     if not isinstance(net.clip, bool):
-        raise PretrainedError("clip: DDPMScheduler supports only True and False")
+        lost.append("a clip other than True and False")
+    if lost:
+        raise PretrainedError(f"diffusers' DDPMScheduler does not support {'; '.join(lost)}; use save_safetensors")
     config = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.35.0",
@@ -419,8 +422,12 @@ def _load_params(network: pathlib.Path, net: Pretrained) -> dict:
     return parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, net.model))
 
 
-def write_folder(net: Pretrained, folder: pathlib.Path) -> None:
-    """Writes the folder of a DDPMPipeline completely or not at all. Raises: PretrainedError, before writing; OSError."""
+def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
+    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
+
+    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
+    """
+    folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PretrainedError(f"{folder} exists and is not empty: choose another path")
     network, scheduler = unet_to_config(net), scheduler_to_config(net)

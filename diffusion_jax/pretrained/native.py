@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import warnings
 from typing import Any
@@ -17,23 +18,25 @@ from diffusion_jax.config import resolve, resolve_clip
 from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
+from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
-__all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
+__all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "save_safetensors"]
 
 _METADATA_KEY = "diffusion_jax"
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits")
 
 
-def is_workdir(path: pathlib.Path) -> bool:
-    """Whether a directory is a work directory with a config and checkpoints."""
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is a work directory with a config and checkpoints."""
+    path = local_path(path)
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
 def is_native(tensors: parameters.Tensors) -> bool:
-    """Whether a safetensors file was written by `write_file`."""
+    """Whether a safetensors file was written by `save_safetensors`."""
     return _METADATA_KEY in tensors.metadata
 
 
@@ -76,11 +79,12 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Pretrained
     return dataclasses.replace(net, params=params)
 
 
-def write_file(net: Pretrained, path: pathlib.Path) -> None:
-    """Writes one .safetensors: tensors by their paths, in Flax's layout, and the description as JSON metadata.
+def save_safetensors(net: Pretrained, path: str | os.PathLike) -> None:
+    """Writes one file with the weights of any network, in Flax's layout, and their description as JSON metadata.
 
     Raises: PretrainedError, OSError.
     """
+    path = pathlib.Path(path).expanduser()
     clip = net.clip if isinstance(net.clip, bool) else getattr(net.clip, "keywords", {}).get("max")
     if clip is None:
         raise PretrainedError("clip: a file can store only True, False and a range")
@@ -102,7 +106,7 @@ def write_file(net: Pretrained, path: pathlib.Path) -> None:
 
 
 def load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Pretrained:
-    """The network of a file of `write_file`; with its parameters if `with_params`. Raises: PretrainedError."""
+    """The network of a file of `save_safetensors`; with its parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
     diffusion = stored["diffusion"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import config, data, training
+from diffusion_jax import config, training
 
 TINY = {"channels": 8, "channel_multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "num_groups": 4}
 
@@ -173,8 +173,3 @@ def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, mo
     assert config.experiment("C:mine.py").seed == 1 and config.experiment("C:mine.py:23").seed == 23
     with pytest.raises(config.ConfigError, match="^C:mine.py:x: line 2 of C:mine.py raises ValueError"):
         config.experiment("C:mine.py:x")
-
-
-def test_data_takes_a_partial_mapping():
-    source = data.load({"dataset": "digits", "image_size": 8, "channels": np.int64(1)})
-    assert len(source) > 0 and source.read(np.arange(2))["image"].shape == (2, 8, 8, 1)
