@@ -78,21 +78,14 @@ FILES = {
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
 # Flags of OpenAI's scripts that describe a network, with the types of their values.
-_FLAGS: dict[str, type] = {
-    "image_size": int,
-    "large_size": int,
-    "small_size": int,
-    "num_heads": int,
-    "num_heads_upsample": int,
-    "num_head_channels": int,
-    "use_new_attention_order": bool,
-    "dropout": float,
-    "diffusion_steps": int,
-    "noise_schedule": str,
-    "predict_xstart": bool,
-    "rescale_timesteps": bool,
-    "classifier_depth": int,
-}
+_NUMBERS = (
+    "image_size large_size small_size num_heads num_heads_upsample num_head_channels diffusion_steps classifier_depth"
+)
+_FLAGS: dict[str, type] = (
+    dict.fromkeys(_NUMBERS.split(), int)
+    | dict.fromkeys(("use_new_attention_order", "predict_xstart", "rescale_timesteps"), bool)
+    | {"dropout": float, "noise_schedule": str}
+)
 # Flags of OpenAI's scripts that do not change the output of the network, or that its tensors determine.
 _IGNORED_FLAGS = (
     "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
@@ -222,11 +215,9 @@ def _describe_by_flags(
         head_channels, num_heads = flags.get("num_head_channels", -1), 1
         if head_channels == -1:
             head_channels, num_heads = None, require("num_heads", "num_head_channels", default="--num_heads 4")
+            if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
+                raise PretrainedError(f"flags: num_heads_upsample={flags['num_heads_upsample']} is not supported")
         fields = {"head_channels": head_channels, "num_heads": num_heads}
-        if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
-            raise PretrainedError(
-                f"flags: num_heads_upsample={flags['num_heads_upsample']} is not supported, only num_heads"
-            )
         if head_channels is not None or num_heads not in (None, 1):
             require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
     channels, low_resolution = shapes["input_blocks.0.0.weight"][1], 0

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import config, training
-
-TINY = {"channels": 8, "channel_multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "num_groups": 4}
+from diffusion_jax import config
 
 
 def test_a_partial_mapping_is_completed():
@@ -115,17 +113,6 @@ def test_text_that_is_no_value_of_its_leaf_is_refused(leaf, text, words):
     with pytest.raises(config.ConfigError) as caught:
         config.override({}, {leaf: text})
     assert str(caught.value).startswith(f"{leaf}={text} must be") and words in str(caught.value)
-
-
-@pytest.mark.whole
-def test_training_takes_a_partial_mapping():
-    digits = {"dataset": "digits", "image_size": 8, "channels": 1, "random_flip": False}
-    state, train_step = training.create({"data": digits, "model": TINY, "training": {"batch_size": 2}})
-    batch = {"image": np.zeros((2, 8, 8, 1), np.uint8), "label": np.zeros(2, np.int32)}
-    state, metrics = train_step(state, batch)
-    assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
-    with pytest.raises(ValueError, match=r"unknown leaf training.batchsize; did you mean training.batch_size\?"):
-        training.create({"data": digits, "training": {"batchsize": 3}})
 
 
 def test_fields_that_refer_to_an_overridden_one_follow_it():

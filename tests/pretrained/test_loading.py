@@ -10,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import models, pretrained, schedules
+from diffusion_jax import models, pretrained
 from diffusion_jax.pretrained import PretrainedError, description, parameters
-from helpers.configs import tiny_config
 from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
-from helpers.work_directories import untrained
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", FAMILIES)
-def test_stored_networks_give_their_stored_outputs(name, tmp_path):
+def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(name, tmp_path):
     net, arrays = load(tmp_path, name)
     assert arrays["out"].std() > 0.1
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
@@ -28,11 +26,22 @@ def test_stored_networks_give_their_stored_outputs(name, tmp_path):
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
-        with pytest.raises(TypeError, match="use logits"):
-            net.denoise_fn(arrays["x"], arrays["time"])
+        for wrong in (net.denoise_fn, net.sample):
+            with pytest.raises(TypeError, match="use logits"):
+                wrong(arrays["x"], arrays["time"])
     else:
         with pytest.raises(TypeError, match="use denoise_fn"):
             net.logits(arrays["x"], arrays["time"])
+    file = tmp_path / "net.safetensors"
+    pretrained.save_safetensors(net, file)
+    again = pretrained.load(file)
+    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
+    for field in ("model", "image_size", "channels", "prediction", "variance", "clip", "low_resolution", "diffusion"):
+        assert getattr(again, field) == getattr(net, field), field
+    np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
+    assert pretrained.describe(file).params is None
+    with pytest.raises(PretrainedError, match="contains its own description"):
+        pretrained.load(file, "adm_lsun")
 
 
 @pytest.mark.whole
@@ -124,22 +133,3 @@ def test_upsamplers_take_their_small_images(tmp_path):
     for options in ({}, {"low": jnp.float32(low), "condition": large}):
         with pytest.raises(TypeError, match="give low=, the small images, and no condition"):
             net.denoise_fn(jnp.float32(x), time, **options)
-
-
-@pytest.mark.whole
-def test_work_directories_are_weights_too(tmp_path):
-    leaves = {"prediction": "v", "schedule": "cosine", "variance": "fixed_small", "num_timesteps": 20}
-    config = tiny_config(**{f"diffusion.{leaf}": value for leaf, value in leaves.items()}, **{"sampling.clip": False})
-    directory = untrained(tmp_path / "run", config)
-    net = pretrained.load(directory)
-    assert (net.prediction, net.variance, net.clip) == ("v", "fixed_small", False)
-    np.testing.assert_array_equal(net.schedule.betas, schedules.betas("cosine", 20))
-    assert net.schedule.num_timesteps == 20 and net.image_size == (8, 8) and net.channels == 1
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    again = pretrained.load(tmp_path / "net.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
-    assert again.model == net.model
-    raw = pretrained.load(directory, ema=False)
-    assert jax.tree.structure(raw.params) == jax.tree.structure(net.params)
-    with pytest.raises(PretrainedError, match="contains its own description"):
-        pretrained.load(directory, {"image_size": 8})

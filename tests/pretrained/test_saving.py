@@ -14,7 +14,7 @@ from diffusion_jax import pretrained, schedules
 from diffusion_jax.pretrained import PretrainedError, __main__, description, diffusers
 from helpers import torch_networks
 from helpers.published_files import NARROW_FLAGS, SCHEDULER, stored, worst, write, write_folder
-from helpers.stored_networks import FAMILIES, load, output
+from helpers.stored_networks import load, output
 
 
 @pytest.mark.whole
@@ -36,20 +36,6 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
     assert diffusers.scheduler_from_config(scheduler)[0].items() <= dict(net.diffusion).items()
     again = pretrained.load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("name", FAMILIES)
-def test_one_file_and_back_to_the_bit(name, tmp_path):
-    net, _ = load(tmp_path, name)
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    again = pretrained.load(tmp_path / "net.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
-    for field in ("model", "image_size", "channels", "prediction", "variance", "clip", "low_resolution"):
-        assert getattr(again, field) == getattr(net, field)
-    np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
-    with pytest.raises(PretrainedError, match="contains its own description"):
-        pretrained.load(tmp_path / "net.safetensors", "adm_lsun")
 
 
 @pytest.mark.parametrize(
