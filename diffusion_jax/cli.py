@@ -171,18 +171,16 @@ def _config_with_weights(
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
     if workdir is not None and any(workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        stored = load_config(workdir)
+        stored = load_config(workdir)  # of a relaunch
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
             )
-        # A relaunch of the run that these weights started.
-        config, flags = stored if config is None else config, flags or stored.init_flags
-    if config is None:
-        try:
-            config = config_from_weights(weights, flags)
-        except (DiffusionJaxError, ValueError, OSError) as error:
-            raise UserError(f"--pretrained={weights}: {error}") from error
+        config, flags = config or stored, flags or stored.init_flags
+    try:
+        config = config or config_from_weights(weights, flags)
+    except (DiffusionJaxError, ValueError, OSError) as error:
+        raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}
 
 
@@ -296,9 +294,9 @@ def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
         _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if workdir is not None and find_mirror(workdir) and not isinstance(error, LockHeldError):
-            failed = True  # the bucket could be used when the program started
+        # A bucket could be used when the program started.
+        is_bucket = workdir is not None and bool(find_mirror(workdir)) and not isinstance(error, LockHeldError)
+        failed = is_bucket or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)

@@ -39,35 +39,38 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "changes", "words"),
     [
-        ({"channel_multipliers": (0.5, 1)}, "channel_multipliers"),
-        ({"num_heads": 2, "attention_levels": (0, 1)}, "num_heads"),
-        ({"downsample_padding": (1, 0)}, "downsample_padding"),
+        ({"channel_multipliers": (0.5, 1)}, {}, "channel_multipliers"),
+        ({"num_heads": 2, "attention_levels": (0, 1)}, {}, "num_heads"),
+        ({"downsample_padding": (1, 0)}, {}, "downsample_padding"),
+        ({}, {"prediction": "x_prev"}, "prediction"),
+        ({}, {"variance": "learned"}, "variance"),
+        ({}, {"low_resolution": 8}, "low_resolution"),
+        (
+            {},
+            {"schedule": schedules.from_betas(schedules.betas("linear", 10), np.arange(10) * 100.0)},
+            "rescale_timesteps",
+        ),
+        ({}, {"clip": jnp.tanh}, "clip"),
     ],
 )
-def test_networks_that_diffusers_cannot_store_are_refused_by_field(fields, words, tmp_path):
+def test_what_diffusers_cannot_store_is_refused_by_field(fields, changes, words, tmp_path):
     net, _ = load(tmp_path, "port_narrow")
-    net = dataclasses.replace(net, model=net.model.clone(**fields))
+    net = dataclasses.replace(net, model=net.model.clone(**fields), **changes)
     with pytest.raises(PretrainedError, match=words):
         pretrained.save_diffusers(net, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"prediction": "x_prev"}, "prediction"),
-        ({"variance": "learned"}, "variance"),
-        ({"low_resolution": 8}, "low_resolution"),
-        ({"schedule": schedules.from_betas(schedules.betas("linear", 10), np.arange(10) * 100.0)}, "rescale_timesteps"),
-        ({"clip": jnp.tanh}, "clip"),
-    ],
-)
-def test_diffusions_that_diffusers_cannot_store_are_refused_by_field(fields, words, tmp_path):
+def test_unusual_diffusions_come_back_from_diffusers(tmp_path):
     net, _ = load(tmp_path, "port_narrow")
-    with pytest.raises(PretrainedError, match=words):
-        pretrained.save_diffusers(dataclasses.replace(net, **fields), tmp_path / "out")
+    leaves = dict(net.diffusion) | {"schedule": "quadratic", "beta_end": 0.015, "beta_start": 2e-4, "prediction": "v"}
+    changed = description.make_description("x", net.model, (16, 16), leaves, clip=False, params=net.params)
+    pretrained.save_diffusers(changed, tmp_path / "out")
+    again = pretrained.load(tmp_path / "out")
+    assert (again.clip, again.prediction, again.variance) == (False, "v", "fixed_small")
+    np.testing.assert_array_equal(again.schedule.betas, changed.schedule.betas)
 
 
 @pytest.mark.whole
