@@ -23,7 +23,7 @@ from diffusion_jax.files import atomic_directory
 from diffusion_jax.models import UNet, fields_of
 from diffusion_jax.models.blocks import split_heads
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import Pretrained, make_clip, make_description
+from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
 
 __all__ = [
     "NAMING",
@@ -337,7 +337,7 @@ def scheduler_to_config(net: Pretrained) -> dict[str, Any]:
     leaves = net.diffusion or {}
     schedule_names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     if leaves.get("schedule") in schedule_names:
-        betas = {name: leaves[name] for name in ("beta_start", "beta_end")}
+        betas = {name: leaves.get(name, DIFFUSION_DEFAULTS[name]) for name in ("beta_start", "beta_end")}
         return config | {"beta_schedule": schedule_names[leaves["schedule"]]} | betas
     return config | {"trained_betas": [float(beta) for beta in schedule.betas]}
 
