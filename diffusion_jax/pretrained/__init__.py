@@ -32,7 +32,6 @@ __all__ = [
     "format_summary",
     "is_workdir",
     "load",
-    "read_flags",
     "save_diffusers",
     "save_safetensors",
 ]
@@ -49,7 +48,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
       - a TensorFlow checkpoint of Ho et al.'s code, by its prefix .../model.ckpt-N, or its PyTorch port's .ckpt;
       - a work directory, or a file of `save_safetensors`.
     flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
-      text ("--num_heads 4 --noise_schedule cosine ..."); for networks of Ho et al.'s code that were not published,
+      text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for networks of Ho et al.'s code that were not published,
       image_size, variance and other leaves of `config.diffusion`.
     ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
       average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
@@ -68,6 +67,7 @@ def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> 
 def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
     """As `_read`, with every error of an invalid file as a PretrainedError."""
     try:
+        flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
         return _read(local_path(path), flags, ema, with_params)
     except (CheckpointError, DataError) as error:
         raise PretrainedError(str(error)) from error
@@ -102,16 +102,6 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pre
         f"{path} is {found} of an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
         "directory with checkpoints, and files of Ho et al., of OpenAI and of this package"
     )
-
-
-def read_flags(text: str | None) -> Flags:
-    """The flags in a command-line argument: JSON if the text starts with "{". Raises: PretrainedError."""
-    if not text or not text.startswith("{"):
-        return text or None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PretrainedError(f"flags={text!r} are not valid JSON: {error}") from None
 
 
 def config_leaves(description: Pretrained) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
     try:
         with exit_if_output_is_closed():
-            net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
+            net = pretrained.load(args.path, args.flags, not args.raw)
             print(pretrained.format_summary(net))
             if args.to is not None:
                 _convert(net, args)

@@ -311,15 +311,15 @@ def build_params(
         raise PretrainedError(f"{source} does not fit the network: {'; '.join(problems)}")
     params, wrong = {}, []
     for path, shape in shapes.items():
-        value = convert(tensors.read(expected[path]), path, shape)
+        name = expected[path]
+        value = convert(tensors.read(name), path, shape)
         if value.shape != shape:
-            wrong.append(f"{expected[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
+            wrong.append(f"{name} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
-        if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(value).all():
-            raise PretrainedError(
-                f"{source}: {expected[path]} is {value.dtype} or contains values that are not finite; convert quantized "
-                "weights to float32, or download the file again"
-            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise PretrainedError(f"{source}: {name} is {value.dtype}; convert quantized weights to float32")
+        if not np.isfinite(value).all():
+            raise PretrainedError(f"{source}: {name} has values that are not finite; download the file again")
         params[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
     if wrong:
         raise PretrainedError(f"{source} does not fit the network: {len(wrong)} shapes differ ({list_names(wrong)})")

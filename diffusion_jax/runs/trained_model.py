@@ -187,7 +187,7 @@ def _load(read: Callable[..., pretrained.Pretrained], config: Mapping, use_ema: 
     """`pretrained.load` or `pretrained.describe` of `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
-        return read(path, pretrained.read_flags(config["init_flags"]), use_ema)
+        return read(path, config["init_flags"] or None, use_ema)
     except pretrained.PretrainedError as error:
         raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
 

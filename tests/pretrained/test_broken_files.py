@@ -100,9 +100,12 @@ BROKEN = {
     ),
     "NaN": (
         rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)),
-        "out.2.bias is float32 or contains values that",
+        "out.2.bias has values that are not finite",
     ),
-    "integers": (rewritten(lambda w: w.update({"out.2.bias": np.zeros(6, np.int32)})), "convert quantized weights"),
+    "integers": (
+        rewritten(lambda w: w.update({"out.2.bias": np.zeros(6, np.int32)})),
+        "out.2.bias is int32; convert quantized weights",
+    ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
         "of an unknown network",
@@ -114,7 +117,7 @@ BROKEN = {
     ),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
     "flags without values": (with_flags("image_size 64"), "neither the name of a preset nor pairs"),
-    "flags that are not JSON": (with_flags('{"image_size": '), "are not valid JSON"),
+    "flags that are not JSON": (with_flags('{"image_size": '), "flags are invalid (JSONDecodeError"),
     "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
     "a conditional UNet": (folder_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is not supported"),
