@@ -1,12 +1,10 @@
 """Published flags, tensor shapes and configs give the presets; the presets have the published numbers of parameters."""
 
-import importlib
-
 import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.config import presets
+from diffusion_jax.config import experiment, presets
 from diffusion_jax.pretrained import PretrainedError, ho, openai
 from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, torch_shape
 from helpers.published_files import README
@@ -63,35 +61,42 @@ def test_every_published_file_and_preset_is_known():
     assert set(presets.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
 
 
-COUNTS = {
-    "ddpm_cifar10": 35_746_307,
-    "ddpm_256": 113_673_219,
-    "improved_cifar10": 52_546_438,
-    "improved_imagenet64": 121_063_942,
-    "improved_imagenet64_conditional": 273_049_350,
-    "improved_lsun": 113_676_678,
-    "improved_upsampler_64_256": 279_792_390,
-    "adm_imagenet64": 295_904_454,
-    "adm_imagenet128": 421_529_606,
-    "adm_imagenet256": 553_838_086,
-    "adm_imagenet256_unconditional": 552_814_086,
-    "adm_imagenet512": 558_997_638,
-    "adm_lsun": 552_814_086,
-    "adm_upsampler_64_256": 311_795_910,
-    "adm_upsampler_128_512": 308_835_270,
-    "adm_classifier64": 65_438_568,
-    "adm_classifier128": 42_568_040,
-    "adm_classifier256": 54_096_360,
-    "adm_classifier512": 54_448_360,
+# The number of parameters of each preset, and the configs that train it.
+NETWORKS = {
+    "ddpm_cifar10": (35_746_307, ["cifar10"]),
+    "ddpm_256": (113_673_219, ["celeba_hq_256", "lsun_bedroom_256", "lsun_cat_256", "lsun_church_256"]),
+    "improved_cifar10": (52_546_438, ["cifar10_improved", "cifar10_improved:vlb"]),
+    "improved_imagenet64": (121_063_942, ["imagenet64_improved", "imagenet64_improved:vlb"]),
+    "improved_imagenet64_conditional": (273_049_350, ["imagenet64_improved:conditional"]),
+    "improved_lsun": (113_676_678, []),
+    "improved_upsampler_64_256": (279_792_390, []),
+    "adm_imagenet64": (295_904_454, ["imagenet64_adm"]),
+    "adm_imagenet128": (421_529_606, ["imagenet_adm:128"]),
+    "adm_imagenet256": (553_838_086, ["imagenet_adm", "imagenet_adm:256"]),
+    "adm_imagenet256_unconditional": (552_814_086, ["imagenet_adm:256_unconditional"]),
+    "adm_imagenet512": (558_997_638, ["imagenet_adm:512"]),
+    "adm_lsun": (552_814_086, ["lsun_bedroom_adm", "lsun_cat_adm", "lsun_horse_adm"]),
+    "adm_upsampler_64_256": (311_795_910, ["imagenet256_upsample"]),
+    "adm_upsampler_128_512": (308_835_270, ["imagenet512_upsample"]),
+    "adm_classifier64": (65_438_568, ["imagenet_classifier:64"]),
+    "adm_classifier128": (42_568_040, ["imagenet_classifier:128"]),
+    "adm_classifier256": (54_096_360, ["imagenet_classifier:256"]),
+    "adm_classifier512": (54_448_360, ["imagenet_classifier:512"]),
 }
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_presets_have_the_published_numbers_of_parameters(name):
-    size, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
-    shapes = parameter_shapes(models.preset(name), (size, size, 3))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
+def test_presets_have_the_published_numbers_of_parameters_and_configs_are_presets(name):
+    (count, configs), (size, *_) = NETWORKS[name], openai.PRESETS.get(name) or ho.PRESETS[name]
+    model = models.preset(name)
+    shapes = parameter_shapes(model, (size, size, 3))
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+    for config in map(experiment, configs):
+        made = models.from_config(config.model, type(model))
+        if isinstance(model, models.UNet):
+            made = made.clone(out_channels=model.out_channels, condition_channels=model.condition_channels)
+        assert made == model
 
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
@@ -99,36 +104,3 @@ def test_published_networks_of_ho_are_recognized(tmp_path):
         shapes = named(models.preset(name), size, ho.NAMING)
         found = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
-
-
-@pytest.mark.whole
-def test_configs_of_published_weights_are_the_presets():
-
-    for config_name, name in {
-        "cifar10": "ddpm_cifar10",
-        "celeba_hq_256": "ddpm_256",
-        "cifar10_improved": "improved_cifar10",
-        "imagenet64_improved": "improved_imagenet64",
-        "imagenet64_improved:conditional": "improved_imagenet64_conditional",
-        "imagenet64_adm": "adm_imagenet64",
-        "imagenet_adm:128": "adm_imagenet128",
-        "imagenet_adm:256": "adm_imagenet256",
-        "imagenet_adm:256_unconditional": "adm_imagenet256_unconditional",
-        "imagenet_adm:512": "adm_imagenet512",
-        "lsun_bedroom_adm": "adm_lsun",
-        "lsun_cat_adm": "adm_lsun",
-        "lsun_horse_adm": "adm_lsun",
-        "imagenet256_upsample": "adm_upsampler_64_256",
-        "imagenet512_upsample": "adm_upsampler_128_512",
-        "imagenet_classifier:64": "adm_classifier64",
-        "imagenet_classifier:128": "adm_classifier128",
-        "imagenet_classifier:256": "adm_classifier256",
-        "imagenet_classifier:512": "adm_classifier512",
-    }.items():
-        module, _, variant = config_name.partition(":")
-        config = importlib.import_module(f"configs.{module}").get_config(*([variant] if variant else []))
-        model = models.preset(name)
-        made = models.from_config(config.model, type(model))
-        if isinstance(model, models.UNet):
-            made = made.clone(out_channels=model.out_channels, condition_channels=model.condition_channels)
-        assert made == model, config_name
