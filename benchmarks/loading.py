@@ -36,9 +36,8 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     from safetensors.numpy import save_file
 
     from diffusion_jax import models
-    from diffusion_jax.pretrained import ho, openai, parameters
+    from diffusion_jax.pretrained import diffusers, ho, openai, parameters
     from diffusion_jax.pretrained.description import make_description
-    from diffusion_jax.pretrained.diffusers import scheduler_to_config, unet_to_config
 
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:
@@ -46,20 +45,20 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
         description = make_description("", model, size, diffusion)
         folder = directory / name
         (folder / "unet").mkdir(parents=True)
-        unet, scheduler = unet_to_config(description), scheduler_to_config(description)
+        unet, scheduler = diffusers.unet_to_config(description), diffusers.scheduler_to_config(description)
         (folder / "unet" / "config.json").write_text(json.dumps(unet))
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
-        naming, path, flags = parameters.DIFFUSERS, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
+        naming, path, flags = diffusers.NAMING, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
     else:
         size, low, diffusion = openai.PRESETS[name]
         description = make_description("", model, size, diffusion, low_resolution=low)
-        naming, folder, flags = parameters.OPENAI, None, name
+        naming, folder, flags = openai.NAMING, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}
     for path_in_tree, shape in parameters.parameter_shapes(model, description.example_shape).items():
         value = rng.standard_normal(shape, np.float32)
         tensors[naming(path_in_tree, model)] = parameters.to_torch(value, path_in_tree)
-    if naming is parameters.OPENAI:
+    if naming is openai.NAMING:
         for query in [tensor_name for tensor_name in tensors if ".q." in tensor_name]:
             joined = np.concatenate([tensors.pop(query.replace(".q.", f".{layer}.")) for layer in "qkv"])
             tensors[query.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined

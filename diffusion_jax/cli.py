@@ -19,21 +19,20 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
-from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
-from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
+from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
 from diffusion_jax.storage.locks import LockHeldError
 
-__all__ = ["MODES", "Command", "check_mode", "check_workdir", "main", "make_parser", "parse", "run"]
+__all__ = ["MODES", "Command", "check_mode", "main", "make_parser", "parse", "run"]
 
 MODES = {
     "train": "train a diffusion model, or resume its training",
@@ -54,7 +53,6 @@ _MODULES_OF_MODES = {
     "evaluate": ("measure_likelihood", "sample_metrics"),
     "progressive": ("progressive",),
 }
-_PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +70,6 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def _integer(minimum: int) -> Callable[[str], int]:
-    kind = Integer(minimum)
-
-    def convert(text: str) -> int:
-        try:
-            return kind.check(kind.parse(text))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {kind.allowed}") from None
-
-    return convert
-
-
-def _mode(text: str) -> str:
-    if text in MODES:
-        return text
-    near = closest_names(text, MODES)
-    advice = f"; did you mean {near[0]}?" if near else ""
-    raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(MODES)}{advice}")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command, without the overrides of leaves."""
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
@@ -105,13 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
-    add("--mode", default="train", type=_mode, metavar="MODE", help="one of the listed modes (default: train)")
+    add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
     add(
         "--pretrained_flags",
         metavar="FLAGS",
         default="",
-        help="settings that the weights do not contain: a preset, OpenAI's flags, or JSON",
+        help="what they do not contain: a preset, OpenAI's flags, or JSON",
     )
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -122,9 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="address of process 0, the same for all processes",
     )
-    add("--num_processes", default=count, type=_integer(1), metavar="N", help="number of processes of the run")
-    add("--process_id", default=index, type=_integer(0), metavar="I", help="number of this process, from 0")
-    add("--join_timeout", type=_integer(1), metavar="SECONDS", default=300, help="how long to wait for the others")
+    add("--num_processes", default=count, type=int, metavar="N", help="number of processes of the run")
+    add("--process_id", default=index, type=int, metavar="I", help="number of this process, from 0")
+    add("--join_timeout", type=int, metavar="SECONDS", default=300, help="how long to wait for the others")
     add("--verbose", action="store_true", help="also print the options given to the compiler")
     return parser
 
@@ -134,18 +112,18 @@ def parse(arguments: Sequence[str]) -> Command:
     parser = make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
-    if flags.mode == "edit" and "sampling.num_samples" in overrides:
-        raise UserError(
-            f"sampling.num_samples={overrides['sampling.num_samples']} has no effect on --mode=edit; use "
-            f"--config.editing.num_samples={overrides['sampling.num_samples']}"
-        )
-    config = configs.load_experiment(flags.config) if flags.config else None
+    try:
+        config = configs.experiment(flags.config) if flags.config else None
+    except ConfigError as error:
+        raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
         overrides = init | overrides
     elif config is None and workdir is not None:
-        config = _stored_config(workdir)
+        from diffusion_jax.runs.workdir import load_config
+
+        config = load_config(workdir)
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
@@ -173,28 +151,16 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
     """The directory of a run; for a bucket, its local mirror. Raises: UserError if it cannot hold a run."""
-    if "://" not in workdir:
-        path = pathlib.Path(workdir).expanduser()
-        if mode in ("status", "report") and not path.exists():
-            raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
-        check_workdir(workdir)
-        return path
-    from diffusion_jax.storage.locations import mirror_workdir
+    if "://" in workdir:
+        from diffusion_jax.storage.locations import mirror_workdir
 
-    reads = mode == "status"
-    return mirror_workdir(workdir.rstrip("/"), with_samples=not reads, read_only=reads)
-
-
-def check_workdir(workdir: str) -> None:
-    """Raises: UserError for a path that cannot hold a run: a file, or a directory that cannot be written."""
+        return mirror_workdir(workdir.rstrip("/"), with_samples=mode != "status", read_only=mode == "status")
     path = pathlib.Path(workdir).expanduser()
+    if mode in ("status", "report") and not path.exists():
+        raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir}: {existing} is a file; give a directory, which need not exist yet")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--workdir={workdir}: {existing} cannot be written (permission denied); give another directory"
-        )
     if existing != path.absolute():
         try:
             os.rmdir(tempfile.mkdtemp(prefix=".write_test", dir=existing))
@@ -202,93 +168,85 @@ def check_workdir(workdir: str) -> None:
             raise UserError(
                 f"--workdir={workdir}: no directory can be made in {existing} ({error.strerror}); give another directory"
             ) from error
-
-
-def _stored_config(workdir: pathlib.Path) -> ConfigDict | None:
-    from diffusion_jax.runs.workdir import load_config
-
-    return load_config(workdir)
+    return path
 
 
 def _config_with_weights(
     config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
+    from diffusion_jax.runs.workdir import config_from_weights, load_config
+
     if workdir is not None and any(workdir.glob("checkpoints/*/digests.json")):
-        stored = _stored_config(workdir)
+        stored = load_config(workdir)  # of a relaunch
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
             )
-        # A relaunch of the run that these weights started.
-        config, flags = stored if config is None else config, flags or stored.init_flags
-    if config is None:
-        from diffusion_jax.runs.workdir import config_from_weights
-
-        try:
-            config = config_from_weights(weights, flags)
-        except (DiffusionJaxError, ValueError, OSError) as error:
-            raise UserError(f"--pretrained={weights}: {error}") from error
+        config, flags = config or stored, flags or stored.init_flags
+    try:
+        config = config or config_from_weights(weights, flags)
+    except (DiffusionJaxError, ValueError, OSError) as error:
+        raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:
     """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
     is_classifier = configs.is_classifier(config)
-    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
-        raise UserError(
-            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
-        )
-    if is_classifier and mode == "train":
-        raise UserError("this config trains a classifier (diffusion.loss=classify): use --mode=train_classifier")
     if is_classifier and mode not in ("train_classifier", "plan", "status", "report"):
         raise UserError(
-            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify)"
+            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify), with "
+            "--mode=train_classifier"
         )
     if mode == "train_classifier" and not is_classifier:
         raise UserError(
             "this config trains a diffusion model, not a classifier (diffusion.loss=classify): use --mode=train"
         )
-
-
-def _functions_of(mode: str) -> list[Callable[..., object]]:
-    """The functions that a mode calls, in order. The import takes most of a second, so it follows the checks of flags."""
-    return [importlib.import_module(f"diffusion_jax.runs.{name}").run for name in _MODULES_OF_MODES[mode]]
+    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+        raise UserError(
+            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        )
 
 
 def run(command: Command) -> None:
     """Runs the mode of a command."""
-    check_mode(command.mode, command.config)
-    if command.workdir is None or command.mode == "plan":
-        return _run_plan(command)
-    if command.mode == "status":
+    config, mode, workdir, flags = command.config, command.mode, command.workdir, command.flags
+    check_mode(mode, config)
+    if workdir is None or mode == "plan":
+        from diffusion_jax.runs import plan
+
+        devices.start_virtual(plan.num_virtual_devices(config))
+        with preemption.exit_on_signals():
+            return plan.run(config)
+    if mode == "status":
         from diffusion_jax.runs import status
 
-        return status.run(command.config, command.workdir)
-    if command.mode == "report":
+        return status.run(config, workdir)
+    if mode == "report":
         from diffusion_jax.report import write_report
 
-        path = write_report(command.workdir, command.config)
+        path = write_report(workdir, config)
         print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
         return
-    trains = command.mode in ("train", "train_classifier")
+    trains = mode in ("train", "train_classifier")
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
-        flags = command.flags
         processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
         devices.start(flags.verbose)
-        if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
+        if trains and not (workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 
-            data.check_location(command.config.data)
-        functions = _functions_of(command.mode)
+            data.check_location(config.data)
+        # This import takes most of a second, so it follows the checks of flags.
+        functions = [importlib.import_module(f"diffusion_jax.runs.{name}").run for name in _MODULES_OF_MODES[mode]]
         from diffusion_jax.training.checkpoints import resume_hint
 
-        hint = functools.partial(resume_hint, command.workdir) if trains else preemption.rerun_hint
+        hint = functools.partial(resume_hint, workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
             for function in functions:
-                function(command.config, command.workdir)
-            _write_report(command.config, command.workdir)
+                function(config, workdir)
+            _write_report(config, workdir)
             processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
 
 
@@ -306,14 +264,6 @@ def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
     except Exception as error:
         line = f"Note: {workdir / 'report.html'} could not be written: {' '.join(str(error).split())[:200]}"
     processes.log(f"{line} ({time.perf_counter() - start:.1f} s)")
-
-
-def _run_plan(command: Command) -> None:
-    from diffusion_jax.runs import plan
-
-    devices.start_virtual(plan.num_virtual_devices(command.config))
-    with preemption.exit_on_signals():
-        plan.run(command.config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -343,18 +293,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
     """Ends the program with the exit code of an error; an unexpected error is raised again."""
-    if isinstance(error, SaveError) and processes.is_multiprocess():  # the others may be computing a step
-        processes.abort_process(str(error), error.exit_code)
     if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
-        processes.abort_process(f"{_PEER_FAILURE} ({error})", EXIT_PEER_LOST)
+        message = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
+        processes.abort_process(f"{message} ({error})", EXIT_PEER_LOST)
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
         _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2)
     if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if workdir is not None and find_mirror(workdir) and not isinstance(error, LockHeldError):
-            failed = True  # the bucket could be used when the program started
+        # A bucket could be used when the program started.
+        is_bucket = workdir is not None and bool(find_mirror(workdir)) and not isinstance(error, LockHeldError)
+        failed = is_bucket or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
             _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
         _fail(str(error), 1 if failed else 2)

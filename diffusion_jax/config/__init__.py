@@ -11,11 +11,12 @@ docs/reference/configuration.md lists all leaves.
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.config.experiments import experiment, experiment_names, load_experiment
 from diffusion_jax.config.presets import preset_fields
 from diffusion_jax.config.resolution import (
     default,
     default_classifier,
+    experiment,
+    experiment_names,
     override,
     resolve,
 )
@@ -48,7 +49,6 @@ __all__ = [
     "is_classifier",
     "is_continuous",
     "is_upsampler",
-    "load_experiment",
     "override",
     "preset_fields",
     "reference",

@@ -1,27 +1,5 @@
 """The published networks by name: the leaves of `model` that differ from the defaults.
 
-| preset | parameters | weights |
-|---|---|---|
-| ddpm_cifar10 | 35,746,307 | DDPM, CIFAR-10 |
-| ddpm_256 | 113,673,219 | DDPM, CelebA-HQ and LSUN at 256 pixels |
-| improved_cifar10 | 52,546,438 | Improved DDPM, CIFAR-10 |
-| improved_imagenet64 | 121,063,942 | Improved DDPM, ImageNet at 64 pixels |
-| improved_imagenet64_conditional | 273,049,350 | the same with classes |
-| improved_lsun | 113,676,678 | Improved DDPM, LSUN bedroom at 256 pixels |
-| improved_upsampler_64_256 | 279,792,390 | Improved DDPM, from 64 to 256 pixels |
-| adm_imagenet64 | 295,904,454 | ADM, ImageNet at 64 pixels |
-| adm_imagenet128 | 421,529,606 | at 128 |
-| adm_imagenet256 | 553,838,086 | at 256 |
-| adm_imagenet256_unconditional | 552,814,086 | without classes |
-| adm_imagenet512 | 558,997,638 | at 512 |
-| adm_lsun | 552,814,086 | ADM, LSUN at 256 pixels |
-| adm_upsampler_64_256 | 311,795,910 | ADM, from 64 to 256 pixels |
-| adm_upsampler_128_512 | 308,835,270 | from 128 to 512 |
-| adm_classifier64 | 65,438,568 | ADM's classifiers of noisy images |
-| adm_classifier128 | 42,568,040 | |
-| adm_classifier256 | 54,096,360 | |
-| adm_classifier512 | 54,448,360 | |
-
 `models.preset` makes the networks. Super-resolution networks take the small image as their condition (`models.upsampling`).
 """
 
@@ -99,7 +77,6 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "adm_classifier512": _CLASSIFIER | _fields_at(512),
 }
 PRESETS = (*UNET_PRESETS, *CLASSIFIER_PRESETS)
-_FOLLOWING = ("out_channels", "condition_channels")  # from other leaves
 
 
 def preset_fields(name: str) -> dict[str, Any]:
@@ -110,5 +87,5 @@ def preset_fields(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    fields = UNET_PRESETS | CLASSIFIER_PRESETS
-    return {field: value for field, value in fields[name].items() if field not in _FOLLOWING}
+    fields = (UNET_PRESETS | CLASSIFIER_PRESETS)[name].items()
+    return {field: value for field, value in fields if field not in ("out_channels", "condition_channels")}

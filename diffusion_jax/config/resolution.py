@@ -1,20 +1,25 @@
-"""Complete, validated configs from any mapping and from command lines."""
+"""Complete, validated configs: from any mapping, from command lines, and from the Python files of experiments."""
 
 from __future__ import annotations
 
 import copy
+import pathlib
+import re
+import runpy
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config.table import CLASSIFIER_LEAVES, GROUPS, LEAVES, Leaf, flatten
 from diffusion_jax.config.values import OneOf
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
-__all__ = ["default", "default_classifier", "override", "resolve"]
+__all__ = ["default", "default_classifier", "experiment", "experiment_names", "override", "resolve"]
 
 _ALIASES = {"sampling.class": "sampling.label"}
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def default() -> ConfigDict:
@@ -48,8 +53,9 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """
     _check_mapping(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
-    leaves = _leaves_of(flatten(config) | texts)
-    if texts.get("diffusion.loss") == "classify" and any(name in LEAVES.keys() - leaves for name in flatten(config)):
+    given = flatten(config)
+    leaves = _leaves_of(given | texts)
+    if texts.get("diffusion.loss") == "classify" and any(name in LEAVES.keys() - leaves for name in given):
         raise ConfigError(
             "diffusion.loss=classify: the network of this config is not a classifier; use the experiment of a classifier, "
             "such as --config=digits_classifier"
@@ -58,7 +64,55 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     for name, text in texts.items():
         _check_known(name, leaves)
         values[name] = _convert(name, leaves[name], text, leaves[name].kind.parse, text)
-    return _complete(flatten(_with_references_set(config, values)) | values)
+    changed = copy.deepcopy(ConfigDict(config))
+    with changed.ignore_type():  # in reverse, so that of several fields with one reference the first decides
+        changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
+    return _complete(flatten(changed) | values)
+
+
+def experiment(name: str) -> ConfigDict:
+    """The config of an experiment, by its name ("digits", "imagenet_adm:128") or its file ("mine.py", "mine.py:ARGUMENT").
+
+    Raises: ConfigError that starts with `name`: no such experiment or file, or an error in the file, with its line.
+    """
+    # A colon before .py belongs to the file, as in C:/runs/mine.py.
+    match = re.fullmatch(r"(?s)(.*?\.py|[^:]*)(?::(.*))?", name)
+    assert match is not None
+    file, argument = match.groups()
+    if file in experiment_names():
+        file = str(_folder() / f"{file}.py")
+    elif not pathlib.Path(file).is_file():
+        near = closest_names(pathlib.PurePath(file).stem, experiment_names()) or ["digits"]
+        raise ConfigError(f"{name}: no such file or experiment; give a Python file, or a name such as {near[0]}")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
+        config = get_config() if argument is None else get_config(argument)
+        resolved = resolve(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{name}: line {error.lineno} of {error.filename} is not valid Python ({error.msg})"
+        ) from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]} of {file}" if lines else file
+        text = shorten(str(error), 300)  # some list a whole config
+        raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
+    return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
+
+
+def experiment_names() -> list[str]:
+    """The names of this project's experiments, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _folder() -> pathlib.Path:
+    """The folder of experiments: diffusion_jax/configs of an installed package, configs of a clone."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
@@ -85,22 +139,6 @@ def _convert(name: str, leaf: Leaf, value: Any, convert: Callable[[Any], Any], s
         advice = str(error) if isinstance(error, ValueError) else ""
         advice = advice or f"description: {leaf.description.split('. ')[0].rstrip('.')}"
         raise ConfigError(f"{name}={shown} must be {leaf.kind.allowed}; {advice}") from None
-
-
-def _with_references_set(config: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A copy of a ConfigDict in which fields that refer to those of `values` have their new values.
-
-    If `values` has several fields with one reference, the others follow the first.
-    """
-    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
-        return config
-    changed = copy.deepcopy(config)
-    for name, value in reversed(list(values.items())):
-        group, _, leaf = name.rpartition(".")
-        fields = changed.get(group) if group else changed
-        if isinstance(fields, ConfigDict) and leaf in fields:
-            fields.get_ref(leaf).set(value, type_safe=False)
-    return changed
 
 
 def _leaves_of(given: Mapping[str, Any]) -> dict[str, Leaf]:

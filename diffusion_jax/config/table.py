@@ -1,12 +1,8 @@
-"""The table of all leaves, by group, and the questions about a config that several modules ask.
-
-A leaf with identity decides the numbers of a run, so that a relaunch must not change it.
-"""
+"""The table of all leaves, by group, and the questions about a config that several modules ask."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +15,6 @@ from diffusion_jax.config.values import (
     Choice,
     Integer,
     Interval,
-    Nothing,
     Number,
     OneOf,
     Text,
@@ -48,260 +43,199 @@ __all__ = [
 class Leaf:
     """A leaf of a config.
 
-    default: the value of DDPM's run on CIFAR-10.
-    kind: the allowed values.
-    description: a text for the reference; errors show its first sentence.
-    identity: whether the leaf decides the numbers of a run, so that a relaunch must not change it.
+    default: the value of DDPM's run on CIFAR-10. kind: the allowed values. description: for the reference; errors show its
+    first sentence.
     """
 
     default: Any
     kind: ValueKind
     description: str
-    identity: bool = False
 
 
-_IdentityLeaf = functools.partial(Leaf, identity=True)
 SEED = Integer(0, 2**32 - 1)
+SHARE = Number(minimum=0, below=1)
+PATH = Text()
 
 ROOT: dict[str, Leaf] = {
-    "seed": _IdentityLeaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
-    "init_from": Leaf(
-        "", Text(), 'Path of weights that training starts from, as `pretrained.load` takes it; "" for none.'
-    ),
+    "seed": Leaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
+    "init_from": Leaf("", PATH, "Weights that training starts from, a path as `pretrained.load` takes it."),
     "init_flags": Leaf(
-        "",
-        Text(),
-        "Settings that the weights of `init_from` do not contain: the name of a preset, OpenAI's flags, or JSON.",
+        "", Text(), "Flags of `pretrained.load` for `init_from`: the name of a preset, OpenAI's, or JSON."
     ),
 }
 
 DATA: dict[str, Leaf] = {
-    "dataset": _IdentityLeaf(
+    "dataset": Leaf(
         "cifar10",
         Text(),
         'Name of a TFDS data set, "folder" (images below `data.data_dir`), "arrays" (.npy, .npz, .zarr or .h5 at '
         '`data.data_dir`), "digits" (scikit-learn\'s), or module:function (`config.data` to a `data.Source`).',
     ),
     "data_dir": Leaf(
-        "", Text(), 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
+        "", PATH, 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
     ),
-    "download": Leaf(
-        True,
-        Boolean(),
-        "Whether a missing TFDS data set is downloaded and prepared. Use False if nodes have no network.",
-    ),
-    "split": _IdentityLeaf("train", Text(), "Split of the data set that is trained on."),
-    "holdout": _IdentityLeaf(
+    "download": Leaf(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
+    "split": Leaf("train", Text(), "Split of the data set that is trained on."),
+    "holdout": Leaf(
         0.0,
-        Number(minimum=0, below=1),
-        "Share of the examples of a folder or file that is never trained on; it is the split test, and the others are train. "
-        "A hash decides for each example alone: of its path below a folder of images, or of its values in arrays.",
+        SHARE,
+        "Share of the examples of a folder or file that is never trained on, the split test. A hash of an example's path "
+        "or values decides.",
     ),
-    "image_size": _IdentityLeaf(
+    "image_size": Leaf(
         32,
         OneOf(Integer(1), Tuple(Integer(1), "0 to 3 whole numbers", maximum_length=3, shown="(32, 48)")),
-        "Size of an example: one number for square images, or the size of each spatial axis, (height, width) for images, "
-        "(length,) for series, () for vectors.",
+        "Height and width of square images, or the size of each spatial axis: (height, width) for images, (length,) for "
+        "series, () for vectors.",
     ),
-    "channels": _IdentityLeaf(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
-    "low_resolution": _IdentityLeaf(
-        0,
-        Integer(0),
-        "Height in pixels of the small images that an upsampler enlarges; 0 for other models.",
-    ),
-    "levels": _IdentityLeaf(
+    "channels": Leaf(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
+    "low_resolution": Leaf(0, Integer(0), "Height of the small images that an upsampler enlarges; 0 for other models."),
+    "levels": Leaf(
         256,
         optional(Integer(2, 256)),
-        "Number of gray levels that a channel can have. Likelihoods are probabilities of these levels. None for continuous "
-        "data: numbers that are not uint8, whose likelihoods are densities.",
+        "Number of gray levels of a channel, whose probabilities are the likelihoods. None for continuous data, whose "
+        "likelihoods are densities.",
     ),
-    "normalization": _IdentityLeaf(
+    "normalization": Leaf(
         "auto",
         Choice("auto", "limits", "none"),
-        "How continuous data are scaled for the network. auto: each channel by its mean and standard deviation over "
-        "`data.split`; limits: `data.limits` become [-1, 1]; none: not at all. Images of gray levels become [-1, 1].",
+        "Scale of continuous data. auto: each channel by its mean and standard deviation over `data.split`; limits: "
+        "`data.limits` become [-1, 1]; none: unchanged. Images of gray levels become [-1, 1].",
     ),
-    "limits": _IdentityLeaf(
-        (),
-        Interval("none", finite=True),
-        "The smallest and the largest value of continuous data, for the normalization limits.",
+    "limits": Leaf(
+        (), Interval(Number(), "two rising numbers"), "Range of continuous data, for the normalization limits."
     ),
-    "random_flip": _IdentityLeaf(
-        True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for images of gray levels."
-    ),
+    "random_flip": Leaf(True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for gray levels."),
     "memory_mb": Leaf(2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."),
-    "cache_decoded": Leaf(
-        True,
-        Boolean(),
-        "Whether decoded images that fit into `data.memory_mb` are kept in ~/.cache/diffusion_jax/decoded for later runs.",
-    ),
-    "workers": Leaf(8, Integer(0), "Number of processes that decode images when the data set is streamed."),
+    "cache_decoded": Leaf(True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."),
+    "workers": Leaf(8, Integer(0), "Number of processes that decode images of a streamed data set."),
 }
 
 MODEL: dict[str, Leaf] = {
-    "kind": _IdentityLeaf(
+    "kind": Leaf(
         "unet",
         Choice("unet", "mlp"),
         "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. An mlp has the leaves that are fields of "
         "`models.MLP`, and the others must keep their defaults.",
     ),
-    "channels": _IdentityLeaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
-    "channel_multipliers": _IdentityLeaf(
+    "channels": Leaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
+    "channel_multipliers": Leaf(
         (1, 2, 2, 2),
         Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
         "Width of each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
     ),
-    "num_res_blocks": _IdentityLeaf(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
-    "attention_levels": _IdentityLeaf(
+    "num_res_blocks": Leaf(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
+    "attention_levels": Leaf(
         (1,),
         Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
         "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has one layer.",
     ),
-    "num_heads": _IdentityLeaf(1, Integer(1), "Attention heads of each layer."),
-    "num_heads_up": _IdentityLeaf(
-        None, optional(Integer(1)), "Attention heads in the decoder; None for `model.num_heads`."
+    "num_heads": Leaf(1, Integer(1), "Attention heads of each layer."),
+    "head_channels": Leaf(
+        None, optional(Integer(1)), "Channels of an attention head; None for `model.num_heads` heads."
     ),
-    "head_channels": _IdentityLeaf(
-        None, optional(Integer(1)), "Channels of an attention head, instead of `model.num_heads`; None for that."
-    ),
-    "resample_blocks": _IdentityLeaf(
-        False, Boolean(), "Whether residual blocks change the resolution (ADM), instead of convolutions."
-    ),
-    "scale_shift_norm": _IdentityLeaf(
+    "resample_blocks": Leaf(False, Boolean(), "Whether residual blocks change the resolution (ADM), not convolutions."),
+    "scale_shift_norm": Leaf(
         False,
         Boolean(),
         "Whether the time embedding scales and shifts the second norm of a block, instead of being added.",
     ),
-    "embedding_cos_first": _IdentityLeaf(
-        False, Boolean(), "Whether the time embedding is [cos, sin] (OpenAI), instead of [sin, cos]."
-    ),
-    "embedding_freq_shift": _IdentityLeaf(
+    "embedding_cos_first": Leaf(False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."),
+    "embedding_freq_shift": Leaf(
         1.0, Number(), "Shift in the exponent of the time embedding's frequencies: 1 as Ho et al., 0 as OpenAI."
     ),
-    "downsample_padding": _IdentityLeaf(
+    "downsample_padding": Leaf(
         (0, 1),
         Tuple(Integer(0), "2 whole numbers", 2, 2, shown="(0, 1)"),
         "Padding before and after each side of a stride-2 convolution: (0, 1) as Ho et al., (1, 1) as OpenAI.",
     ),
-    "padding": _IdentityLeaf(
-        "zeros",
-        Choice("zeros", "periodic"),
-        "What convolutions see beyond the ends of an array: zeros, or its other end, for data on a torus.",
+    "padding": Leaf("zeros", Choice("zeros", "periodic"), "Padding of convolutions; periodic is for data on a torus."),
+    "num_groups": Leaf(32, Integer(1), "Groups of every group norm."),
+    "norm_epsilon": Leaf(1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
+    "initializer": Leaf("ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."),
+    "dropout": Leaf(0.1, SHARE, "Dropout rate in each residual block, in training only."),
+    "num_classes": Leaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
+    "label_dropout": Leaf(
+        0.0, SHARE, "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "num_groups": _IdentityLeaf(32, Integer(1), "Groups of every group norm."),
-    "norm_epsilon": _IdentityLeaf(
-        1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."
+    "condition_features": Leaf(0, Integer(0), "Length of the condition vector of an example; 0 for none."),
+    "condition_channels": Leaf(0, Integer(0), "Channels of the condition array of an example; 0 for none."),
+    "condition_dropout": Leaf(
+        0.0, SHARE, "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "initializer": _IdentityLeaf(
-        "ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."
-    ),
-    "dropout": _IdentityLeaf(0.1, Number(minimum=0, below=1), "Dropout rate in each residual block, in training only."),
-    "num_classes": _IdentityLeaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
-    "label_dropout": _IdentityLeaf(
-        0.0,
-        Number(minimum=0, below=1),
-        "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual.",
-    ),
-    "condition_features": _IdentityLeaf(
-        0, Integer(0), "Numbers in the condition of an example, a vector that the network embeds; 0 for none."
-    ),
-    "condition_channels": _IdentityLeaf(
-        0,
-        Integer(0),
-        "Channels of the condition of an example, an array of the data's spatial shape; 0 for none.",
-    ),
-    "condition_dropout": _IdentityLeaf(
-        0.0,
-        Number(minimum=0, below=1),
-        "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual.",
-    ),
-    "joint_dropout": _IdentityLeaf(
+    "joint_dropout": Leaf(
         None,
-        optional(Number(minimum=0, below=1)),
+        optional(SHARE),
         "Probability that training drops a label and a condition together, a share of `model.label_dropout` and "
         "`model.condition_dropout`; None for the smaller of the two, 0 for independent draws.",
     ),
-    "out_channels": _IdentityLeaf(
+    "out_channels": Leaf(
         None,
         optional(Integer(1)),
         "Channels of the output; None for the number that `data.channels` and `diffusion.variance` need.",
     ),
-    "dtype": _IdentityLeaf(
-        "float32",
-        Choice("float32", "bfloat16"),
-        "Type that the layers compute in. float16 is not supported, because its gradients underflow without loss scaling.",
-    ),
+    "dtype": Leaf("float32", Choice("float32", "bfloat16"), "Type that the layers compute in."),
     "precision": Leaf(
         "default",
         Choice("default", "high", "highest"),
-        "Precision of float32 products. GPUs and TPUs by default round their inputs to TF32 or bfloat16, which is faster; "
-        "highest is full float32. CPUs compute in float32 in each case. Likelihoods of the ODE use highest by default.",
+        "Precision of float32 products on GPUs and TPUs: default rounds inputs to TF32 or bfloat16, highest is float32.",
     ),
-    "remat": _IdentityLeaf(
+    "remat": Leaf(
         False,
         OneOf(Boolean(), Tuple(Integer(0), "resolutions", shown="(0,)")),
-        "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions whose blocks do "
-        "so, of which 0, the full one, has most. An mlp has no resolutions.",
+        "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions that do.",
     ),
 }
 
 # The defaults of models.Classifier that differ from those of the U-Net: ADM's classifier of ImageNet at 128x128 pixels.
 _CLASSIFIER_DEFAULTS = CLASSIFIER_PRESETS["adm_classifier128"]
-_NOT_OF_CLASSIFIERS = ("kind", "num_heads_up", "label_dropout", "joint_dropout", "out_channels")
+_NOT_OF_CLASSIFIERS = ("kind", "label_dropout", "joint_dropout", "out_channels")
 CLASSIFIER_MODEL: dict[str, Leaf] = {
     name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
     for name, leaf in MODEL.items()
     if name not in _NOT_OF_CLASSIFIERS and not name.startswith("condition_")
-} | {"num_classes": _IdentityLeaf(1000, Integer(2), "Number of classes.")}
+} | {"num_classes": Leaf(1000, Integer(2), "Number of classes.")}
 
 DIFFUSION: dict[str, Leaf] = {
-    "schedule": _IdentityLeaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
-    "num_timesteps": _IdentityLeaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
-    "beta_start": _IdentityLeaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
-    "beta_end": _IdentityLeaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
-    "prediction": _IdentityLeaf("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
-    "rescale_timesteps": _IdentityLeaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
-    "variance": _IdentityLeaf(
+    "schedule": Leaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "num_timesteps": Leaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
+    "beta_start": Leaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
+    "beta_end": Leaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
+    "prediction": Leaf("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
+    "rescale_timesteps": Leaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
+    "variance": Leaf(
         "fixed_large",
         Choice(*process.VARIANCES),
         "Variance of p(x_{t-1} | x_t). The learned ones need the loss vlb or hybrid.",
     ),
-    "loss": _IdentityLeaf(
+    "loss": Leaf(
         "simple",
         Choice(*losses.LOSSES),
         "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; classify: the "
         "cross entropy of a classifier of noisy images, for guidance.",
     ),
-    "vlb_weight": _IdentityLeaf(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
-    "conditioning_noise": _IdentityLeaf(
-        0.0,
-        Number(minimum=0),
-        "Largest standard deviation of the noise on an upsampler's small images; 0 for exact ones.",
+    "vlb_weight": Leaf(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
+    "conditioning_noise": Leaf(
+        0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
-    "weighting": _IdentityLeaf(
-        "none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."
-    ),
-    "timestep_sampler": _IdentityLeaf(
-        "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "How the timesteps of a batch are drawn."
+    "weighting": Leaf("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
+    "timestep_sampler": Leaf(
+        "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "Distribution of the timesteps of a batch."
     ),
 }
 
 TRAINING: dict[str, Leaf] = {
     "num_steps": Leaf(800_000, Integer(1), "Number of training steps."),
-    "batch_size": _IdentityLeaf(128, Integer(1), "Images in a step, over all devices together."),
-    "accumulation_steps": Leaf(
-        1, Integer(1), "Number of microbatches that a batch is split into: less memory, the same step."
-    ),
-    "steps_per_call": Leaf(
-        1, Integer(1), "Steps in one compiled program, on accelerators. On a CPU each step is a separate call."
-    ),
+    "batch_size": Leaf(128, Integer(1), "Images in a step, over all devices together."),
+    "accumulation_steps": Leaf(1, Integer(1), "Microbatches that a batch is split into: less memory, the same step."),
+    "steps_per_call": Leaf(1, Integer(1), "Steps in one compiled program, on accelerators; on a CPU it is 1."),
     "deterministic": Leaf(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
     "log_every": Leaf(100, Integer(1), "Steps between two lines of metrics."),
     "sample_every": Leaf(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
     "checkpoint_every": Leaf(5_000, Integer(1), "Steps between two checkpoints."),
     "checkpoints_kept": Leaf(3, Integer(1), "Number of newest checkpoints that are kept."),
     "checkpoint_keep_every": Leaf(
-        100_000, Integer(0), "Steps between two checkpoints that are never deleted; 0 for none."
+        100_000, Integer(0), "Steps between two checkpoints that are kept forever; 0 for none."
     ),
     "stall_timeout": Leaf(
         600.0, Number(minimum=0), "Seconds without a finished step after which the program ends; 0 for no limit."
@@ -310,83 +244,43 @@ TRAINING: dict[str, Leaf] = {
 }
 
 OPTIMIZER: dict[str, Leaf] = {
-    "name": _IdentityLeaf("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
-    "learning_rate": _IdentityLeaf(2e-4, Number(above=0), "Learning rate after the warm-up."),
-    "warmup_steps": _IdentityLeaf(5_000, Integer(0), "Steps of linear warm-up from 0."),
-    "schedule": _IdentityLeaf(
-        "constant",
-        Choice("constant", "linear", "cosine"),
-        "Learning-rate schedule after the warm-up. linear and cosine reach 0 at `optimizer.decay_steps`.",
-    ),
-    "decay_steps": _IdentityLeaf(800_000, Integer(0), "Step at which the schedules linear and cosine reach 0."),
-    "b1": _IdentityLeaf(0.9, Number(minimum=0, below=1), "Decay rate of the first moment."),
-    "b2": _IdentityLeaf(0.999, Number(minimum=0, below=1), "Decay rate of the second moment."),
-    "eps": _IdentityLeaf(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
-    "weight_decay": _IdentityLeaf(0.0, Number(minimum=0), "Weight decay, of adamw."),
-    "grad_clip": _IdentityLeaf(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
+    "name": Leaf("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
+    "learning_rate": Leaf(2e-4, Number(above=0), "Learning rate after the warm-up."),
+    "warmup_steps": Leaf(5_000, Integer(0), "Steps of linear warm-up from 0."),
+    "schedule": Leaf("constant", Choice("constant", "linear", "cosine"), "Learning-rate schedule after the warm-up."),
+    "decay_steps": Leaf(800_000, Integer(0), "Step at which the schedules linear and cosine reach 0."),
+    "b1": Leaf(0.9, SHARE, "Decay rate of the first moment."),
+    "b2": Leaf(0.999, SHARE, "Decay rate of the second moment."),
+    "eps": Leaf(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
+    "weight_decay": Leaf(0.0, Number(minimum=0), "Weight decay, of adamw."),
+    "grad_clip": Leaf(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
 }
 
+_WRITERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LOGGING: dict[str, Leaf] = {
     "writers": Leaf(
         ("tensorboard",),
-        Tuple(
-            Choice("tensorboard", "wandb", "mlflow", "trackio"),
-            "names from tensorboard, wandb, mlflow, trackio",
-            shown="('tensorboard', 'wandb')",
-        ),
-        "Where metrics and pictures of training are written besides metrics.jsonl. The trackers are packages of their own, "
-        "which their environment variables configure.",
+        Tuple(Choice(*_WRITERS), f"names from {', '.join(_WRITERS)}", shown="('tensorboard', 'wandb')"),
+        "Destinations of metrics and pictures besides metrics.jsonl. The trackers are packages of their own, which their "
+        "environment variables configure.",
     ),
-    "project": Leaf(
-        "diffusion_jax", Text(), "Project of the run in a tracker, where the run has the name of the work directory."
-    ),
+    "project": Leaf("diffusion_jax", Text(), "Project in a tracker; the name of the run is that of its directory."),
 }
 
 EMA: dict[str, Leaf] = {
-    "decay": _IdentityLeaf(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
-    "warmup": _IdentityLeaf(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
+    "decay": Leaf(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
+    "warmup": Leaf(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
 }
 
 MESH: dict[str, Leaf] = {
     "data": Leaf(
-        -1,
-        OneOf(Integer(-1, -1), Integer(1)),
-        "Number of devices that split the batch; -1 for all devices that `mesh.fsdp` leaves.",
+        -1, OneOf(Choice(-1), Integer(1)), "Devices that split the batch; -1 for all that `mesh.fsdp` leaves."
     ),
-    "fsdp": Leaf(
-        1,
-        Integer(1),
-        "Number of devices that split the batch, and also parameters, optimizer state and moving average.",
-    ),
+    "fsdp": Leaf(1, Integer(1), "Devices that split the batch and the state: parameters, optimizer, moving average."),
     "device": Leaf(
-        None,
-        optional(Choice("v4", "v5e", "a100", "h100")),
-        "Kind of device whose memory `--mode=plan` fits the settings to; None for no proposal. Only that mode uses it.",
+        None, optional(Choice("v4", "v5e", "a100", "h100")), "Device whose memory `--mode=plan` fits the settings to."
     ),
 }
-
-
-class _Steps(OneOf):
-    """A number of steps, several numbers, or None, with advice for 0 and for OpenAI's "ddim50" and "10,15,20"."""
-
-    def check(self, value: Any) -> Any:
-        try:
-            return super().check(value)
-        except ValueError:
-            counts = value.removeprefix("ddim").replace(" ", "") if isinstance(value, str) else ""
-            if counts.replace(",", "").isdecimal():
-                spacing = "openai_ddim" if value.startswith("ddim") else "openai"
-                raise ValueError(f"type --config.sampling.steps={counts} --config.sampling.spacing={spacing}") from None
-            raise ValueError("write None for all timesteps" if value == 0 else "") from None
-
-    def parse(self, text: str) -> Any:
-        if text == "0":
-            return self.check(0)
-        try:
-            return super().parse(text)
-        except ValueError:
-            return self.check(text)
-
 
 SAMPLING: dict[str, Leaf] = {
     "sampler": Leaf(
@@ -396,67 +290,61 @@ SAMPLING: dict[str, Leaf] = {
     ),
     "steps": Leaf(
         None,
-        _Steps(
-            Nothing(),
+        OneOf(
+            Choice(None),
             Integer(1),
-            Tuple(OneOf(Integer(0), Number(minimum=0)), "numbers", minimum_length=1, shown="(10, 15, 20)"),
+            Tuple(OneOf(Integer(0), Number(minimum=0)), "at least 2 numbers", minimum_length=2, shown="(10, 15, 20)"),
         ),
-        "Number of sampling steps; None for all timesteps. With the spacing openai also one number for each section of the "
-        "chain, (10, 15, 20); with the spacing given the network times themselves, rising.",
+        "Number of sampling steps; None for all timesteps. Several numbers are those of the sections of the chain, with "
+        "the spacing openai, or the network times themselves, rising, with the spacing given.",
     ),
     "spacing": Leaf(
         None,
         optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
-        "How the steps are spread over the timesteps; None for the default of the sampler: log_snr for heun, pndm and plms, "
-        "and for an unclipped eps network whose errors would grow, "
-        'otherwise trailing. openai_ddim is OpenAI\'s "ddim50".',
+        'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for heun, pndm, plms '
+        "and an unclipped eps network whose errors would grow, otherwise trailing.",
     ),
     "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),
     "order": Leaf(2, Choice(1, 2, 3), "Order of dpm_solver_pp, unipc and deis."),
     "clip": Leaf(
         None,
-        OneOf(Boolean(), Choice("dynamic"), Nothing()),
-        "Whether x_0 is clipped to [-1, 1] at every step; None follows the data: True for gray levels and for `data.limits`, "
-        "False for other continuous data. dynamic: to a quantile of |x_0|, which is then scaled to 1.",
+        OneOf(Boolean(), Choice("dynamic", None)),
+        "Whether x_0 is clipped to [-1, 1] at every step; None: if the data are gray levels or have `data.limits`. dynamic: "
+        "to a quantile of |x_0|, which is then scaled to 1.",
     ),
     "clip_quantile": Leaf(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
     "label": Leaf(
         None,
         OneOf(
-            Nothing(),
+            Choice(None),
             Integer(0),
             Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)", brackets=True),
             Text(),
         ),
-        "Class of the samples, by number or name, or several that take turns; None for all classes. On the command line "
+        "Class of the samples, by number or name, or several that alternate; None for all classes. On the command line "
         "`--config.sampling.class` is an alias.",
     ),
     "guidance_scale": Leaf(
         1.0,
         Number(),
-        "Scale of classifier-free guidance: 1 for none, 0 for unconditional. It needs `model.label_dropout`.",
+        "Scale of classifier-free guidance, which needs `model.label_dropout`: 1 for none, 0 for unconditional.",
     ),
-    "guidance_interval": Leaf((), Interval("all"), "Range of network times in which guidance is applied."),
+    "guidance_interval": Leaf(
+        (),
+        Interval(Number(finite=False), "two rising numbers"),
+        "Network times at which guidance is applied; () for all.",
+    ),
     "guidance_rescale": Leaf(
-        0.0, Number(minimum=0, maximum=1), "How much of guidance's change of contrast is removed."
+        0.0, Number(minimum=0, maximum=1), "Share of guidance's change of contrast that is removed."
     ),
-    "classifier": Leaf(
-        "",
-        Text(),
-        'Guiding classifier: its work directory, or a path as `pretrained.load` takes it; "" for none.',
-    ),
-    "classifier_flags": Leaf(
-        "", Text(), "Settings that the weights of the classifier do not contain, as `init_flags`."
-    ),
+    "classifier": Leaf("", PATH, "Weights of the guiding classifier, a path as `pretrained.load` takes it."),
     "classifier_scale": Leaf(1.0, Number(), "Scale of classifier guidance."),
     "classifier_form": Leaf(
         "eps",
         Choice("eps", "mean"),
-        "Quantity that the classifier shifts: the predicted noise, or the mean of the sampler ddpm (ADM).",
+        "Quantity that the classifier shifts: the predicted noise, or the mean of ddpm (ADM).",
     ),
-    "low_resolution": Leaf(
-        "", Text(), "Small images that an upsampler enlarges: an .npz of --mode=sample, or a folder of images."
-    ),
+    "low_resolution": Leaf("", PATH, "Small images for an upsampler: an .npz of --mode=sample, or a folder of images."),
     "low_resolution_noise": Leaf(
         0.0,
         Number(minimum=0),
@@ -464,31 +352,23 @@ SAMPLING: dict[str, Leaf] = {
     ),
     "conditions": Leaf(
         "",
-        Text(),
+        PATH,
         'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
         "modulo the number of rows.",
     ),
-    "num_samples": Leaf(
-        64,
-        Integer(1),
-        "Number of samples of --mode=sample; the modes edit and evaluate have `editing.num_samples` and "
-        "`evaluation.num_samples`.",
-    ),
+    "num_samples": Leaf(64, Integer(1), "Number of samples of --mode=sample."),
     "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
     "seed": Leaf(0, SEED, "Seed of the samples."),
     "use_ema": Leaf(
         True,
         Boolean(),
-        "Whether the moving average of the parameters is used. While it holds more than a tenth of the random initial "
-        "weights, the raw weights replace it.",
+        "Whether the moving average of the parameters is used, once it holds at most a tenth of the initial weights.",
     ),
     "trajectory": Leaf(
-        0,
-        OneOf(Integer(0, 0), Integer(2)),
-        "Columns of the picture of the first samples being denoised, fewer if steps would look alike; 0 for none.",
+        0, OneOf(Choice(0), Integer(2)), "Columns of the picture of the first samples being denoised; 0 for none."
     ),
     "preview_samples": Leaf(
-        16, Integer(0), "Samples in the pictures during training, which are drawn by DDIM; 0 for no pictures."
+        16, Integer(0), "Samples in the pictures during training, drawn by DDIM; 0 for no pictures."
     ),
     "preview_steps": Leaf(25, Integer(1), "Sampling steps of the pictures during training."),
 }
@@ -499,24 +379,17 @@ EDITING: dict[str, Leaf] = {
         Choice("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate"),
         "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
     ),
-    "image": Leaf(
-        "",
-        Text(),
-        "File of the image to edit. For data that are not images, an .npy of one example [*spatial, C] in their units.",
-    ),
+    "image": Leaf("", PATH, "Image to edit; for data that are not images, an .npy of one example in their units."),
     "mask": Leaf(
-        "",
-        Text(),
-        "File of the mask of inpaint and replace: an image that is white where pixels are known, or a bool .npy that is True "
-        "where values are known.",
+        "", PATH, "Mask of the known pixels: an image that is white there, or a bool .npy that is True there."
     ),
-    "other": Leaf("", Text(), "File of the second image or example of interpolate."),
+    "other": Leaf("", PATH, "Second image or example of interpolate."),
     "num_samples": Leaf(
         8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
     ),
     "resamplings": Leaf(10, Integer(1), "Resamplings of inpaint."),
     "jump": Leaf(10, Integer(1), "Length of the jumps of inpaint, in steps."),
-    "strength": Leaf(0.5, Number(above=0, maximum=1), "How much sdedit may change."),
+    "strength": Leaf(0.5, Number(above=0, maximum=1), "Strength of the changes by sdedit."),
     "factor": Leaf(4, Integer(1), "Factor of super_resolution."),
     "level": Leaf(
         None,
@@ -525,17 +398,15 @@ EDITING: dict[str, Leaf] = {
     ),
 }
 
-_IMAGE_METRICS = ("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization")
-_ARRAY_METRICS = ("energy_distance", "sliced_wasserstein", "marginal_histograms", "mean_and_covariance")
-_ARRAY_METRICS += ("power_spectrum", "autocorrelation")
+_METRICS = (
+    *("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization"),
+    *("energy_distance", "sliced_wasserstein", "marginal_histograms", "mean_and_covariance"),
+    *("power_spectrum", "autocorrelation"),
+)
 
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
-    "data_dir": Leaf(
-        "",
-        Text(),
-        'Directory of that split; a folder has none unless `data.holdout` makes them. "" for `data.data_dir`.',
-    ),
+    "data_dir": Leaf("", PATH, 'Directory of that split; "" for `data.data_dir`.'),
     "num_examples": Leaf(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
     "batch_size": Leaf(64, Integer(1), "Examples that are measured at a time."),
     "strata": Leaf(
@@ -545,15 +416,9 @@ EVALUATION: dict[str, Leaf] = {
         "each of S strata.",
     ),
     "cdf": Leaf("exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."),
-    "clip": Leaf(
-        None,
-        optional(Boolean()),
-        "Whether x_0 is clipped to [-1, 1], as in the figures of Ho et al. and OpenAI; None as for `sampling.clip`.",
-    ),
+    "clip": Leaf(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None as for `sampling.clip`."),
     "seed": Leaf(0, SEED, "Seed of the noise of the measurements."),
-    "use_ema": Leaf(
-        True, Boolean(), "Whether the moving average of the parameters is measured, as `sampling.use_ema` for samples."
-    ),
+    "use_ema": Leaf(True, Boolean(), "Whether the moving average is measured, as `sampling.use_ema` for samples."),
     "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
     "ode_dequantization": Leaf(
         None,
@@ -563,13 +428,11 @@ EVALUATION: dict[str, Leaf] = {
     "ode_trace": Leaf(
         "hutchinson",
         Choice("hutchinson", "exact"),
-        "How the divergence is computed; exact takes as many derivatives as an example has values.",
+        "Divergence of the ODE; exact takes as many derivatives as an example has values.",
     ),
     "ode_tolerance": Leaf(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
     "likelihood": Leaf(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
-    "num_samples": Leaf(
-        50_000, Integer(0), "Number of samples that --mode=evaluate compares with the data; 0 for none."
-    ),
+    "num_samples": Leaf(50_000, Integer(0), "Samples that --mode=evaluate compares with the data; 0 for none."),
     "features": Leaf(
         "",
         Text(),
@@ -577,28 +440,13 @@ EVALUATION: dict[str, Leaf] = {
         "none for continuous data, and otherwise inception.",
     ),
     "inception": Leaf(
-        "",
-        Text(),
-        'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.',
-    ),
-    "resize": Leaf(
-        "tf1",
-        Choice("tf1", "pytorch", "clean"),
-        "How images are resized to Inception's 299 pixels: as TensorFlow's FID, pytorch-fid or clean-fid.",
+        "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.'
     ),
     "metrics": Leaf(
         None,
-        optional(
-            Tuple(
-                Choice(*_IMAGE_METRICS, *_ARRAY_METRICS),
-                f"names from {', '.join((*_IMAGE_METRICS, *_ARRAY_METRICS))}",
-                minimum_length=1,
-                shown="('fid',)",
-            )
-        ),
-        "Metrics of samples; None for all that suit the data. Images have those from fid to memorization, continuous data "
-        "those from memorization to autocorrelation, and with their own `evaluation.features` also fid, kid, "
-        "precision_recall and density_coverage. Use `evaluation.num_samples=0` for none.",
+        optional(Tuple(Choice(*_METRICS), f"names from {', '.join(_METRICS)}", minimum_length=1, shown="('fid',)")),
+        "Metrics of samples; None for all that suit the data. Images have fid to memorization, continuous data memorization "
+        "to autocorrelation, and with their own `evaluation.features` also fid, kid, precision_recall and density_coverage.",
     ),
     "reference_split": Leaf("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Leaf(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),
@@ -634,6 +482,15 @@ LEAVES = _by_name(GROUPS)
 # With diffusion.loss=classify the config trains a classifier, whose network has other fields.
 CLASSIFIER_LEAVES = _by_name(GROUPS | {"model": ("The network: the fields of `models.Classifier`.", CLASSIFIER_MODEL)})
 
+# The leaves that decide the numbers of a run, so that a relaunch must not change them.
+_IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
+_NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers", "precision")
+
+
+def _is_identity(name: str) -> bool:
+    group, _, last = name.rpartition(".")
+    return name in ("seed", "training.batch_size") or (group in _IDENTITY_GROUPS and last not in _NOT_IDENTITY)
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested leaves as {"group.leaf": value}."""
@@ -648,7 +505,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
-    return {name: value for name, value in flatten(config).items() if name in LEAVES and LEAVES[name].identity}
+    return {name: value for name, value in flatten(config).items() if name in LEAVES and _is_identity(name)}
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -687,10 +544,8 @@ and so may any mapping:
     cfg = config.experiment("digits")                                   # or config.default(), DDPM on CIFAR-10
     state, train_step = training.create({"data": {"dataset": "digits", "image_size": 8, "channels": 1}})
 
-`config.resolve(mapping)` completes a mapping with the defaults and checks it: an unknown leaf, or a value that its leaf does
-not allow, raises `ConfigError` with one line that gives the value, what is allowed and what to type. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`, and `None`
-if it is allowed.
+`config.resolve(mapping)` completes a mapping with the defaults and checks it. On the command line,
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
 
 The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
 them. The others may change between launches.
@@ -701,33 +556,22 @@ them. The others may change between launches.
 
 def reference() -> str:
     """The reference of all leaves in Markdown: docs/reference/configuration.md."""
-    return "\n".join([_INTRODUCTION, *_reference_lines()])
-
-
-def _reference_lines() -> Iterator[str]:
+    lines = [_INTRODUCTION]
     for group, (description, leaves) in GROUPS.items():
-        yield from _group_lines(f"`{group}`" if group else "Leaves without a group", description, leaves)
+        lines += _group_lines(group, f"`{group}`" if group else "Leaves without a group", description, leaves)
         if group == "model":
             heading = "`model` of a classifier (`diffusion.loss=classify`)"
             missing = ", ".join(f"`{name}`" for name in MODEL if name not in CLASSIFIER_MODEL)
             text = f"The fields of `models.Classifier`: those of the U-Net, except {missing}."
-            yield from _group_lines(heading, text, CLASSIFIER_MODEL)
+            lines += _group_lines(group, heading, text, CLASSIFIER_MODEL)
+    return "\n".join(lines)
 
 
-def _group_lines(heading: str, description: str, leaves: Mapping[str, Leaf]) -> Iterator[str]:
-    yield f"## {heading}"
-    yield ""
-    yield description
-    yield ""
-    yield "| leaf | default | allowed | identity | description |"
-    yield "|---|---|---|---|---|"
+def _group_lines(group: str, heading: str, description: str, leaves: Mapping[str, Leaf]) -> Iterator[str]:
+    yield f"## {heading}\n\n{description}\n"
+    yield "| leaf | default | allowed | identity | description |\n|---|---|---|---|---|"
     for name, leaf in leaves.items():
-        cells = (
-            f"`{name}`",
-            f"`{leaf.default!r}`",
-            leaf.kind.allowed,
-            "yes" if leaf.identity else "no",
-            leaf.description,
-        )
+        identity = "yes" if _is_identity(f"{group}.{name}" if group else name) else "no"
+        cells = (f"`{name}`", f"`{leaf.default!r}`", leaf.kind.allowed, identity, leaf.description)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""

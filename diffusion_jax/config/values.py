@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from diffusion_jax.errors import closest_names
 
-__all__ = [
-    "Boolean",
-    "Choice",
-    "Integer",
-    "Interval",
-    "Nothing",
-    "Number",
-    "OneOf",
-    "Text",
-    "Tuple",
-    "ValueKind",
-    "optional",
-]
+__all__ = ["Boolean", "Choice", "Integer", "Interval", "Number", "OneOf", "Text", "Tuple", "ValueKind", "optional"]
 
 
 class ValueKind(Protocol):
@@ -50,65 +39,9 @@ def _to_scalar(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def _to_number(value: Any, kind: type) -> Any:
-    """A number of an abstract kind of `numbers`, but no bool. Raises: ValueError."""
-    value = _to_scalar(value)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError
-    return value
-
-
-def _to_items(value: Any) -> tuple:
-    """The items of a tuple, a list, another sequence or a one-dimensional array. Raises: ValueError."""
-    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
-        return tuple(value.tolist())
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
-        return tuple(value)
-    raise ValueError
-
-
-def _split(text: str) -> list[str]:
-    """The items of "1,2", "(1, 2)" or "['a, b', c]", with their quotes."""
-    text = text.strip()
-    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
-    return [item for part in re.findall(r"\s*'[^']*'|\s*\"[^\"]*\"|[^,]+", inner) if (item := part.strip())]
-
-
 def _unquote(text: str) -> str:
     """The text without one pair of quotes around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-
-
-@dataclasses.dataclass(frozen=True)
-class Nothing:
-    """Only None."""
-
-    allowed: str = "None"
-
-    def check(self, value: Any) -> None:
-        if value is not None:
-            raise ValueError
-
-    def parse(self, text: str) -> None:
-        if text != "None":
-            raise ValueError
-
-
-@dataclasses.dataclass(frozen=True)
-class Boolean:
-    """True or False."""
-
-    allowed: str = "True or False"
-
-    def check(self, value: Any) -> bool:
-        value = _to_scalar(value)
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-
-    def parse(self, text: str) -> bool:
-        value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
-        return self.check(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,66 +60,68 @@ class Text:
         return _unquote(text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Integer:
-    """A whole number between two bounds, both included; None for no bound."""
+class Choice:
+    """One of some names, numbers or None. The name of a type may also be given as the type, such as jnp.bfloat16."""
 
-    minimum: int | None = None
-    maximum: int | None = None
+    def __init__(self, *choices: str | int | None):
+        self.choices = choices
 
     @property
     def allowed(self) -> str:
-        if self.minimum is not None and self.minimum == self.maximum:
-            return str(self.minimum)
-        if self.minimum is not None and self.maximum is not None:
-            return f"a whole number in {self.minimum} ... {self.maximum}"
-        return "a whole number" + ("" if self.minimum is None else f" of at least {self.minimum}")
+        *names, last = map(str, self.choices)
+        return f"{', '.join(names)} or {last}" if names else last
 
-    def check(self, value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():
-            raise ValueError(f"write {int(value)}")
-        number = int(_to_number(value, numbers.Integral))
-        if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
-            raise ValueError
-        return number
+    def check(self, value: Any) -> Any:
+        value = np.dtype(value).name if isinstance(value, type | np.dtype) else _to_scalar(value)
+        for choice in self.choices:
+            if type(value) is type(choice) and value == choice:  # True is not 1
+                return choice
+        near = closest_names(value, list(map(str, self.choices))) if isinstance(value, str) else []
+        raise ValueError(f"did you mean {near[0]}?" if near else "")
 
-    def parse(self, text: str) -> int:
-        with contextlib.suppress(ValueError):
-            return self.check(int(text))
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError("write it as 10000 or 1e4") from None
-        if not (value.is_integer() and abs(value) <= 2**53):  # a larger float can be another number than the text
-            raise ValueError
-        return self.check(int(value))
+    def parse(self, text: str) -> Any:
+        return self.check({str(choice): choice for choice in self.choices}.get(_unquote(text), _unquote(text)))
+
+
+class Boolean(Choice):
+    """True or False."""
+
+    def __init__(self):
+        super().__init__(True, False)
+
+    def parse(self, text: str) -> bool:
+        return self.check({"true": True, "1": True, "false": False, "0": False}.get(text.lower()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite float. minimum, maximum: included; above, below: excluded; None for no bound."""
+    """A number. minimum, maximum: included; above, below: excluded; None for no bound. whole: an int, otherwise a float."""
 
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
+    whole: bool = False
+    finite: bool = True
 
     @property
     def allowed(self) -> str:
-        has_low = self.minimum is not None or self.above is not None
-        has_high = self.maximum is not None or self.below is not None
-        if has_low and has_high:
-            low = f"({self.above:g}" if self.above is not None else f"[{self.minimum:g}"
-            high = f"{self.below:g})" if self.below is not None else f"{self.maximum:g}]"
-            return f"a number in {low}, {high}"
+        noun = "a whole number" if self.whole else "a number"
+        if self.maximum is not None or self.below is not None:
+            low = f"[{self.minimum}" if self.above is None else f"({self.above}"
+            return f"{noun} in {low}, " + (f"{self.maximum}]" if self.below is None else f"{self.below})")
         if self.above is not None:
-            return f"a number above {self.above:g}"
-        return "a finite number" if self.minimum is None else f"a number of at least {self.minimum:g}"
+            return f"{noun} above {self.above}"
+        return noun if self.minimum is None else f"{noun} of at least {self.minimum}"
 
     def check(self, value: Any) -> float:
-        number = float(_to_number(value, numbers.Real))
-        inside = math.isfinite(number) and (
-            (self.minimum is None or number >= self.minimum)
+        value = _to_scalar(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if self.whole else numbers.Real):
+            raise ValueError(f"write {int(value)}" if isinstance(value, float) and value.is_integer() else "")
+        number = int(value) if isinstance(value, numbers.Integral) and self.whole else float(value)
+        inside = (
+            (math.isfinite(number) or not self.finite)
+            and (self.minimum is None or number >= self.minimum)
             and (self.maximum is None or number <= self.maximum)
             and (self.above is None or number > self.above)
             and (self.below is None or number < self.below)
@@ -197,40 +132,22 @@ class Number:
 
     def parse(self, text: str) -> float:
         try:
-            value = float(text)
+            number = int(text) if self.whole and text.isdecimal() else float(text)  # a float has 53 bits
         except ValueError:
-            raise ValueError("write it as 0.5 or 2e-4") from None
-        return self.check(value)
+            raise ValueError("write it as 10000 or 1e4" if self.whole else "write it as 0.5 or 2e-4") from None
+        return self.check(int(number) if self.whole and math.isfinite(number) and number == int(number) else number)
 
 
-class Choice:
-    """One of some names (or numbers). The name of a type may also be given as the type, such as jnp.bfloat16."""
-
-    def __init__(self, *choices: str | int):
-        self.choices = choices
-
-    @property
-    def allowed(self) -> str:
-        names = list(map(str, self.choices))
-        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-
-    def check(self, value: Any) -> Any:
-        value = np.dtype(value).name if isinstance(value, type | np.dtype) else _to_scalar(value)
-        if isinstance(value, str | int) and not isinstance(value, bool) and value in self.choices:
-            return self.choices[self.choices.index(value)]
-        near = closest_names(value, list(map(str, self.choices))) if isinstance(value, str) else []
-        raise ValueError(f"did you mean {near[0]}?" if near else "")
-
-    def parse(self, text: str) -> Any:
-        return self.check({str(choice): choice for choice in self.choices}.get(_unquote(text), _unquote(text)))
+Integer = partial(Number, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuple:
     """A tuple (or another sequence) of items of one kind.
 
-    items: a plural noun for the items. shown: an example of a tuple. brackets: whether a command line must put the items into
-    brackets, because without them the text is something else.
+    items: a plural noun for the items. shown: an example. brackets: whether a command line must put the items into brackets,
+    because without them the text is something else. rising: whether it is empty or has at least two items, each above the
+    one before.
     """
 
     item: ValueKind
@@ -239,20 +156,29 @@ class Tuple:
     maximum_length: int | None = None
     shown: str = ""
     brackets: bool = False
+    rising: bool = False
 
     @property
     def allowed(self) -> str:
         return f"a tuple of {self.items}" + (f" such as {self.shown}" if self.shown else "")
 
     def check(self, value: Any) -> tuple:
-        return self._convert(_to_items(value), self.item.check)
+        if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+            value = value.tolist()
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+            raise ValueError
+        return self._convert(value, self.item.check)
 
     def parse(self, text: str) -> tuple:
-        if self.brackets and text[:1] not in ("(", "["):
+        """The items of "1,2", "(1, 2)" or "['a, b', c]"."""
+        text = text.strip()
+        has_brackets = text[:1] + text[-1:] in ("()", "[]")
+        if self.brackets and not has_brackets:
             raise ValueError
-        return self._convert(_split(text), self.item.parse)
+        items = re.findall(r"\s*'[^']*'|\s*\"[^\"]*\"|[^,]+", text[1:-1] if has_brackets else text)
+        return self._convert([item.strip() for item in items if item.strip()], self.item.parse)
 
-    def _convert(self, items: Sequence, convert) -> tuple:
+    def _convert(self, items: Sequence, convert: Callable[[Any], Any]) -> tuple:
         values = []
         for item in items:
             try:
@@ -260,36 +186,14 @@ class Tuple:
             except ValueError as error:
                 shown = item if isinstance(item, str) and item[:1] in ("'", '"') else repr(item)
                 raise ValueError(f"{shown} is not allowed" + (f"; {error}" if str(error) else "")) from None
-        if len(values) < self.minimum_length or (self.maximum_length is not None and len(values) > self.maximum_length):
+        if not self.minimum_length <= len(values) <= (self.maximum_length or math.inf):
+            raise ValueError
+        if self.rising and (len(values) == 1 or not all(low < high for low, high in itertools.pairwise(values))):
             raise ValueError
         return tuple(values)
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """() or (low, high) with low <= high; high may be infinite. finite: both are finite, and low < high."""
-
-    unit: str
-    finite: bool = False
-
-    @property
-    def allowed(self) -> str:
-        return f"two numbers (low, high), or () for {self.unit}"
-
-    def check(self, value: Any) -> tuple[float, ...]:
-        bounds = tuple(float(_to_number(bound, numbers.Real)) for bound in _to_items(value))
-        if len(bounds) not in (0, 2) or (bounds and not bounds[0] <= bounds[1]):
-            raise ValueError
-        if self.finite and bounds and not (bounds[0] < bounds[1] and all(map(math.isfinite, bounds))):
-            raise ValueError
-        return bounds
-
-    def parse(self, text: str) -> tuple[float, ...]:
-        try:
-            bounds = tuple(map(float, _split(text)))
-        except ValueError:
-            raise ValueError("write it as 0,100") from None
-        return self.check(bounds)
+Interval = partial(Tuple, maximum_length=2, rising=True)  # (low, high), or ()
 
 
 class OneOf:
@@ -303,16 +207,16 @@ class OneOf:
         return " or ".join(kind.allowed for kind in self.kinds)
 
     def check(self, value: Any) -> Any:
-        return self._first(value, [kind.check for kind in self.kinds])
+        return self._first([partial(kind.check, value) for kind in self.kinds])
 
     def parse(self, text: str) -> Any:
-        return self._first(text, [kind.parse for kind in self.kinds])
+        return self._first([partial(kind.parse, text) for kind in self.kinds])
 
-    def _first(self, value: Any, conversions: Sequence) -> Any:
+    def _first(self, conversions: Sequence[Callable[[], Any]]) -> Any:
         advice = []
         for convert in conversions:
             try:
-                return convert(value)
+                return convert()
             except ValueError as error:
                 advice.append(str(error))
         raise ValueError(next(filter(None, advice), ""))
@@ -320,4 +224,4 @@ class OneOf:
 
 def optional(kind: ValueKind) -> OneOf:
     """A kind, or None."""
-    return OneOf(kind, Nothing())
+    return OneOf(kind, Choice(None))

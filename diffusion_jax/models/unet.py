@@ -114,11 +114,11 @@ class Encoder(nn.Module):
         block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
         return checkpoint_name(block(h, embedding, train), _KEPT_BETWEEN)
 
-    def attention(self, h, level: int, name: str, num_heads: int | None = None) -> jax.Array:
-        """h after a self-attention layer of a level. num_heads: overrides the field."""
+    def attention(self, h, level: int, name: str) -> jax.Array:
+        """h after a self-attention layer of a level."""
         keep = not self._recomputes(level)
         kind = Attention if keep else _REMAT_ATTENTION
-        layer = kind(num_heads or self.num_heads, self.head_channels, self.layers, keep, name=name)
+        layer = kind(self.num_heads, self.head_channels, self.layers, keep, name=name)
         return checkpoint_name(layer(h), _KEPT_BETWEEN)
 
     def _recomputes(self, level: int) -> bool:
@@ -197,11 +197,9 @@ class UNet(Encoder, Conditional):
     to the next multiple, and the output is cropped. The padded positions take part in attention and in the statistics of
     norms. Fields: `Encoder`'s, `Conditional`'s, and
 
-    num_heads_up: heads of the attention layers of the upsampling path; None for `num_heads`.
     out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
     """
 
-    num_heads_up: int | None = None
     out_channels: int | None = None
 
     @nn.compact
@@ -240,7 +238,7 @@ class UNet(Encoder, Conditional):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.residual_block(h, embedding, level, f"up_{level}_block_{j}", train)
                 if level in self.attention_levels:
-                    h = self.attention(h, level, f"up_{level}_attn_{j}", self.num_heads_up)
+                    h = self.attention(h, level, f"up_{level}_attn_{j}")
             if level > 0:
                 name = f"up_{level}_upsample"
                 if self.resample_blocks:

@@ -10,22 +10,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_jax.errors import PretrainedError, list_names
+from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, list_names
 from diffusion_jax.models import MLP, Classifier, fields_of
-from diffusion_jax.pretrained import diffusers, ho, native, openai
-from diffusion_jax.pretrained.description import Description, Pretrained, format_summary
-from diffusion_jax.pretrained.tensors import is_tensorflow_checkpoint, open_tensors
+from diffusion_jax.pretrained import diffusers, ho, native, openai, parameters
+from diffusion_jax.pretrained.description import Pretrained, format_summary
+from diffusion_jax.pretrained.diffusers import save_diffusers
+from diffusion_jax.pretrained.native import is_workdir, save_safetensors
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
-    "Description",
     "Pretrained",
     "PretrainedError",
     "config_leaves",
@@ -33,7 +32,6 @@ __all__ = [
     "format_summary",
     "is_workdir",
     "load",
-    "read_flags",
     "save_diffusers",
     "save_safetensors",
 ]
@@ -50,7 +48,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
       - a TensorFlow checkpoint of Ho et al.'s code, by its prefix .../model.ckpt-N, or its PyTorch port's .ckpt;
       - a work directory, or a file of `save_safetensors`.
     flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
-      text ("--num_heads 4 --noise_schedule cosine ..."); for networks of Ho et al.'s code that were not published,
+      text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for networks of Ho et al.'s code that were not published,
       image_size, variance and other leaves of `config.diffusion`.
     ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
       average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
@@ -58,20 +56,21 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, of another shape or not finite; fields that
     `models` does not support; flags that are missing; a file that is not readable.
     """
-    description, params = _read_or_raise(path, flags, ema, with_params=True)
-    values = {field.name: getattr(description, field.name) for field in dataclasses.fields(description)}
-    return Pretrained(**values, params=params)
+    return _read_or_raise(path, flags, ema, with_params=True)
 
 
-def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Description:
-    """The description of the weights that `load` would load, without reading them. Raises: as `load`, except for values."""
-    return _read_or_raise(path, flags, ema, with_params=False)[0]
+def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pretrained:
+    """As `load`, but with None as the parameters, which are not read. Raises: as `load`, except for values."""
+    return _read_or_raise(path, flags, ema, with_params=False)
 
 
-def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
+def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
     """As `_read`, with every error of an invalid file as a PretrainedError."""
     try:
+        flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
         return _read(local_path(path), flags, ema, with_params)
+    except (CheckpointError, DataError) as error:
+        raise PretrainedError(str(error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PretrainedError(
@@ -80,52 +79,32 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> tuple[De
         ) from error
 
 
-def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> tuple[Description, Any]:
-    if path.is_dir():
-        if native.is_workdir(path):
-            _check_no_flags(path, flags)
-            return native.load_workdir(path, ema, with_params)
-        if diffusers.find_configs(path):
-            _check_no_flags(path, flags)
-            return diffusers.load_diffusers(path, with_params)
-        raise PretrainedError(
-            f"{path} is neither a diffusers folder (model_index.json, unet/config.json) nor a work directory with checkpoints"
-        )
-    if not path.exists() and not is_tensorflow_checkpoint(path):
-        raise PretrainedError(f"{path}: no such file or folder")
-    tensors = open_tensors(path, ema)
-    if native.is_native(tensors):
-        _check_no_flags(path, flags)
+def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
+    tensors = None
+    if not path.is_dir():
+        if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
+            raise PretrainedError(f"{path}: no such file or folder")
+        tensors = parameters.open_tensors(path, ema)
+        if ho.is_ho(tensors.shapes):
+            return ho.load_ho(path, tensors, flags, with_params)
+        if openai.is_openai(tensors.shapes):
+            return openai.load_openai(path, tensors, flags, with_params)
+    if flags:
+        raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
+    if tensors is None and is_workdir(path):
+        return native.load_workdir(path, ema, with_params)
+    if tensors is None and diffusers.find_configs(path):
+        return diffusers.load_diffusers(path, with_params)
+    if tensors is not None and native.is_native(tensors):
         return native.load_file(path, tensors, with_params)
-    if ho.is_ho(tensors):
-        return ho.load_ho(path, tensors, flags, with_params)
-    if openai.is_openai(tensors):
-        description, new_order = openai.describe_openai(path, tensors, flags)
-        return description, openai.load_params(path, tensors, description, new_order) if with_params else None
-    if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
-        raise PretrainedError(f"{path} is a file of diffusers: give its folder, whose configs describe the network")
+    found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
     raise PretrainedError(
-        f"{path} contains {len(tensors)} tensors of an unknown network ({list_names(tensors, 3)}); known: Ho et al.'s, "
-        "OpenAI's, diffusers' and this package's"
+        f"{path} is {found} of an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
+        "directory with checkpoints, and files of Ho et al., of OpenAI and of this package"
     )
 
 
-def is_workdir(path: str | os.PathLike) -> bool:
-    """Whether a path is a work directory with a config and checkpoints."""
-    return native.is_workdir(local_path(path))
-
-
-def read_flags(text: str | None) -> Flags:
-    """The flags in a command-line argument: JSON if the text starts with "{". Raises: PretrainedError."""
-    if not text or not text.startswith("{"):
-        return text or None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PretrainedError(f"flags={text!r} are not valid JSON: {error}") from None
-
-
-def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
+def config_leaves(description: Pretrained) -> dict[str, dict[str, Any]]:
     """Leaves of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
@@ -157,21 +136,3 @@ def config_leaves(description: Description) -> dict[str, dict[str, Any]]:
         | ({} if description.is_images else {"random_flip": False}),
         "sampling": {"clip": description.clip},
     }
-
-
-def _check_no_flags(path: pathlib.Path, flags: Flags) -> None:
-    if flags:
-        raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
-
-
-def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
-    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs.
-
-    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
-    """
-    diffusers.write_folder(net, net.params, pathlib.Path(folder).expanduser())
-
-
-def save_safetensors(net: Pretrained, path: str | os.PathLike) -> None:
-    """Writes one file with the weights of any network and their description. Raises: PretrainedError, OSError."""
-    native.write_file(net, net.params, pathlib.Path(path).expanduser())

@@ -22,15 +22,9 @@ from diffusion_jax.errors import DiffusionJaxError
 from diffusion_jax.storage.downloads import local_path
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with one line, without the usage, which would hide it."""
-        _exit(f"{message}; see python -m diffusion_jax.pretrained --help")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="python -m diffusion_jax.pretrained", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
@@ -44,32 +38,31 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line; an error is one line and exit code 2."""
     parser = make_parser()
+    # Without the usage, which would hide the message.
+    parser.error = lambda message: _exit(f"{message}; see python -m diffusion_jax.pretrained --help")
     args = parser.parse_args(argv)
     if (args.command == "convert") != (args.to is not None):
         parser.error("convert needs PATH and TO, and inspect PATH alone")
     absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
     try:
         with exit_if_output_is_closed():
-            net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
+            net = pretrained.load(args.path, args.flags, not args.raw)
             print(pretrained.format_summary(net))
             if args.to is not None:
-                save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
-                save(net, args.to)
-                print(f"Written: {args.to}")
-                _write_card(net, args)
-    except DiffusionJaxError as error:
-        _exit(str(error), error.exit_code)
-    except OSError as error:
-        _exit(str(error))
+                _convert(net, args)
+    except (DiffusionJaxError, OSError) as error:
+        _exit(str(error), getattr(error, "exit_code", 2))
 
 
-def _write_card(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
+def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
     from diffusion_jax.report.model_card import card_path, write_card
 
+    save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
+    save(net, args.to)
+    print(f"Written: {args.to}")
     to = pathlib.Path(args.to).expanduser()
     workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
-    written = write_card(net, to, workdir, not args.raw)
-    if written:
+    if written := write_card(net, to, workdir, not args.raw):
         print(f"Model card, whose license is to be filled in: {written}")
     else:
         print(f"{card_path(to)} exists and stays as it is.")

@@ -1,4 +1,4 @@
-"""The description of pretrained weights: the network, the schedule, and everything else that is needed to use them."""
+"""A trained network, its schedule, and everything else that is needed to use it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -21,15 +22,12 @@ from diffusion_jax.training.state import Network
 
 __all__ = [
     "DIFFUSION_DEFAULTS",
-    "Description",
     "Pretrained",
     "format_normalization",
     "format_summary",
     "make_clip",
     "make_description",
 ]
-
-_MAX_SHOWN = 6
 
 # The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -43,45 +41,35 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Description:
-    """The description of pretrained weights: all of `Pretrained` except the parameters.
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained network with its description, as `pretrained.load` returns it.
 
     family: a text that names the source. model: the network. channels: of an example. image_size: the size of each of its
     0 to 3 spatial axes, (height, width) for images. schedule: the one of training; its timesteps are the network times.
-    prediction, variance, clip: as the samplers take them. low_resolution: height of the small images of a super-resolution
-    network, else 0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: leaves of
-    `config.diffusion`; None if the schedule is a table of betas, which no leaves describe. levels: gray levels of the data;
-    None for continuous data. normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from
-    their units to the network's; an array without one has the network's units. limits: (low, high) if that of "x" maps them
-    to [-1, 1].
+    prediction, variance, clip: as the samplers take them. params: the tree for `model.apply({"params": params}, x_t, time)`,
+    float32; None from `pretrained.describe`. low_resolution: height of the small images of a super-resolution network, else
+    0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: leaves of `config.diffusion`; None
+    if the schedule is a table of betas, which no leaves describe. levels: gray levels of the data; None for continuous data.
+    normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from their units to the network's;
+    an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1].
     """
 
     family: str
-    model: Network
+    model: Network = field(repr=False)
     channels: int
     image_size: tuple[int, ...]
     schedule: schedules.Schedule
     prediction: str
     variance: str
     clip: bool | Callable = True
+    params: Any = field(default=None, repr=False)
     low_resolution: int = 0
     conditioning_noise: float = 0.0
-    diffusion: Mapping[str, Any] | None = None
+    diffusion: Mapping[str, Any] | None = field(default=None, repr=False)
     levels: int | None = 256
-    normalizations: Normalizations = dataclasses.field(default_factory=dict)
+    normalizations: Normalizations = field(default_factory=dict, repr=False)
     limits: tuple[float, ...] = ()
-
-    def __repr__(self) -> str:
-        """Three short lines; `pretrained.format_summary` describes every setting."""
-        data = f"{list(self.example_shape)} {'continuous' if self.levels is None else f'of {self.levels} levels'}"
-        data += f", {self.num_classes} classes" if self.num_classes else ""
-        data += f", conditions {list(self.condition_shape)}" if self.condition_shape is not None else ""
-        return (
-            f"{type(self).__name__}({self.family!r}, {type(self.model).__name__}, {data},\n"
-            f"    prediction={self.prediction!r}, variance={self.variance!r}, clip={self.clip},\n"
-            f"    schedule={self.schedule})"
-        )
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -104,16 +92,6 @@ class Description:
     def num_classes(self) -> int:
         """The number of classes; 0 for an unconditional network."""
         return self.model.num_classes
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Pretrained(Description):
-    """Pretrained weights with their description, as returned by `pretrained.load`.
-
-    params: the tree for `model.apply({"params": params}, x_t, time)`, float32.
-    """
-
-    params: Any = dataclasses.field(default=None, repr=False)
 
     def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None) -> jax.Array:
         """The output [B, *spatial, channels or 2 channels] of the network, as samplers and losses call it.
@@ -147,13 +125,11 @@ class Pretrained(Description):
         noise_std=None,
         condition=None,
     ) -> jax.Array | np.ndarray:
-        """Examples [N, *spatial, C], in the units of the data if those are continuous.
+        """Examples [N, *spatial, C] float32: images of gray levels in [-1, 1], continuous data in their units.
 
-        They are float32, or a float64 NumPy array if an offset of the data is more than 1000 times its scale.
-
-        Images of gray levels are in [-1, 1] (beyond it if nothing clips x_0); `images.to_uint8` converts them. The first
-        call compiles one program, with the parameters as an argument. Later calls with the same sampler, number of examples
-        and steps reuse it for every key, labels, conditions and guidance scale other than 1.
+        An offset of the data of more than 1000 times its scale makes it a float64 NumPy array. The first call compiles one
+        program, which later calls with the same sampler, number of examples and steps reuse for every key, labels, conditions
+        and guidance scale other than 1.
 
         Args:
           num_images: N, the number of examples, sampled in one batch.
@@ -171,16 +147,19 @@ class Pretrained(Description):
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
-        if isinstance(self.model, Classifier):
+        if not isinstance(self.model, Conditional):
             raise TypeError("these weights are a classifier; use logits(x_t, time)")
-        if not isinstance(num_images, int | np.integer) or num_images < 1:
-            raise ValueError(f"num_images must be a whole number of at least 1, got {num_images}")
         if sampler is not None and not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
-        if guidance_scale != 1:
-            self._check_guidance(guidance_scale, condition)
+        if guidance_scale != 1 and self.model.null_label is None:
+            if self.model.null_condition is None:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale} needs a network trained with label_dropout or condition_dropout; use 1"
+                )
+            if condition is None:
+                raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
         if (low is not None) != bool(self.low_resolution):
             raise ValueError("low= is required by super-resolution networks and allowed for no other")
         if noise_std is not None and not self.conditioning_noise:
@@ -188,9 +167,7 @@ class Pretrained(Description):
         sampler = self._configure_sampler(sampler)
         schedule = self.schedule
         if steps is not None:
-            if isinstance(steps, np.integer):
-                steps = int(steps)
-            if spacing is None and isinstance(steps, int):
+            if spacing is None and isinstance(steps, int | np.integer):
                 spacing = sampling.default_spacing(sampler, schedule)
             schedule = schedules.respace(schedule, steps, spacing)
         problem = sampling.find_problem(sampler, schedule)
@@ -199,8 +176,8 @@ class Pretrained(Description):
         growth = sampling.find_error_growth(sampler, schedule)
         if growth:
             warnings.warn(f"{growth}; use a number of steps with spacing='log_snr', or a clip", stacklevel=2)
-        shape = (int(num_images), *self.example_shape)
-        given = self._to_conditions(condition, int(num_images))
+        shape = (num_images, *self.example_shape)
+        given = self._to_conditions(condition, num_images)
         if low is not None:
             given = upsampling.condition(low, shape, noise_std)
         x = _sample(
@@ -221,37 +198,22 @@ class Pretrained(Description):
         """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
-        options = dataclasses.fields(sampler) if dataclasses.is_dataclass(sampler) else ()
-        fields = {field.name for field in options if field.init}
+        fields = {name for name, field in getattr(sampler, "__dataclass_fields__", {}).items() if field.init}
         changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             changes["variance"] = self.variance
-        if (
-            self.levels is None and getattr(sampler, "clip", None) is True
-        ):  # the default of samplers, for data in [-1, 1]
+        if self.levels is None and getattr(sampler, "clip", None) is True:  # the default, for data in [-1, 1]
             changes["clip"] = self.clip
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
             changes["sampler"] = self._configure_sampler(inner)
         replace: Any = dataclasses.replace
-        changed: sampling.Sampler = replace(
-            sampler, **{name: value for name, value in changes.items() if name in fields}
-        )
+        changed: sampling.Sampler = replace(sampler, **{name: changes[name] for name in changes.keys() & fields})
         if changed.prediction != self.prediction:
             raise ValueError(
                 f"{changed} needs the prediction {changed.prediction!r}, and this network predicts {self.prediction!r}"
             )
         return changed
-
-    def _check_guidance(self, guidance_scale: float, condition) -> None:
-        """Raises: ValueError if the network has no label and no condition that guidance can drop."""
-        assert isinstance(self.model, Conditional)  # `sample` refuses classifiers
-        if self.model.null_label is None and self.model.null_condition is None:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a network trained with label_dropout or condition_dropout; use 1"
-            )
-        if self.model.null_label is None and condition is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
 
     def _to_conditions(self, condition, num_examples: int) -> jax.Array | None:
         """Conditions float32 [N, ...] in the network's units; None for a network without. Raises: ValueError."""
@@ -330,81 +292,70 @@ def make_clip(clip: bool | float) -> bool | Callable:
 def make_description(
     family: str,
     model: Network,
-    image_size,
+    image_size: int | Sequence[int],
     diffusion: Mapping[str, Any],
-    *,
     channels: int = 3,
-    clip: bool | Callable = True,
-    low_resolution: int = 0,
-    conditioning_noise: float = 0.0,
-    levels: int | None = 256,
-    normalizations: Normalizations | None = None,
-    limits: Sequence[float] = (),
-) -> Description:
-    """A Description from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+    **fields: Any,
+) -> Pretrained:
+    """A `Pretrained` without parameters, from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
-    image_size: the size of each spatial axis, or one number for two axes. Raises: ValueError for values that
-    `training.schedule_from_config` does not allow; `pretrained.load` turns it into a PretrainedError.
+    image_size: the size of each spatial axis, or one number for two axes. fields: further ones of `Pretrained`.
+    Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
-    if low_resolution:
-        model = model.clone(condition_channels=upsampling.condition_channels(channels, conditioning_noise))
-    return Description(
-        family=family,
-        model=model,
-        channels=channels,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        schedule=training.schedule_from_config(leaves | {"loss": "simple"}),
-        prediction=leaves["prediction"],
-        variance=leaves["variance"],
-        clip=clip,
-        low_resolution=low_resolution,
-        conditioning_noise=conditioning_noise,
+    if fields.get("low_resolution"):
+        noise = fields.get("conditioning_noise", 0.0)
+        model = model.clone(condition_channels=upsampling.condition_channels(channels, noise))
+    return Pretrained(
+        family,
+        model,
+        channels,
+        (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
+        training.schedule_from_config(leaves | {"loss": "simple"}),
+        leaves["prediction"],
+        leaves["variance"],
         diffusion=leaves,
-        levels=levels,
-        normalizations=normalizations or {},
-        limits=tuple(limits),
+        **fields,
     )
 
 
-def format_summary(description: Description) -> str:
+def format_summary(net: Pretrained) -> str:
     """The description of weights, one line for each setting."""
-    shapes = parameters.parameter_shapes(description.model, description.example_shape)
-    size, schedule, model = " x ".join(map(str, description.image_size)), description.schedule, description.model
-    values = "continuous" if description.levels is None else f"{description.levels} levels"
-    values += " in {:g} ... {:g}".format(*description.limits) if description.limits else ""
-    normalizations = {name: format_normalization(value) for name, value in description.normalizations.items()}
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    values = "continuous" if net.levels is None else f"{net.levels} levels"
+    values += " in {:g} ... {:g}".format(*net.limits) if net.limits else ""
+    normalizations = {name: format_normalization(value) for name, value in net.normalizations.items()}
     conditions = None
-    if description.condition_shape is not None and isinstance(model, Conditional):
-        null = "or none" if model.condition_dropout else None
-        parts = [f"shape {list(description.condition_shape)}", null, normalizations.get("condition")]
-        conditions = ", ".join(part for part in parts if part)
+    if net.condition_shape is not None and isinstance(net.model, Conditional):
+        null = "or none" if net.model.condition_dropout else None
+        parts = [f"shape {list(net.condition_shape)}", null, normalizations.get("condition")]
+        conditions = ", ".join(filter(None, parts))
     rows = {
-        "family": description.family,
-        "network": type(model).__name__,
-        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,} in {len(shapes)} tensors",
-        "images" if description.is_images else "examples": f"{size or 'vectors'}, {description.channels} channels",
+        "family": net.family,
+        "network": type(net.model).__name__,
+        "parameters": f"{sum(map(math.prod, shapes.values())):,} in {len(shapes)} tensors",
+        "shape": f"{' x '.join(map(str, net.image_size)) or 'vectors'}, {net.channels} channels",
         "values": values,
         "normalization": normalizations.get("x"),
         "conditions": conditions,
-        "enlarges": f"images {description.low_resolution} pixels high" if description.low_resolution else None,
-        "classes": description.num_classes or None,
-        "prediction": description.prediction,
-        "variance": description.variance,
-        "clip": description.clip,
-        "schedule": "a table of betas" if description.diffusion is None else description.diffusion["schedule"],
-        "timesteps": f"{schedule.num_timesteps}, network times 0 ... {schedule.timesteps[-1]:g}",
+        "enlarges": f"images {net.low_resolution} pixels high" if net.low_resolution else None,
+        "classes": net.num_classes or None,
+        "prediction": net.prediction,
+        "variance": net.variance,
+        "clip": net.clip,
+        "schedule": "a table of betas" if net.diffusion is None else net.diffusion["schedule"],
+        "timesteps": f"{net.schedule.num_timesteps}, network times 0 ... {net.schedule.timesteps[-1]:g}",
+        **{f"model.{name}": value for name, value in fields_of(net.model).items()},
     }
-    rows |= {f"model.{name}": value for name, value in fields_of(model).items()}
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def format_normalization(normalization: Normalization) -> str:
+def format_normalization(normalization: Normalization, limit: int = 6) -> str:
     """(data - offset) / scale of the first channels."""
     offset, scale = (
-        ", ".join([f"{value:.4g}" for value in values[:_MAX_SHOWN]] + ["..."] * (len(values) > _MAX_SHOWN))
+        ", ".join([f"{value:.4g}" for value in values[:limit]] + ["..."] * (len(values) > limit))
         for values in (normalization.offset, normalization.scale)
     )
     return f"(data - ({offset})) / ({scale})"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -22,19 +23,48 @@ from diffusion_jax.files import atomic_directory
 from diffusion_jax.models import UNet, fields_of
 from diffusion_jax.models.blocks import split_heads
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
-from diffusion_jax.pretrained.tensors import open_tensors, read_json, save_tensors
+from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
 
 __all__ = [
-    "SchedulerSettings",
+    "NAMING",
     "find_configs",
     "load_diffusers",
+    "save_diffusers",
     "scheduler_from_config",
     "scheduler_to_config",
     "unet_from_config",
     "unet_to_config",
-    "write_folder",
 ]
+
+# ---- The names of parameters
+
+
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
+    i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
+    if kind == "resample":
+        return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
+    return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{number}"
+
+
+_MODULES = {
+    "mid_block_0": "mid_block.resnets.0",
+    "mid_attn": "mid_block.attentions.0",
+    "mid_block_1": "mid_block.resnets.1",
+    "time_0": "time_embedding.linear_1",
+    "time_1": "time_embedding.linear_2",
+    "class": "class_embedding",
+    "norm_out": "conv_norm_out",
+}
+_LAYERS = {
+    "time_proj": "time_emb_proj",
+    "skip": "conv_shortcut",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj": "to_out.0",
+}
+NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 # ---- The network
 
@@ -82,53 +112,55 @@ _SUPPORTED_VALUES: dict[str, tuple] = {
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
 }
-# (whether a block has attention, whether it resamples with a residual block; None: by downsample_type or upsample_type).
-_DOWN = {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)}
-_UP = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
+_UP_BLOCKS = {  # by the block of the same level in the encoder
+    "DownBlock2D": "UpBlock2D",
+    "AttnDownBlock2D": "AttnUpBlock2D",
+    "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
+}
 
 
-def _read_blocks(field: str, types, known: Mapping[str, tuple], resample_type: str) -> tuple[list[bool], set[bool]]:
-    """Whether each block has attention, and whether resampling is residual, in all blocks but the last, which has none."""
-    has_attention, is_residual = [], set()
-    for i, kind in enumerate(types):
-        if kind not in known:
-            raise PretrainedError(f"{field} contains {kind!r}; known: {', '.join(known)}")
-        attention, residual = known[kind]
-        has_attention.append(attention)
-        if i < len(types) - 1:
-            is_residual.add(resample_type == "resnet" if residual is None else residual)
-    return has_attention, is_residual
+def _is_residual(block: str, resample_type: str) -> bool:
+    """Whether a block changes the resolution by a residual block. resample_type: the config's, for blocks with attention."""
+    return block.startswith("Resnet") or (block.startswith("Attn") and resample_type == "resnet")
 
 
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of a UNet2DModel's config. Raises: PretrainedError for unknown fields and unsupported values."""
-    unknown = sorted(name for name in config if name not in _UNET_DEFAULTS and not name.startswith("_"))
-    if unknown:
-        raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
-    fields = _UNET_DEFAULTS | {name: value for name, value in config.items() if not name.startswith("_")}
-    for name, values in _SUPPORTED_VALUES.items():
-        if fields[name] not in values:
-            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
-    return fields
+# Fields of `models.UNet` that are stored under other names.
+_SAME_FIELDS = {
+    "num_res_blocks": "layers_per_block",
+    "embedding_cos_first": "flip_sin_to_cos",
+    "embedding_freq_shift": "freq_shift",
+    "num_groups": "norm_num_groups",
+    "norm_epsilon": "norm_eps",
+    "dropout": "dropout",
+}
 
 
 def unet_from_config(config: Mapping[str, Any]) -> UNet:
     """The network of a UNet2DModel's config. Raises: PretrainedError that names the field which is not supported."""
-    fields = _read_fields(config)
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    unknown = sorted(config.keys() - _UNET_DEFAULTS.keys())
+    if unknown:
+        raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
+    fields = _UNET_DEFAULTS | config
+    for name, values in _SUPPORTED_VALUES.items():
+        if fields[name] not in values:
+            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
     widths = fields["block_out_channels"]
     channels = widths[0]
     if fields["time_embedding_dim"] not in (None, 4 * channels):
         raise PretrainedError(
             f"time_embedding_dim={fields['time_embedding_dim']} is not supported, only {4 * channels}"
         )
-    down, down_residual = _read_blocks("down_block_types", fields["down_block_types"], _DOWN, fields["downsample_type"])
-    up, up_residual = _read_blocks("up_block_types", fields["up_block_types"], _UP, fields["upsample_type"])
-    if len(widths) != len(down) or up[::-1] != down:
-        raise PretrainedError(
-            f"up_block_types={list(fields['up_block_types'])} do not mirror "
-            f"down_block_types={list(fields['down_block_types'])}"
-        )
-    if len(down_residual | up_residual) > 1:
+    down, up = list(fields["down_block_types"]), list(fields["up_block_types"])
+    unknown = [block for block in down if block not in _UP_BLOCKS]
+    if unknown:
+        raise PretrainedError(f"down_block_types contains {unknown[0]!r}; known: {', '.join(_UP_BLOCKS)}")
+    if len(widths) != len(down) or up[::-1] != [_UP_BLOCKS[block] for block in down]:
+        raise PretrainedError(f"up_block_types={up} do not mirror down_block_types={down}, one for each width")
+    # The last block of each path does not change the resolution.
+    residual = {_is_residual(block, fields["downsample_type"]) for block in down[:-1]}
+    residual |= {_is_residual(block, fields["upsample_type"]) for block in up[:-1]}
+    if len(residual) > 1:
         raise PretrainedError("down_block_types and up_block_types mix residual blocks and convolutions between levels")
     scale_shift = fields["resnet_time_scale_shift"] == "scale_shift"
     groups = fields["norm_num_groups"]
@@ -141,41 +173,27 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     return UNet(
         channels=channels,
         channel_multipliers=parameters.channel_multipliers(widths, channels),
-        num_res_blocks=fields["layers_per_block"],
-        attention_levels=tuple(i for i, has_attention in enumerate(down) if has_attention),
+        attention_levels=tuple(i for i, block in enumerate(down) if block.startswith("Attn")),
         head_channels=fields["attention_head_dim"],
-        resample_blocks=True in down_residual,
+        resample_blocks=True in residual,
         scale_shift_norm=scale_shift,
-        embedding_cos_first=fields["flip_sin_to_cos"],
-        embedding_freq_shift=float(fields["freq_shift"]),
         downsample_padding=(padding, padding) if padding else (0, 1),
-        num_groups=groups,
-        norm_epsilon=fields["norm_eps"],
-        dropout=fields["dropout"],
         num_classes=fields["num_class_embeds"] or 0,
         out_channels=fields["out_channels"],
+        **{ours: fields[theirs] for ours, theirs in _SAME_FIELDS.items()},
     )
 
 
 # Fields that do not change the network's output, or that UNet2DModel stores otherwise.
-_FIELDS_STORED_OTHERWISE = {
-    "num_heads",
-    "head_channels",
-    "num_classes",
-    "label_dropout",
-    "out_channels",
-    "initializer",
-    "dtype",
-    "precision",
-    "remat",
-    "joint_dropout",
-    "condition_dropout",
-}
+_FIELDS_STORED_OTHERWISE = (
+    "num_heads head_channels num_classes label_dropout condition_dropout joint_dropout out_channels initializer dtype "
+    "precision remat"
+).split()
 
 
-def unet_to_config(description: Description) -> dict[str, Any]:
+def unet_to_config(net: Pretrained) -> dict[str, Any]:
     """The config of UNet2DModel. Raises: PretrainedError that names the fields which UNet2DModel does not support."""
-    model = description.model
+    model = net.model
     if not isinstance(model, UNet):
         raise PretrainedError(f"{type(model).__name__}: diffusers has no such network; use save_safetensors")
     widths = [model.width(level) for level in range(len(model.channel_multipliers))]
@@ -183,15 +201,14 @@ def unet_to_config(description: Description) -> dict[str, Any]:
     if model.resample_blocks:
         resampling, down_block, up_block = "resnet", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
     levels = range(len(widths))
-    size = description.image_size
+    size = net.image_size
     config = {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.35.0",
         "sample_size": size[0] if len(set(size)) == 1 else list(size),
-        "in_channels": description.channels,
-        "out_channels": model.out_channels or description.channels,
+        "in_channels": net.channels,
+        "out_channels": model.out_channels or net.channels,
         "block_out_channels": widths,
-        "layers_per_block": model.num_res_blocks,
         "down_block_types": ["AttnDownBlock2D" if i in model.attention_levels else down_block for i in levels],
         "up_block_types": ["AttnUpBlock2D" if i in model.attention_levels else up_block for i in reversed(levels)],
         "attention_head_dim": _head_channels(model, widths),
@@ -200,17 +217,8 @@ def unet_to_config(description: Description) -> dict[str, Any]:
         "downsample_padding": model.downsample_padding[0],
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift_norm else "default",
         "attn_norm_num_groups": model.num_groups if model.scale_shift_norm else None,
-        "flip_sin_to_cos": model.embedding_cos_first,
-        "freq_shift": model.embedding_freq_shift,
-        "norm_num_groups": model.num_groups,
-        "norm_eps": model.norm_epsilon,
-        "dropout": model.dropout,
         "num_class_embeds": (model.num_classes + bool(model.label_dropout)) or None,
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "act_fn": "silu",
-        "mid_block_scale_factor": 1,
-        "add_attention": True,
+        **{theirs: getattr(model, ours) for ours, theirs in _SAME_FIELDS.items()},
     }
     read = unet_from_config(config)
     lost = [
@@ -218,9 +226,9 @@ def unet_to_config(description: Description) -> dict[str, Any]:
         for name, value in fields_of(model).items()
         if name not in _FIELDS_STORED_OTHERWISE and value != getattr(read, name)
     ]
-    if description.low_resolution:
-        lost.append(f"low_resolution={description.low_resolution}")
-    if "x" in description.normalizations:
+    if net.low_resolution:
+        lost.append(f"low_resolution={net.low_resolution}")
+    if "x" in net.normalizations:
         lost.append("normalizations, the units of the data")
     if any(side % model.divisor for side in size):
         lost.append(f"image_size={size}, no multiple of {model.divisor}")
@@ -266,16 +274,11 @@ _VARIANCES = {
 }
 
 
-class SchedulerSettings(NamedTuple):
-    """leaves: of `config.diffusion`. betas: float64 [T] if the config has a table of them. clip: as the samplers take it."""
+def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, bool | Callable]:
+    """(leaves of `config.diffusion`, betas float64 [T] or None, the clip as samplers take it) of a scheduler's config.
 
-    leaves: dict[str, Any]
-    betas: np.ndarray | None
-    clip: bool | Callable
-
-
-def scheduler_from_config(config: Mapping[str, Any]) -> SchedulerSettings:
-    """The settings in a scheduler's config. Raises: PretrainedError that names the field which is not supported."""
+    Raises: PretrainedError that names the field which is not supported.
+    """
     kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     variance = config.get("variance_type") or "fixed_small"
     for name, value, known in (
@@ -306,37 +309,36 @@ def scheduler_from_config(config: Mapping[str, Any]) -> SchedulerSettings:
         "prediction": _PREDICTIONS[prediction],
         "variance": _VARIANCES[variance],
     }
-    return SchedulerSettings(leaves, None if table is None else np.asarray(table, np.float64), clip)
+    return leaves, None if table is None else np.asarray(table, np.float64), clip
 
 
-def scheduler_to_config(description: Description) -> dict[str, Any]:
-    """The config of DDPMScheduler. Raises: PretrainedError that names a field which DDPMScheduler does not support."""
-    schedule = description.schedule
+def scheduler_to_config(net: Pretrained) -> dict[str, Any]:
+    """The config of DDPMScheduler. Raises: PretrainedError that names the fields which DDPMScheduler does not support."""
+    schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    lost = []
     if not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
-        raise PretrainedError("rescale_timesteps: the network time of diffusers is the index itself")
-    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    if description.prediction not in predictions:
-        raise PretrainedError(f"prediction={description.prediction!r}: DDPMScheduler supports {', '.join(predictions)}")
-    if description.variance not in _VARIANCES.values():
-        raise PretrainedError(f"variance={description.variance!r}: DDPMScheduler does not support this variance")
-    if not isinstance(description.clip, bool):
-        raise PretrainedError("clip: DDPMScheduler supports only True and False")
+        lost.append("rescale_timesteps")
+    if net.prediction not in predictions:
+        lost.append(f"prediction={net.prediction!r}")
+    if net.variance not in _VARIANCES.values():
+        lost.append(f"variance={net.variance!r}")
+    if not isinstance(net.clip, bool):
+        lost.append("a clip other than True and False")
+    if lost:
+        raise PretrainedError(f"diffusers' DDPMScheduler does not support {'; '.join(lost)}; use save_safetensors")
     config = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.35.0",
         "num_train_timesteps": schedule.num_timesteps,
-        "prediction_type": predictions[description.prediction],
-        "variance_type": description.variance,
-        "clip_sample": description.clip,
+        "prediction_type": predictions[net.prediction],
+        "variance_type": net.variance,
+        "clip_sample": net.clip,
     }
-    leaves = description.diffusion or {}
+    leaves = net.diffusion or {}
     schedule_names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     if leaves.get("schedule") in schedule_names:
-        return config | {
-            "beta_schedule": schedule_names[leaves["schedule"]],
-            "beta_start": leaves.get("beta_start", DIFFUSION_DEFAULTS["beta_start"]),
-            "beta_end": leaves.get("beta_end", DIFFUSION_DEFAULTS["beta_end"]),
-        }
+        betas = {name: leaves.get(name, DIFFUSION_DEFAULTS[name]) for name in ("beta_start", "beta_end")}
+        return config | {"beta_schedule": schedule_names[leaves["schedule"]]} | betas
     return config | {"trained_betas": [float(beta) for beta in schedule.betas]}
 
 
@@ -353,87 +355,82 @@ def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | No
     return None
 
 
-def load_diffusers(folder: pathlib.Path, with_params: bool) -> tuple[Description, dict | None]:
-    """The description of a pipeline's folder, and its parameters if `with_params`, else None. Raises: PretrainedError."""
+def load_diffusers(folder: pathlib.Path, with_params: bool) -> Pretrained:
+    """The network of a pipeline's folder; with its parameters if `with_params`. Raises: PretrainedError."""
     paths = find_configs(folder)
     assert paths is not None  # `pretrained.load` has found them
     network, scheduler = paths
-    _check_pipeline(folder, network)
-    if not scheduler.is_file():
-        raise PretrainedError(f"{folder} contains no scheduler_config.json: give the folder of the whole pipeline")
-    try:
-        description = _describe(read_json(network / "config.json"), read_json(scheduler))
-    except (PretrainedError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise PretrainedError(f"{network} or {scheduler}: {error}") from None
-    return description, _load_params(network, description) if with_params else None
-
-
-def _check_pipeline(folder: pathlib.Path, network: pathlib.Path) -> None:
-    """Raises: PretrainedError for a pipeline of another kind than DDPMPipeline."""
     index = folder / "model_index.json"
-    others = {name for name in (read_json(index) if index.is_file() else {}) if not name.startswith("_")}
+    others = {name for name in (parameters.read_json(index) if index.is_file() else {}) if not name.startswith("_")}
     others -= {"unet", "scheduler"}
     if others:
         raise PretrainedError(
             f"{folder}: a pipeline with {list_names(sorted(others))} is not supported, only an unet and a scheduler, whose "
             "output is an image"
         )
-    kind = read_json(network / "config.json").get("_class_name")
-    if kind != "UNet2DModel":
-        raise PretrainedError(f"{network}: {kind} is not supported, only UNet2DModel")
+    config = parameters.read_json(network / "config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        raise PretrainedError(f"{network}: {config.get('_class_name')} is not supported, only UNet2DModel")
+    if not scheduler.is_file():
+        raise PretrainedError(f"{folder} contains no scheduler_config.json: give the folder of the whole pipeline")
+    try:
+        net = _describe(config, parameters.read_json(scheduler))
+    except PretrainedError as error:
+        raise PretrainedError(f"{network} or {scheduler}: {error}") from None
+    return dataclasses.replace(net, params=_load_params(network, net)) if with_params else net
 
 
-def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Description:
-    """The description of a UNet2DModel's config and a scheduler's."""
+def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pretrained:
+    """The network of a UNet2DModel's config and a scheduler's, without parameters."""
     size, model = config.get("sample_size"), unet_from_config(config)
-    settings = scheduler_from_config(scheduler)
+    leaves, betas, clip = scheduler_from_config(scheduler)
     channels = config.get("in_channels", _UNET_DEFAULTS["in_channels"])
     if size is None:
         raise PretrainedError("the config has no sample_size, the image size in pixels: add it")
-    family = f"diffusers, {config.get('_diffusers_version', '')}"
-    description = make_description(family, model, size, settings.leaves, channels=channels, clip=settings.clip)
-    needed = channels * (2 if description.variance.startswith("learned") else 1)
+    needed = channels * (2 if leaves["variance"].startswith("learned") else 1)
     if model.out_channels != needed:
         raise PretrainedError(
-            f"out_channels={model.out_channels} and variance_type={description.variance!r} do not fit "
-            f"in_channels={channels}, which would need {needed}"
+            f"out_channels={model.out_channels} and variance_type={leaves['variance']!r} do not fit in_channels={channels}, "
+            f"which would need {needed}"
         )
-    if settings.betas is None:
-        return description
-    return dataclasses.replace(description, schedule=schedules.from_betas(settings.betas), diffusion=None)
+    net = make_description(
+        f"diffusers, {config.get('_diffusers_version', '')}", model, size, leaves, channels, clip=clip
+    )
+    if betas is None:
+        return net
+    return dataclasses.replace(net, schedule=schedules.from_betas(betas), diffusion=None)
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _load_params(network: pathlib.Path, description: Description) -> dict:
+def _load_params(network: pathlib.Path, net: Pretrained) -> dict:
     files = [f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next((network / file for file in files if (network / file).is_file()), None)
     if path is None:
         raise PretrainedError(f"{network} contains no weights: neither {' nor '.join(files)}")
-    tensors = open_tensors(path)
 
     def new_name(name: str) -> str:
         parts = name.split(".")
         return ".".join(_OLD_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
 
-    names = {new_name(name): name for name in tensors}
-    shapes = parameters.parameter_shapes(description.model, description.example_shape)
-
-    def read(name, parameter, shape):
-        return parameters.from_torch(tensors[names[name]], parameter, shape)
-
-    return parameters.build_params(str(path), shapes, names, lambda p: parameters.DIFFUSERS(p, description.model), read)
+    tensors = parameters.open_tensors(path).rename(new_name)
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    return parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, net.model))
 
 
-def write_folder(description: Description, params, folder: pathlib.Path) -> None:
-    """Writes the folder of a DDPMPipeline completely or not at all. Raises: PretrainedError, before writing; OSError."""
+def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
+    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
+
+    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
+    """
+    folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PretrainedError(f"{folder} exists and is not empty: choose another path")
-    network, scheduler = unet_to_config(description), scheduler_to_config(description)
+    network, scheduler = unet_to_config(net), scheduler_to_config(net)
     tensors = {
-        parameters.DIFFUSERS(path, description.model): parameters.to_torch(np.asarray(value), path)
-        for path, value in flax.traverse_util.flatten_dict(params).items()
+        NAMING(path, net.model): parameters.to_torch(np.asarray(value), path)
+        for path, value in flax.traverse_util.flatten_dict(net.params).items()
     }
     index = {
         "_class_name": "DDPMPipeline",
@@ -445,6 +442,6 @@ def write_folder(description: Description, params, folder: pathlib.Path) -> None
     with atomic_directory(folder) as temporary:
         for name in ("unet", "scheduler"):
             (temporary / name).mkdir()
-        save_tensors(tensors, temporary / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        parameters.save_tensors(tensors, temporary / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         for name, content in contents.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -14,10 +14,9 @@ from typing import Any
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_description
-from diffusion_jax.pretrained.tensors import Tensors
+from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_description
 
-__all__ = ["PRESETS", "is_ho", "load_ho"]
+__all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
 
 # Presets of `models`: the image size, and the leaves of `config.diffusion` that differ from `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -25,6 +24,23 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_256": (256, {"variance": "fixed_small"}),
 }
 _LEAVES = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
+
+
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
+    name = f"{direction}sample.conv" if kind == "resample" else f"{kind}.{number}"
+    return f"{direction}.{level}.{name}"
+
+
+_MODULES = {
+    "mid_block_0": "mid.block_1",
+    "mid_attn": "mid.attn_1",
+    "mid_block_1": "mid.block_2",
+    "time_0": "temb.dense.0",
+    "time_1": "temb.dense.1",
+}
+NAMING = parameters.Naming(  # of the port
+    _at_level, _MODULES, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"}
+)
 
 
 def _port_name(variable: str) -> str:
@@ -41,66 +57,52 @@ def is_ho(names) -> bool:
     return any(name.endswith(("temb/dense0/W", "temb.dense.0.weight")) for name in names)
 
 
-def _infer_model(path: pathlib.Path, tensors: Tensors, names: Mapping[str, str]) -> UNet:
-    """The network that the tensors determine. names: of the file's tensors, by those of the port."""
-    shapes = {name: tensors.shapes[stored_name] for name, stored_name in names.items()}
-    if tensors.framework == "TensorFlow":
-        shapes = {name: shape[::-1] for name, shape in shapes.items()}  # HWIO and [in, out]: the outputs first
-    try:
-        channels = shapes["conv_in.weight"][0]
-        num_levels = len({name.split(".")[1] for name in shapes if name.startswith("down.")})
-        widths = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)]
-        num_blocks = len({name.split(".")[3] for name in shapes if name.startswith("down.0.block.")})
-        return UNet(
-            channels=channels,
-            channel_multipliers=parameters.channel_multipliers(widths, channels),
-            num_res_blocks=num_blocks,
-            attention_levels=tuple(i for i in range(num_levels) if f"down.{i}.attn.0.q.weight" in shapes),
-            out_channels=shapes["conv_out.weight"][0],
-            dropout=0.0,
-        )
-    except (KeyError, IndexError) as error:
-        raise PretrainedError(f"{path} is not one of Ho et al.'s networks: its tensor {error} is missing") from None
+def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
+    """The network that the shapes of the port's tensors determine, their outputs first."""
+    channels = shapes["conv_in.weight"][0]
+    num_levels = len({name.split(".")[1] for name in shapes if name.startswith("down.")})
+    widths = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)]
+    return UNet(
+        channels=channels,
+        channel_multipliers=parameters.channel_multipliers(widths, channels),
+        num_res_blocks=len({name.split(".")[3] for name in shapes if name.startswith("down.0.block.")}),
+        attention_levels=tuple(i for i in range(num_levels) if f"down.{i}.attn.0.q.weight" in shapes),
+        out_channels=shapes["conv_out.weight"][0],
+        dropout=0.0,
+    )
 
 
 def load_ho(
-    path: pathlib.Path, tensors: Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
-) -> tuple[Description, dict | None]:
-    """The description of a checkpoint, and its parameters if `with_params`, else None.
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
+) -> Pretrained:
+    """The network of a checkpoint; with its parameters if `with_params`.
 
     flags: None for a published network, otherwise image_size, variance and other leaves of `config.diffusion`.
     Raises: PretrainedError.
     """
     if isinstance(flags, str):
         raise PretrainedError(f"flags={flags!r}: for Ho et al.'s networks they are JSON with image_size and variance")
-    is_tensorflow = tensors.framework == "TensorFlow"
-    names = {_port_name(name) if is_tensorflow else name: name for name in tensors}
-    model = _infer_model(path, tensors, names)
-    matches = [name for name in PRESETS if dataclasses.replace(preset(name), dropout=0.0, parent=None) == model]
     leaves = dict(flags or {})
     unknown = sorted(set(leaves) - set(DIFFUSION_DEFAULTS) - {"image_size"})
     if unknown:
         known = ", ".join(("image_size", *DIFFUSION_DEFAULTS))
         raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: {known}")
+    is_tensorflow = tensors.framework == "TensorFlow"  # HWIO and [in, out]; the port has the outputs first
+    if is_tensorflow:
+        tensors = tensors.rename(_port_name)
+    model = _infer_model({n: shape[::-1] if is_tensorflow else shape for n, shape in tensors.shapes.items()})
+    matches = [name for name in PRESETS if dataclasses.replace(preset(name), dropout=0.0, parent=None) == model]
     size, diffusion = PRESETS[matches[0]] if matches else (None, {})
     size, diffusion = leaves.pop("image_size", size), diffusion | leaves
     if size is None or "variance" not in diffusion:
         raise PretrainedError(
             f"{path}: not a published network, so flags need image_size and variance (fixed_small or fixed_large)"
         )
-    channels = tensors.shapes[names["conv_in.weight"]][2 if is_tensorflow else 1]
-    family = f"Ho et al., {matches[0] if matches else 'another'}"
-    try:
-        description = make_description(family, model, size, diffusion, channels=channels)
-    except (ValueError, TypeError) as error:
-        raise PretrainedError(f"flags: {error}") from None
+    channels = tensors.shapes["conv_in.weight"][2 if is_tensorflow else 1]
+    net = make_description(f"Ho et al., {matches[0] if matches else 'another'}", model, size, diffusion, channels)
     if not with_params:
-        return description, None
-
-    def read(name, parameter, shape):
-        value = tensors[names[name]]
-        return value if is_tensorflow else parameters.from_torch(value, parameter, shape)
-
-    shapes = parameters.parameter_shapes(model, description.example_shape)
-    params = parameters.build_params(str(path), shapes, names, lambda p: parameters.HO(p, model), read)
-    return description, params
+        return net
+    shapes = parameters.parameter_shapes(model, net.example_shape)
+    convert = parameters.keep_layout if is_tensorflow else parameters.from_torch
+    params = parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, model), convert)
+    return dataclasses.replace(net, params=params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from diffusion_jax.errors import PretrainedError
 from diffusion_jax.models.inception import IMAGE_SIZE, Inception
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.tensors import Tensors, open_tensors, require_module
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["DOWNLOAD_SOURCES", "InceptionWeights", "load_inception"]
@@ -90,16 +90,14 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
         file.seek(0)
         is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
-    tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (open_tensors(path), _torch_name)
-    names = {name for name in tensors if not name.endswith("num_batches_tracked")}
+    tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (parameters.open_tensors(path), _torch_name)
+    shapes = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("num_batches_tracked")}
+    tensors = dataclasses.replace(tensors, shapes=shapes)
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
     shapes = parameters.flat_shapes(tree["params"])
-
-    def read(name, path, shape):
-        return tensors[name] if is_graph else parameters.from_torch(tensors[name], path, shape)
-
-    params = parameters.build_params(str(path), shapes, names, name_of, read)
+    convert = parameters.keep_layout if is_graph else parameters.from_torch
+    params = parameters.build_params(path, shapes, tensors, name_of, convert)
     return InceptionWeights(params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5)
 
 
@@ -137,9 +135,9 @@ def _tower(branch: str, towers: tuple[str, ...]) -> str:
     return f"{_numbered('tower', towers.index(name))}/{conv}"
 
 
-def _read_graph(path: pathlib.Path) -> Tensors:
+def _read_graph(path: pathlib.Path) -> parameters.Tensors:
     """The variables of a frozen TensorFlow graph, which are its constants. Raises: PretrainedError."""
-    tf = require_module("tensorflow", "TensorFlow")
+    tf = parameters.require_module("tensorflow", "TensorFlow")
     graph = tf.compat.v1.GraphDef()
     try:
         graph.ParseFromString(path.read_bytes())
@@ -148,4 +146,4 @@ def _read_graph(path: pathlib.Path) -> Tensors:
     ends = (*_GRAPH_LEAVES.values(), "softmax/weights", "softmax/biases")
     nodes = {n.name: n.attr["value"].tensor for n in graph.node if n.op == "Const" and n.name.endswith(ends)}
     shapes = {name: tuple(dim.size for dim in tensor.tensor_shape.dim) for name, tensor in nodes.items()}
-    return Tensors("TensorFlow", shapes, lambda name: tf.make_ndarray(nodes[name]))
+    return parameters.Tensors("TensorFlow", shapes, lambda name: tf.make_ndarray(nodes[name]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -15,65 +15,60 @@ import numpy as np
 
 from diffusion_jax import data, models, schedules, training
 from diffusion_jax.config import resolve, resolve_clip
-from diffusion_jax.errors import CheckpointError, DataError, PretrainedError
+from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Description, make_clip, make_description
-from diffusion_jax.pretrained.tensors import Tensors, read_json, save_tensors
+from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
+from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
-__all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "write_file"]
+__all__ = ["is_native", "is_workdir", "load_file", "load_workdir", "save_safetensors"]
 
 _METADATA_KEY = "diffusion_jax"
+_STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits")
 
 
-def is_workdir(path: pathlib.Path) -> bool:
-    """Whether a directory is a work directory with a config and checkpoints."""
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is a work directory with a config and checkpoints."""
+    path = local_path(path)
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
-def is_native(tensors: Tensors) -> bool:
-    """Whether a safetensors file was written by `write_file`."""
+def is_native(tensors: parameters.Tensors) -> bool:
+    """Whether a safetensors file was written by `save_safetensors`."""
     return _METADATA_KEY in tensors.metadata
 
 
-def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Description, Any]:
-    """The description and parameters of a run's newest checkpoint; without parameters None.
+def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Pretrained:
+    """The network of a run; with the parameters of its newest checkpoint if `with_params`.
 
-    Warns if the raw weights replace the EMA (`training.ema.weights_kind`). Raises: PretrainedError.
+    Warns if the raw weights replace the EMA (`training.ema.weights_kind`). Raises: PretrainedError, CheckpointError,
+    DataError.
     """
-    try:
-        config = resolve(read_json(path / "config.json"))
-        model, shape = training.model_from_config(config), data.example_shape(config["data"])
-        diffusion = config["diffusion"]
-        description = make_description(
-            "diffusion_jax, a work directory",
-            model,
-            shape[:-1],
-            {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
-            channels=shape[-1],
-            clip=bool(resolve_clip(config)),
-            low_resolution=config["data"]["low_resolution"],
-            conditioning_noise=diffusion["conditioning_noise"],
-            levels=config["data"]["levels"],
-            normalizations=training.stored_normalizations(config, path),
-            limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
-        )
-    except CheckpointError as error:
-        raise PretrainedError(str(error)) from None
-    except (KeyError, ValueError, TypeError, DataError) as error:
-        raise PretrainedError(f"{path / 'config.json'} is not a config of this version: {error}") from None
+    config = resolve(parameters.read_json(path / "config.json"))
+    model, shape = training.model_from_config(config), data.example_shape(config["data"])
+    diffusion = config["diffusion"]
+    net = make_description(
+        "diffusion_jax, a work directory",
+        model,
+        shape[:-1],
+        {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
+        shape[-1],
+        clip=bool(resolve_clip(config)),
+        low_resolution=config["data"]["low_resolution"],
+        conditioning_noise=diffusion["conditioning_noise"],
+        levels=config["data"]["levels"],
+        normalizations=training.stored_normalizations(config, path),
+        limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
+    )
     if not with_params:
-        return description, None
+        return net
     abstract = abstract_params(model, shape)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
-    try:
-        with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
-            restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
-    except CheckpointError as error:
-        raise PretrainedError(str(error)) from None
+    with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
+        restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
     if restored is None:
         raise PretrainedError(f"{path} contains no finished checkpoint yet")
     step, params = restored
@@ -81,73 +76,54 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> tuple[Desc
         warnings.warn(f"{path}: {raw_weights_note(config, step)}", stacklevel=2)
     if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise PretrainedError(f"{path}: the checkpoint of step {step} contains values that are not finite")
-    return description, params
+    return dataclasses.replace(net, params=params)
 
 
-def write_file(description: Description, params, path: pathlib.Path) -> None:
-    """Writes one .safetensors: tensors by their paths, in Flax's layout, and the description as JSON metadata.
+def save_safetensors(net: Pretrained, path: str | os.PathLike) -> None:
+    """Writes one file with the weights of any network, in Flax's layout, and their description as JSON metadata.
 
     Raises: PretrainedError, OSError.
     """
-    clip = description.clip
-    clip = clip if isinstance(clip, bool) else getattr(clip, "keywords", {}).get("max")
+    path = pathlib.Path(path).expanduser()
+    clip = net.clip if isinstance(net.clip, bool) else getattr(net.clip, "keywords", {}).get("max")
     if clip is None:
         raise PretrainedError("clip: a file can store only True, False and a range")
-    schedule, diffusion = description.schedule, description.diffusion
+    diffusion = net.diffusion
     if diffusion is None:  # a table of betas, which is not in the leaves of a config
-        diffusion = {"prediction": description.prediction, "variance": description.variance}
-        diffusion |= {"betas": schedule.betas.tolist(), "timesteps": schedule.timesteps.tolist()}
-    stored = {
-        "kind": type(description.model).__name__,
-        "model": models.fields_of(description.model),
-        "image_size": description.image_size,
-        "channels": description.channels,
+        diffusion = {"prediction": net.prediction, "variance": net.variance}
+        diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
+    stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
+        "kind": type(net.model).__name__,
+        "model": models.fields_of(net.model),
         "diffusion": dict(diffusion),
         "clip": clip,
-        "low_resolution": description.low_resolution,
-        "conditioning_noise": description.conditioning_noise,
-        "levels": description.levels,
-        "normalizations": {name: value.to_json() for name, value in description.normalizations.items()},
-        "limits": description.limits,
+        "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
     }
-    flat = flax.traverse_util.flatten_dict(params, sep=".")
+    flat = flax.traverse_util.flatten_dict(net.params, sep=".")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
+    parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 
 
-def load_file(path: pathlib.Path, tensors: Tensors, with_params: bool) -> tuple[Description, dict | None]:
-    """The description and, if `with_params`, the parameters of a file of `write_file`. Raises: PretrainedError."""
-    try:
-        stored: Mapping[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
-        diffusion = stored["diffusion"]
-        kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
-        description = make_description(
-            "diffusion_jax, one file",
-            models.from_config(stored["model"], kinds[stored["kind"]]),
-            stored["image_size"],
-            {name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
-            channels=stored["channels"],
-            clip=make_clip(stored["clip"]),
-            low_resolution=stored["low_resolution"],
-            conditioning_noise=stored["conditioning_noise"],
-            levels=stored["levels"],
-            normalizations={
-                name: data.Normalization.from_json(value) for name, value in stored["normalizations"].items()
-            },
-            limits=stored["limits"],
-        )
-        if "betas" in diffusion:
-            table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
-            description = dataclasses.replace(description, schedule=table, diffusion=None)
-    except (KeyError, ValueError, TypeError) as error:
-        raise PretrainedError(
-            f"{path}: its description cannot be read ({error}); it may be of another version: convert it with that version"
-        ) from None
-    if not with_params:
-        return description, None
-    shapes = parameters.parameter_shapes(description.model, description.example_shape)
-    params = parameters.build_params(
-        str(path), shapes, tensors, ".".join, lambda name, parameter, shape: np.asarray(tensors[name])
+def load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Pretrained:
+    """The network of a file of `save_safetensors`; with its parameters if `with_params`. Raises: PretrainedError."""
+    stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
+    diffusion = stored["diffusion"]
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED_FIELDS} | {"limits": tuple(stored["limits"])}
+    net = make_description(
+        "diffusion_jax, one file",
+        models.from_config(stored["model"], kinds[stored["kind"]]),
+        diffusion={name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
+        clip=make_clip(stored["clip"]),
+        normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
+        **fields,
     )
-    return description, params
+    if "betas" in diffusion:
+        table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
+        net = dataclasses.replace(net, schedule=table, diffusion=None)
+    if not with_params:
+        return net
+    shapes = parameters.parameter_shapes(net.model, net.example_shape)
+    params = parameters.build_params(path, shapes, tensors, ".".join, parameters.keep_layout)
+    return dataclasses.replace(net, params=params)

@@ -6,6 +6,7 @@ the image size) comes from the file's published name, from the name of a preset,
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,17 +17,16 @@ import numpy as np
 from diffusion_jax.config.presets import OPENAI
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
+from diffusion_jax.models.blocks import split_heads
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import Description, make_description
-from diffusion_jax.pretrained.tensors import Tensors
+from diffusion_jax.pretrained.description import Pretrained, make_description
 
-__all__ = ["FILES", "PRESETS", "describe_openai", "is_openai", "load_params", "parse_flags"]
+__all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "load_params", "parse_flags"]
 
 _LEARNED = {"variance": "learned_range"}
 _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
 # Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.
 _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
-_Shapes = Mapping[str, tuple[int, ...]]
 
 # Presets of `models`: the height of the image and of the low-resolution image (or 0), and leaves of `config.diffusion`.
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -78,48 +78,57 @@ FILES = {
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
 # Flags of OpenAI's scripts that describe a network, with the types of their values.
-_FLAGS: dict[str, type] = {
-    "image_size": int,
-    "large_size": int,
-    "small_size": int,
-    "num_heads": int,
-    "num_heads_upsample": int,
-    "num_head_channels": int,
-    "use_new_attention_order": bool,
-    "dropout": float,
-    "diffusion_steps": int,
-    "noise_schedule": str,
-    "predict_xstart": bool,
-    "rescale_timesteps": bool,
-    "classifier_depth": int,
-}
+_NUMBERS = (
+    "image_size large_size small_size num_heads num_heads_upsample num_head_channels diffusion_steps classifier_depth"
+)
+_FLAGS: dict[str, type] = (
+    dict.fromkeys(_NUMBERS.split(), int)
+    | dict.fromkeys(("use_new_attention_order", "predict_xstart", "rescale_timesteps"), bool)
+    | {"dropout": float, "noise_schedule": str}
+)
 # Flags of OpenAI's scripts that do not change the output of the network, or that its tensors determine.
-_IGNORED_FLAGS = {
-    "num_channels",
-    "num_res_blocks",
-    "channel_mult",
-    "attention_resolutions",
-    "class_cond",
-    "learn_sigma",
-    "use_scale_shift_norm",
-    "resblock_updown",
-    "classifier_width",
-    "classifier_pool",
-    "classifier_attention_resolutions",
-    "classifier_use_scale_shift_norm",
-    "classifier_resblock_updown",
-    "use_fp16",
-    "classifier_use_fp16",
-    "use_checkpoint",
-    "timestep_respacing",
-    "use_kl",
-    "rescale_learned_sigmas",
-    "batch_size",
-    "num_samples",
-    "use_ddim",
-    "clip_denoised",
-    "classifier_scale",
+_IGNORED_FLAGS = (
+    "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
+    "resblock_updown classifier_width classifier_pool classifier_attention_resolutions "
+    "classifier_use_scale_shift_norm classifier_resblock_updown use_fp16 classifier_use_fp16 use_checkpoint "
+    "timestep_respacing use_kl rescale_learned_sigmas batch_size num_samples use_ddim clip_denoised classifier_scale"
+).split()
+
+
+def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
+    n, levels = model.num_res_blocks, len(model.channel_multipliers)
+    if direction == "down":
+        if kind == "resample":
+            return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
+        return f"input_blocks.{1 + level * (n + 1) + int(number)}.{0 if kind == 'block' else 1}"
+    first = (levels - 1 - level) * (n + 1)
+    if kind == "resample":
+        return f"output_blocks.{first + n}.{2 if level in model.attention_levels else 1}" + (".conv" if single else "")
+    return f"output_blocks.{first + int(number)}.{0 if kind == 'block' else 1}"
+
+
+_MODULES = {
+    "mid_block_0": "middle_block.0",
+    "mid_attn": "middle_block.1",
+    "mid_block_1": "middle_block.2",
+    "time_0": "time_embed.0",
+    "time_1": "time_embed.2",
+    "class": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
+    "pool": "out.2",
 }
+_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "skip": "skip_connection",
+    "proj": "proj_out",
+}
+NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 
 def parse_flags(text: str) -> dict[str, str]:
@@ -154,9 +163,9 @@ def is_openai(names) -> bool:
 
 
 def describe_openai(
-    path: pathlib.Path, tensors: Tensors, flags: str | Mapping[str, Any] | None
-) -> tuple[Description, bool]:
-    """(the description of a state dict, whether its attention has the new order).
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
+) -> tuple[Pretrained, bool]:
+    """(the network of a state dict without parameters, whether its attention has the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None for the file's own name.
     Raises: PretrainedError for unknown flags, and for required flags that are missing.
@@ -172,11 +181,13 @@ def describe_openai(
         raise PretrainedError(f"flags={flags!r} is not a preset of OpenAI's; known: {', '.join(PRESETS)}")
     size, low_resolution, diffusion = PRESETS[flags]
     model = preset(flags).clone(dropout=0.0) if without_dropout else preset(flags)
-    description = make_description(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
-    return description, flags in _NEW_ATTENTION_ORDER
+    net = make_description(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
+    return net, flags in _NEW_ATTENTION_ORDER
 
 
-def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, Any]) -> tuple[Description, bool]:
+def _describe_by_flags(
+    path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], flags: Mapping[str, Any]
+) -> tuple[Pretrained, bool]:
     flags, missing = _check_flags(flags), []
 
     def require(*names: str, default: object = None) -> Any:
@@ -204,9 +215,9 @@ def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, 
         head_channels, num_heads = flags.get("num_head_channels", -1), 1
         if head_channels == -1:
             head_channels, num_heads = None, require("num_heads", "num_head_channels", default="--num_heads 4")
+            if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
+                raise PretrainedError(f"flags: num_heads_upsample={flags['num_heads_upsample']} is not supported")
         fields = {"head_channels": head_channels, "num_heads": num_heads}
-        if flags.get("num_heads_upsample", -1) not in (-1, num_heads):
-            fields["num_heads_up"] = flags["num_heads_upsample"]
         if head_channels is not None or num_heads not in (None, 1):
             require("use_new_attention_order", default="False, but True for ADM at 64 pixels")
     channels, low_resolution = shapes["input_blocks.0.0.weight"][1], 0
@@ -217,7 +228,7 @@ def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, 
             f"{path}: its tensors do not determine {'; '.join(missing)}; give these flags, or flags=NAME of a preset: "
             f"{', '.join(PRESETS)}"
         )
-    fields = OPENAI | fields | _infer_fields(path, shapes, depth)
+    fields = OPENAI | fields | _infer_fields(shapes, depth)
     if is_classifier:
         model = Classifier(**fields, num_classes=shapes["out.2.c_proj.weight"][0])
     else:
@@ -228,51 +239,50 @@ def _describe_by_flags(path: pathlib.Path, shapes: _Shapes, flags: Mapping[str, 
             diffusion["variance"] = "learned_range"
     if diffusion["schedule"] == "linear":
         diffusion |= {"beta_start": 0.1 / diffusion["num_timesteps"], "beta_end": 20 / diffusion["num_timesteps"]}
-    try:
-        description = make_description(
-            "OpenAI", model, size, diffusion, channels=channels, low_resolution=low_resolution
-        )
-    except (ValueError, TypeError) as error:
-        raise PretrainedError(f"flags: {error}") from None
-    return description, flags.get("use_new_attention_order", False) and not is_classifier
+    net = make_description("OpenAI", model, size, diffusion, channels, low_resolution=low_resolution)
+    return net, flags.get("use_new_attention_order", False) and not is_classifier
 
 
-def _infer_fields(path: pathlib.Path, shapes: _Shapes, depth: int | None) -> dict[str, Any]:
+def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> dict[str, Any]:
     """The fields of a network that its tensors determine. depth: blocks of a level, for a classifier without strides."""
 
     def numbers(pattern):
         return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
 
-    try:
-        num_blocks = len(numbers(r"input_blocks\.(\d+)\."))
-        strided = numbers(r"input_blocks\.(\d+)\.0\.op\.")
-        upsampling = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
-        n = strided[0] - 1 if strided else upsampling[0] if upsampling else depth or num_blocks - 1
-        if num_blocks % (n + 1):
-            raise PretrainedError(
-                f"{path}: {n} blocks a level do not fit {num_blocks} input blocks; is it one of OpenAI's?"
-            )
-        num_levels = num_blocks // (n + 1)
-        channels = shapes["time_embed.0.weight"][1]
-        first = [f"input_blocks.{1 + level * (n + 1)}" for level in range(num_levels)]
-        widths = [shapes[f"{block}.0.out_layers.3.weight"][0] for block in first]
-        return {
-            "channels": channels,
-            "num_res_blocks": n,
-            "channel_multipliers": parameters.channel_multipliers(widths, channels),
-            "attention_levels": tuple(i for i, block in enumerate(first) if f"{block}.1.qkv.weight" in shapes),
-            "scale_shift_norm": shapes[f"{first[0]}.0.emb_layers.1.weight"][0] == 2 * widths[0],
-            "resample_blocks": num_levels > 1 and not strided,
-        }
-    except (KeyError, IndexError) as error:
-        raise PretrainedError(f"{path} is not one of OpenAI's networks: its tensor {error} is missing") from None
+    num_blocks = len(numbers(r"input_blocks\.(\d+)\."))
+    strided = numbers(r"input_blocks\.(\d+)\.0\.op\.")
+    upsampling = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
+    n = strided[0] - 1 if strided else upsampling[0] if upsampling else depth or num_blocks - 1
+    num_levels, rest = divmod(num_blocks, n + 1)
+    if rest:
+        raise PretrainedError(f"{n} blocks a level do not fit {num_blocks} input blocks; is the file one of OpenAI's?")
+    channels = shapes["time_embed.0.weight"][1]
+    first = [f"input_blocks.{1 + level * (n + 1)}" for level in range(num_levels)]
+    widths = [shapes[f"{block}.0.out_layers.3.weight"][0] for block in first]
+    return {
+        "channels": channels,
+        "num_res_blocks": n,
+        "channel_multipliers": parameters.channel_multipliers(widths, channels),
+        "attention_levels": tuple(i for i, block in enumerate(first) if f"{block}.1.qkv.weight" in shapes),
+        "scale_shift_norm": shapes[f"{first[0]}.0.emb_layers.1.weight"][0] == 2 * widths[0],
+        "resample_blocks": num_levels > 1 and not strided,
+    }
 
 
-def load_params(path: pathlib.Path, tensors: Tensors, description: Description, new_order: bool) -> dict:
+def load_openai(
+    path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
+) -> Pretrained:
+    """The network of a state dict; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
+    net, new_order = describe_openai(path, tensors, flags)
+    return dataclasses.replace(net, params=load_params(path, tensors, net, new_order)) if with_params else net
+
+
+def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Pretrained, new_order: bool) -> dict:
     """The parameters. new_order: of the attention's q, k and v, as `describe_openai` returns it. Raises: PretrainedError."""
     # q, k and v are one tensor in the file and three layers here; the classifier's pooling has other names for the same.
+    model: Any = net.model
     stored, joined = {}, {}
-    for name in tensors:
+    for name in tensors.shapes:
         match = re.fullmatch(r"(.+)\.(?:qkv|qkv_proj)\.(weight|bias)", name)
         if match:
             joined |= {f"{match[1]}.{layer}.{match[2]}": name for layer in "qkv"}
@@ -280,22 +290,22 @@ def load_params(path: pathlib.Path, tensors: Tensors, description: Description, 
             stored[name.replace("out.2.c_proj.", "out.2.proj_out.")] = name
     split: dict[str, np.ndarray] = {}  # parts of tensors that were read, and are not yet used
 
-    def read(name, parameter, shape):
+    def read(name: str) -> np.ndarray:
         if name in stored:
-            return parameters.from_torch(tensors[stored[name]], parameter, shape)
+            return tensors.read(stored[name])
         if name not in split:
-            value = tensors[joined[name]]
+            value = tensors.read(joined[name])
             channels = value.shape[0] // 3
-            if new_order or parameter[0] == "pool":
+            if new_order or "qkv_proj" in joined[name]:
                 value = value.reshape(3, channels, *value.shape[1:])
             else:  # (head, 3, d)
-                heads = parameters.num_heads_of(parameter, description.model, channels)
+                heads = split_heads(channels, model.num_heads, model.head_channels)
                 value = value.reshape(heads, 3, channels // heads, *value.shape[1:]).swapaxes(0, 1)
                 value = value.reshape(3, channels, *value.shape[3:])
             stem, _, leaf = name.rsplit(".", 2)
             split.update({f"{stem}.{layer}.{leaf}": part for layer, part in zip("qkv", value, strict=True)})
-        return parameters.from_torch(split.pop(name), parameter, shape)
+        return split.pop(name)
 
-    shapes = parameters.parameter_shapes(description.model, description.example_shape)
-    names = (*stored, *joined)
-    return parameters.build_params(str(path), shapes, names, lambda p: parameters.OPENAI(p, description.model), read)
+    layers = dataclasses.replace(tensors, shapes=dict.fromkeys((*stored, *joined), ()), read=read)
+    shapes = parameters.parameter_shapes(model, net.example_shape)
+    return parameters.build_params(path, shapes, layers, lambda p: NAMING(p, model))

@@ -1,15 +1,20 @@
-"""The names and layouts of parameters in this package and in the files of other projects.
+"""Tensors of files from untrusted sources, read without executing their contents, and the parameters that are made of them.
 
-A parameter here has a path such as ("down_1_block_0", "conv1", "kernel"). Each `Naming` maps such a path to the name of the
-same tensor elsewhere. `build_params` starts from the paths of the network, so it reports tensors that the file lacks and
-tensors that the network does not use.
+The formats are safetensors, PyTorch's archives through its weights-only loader, and TensorFlow's checkpoints. A format is
+detected from a file's first bytes, not from its name. A parameter here has a path such as ("down_1_block_0", "conv1",
+"kernel"); a `Naming` maps such a path to the name of the same tensor in the files of another project.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -17,37 +22,206 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.models import UNet, initial_inputs
-from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.files import atomic_write
+from diffusion_jax.models import initial_inputs
 from diffusion_jax.training.state import Network
 
 __all__ = [
-    "DIFFUSERS",
-    "HO",
-    "OPENAI",
     "Naming",
     "Path",
+    "Tensors",
     "build_params",
     "channel_multipliers",
     "flat_shapes",
     "from_torch",
-    "num_heads_of",
+    "is_tensorflow_checkpoint",
+    "keep_layout",
+    "open_tensors",
     "parameter_shapes",
+    "read_json",
+    "require_module",
+    "save_tensors",
     "to_torch",
     "torch_shape",
 ]
 
 Path = tuple[str, ...]
 
+# ---- Files
+
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; run git lfs pull",
+    b"<!DOCTYPE": "a web page, not weights; download the file again",
+    b"<html": "a web page, not weights; download the file again",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a file.
+
+    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: of all tensors, by name, known without reading them.
+    read(name): a tensor, which may be read once only. metadata: of a safetensors file.
+    """
+
+    framework: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def rename(self, new_name: Callable[[str], str]) -> Tensors:
+        """The same tensors by other names."""
+        old = {new_name(name): name for name in self.shapes}
+        shapes = {name: self.shapes[old[name]] for name in old}
+        return dataclasses.replace(self, shapes=shapes, read=lambda name: self.read(old[name]))
+
+
+def is_tensorflow_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a path is the prefix of a TensorFlow checkpoint: .../model.ckpt-N, if model.ckpt-N.index exists."""
+    return path.with_name(path.name + ".index").is_file()
+
+
+def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
+    """The tensors of a file, or of a TensorFlow checkpoint's prefix. Raises: PretrainedError."""
+    if is_tensorflow_checkpoint(path):
+        return _open_tensorflow(path, ema)
+    if not path.is_file():
+        raise PretrainedError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(32)
+    for start, explanation in _NOT_WEIGHTS.items():
+        if head.startswith(start):
+            raise PretrainedError(f"{path} is {explanation}")
+    # safetensors begins with the length of its header, whose first byte may be that of a pickle, so this is checked first.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30:
+        return _open_safetensors(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _open_torch(path)
+    raise PretrainedError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a file of weights: neither safetensors nor PyTorch's; give a "
+        "TensorFlow checkpoint by its prefix, .../model.ckpt-N"
+    )
+
+
+def _open_safetensors(path: pathlib.Path) -> Tensors:
+    safetensors = require_module("safetensors", "safetensors")
+    try:
+        file = safetensors.safe_open(str(path), framework="numpy")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise PretrainedError(f"{path} is a corrupted safetensors file ({error}); download it again") from None
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except Exception as error:  # bfloat16 and narrower types, which NumPy may not have
+            raise PretrainedError(
+                f"{path}: {name} cannot be read ({str(error)[:100]}); convert it to float32"
+            ) from None
+
+    return Tensors("safetensors", shapes, read, file.metadata() or {})
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file completely or not at all. Raises: PretrainedError, OSError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        with atomic_write(path) as temporary:
+            save_file(dict(tensors), temporary, dict(metadata))
+    except SafetensorError as error:
+        raise PretrainedError(f"{path} cannot be written: {error}") from None
+
+
+def _open_torch(path: pathlib.Path) -> Tensors:
+    torch = require_module("torch", "PyTorch")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that it then rejects
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and PyTorch raise many types
+        reason = _first_line(error)
+        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+            reason = "it contains more than tensors, and a pickle can run any code; save a plain state dict"
+        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason}") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    has_names = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
+    if not has_names or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise PretrainedError(f"{path} contains a {type(loaded).__name__}, not a state dict (tensors by name)")
+    loaded = dict(loaded)
+
+    def read(name: str) -> np.ndarray:
+        value = loaded.pop(name)  # so that memory holds the weights only once
+        return (value.detach().float() if value.is_floating_point() else value).numpy()
+
+    return Tensors("PyTorch", {name: tuple(value.shape) for name, value in loaded.items()}, read)
+
+
+_EMA_SUFFIX = "/ExponentialMovingAverage"
+
+
+def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
+    tf = require_module("tensorflow", "TensorFlow")
+    try:
+        reader = tf.train.load_checkpoint(str(path))
+        shapes = reader.get_variable_to_shape_map()
+    except Exception as error:  # tf.errors and its base classes
+        raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {_first_line(error)}") from None
+    variables = {name.removesuffix(_EMA_SUFFIX): name for name in shapes if name.endswith(_EMA_SUFFIX)}
+    if ema and not variables:
+        raise PretrainedError(f"{path} contains no moving average; load the raw weights with ema=False")
+    if not ema:  # a checkpoint also contains Adam's moments and the step
+        names = variables or [name for name in shapes if "/" in name and not name.split("/")[-1].startswith("Adam")]
+        variables = {name: name for name in names}
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return reader.get_tensor(variables[name])
+        except Exception as error:
+            raise PretrainedError(f"{path}: {name} cannot be read ({_first_line(error)}); is a file missing?") from None
+
+    return Tensors("TensorFlow", {name: tuple(shapes[variable]) for name, variable in variables.items()}, read)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object. Raises: PretrainedError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PretrainedError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise PretrainedError(f"{path} is not a JSON object")
+    return content
+
+
+def require_module(module: str, name: str):
+    """The imported module, which only some files need. Raises: PretrainedError if it is not installed."""
+    try:
+        return __import__(module)
+    except ImportError:
+        raise PretrainedError(f"reading this file needs {name}: pip install {module}") from None
+
+
+# ---- Parameters
+
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """The names of another project.
 
-    module: (module here, whether it is a single layer, the network) -> its name there. layers: names of layers in a block.
+    at_level: the name there of a module of a level, from ("down" or "up", level, "block", "attn" or "resample", number,
+    whether it is a single layer, network). modules: of other modules; others have the same name. layers: names of layers in a
+    block.
     """
 
-    module: Callable[[str, bool, Network], str]
+    at_level: Callable[[str, int, str, str, bool, Network], str]
+    modules: Mapping[str, str]
     layers: Mapping[str, str]
 
     def __call__(self, path: Path, model: Network) -> str:
@@ -55,109 +229,15 @@ class Naming:
         module, *layers, leaf = path
         if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
             layers = layers[:-1]  # the layer inside `models.layers.GroupNorm`
-        name = self.module(module, not layers, model)
+        name = self.modules.get(module, module)
+        match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
+        if match:
+            name = self.at_level(match[1], int(match[2]), match[3] or "resample", match[4] or "", not layers, model)
         if layers:
             name += "." + self.layers.get(layers[0], layers[0])
         if leaf == "position":
             return f"{name}.positional_embedding"
         return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
-def _split_module(module: str) -> tuple[str, int, str, str] | None:
-    """("down", 1, "block", "0") of down_1_block_0, and ("up", 2, "resample", "") of up_2_upsample; else None."""
-    match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
-    return match and (match[1], int(match[2]), match[3] or "resample", match[4] or "")
-
-
-def _diffusers_module(module: str, single: bool, model: Network) -> str:
-    parts = _split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
-        if kind == "resample":
-            return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
-        return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{j}"
-    return {
-        "mid_block_0": "mid_block.resnets.0",
-        "mid_attn": "mid_block.attentions.0",
-        "mid_block_1": "mid_block.resnets.1",
-        "time_0": "time_embedding.linear_1",
-        "time_1": "time_embedding.linear_2",
-        "class": "class_embedding",
-        "norm_out": "conv_norm_out",
-    }.get(module, module)
-
-
-DIFFUSERS = Naming(
-    _diffusers_module,
-    {
-        "time_proj": "time_emb_proj",
-        "skip": "conv_shortcut",
-        "norm": "group_norm",
-        "q": "to_q",
-        "k": "to_k",
-        "v": "to_v",
-        "proj": "to_out.0",
-    },
-)
-
-
-def _openai_module(module: str, single: bool, model: Network) -> str:
-    n, levels = model.num_res_blocks, len(model.channel_multipliers)
-    parts = _split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        has_attention = level in model.attention_levels
-        if direction == "down":
-            if kind == "resample":
-                return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
-            return f"input_blocks.{1 + level * (n + 1) + int(j)}.{0 if kind == 'block' else 1}"
-        first = (levels - 1 - level) * (n + 1)
-        if kind == "resample":
-            return f"output_blocks.{first + n}.{2 if has_attention else 1}" + (".conv" if single else "")
-        return f"output_blocks.{first + int(j)}.{0 if kind == 'block' else 1}"
-    return {
-        "mid_block_0": "middle_block.0",
-        "mid_attn": "middle_block.1",
-        "mid_block_1": "middle_block.2",
-        "time_0": "time_embed.0",
-        "time_1": "time_embed.2",
-        "class": "label_emb",
-        "conv_in": "input_blocks.0.0",
-        "norm_out": "out.0",
-        "conv_out": "out.2",
-        "pool": "out.2",
-    }[module]
-
-
-_OPENAI_LAYERS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "skip": "skip_connection",
-    "proj": "proj_out",
-}
-OPENAI = Naming(_openai_module, _OPENAI_LAYERS)
-
-
-def _ho_module(module: str, single: bool, model: Network) -> str:
-    parts = _split_module(module)
-    if parts:
-        direction, level, kind, j = parts
-        name = f"{direction}sample.conv" if kind == "resample" else f"{kind}.{j}"
-        return f"{direction}.{level}.{name}"
-    return {
-        "mid_block_0": "mid.block_1",
-        "mid_attn": "mid.attn_1",
-        "mid_block_1": "mid.block_2",
-        "time_0": "temb.dense.0",
-        "time_1": "temb.dense.1",
-    }.get(module, module)
-
-
-HO = Naming(_ho_module, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"})
 
 
 def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
@@ -173,23 +253,25 @@ def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
 def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple[int, ...]]:
     """Shape of every parameter of a network, by its path.
 
-    shape: (*spatial, C) of an example. Raises: PretrainedError for fields that do not describe a network.
+    shape: (*spatial, C) of an example. Raises: ValueError for fields that do not describe a network.
     """
-    try:
-        # The key is an argument, as in `training.state.abstract_params`.
-        tree = jax.eval_shape(lambda key: model.init(key, **initial_inputs(model, shape))["params"], jax.random.key(0))
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise PretrainedError(f"no network has these fields: {error}") from None
+    # The key is an argument, as in `training.state.abstract_params`.
+    tree = jax.eval_shape(lambda key: model.init(key, **initial_inputs(model, shape))["params"], jax.random.key(0))
     return flat_shapes(tree)
+
+
+def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor that is stored in Flax's layout."""
+    return value
 
 
 def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A PyTorch tensor in Flax's layout: OIHW to HWIO, [out, in] to [in, out]; 1x1 convolutions are matrices here."""
-    if path[-1] in ("kernel", "position"):
-        if len(shape) == 2 and value.ndim > 2:
-            value = value.reshape(value.shape[:2]) if value.size == value.shape[0] * value.shape[1] else value
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    return value
+    if path[-1] not in ("kernel", "position"):
+        return value
+    if len(shape) == 2 and value.size == math.prod(value.shape[:2]):
+        value = value.reshape(value.shape[:2])
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
 def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
@@ -208,19 +290,19 @@ def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
 
 
 def build_params(
-    source: str,
+    source: pathlib.Path,
     shapes: Mapping[Path, tuple[int, ...]],
-    names: Iterable[str],
+    tensors: Tensors,
     name_of: Callable[[Path], str],
-    read: Callable[[str, Path, tuple[int, ...]], np.ndarray],
+    convert: Callable[[np.ndarray, Path, tuple[int, ...]], np.ndarray] = from_torch,
 ) -> dict:
     """The tree of parameters, float32 JAX arrays.
 
-    source: the file, for errors. shapes: of the network's parameters by path. names: of all tensors of the file. name_of: the
-    tensor of a parameter. read(name, path, shape): a tensor in this package's layout.
+    source: the file, for errors. shapes: of the network's parameters by path. name_of: the tensor of a parameter. convert: a
+    tensor, its path and its shape here -> the tensor in this package's layout.
     Raises: PretrainedError that lists tensors that are missing, unexpected, of another shape, or not finite.
     """
-    expected, names = {path: name_of(path) for path in shapes}, set(names)
+    expected, names = {path: name_of(path) for path in shapes}, set(tensors.shapes)
     missing = [name for name in expected.values() if name not in names]
     unexpected = sorted(names - set(expected.values()))
     if missing or unexpected:
@@ -229,25 +311,16 @@ def build_params(
         raise PretrainedError(f"{source} does not fit the network: {'; '.join(problems)}")
     params, wrong = {}, []
     for path, shape in shapes.items():
-        value = read(expected[path], path, shape)
+        name = expected[path]
+        value = convert(tensors.read(name), path, shape)
         if value.shape != shape:
-            wrong.append(f"{expected[path]} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
+            wrong.append(f"{name} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise PretrainedError(
-                f"{source}: {expected[path]} is {value.dtype}, not floating-point; convert quantized weights to float32"
-            )
+            raise PretrainedError(f"{source}: {name} is {value.dtype}; convert quantized weights to float32")
         if not np.isfinite(value).all():
-            raise PretrainedError(
-                f"{source}: {expected[path]} contains values that are not finite; download the file again"
-            )
+            raise PretrainedError(f"{source}: {name} has values that are not finite; download the file again")
         params[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
     if wrong:
         raise PretrainedError(f"{source} does not fit the network: {len(wrong)} shapes differ ({list_names(wrong)})")
     return flax.traverse_util.unflatten_dict(params)
-
-
-def num_heads_of(path: Path, model: Network, channels: int) -> int:
-    """The number of heads of an attention layer of that many channels."""
-    num_heads_up = model.num_heads_up if isinstance(model, UNet) and path[0].startswith("up_") else None
-    return split_heads(channels, num_heads_up or model.num_heads, model.head_channels)

@@ -10,7 +10,7 @@ from typing import Any
 import diffusion_jax
 from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.files import write_text
-from diffusion_jax.pretrained import Description, format_summary
+from diffusion_jax.pretrained import Pretrained, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
 from diffusion_jax.report.page import examples_of, format_value
@@ -29,7 +29,7 @@ def card_path(to: pathlib.Path) -> pathlib.Path:
 
 
 def write_card(
-    description: Description, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool
+    description: Pretrained, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool
 ) -> pathlib.Path | None:
     """Writes the card of converted weights, and returns its path; None if there is one, which stays. Raises: OSError.
 
@@ -42,7 +42,7 @@ def write_card(
     return path
 
 
-def model_card(description: Description, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool) -> str:
+def model_card(description: Pretrained, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool) -> str:
     """The card as Markdown that begins with metadata."""
     run = None if workdir is None else collect(workdir)
     step = None if workdir is None else max(committed_steps(workdir / "checkpoints"), default=None)
@@ -63,7 +63,7 @@ def model_card(description: Description, to: pathlib.Path, workdir: pathlib.Path
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(description: Description, to: pathlib.Path, run: RunFiles | None) -> str:
+def _metadata(description: Pretrained, to: pathlib.Path, run: RunFiles | None) -> str:
     """The lines of metadata; JSON values are YAML, too."""
     fields: dict[str, Any] = {
         "library_name": "diffusion_jax" if to.suffix == ".safetensors" else "diffusers",

@@ -93,7 +93,7 @@ def load_extractor(config: ConfigDict) -> features.FeatureExtractor:
     if not _features_name(config):
         raise UserError("these data have no default features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
-        return features.from_name(_features_name(config), options.inception, options.resize)
+        return features.from_name(_features_name(config), options.inception)
 
 
 def load_reference(config: ConfigDict, source: data.Source | None = None) -> ExampleSet:

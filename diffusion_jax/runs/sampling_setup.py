@@ -213,8 +213,7 @@ class SamplingSetup:
     def _load_classifier(self, mesh: Mesh | None) -> _Classifier:
         path = self._options["classifier"]
         try:
-            flags = pretrained.read_flags(self._options["classifier_flags"])
-            net = pretrained.load(path, flags, self._options["use_ema"])
+            net = pretrained.load(path, ema=self._options["use_ema"])
         except pretrained.PretrainedError as error:
             raise UserError(f"sampling.classifier={path}: {error}") from error
         if not isinstance(net.model, models.Classifier):

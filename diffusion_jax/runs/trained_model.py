@@ -7,7 +7,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,6 @@ __all__ = [
     "params_digest",
     "set_params",
 ]
-
-_Read = TypeVar("_Read", bound=pretrained.Description)
 
 # Fields of a network that its weights do not depend on.
 _FIELDS_IGNORED = {"dropout", "joint_dropout", "dtype", "precision", "remat", "initializer"}
@@ -185,11 +183,11 @@ def load_initial_weights(
     return InitialWeights(net.params, _diffusion_differences(config, net), net.normalizations)
 
 
-def _load(read: Callable[..., _Read], config: Mapping, use_ema: bool) -> _Read:
+def _load(read: Callable[..., pretrained.Pretrained], config: Mapping, use_ema: bool) -> pretrained.Pretrained:
     """`pretrained.load` or `pretrained.describe` of `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
-        return read(path, pretrained.read_flags(config["init_flags"]), use_ema)
+        return read(path, config["init_flags"] or None, use_ema)
     except pretrained.PretrainedError as error:
         raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
 

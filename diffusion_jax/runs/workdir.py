@@ -56,7 +56,7 @@ def config_from_weights(path: str, flags: str = "") -> ConfigDict:
 
     path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
     """
-    description = pretrained.describe(path, pretrained.read_flags(flags))
+    description = pretrained.describe(path, flags or None)
     config = load_config(path) if pretrained.is_workdir(path) else None
     if config is None:
         leaves = pretrained.config_leaves(description)

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import config, data, training
-
-TINY = {"channels": 8, "channel_multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "num_groups": 4}
+from diffusion_jax import config
 
 
 def test_a_partial_mapping_is_completed():
@@ -73,7 +71,7 @@ def test_a_classifier_has_the_leaves_of_its_own_network():
         ("optimizer.learning_rate", "3e-4", 3e-4),
         ("model.remat", "true", True),
         ("model.remat", "(0, 1)", (0, 1)),
-        ("model.num_heads_up", "None", None),
+        ("model.head_channels", "None", None),
         ("data.split", "None", "None"),
         ("data.image_size", "8", 8),
         ("data.image_size", "(8, 16)", (8, 16)),
@@ -104,11 +102,9 @@ def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
     [
         ("training.num_steps", "2 * 5", "must be a whole number of at least 1; write it as 10000 or 1e4"),
         ("training.num_steps", "1.5", "must be a whole number"),
-        ("training.num_steps", "1e30", "must be a whole number"),
         ("training.num_steps", "0", "must be a whole number"),
         ("optimizer.learning_rate", "nan", "must be a number above 0"),
-        ("sampling.steps", "0", "write None for all timesteps"),
-        ("sampling.steps", "ddim50", "type --config.sampling.steps=50 --config.sampling.spacing=openai_ddim"),
+        ("sampling.steps", "0", "must be None or a whole number of at least 1 or a tuple of at least 2 numbers"),
         ("evaluation.metrics", "fid,kidd", "'kidd' is not allowed; did you mean kid?"),
         ("model.remat", "maybe", "must be True or False or a tuple of resolutions"),
     ],
@@ -117,17 +113,6 @@ def test_text_that_is_no_value_of_its_leaf_is_refused(leaf, text, words):
     with pytest.raises(config.ConfigError) as caught:
         config.override({}, {leaf: text})
     assert str(caught.value).startswith(f"{leaf}={text} must be") and words in str(caught.value)
-
-
-@pytest.mark.whole
-def test_training_takes_a_partial_mapping():
-    digits = {"dataset": "digits", "image_size": 8, "channels": 1, "random_flip": False}
-    state, train_step = training.create({"data": digits, "model": TINY, "training": {"batch_size": 2}})
-    batch = {"image": np.zeros((2, 8, 8, 1), np.uint8), "label": np.zeros(2, np.int32)}
-    state, metrics = train_step(state, batch)
-    assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
-    with pytest.raises(ValueError, match=r"unknown leaf training.batchsize; did you mean training.batch_size\?"):
-        training.create({"data": digits, "training": {"batchsize": 3}})
 
 
 def test_fields_that_refer_to_an_overridden_one_follow_it():
@@ -172,11 +157,6 @@ def test_values_of_other_libraries_are_taken_as_python_values():
 def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "C:mine.py").write_text("def get_config(seed='1'):\n    return {'seed': int(seed)}\n")
-    assert config.load_experiment("C:mine.py").seed == 1 and config.load_experiment("C:mine.py:23").seed == 23
-    with pytest.raises(config.ConfigError, match="C:mine.py:x: line 2 of C:mine.py raises ValueError"):
-        config.load_experiment("C:mine.py:x")
-
-
-def test_data_takes_a_partial_mapping():
-    source = data.load({"dataset": "digits", "image_size": 8, "channels": np.int64(1)})
-    assert len(source) > 0 and source.read(np.arange(2))["image"].shape == (2, 8, 8, 1)
+    assert config.experiment("C:mine.py").seed == 1 and config.experiment("C:mine.py:23").seed == 23
+    with pytest.raises(config.ConfigError, match="^C:mine.py:x: line 2 of C:mine.py raises ValueError"):
+        config.experiment("C:mine.py:x")

@@ -77,13 +77,6 @@ def test_a_page_is_rendered_and_accessible(context, address, name):
         page.close()
 
 
-def test_equations_are_checked(context, address):
-    """At least one page has equations, so that the check above is not empty."""
-    page, _ = open_page(context, address + "concepts/ddpm.html")
-    assert page.locator("mjx-container").count() > 0
-    page.close()
-
-
 @pytest.mark.parametrize("words", ["q_posterior", "classifier_free"])
 def test_the_search_finds_a_function(context, address, words):
     page, errors = open_page(context, f"{address}search.html?q={words}")

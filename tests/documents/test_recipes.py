@@ -58,7 +58,7 @@ def test_the_command_line_parses_the_commands(path):
     for _, *arguments in commands(path):
         flags, leaves = cli.make_parser().parse_known_args(arguments)
         overrides = dict(leaf.removeprefix("--config.").split("=", 1) for leaf in leaves)
-        config.override(config.load_experiment(flags.config), overrides)
+        config.override(config.experiment(flags.config), overrides)
         assert re.fullmatch(r"(gs|s3)://BUCKET/\w+", flags.workdir)
 
 
@@ -108,7 +108,7 @@ def shell(tmp_path):
 
 
 @needs_bash
-@pytest.mark.parametrize("last", [0, 1, 2])
+@pytest.mark.parametrize("last", [0, 1])
 def test_a_host_of_a_tpu_pod_is_relaunched_until_another_exit_code(shell, last):
     shell.replace("gcloud", "cat > /dev/null")
     shell.answer("docker", [*RESUMABLE, last])
@@ -118,49 +118,9 @@ def test_a_host_of_a_tpu_pod_is_relaunched_until_another_exit_code(shell, last):
 
 
 @needs_bash
-def test_a_host_of_a_tpu_pod_is_not_relaunched_forever(shell):
-    shell.replace("gcloud", "cat > /dev/null")
-    shell.replace("docker", "exit 69")
-    assert shell.run("tpu_host.sh") == 69
-    assert len(shell.calls("docker run")) == 20
-
-
-@needs_bash
-def test_a_preempted_tpu_pod_is_created_again_and_deleted_at_the_end(shell):
-    states = shell.folder / "states"
-    states.write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDING\nSUSPENDED\n\nACTIVE\n")
-    shell.replace(
-        "gcloud",
-        f"""case "$*" in
-          "storage ls "*) ! [ -s {states} ] ;;
-          "storage cat "*) false ;;
-          *describe*) head -n1 {states}; sed -i 1d {states} ;;
-        esac""",
-    )
-    assert shell.run("tpu_pod.sh") == 0
-    verbs = [call.split()[4] for call in shell.calls("gcloud compute tpus queued-resources")]
-    assert [verb for verb in verbs if verb != "describe"] == ["create", "delete", "create", "delete"]
-
-
-@needs_bash
-def test_a_failed_run_on_a_tpu_pod_ends_the_watch(shell):
-    shell.replace("gcloud", 'case "$*" in "storage ls "*) exit 1 ;; esac')
-    assert shell.run("tpu_pod.sh") == 1
-    assert not shell.calls("gcloud compute")
-
-
-@needs_bash
-@pytest.mark.parametrize("code", [0, 1, 2, *RESUMABLE])
+@pytest.mark.parametrize("code", [0, 1, 75])
 def test_a_slurm_job_is_requeued_after_resumable_exit_codes(shell, code):
     shell.answer("srun", [code])
     shell.replace("scontrol", "")
     assert shell.run("slurm.sbatch", SLURM_JOB_ID="7") == code
     assert shell.calls("scontrol") == (["scontrol requeue 7"] if code in RESUMABLE else [])
-
-
-@needs_bash
-def test_a_slurm_job_is_not_requeued_forever(shell):
-    shell.answer("srun", [69])
-    shell.replace("scontrol", "")
-    assert shell.run("slurm.sbatch", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="50") == 69
-    assert not shell.calls("scontrol")

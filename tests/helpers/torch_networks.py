@@ -125,7 +125,6 @@ OPENAI = {
         "sr_create_model",
         {**_COMMON, "large_size": 256, "small_size": 64, "resblock_updown": True, "num_head_channels": 16},
     ),
-    "other heads on the way up": ("create_model", {**_COMMON, "image_size": 64, "num_heads_upsample": 2}),
     "classifier": ("create_classifier", _CLASSIFIER),
 }
 # Stored: one level less than any published network, so as to be small.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
-from diffusion_jax.pretrained import PretrainedError, __main__, openai
+from diffusion_jax.pretrained import PretrainedError, __main__
 from helpers.published_files import NARROW_FLAGS, stored, write, write_folder
 
 
@@ -28,15 +28,11 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
 def test_flags_of_ho_with_an_unknown_name_are_refused(leaf, tmp_path):
     path = write(tmp_path / "p.safetensors", stored("port_narrow")[0])
     flags = {"image_size": 16, "variance": "fixed_small"} | {leaf: "other"}
-    with pytest.raises(PretrainedError, match=f"flags: diffusion.{leaf}='other' is unknown; use ") as caught:
+    with pytest.raises(
+        PretrainedError, match=f"flags are invalid .*diffusion.{leaf}='other' is unknown; use "
+    ) as caught:
         pretrained.load(path, flags)
     assert "\n" not in str(caught.value)
-
-
-def test_flags_of_openai_are_parsed(tmp_path):
-    assert openai.parse_flags("--a 1 --b=True --c 0.5 --d 32,16") == {"a": "1", "b": "True", "c": "0.5", "d": "32,16"}
-    with pytest.raises(PretrainedError, match="neither the name of a preset nor pairs"):
-        openai.parse_flags("image_size 64")
 
 
 def rewritten(change):
@@ -46,14 +42,6 @@ def rewritten(change):
         weights = stored("openai_narrow")[0]
         change(weights)
         return write(directory / "model.safetensors", weights), NARROW_FLAGS
-
-    return make
-
-
-def bytes_of(content, name="model.pt"):
-    def make(directory):
-        (directory / name).write_bytes(content)
-        return directory / name, None
 
     return make
 
@@ -72,20 +60,15 @@ def truncated(directory):
     return path, None
 
 
-def empty_folder(directory):
-    (directory / "empty").mkdir()
-    return directory / "empty", None
-
-
-def bad_json(directory):
-    path, _ = folder_with()(directory)
-    (path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel", ')
-    return path, None
-
-
 def no_weights(directory):
     path, _ = folder_with()(directory)
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return path, None
+
+
+def no_scheduler(directory):
+    path, _ = folder_with()(directory)
+    (path / "scheduler" / "scheduler_config.json").unlink()
     return path, None
 
 
@@ -99,10 +82,15 @@ def with_flags(flags):
     return lambda directory: (write(directory / "model.safetensors", stored("openai_narrow")[0]), flags)
 
 
+def web_page(directory):
+    (directory / "model.pt").write_bytes(b"<!DOCTYPE html><html>")
+    return directory / "model.pt", None
+
+
 BROKEN = {
     "no such file": (lambda directory: (directory / "nothing.pt", None), "no such file or folder"),
-    "an empty folder": (empty_folder, "neither a diffusers folder"),
-    "a web page": (bytes_of(b"<!DOCTYPE html><html>"), "a web page"),
+    "an empty folder": (lambda directory: (directory, None), "a folder of an unknown network"),
+    "a web page": (web_page, "a web page"),
     "truncated safetensors": (truncated, "corrupted safetensors"),
     "a tensor missing": (rewritten(lambda w: w.pop("out.2.bias")), "1 tensors are missing (out.2.bias)"),
     "an unexpected tensor": (rewritten(lambda w: w.update(extra=w["out.2.bias"])), "1 are unexpected (extra)"),
@@ -112,34 +100,33 @@ BROKEN = {
     ),
     "NaN": (
         rewritten(lambda w: w["out.2.bias"].__setitem__(0, np.nan)),
-        "out.2.bias contains values that are not finite",
+        "out.2.bias has values that are not finite",
+    ),
+    "integers": (
+        rewritten(lambda w: w.update({"out.2.bias": np.zeros(6, np.int32)})),
+        "is int32; convert quantized weights",
     ),
     "another family": (
         lambda directory: (write(directory / "x.safetensors", {"a.b": np.zeros(3, np.float32)}), None),
         "of an unknown network",
     ),
     "an unknown flag": (with_flags(NARROW_FLAGS + " --color blue"), "color is not a flag of OpenAI's"),
+    "an unsupported flag": (
+        with_flags(NARROW_FLAGS.replace("num_head_channels 16", "num_heads 4") + " --num_heads_upsample 2"),
+        "num_heads_upsample=2 is not supported",
+    ),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
-    "flags that are not JSON": (with_flags('{"image_size": '), "are not valid JSON"),
+    "flags without values": (with_flags("image_size 64"), "neither the name of a preset nor pairs"),
+    "flags that are not JSON": (with_flags('{"image_size": '), "flags are invalid (JSONDecodeError"),
+    "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
-    "an unsupported field": (folder_with(act_fn="gelu"), "act_fn='gelu' is not supported"),
     "a conditional UNet": (folder_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is not supported"),
     "another width": (folder_with(in_channels=1, out_channels=1), "shapes differ"),
-    "a string for a number": (folder_with(in_channels="3"), "error: "),
     "no image size": (folder_with(sample_size=None), "has no sample_size"),
     "a learned variance's channels": (folder_with(out_channels=6), "do not fit in_channels=3"),
     "a latent model": (latent, "vqvae is not supported"),
-    "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
-    "a scalar for a kernel": (
-        rewritten(lambda w: w.update({"input_blocks.0.0.weight": np.array(1, np.float32)})),
-        "cannot be loaded",
-    ),
-    "broken JSON": (bad_json, "cannot be read as JSON"),
     "a folder without weights": (no_weights, "contains no weights"),
-    "diffusers' file without its folder": (
-        lambda directory: (write(directory / "d.safetensors", stored("unet_improved_narrow")[0]), None),
-        "give its folder",
-    ),
+    "a folder without a scheduler": (no_scheduler, "contains no scheduler_config.json"),
 }
 
 

@@ -1,5 +1,6 @@
 """Stored networks of every family, TensorFlow's checkpoints and work directories load and give their stored outputs."""
 
+import dataclasses
 import json
 import re
 
@@ -9,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import models, pretrained, schedules
+from diffusion_jax import models, pretrained
 from diffusion_jax.pretrained import PretrainedError, description, parameters
-from helpers.configs import tiny_config
 from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
-from helpers.work_directories import untrained
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", FAMILIES)
-def test_stored_networks_give_their_stored_outputs(name, tmp_path):
+def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(name, tmp_path):
     net, arrays = load(tmp_path, name)
     assert arrays["out"].std() > 0.1
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
@@ -27,24 +26,22 @@ def test_stored_networks_give_their_stored_outputs(name, tmp_path):
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
-        with pytest.raises(TypeError, match="use logits"):
-            net.denoise_fn(arrays["x"], arrays["time"])
+        for wrong in (net.denoise_fn, net.sample):
+            with pytest.raises(TypeError, match="use logits"):
+                wrong(arrays["x"], arrays["time"])
     else:
         with pytest.raises(TypeError, match="use denoise_fn"):
             net.logits(arrays["x"], arrays["time"])
-
-
-def test_a_folder_determines_the_prediction_the_variance_and_the_schedule(tmp_path):
-    net, _ = load(tmp_path, "unet_improved_narrow")
-    assert (net.prediction, net.variance, net.image_size, net.clip, net.channels) == (
-        "eps",
-        "learned_range",
-        (32, 32),
-        True,
-        3,
-    )
-    np.testing.assert_allclose(net.schedule.betas, schedules.betas("linear", 1000))
-    assert net.num_classes == 5 and net.diffusion["schedule"] == "linear"
+    file = tmp_path / "net.safetensors"
+    pretrained.save_safetensors(net, file)
+    again = pretrained.load(file)
+    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
+    for field in ("model", "image_size", "channels", "prediction", "variance", "clip", "low_resolution", "diffusion"):
+        assert getattr(again, field) == getattr(net, field), field
+    np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)
+    assert pretrained.describe(file).params is None
+    with pytest.raises(PretrainedError, match="contains its own description"):
+        pretrained.load(file, "adm_lsun")
 
 
 @pytest.mark.whole
@@ -116,13 +113,6 @@ def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
 
 
-def test_a_folder_needs_its_scheduler(tmp_path):
-    weights, arrays = stored("unet_ddpm_cifar10_narrow")
-    folder = write_folder(tmp_path / "in", json.loads(str(arrays["config"])), weights, scheduler=None)
-    with pytest.raises(PretrainedError, match="contains no scheduler_config.json"):
-        pretrained.load(folder)
-
-
 @pytest.mark.whole
 def test_upsamplers_take_their_small_images(tmp_path):
     """As the network of x_t and the enlarged image in six channels, which has the same parameters."""
@@ -135,7 +125,7 @@ def test_upsamplers_take_their_small_images(tmp_path):
         {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
     )
     described = description.make_description("x", model, 8, {}, low_resolution=4)
-    net = pretrained.Pretrained(**vars(described), params=params)
+    net = dataclasses.replace(described, params=params)
     x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
     large = upsampling.enlarge(jnp.float32(low), (8, 8))
     expected = model.apply({"params": params}, jnp.concatenate([jnp.float32(x), large], axis=-1), time)
@@ -143,22 +133,3 @@ def test_upsamplers_take_their_small_images(tmp_path):
     for options in ({}, {"low": jnp.float32(low), "condition": large}):
         with pytest.raises(TypeError, match="give low=, the small images, and no condition"):
             net.denoise_fn(jnp.float32(x), time, **options)
-
-
-@pytest.mark.whole
-def test_work_directories_are_weights_too(tmp_path):
-    leaves = {"prediction": "v", "schedule": "cosine", "variance": "fixed_small", "num_timesteps": 20}
-    config = tiny_config(**{f"diffusion.{leaf}": value for leaf, value in leaves.items()}, **{"sampling.clip": False})
-    directory = untrained(tmp_path / "run", config)
-    net = pretrained.load(directory)
-    assert (net.prediction, net.variance, net.clip) == ("v", "fixed_small", False)
-    np.testing.assert_array_equal(net.schedule.betas, schedules.betas("cosine", 20))
-    assert net.schedule.num_timesteps == 20 and net.image_size == (8, 8) and net.channels == 1
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    again = pretrained.load(tmp_path / "net.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
-    assert again.model == net.model
-    raw = pretrained.load(directory, ema=False)
-    assert jax.tree.structure(raw.params) == jax.tree.structure(net.params)
-    with pytest.raises(PretrainedError, match="contains its own description"):
-        pretrained.load(directory, {"image_size": 8})

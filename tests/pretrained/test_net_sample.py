@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, guidance, models, pretrained, sampling, schedules
+from diffusion_jax import editing, guidance, models, sampling, schedules
 from diffusion_jax.pretrained import description
 
 KEY = jax.random.key(0)
@@ -26,8 +26,7 @@ def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields)
     params = jax.tree.unflatten(
         tree, [leaf + 0.05 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
-    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    return pretrained.Pretrained(**values, params=params)
+    return dataclasses.replace(found, params=params)
 
 
 def by_hand(net, schedule, denoise_fn, sampler, n):
@@ -71,16 +70,6 @@ def test_what_a_net_draws_by_default():
 
 
 @pytest.mark.whole
-def test_an_upsampler_draws():
-    net = net_of(low_resolution=2)
-    low = jnp.linspace(-1, 1, 8).reshape(2, 2, 2, 1)
-    images = net.sample(KEY, 2, low=low, sampler=sampling.ddim(), steps=2)
-    schedule = schedules.respace(net.schedule, 2, "trailing")
-    expected = by_hand(net, schedule, lambda x, time: net.denoise_fn(x, time, low=low), sampling.ddim(), 2)
-    np.testing.assert_allclose(images, expected, atol=1e-4)
-
-
-@pytest.mark.whole
 def test_a_sampler_inside_of_another_is_fitted_too():
     net, x_0 = net_of("v"), jnp.zeros((1, 4, 4, 1))
     nothing_known = editing.replacement(sampling.ddim(), x_0, np.zeros((4, 4, 1)))
@@ -113,13 +102,11 @@ def test_what_does_not_fit_a_net_is_one_line():
         (conditional, {"y": 3}, r"labels must lie in 0 \.\.\. 2, got 3"),
         (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
         (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each example; got shape \(3,\)"),
-        (conditional, {"y": 0.5}, "labels must be int"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
         (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "required by super-resolution networks"),
         (plain, {"noise_std": 0.1}, "noise_std= needs a super-resolution network"),
         (plain, {"spacing": "leading"}, "spacing='leading' needs a number of steps"),
         (plain, {"sampler": "ddim"}, r"must be a sampler such as sampling.ddim\(\), got 'ddim'"),
-        (plain, {"sampler": sampling.ddim}, "must be a sampler such as"),
         (net_of(low_resolution=2), {}, "required by super-resolution networks"),
         (
             plain,
@@ -130,5 +117,3 @@ def test_what_does_not_fit_a_net_is_one_line():
         with pytest.raises(ValueError, match=words) as caught:
             net.sample(KEY, 2, **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        plain.sample(KEY, 0)

@@ -11,8 +11,8 @@ import pytest
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
-from diffusion_jax.pretrained import PretrainedError, diffusers, openai, parameters
-from diffusion_jax.pretrained.tensors import Tensors
+from diffusion_jax.pretrained import PretrainedError, diffusers, ho, openai
+from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, to_torch
 from helpers import torch_networks
 from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
@@ -222,11 +222,11 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
 
     model = torch_networks.diffusers(torch_networks.PUBLISHED)
     net = pretrained.load(write_folder(tmp_path / "f", {**torch_networks.PUBLISHED}, weights_of(model)))
-    shapes = parameters.parameter_shapes(net.model, (32, 32, 3))
+    shapes = parameter_shapes(net.model, (32, 32, 3))
     import flax.traverse_util
 
     flat = flax.traverse_util.flatten_dict(net.params)
-    port = {parameters.HO(path, net.model): parameters.to_torch(np.asarray(flat[path]), path) for path in shapes}
+    port = {ho.NAMING(path, net.model): to_torch(np.asarray(flat[path]), path) for path in shapes}
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         made = [
             tf.compat.v1.get_variable(f"{name}{suffix}", initializer=value)

@@ -1,29 +1,23 @@
 """Published flags, tensor shapes and configs give the presets; the presets have the published numbers of parameters."""
 
-import importlib
-
 import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.config import presets
-from diffusion_jax.pretrained import PretrainedError, ho, openai, parameters
-from diffusion_jax.pretrained.tensors import Tensors
+from diffusion_jax.config import experiment, presets
+from diffusion_jax.pretrained import PretrainedError, ho, openai
+from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, torch_shape
 from helpers.published_files import README
 
 
 def named(model, size, naming, channels=3):
     """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
     shapes = {}
-    for path, shape in parameters.parameter_shapes(model, (size, size, channels)).items():
-        name, shape = naming(path, model), parameters.torch_shape(shape, path)
-        if naming is parameters.OPENAI:
+    for path, shape in parameter_shapes(model, (size, size, channels)).items():
+        name, shape = naming(path, model), torch_shape(shape, path)
+        if naming is openai.NAMING:
             name = name.replace("out.2.proj_out", "out.2.c_proj")
-            for layer in ("k", "v"):
-                if f".{layer}." in name:
-                    name = None
-                    break
-            if name is None:
+            if ".k." in name or ".v." in name:
                 continue
             if ".q." in name:
                 name = name.replace(".q.", ".qkv_proj." if name.startswith("out.2") else ".qkv.")
@@ -37,7 +31,7 @@ def named(model, size, naming, channels=3):
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
     size, *_ = openai.PRESETS[name]
-    shapes = named(models.preset(name), min(size, 256), parameters.OPENAI)
+    shapes = named(models.preset(name), min(size, 256), openai.NAMING)
     if "classifier" in name:
         tokens = (size >> len(models.preset(name).channel_multipliers) - 1) ** 2 + 1
         shapes["out.2.positional_embedding"] = (shapes["out.2.positional_embedding"][0], tokens)
@@ -56,14 +50,10 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
     np.testing.assert_array_equal(from_flags.schedule.betas, from_name.schedule.betas)
     np.testing.assert_array_equal(from_flags.schedule.timesteps, from_name.schedule.timesteps)
     files = [file for file, preset in openai.FILES.items() if preset == name]
-    for file in files:
-        dropout = 0.0 if file.endswith("nodropout") else from_name.model.dropout
-        if "classifier" not in name:
-            named_model = from_name.model.clone(dropout=dropout)
-        else:
-            named_model = from_name.model
-        assert openai.describe_openai(tmp_path / f"{file}.pt", tensors, None)[0].model == named_model
     assert files
+    for file in files:
+        model = openai.describe_openai(tmp_path / f"{file}.pt", tensors, None)[0].model
+        assert model == (from_name.model.clone(dropout=0.0) if file.endswith("nodropout") else from_name.model)
 
 
 def test_every_published_file_and_preset_is_known():
@@ -71,75 +61,46 @@ def test_every_published_file_and_preset_is_known():
     assert set(presets.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
 
 
-COUNTS = {
-    "ddpm_cifar10": 35_746_307,
-    "ddpm_256": 113_673_219,
-    "improved_cifar10": 52_546_438,
-    "improved_imagenet64": 121_063_942,
-    "improved_imagenet64_conditional": 273_049_350,
-    "improved_lsun": 113_676_678,
-    "improved_upsampler_64_256": 279_792_390,
-    "adm_imagenet64": 295_904_454,
-    "adm_imagenet128": 421_529_606,
-    "adm_imagenet256": 553_838_086,
-    "adm_imagenet256_unconditional": 552_814_086,
-    "adm_imagenet512": 558_997_638,
-    "adm_lsun": 552_814_086,
-    "adm_upsampler_64_256": 311_795_910,
-    "adm_upsampler_128_512": 308_835_270,
-    "adm_classifier64": 65_438_568,
-    "adm_classifier128": 42_568_040,
-    "adm_classifier256": 54_096_360,
-    "adm_classifier512": 54_448_360,
+# The number of parameters of each preset, and the configs that train it.
+NETWORKS = {
+    "ddpm_cifar10": (35_746_307, ["cifar10"]),
+    "ddpm_256": (113_673_219, ["celeba_hq_256", "lsun_bedroom_256", "lsun_cat_256", "lsun_church_256"]),
+    "improved_cifar10": (52_546_438, ["cifar10_improved", "cifar10_improved:vlb"]),
+    "improved_imagenet64": (121_063_942, ["imagenet64_improved", "imagenet64_improved:vlb"]),
+    "improved_imagenet64_conditional": (273_049_350, ["imagenet64_improved:conditional"]),
+    "improved_lsun": (113_676_678, []),
+    "improved_upsampler_64_256": (279_792_390, []),
+    "adm_imagenet64": (295_904_454, ["imagenet64_adm"]),
+    "adm_imagenet128": (421_529_606, ["imagenet_adm:128"]),
+    "adm_imagenet256": (553_838_086, ["imagenet_adm", "imagenet_adm:256"]),
+    "adm_imagenet256_unconditional": (552_814_086, ["imagenet_adm:256_unconditional"]),
+    "adm_imagenet512": (558_997_638, ["imagenet_adm:512"]),
+    "adm_lsun": (552_814_086, ["lsun_bedroom_adm", "lsun_cat_adm", "lsun_horse_adm"]),
+    "adm_upsampler_64_256": (311_795_910, ["imagenet256_upsample"]),
+    "adm_upsampler_128_512": (308_835_270, ["imagenet512_upsample"]),
+    "adm_classifier64": (65_438_568, ["imagenet_classifier:64"]),
+    "adm_classifier128": (42_568_040, ["imagenet_classifier:128"]),
+    "adm_classifier256": (54_096_360, ["imagenet_classifier:256"]),
+    "adm_classifier512": (54_448_360, ["imagenet_classifier:512"]),
 }
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_presets_have_the_published_numbers_of_parameters(name):
-    size, *_ = openai.PRESETS.get(name) or (ho.PRESETS[name][0], 0)
-    shapes = parameters.parameter_shapes(models.preset(name), (size, size, 3))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == COUNTS[name]
-    assert f"| {name} | {COUNTS[name]:,} |" in presets.__doc__
-    with pytest.raises(ValueError, match="unknown preset"):
-        models.preset(name + "x")
+def test_presets_have_the_published_numbers_of_parameters_and_configs_are_presets(name):
+    (count, configs), (size, *_) = NETWORKS[name], openai.PRESETS.get(name) or ho.PRESETS[name]
+    model = models.preset(name)
+    shapes = parameter_shapes(model, (size, size, 3))
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+    for config in map(experiment, configs):
+        made = models.from_config(config.model, type(model))
+        if isinstance(model, models.UNet):
+            made = made.clone(out_channels=model.out_channels, condition_channels=model.condition_channels)
+        assert made == model
 
 
 def test_published_networks_of_ho_are_recognized(tmp_path):
     for name, (size, diffusion) in ho.PRESETS.items():
-        shapes = named(models.preset(name), size, parameters.HO)
-        found, _ = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
+        shapes = named(models.preset(name), size, ho.NAMING)
+        found = ho.load_ho(tmp_path, Tensors("PyTorch", shapes, None), None, with_params=False)
         assert found.image_size == (size, size) and found.variance == diffusion["variance"]
-        assert diffusion["variance"] == {"ddpm_cifar10": "fixed_large", "ddpm_256": "fixed_small"}[name]
-
-
-def test_configs_of_published_weights_are_the_presets():
-
-    for config_name, name in {
-        "cifar10": "ddpm_cifar10",
-        "celeba_hq_256": "ddpm_256",
-        "cifar10_improved": "improved_cifar10",
-        "imagenet64_improved": "improved_imagenet64",
-        "imagenet64_improved:conditional": "improved_imagenet64_conditional",
-        "imagenet64_adm": "adm_imagenet64",
-        "imagenet_adm:128": "adm_imagenet128",
-        "imagenet_adm:256": "adm_imagenet256",
-        "imagenet_adm:256_unconditional": "adm_imagenet256_unconditional",
-        "imagenet_adm:512": "adm_imagenet512",
-        "lsun_bedroom_adm": "adm_lsun",
-        "lsun_cat_adm": "adm_lsun",
-        "lsun_horse_adm": "adm_lsun",
-        "imagenet256_upsample": "adm_upsampler_64_256",
-        "imagenet512_upsample": "adm_upsampler_128_512",
-        "imagenet_classifier:64": "adm_classifier64",
-        "imagenet_classifier:128": "adm_classifier128",
-        "imagenet_classifier:256": "adm_classifier256",
-        "imagenet_classifier:512": "adm_classifier512",
-    }.items():
-        module, _, variant = config_name.partition(":")
-        config = importlib.import_module(f"configs.{module}").get_config(*([variant] if variant else []))
-        model = models.preset(name)
-        made = models.from_config(config.model, type(model))
-        if isinstance(model, models.UNet):
-            made = made.clone(out_channels=model.out_channels, condition_channels=model.condition_channels)
-        assert made == model, config_name

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli, training
-from diffusion_jax.config import ConfigError, load_experiment
 from diffusion_jax.data import load as load_data
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.data_source import check_source
@@ -73,10 +72,6 @@ def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, wor
     ("arguments", "words"),
     [
         (
-            ["--config=digits", "--workdir={}", "--mode=edit", "--config.sampling.num_samples=4"],
-            "sampling.num_samples=4 has no effect on --mode=edit; use --config.editing.num_samples=4",
-        ),
-        (
             ["--config=digits", "--workdir={}/runs/digit", "--mode=status"],
             r"--workdir=\S+/runs/digit: no such directory; --mode=status reads the directory of a run",
         ),
@@ -87,21 +82,6 @@ def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, wor
 def test_commands_without_effect_are_refused(arguments, words, tmp_path):
     with pytest.raises(UserError, match=words):
         cli.parse([argument.format(tmp_path) for argument in arguments])
-
-
-@pytest.mark.parametrize(("mode", "group"), [("edit", "editing"), ("sample", "sampling")])
-def test_edit_and_sample_take_their_own_numbers(mode, group, tmp_path):
-    flags = ["--config=digits", f"--workdir={tmp_path}", f"--mode={mode}", f"--config.{group}.num_samples=4"]
-    assert cli.parse(flags).config[group].num_samples == 4
-
-
-@pytest.mark.parametrize("name", ["data.npz", "config.json", "notes.txt"])
-def test_a_config_that_is_no_python_file_is_named(name, tmp_path):
-    np.savez(tmp_path / "data.npz", x=np.zeros(3))
-    for text in ("config.json", "notes.txt"):
-        (tmp_path / text).write_text("{}")
-    with pytest.raises(ConfigError, match=rf"{name} is not a Python file; give FILE.py with get_config\(\)"):
-        load_experiment(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax import errors, models, pretrained, sampling, schedules, training
 from diffusion_jax.config import presets
 from diffusion_jax.images import to_uint8
-from diffusion_jax.pretrained import parameters
+from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
@@ -174,7 +174,7 @@ def openai_upsampler(directory):
     made = {}
     for path, shape in parameters.parameter_shapes(model, (16, 16, 6)).items():
         value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
-        made[parameters.OPENAI(path, model)] = value
+        made[openai.NAMING(path, model)] = value
     for name in [name for name in made if ".q." in name]:
         parts = [made.pop(name.replace(".q.", f".{layer}.")) for layer in "qkv"]
         joined = np.concatenate(parts)
@@ -200,22 +200,21 @@ def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
 @pytest.mark.whole
 def test_classifiers_of_openai_s_guide(tmp_path):
     """openai_classifier_narrow, of 10 classes at 8x8, guides a model of ours on the same schedule."""
-    path = write(tmp_path / "classifier.safetensors", stored("openai_classifier_narrow")[0])
-    flags = json.dumps({**CLASSIFIER_FLAGS, "noise_schedule": "linear"})
+    published = write(tmp_path / "published.safetensors", stored("openai_classifier_narrow")[0])
+    path, other = tmp_path / "classifier.safetensors", tmp_path / "other.safetensors"
+    pretrained.save_safetensors(pretrained.load(published, {**CLASSIFIER_FLAGS, "noise_schedule": "linear"}), path)
+    pretrained.save_safetensors(pretrained.load(published, CLASSIFIER_FLAGS), other)
     leaves = {"data.channels": 3, "diffusion.num_timesteps": 1000, "diffusion.schedule": "linear"}
     leaves |= {"sampling.num_samples": 2, "sampling.batch_size": 2, "sampling.steps": 3, "sampling.trajectory": 0}
     run = untrained(tmp_path / "run", tiny_config(**leaves))
     drawn = []
     for scale in (0.0, 20.0):
-        guided = {
-            "sampling.classifier": str(path),
-            "sampling.classifier_flags": flags,
-            "sampling.classifier_scale": scale,
-        }
+        guided = {"sampling.classifier": str(path), "sampling.classifier_scale": scale}
         found = sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run).path
         with np.load(found) as arrays:
             drawn.append(arrays["arr_0"])
     assert (drawn[0] != drawn[1]).any()
-    wrong = {"sampling.classifier": str(path), "sampling.classifier_flags": json.dumps(CLASSIFIER_FLAGS)}
+    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not determine"):
+        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(published)}), run)
     with pytest.raises(errors.UserError, match="another noise schedule"):
-        sample.run(tiny_config(**{**leaves, **wrong}), run)
+        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(other)}), run)
