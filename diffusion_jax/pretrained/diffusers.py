@@ -168,7 +168,6 @@ _FIELDS_STORED_OTHERWISE = {
     "dtype",
     "precision",
     "remat",
-    "joint_dropout",
     "condition_dropout",
 }
 
