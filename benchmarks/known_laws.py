@@ -1,6 +1,6 @@
 """Trains the configs whose data have a known law, draws samples and compares them with the law.
 
-    python benchmarks/known_laws.py [series field volume moons mixture conditional] [--workdir=runs/laws] [--seed=0]
+    python benchmarks/known_laws.py [series field volume moons conditional] [--workdir=runs/laws] [--seed=0]
 
 Each line of the output is one comparison: the largest deviation from the exact law, the error bar, and the largest deviation
 from a wrong law, which must be outside its error bar. An error bar is the stated bias of a network that is trained for
@@ -33,17 +33,15 @@ from diffusion_jax.runs.trained_model import TrainedModel
 # Bias of a trained network that an error bar allows, beside the Monte Carlo error.
 POWER_BIAS = 0.15  # of the power in a shell of frequencies, relative to the exact one
 CORRELATION_BIAS = 0.05  # of the correlation of two channels at one position
-WEIGHT_BIAS = 0.02  # of the weight of a mode
 MEAN_BIAS = 0.2  # of a conditional mean, in conditional standard deviations
 EXCESS_NATS = 0.1  # of the bound per dimension, beyond its slack with the exact score
 
 NUM_TEST = 512
 CONFIGS = {
-    "series": ("series", "synthetic"),
+    "series": ("series",),
     "field": ("field",),
     "volume": ("volume",),
     "moons": ("vectors", "moons"),
-    "mixture": ("vectors", "mixture"),
     "conditional": ("vectors", "conditional"),
 }
 WRONG_LAWS = {
@@ -118,17 +116,7 @@ def compare_gaussian(name: str, x: np.ndarray, law: SeriesLaw | FieldLaw) -> lis
 
 
 def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> list[bool]:
-    """Weights of modes, conditional means, or the mean log density of samples."""
-    if name == "mixture":
-        law = synthetic.MIXTURE
-        weights = np.array(law.weights)
-        shares = np.bincount(law.mode_of(x), minlength=len(weights)) / len(x)
-        print(f"     {name}: weights of the samples {np.round(shares, 4)}, of the law {weights}")
-        bar = WEIGHT_BIAS + 4 * np.sqrt(weights * (1 - weights) / len(x))
-        return [
-            report(name, "weight of a mode", shares - weights, bar),
-            report(name, "weight of a mode, against equal weights", shares - 1 / len(weights), bar, is_wrong=True),
-        ]
+    """Conditional means, or the mean log density of samples."""
     if name == "conditional":
         assert condition is not None
         law = synthetic.CONDITIONAL
@@ -229,10 +217,7 @@ def compare_likelihood(name: str, config, trained: TrainedModel, law) -> list[bo
     )(jax.random.key(0), batch["x"])
     nats = np.asarray(bits, np.float64) * np.log(2) + np.log(scale).mean()
     spatial = tuple(config.data.image_size)
-    if name == "mixture":
-        entropy = law.entropy(np.random.default_rng(0), 400_000).value
-    else:
-        entropy = law_at(law, spatial)[2] if spatial else law.entropy()
+    entropy = law_at(law, spatial)[2] if spatial else law.entropy()
     slack = exact_slack(trained.schedule, principal_variances(name, law, scale, spatial))
     error = nats.std(ddof=1) / np.sqrt(NUM_TEST)
     good = entropy - 4 * error <= nats.mean() <= entropy + slack + EXCESS_NATS + 4 * error

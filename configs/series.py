@@ -1,29 +1,20 @@
-"""Time series with one spatial axis: a synthetic process whose law is known, or a recorded membrane potential.
+"""Time series with one spatial axis: 64 positions and 2 channels of a synthetic process whose law is known.
 
     python main.py --config=configs/series.py --workdir=runs/series
     python main.py --workdir=runs/series --mode=sample
 
-| argument | series |
-|---|---|
-| synthetic (the default) | 64 positions, 2 channels: a damped oscillation with delays, and rough noise |
-| real | 64 positions 2 ms apart, 1 channel: a neuron's membrane potential in millivolts, from matplotlib's sample data |
-
-The samples are compared with the exact law by `python benchmarks/known_laws.py series`. The network predicts v: without a
-clip of x_0, a network that predicts eps amplifies its errors at the first steps of a deterministic sampler.
+The series are a damped oscillation with delays, and rough noise. The samples are compared with the exact law by
+`python benchmarks/known_laws.py series`. The network predicts v: without a clip of x_0, a network that predicts eps
+amplifies its errors at the first steps of a deterministic sampler.
 """
 
 from diffusion_jax.config import ConfigDict, default
 
-_SOURCES = {"synthetic": ("series", 2), "real": ("real_series", 1)}
 
-
-def get_config(variant: str = "synthetic") -> ConfigDict:
-    """variant: "synthetic" or "real"."""
-    if variant not in _SOURCES:
-        raise ValueError(f"series.py:{variant}: known are {', '.join(_SOURCES)}")
-    source, channels = _SOURCES[variant]
+def get_config() -> ConfigDict:
+    """The series."""
     config = default()
-    config.data.update(dataset=f"diffusion_jax.data.synthetic:{source}", image_size=(64,), channels=channels)
+    config.data.update(dataset="diffusion_jax.data.synthetic:series", image_size=(64,), channels=2)
     config.data.update(levels=None, random_flip=False)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(), num_groups=8)
     config.model.update(dropout=0.0, scale_shift_norm=True)

@@ -1,29 +1,28 @@
-"""Vectors, with a multilayer perceptron: two moons, a mixture of Gaussians, or vectors that depend on a condition.
+"""Vectors, with a multilayer perceptron: two moons, or vectors that depend on a condition.
 
     python main.py --config=configs/vectors.py --workdir=runs/moons
-    python main.py --config=configs/vectors.py:mixture --workdir=runs/mixture
+    python main.py --config=configs/vectors.py:conditional --workdir=runs/spiral
     python main.py --workdir=runs/moons --mode=sample
 
 | argument | vectors |
 |---|---|
 | moons (the default) | two half circles with noise in the plane |
-| mixture | five Gaussians of unequal weights in 10 dimensions |
 | conditional | points on a spiral in the plane, at the place that a number gives: `--config.sampling.conditions=FILE` |
 
-The samples are compared with the exact laws by `python benchmarks/known_laws.py moons mixture conditional`.
+The samples are compared with the exact laws by `python benchmarks/known_laws.py moons conditional`.
 """
 
 from diffusion_jax.config import ConfigDict, default
 
-_CHANNELS = {"moons": 2, "mixture": 10, "conditional": 2}
+_VARIANTS = ("moons", "conditional")
 
 
 def get_config(variant: str = "moons") -> ConfigDict:
-    """variant: "moons", "mixture" or "conditional"."""
-    if variant not in _CHANNELS:
-        raise ValueError(f"vectors.py:{variant}: known are {', '.join(_CHANNELS)}")
+    """variant: "moons" or "conditional"."""
+    if variant not in _VARIANTS:
+        raise ValueError(f"vectors.py:{variant}: known are {', '.join(_VARIANTS)}")
     config = default()
-    config.data.update(dataset=f"diffusion_jax.data.synthetic:{variant}", image_size=(), channels=_CHANNELS[variant])
+    config.data.update(dataset=f"diffusion_jax.data.synthetic:{variant}", image_size=(), channels=2)
     config.data.update(levels=None, random_flip=False)
     config.model.update(kind="mlp", channels=128, num_res_blocks=3, dropout=0.0, scale_shift_norm=True)
     config.model.condition_features = 1 if variant == "conditional" else 0

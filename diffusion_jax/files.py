@@ -6,13 +6,15 @@ import contextlib
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import numpy as np
 
 from diffusion_jax.storage import locations
 
-__all__ = ["atomic_directory", "atomic_write", "save_npz", "user_cache", "write_text"]
+__all__ = ["atomic_directory", "atomic_write", "map_array", "save_npz", "user_cache", "write_text"]
 
 
 def user_cache() -> pathlib.Path:
@@ -67,3 +69,30 @@ def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays, in their order, to a new .npz file or over an existing one."""
     with atomic_write(path) as temporary:
         np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
+
+
+def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
+    """An array of an .npz, memory-mapped and read-only, or loaded if it is compressed.
+
+    Raises: OSError, ValueError; KeyError for an unknown name; zipfile.BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(pathlib.Path(path), allow_pickle=False) as arrays:
+                return arrays[name]
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(cast(Any, file))
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, is_fortran, dtype = read_header(cast(Any, file))
+            header_size = file.tell()
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    with open(path, "rb") as file:  # the lengths of the name and of the extra field are in the member's local header
+        file.seek(member.header_offset + 26)
+        start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    if not all(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start + header_size, shape, "F" if is_fortran else "C")

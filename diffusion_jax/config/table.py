@@ -163,12 +163,6 @@ MODEL: dict[str, Leaf] = {
     "condition_dropout": Leaf(
         0.0, SHARE, "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "joint_dropout": Leaf(
-        None,
-        optional(SHARE),
-        "Probability that training drops a label and a condition together, a share of `model.label_dropout` and "
-        "`model.condition_dropout`; None for the smaller of the two, 0 for independent draws.",
-    ),
     "out_channels": Leaf(
         None,
         optional(Integer(1)),
@@ -189,7 +183,7 @@ MODEL: dict[str, Leaf] = {
 
 # The defaults of models.Classifier that differ from those of the U-Net: ADM's classifier of ImageNet at 128x128 pixels.
 _CLASSIFIER_DEFAULTS = CLASSIFIER_PRESETS["adm_classifier128"]
-_NOT_OF_CLASSIFIERS = ("kind", "label_dropout", "joint_dropout", "out_channels")
+_NOT_OF_CLASSIFIERS = ("kind", "label_dropout", "out_channels")
 CLASSIFIER_MODEL: dict[str, Leaf] = {
     name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
     for name, leaf in MODEL.items()

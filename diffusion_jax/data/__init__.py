@@ -20,8 +20,7 @@ from diffusion_jax.data.checks import (
     is_of_images,
 )
 from diffusion_jax.data.holdout import check_holdout, select_split
-from diffusion_jax.data.images import Digits, Folder, find_folder, fit
-from diffusion_jax.data.in_memory import InMemory, decode_once, is_in_memory
+from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, find_folder, fit
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -31,9 +30,9 @@ from diffusion_jax.data.normalization import (
     to_model_units,
 )
 from diffusion_jax.data.pipeline import Batches, example_indices, stream
-from diffusion_jax.data.sources import Source, read_classes
-from diffusion_jax.data.tfds import Tfds, local_data_dir, make_builder, make_prepared_builder, natural_shape, prepare
-from diffusion_jax.errors import DataError, UnreadableFilesError
+from diffusion_jax.data.sources import InMemory, Source, is_in_memory, read_classes
+from diffusion_jax.data.tfds import Tfds, local_data_dir, make_builder, natural_shape, prepare
+from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.storage.objects import is_url
 
 __all__ = [
@@ -82,10 +81,7 @@ def describe(source: Source) -> str:
     classes = f"{examples} of {num_classes:,} class{'es' * (num_classes != 1)}"
     if all(name == str(i) for i, name in enumerate(names)):
         return classes
-    labeled = [f"{i} {name}" for i, name in enumerate(names)]
-    if len(labeled) > 12:
-        labeled = [*labeled[:6], "...", labeled[-1]]
-    return f"{classes}: {', '.join(labeled)}"
+    return f"{classes}: {list_names([f'{i} {name}' for i, name in enumerate(names)], 12)}"
 
 
 def load(
@@ -98,8 +94,8 @@ def load(
 
     config: the leaves of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
     downloaded and prepared first, if `data.download` is true.
-    progress: as for `InMemory`, while the examples are read. log: called with lines about the examples. source: the one to
-    load, in place of that which `config` names; it is checked against the other leaves, and `data.holdout` must be 0.
+    progress: as for `InMemory.load`, while the examples are read. log: called with lines about the examples.
+    source: a source to load instead of the one that `config` names; `data.holdout` must then be 0.
     Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
@@ -130,16 +126,16 @@ def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
     """The source in memory if it fits, otherwise the source itself."""
     if _megabytes(source, config) > config["memory_mb"]:
         return source
-    if isinstance(source, Folder | Tfds) and config["cache_decoded"]:
+    if isinstance(source, EncodedImages) and config["cache_decoded"]:
         settings = {name: config[name] for name in ("dataset", "image_size", "channels")}
         settings["split"] = "train" if isinstance(source, Folder) else config["split"]  # a folder is decoded as a whole
         return decode_once(source, settings, progress, log)
-    return InMemory(source, progress)
+    return InMemory.load(source, progress)
 
 
 def _read_first(source: Source) -> dict[str, np.ndarray]:
     """The first example; {} for image files, whose shape is known and whose damage is reported for all of them together."""
-    return {} if isinstance(source, Folder | Tfds) else source.read([0])
+    return {} if isinstance(source, EncodedImages) else source.read([0])
 
 
 def _megabytes(source: Source, config: Mapping) -> float:
@@ -170,7 +166,7 @@ def check_location(config: Mapping) -> None:
     if name == "folder":
         find_folder(data_dir)
     else:
-        (make_builder if config["download"] else make_prepared_builder)(name, data_dir or None)
+        make_builder(name, data_dir or None, must_be_prepared=not config["download"])
 
 
 def _open_source(config: Mapping) -> Source:

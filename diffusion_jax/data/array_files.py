@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
+import importlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.array_rows import FileRows, Hdf5Rows, NumpyRows, Rows, ZarrRows, import_extra, readable
 from diffusion_jax.errors import DataError, list_names
+from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["ArrayFiles", "has_splits"]
@@ -20,7 +24,6 @@ _KINDS = (".npy", ".npz", ".zarr", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
 _NAMES = ("x", "image", "label", "condition")
 _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
-_MAX_LOADED_BYTES = 2**30  # of a compressed array, which every process holds in memory
 
 
 class ArrayFiles:
@@ -29,8 +32,8 @@ class ArrayFiles:
     path: one of
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
-    - `.npz` with "x" or "image", optionally "label" and "condition". What `np.savez` writes is memory-mapped; a compressed
-      array is loaded, up to 1 GiB.
+    - `.npz` with "x" or "image", optionally "label" and "condition". What `np.savez` writes is memory-mapped; every process
+      loads a compressed array.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names. They need the extra `arrays`. Each chunk that a batch touches is
       decoded, so small chunks are fastest.
     - a folder with `.npy` files, searched recursively in order of their paths without hidden ones. Each is one example
@@ -50,8 +53,8 @@ class ArrayFiles:
         self._unknown: list[str] = []
         self._labels: np.ndarray | None = None
         self.class_names: tuple[str, ...] = ()
-        self._arrays: dict[str, FileRows | Rows]
-        if location.is_dir() and not _is_zarr(location):
+        self._arrays: dict[str, _Rows | _FolderRows]
+        if location.is_dir() and not _kind(location.name):
             examples, self._labels, self.class_names = _open_folder(location, self._shape)
             self._arrays = {_key(examples): examples}
         else:
@@ -84,12 +87,8 @@ class ArrayFiles:
         return [f"Ignored arrays: {names}; arrays are x or image, label, and condition."] if self._unknown else []
 
 
-def _key(examples: FileRows | Rows) -> str:
+def _key(examples: _Rows | _FolderRows) -> str:
     return "image" if examples.dtype == np.uint8 else "x"
-
-
-def _is_zarr(path: pathlib.Path) -> bool:
-    return path.name.lower().endswith(".zarr")
 
 
 def _kind(name: str) -> str:
@@ -100,7 +99,7 @@ def _kind(name: str) -> str:
 def has_splits(path: str, split: str) -> bool:
     """Whether `split` selects some of the examples at a path: one file, store or folder of files has no splits."""
     root = local_path(path)
-    if not root.is_dir() or _is_zarr(root):
+    if not root.is_dir() or _kind(root.name):
         return False
     names = _split_entries(root).keys()
     return split in names or bool(names & _SPLIT_NAMES)
@@ -112,7 +111,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
     if not path or not root.exists():
         what = "no such file or folder" if path else "empty"
         raise DataError(f"data.data_dir={str(path or '')!r} is {what}; set it to {_ALLOWED}")
-    if root.is_dir() and not _is_zarr(root):
+    if root.is_dir() and not _kind(root.name):
         entries = _split_entries(root)
         found = entries.get(split, [])
         if len(found) > 1:
@@ -145,15 +144,14 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
     return {name: sorted(files) for name, files in entries.items()}
 
 
-def _open_file(path: pathlib.Path) -> tuple[dict[str, FileRows | Rows], list[str]]:
+def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list[str]]:
     """(the arrays of a file or store, the examples first; the names of arrays that are not read). Raises: DataError."""
-    location = str(path)
     if path.suffix.lower() == ".npy":
-        names, examples = [], NumpyRows(location)
-        found: dict[str, FileRows | Rows] = {_key(examples): examples}
+        names, examples = [], _Rows(str(path))
+        found: dict[str, _Rows | _FolderRows] = {_key(examples): examples}
     else:
-        with readable(path):
-            names, open_rows = _list_arrays(path)
+        with _readable(path):
+            names = _list_arrays(path)
         chosen = [name for name in ("x", "image") if name in names]
         if len(chosen) == 2:
             raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
@@ -162,7 +160,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, FileRows | Rows], list[str
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save "
                 "them under these names, outside groups, and optionally 'label' and 'condition'"
             )
-        found = {name: open_rows(location, name) for name in (*chosen, "label", "condition") if name in names}
+        found = {name: _Rows(str(path), name) for name in (*chosen, "label", "condition") if name in names}
         examples = found[chosen[0]]
     for name, array in found.items():
         if array.shape[:1] != examples.shape[:1] or not array.shape:
@@ -173,27 +171,101 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, FileRows | Rows], list[str
     return found, [name for name in names if name not in _NAMES]
 
 
-def _list_arrays(path: pathlib.Path) -> tuple[list[str], Callable[[str, str], Rows]]:
-    """(the names of the arrays of a file, what opens one of them)."""
-    if path.suffix.lower() == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-        for name, member in members.items():
-            if name in _NAMES and member.compress_type != zipfile.ZIP_STORED and member.file_size > _MAX_LOADED_BYTES:
-                raise DataError(
-                    f"{path}: {name} is compressed and has {member.file_size / 2**30:.1f} GiB, more than the 1 GiB that are "
-                    "loaded; save it with np.savez instead of np.savez_compressed, or as .npy"
-                )
-        return list(members), NumpyRows
-    if _is_zarr(path):
-        store = import_extra("zarr", path).open(str(path), mode="r")
-        return sorted(store.array_keys()) if hasattr(store, "array_keys") else [], ZarrRows
-    h5py = import_extra("h5py", path)
-    with h5py.File(path, "r", locking="best-effort") as file:
-        return [name for name, item in file.items() if isinstance(item, h5py.Dataset)], Hdf5Rows
+def _list_arrays(path: pathlib.Path) -> list[str]:
+    """The names of the arrays of a file or store that are outside groups."""
+    if path.suffix.lower() != ".npz":
+        store = _open_store(str(path))
+        return [] if hasattr(store, "shape") else sorted(name for name in store if hasattr(store[name], "shape"))
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def _read_labels(where: str, array: FileRows | Rows, length: int) -> tuple[np.ndarray, int]:
+def _open_store(path: str) -> Any:
+    """A Zarr store or an HDF5 file: arrays by name. Raises: DataError if the package that reads it is not installed."""
+    name = "zarr" if _kind(path) == ".zarr" else "h5py"
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"{path} needs {name} ({error}); pip install '.[arrays]'") from error
+    return package.open(path, mode="r") if name == "zarr" else package.File(path, "r", locking="best-effort")
+
+
+@contextlib.contextmanager
+def _readable(path: str | pathlib.Path) -> Iterator[None]:
+    """Raises: DataError of one line for everything that reading a file raises, because codecs have errors of their own."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(message.split()) or type(error).__name__
+        raise DataError(f"cannot read {path}: {reason}") from error
+
+
+class _Rows:
+    """An array [N, ...] in a file, opened at the first read in each process: a copy for another process has the path alone.
+
+    name: of the array in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
+    shape, dtype: of the whole array, in the byte order of this machine. Raises: DataError for files that cannot be read.
+    """
+
+    def __init__(self, path: str, name: str = ""):
+        self._path, self._name = path, name
+        with _readable(path):
+            self.shape: tuple[int, ...] = tuple(self._opened.shape)
+            self.dtype = np.dtype(self._opened.dtype).newbyteorder("=")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+    @functools.cached_property
+    def _opened(self) -> Any:
+        """The array, of which nothing is read yet."""
+        if not self._name:
+            return np.lib.format.open_memmap(self._path, mode="r")
+        return map_array(self._path, self._name) if _kind(self._path) == ".npz" else _open_store(self._path)[self._name]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """[n, ...] at rows int [n], in any order, also repeated."""
+        with _readable(self._path):
+            return np.ascontiguousarray(self._take(rows), self.dtype)
+
+    def _take(self, rows: np.ndarray) -> np.ndarray:
+        if isinstance(self._opened, np.ndarray):
+            return self._opened[rows]
+        if _kind(self._path) == ".zarr":
+            return self._opened.oindex[rows]
+        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads increasing rows only
+        values = np.empty((len(unique), *self.shape[1:]), self.dtype)
+        starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
+        for start, end in zip(starts, [*starts[1:], len(unique)], strict=False):  # a list of rows is 5 times slower
+            values[start:end] = self._opened[int(unique[start]) : int(unique[end - 1]) + 1]
+        return values[inverse]
+
+
+class _FolderRows:
+    """The rows of several .npy files, one after the other; a file is open only while it is read.
+
+    lengths: the number of rows of each file. row_shape: of one row; a file may contain one row without the first axis.
+    """
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):
+        self._paths, self._ends = paths, np.cumsum(lengths)
+        self.shape, self.dtype = (int(self._ends[-1]), *row_shape), dtype
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """[n, ...] at rows int [n], in any order, also repeated. Raises: DataError."""
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        indices = np.searchsorted(self._ends, rows, "right")
+        for i in np.unique(indices):
+            with _readable(self._paths[i]):
+                array = np.lib.format.open_memmap(self._paths[i], mode="r").reshape(-1, *self.shape[1:])
+                values[indices == i] = array[rows[indices == i] - self._ends[i]]  # counted from the end of the file
+        return values
+
+
+def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[np.ndarray, int]:
     """(labels int32 [N], the largest + 1). Raises: DataError for labels that are not integers from 0 on."""
     if array.dtype.kind not in "iu" or array.shape != (length,):
         raise DataError(f"{where} is {array.dtype} {list(array.shape)}, not integers [{length}], one for each example")
@@ -205,34 +277,30 @@ def _read_labels(where: str, array: FileRows | Rows, length: int) -> tuple[np.nd
     return labels.astype(np.int32), high + 1
 
 
-def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[FileRows, np.ndarray | None, tuple[str, ...]]:
+def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRows, np.ndarray | None, tuple[str, ...]]:
     """(the examples of the .npy files below a folder, their labels, the names of the classes). Raises: DataError."""
     paths = [path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() == ".npy"]
     files = sorted(path.parts for path in paths if not any(part.startswith(".") for part in path.parts))
     if not files:
         raise DataError(f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}")
+    locations = [os.path.join(root, *file) for file in files]
+    row_shapes = (shape, shape[:-1]) if shape[-1] == 1 else (shape,)
     lengths, dtypes = [], []
-    for file in files:
-        array = NumpyRows(str(root.joinpath(*file)))
-        lengths.append(1 if _is_example(array.shape, shape) else array.shape[0] if array.shape else 0)
-        dtypes.append(array.dtype)
-        if not _is_example(array.shape, shape) and not _is_example(array.shape[1:], shape):
+    for location in locations:
+        array = _Rows(location)
+        if array.shape not in row_shapes and array.shape[1:] not in row_shapes:
             raise DataError(
-                f"{root.joinpath(*file)} is {array.dtype} {list(array.shape)}; every file must be an example {list(shape)} "
+                f"{location} is {array.dtype} {list(array.shape)}; every file must be an example {list(shape)} "
                 "(data.image_size and data.channels), or several of them along a first axis"
             )
+        lengths.append(1 if array.shape in row_shapes else array.shape[0])
+        dtypes.append(array.dtype)
         if array.dtype != dtypes[0]:
             raise DataError(
-                f"{root.joinpath(*file)} is {array.dtype}, but {root.joinpath(*files[0])} is {dtypes[0]}; save all files as "
-                "one type"
+                f"{location} is {array.dtype}, but {locations[0]} is {dtypes[0]}; save all files as one type"
             )
-    examples = FileRows(str(root), [os.path.join(*file) for file in files], lengths, shape, dtypes[0])
+    examples = _FolderRows(locations, lengths, shape, dtypes[0])
     if any(len(file) == 1 for file in files):
         return examples, None, ()
-    classes = sorted({file[0] for file in files})
-    index = {name: i for i, name in enumerate(classes)}
-    return examples, np.repeat(np.array([index[file[0]] for file in files], np.int32), lengths), tuple(classes)
-
-
-def _is_example(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return found == shape or (shape[-1] == 1 and found == shape[:-1])
+    classes, labels = np.unique([file[0] for file in files], return_inverse=True)
+    return examples, np.repeat(labels.astype(np.int32), lengths), tuple(classes.tolist())

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.config import LEAVES
 from diffusion_jax.data.sources import DerivedSource, Source
 from diffusion_jax.errors import DataError, shorten
 
@@ -30,16 +29,7 @@ _ARRAYS = ("x", "image", "label", "condition")
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
-    """(*spatial, C) of `config.data`, whose `image_size` is the size of each spatial axis, or one number for two axes.
-
-    Raises: DataError for a size or a number of channels that its leaf does not allow.
-    """
-    for name in ("image_size", "channels"):
-        kind = LEAVES[f"data.{name}"].kind
-        try:
-            kind.check(config[name])
-        except ValueError:
-            raise DataError(f"data.{name}={config[name]!r} must be {kind.allowed}") from None
+    """(*spatial, C) of `config.data`, whose `image_size` is the size of each spatial axis, or one number for two axes."""
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
 
@@ -61,11 +51,6 @@ def check_image_leaves(config: Mapping) -> tuple[tuple[int, int], int]:
         )
     if config["levels"] is None:
         raise DataError(f"data.levels=None is for continuous data, and data.dataset={name!r} has images; {other}")
-    if config["normalization"] != "auto":
-        raise DataError(
-            f"data.normalization={config['normalization']!r} is for continuous data, and images always become [-1, 1]: use "
-            "'auto'"
-        )
     return shape[:2], shape[2]
 
 
@@ -121,49 +106,49 @@ def check_examples(config: Mapping, source: Source) -> None:
     """Raises: DataError if a source has no examples, or its first ones have another shape or kind than `config.data`."""
     if not len(source):
         raise DataError(f"data.dataset={config['dataset']!r} has no examples")
-    indices = np.arange(min(_NUM_CHECKED, len(source)))
-    batch, expected = source.read(indices), example_shape(config)
-    if not isinstance(batch, Mapping) or len({"image", "x"} & batch.keys()) != 1:
-        got = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    batch: Any = source.read(np.arange(min(_NUM_CHECKED, len(source))))
+    names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
+    if len({"image", "x"} & set(names)) != 1 or set(names) - set(_ARRAYS):
         raise DataError(
-            f'a source must return a dictionary with either "image" (uint8) or "x" (other numbers); got {got}'
+            'a source must return a dictionary with either "image" (uint8) or "x" (other numbers), and optionally "label" '
+            f'and "condition"; got {", ".join(map(repr, names))}'
         )
-    name = "image" if "image" in batch else "x"
-    values: Any = np.asarray(batch[name])
-    _check_kind(config, name, values.dtype)
-    if values.shape[:1] != (len(indices),):
-        raise DataError(f'read of {len(indices)} examples returns "{name}" of shape {list(values.shape)}')
-    if values.shape[1:] != expected:
-        spatial, channels = values.shape[1:-1], values.shape[-1]
-        advice = f"--config.data.image_size={str(spatial).replace(' ', '')} --config.data.channels={channels}"
+    arrays = {name: np.asarray(array) for name, array in batch.items()}
+    name, shape = "image" if "image" in arrays else "x", example_shape(config)
+    _check_kind(config, name, arrays[name].dtype)
+    if arrays[name].shape[1:] != shape:
+        found, advice = arrays[name].shape[1:], ""
+        if found:
+            spatial = str(found[:-1]).replace(" ", "")
+            advice = f"; use --config.data.image_size={spatial} --config.data.channels={found[-1]}"
         raise DataError(
-            f"the examples have shape {list(values.shape[1:])}, not {list(expected)} as data.image_size and data.channels "
-            f"say; use {advice}"
+            f"the examples have shape {list(found)}, not {list(shape)} as data.image_size and data.channels say{advice}"
         )
-    for other in ("label", "condition"):
-        if other in batch and len(batch[other]) != len(indices):
-            raise DataError(f'read of {len(indices)} examples returns {len(batch[other])} rows of "{other}"')
-    _check_label_and_condition(batch, expected)
+    label, condition = arrays.get("label"), arrays.get("condition")
+    if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
+        raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
+    if condition is not None:
+        is_field = condition.ndim == len(shape) + 1 and condition.shape[1:-1] == shape[:-1]
+        if condition.dtype.kind not in "iuf" or not (condition.ndim == 2 or is_field):
+            field = f" or [{', '.join(map(str, ('n', *shape[:-1], 'K')))}]" if shape[:-1] else ""
+            raise DataError(
+                f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
+            )
     check_random_flip(config, name)
 
 
-def _check_label_and_condition(batch: Mapping, shape: tuple[int, ...]) -> None:
-    """Raises: DataError for labels that are not integers [n], and conditions that fit no example of this shape."""
-    if unknown := sorted(batch.keys() - set(_ARRAYS)):
-        raise DataError(
-            f"a source returns {unknown[0]!r}; it must return some of {', '.join(map(repr, _ARRAYS))} alone"
-        )
-    label, condition = (np.asarray(batch[name]) if name in batch else None for name in ("label", "condition"))
-    if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
-        raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
-    if condition is None:
-        return
-    is_field = condition.ndim == len(shape) + 1 and condition.shape[1:-1] == shape[:-1]
-    if condition.dtype.kind not in "iuf" or not (condition.ndim == 2 or is_field):
-        field = f" or [{', '.join(map(str, ('n', *shape[:-1], 'K')))}]" if shape[:-1] else ""
-        raise DataError(
-            f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
-        )
+def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
+    """Raises: DataError for a type that the name does not allow, or that contradicts `data.levels`."""
+    levels, is_real = config["levels"], dtype.kind in "iuf" or dtype.name == "bfloat16"
+    if name == "image" and dtype != np.uint8:
+        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
+    if name == "x" and (not is_real or dtype == np.uint8):
+        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
+        raise DataError(f'a source returns "x" as {dtype}; {advice}')
+    if name == "x" and levels is not None:
+        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
+    if name == "image" and levels is None:
+        raise DataError("data.levels=None is for continuous data, but the data are uint8: use data.levels=256")
 
 
 class CheckedSource(DerivedSource):
@@ -189,30 +174,10 @@ class CheckedSource(DerivedSource):
                     f"{dtype} {[len(indices), *shape]}"
                 )
             batch[name] = array.astype(dtype, copy=False)
-        label = batch.get("label")
-        if (
-            label is not None
-            and self.num_classes
-            and label.size
-            and not 0 <= label.min() <= label.max() < self.num_classes
-        ):
+        labels = batch.get("label", np.zeros(0, int))
+        if self.num_classes and labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise DataError(
-                f"{where} returns labels from {label.min()} to {label.max()}; num_classes={self.num_classes} allows 0 ... "
+                f"{where} returns labels from {labels.min()} to {labels.max()}; num_classes={self.num_classes} allows 0 ... "
                 f"{self.num_classes - 1}"
             )
         return batch
-
-
-def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
-    """Raises: DataError for a type that the name does not allow, or that contradicts `data.levels`."""
-    is_real = dtype.kind in "iuf" or dtype.name == "bfloat16"
-    if name == "image" and dtype != np.uint8:
-        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
-    if name == "x" and (not is_real or dtype == np.uint8):
-        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
-        raise DataError(f'a source returns "x" as {dtype}; {advice}')
-    levels = config["levels"]
-    if name == "x" and levels is not None:
-        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
-    if name == "image" and levels is None:
-        raise DataError("data.levels=None is for continuous data, but the data are uint8: use data.levels=256")

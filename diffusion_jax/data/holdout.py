@@ -56,10 +56,11 @@ def select_split(config: Mapping, files: Folder | ArrayFiles, loaded: Source) ->
     Raises: DataError if a side has no example.
     """
     share = config["holdout"]
-    names = (
-        [name.replace("\\", "/").encode() for name, _ in files.encoded_files()] if isinstance(files, Folder) else None
-    )
-    held_out = are_held_out(_contents(loaded) if names is None else names, share)
+    if isinstance(files, Folder):
+        keys = (name.replace("\\", "/").encode() for name, _ in files.encoded_files())
+    else:
+        keys = _contents(loaded)
+    held_out = are_held_out(keys, share)
     if held_out.all() or not held_out.any():
         raise DataError(
             f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each of 'train' and 'test' "

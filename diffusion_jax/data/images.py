@@ -1,21 +1,37 @@
-"""Sources of images: a folder of image files, and the digits of scikit-learn."""
+"""Sources of images: the digits of scikit-learn, a folder of image files, and the cache of decoded images.
+
+The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. A file is named by
+the SHA-256 of the names and contents of the encoded files and of how they are decoded, so a changed source has another name.
+"""
 
 from __future__ import annotations
 
+import abc
 import collections
+import contextlib
+import hashlib
 import importlib.util
+import json
+import os
 import pathlib
-from collections.abc import Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_jax.data.sources import InMemory, Source, read_classes
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
+from diffusion_jax.files import map_array, user_cache
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["Digits", "Folder", "find_folder", "fit"]
+__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "find_folder", "fit"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_VERSION = 2  # increase it if sources decode the same files to other arrays
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
@@ -29,10 +45,8 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
     return np.asarray(image).reshape(height, width, channels)
 
 
-class Digits:
+class Digits(InMemory):
     """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth is held out as "test"."""
-
-    num_classes, class_names = 10, tuple("0123456789")
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
@@ -43,14 +57,16 @@ class Digits:
         table = np.loadtxt(pathlib.Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
         table = table[(np.arange(len(table)) % 6 == 5) == (split == "test")]
         gray = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self._images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in gray])
-        self._labels = table[:, 64].astype(np.int32)
+        images = np.stack([fit(Image.fromarray(image), image_size, channels) for image in gray])
+        super().__init__({"image": images, "label": table[:, 64].astype(np.int32)}, 10, "0123456789")
 
-    def __len__(self) -> int:
-        return len(self._labels)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return {"image": self._images[indices], "label": self._labels[indices]}
+class EncodedImages(Source):
+    """A source of images that are decoded when they are read."""
+
+    @abc.abstractmethod
+    def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
+        """The names and paths of all files that examples are decoded from."""
 
 
 def find_folder(directory: str) -> pathlib.Path:
@@ -61,7 +77,7 @@ def find_folder(directory: str) -> pathlib.Path:
     return root
 
 
-class Folder:
+class Folder(EncodedImages):
     """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
 
     Hidden files and folders are skipped; transparency is dropped, and only the first frame of an animation is read.
@@ -85,7 +101,6 @@ class Folder:
         index = {name: i for i, name in enumerate(self.class_names)}
         self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
         self._transparent: set[str] = set()
-        self._animated: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -96,11 +111,10 @@ class Folder:
         return ", ".join(f"{n:,} {reasons.get(suffix, suffix)}" for suffix, n in counts)
 
     def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
-        """The names and paths of all files that examples are decoded from."""
         return [(file, self._root / file) for file in self._files]
 
     def notes(self) -> list[str]:
-        """Lines about skipped files, and about transparency and frames that `read` dropped."""
+        """Lines about skipped files, and about transparency that `read` dropped (images from the cache are not read)."""
         notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
         if self._outside:
             are = "is" if len(self._outside) == 1 else "are"
@@ -108,8 +122,6 @@ class Folder:
             notes.append(f"No classes: {list_names(self._outside, 3)} {are} outside the subfolders; {advice}.")
         if self._transparent:
             notes.append(f"Dropped the transparency of {list_names(sorted(self._transparent), 3)}.")
-        if self._animated:
-            notes.append(f"Read only the first frame of {list_names(sorted(self._animated), 3)}.")
         return notes
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
@@ -132,9 +144,57 @@ class Folder:
         with Image.open(self._root / file) as image:
             if image.has_transparency_data:
                 self._transparent.add(file)
-            if getattr(image, "is_animated", False):
-                self._animated.add(file)
             return self._resize(self._root / file, ImageOps.exif_transpose(image))
 
     def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
         return fit(image, self._size, self._channels)
+
+
+def decode_once(
+    source: EncodedImages,
+    settings: Mapping[str, object],
+    progress: Callable[[Iterable[int], int], Iterable],
+    log: Callable[[str], None],
+) -> InMemory:
+    """The source in memory: memory-mapped from the cache, or decoded and written to it.
+
+    settings: what decides the arrays besides the files. A damaged file of the cache, which the checksums of .npz find, is
+    replaced; a cache that cannot be written costs a line of the log.
+    Raises: UnreadableFilesError with all corrupted images; DataError.
+    """
+    directory = user_cache() / "decoded"
+    try:
+        path = directory / f"{_source_digest(source, settings)}.npz"
+    except OSError:  # a file that cannot be read, which the source reports better
+        return InMemory.load(source, progress)
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # it does not exist, or is damaged
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            is_whole = archive.testzip() is None
+        if is_whole:
+            return InMemory({name: map_array(path, name).view(np.ndarray) for name in names}, *read_classes(source))
+    loaded = InMemory.load(source, progress)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as temporary:  # processes may write the same file at once
+            np.savez(f"{temporary}/{path.name}", **loaded.arrays)  # pyright: ignore[reportArgumentType]  # as in `save_npz`
+            os.replace(f"{temporary}/{path.name}", path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        log(f"Note: the decoded images are not kept in {directory} ({reason}); the next launch decodes them again.")
+    return loaded
+
+
+def _source_digest(source: EncodedImages, settings: Mapping[str, object]) -> str:
+    """SHA-256 of the names and contents of the files of a source, and of everything that decides how they are decoded."""
+
+    def file_digest(path: pathlib.Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names, paths = zip(*source.encoded_files(), strict=True)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        files = list(zip(names, pool.map(file_digest, paths), strict=True))
+    made_with = {"version": _VERSION, "pillow": PIL.__version__, "source": type(source).__name__}
+    text = json.dumps([made_with, dict(settings), files], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,6 @@ class Normalization:
     scale: tuple[float, ...]
     low: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
-
-    @classmethod
-    def from_limits(cls, low: float, high: float, channels: int) -> Normalization:
-        """Maps [low, high] to [-1, 1]."""
-        return cls(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
 
     def apply(self, data: np.ndarray) -> np.ndarray:
         """float32 x of data [n, *spatial, C]. Float32 data are computed in float32, all others in float64."""
@@ -126,34 +121,24 @@ class Normalized(DerivedSource):
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Raises: DataError for values that are not finite, or outside the limits."""
         batch = dict(self.source.read(indices))
-        for name in ("x", "condition"):
-            if name in batch:
-                batch[name] = self._normalize(name, batch[name], indices)
+        for name in [name for name in ("x", "condition") if name in batch]:
+            values, x = batch[name], to_model_units(batch[name], self.normalizations.get(name))
+            _check_finite(name, x, indices)
+            if name in self._bounded and (outside := np.argwhere(np.abs(x) > 1 + 1e-6)).size:  # more than rounding
+                raise DataError(
+                    f"example {indices[outside[0, 0]]} has the value {values[tuple(outside[0])]:g}, outside data.limits; "
+                    "widen them"
+                )
+            batch[name] = x
         return batch
 
-    def _normalize(self, name: str, values: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        x = to_model_units(values, self.normalizations.get(name))
-        bad = _first_row(~np.isfinite(x))
-        if bad is not None:
-            raise DataError(_not_finite(name, indices[bad]))
-        if name in self._bounded:
-            bad = _first_row(np.abs(x) > 1 + 1e-6)  # rounding
-            if bad is not None:
-                value = values[bad].flat[np.abs(x[bad]).argmax()]
-                raise DataError(f"example {indices[bad]} has the value {value:g}, outside data.limits; widen them")
-        return x
 
-
-def _first_row(is_bad: np.ndarray) -> int | None:
-    """The first of n rows with a true entry, None if there is none."""
-    if not is_bad.any():
-        return None
-    return int(is_bad.reshape(len(is_bad), -1).any(axis=1).argmax())
-
-
-def _not_finite(name: str, index: Any) -> str:
-    what = "" if name == "x" else f" in its {name}"
-    return f"example {index} has values that are not finite{what}; remove or repair it"
+def _check_finite(name: str, values: np.ndarray, indices: Sequence[int] | np.ndarray) -> None:
+    """Raises: DataError for the first of n examples whose values are not all finite."""
+    bad = np.argwhere(~np.isfinite(values))
+    if bad.size:
+        what = "" if name == "x" else f" in its {name}"
+        raise DataError(f"example {indices[bad[0, 0]]} has values that are not finite{what}; remove or repair it")
 
 
 def find_normalizations(
@@ -167,7 +152,7 @@ def find_normalizations(
     are computed in one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. Conditions are
     standardized, too, unless it is none.
 
-    progress: as for `data.InMemory`, called only if there is a pass.
+    progress: as for `data.InMemory.load`, called only if there is a pass.
     Raises: DataError for a leaf that does not fit the data, values that are not finite, or a channel that is constant.
     """
     mode, first = config["normalization"], source.read([0])
@@ -179,7 +164,8 @@ def find_normalizations(
     if mode == "limits":
         if not config["limits"]:
             raise DataError("data.normalization='limits' needs data.limits=(low, high), the range of the data")
-        found["x"] = Normalization.from_limits(*config["limits"], channels=first["x"].shape[-1])
+        (low, high), channels = config["limits"], first["x"].shape[-1]
+        found["x"] = Normalization(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
     names = [name for name in ("x", "condition") if name in first and name not in found]
     if names:
         found |= {name: _standardization(name, total) for name, total in _moments(source, names, progress).items()}
@@ -201,10 +187,8 @@ def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Total
     def add(indices):
         batch = source.read(indices)
         for name in names:
-            values = np.asarray(batch[name], np.float64).reshape(len(indices), -1, batch[name].shape[-1])
-            bad = _first_row(~np.isfinite(values))
-            if bad is not None:
-                raise DataError(_not_finite(name, indices[bad]))
+            values = np.asarray(batch[name], np.float64)
+            _check_finite(name, values, indices)
             totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
         return len(indices)
 

@@ -1,13 +1,16 @@
-"""The protocol of a source of examples, and sources that are made from another one."""
+"""The protocol of a source of examples, arrays in memory, and sources that are made from another one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["DerivedSource", "SelectedExamples", "Source", "read_classes"]
+from diffusion_jax.errors import UnreadableFilesError
+
+__all__ = ["DerivedSource", "InMemory", "SelectedExamples", "Source", "is_in_memory", "read_classes"]
 
 
 @runtime_checkable
@@ -15,7 +18,7 @@ class Source(Protocol):
     """Examples with labels or conditions, read by index from any process.
 
     A source is picklable, because worker processes read from copies of it; files are opened when they are read. Any object
-    with these members is a source and can be passed to `data.Batches` or `data.InMemory`:
+    with these members is a source and can be passed to `data.Batches` or `data.InMemory.load`:
 
         class Stripes:
             num_classes, class_names = 2, ("horizontal", "vertical")
@@ -56,6 +59,52 @@ def read_classes(source: Source) -> tuple[int, tuple[str, ...]]:
     return getattr(source, "num_classes", 0), tuple(getattr(source, "class_names", ()))
 
 
+class InMemory:
+    """A source of arrays by the names of `Source.read`, such as "image" uint8 [N, *spatial, C]."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], num_classes: int = 0, class_names: Sequence[str] = ()):
+        self.arrays, self.num_classes, self.class_names = dict(arrays), num_classes, tuple(class_names)
+
+    @classmethod
+    def load(
+        cls, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes
+    ) -> InMemory:
+        """All examples of a source.
+
+        progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
+        Raises: UnreadableFilesError with all corrupted images.
+        """
+        n, failures = len(source), {}
+
+        def read(indices):
+            try:
+                return source.read(indices)
+            except UnreadableFilesError as error:
+                failures.update(error.failures)
+                return {}
+
+        def decode(chunk):
+            batch = read(chunk)
+            if not failures:
+                for name, array in arrays.items():
+                    array[chunk] = batch[name]
+            return len(chunk)
+
+        arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in read([0]).items()}
+        with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
+            for _ in progress(pool.map(decode, np.array_split(np.arange(n), -(-n // 256))), n):
+                pass
+        if failures:
+            raise UnreadableFilesError(failures.items())
+        return cls(arrays, *read_classes(source))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
 class DerivedSource:
     """A source that is made from another one and has its classes."""
 
@@ -68,6 +117,13 @@ class DerivedSource:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         return self.source.read(indices)
+
+
+def is_in_memory(source: Source) -> bool:
+    """Whether a source, or the one that it is made from, is in memory, so that its batches need no other processes."""
+    while isinstance(source, DerivedSource):
+        source = source.source
+    return isinstance(source, InMemory)
 
 
 class SelectedExamples(DerivedSource):

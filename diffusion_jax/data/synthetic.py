@@ -1,4 +1,4 @@
-"""Data sets whose laws are known exactly, to compare samples and likelihoods with, and one recorded series.
+"""Data sets whose laws are known exactly, to compare samples and likelihoods with.
 
 | `data.dataset` | spatial axes, channels | law |
 |---|---|---|
@@ -6,9 +6,7 @@
 | `diffusion_jax.data.synthetic:field` | 2, 5 | `FIELD`: a periodic Gaussian field |
 | `diffusion_jax.data.synthetic:volume` | 3, 1 | `VOLUME`: a periodic Gaussian field |
 | `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
-| `diffusion_jax.data.synthetic:mixture` | 0, 10 | `MIXTURE`: five Gaussians of unequal weights |
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
-| `diffusion_jax.data.synthetic:real_series` | 1, 1 | unknown: a recorded membrane potential |
 
 Each has a split "train" and a split "test", with independent draws. A law has its exact covariance, spectrum, density or
 conditional mean, its entropy, and `sample`.
@@ -24,35 +22,29 @@ E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from diffusion_jax.data.checks import example_shape
+from diffusion_jax.data.sources import InMemory
 from diffusion_jax.errors import DataError
 
 __all__ = [
     "CONDITIONAL",
     "FIELD",
-    "MIXTURE",
     "MOONS",
     "SERIES",
     "VOLUME",
     "ConditionalLaw",
-    "Estimate",
-    "Examples",
     "FieldLaw",
-    "MixtureLaw",
     "MoonsLaw",
     "SeriesLaw",
     "conditional",
     "field",
-    "mixture",
     "moons",
-    "real_series",
     "series",
     "volume",
 ]
@@ -61,8 +53,6 @@ _LOG_2_PI = math.log(2 * math.pi)
 _HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
 _BLOCK = 4096
 _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
-_TRAIN_START, _TRAIN_END, _TEST_END = 1500, 9000, 10900  # of the recording, in samples
-_RECORDING_STEP = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,19 +169,6 @@ class FieldLaw:
         return fields * np.array(self.scales) + np.array(self.means)
 
 
-class Estimate(NamedTuple):
-    """A Monte Carlo estimate and its standard error."""
-
-    value: float
-    standard_error: float
-
-
-def _log_sum_exp(values: np.ndarray) -> np.ndarray:
-    """log of the sum of exp over the last axis."""
-    largest = values.max(axis=-1, keepdims=True)
-    return largest[..., 0] + np.log(np.exp(values - largest).sum(axis=-1))
-
-
 @dataclasses.dataclass(frozen=True)
 class MoonsLaw:
     """Two half circles in the plane, with equal weights, plus Gaussian noise: vectors [n, 2].
@@ -212,12 +189,9 @@ class MoonsLaw:
         nodes, weights = np.polynomial.legendre.leggauss(200)
         centers = self._centers((nodes + 1) * (np.pi / 2)).reshape(-1, 2)
         constant = np.log(np.tile(weights, 2) / 4) - _LOG_2_PI - 2 * math.log(self.noise)
-
-        def of_block(block):
-            squares = np.square(block[:, None] - centers).sum(axis=-1)
-            return _log_sum_exp(constant - squares / (2 * self.noise**2))
-
-        return np.concatenate([of_block(x[i : i + _BLOCK]) for i in range(0, len(x), _BLOCK)])
+        blocks = np.array_split(x, len(x) // _BLOCK + 1)  # the whole array of distances takes memory
+        squares = (np.square(block[:, None] - centers).sum(axis=-1) for block in blocks)
+        return np.concatenate([np.logaddexp.reduce(constant - s / (2 * self.noise**2), axis=-1) for s in squares])
 
     def entropy(self) -> float:
         """The differential entropy in nats per dimension: -p log p on a grid, whose error is far below 1e-6."""
@@ -230,65 +204,6 @@ class MoonsLaw:
         """`count` independent vectors [count, 2]."""
         moon, angles = rng.integers(2, size=count), rng.uniform(0, np.pi, count)
         return self._centers(angles)[moon, np.arange(count)] + self.noise * rng.standard_normal((count, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureLaw:
-    """A mixture of K Gaussians in D dimensions, vectors [n, D].
-
-    Mode k has the weight weights_k, the mean `spacing` * signs_k, the standard deviation scales_k in every dimension and the
-    correlation correlations_k between any two of them. Modes whose signs differ in m entries have means
-    2 spacing sqrt(m) apart.
-    """
-
-    weights: tuple[float, ...] = (0.36, 0.26, 0.18, 0.12, 0.08)
-    signs: tuple[str, ...] = ("++++++++++", "+++++-----", "---++++---", "+-+-+-+-+-", "----------")
-    spacing: float = 1.5
-    scales: tuple[float, ...] = (0.5, 0.3, 0.4, 0.25, 0.6)
-    correlations: tuple[float, ...] = (0.0, 0.5, -0.05, 0.7, 0.3)
-
-    @property
-    def means(self) -> np.ndarray:
-        """The mean of each mode [K, D]."""
-        return self.spacing * np.array([[1.0 if sign == "+" else -1.0 for sign in row] for row in self.signs])
-
-    @property
-    def covariances(self) -> np.ndarray:
-        """The covariance of each mode [K, D, D]."""
-        dimensions = len(self.signs[0])
-        correlations = np.array(self.correlations)[:, None, None]
-        equal = np.eye(dimensions) * (1 - correlations) + correlations
-        return np.square(self.scales)[:, None, None] * equal
-
-    def log_joint(self, x: np.ndarray) -> np.ndarray:
-        """log of weight times density of each mode at vectors [n, D]; [n, K]."""
-        rows = []
-        for weight, mean, covariance in zip(self.weights, self.means, self.covariances, strict=True):
-            factor = np.linalg.cholesky(covariance)
-            standardized = np.linalg.solve(factor, (x - mean).T)
-            log_scale = np.log(np.diag(factor)).sum() + 0.5 * len(mean) * _LOG_2_PI
-            rows.append(math.log(weight) - 0.5 * np.square(standardized).sum(axis=0) - log_scale)
-        return np.stack(rows, axis=-1)
-
-    def log_density(self, x: np.ndarray) -> np.ndarray:
-        """log p(x) of vectors [n, D]."""
-        return _log_sum_exp(self.log_joint(x))
-
-    def mode_of(self, x: np.ndarray) -> np.ndarray:
-        """The most probable mode of vectors [n, D]; int [n]."""
-        return self.log_joint(x).argmax(axis=-1)
-
-    def entropy(self, rng: np.random.Generator, count: int) -> Estimate:
-        """The differential entropy in nats per dimension, estimated from `count` vectors."""
-        values = -self.log_density(self.sample(rng, count)) / len(self.signs[0])
-        return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)))
-
-    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` independent vectors [count, D]."""
-        modes = rng.choice(len(self.weights), size=count, p=self.weights)
-        factors = np.linalg.cholesky(self.covariances)
-        noise = rng.standard_normal((count, len(self.signs[0])))
-        return self.means[modes] + np.einsum("nij,nj->ni", factors[modes], noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,13 +231,6 @@ class ConditionalLaw:
     def _factor(self) -> np.ndarray:
         """The Cholesky factor of the correlation matrix."""
         return np.linalg.cholesky(np.array([[1.0, self.correlation], [self.correlation, 1.0]]))
-
-    def log_density(self, x: np.ndarray, condition: np.ndarray) -> np.ndarray:
-        """log p(x | c) of vectors [n, 2] at conditions [n, 1]; [n]."""
-        deviation = self.standard_deviation(condition)
-        standardized = np.linalg.solve(self._factor(), ((x - self.mean(condition)) / deviation).T)
-        log_scale = np.log(deviation).sum(axis=-1) + 0.5 * math.log(1 - self.correlation**2) + _LOG_2_PI
-        return -0.5 * np.square(standardized).sum(axis=0) - log_scale
 
     def entropy(self) -> float:
         """The differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
@@ -366,95 +274,47 @@ VOLUME = FieldLaw(
     shifts=((0, 0, 0),),
     noise=0.05,
 )
-MOONS, MIXTURE, CONDITIONAL = MoonsLaw(), MixtureLaw(), ConditionalLaw()
+MOONS, CONDITIONAL = MoonsLaw(), ConditionalLaw()
 
 
-class Examples:
-    """A source that holds its arrays: "x" float32 [n, *spatial, C], and "condition" float32 [n, D] if there is one."""
-
-    def __init__(self, x: np.ndarray, condition: np.ndarray | None = None):
-        arrays = {"x": x} if condition is None else {"x": x, "condition": condition}
-        self.arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-
-    def __len__(self) -> int:
-        return len(self.arrays["x"])
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array[indices] for name, array in self.arrays.items()}
-
-
-def series(config: Mapping[str, Any]) -> Examples:
+def series(config: Mapping[str, Any]) -> InMemory:
     """20,000 series for training and 4,000 for test, of the law `SERIES`: 2 channels, any length."""
-    rng, count = _generator(config, "series")
-    (length,) = _spatial_shape(config, "series", 1, len(SERIES.means))
-    return Examples(SERIES.sample(rng, count, length))
+    size = config["image_size"]
+    if not isinstance(size, tuple | list) or len(size) != 1:
+        raise DataError(f"data.image_size={size!r}: a series has one spatial axis; use a tuple of 1, like (64,)")
+    return _examples(x=SERIES.sample(*_draws(config, "series"), *size))
 
 
-def field(config: Mapping[str, Any]) -> Examples:
+def field(config: Mapping[str, Any]) -> InMemory:
     """20,000 periodic fields for training and 4,000 for test, of the law `FIELD`: 5 channels, any two sizes."""
     return _periodic(config, "field", FIELD)
 
 
-def volume(config: Mapping[str, Any]) -> Examples:
+def volume(config: Mapping[str, Any]) -> InMemory:
     """20,000 periodic volumes for training and 4,000 for test, of the law `VOLUME`: 1 channel, any three sizes."""
     return _periodic(config, "volume", VOLUME)
 
 
-def moons(config: Mapping[str, Any]) -> Examples:
+def moons(config: Mapping[str, Any]) -> InMemory:
     """20,000 vectors for training and 4,000 for test, of the law `MOONS`: 2 channels."""
-    rng, count = _generator(config, "moons")
-    _spatial_shape(config, "moons", 0, 2)
-    return Examples(MOONS.sample(rng, count))
+    return _examples(x=MOONS.sample(*_draws(config, "moons")))
 
 
-def mixture(config: Mapping[str, Any]) -> Examples:
-    """20,000 vectors for training and 4,000 for test, of the law `MIXTURE`: 10 channels."""
-    rng, count = _generator(config, "mixture")
-    _spatial_shape(config, "mixture", 0, len(MIXTURE.signs[0]))
-    return Examples(MIXTURE.sample(rng, count))
-
-
-def conditional(config: Mapping[str, Any]) -> Examples:
+def conditional(config: Mapping[str, Any]) -> InMemory:
     """20,000 vectors with conditions for training and 4,000 for test, of the law `CONDITIONAL`: 2 channels."""
-    rng, count = _generator(config, "conditional")
-    _spatial_shape(config, "conditional", 0, 2)
+    rng, count = _draws(config, "conditional")
     condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
-    return Examples(CONDITIONAL.sample(rng, condition.astype(np.float64)), condition)
+    return _examples(x=CONDITIONAL.sample(rng, condition.astype(np.float64)), condition=condition)
 
 
-def real_series(config: Mapping[str, Any]) -> Examples:
-    """Windows of a neuron's membrane potential in millivolts, 1 channel, of the recording that ships with matplotlib.
-
-    The recording (`membrane.dat`) has a value every 0.5 ms; a series has every fourth, 2 ms apart, and one window starts at
-    each value. Windows for training are from 0.75 to 4.5 s of the recording, where the neuron fires regularly at first;
-    those for test are from 4.5 to 5.45 s, so no value is in both. The windows of a split overlap and are not independent.
-    """
-    _generator(config, "real_series")  # checks the split
-    (length,) = _spatial_shape(config, "real_series", 1, 1)
-    found = importlib.util.find_spec("matplotlib")  # not imported, because that would take half a second
-    if found is None or found.origin is None:
-        raise DataError("the data set 'real_series' needs matplotlib: pip install matplotlib")
-    path = pathlib.Path(found.origin).parent / "mpl-data" / "sample_data" / "membrane.dat"
-    if not path.is_file():
-        raise DataError(f"matplotlib lacks its sample data {path}; install matplotlib with pip: pip install matplotlib")
-    millivolts = 100 * np.fromfile(path, "<f4")  # the file's unit is 0.1 V
-    start, end = (_TRAIN_START, _TRAIN_END) if config["split"] == "train" else (_TRAIN_END, _TEST_END)
-    span = (length - 1) * _RECORDING_STEP + 1
-    if span > end - start:
-        longest = (_TEST_END - _TRAIN_END - 1) // _RECORDING_STEP + 1
-        raise DataError(f"data.image_size=({length},) is longer than the recording; use ({longest},) or less")
-    windows = np.lib.stride_tricks.sliding_window_view(millivolts[start:end], span)[:, ::_RECORDING_STEP]
-    return Examples(windows[..., None])
-
-
-def _periodic(config: Mapping[str, Any], name: str, law: FieldLaw) -> Examples:
-    rng, count = _generator(config, name)
-    shape = _spatial_shape(config, name, len(law.lengths[0]), len(law.means))
+def _periodic(config: Mapping[str, Any], name: str, law: FieldLaw) -> InMemory:
+    rng, count = _draws(config, name)
+    shape = example_shape(config)[:-1]
     blocks = (law.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000))  # float64 takes memory
-    return Examples(np.concatenate(list(blocks)))
+    return _examples(x=np.concatenate(list(blocks)))
 
 
-def _generator(config: Mapping[str, Any], name: str) -> tuple[np.random.Generator, int]:
+def _draws(config: Mapping[str, Any], name: str) -> tuple[np.random.Generator, int]:
     """(the generator of a split's draws, the number of examples). Raises: DataError for an unknown split."""
     split = config["split"]
     if split not in _NUM_EXAMPLES:
@@ -462,15 +322,5 @@ def _generator(config: Mapping[str, Any], name: str) -> tuple[np.random.Generato
     return np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split]
 
 
-def _spatial_shape(config: Mapping[str, Any], name: str, axes: int, channels: int) -> tuple[int, ...]:
-    """The size of each spatial axis. Raises: DataError for another number of axes or channels than the data set has."""
-    size = config["image_size"]
-    shape = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(shape) != axes:
-        example = {0: "()", 1: "(64,)", 2: "(16, 16)", 3: "(8, 8, 8)"}[axes]
-        raise DataError(
-            f"data.image_size={size!r}: the data set {name!r} has {axes} spatial axes; use a tuple of {axes}, like {example}"
-        )
-    if config["channels"] != channels:
-        raise DataError(f"data.channels={config['channels']!r}: the data set {name!r} has {channels}; use {channels}")
-    return shape
+def _examples(**arrays: np.ndarray) -> InMemory:
+    return InMemory({name: array.astype(np.float32) for name, array in arrays.items()})

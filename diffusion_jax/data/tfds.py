@@ -18,19 +18,22 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from diffusion_jax.data.images import fit
+from diffusion_jax.data.images import EncodedImages, fit
 from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["Tfds", "local_data_dir", "make_builder", "make_prepared_builder", "natural_shape", "prepare"]
+__all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
 _ANSWER_SECONDS = 10.0  # for name resolution, connection and answer of a server
-# Bytes of a TFRecord around the data: its length (uint64) with a checksum before, the checksum of the data after.
-_HEADER, _FOOTER = 12, 4
+_RECORD_HEADER = struct.Struct("<Q4x")  # of a TFRecord: the length of its data, and a checksum
+_CHECKSUM_BYTES = 4  # of the data, which follow it
 
 
-def make_builder(name: str, data_dir: str | None) -> Any:
-    """TFDS's builder of a data set. Raises: DataError for an unknown name, or without TFDS."""
+def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = False) -> Any:
+    """TFDS's builder of a data set.
+
+    Raises: DataError for an unknown name, without TFDS, or if the data set must be in the directory and is not.
+    """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise DataError(
             f"data.dataset={name!r} is a data set of TFDS, and tensorflow_datasets is not installed: pip install '.[tfds]'; "
@@ -39,21 +42,16 @@ def make_builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
 
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f": {str(error).partition(chr(10))[0]}"
         raise DataError(
             f"data.dataset={name!r} must be a TFDS data set, 'digits', or 'folder' (with data.data_dir){reason}"
         ) from None
-
-
-def make_prepared_builder(name: str, data_dir: str | None) -> Any:
-    """As `make_builder`. Raises: DataError also for a data set that is not in the directory."""
-    builder = make_builder(name, data_dir)
-    if not builder.is_prepared():
-        command = _preparation_command(name, data_dir)
+    if must_be_prepared and not builder.is_prepared():
         raise DataError(
-            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: {command}"
+            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: "
+            f"{_preparation_command(name, data_dir)}"
         )
     return builder
 
@@ -151,13 +149,13 @@ def _unanswered_host(builder: Any) -> str:
     return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
 
 
-class Tfds:
+class Tfds(EncodedImages):
     """A TFDS data set in array_record or tfrecord format (random access, no TensorFlow at run time)."""
 
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._size, self._channels = image_size, channels
-        builder = make_prepared_builder(name, data_dir)
+        builder = make_builder(name, data_dir, must_be_prepared=True)
         directory = builder.data_path.parent
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
@@ -180,7 +178,6 @@ class Tfds:
         self._files = sorted(shards | set(pathlib.Path(builder.data_path).glob("*.json")))
 
     def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
-        """The names and paths of all files that examples are decoded from."""
         return [(path.name, path) for path in self._files]
 
     def __len__(self) -> int:
@@ -241,10 +238,10 @@ def _find_records(instruction) -> np.ndarray:
         with open(instruction.filename, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
-                while position + _HEADER <= size:
-                    (length,) = struct.unpack_from("<Q", data, position)
-                    spans.append((position + _HEADER, length))
-                    position += _HEADER + length + _FOOTER
+                while position + _RECORD_HEADER.size <= size:
+                    (length,) = _RECORD_HEADER.unpack_from(data, position)
+                    spans.append((position + _RECORD_HEADER.size, length))
+                    position += _RECORD_HEADER.size + length + _CHECKSUM_BYTES
     except OSError as error:
         raise DataError(f"cannot read {instruction.filename}: {error.strerror or error}") from None
     if position != size or len(spans) != instruction.examples_in_shard:

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diffusion_jax import data
-from diffusion_jax.data.array_rows import map_array
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.metrics import Moments
+from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [

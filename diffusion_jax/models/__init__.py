@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _Network = UNet | MLP | Classifier
-_Kind = TypeVar("_Kind", UNet, MLP, Classifier)
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
@@ -60,20 +59,12 @@ def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
     return inputs
 
 
-def _field_names(network: _Network | type[_Network]) -> list[str]:
-    """Fields of a network or its class, without those that Flax adds."""
-    return [field.name for field in dataclasses.fields(network) if field.name not in ("parent", "name")]
+def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
+    """The fields of a network, or the defaults of its class, by name, without those that Flax adds."""
+    names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
+    return {name: getattr(model, name) for name in names}
 
 
-def fields_of(model: _Network) -> dict[str, Any]:
-    """The fields of a network, by name."""
-    return {name: getattr(model, name) for name in _field_names(model)}
-
-
-@overload
-def from_config(config: Mapping[str, Any]) -> UNet | MLP: ...
-@overload
-def from_config(config: Mapping[str, Any], kind: type[_Kind]) -> _Kind: ...
 def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
     """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
 
@@ -89,9 +80,9 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
         if named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = _KINDS[named]
-    fields = _field_names(kind)
+    fields = fields_of(kind)
     if kind is MLP:
-        unused = {name: getattr(UNet, name) for name in _field_names(UNet) if name not in fields}
+        unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
         for name in unused.keys() & options.keys():
             if options.pop(name) != unused[name]:
                 raise ValueError(

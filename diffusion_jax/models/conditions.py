@@ -33,11 +33,9 @@ class Conditional(nn.Module):
     condition_dropout: probability with which training replaces an example's condition by the null condition: for a vector an
       embedding of its own; for an array zeros, and one more input channel is 1 where an example has a condition and 0 where
       it has none, because zeros can be data. At 0 there is neither. A network with condition_dropout takes condition=None
-      for no conditions, and `null_condition` (NaN everywhere) for an example without one.
-    joint_dropout: probability with which training drops an example's label and condition together, which is the share of
-      examples that the unconditional half of guidance is trained on. It is part of label_dropout and condition_dropout,
-      which stay the total probabilities; the remainders are independent. None for the smaller of the two; 0 for
-      independent draws, whose share is the product.
+      for no conditions, and `null_condition` (NaN everywhere) for an example without one. Training drops a label and a
+      condition together with the smaller of the two probabilities, and the other one of them alone with the rest of the
+      larger, because the unconditional half of guidance needs examples without both.
     """
 
     num_classes: int = 0
@@ -45,7 +43,6 @@ class Conditional(nn.Module):
     condition_features: int = 0
     condition_channels: int = 0
     condition_dropout: float = 0.0
-    joint_dropout: float | None = None
 
     @property
     def null_label(self) -> int | None:
@@ -91,16 +88,32 @@ class Conditional(nn.Module):
             y, condition = self._drop(y, condition)
         features = embedding.shape[-1]
         if y is not None:
-            embedding += self._embed_labels(layers, y, features)
-        if condition is not None and self.condition_features:
-            embedding += self._embed_condition(layers, condition, features)
-        elif condition is not None:
-            x_t = self._concatenate_condition(x_t, condition)
-        return x_t, embedding
+            label = layers.embed(self._num_labels, features, "class")(y)
+            if self._num_labels == 1:  # Flax returns the only row for every y
+                label = jnp.where(jnp.reshape(y, (-1, 1)) == 0, label, jnp.nan)
+            embedding += label
+        if condition is None:
+            return x_t, embedding
+        axes, present = tuple(range(1, condition.ndim)), jnp.ones(len(condition), bool)
+        if self.condition_dropout:
+            present = ~jnp.isnan(condition).all(axis=axes)
+            condition = jnp.where(jnp.expand_dims(present, axes), condition, 0)
+        if self.condition_features:
+            vector = nn.silu(layers.dense(features, "condition_0")(condition.astype(layers.dtype)))
+            vector = layers.dense(features, "condition_1")(vector)
+            if self.condition_dropout:
+                null = layers.embed(1, features, "condition_null")(jnp.zeros(len(condition), jnp.int32))
+                vector = jnp.where(present[:, None], vector, null)
+            return x_t, embedding + vector
+        parts = [x_t, condition.astype(x_t.dtype)]
+        if self.condition_dropout:  # one more channel marks the examples that have a condition
+            marks = jnp.expand_dims(present, axes).astype(x_t.dtype)
+            parts.append(jnp.broadcast_to(marks, (*x_t.shape[:-1], 1)))
+        return jnp.concatenate(parts, axis=-1), embedding
 
     def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
         """(y, condition) of training, with nulls in place of those that dropout draws; called once in a forward pass."""
-        joint = self._joint_share
+        joint = min(self.label_dropout, self.condition_dropout)
         kept_jointly = self._draw_kept("joint_dropout", joint, y) if joint else True
 
         def draw_kept(name: str, rate: float, rows):
@@ -113,52 +126,9 @@ class Conditional(nn.Module):
             condition = jnp.where(jnp.expand_dims(kept, range(1, condition.ndim)), condition, self.null_condition)
         return y, condition
 
-    @property
-    def _joint_share(self) -> float:
-        """The probability with which a label and a condition are dropped together, not counting coincidences."""
-        smaller = min(self.label_dropout, self.condition_dropout)
-        return smaller if self.joint_dropout is None else self.joint_dropout
-
     def _draw_kept(self, name: str, rate: float, rows):
         """bool [B], True with probability 1 - rate. Dropout draws it, so that microbatches take their rows of it."""
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
-
-    def _embed_labels(self, layers: LayerFactory, y, features: int) -> jax.Array:
-        """The embedding [B, features] of labels y int [B]."""
-        embedding = layers.embed(self._num_labels, features, "class")(y)
-        if self._num_labels == 1:  # Flax returns the only row for every y
-            embedding = jnp.where(jnp.reshape(y, (-1, 1)) == 0, embedding, jnp.nan)
-        return embedding
-
-    def _replace_nulls(self, condition) -> tuple[jax.Array, jax.Array | None]:
-        """(the condition with zeros in place of null ones, bool [B] of the examples that have one).
-
-        The second is None for a network without condition_dropout.
-        """
-        if not self.condition_dropout:
-            return condition, None
-        axes = tuple(range(1, condition.ndim))
-        present = ~jnp.isnan(condition).all(axis=axes)
-        return jnp.where(jnp.expand_dims(present, axes), condition, 0), present
-
-    def _embed_condition(self, layers: LayerFactory, condition, features: int) -> jax.Array:
-        """The embedding [B, features] of conditions float [B, D]."""
-        condition, present = self._replace_nulls(condition)
-        embedding = nn.silu(layers.dense(features, "condition_0")(condition.astype(layers.dtype)))
-        embedding = layers.dense(features, "condition_1")(embedding)
-        if present is None:
-            return embedding
-        null = layers.embed(1, features, "condition_null")(jnp.zeros(len(condition), jnp.int32))
-        return jnp.where(present[:, None], embedding, null)
-
-    def _concatenate_condition(self, x_t, condition) -> jax.Array:
-        """x_t with the channels of conditions float [B, *spatial, K], and the channel that marks which examples have one."""
-        condition, present = self._replace_nulls(condition)
-        parts = [x_t, condition.astype(x_t.dtype)]
-        if present is not None:
-            marks = jnp.expand_dims(present, tuple(range(1, x_t.ndim))).astype(x_t.dtype)
-            parts.append(jnp.broadcast_to(marks, (*x_t.shape[:-1], 1)))
-        return jnp.concatenate(parts, axis=-1)
 
     def _check_labels(self, y) -> jax.Array | None:
         """y as int, with traced labels outside the range replaced by one beyond the embedding. Raises: ValueError."""
@@ -182,11 +152,6 @@ class Conditional(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"condition_dropout must lie in [0, 1), got {dropout}")
-        if self.joint_dropout is not None and not 0 <= self.joint_dropout <= min(self.label_dropout, dropout):
-            raise ValueError(
-                f"joint_dropout={self.joint_dropout} must lie in [0, {min(self.label_dropout, dropout)}], at most "
-                f"label_dropout={self.label_dropout} and condition_dropout={dropout}, or be None for the smaller of them"
-            )
         example_shape = self.condition_shape(x_t.shape[1:-1])
         if example_shape is None:
             if dropout:

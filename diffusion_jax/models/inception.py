@@ -53,16 +53,22 @@ class Conv(nn.Module):
         return nn.relu(x + (bias - mean * factor))
 
 
+def _chain(name: str, x, *layers) -> jax.Array:
+    """x after convolutions, (features, kernel, strides and padding if others than 1 and "SAME") each.
+
+    They are named `name` with _1, _2, ... if there are several.
+    """
+    for number, layer in enumerate(layers, start=1):
+        x = Conv(*layer, name=f"{name}_{number}" if len(layers) > 1 else name)(x)
+    return x
+
+
 def _average_pool(x):
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
 def _max_pool(x, strides: int, padding: str):
     return nn.max_pool(x, (3, 3), (strides, strides), padding)
-
-
-def _concatenate(*branches):
-    return jnp.concatenate(branches, axis=-1)
 
 
 class BlockA(nn.Module):
@@ -72,13 +78,11 @@ class BlockA(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        five = Conv(48, (1, 1), name="branch5x5_1")(x)
-        five = Conv(64, (5, 5), name="branch5x5_2")(five)
-        twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
-        twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
-        twice = Conv(96, (3, 3), name="branch3x3dbl_3")(twice)
-        pool = Conv(self.pool_features, (1, 1), name="branch_pool")(_average_pool(x))
-        return _concatenate(Conv(64, (1, 1), name="branch1x1")(x), five, twice, pool)
+        one = _chain("branch1x1", x, (64, (1, 1)))
+        five = _chain("branch5x5", x, (48, (1, 1)), (64, (5, 5)))
+        twice = _chain("branch3x3dbl", x, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)))
+        pool = _chain("branch_pool", _average_pool(x), (self.pool_features, (1, 1)))
+        return jnp.concatenate([one, five, twice, pool], axis=-1)
 
 
 class BlockB(nn.Module):
@@ -86,11 +90,9 @@ class BlockB(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        three = Conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
-        twice = Conv(64, (1, 1), name="branch3x3dbl_1")(x)
-        twice = Conv(96, (3, 3), name="branch3x3dbl_2")(twice)
-        twice = Conv(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(twice)
-        return _concatenate(three, twice, _max_pool(x, 2, "VALID"))
+        three = _chain("branch3x3", x, (384, (3, 3), 2, "VALID"))
+        twice = _chain("branch3x3dbl", x, (64, (1, 1)), (96, (3, 3)), (96, (3, 3), 2, "VALID"))
+        return jnp.concatenate([three, twice, _max_pool(x, 2, "VALID")], axis=-1)
 
 
 class BlockC(nn.Module):
@@ -100,17 +102,12 @@ class BlockC(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        width = self.width
-        seven = Conv(width, (1, 1), name="branch7x7_1")(x)
-        seven = Conv(width, (1, 7), name="branch7x7_2")(seven)
-        seven = Conv(192, (7, 1), name="branch7x7_3")(seven)
-        twice = Conv(width, (1, 1), name="branch7x7dbl_1")(x)
-        twice = Conv(width, (7, 1), name="branch7x7dbl_2")(twice)
-        twice = Conv(width, (1, 7), name="branch7x7dbl_3")(twice)
-        twice = Conv(width, (7, 1), name="branch7x7dbl_4")(twice)
-        twice = Conv(192, (1, 7), name="branch7x7dbl_5")(twice)
-        pool = Conv(192, (1, 1), name="branch_pool")(_average_pool(x))
-        return _concatenate(Conv(192, (1, 1), name="branch1x1")(x), seven, twice, pool)
+        width, row, column = self.width, (1, 7), (7, 1)
+        one = _chain("branch1x1", x, (192, (1, 1)))
+        seven = _chain("branch7x7", x, (width, (1, 1)), (width, row), (192, column))
+        twice = _chain("branch7x7dbl", x, (width, (1, 1)), (width, column), (width, row), (width, column), (192, row))
+        pool = _chain("branch_pool", _average_pool(x), (192, (1, 1)))
+        return jnp.concatenate([one, seven, twice, pool], axis=-1)
 
 
 class BlockD(nn.Module):
@@ -118,13 +115,9 @@ class BlockD(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        three = Conv(192, (1, 1), name="branch3x3_1")(x)
-        three = Conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
-        seven = Conv(192, (1, 1), name="branch7x7x3_1")(x)
-        seven = Conv(192, (1, 7), name="branch7x7x3_2")(seven)
-        seven = Conv(192, (7, 1), name="branch7x7x3_3")(seven)
-        seven = Conv(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
-        return _concatenate(three, seven, _max_pool(x, 2, "VALID"))
+        three = _chain("branch3x3", x, (192, (1, 1)), (320, (3, 3), 2, "VALID"))
+        seven = _chain("branch7x7x3", x, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID"))
+        return jnp.concatenate([three, seven, _max_pool(x, 2, "VALID")], axis=-1)
 
 
 class BlockE(nn.Module):
@@ -134,13 +127,14 @@ class BlockE(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        three = Conv(384, (1, 1), name="branch3x3_1")(x)
-        fork = (Conv(384, (1, 3), name="branch3x3_2a")(three), Conv(384, (3, 1), name="branch3x3_2b")(three))
-        twice = Conv(448, (1, 1), name="branch3x3dbl_1")(x)
-        twice = Conv(384, (3, 3), name="branch3x3dbl_2")(twice)
-        forks = (Conv(384, (1, 3), name="branch3x3dbl_3a")(twice), Conv(384, (3, 1), name="branch3x3dbl_3b")(twice))
-        pool = Conv(192, (1, 1), name="branch_pool")(_max_pool(x, 1, "SAME") if self.max_pool else _average_pool(x))
-        return _concatenate(Conv(320, (1, 1), name="branch1x1")(x), *fork, *forks, pool)
+        one = _chain("branch1x1", x, (320, (1, 1)))
+        three = _chain("branch3x3_1", x, (384, (1, 1)))
+        twice = _chain("branch3x3dbl", x, (448, (1, 1)), (384, (3, 3)))
+        kernels = {"a": (1, 3), "b": (3, 1)}
+        forks = [Conv(384, kernel, name=f"branch3x3_2{end}")(three) for end, kernel in kernels.items()]
+        forks += [Conv(384, kernel, name=f"branch3x3dbl_3{end}")(twice) for end, kernel in kernels.items()]
+        pool = _chain("branch_pool", _max_pool(x, 1, "SAME") if self.max_pool else _average_pool(x), (192, (1, 1)))
+        return jnp.concatenate([one, *forks, pool], axis=-1)
 
 
 class Inception(nn.Module):

@@ -21,7 +21,6 @@ __all__ = [
     "Dropout",
     "GroupNorm",
     "LayerFactory",
-    "check_options",
     "convolve",
     "convolve_periodic",
     "convolve_upsampled",
@@ -29,10 +28,8 @@ __all__ = [
 ]
 
 
-def timestep_embedding(
-    time, dim: int, max_period: float = 10_000.0, *, cos_first: bool = False, freq_shift: float = 1.0
-) -> jax.Array:
-    """[sin(time w_i), cos(time w_i)] with w_i = max_period^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
+def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
+    """[sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
     OpenAI's is `cos_first=True, freq_shift=0`. time: float [B], in the unit the network is trained on; returns float32
     [B, dim]. Raises: ValueError for an odd dim.
@@ -40,7 +37,7 @@ def timestep_embedding(
     if dim % 2 or dim < 4:
         raise ValueError(f"the embedding needs an even number of at least 4 dimensions, got {dim}")
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
+    frequencies = jnp.exp(-math.log(10_000.0) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
     angles = jnp.asarray(time, jnp.float32)[:, None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if cos_first else [sin, cos], axis=-1)
@@ -136,7 +133,9 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x, deterministic: bool) -> jax.Array:
-        """x: [..., C]; returns the same shape and dtype."""
+        """x: [..., C]; returns the same shape and dtype. Raises: ValueError for a rate outside [0, 1)."""
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.rate}")
         if deterministic or not self.rate:
             return x
         channels = x.shape[-1]
@@ -233,6 +232,7 @@ class LayerFactory:
     spatial_dims: the number of axes that convolutions go over; 0 for vectors, whose layers are all dense.
     periodic: whether convolutions continue an array periodically beyond its ends, instead of by zeros.
     precision: "high" or "highest", of float32 products; "default" follows `jax.default_matmul_precision`.
+    Raises: ValueError for an unknown initializer or precision.
     """
 
     num_groups: int
@@ -242,6 +242,12 @@ class LayerFactory:
     spatial_dims: int = 2
     periodic: bool = False
     precision: str = "default"
+
+    def __post_init__(self):
+        if self.initializer not in ("ho", "openai"):
+            raise ValueError(f"initializer={self.initializer!r} must be 'ho' or 'openai'")
+        if self.precision not in ("default", "high", "highest"):
+            raise ValueError(f"precision={self.precision!r} must be 'default', 'high' or 'highest'")
 
     def _options(self, name: str, last: bool, use_bias: bool) -> dict[str, Any]:
         """The options of a convolution or a dense layer."""
@@ -305,13 +311,3 @@ class LayerFactory:
         embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
         embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
         return self.dense(4 * channels, "time_1")(embedding)
-
-
-def check_options(initializer: str, precision: str, dropout: float) -> None:
-    """Raises: ValueError for values that a network's fields of these names do not allow."""
-    if initializer not in ("ho", "openai"):
-        raise ValueError(f"initializer={initializer!r} must be 'ho' or 'openai'")
-    if precision not in ("default", "high", "highest"):
-        raise ValueError(f"precision={precision!r} must be 'default', 'high' or 'highest'")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")

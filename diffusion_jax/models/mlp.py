@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.models.blocks import ResBlock
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory, check_options
+from diffusion_jax.models.layers import LayerFactory
 
 __all__ = ["MLP"]
 
@@ -73,7 +73,6 @@ class MLP(Conditional):
                 f"the MLP needs float vectors [B, C], got {x_t.dtype} of shape {x_t.shape}; a UNet takes arrays with spatial "
                 "axes"
             )
-        check_options(self.initializer, self.precision, self.dropout)
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         layers = self.layers

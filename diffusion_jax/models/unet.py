@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x, upsample_2x
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory, check_options
+from diffusion_jax.models.layers import LayerFactory
 
 __all__ = ["KEPT_NAMES", "Encoder", "UNet"]
 
@@ -173,7 +173,6 @@ class Encoder(nn.Module):
                 f"the {kind} needs {noun} [B, {_AXES[self.spatial_dims]}, C], got shape {x.shape}; spatial_dims gives the "
                 "number of spatial axes"
             )
-        check_options(self.initializer, self.precision, self.dropout)
         for name in ("attention_levels", "remat"):
             value = getattr(self, name)
             outside = [] if isinstance(value, bool) else [level for level in value if not 0 <= level < num_levels]

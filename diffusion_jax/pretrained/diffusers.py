@@ -186,8 +186,7 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
 
 # Fields that do not change the network's output, or that UNet2DModel stores otherwise.
 _FIELDS_STORED_OTHERWISE = (
-    "num_heads head_channels num_classes label_dropout condition_dropout joint_dropout out_channels initializer dtype "
-    "precision remat"
+    "num_heads head_channels num_classes label_dropout condition_dropout out_channels initializer dtype precision remat"
 ).split()
 
 

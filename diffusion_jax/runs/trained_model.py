@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Fields of a network that its weights do not depend on.
-_FIELDS_IGNORED = {"dropout", "joint_dropout", "dtype", "precision", "remat", "initializer"}
+_FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 
 class Weights(NamedTuple):

@@ -88,20 +88,6 @@ def test_a_file_has_images_or_other_numbers(tmp_path, name):
     assert '"image" as float32, which must be uint8' in message(save_store(tmp_path / "wrong" / name, image=X))
 
 
-def test_a_zarr_or_hdf5_array_in_another_byte_order(tmp_path):
-    for name in ("a.h5", "a.v2.zarr", "a.zarr"):
-        source = ArrayFiles(save_store(tmp_path / name, x=X.astype(">f8")), "train", SHAPE)
-        found = source.read(INDICES)["x"]
-        assert found.dtype.isnative and found.dtype == np.float64
-        np.testing.assert_array_equal(found, X[INDICES])
-
-
-def test_a_condition_of_the_spatial_shape(tmp_path):
-    for suffix, condition in enumerate((X[..., :1], CONDITION, CONDITION[:, :1].astype(np.int16))):
-        path = save_store(tmp_path / f"{suffix}.npz", x=X, condition=condition)
-        np.testing.assert_array_equal(ArrayFiles(path, "train", SHAPE).read(INDICES)["condition"], condition[INDICES])
-
-
 def test_a_folder_of_examples_and_of_several_examples(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / ".hidden").mkdir()
@@ -226,17 +212,6 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
         assert (batch[-1] == 3).all() and not batch[:-1].any()
     del batch
     assert _rss_anon() - before < 50e6
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_folder_keeps_no_file_open(tmp_path):
-    for i in range(300):
-        np.save(tmp_path / f"{i:03}.npy", np.full((4, 2), i, np.int16))
-    source = ArrayFiles(str(tmp_path), "train", (4, 2))
-    before = len(os.listdir("/proc/self/fd"))
-    order = np.random.default_rng(0).permutation(300)
-    np.testing.assert_array_equal(source.read(order)["x"][:, 0, 0], order)
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_npz_with_a_comment_and_an_offset_is_mapped_where_its_values_are(tmp_path):

@@ -12,7 +12,7 @@ from diffusion_jax.errors import DataError
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
 
-def test_a_compressed_npz_is_loaded_up_to_a_bound(tmp_path, monkeypatch):
+def test_a_compressed_npz_is_loaded(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, x=X.astype(">f4"), label=LABEL)
     source = pickle.loads(pickle.dumps(ArrayFiles(str(path), "train", SHAPE)))
@@ -20,8 +20,6 @@ def test_a_compressed_npz_is_loaded_up_to_a_bound(tmp_path, monkeypatch):
     assert batch["x"].dtype.isnative
     np.testing.assert_array_equal(batch["x"], X[INDICES])
     np.testing.assert_array_equal(batch["label"], LABEL[INDICES])
-    monkeypatch.setattr("diffusion_jax.data.array_files._MAX_LOADED_BYTES", X.nbytes - 1)
-    assert "x is compressed and has" in message(path) and "np.savez instead of np.savez_compressed" in message(path)
 
 
 @pytest.mark.parametrize(
@@ -29,12 +27,9 @@ def test_a_compressed_npz_is_loaded_up_to_a_bound(tmp_path, monkeypatch):
     [
         ({"label": LABEL[:6]}, "label has the shape [6], and the examples [7, 3, 4, 2]; every example needs a row"),
         ({"label": LABEL.astype(float)}, "label is float64 [7], not integers [7]"),
-        ({"label": LABEL[:, None]}, "label is int64 [7, 1], not integers [7]"),
         ({"label": LABEL - 1}, "label contains -1; labels are the numbers 0"),
         ({"label": LABEL.astype(np.uint64) + 2**32}, "label contains 4294967300; labels"),
-        ({"condition": CONDITION[:6]}, "condition has the shape [6, 5], and the examples"),
         ({"condition": CONDITION[:, 0]}, '"condition" as float64 [4]; it must be numbers [n, D] or [n, 3, 4, K]'),
-        ({"condition": CONDITION + 1j}, '"condition" as complex128 [4, 5]'),
     ],
 )
 def test_labels_and_conditions_that_do_not_fit(tmp_path, arrays, words):
@@ -47,7 +42,6 @@ def test_labels_and_conditions_that_do_not_fit(tmp_path, arrays, words):
     ("values", "words"),
     [
         (X > 0, '"x" as bool; give real numbers'),
-        (X.astype(str), "give real numbers"),
         (X.astype(object), "Python objects"),
         (X[:0], "has no examples"),
         (X[0, 0, 0, 0], "x has the shape [], and the examples []; every example needs a row"),
@@ -74,10 +68,9 @@ class _Explodes:
 def test_nothing_is_unpickled(tmp_path):
     values = np.array([_Explodes()] * 3, dtype=object)
     np.save(tmp_path / "a.npy", values, allow_pickle=True)
-    np.savez(tmp_path / "a.npz", x=values)
+    np.savez(tmp_path / "a.npz", x=X[:3], label=values)
     np.savez_compressed(tmp_path / "b.npz", x=values)
-    np.savez(tmp_path / "c.npz", x=X[:3], label=values)
-    for name in ("a.npy", "a.npz", "b.npz", "c.npz"):
+    for name in ("a.npy", "a.npz", "b.npz"):
         assert f"cannot read {tmp_path / name}: " in message(tmp_path / name)
 
 

@@ -1,14 +1,11 @@
 """Batches as a function of (seed, step), and the three kinds of sources."""
 
-import json
-import pathlib
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.errors import ConfigError
 
 CONFIG = {
     "download": False,
@@ -22,20 +19,8 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize(
-    ("leaf", "value", "words"),
-    [
-        ("image_size", -8, "a whole number of at least 1"),
-        ("image_size", (8, -8), "a tuple of 0 to 3 whole numbers"),
-        ("image_size", (8, 8, 8, 8), "a tuple of 0 to 3 whole numbers"),
-        ("channels", 0, "a whole number of at least 1"),
-    ],
-)
-def test_the_shape_of_examples_refuses_invalid_sizes_and_channels(leaf, value, words):
-    with pytest.raises(DataError, match=rf"data.{leaf}=.* must be .*{words}"):
-        data.example_shape(CONFIG | {leaf: value})
-    sizes = {8: (8, 8, 1), (4, 6): (4, 6, 1), (): (1,), (5,): (5, 1), (2, 3, 4): (2, 3, 4, 1)}
-    for size, shape in sizes.items():
+def test_the_shape_of_examples():
+    for size, shape in {8: (8, 8, 1), (4, 6): (4, 6, 1), (): (1,), (2, 3, 4): (2, 3, 4, 1)}.items():
         assert data.example_shape(CONFIG | {"image_size": size}) == shape
 
 
@@ -70,7 +55,7 @@ def test_batches_visit_every_example_once_per_epoch():
 def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
     source = Numbers(10)
     whole = data.Batches(source, 3, 4, 20)
-    memory = data.Batches(data.InMemory(source), 3, 4, 20)
+    memory = data.Batches(data.InMemory.load(source), 3, 4, 20)
     halves = [data.Batches(source, 3, 4, 20, rows) for rows in (slice(0, 2), slice(2, 4))]
     for step in (0, 2, 7, 19):
         for name in ("image", "label"):
@@ -156,8 +141,6 @@ def test_folder_scales_16_bit_images_and_has_no_classes_with_images_outside_subf
 
 def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
     config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
-    with pytest.raises(data.DataError, match="is not a folder"):
-        data.load({**config, "data_dir": str(folder / "nowhere")})
     (folder / "empty").mkdir()
     with pytest.raises(data.DataError, match="no images below"):
         data.load({**config, "data_dir": str(folder / "empty")})
@@ -165,12 +148,10 @@ def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
     (folder / "cat" / "wide.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(data.DataError, match="wide.png"):
         data.load(config)
-    with pytest.raises(data.DataError, match="is not a folder"):
-        data.load({**config, "data_dir": ""})
-    for wrong in ({"image_size": (1, 2, 3, 4)}, {"channels": 0}, {"image_size": "wide"}, {"image_size": 2.5}):
+    for wrong in ({"image_size": (1, 2, 3, 4)}, {"channels": 0}, {"image_size": "wide"}):
         with pytest.raises(ConfigError, match="must be"):
             data.load({**config, **wrong})
-    for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}, {"normalization": "none"}):
+    for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}):
         with pytest.raises(data.DataError, match="images"):
             data.load({**config, **other})
 
@@ -180,7 +161,6 @@ def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
     ("leaves", "words"),
     [
         ({"dataset": "folder", "data_dir": "nowhere"}, "is not a folder"),
-        ({"dataset": "no_such_set"}, "must be a TFDS data set"),
         ({"dataset": "my data"}, "must be a TFDS data set"),
         ({"dataset": "mnist", "data_dir": "nowhere"}, "prepare it with: python -c .*download_and_prepare"),
     ],
@@ -194,93 +174,3 @@ def test_data_that_exist_or_are_downloaded(tmp_path):
     data.check_location({"dataset": "digits"})
     data.check_location({"dataset": "folder", "data_dir": str(tmp_path)})
     data.check_location({"dataset": "cifar10", "data_dir": str(tmp_path)})
-
-
-def write_tfds(directory: pathlib.Path, file_format: str, count: int = 5) -> None:
-    """A tiny prepared MNIST, in TFDS's own layout."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }
-    )
-    folder = directory / "mnist" / "3.0.1"
-    folder.mkdir(parents=True)
-    name = f"mnist-train.{file_format}-00000-of-00001"
-    writer = ArrayRecordWriter(str(folder / name), "group_size:1")
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    size = 0
-    for i in range(count):
-        encoded = features.encode_example({"image": np.full((28, 28, 1), 10 * i, np.uint8), "label": i})
-        record = serializer.serialize_example(encoded)
-        size += len(record)
-        writer.write(record)
-    writer.close()
-    features.save_config(str(folder))
-    info = {
-        "fileFormat": file_format,
-        "name": "mnist",
-        "version": "3.0.1",
-        "splits": [
-            {
-                "name": "train",
-                "numBytes": str(size),
-                "shardLengths": [str(count)],
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            }
-        ],
-    }
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
-@pytest.mark.whole
-def test_tfds_reads_array_record(tmp_path):
-    write_tfds(tmp_path, "array_record")
-    assert data.natural_shape("mnist", str(tmp_path)) == ((28, 28), 1)
-    config = {**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28}
-    source = data.load(config)
-    assert len(source) == 5 and source.num_classes == 10 and source.arrays["label"].tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(source.arrays["image"][3], np.full((28, 28, 1), 30))
-    streamed = data.load({**config, "memory_mb": 0, "channels": 3, "image_size": 32})
-    batches = data.Batches(streamed, 0, 2, 3)
-    for step, batch in enumerate(data.stream(batches, workers=1)):
-        assert batch["image"].shape == (2, 32, 32, 3)
-        np.testing.assert_array_equal(batch["label"], batches[step]["label"])
-    assert len(data.load({**config, "split": "train[:40%]+train[4:]"})) == 3
-    for split in ("test", "train[abc"):
-        with pytest.raises(data.DataError, match="has train"):
-            data.load({**config, "split": split})
-
-
-def test_tfds_refuses_other_formats(tmp_path):
-    write_tfds(tmp_path, "riegeli")
-    with pytest.raises(data.DataError, match="in riegeli format, not array_record or tfrecord; prepare.*_array_record"):
-        data.load({**CONFIG, "dataset": "mnist", "data_dir": str(tmp_path), "image_size": 28})
-
-
-class Stripes:
-    """The source in the docstring of `data.Source`."""
-
-    num_classes, class_names = 2, ("horizontal", "vertical")
-
-    def __len__(self):
-        return 1000
-
-    def read(self, indices):
-        labels = np.asarray(indices, np.int32) % 2
-        images = np.zeros((len(labels), 8, 8, 1), np.uint8)
-        images[labels == 0, ::2] = 255
-        images[labels == 1, :, ::2] = 255
-        return {"image": images, "label": labels}
-
-
-def test_batches_read_a_custom_source():
-    assert data.describe(Stripes()) == "1,000 images of 2 classes: 0 horizontal, 1 vertical"
-    streamed, memory = (data.Batches(source, 0, 4, 3) for source in (Stripes(), data.InMemory(Stripes())))
-    for step in range(3):
-        np.testing.assert_array_equal(streamed[step]["image"], memory[step]["image"])
-        np.testing.assert_array_equal(streamed[step]["label"], memory[step]["label"])
-    assert (streamed[0]["image"].mean(axis=(1, 2, 3)) == 127.5).all()

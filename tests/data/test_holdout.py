@@ -70,15 +70,6 @@ def test_images_of_a_folder_keep_their_side_when_others_are_added(tmp_path):
     assert [part[0] for part in streamed] == [more_train, more_test]
 
 
-def test_a_cached_folder_is_decoded_once_for_both_splits(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    save_images(tmp_path / "images", range(20))
-    found = values_of(of_folder(tmp_path / "images") | {"cache_decoded": True})
-    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
-    assert sorted(found[0][0] + found[1][0]) == list(range(20))
-    assert all(data.is_in_memory(source) for *_, source in found)
-
-
 @pytest.mark.parametrize("memory_mb", [0, 100])
 def test_arrays_keep_their_side_in_another_order_and_with_others(tmp_path, memory_mb):
     x, condition = examples("series", 60), np.arange(60.0)[:, None]

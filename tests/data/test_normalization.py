@@ -49,20 +49,6 @@ def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
     np.testing.assert_allclose(found.invert(standardized.astype(np.float64)), x, rtol=1e-6)
 
 
-def test_float64_data_lose_no_digits_before_they_are_standardized():
-    """float32 has steps of 0.5 at 5e6, more than the deviation."""
-    x = series()
-    found = data.find_normalizations(leaves(), Arrays(x=x))["x"]
-    np.testing.assert_allclose(found.apply(x), (x - x.mean(axis=(0, 1))) / x.std(axis=(0, 1)), rtol=1e-6, atol=1e-6)
-
-
-def test_the_statistics_do_not_depend_on_how_the_data_are_read():
-    x = series(count=777)
-    whole = data.find_normalizations(leaves(), Arrays(x=x))
-    memory = data.find_normalizations(leaves(), data.InMemory(Arrays(x=x)))
-    assert whole == memory
-
-
 def test_limits_become_the_range_of_the_model():
     config = leaves(normalization="limits", limits=(-10.0, 30.0))
     x = np.array([-10.0, 10.0, 30.0, 20.0] * 2, np.float32).reshape(1, 4, 2)
@@ -174,25 +160,14 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
         array_statistics.autocorrelation(x)
 
 
-def test_a_normalization_survives_json():
-    found = data.Normalization((1 / 3, -5e6), (0.1, 7.0))
-    assert data.Normalization.from_json(found.to_json()) == found
-    assert found.to_json().keys() == {"offset", "scale"}
-
-
 @pytest.mark.parametrize(
     ("changes", "arrays", "words"),
     [
-        ({}, {"x": np.zeros((3, 5, 2))}, r"not \[4, 2\].*--config.data.image_size=\(5,\) --config.data.channels=2"),
         ({}, {"x": np.zeros((3, 4, 2), np.uint8)}, '"x" as uint8; give it as "image"'),
-        ({}, {"x": np.zeros((3, 4, 2), complex)}, "complex128; give real numbers"),
-        ({}, {"image": np.zeros((3, 4, 2))}, '"image" as float64, which must be uint8; give other numbers as "x"'),
         ({}, {"image": np.zeros((3, 4, 2), np.uint8)}, "data.levels=None is for continuous .*use data.levels=256"),
         ({"levels": 256}, {"x": np.zeros((3, 4, 2))}, "data.levels=256, but the data are float64.*use data.levels=None"),
-        ({}, {"label": np.zeros(3)}, """either "image" .uint8. or "x" .other numbers.; got 'label'"""),
-        ({}, {"x": np.zeros((3, 4, 2)), "image": np.zeros((3, 4, 2), np.uint8)}, "got 'x', 'image'"),
+        ({}, {"x": np.zeros((3, 4, 2)), "image": np.zeros((3, 4, 2), np.uint8)}, "must return .* got 'x', 'image'"),
         ({"random_flip": True}, {"x": np.zeros((3, 4, 2))}, "use data.random_flip=False"),
-        ({}, {"x": np.zeros((0, 4, 2))}, "has no examples"),
     ],
 )  # fmt: skip
 def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):

@@ -46,9 +46,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: len(body) // 2])
         self.wfile.flush()
-        if behavior == "drops":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
         if behavior == "stalls":
             self.server.stalled.wait(200)
         self.wfile.write(body[len(body) // 2 :])
@@ -107,22 +104,12 @@ def test_without_download_no_request_is_sent(server, tmp_path):
     assert "prepare it with: python -c" in said and server.requests == 0 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("behavior", "words"),
-    [
-        ("404", "HTTP code: 404"),
-        ("drops", "IncompleteRead"),
-        ("damaged", "NonMatchingChecksumError: Artifact http://127"),
-    ],
-)
-def test_a_rerun_succeeds_after_a_failed_download(server, tmp_path, behavior, words):
-    if behavior == "damaged":
-        server.body = b"\0" + server.body[1:]
-    server.behavior = behavior
+def test_a_rerun_succeeds_after_a_failed_download(server, tmp_path):
+    server.behavior = "404"
     said = refusal(tmp_path)
-    assert f"the data set 'local_fruit' cannot be prepared in {tmp_path}: " in said and words in said
+    assert f"the data set 'local_fruit' cannot be prepared in {tmp_path}: " in said and "HTTP code: 404" in said
     assert "; rerun the same command, set data.data_dir" in said
-    server.behavior, server.body = "good", Server.body
+    server.behavior = "good"
     check(data.load(config(tmp_path)))
 
 
@@ -142,29 +129,12 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
     waiting.set()
 
 
-def test_the_download_uses_the_proxy_of_the_environment(server, tmp_path, monkeypatch):
-    """The server's name means nothing here; the proxy, which is the local server, answers for it."""
-    use_url(monkeypatch, "http://nowhere.invalid/fruit.zip")
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("no_proxy", "")
-    check(data.load(config(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [OSError(28, "No space left on device"), KeyError("a builder's\nown fault"), ImportError("no module named x")],
-)
-def test_the_error_of_a_builder_is_one_line(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(LocalFruit, "fault", fault)
-    assert type(fault).__name__ in refusal(tmp_path)
+def test_the_error_of_a_builder_is_one_line(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalFruit, "fault", KeyError("a builder's\nown fault"))
+    assert "KeyError: \"a builder's" in refusal(tmp_path)
     monkeypatch.setattr(LocalFruit, "fault", None)
     check(data.load(config(tmp_path)))
     assert server.requests == 1  # the archive is kept
-
-
-def test_a_manual_download_shows_its_instructions(tmp_path):
-    said = refusal(tmp_path, dataset="local_manual/large")
-    assert f"{tmp_path}/downloads/manual" in said and "Register at example.org." in said
 
 
 @pytest.mark.parametrize(
@@ -203,19 +173,28 @@ def test_other_processes_wait_while_one_prepares(server, tmp_path):
     assert server.requests == 1
 
 
-def test_tfrecord_is_read_without_conversion(server, tmp_path):
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_parts_of_a_split_and_other_sizes(server, tmp_path, file_format):
     with contextlib.redirect_stdout(io.StringIO()):
-        tfds.builder("local_fruit", data_dir=str(tmp_path)).download_and_prepare(file_format="tfrecord")
-        tfds.builder("local_fruit", data_dir=str(tmp_path / "a")).download_and_prepare(file_format="array_record")
-    source, other = data.load(config(tmp_path)), data.load(config(tmp_path / "a"))
+        tfds.builder("local_fruit", data_dir=str(tmp_path)).download_and_prepare(file_format=file_format)
+    source = data.load(config(tmp_path))
     check(source)
-    np.testing.assert_array_equal(source.arrays["image"], other.arrays["image"])  # in the same order
+    assert data.natural_shape("local_fruit", str(tmp_path)) == ((8, 8), 1)
     part = config(tmp_path, split="train[3:5]+train[10:]", memory_mb=0)
     batches = data.Batches(data.load(part), 0, 4, 2)
     for step, batch in enumerate(data.stream(batches, workers=1)):
         assert batch["image"].shape == (4, 8, 8, 1)
         np.testing.assert_array_equal(batch["label"], batches[step]["label"])
     np.testing.assert_array_equal(data.load(part).read([0, 3])["image"], source.arrays["image"][[3, 11]])
+    assert data.load(part | {"channels": 3, "image_size": 10}).read([1])["image"].shape == (1, 10, 10, 3)
+    for split in ("test", "train[abc"):
+        with pytest.raises(data.DataError, match="has train"):
+            data.load(part | {"split": split})
+    if file_format == "array_record":
+        (info,) = tmp_path.rglob("dataset_info.json")
+        info.write_text(info.read_text().replace("array_record", "riegeli"))
+        assert "in riegeli format, not array_record or tfrecord; prepare it with" in refusal(tmp_path)
+        return
     (shard,) = (tmp_path / "local_fruit").rglob("*.tfrecord*")
     whole = shard.read_bytes()
     for cut in (whole[:-1], whole[: len(whole) // 2], b""):

@@ -47,20 +47,6 @@ class LocalFruit(tfds.core.GeneratorBasedBuilder):
             yield file.name, {"image": str(file), "label": file.parent.name}
 
 
-class LocalManual(tfds.core.GeneratorBasedBuilder):
-    """A set of several configs, whose archives a person must fetch."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large"))
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Register at\nexample.org."
-    url_infos = None
-    _info = LocalFruit._info
-    _generate_examples = LocalFruit._generate_examples
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(dl_manager.manual_dir)}
-
-
 def config(directory, **more):
     base = {"dataset": "local_fruit", "data_dir": str(directory), "split": "train", "image_size": 8, "channels": 1}
     return {**base, "memory_mb": 100, "workers": 0, "download": True, **more}

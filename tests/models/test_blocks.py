@@ -9,8 +9,7 @@ import pytest
 from diffusion_jax import models
 from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
 from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
-from helpers.jaxprs import calls
-from helpers.networks import TINY, init, redraw
+from helpers.networks import redraw
 
 
 def conv3x3(x, layer):
@@ -52,21 +51,8 @@ def test_resampling_block_equals_adm_in_numpy(resample):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_resample_blocks_replaces_the_convolutions_between_levels():
-    """Positions, widths and sizes are the same; only the layers between levels change."""
-    model, plain = models.UNet(**TINY, resample_blocks=True), models.UNet(**TINY)
-    params, others = (jax.eval_shape(lambda m=m: init(m, (1, 8, 12, 3))) for m in (model, plain))
-    assert {k: v for k, v in params.items() if "sample" not in k} == {
-        k: v for k, v in others.items() if "sample" not in k
-    }
-    assert params["down_0_downsample"]["conv1"]["kernel"].shape == (3, 3, 8, 8)
-    assert params["up_1_upsample"]["conv2"]["kernel"].shape == (3, 3, 16, 16)
-    x = jnp.zeros((2, 8, 12, 3))
-    assert jax.eval_shape(lambda p: model.apply({"params": p}, x, jnp.zeros(2)), params).shape == x.shape
-
-
 @pytest.mark.whole
-def test_group_norm_and_its_derivatives_equal_numpy():
+def test_group_norm_equals_numpy():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
     norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
     params = redraw(norm.init(jax.random.key(0), jnp.float32(x)))
@@ -76,26 +62,6 @@ def test_group_norm_and_its_derivatives_equal_numpy():
     true = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
     # x itself is rounded to 100 x 2^-24, next to a standard deviation of about one.
     np.testing.assert_allclose(norm.apply(params, jnp.float32(x)), true, atol=2e-5)
-
-    linen = nn.GroupNorm(2, epsilon=1e-6, use_fast_variance=False)
-    x, v = jnp.float32(x) - 100, jax.random.normal(jax.random.key(1), x.shape)
-
-    def derivatives(apply):
-        first = jax.grad(lambda x: (apply(x) ** 3).sum())
-        return first(x), jax.jvp(first, (x,), (v,))[1]
-
-    mine = derivatives(lambda x: norm.apply(params, x))
-    for a, b in zip(mine, derivatives(lambda x: linen.apply({"params": params["params"]["norm"]}, x)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
-
-
-def test_norms_of_one_shape_are_traced_once():
-    model = models.UNet(**TINY | {"num_res_blocks": 4})
-    x, params = jnp.zeros((2, 8, 8, 3)), init(model)
-    traced = jax.jit(lambda params, x, time: model.apply({"params": params}, x, time)).trace(params, x, jnp.zeros(2))
-    norms = calls(traced.jaxpr.jaxpr, "_normalize")
-    shapes = {tuple(variable.aval.shape for variable in norm.invars) for norm in norms}
-    assert len({id(norm.params["jaxpr"]) for norm in norms}) == len(shapes) < len(norms) / 2
 
 
 @pytest.mark.whole
@@ -124,13 +90,6 @@ def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_dropout_in_bfloat16_rounds_once():
-    x = jnp.full((1, 1, 1, 64), 3.0, jnp.bfloat16)
-    y = Dropout(0.1).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    assert y.dtype == jnp.bfloat16
-    assert y.max() == jnp.bfloat16(3.0 / (1 - round(0.1 * 2**16) / 2**16))
-
-
 def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
 
@@ -146,6 +105,8 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
     assert (drop(jax.random.key(1)) != y).any()
     np.testing.assert_array_equal(Dropout(0.1).apply({}, x, deterministic=True), x)
+    half = Dropout(0.1).apply({}, jnp.bfloat16(3 * x), deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert half.dtype == jnp.bfloat16 and half.max() == jnp.bfloat16(3.0 / (1 - round(0.1 * 2**16) / 2**16))
 
 
 def test_a_call_does_not_change_parameters_that_are_numpy_arrays():

@@ -65,7 +65,7 @@ def test_every_parameter_has_a_gradient(adm):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 12, 20, 1), (1, 2, 2, 4)])
+@pytest.mark.parametrize("shape", [(1, 12, 20, 1), (1, 2, 2, 4)])
 def test_unet_takes_every_divisible_size_and_number_of_channels(shape):
     model = models.UNet(**TINY)
     out = apply(model, redraw(init(model, shape)), jnp.ones(shape), jnp.zeros(shape[0]))
@@ -73,11 +73,6 @@ def test_unet_takes_every_divisible_size_and_number_of_channels(shape):
     wide = models.UNet(**TINY, out_channels=2 * shape[-1])
     out = jax.eval_shape(lambda: wide.apply({"params": init(wide, shape)}, jnp.ones(shape), jnp.zeros(shape[0])))
     assert out.shape == (*shape[:-1], 2 * shape[-1])
-
-
-def test_parameters_do_not_depend_on_the_image_size():
-    small, large = (jax.eval_shape(lambda s=s: init(models.UNet(**TINY), s)) for s in ((1, 8, 8, 3), (1, 16, 24, 3)))
-    assert small == large
 
 
 @pytest.mark.whole

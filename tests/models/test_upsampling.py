@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import models, training
+from diffusion_jax import training
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import train
 from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.step import make_objective
-from helpers.configs import classifier_config, upsampler_config
-from helpers.networks import redraw
+from helpers.configs import upsampler_config
 from helpers.program import finish, start
 
 
@@ -55,27 +54,6 @@ def test_condition_concatenates_the_small_image_and_its_noise():
     for wrong in (low[:1], low[..., :1]):
         with pytest.raises(ValueError, match="needs as many small images with as many channels"):
             upsampling.condition(wrong, shape)
-
-
-@pytest.mark.whole
-def test_networks_take_x_t_the_small_image_and_its_noise_in_this_order():
-    """The order of the input channels, which trained weights depend on: as one network of the concatenated channels."""
-    config = upsampler_config(**{"diffusion.conditioning_noise": 0.5})
-    model = training.model_from_config(config)
-    shape = (2, 8, 8, 1)
-    x_t, low = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
-    std, time = jnp.array([0.1, 0.4]), jnp.zeros(2)
-    params = redraw(jax.jit(model.init)(jax.random.key(2), **models.initial_inputs(model, shape[1:]))["params"])
-    noise = jnp.broadcast_to(std[:, None, None, None], shape)
-    together = jnp.concatenate([x_t, upsampling.enlarge(low, (8, 8)), noise], axis=-1)
-    one = model.clone(condition_channels=0, out_channels=1)
-    condition = upsampling.condition(low, shape, std)
-    np.testing.assert_allclose(
-        jax.jit(lambda p: model.apply({"params": p}, x_t, time, condition=condition))(params),
-        jax.jit(lambda p: one.apply({"params": p}, together, time))(params),
-        rtol=1e-5,
-        atol=1e-5,
-    )
 
 
 def test_augment_adds_noise_of_the_given_standard_deviation():
@@ -138,11 +116,6 @@ def test_objective_conditions_on_the_downsampled_x_0(most):
 def test_build_program_refuses_invalid_upsamplers(overrides, words):
     with pytest.raises(ValueError, match=words):
         training.build_program(upsampler_config(**overrides))
-
-
-def test_build_program_refuses_a_classifier_with_a_low_resolution():
-    with pytest.raises(ValueError, match="a classifier .* has none"):
-        training.build_program(classifier_config(**{"data.low_resolution": 4}))
 
 
 @pytest.mark.whole

@@ -17,8 +17,7 @@ ARGUMENTS = {
     "imagenet64_improved": ("hybrid", "vlb", "conditional"),
     "imagenet_adm": ("128", "256", "256_unconditional", "512"),
     "imagenet_classifier": ("64", "128", "256", "512"),
-    "series": ("synthetic", "real"),
-    "vectors": ("moons", "mixture", "conditional"),
+    "vectors": ("moons", "conditional"),
 }
 
 
