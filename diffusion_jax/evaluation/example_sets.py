@@ -128,11 +128,7 @@ class _UnresizedFolder(data.Folder):
 
 
 class ExampleSet(NamedTuple):
-    """A set of examples, or statistics of images.
-
-    name: for reports. examples: None for a file of statistics only. statistics: None if the file has none; they may be of
-    more images than the file contains, as in ADM's reference batches.
-    """
+    """A set of examples, or statistics of images, perhaps of more images than the file has, as ADM's reference batches."""
 
     name: str
     examples: data.Source | None = None

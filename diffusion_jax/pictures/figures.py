@@ -15,13 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["VALUE", "make_figure", "note_invalid", "note_shown", "plain_text", "to_plotted"]
 
 VALUE = "value (data units)"  # the label of an axis
-_DPI = 110
 _MIN_WIDTH = 4.8  # inches, so that titles have room
 _LETTERS_PER_INCH = 13  # of a title
-_MAX_TEXT = 24  # characters of a caption or a name
 
 
-def plain_text(text: Any, limit: int = _MAX_TEXT) -> str:
+def plain_text(text: Any, limit: int = 24) -> str:
     """One line of at most `limit` characters, in which Matplotlib reads no mathematical notation."""
     text = " ".join(str(text).split())
     return (text if len(text) <= limit else text[: limit - 3] + "...").replace("$", r"\$")
@@ -73,7 +71,7 @@ def make_figure(
     entry_width = 0.45 + 0.07 * max((len(label) for label, _ in legend), default=0)
     legend_columns = max(1, min(len(legend), int(width / entry_width)))
     height = rows * size[1] + 0.16 * len(lines) + 0.2 * -(-len(legend) // legend_columns)
-    figure = Figure((width, height), dpi=_DPI, layout="constrained")
+    figure = Figure((width, height), dpi=110, layout="constrained")
     figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=9, x=0.1 / width, ha="left")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
     for panel in axes[len(names) :]:

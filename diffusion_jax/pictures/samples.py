@@ -166,10 +166,7 @@ def draw_array_trajectory(
     Noise may be much larger than samples: each column of lines and points has its own scale, and the colors of images show
     at most the range of the samples and half as much at both ends; values beyond have the colors of the ends.
 
-    Args:
-      headers: of the columns, for instance "t = 999".
-      captions: of the samples; vectors have none.
-    Raises: ValueError for no sample, or more spatial axes.
+    headers: of the columns. captions: of the samples. Raises: ValueError for no sample, or more spatial axes.
     """
     x = np.asarray(x)
     if not 3 <= x.ndim <= 6 or not x.size:

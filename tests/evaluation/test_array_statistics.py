@@ -182,18 +182,15 @@ def test_z_scores_of_equal_numbers_without_errors():
 
 def test_bad_arguments():
     x = np.random.default_rng(0).normal(size=(6, 8, 2))
-    with pytest.raises(ValueError, match="needs at least one spatial axis"):
-        array_statistics.power_spectrum(x[:, 0])
-    with pytest.raises(ValueError, match=r"needs series \[n, L, C\]"):
-        array_statistics.autocorrelation(x[..., None])
-    with pytest.raises(ValueError, match="channel 1 is constant"):
-        array_statistics.autocorrelation(x * [1, 0])
-    for function in (
-        array_statistics.mean_and_covariance,
-        array_statistics.power_spectrum,
-        array_statistics.autocorrelation,
+    mean, spectrum, correlation = (
+        getattr(array_statistics, name) for name in ("mean_and_covariance", "power_spectrum", "autocorrelation")
+    )
+    for function, argument, words in (
+        (spectrum, x[:, 0], "needs at least one spatial axis"),
+        (correlation, x[..., None], r"needs series \[n, L, C\]"),
+        (correlation, x * [1, 0], "channel 1 is constant"),
+        *((function, x[:1], "x has 1 examples; this needs at least 2") for function in (mean, spectrum, correlation)),
+        (mean, x * np.inf, "example 0 has values that are not finite"),
     ):
-        with pytest.raises(ValueError, match="x has 1 examples; this needs at least 2"):
-            function(x[:1])
-        with pytest.raises(ValueError, match="example 0 has values that are not finite"):
-            function(x * np.inf)
+        with pytest.raises(ValueError, match=words):
+            function(argument)

@@ -57,18 +57,6 @@ def test_kid(pair):
     assert ours.std == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_STD], rel=1e-6)
 
 
-def test_inception_score(pair):
-    """Its splits are ten, of images that it shuffles."""
-    from torch_fidelity import metric_isc
-
-    logits = pair[0]
-    theirs = metric_isc.isc_features_to_metric(*tensors(logits), splits=10, shuffle=True, rng_seed=2020)
-    shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
-    ours = metrics.inception_score(shuffled, split_size=len(logits) // 10)
-    assert ours.mean == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_MEAN], rel=1e-6)
-    assert ours.std == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_STD], rel=1e-6)
-
-
 def test_precision_and_recall(pair):
     from torch_fidelity import metric_prc
 

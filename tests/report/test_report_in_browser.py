@@ -95,14 +95,6 @@ def first_chart(page):
     return chart
 
 
-def test_a_chart_shows_the_values_under_the_mouse(complete):
-    chart = first_chart(complete)
-    box = chart.locator(".u-over").bounding_box()
-    complete.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert chart.locator(".axis-x").inner_text() == "training step: 500"
-    assert chart.locator(".values").inner_text().startswith("loss 0.1")
-
-
 def ticks(chart):
     return chart.locator("canvas").evaluate("canvas => canvas.toDataURL()")
 
