@@ -43,7 +43,7 @@ def main() -> None:
         batch = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images[chosen], shifts)
 
         def loss_fn(params):
-            logits = network.apply({"params": params}, batch).logits
+            logits = network.apply({"params": params}, batch)[1]
             targets = optax.smooth_labels(jax.nn.one_hot(labels[chosen], 10), 0.1)
             return optax.softmax_cross_entropy(logits, targets).mean()
 
@@ -55,7 +55,7 @@ def main() -> None:
         carry = step(carry, key)
     params = carry[0]
     for name, (x, y) in {"train": (images, labels), "test": held_out}.items():
-        correct = network.apply({"params": params}, x).logits.argmax(-1) == y
+        correct = network.apply({"params": params}, x)[1].argmax(-1) == y
         print(f"{name}: {float(correct.mean()):.4f} of {len(y)} correct")
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep=".")
     save_file({name: np.asarray(value) for name, value in flat.items()}, options.out)

@@ -9,36 +9,21 @@ a run (its newest samples), or a data set and its split, such as cifar10:train. 
 
 import argparse
 import sys
-from typing import NoReturn
 
-from diffusion_jax.errors import DiffusionJaxError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with one line, without the usage, which would hide it."""
-        _exit(f"{message}; see python -m diffusion_jax.evaluation --help")
+from diffusion_jax.runs.console import CommandParser, exit_with_error, reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; an error is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["table"]:
-            _print_table(table_parser().parse_args(argv[1:]).directories)
-        else:
-            _compare(comparison_parser().parse_args(argv))
-    except DiffusionJaxError as error:
-        _exit(str(error), error.exit_code)
-    except (ValueError, OSError) as error:
-        _exit(str(error))
+        with reported_errors():
+            if argv[:1] == ["table"]:
+                _print_table(table_parser().parse_args(argv[1:]).directories)
+            else:
+                _compare(comparison_parser().parse_args(argv))
     except KeyboardInterrupt:
-        _exit("interrupted; rerun the same command to resume with the cached features", 130)
-
-
-def _exit(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
+        exit_with_error("interrupted; rerun the same command to resume with the cached features", 130)
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -63,9 +48,7 @@ def _print_table(directories: list[str]) -> None:
 
 def comparison_parser() -> argparse.ArgumentParser:
     """The arguments that compare two sets of images."""
-    parser = _Parser(
-        prog="python -m diffusion_jax.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = CommandParser("python -m diffusion_jax.evaluation", __doc__)
     add = parser.add_argument
     add("reference", help="the images to compare with")
     add("samples", help="the images to measure")
@@ -84,7 +67,6 @@ def comparison_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=64, help="images at a time; no metric depends on it")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")
     add("--image_size", type=int, help="resizes images of different sizes")
-    add("--channels", type=int, choices=(1, 3), help="converts all images to gray (1) or to three channels (3)")
     add(
         "--output",
         default="metrics.json",
@@ -96,7 +78,7 @@ def comparison_parser() -> argparse.ArgumentParser:
 
 def table_parser() -> argparse.ArgumentParser:
     """The arguments that print the metrics of runs."""
-    parser = _Parser(prog="python -m diffusion_jax.evaluation table", description="Metrics of runs.")
+    parser = CommandParser("python -m diffusion_jax.evaluation table", "Metrics of runs.")
     parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
     return parser
 

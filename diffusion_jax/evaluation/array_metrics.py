@@ -35,10 +35,8 @@ _MAX_PROJECTED_BYTES = 2**26
 class EnergyDistance(NamedTuple):
     """value, standard_error: of the distance. same_law_std: the standard deviation if both distributions are equal.
 
-    To ask whether two distributions are equal, compare `value` with same_law_std, whose square is an unbiased estimate of the
-    variance; the value is then skewed, and in one dimension about 2% of values exceed 3 same_law_std. The standard error is
-    for distributions that differ. Between equal ones it is too large, most of all in one dimension, where its square is twice
-    the variance on average: its first-order part is an estimate of 0 that cannot be negative.
+    To ask whether two distributions are equal, compare `value` with same_law_std; in one dimension about 2% of values exceed
+    3 same_law_std. The standard error is for distributions that differ, and too large for equal ones.
     """
 
     value: float
@@ -50,9 +48,8 @@ def energy_distance(reference: Any, samples: Any) -> EnergyDistance:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
 
     The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
-    example. SciPy's `energy_distance` is the square root of this number, for whole sets of numbers. The errors are from
-    Hoeffding's decomposition: same_law_std from the terms of second order, the only ones between equal distributions, and
-    the standard error from both orders. The time grows as the square of the number of examples.
+    example. The errors are from Hoeffding's decomposition: same_law_std from the terms of second order, the only ones between
+    equal distributions, and the standard error from both orders. The time grows as the square of the number of examples.
 
     Returns: EnergyDistance. Raises: ValueError for fewer than four examples, different shapes of examples, or values that are
       not finite.

@@ -163,7 +163,8 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
     if not varies.all():
         raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
     value = covariance / variance
-    # The ratio of two means, to first order: (product at the lag - value * product at lag 0) / variance of each example.
+    # Delta method: the ratio of two means has the error of the mean of (product at the lag - value * product at lag 0), over
+    # the variance.
     centered = squares - 2 * value * with_variance + value**2 * squares[0]
     error = _standard_error(total - value * total[0], centered, count) / variance
     error[0] = 0.0

@@ -30,14 +30,14 @@ __all__ = [
     "LazyExamples",
     "NpzExamples",
     "Statistics",
-    "UnresizedFolder",
     "as_example_pair",
     "as_examples",
     "even_indices",
-    "is_of_samples",
+    "modified_time",
     "open_image_set",
     "read_blocks",
     "read_examples",
+    "sample_files",
     "select",
     "standardize",
     "value_digest",
@@ -63,14 +63,10 @@ class Statistics(NamedTuple):
 
 
 class NpzExamples:
-    """`arr_0` of an .npz, [N, *spatial, C], as --mode=sample and ADM's scripts write it; read from the disk when needed.
+    """`arr_0` of an .npz, [N, *spatial, C], as --mode=sample and ADM's scripts write it; read from the disk when needed."""
 
-    channels: 1 or 3 converts images to gray or to three channels; None leaves the examples unchanged.
-    """
-
-    def __init__(self, path: pathlib.Path, channels: int | None = None):
+    def __init__(self, path: pathlib.Path):
         """Raises: ValueError."""
-        self._channels = channels
         try:
             self.values = map_array(path, "arr_0")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -81,21 +77,30 @@ class NpzExamples:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         values = np.asarray(self.values[indices])
-        if self._channels == 3:
-            values = np.broadcast_to(values, (*values.shape[:3], 3))
-        elif self._channels == 1 and values.shape[3] == 3:  # the conversion of folders
-            values = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in values])[..., None]
         return {"image" if values.dtype == np.uint8 else "x": values}
 
 
-def is_of_samples(path: pathlib.Path) -> bool:
-    """Whether the name of an .npz of a run is one of samples: not of edits, of a trajectory or of an unfinished file."""
-    return not (path.name.startswith("edit_") or path.stem.endswith("_trajectory") or ".partial." in path.name)
+def sample_files(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The .npz files of a run's samples, the newest first, without edits, trajectories and unfinished files."""
+    paths = [
+        path
+        for path in (workdir / "samples").glob("*.npz")
+        if not (path.name.startswith("edit_") or path.stem.endswith("_trajectory") or ".partial." in path.name)
+    ]
+    return sorted(paths, key=modified_time, reverse=True)
 
 
-def _open_images(path: pathlib.Path, channels: int | None) -> NpzExamples:
+def modified_time(path: pathlib.Path) -> float:
+    """When a file was last written, 0 if it was removed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _open_images(path: pathlib.Path) -> NpzExamples:
     """An .npz of images. Raises: ValueError."""
-    examples = NpzExamples(path, channels)
+    examples = NpzExamples(path)
     images = examples.values
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         raise ValueError(
@@ -105,23 +110,16 @@ def _open_images(path: pathlib.Path, channels: int | None) -> NpzExamples:
     return examples
 
 
-class UnresizedFolder(data.Folder):
-    """A folder's images, in color if any of them is, or with `channels` (1 or 3).
+class _UnresizedFolder(data.Folder):
+    """Images of one size in color. Other sizes raise an error, because a resize would change the metrics."""
 
-    Images of different sizes raise an error, because a resize would change the metrics; `image_size` resizes all of them.
-    """
-
-    def __init__(self, path: pathlib.Path, image_size: int | None, channels: int | None = None):
+    def __init__(self, path: pathlib.Path):
         super().__init__(str(path), (1, 1), 3)
         with Image.open(path / self._files[0]) as image:
             self._size = ImageOps.exif_transpose(image).size[::-1]
-        self._require_one_size = image_size is None
-        if image_size is not None:
-            self._size = (image_size, image_size)
-        self._channels = channels or (3 if any(_has_color(path / file) for file in self._files) else 1)
 
     def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
-        if self._require_one_size and image.size != self._size[::-1]:
+        if image.size != self._size[::-1]:
             raise DataError(
                 f"{path} is {image.size[0]}x{image.size[1]}, but the first image is {self._size[1]}x{self._size[0]}; "
                 "resize them to one size, or use image_size"
@@ -129,60 +127,44 @@ class UnresizedFolder(data.Folder):
         return super()._resize(path, image)
 
 
-def _has_color(path: pathlib.Path) -> bool:
-    """Whether a file's header declares color; False for a corrupted file, which `read` reports."""
-    try:
-        with Image.open(path) as image:
-            return image.mode not in ("1", "L", "LA", "I", "I;16")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return False
-
-
 class ExampleSet(NamedTuple):
-    """A set of examples, or statistics of images.
-
-    name: for reports. examples: None for a file of statistics only. statistics: None if the file has none; they may be of
-    more images than the file contains, as in ADM's reference batches.
-    """
+    """A set of examples, or statistics of images, perhaps of more images than the file has, as ADM's reference batches."""
 
     name: str
     examples: data.Source | None = None
     statistics: Statistics | None = None
 
 
-def open_image_set(
-    location: str, data_dir: str = "", image_size: int | None = None, channels: int | None = None
-) -> ExampleSet:
+def open_image_set(location: str, data_dir: str = "", image_size: int | None = None) -> ExampleSet:
     """A set of images.
 
-    location: an .npz, a folder, a run's directory (its newest samples), or a data set and its split ("cifar10:train",
-    "digits:test"). image_size: resizes a folder's or data set's images to cover it, as training does; required for images of
-    different sizes. channels: 1 or 3 converts all images to gray or to three channels; None leaves them unchanged.
+    location: an .npz, a folder, whose images are read in color, a run's directory (its newest samples), or a data set and its
+    split ("cifar10:train", "digits:test"). image_size: resizes a folder's or data set's images to cover it, as training does;
+    required for images of different sizes.
     Raises: ValueError, DataError, OSError: one line.
     """
     path = local_path(location)
     if path.is_dir():
-        files = [p for p in (path / "samples").glob("*.npz") if is_of_samples(p)]
+        files = sample_files(path)
         if files:
-            newest = max(files, key=lambda p: p.stat().st_mtime)
-            return ExampleSet(str(newest), _open_images(newest, channels))
+            return ExampleSet(str(files[0]), _open_images(files[0]))
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
-        return ExampleSet(location, UnresizedFolder(path, image_size, channels))
+        folder = data.Folder(str(path), (image_size, image_size), 3) if image_size else _UnresizedFolder(path)
+        return ExampleSet(location, folder)
     if path.is_file():
         statistics, has_images = _read_statistics(path)
-        return ExampleSet(location, _open_images(path, channels) if has_images or not statistics else None, statistics)
-    name, _, split = location.partition(":")
+        return ExampleSet(location, _open_images(path) if has_images or not statistics else None, statistics)
     if path.suffix:
         raise ValueError(f"{location}: no such file")
+    name, _, split = location.partition(":")
     try:
-        size, natural = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
+        size, channels = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
     except DataError as error:
         raise ValueError(f"{location}: no such file or folder, and as a data set: {error}") from None
     if not image_size and not size:
         raise ValueError(f"the images of {name!r} have different sizes; give image_size, the pixels to resize them to")
-    config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "memory_mb": 0}
-    config["channels"] = channels or natural
+    config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "memory_mb": 0, "channels": channels}
     return ExampleSet(f"{name}:{config['split']}", data.load(config | {"image_size": image_size or size}))
 
 
@@ -190,16 +172,18 @@ def _read_statistics(path: pathlib.Path) -> tuple[Statistics | None, bool]:
     """(the statistics in an .npz or None, whether it contains images)."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an .npz, an archive of arrays as numpy.savez writes it")
-    moments: list[Moments | None] = []
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-                pair = (arrays[name].astype(np.float64) for name in (mean, covariance)) if mean in arrays else None
-                moments.append(Moments(*pair, count=0) if pair else None)
+            moments, spatial = (
+                Moments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), 0)
+                if mean in arrays
+                else None
+                for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+            )
             has_images = "arr_0" in arrays
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from None
-    return Statistics(moments[0], moments[1]) if moments[0] else None, has_images
+    return Statistics(moments, spatial) if moments else None, has_images
 
 
 def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.traverse_util
@@ -38,7 +38,6 @@ __all__ = [
     "MAX_POOLED",
     "RESIZES",
     "BatchFeatures",
-    "ClassifierOutput",
     "DigitsNetwork",
     "FeatureExtractor",
     "FeaturePipeline",
@@ -52,8 +51,7 @@ __all__ = [
     "to_inception",
 ]
 
-# Examples of a chunk. Sums are over chunks, so that no metric depends on the batch size.
-CHUNK = 1024
+CHUNK = 1024  # examples; sums are over chunks, so that no metric depends on the batch size
 MAX_POOLED = 50_000
 RESIZES = ("tf1", "pytorch", "clean")
 DIGITS_PATH = pathlib.Path(__file__).with_name("digits.safetensors")
@@ -146,9 +144,8 @@ def digits() -> FeatureExtractor:
     flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in load(content).items()}
 
     def function(params, images):
-        output = DigitsNetwork().apply({"params": params}, images)
-        assert isinstance(output, ClassifierOutput)
-        return BatchFeatures(output.features)
+        features, _ = cast(tuple, DigitsNetwork().apply({"params": params}, images))
+        return BatchFeatures(features)
 
     params = flax.traverse_util.unflatten_dict(flat)
     return FeatureExtractor("digits", hashlib.sha256(content).hexdigest(), function, params)
@@ -204,30 +201,25 @@ def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, ...])
 # ---- The classifier of digits
 
 
-class ClassifierOutput(NamedTuple):
-    """features: [B, 64], before the last layer. logits: [B, 10]."""
-
-    features: Any
-    logits: Any
-
-
 class DigitsNetwork(nn.Module):
-    """The classifier of images uint8 [B, 8, 8, 1]."""
+    """The classifier of digits."""
 
     @nn.compact
-    def __call__(self, images) -> ClassifierOutput:
-        """images: uint8 [B, 8, 8, 1]. Raises: ValueError for other shapes and dtypes."""
-        if images.shape[1:] != (8, 8, 1):
-            remedy = "--image_size=8 resizes folders" if images.shape[1:3] != (8, 8) else "--channels=1 makes them gray"
+    def __call__(self, images) -> tuple[jax.Array, jax.Array]:
+        """(features [B, 64], logits [B, 10]) of images uint8 [B, 8, 8, C], whose channels are averaged.
+
+        Raises: ValueError for other sizes and dtypes.
+        """
+        if images.shape[1:3] != (8, 8):
             raise ValueError(
-                f"the digits' network takes gray images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}; "
-                f"{remedy} (python -m diffusion_jax.evaluation)"
+                f"the digits' network takes images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}; "
+                "--image_size=8 resizes folders (python -m diffusion_jax.evaluation)"
             )
-        x = to_model_range(images)
+        x = to_model_range(images).mean(axis=-1, keepdims=True)
         x = nn.relu(nn.Conv(32, (3, 3), name="conv_0")(x))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2, name="conv_1")(x))
         features = nn.relu(nn.Dense(64, name="dense")(x.reshape(len(x), -1)))
-        return ClassifierOutput(features, nn.Dense(10, name="logits")(features))
+        return features, nn.Dense(10, name="logits")(features)
 
 
 # ---- Sets
@@ -259,17 +251,6 @@ def cache_directory() -> pathlib.Path:
     return user_cache() / "features"
 
 
-def _compile(extractor: FeatureExtractor, mesh) -> Callable[[Any], BatchFeatures]:
-    """A function of a batch that returns BatchFeatures; the batch is sharded if the extractor compiles."""
-    if not extractor.compiles:
-        return lambda images: extractor.function(None, images)
-    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    params = jax.device_put(extractor.params, replicated)
-    options = compiler.options()
-    program = jax.jit(extractor.function, in_shardings=(replicated, rows), out_shardings=rows, compiler_options=options)
-    return lambda images: program(params, images)
-
-
 class FeaturePipeline:
     """Computes features with an extractor, in batches of `batch_size` over a mesh.
 
@@ -279,7 +260,13 @@ class FeaturePipeline:
     def __init__(self, extractor: FeatureExtractor, mesh, batch_size: int, progress_bar: Callable):
         self.extractor, self._mesh, self._progress_bar = extractor, mesh, progress_bar
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._compute = _compile(extractor, mesh)
+        self._params, self._compute = None, extractor.function
+        if extractor.compiles:
+            replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+            self._params, options = jax.device_put(extractor.params, replicated), compiler.options()
+            self._compute = jax.jit(
+                extractor.function, in_shardings=(replicated, rows), out_shardings=rows, compiler_options=options
+            )
 
     def __call__(self, images: np.ndarray) -> BatchFeatures:
         """Features of images uint8 [N, H, W, C], or arrays float32 [N, *spatial, C], which every process has.
@@ -302,7 +289,9 @@ class FeaturePipeline:
         for start in range(0, count, size):
             # The last batch is padded with copies of the last image, which are removed below.
             batch = read(np.minimum(start + own_rows, count - 1))
-            out: Any = self._compute(jax.make_array_from_process_local_data(rows, batch) if compiles else batch)
+            if compiles:
+                batch = jax.make_array_from_process_local_data(rows, batch)
+            out: Any = self._compute(self._params, batch)
             out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
             out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), out)
             if out.pool.ndim != 2 or len(out.pool) != size:

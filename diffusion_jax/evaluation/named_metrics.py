@@ -1,8 +1,7 @@
 """The metrics of samples by name: the sizes of sets that each needs, the names in reports, what they mean, and their values.
 
-Images have metrics of features. Other arrays have metrics without features: each is 0, or has a stated value, for equal laws,
-and comes with its standard error. `array_metrics` and `array_statistics` define them; here they are computed of standardized
-data, with bounds on time and memory.
+Images have metrics of features. Other arrays have metrics without features, which `array_metrics` and `array_statistics`
+define; here they are computed of standardized data, with bounds on time and memory.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from diffusion_jax.data import Normalization
 from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
 from diffusion_jax.evaluation.array_metrics import MarginalHistograms
-from diffusion_jax.evaluation.array_statistics import Autocorrelation, MeanAndCovariance, Measurement, PowerSpectrum
+from diffusion_jax.evaluation.array_statistics import Autocorrelation, MeanAndCovariance, PowerSpectrum
 from diffusion_jax.evaluation.example_sets import MAX_EXAMPLES, LazyExamples, even_indices, select
 from diffusion_jax.evaluation.features import FeatureExtractor, SetFeatures
 from diffusion_jax.evaluation.metrics import Neighbors
@@ -153,6 +152,7 @@ def compute_metrics(
     Raises: ValueError for features that cannot be compared.
     """
     results: dict[str, Any] = {}
+    pools: list[Any] = [reference.pool, samples.pool]  # None only without metrics that need them
 
     def add(metric: str, value: float, **options) -> None:
         name = reported_name(metric, extractor)
@@ -161,41 +161,32 @@ def compute_metrics(
 
     if "fid" in metric_names:
         add("fid", metrics.frechet_distance(reference.moments, samples.moments))
-        _note_few_samples(samples.moments, log)
+        count, dimensions = samples.moments.count, len(samples.moments.mean)
+        if count <= dimensions:
+            log(
+                f"Note: {count:,} samples for {dimensions} dimensions: the distance is larger than with more samples; "
+                "compare it at equal numbers of samples only."
+            )
     if "sfid" in metric_names:
         assert reference.spatial is not None and samples.spatial is not None
         add("sfid", metrics.frechet_distance(reference.spatial, samples.spatial))
     if "is" in metric_names:
         assert extractor.head is not None
-        score = metrics.inception_score(_pool(samples) @ extractor.head, _IS_SPLIT_SIZE)
+        score = metrics.inception_score(pools[1] @ extractor.head, _IS_SPLIT_SIZE)
         add("is", score.mean, std=score.std, split_size=_IS_SPLIT_SIZE)
     if "kid" in metric_names:
         # A quarter of small sets, because the variance over subsets that are nearly a whole set is not informative.
-        size = min(_KID_SUBSET_SIZE, min(len(_pool(reference)), len(_pool(samples))) // 4)
-        kid = metrics.kid(_pool(reference), _pool(samples), _KID_SUBSETS, size, _KID_SEED)
+        size = min(_KID_SUBSET_SIZE, min(map(len, pools)) // 4)
+        kid = metrics.kid(*pools, _KID_SUBSETS, size, _KID_SEED)
         settings = {"subsets": _KID_SUBSETS, "subset_size": size, "seed": _KID_SEED}
         add("kid", kid.mean, standard_error=kid.standard_error, std=kid.std, **settings)
     if "precision_recall" in metric_names:
-        shares = metrics.precision_recall(_pool(reference), _pool(samples), _MANIFOLD_K)
+        shares = metrics.precision_recall(*pools, _MANIFOLD_K)
         results |= shares._asdict() | {"precision_recall_k": _MANIFOLD_K}
     if "density_coverage" in metric_names:
-        shares = metrics.density_coverage(_pool(reference), _pool(samples), _DENSITY_K)
+        shares = metrics.density_coverage(*pools, _DENSITY_K)
         results |= shares._asdict() | {"density_coverage_k": _DENSITY_K}
     return results
-
-
-def _pool(features: SetFeatures) -> np.ndarray:
-    assert features.pool is not None  # `unavailable_metrics` excludes the other metrics for sets without images
-    return features.pool
-
-
-def _note_few_samples(moments: metrics.Moments, log: Callable[[str], None]) -> None:
-    dimensions = len(moments.mean)
-    if moments.count <= dimensions:
-        log(
-            f"Note: {moments.count:,} samples for {dimensions} dimensions: the distance is larger than with more samples; "
-            "compare it at equal numbers of samples only."
-        )
 
 
 def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
@@ -289,7 +280,9 @@ def compare_arrays(
     if "mean_and_covariance" in metric_names:
         # Time and memory grow as the square of the number of channels.
         channels = even_indices(num_channels, _MAX_COVARIANCE_CHANNELS)
-        moments = [array_statistics.mean_and_covariance(_with_channels(x, channels)) for x in pair]
+        shape = (*reference.shape[1:-1], len(channels))
+        sets = [LazyExamples(lambda rows, x=x: x[rows][..., channels], (len(x), *shape)) for x in pair]
+        moments = [array_statistics.mean_and_covariance(x) for x in sets]
         mean, (channel,) = _deviation("mean", [each.mean for each in moments])
         covariance, indices = _deviation("covariance", [each.covariance for each in moments])
         values |= mean | covariance
@@ -298,12 +291,8 @@ def compare_arrays(
         values["mean_and_covariance_z_limit"] = _largest_z(len(channels) * (len(channels) + 3) // 2)
         values["mean_and_covariance_num_channels"] = len(channels)
         shift, factor = offset[channels], scale[channels]
-        factors = np.outer(factor, factor)
         found["moments"] = tuple(
-            MeanAndCovariance(
-                Measurement(each.mean.value * factor + shift, each.mean.standard_error * np.abs(factor)),
-                Measurement(each.covariance.value * factors, each.covariance.standard_error * np.abs(factors)),
-            )
+            MeanAndCovariance(_rescaled(each.mean, factor, shift), _rescaled(each.covariance, np.outer(factor, factor)))
             for each in moments
         )
     if "power_spectrum" in metric_names:
@@ -313,10 +302,7 @@ def compare_arrays(
         values["power_spectrum_frequency"] = float(spectra[0].frequencies[shell])
         values["power_spectrum_channel"] = channel
         values["power_spectrum_z_limit"] = _largest_z(spectra[0].value.size)
-        found["spectra"] = tuple(
-            each._replace(value=each.value * scale**2, standard_error=each.standard_error * scale**2)
-            for each in spectra
-        )
+        found["spectra"] = tuple(_rescaled(each, scale**2) for each in spectra)
     if "autocorrelation" in metric_names:
         try:
             correlations = [array_statistics.autocorrelation(x, periodic=periodic) for x in pair]
@@ -339,10 +325,10 @@ def _named(name: str, distance: NamedTuple) -> dict[str, Any]:
     return {name if field == "value" else f"{name}_{field}": x for field, x in distance._asdict().items()}
 
 
-def _with_channels(x: _Examples, channels: np.ndarray) -> _Examples:
-    if len(channels) == x.shape[-1]:
-        return x
-    return LazyExamples(lambda rows: x[rows][..., channels], (*x.shape[:-1], len(channels)))
+def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
+    """A statistic of factor * x + shift."""
+    value, error = statistic.value * factor + shift, statistic.standard_error * np.abs(factor)
+    return statistic._replace(value=value, standard_error=error)
 
 
 def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:

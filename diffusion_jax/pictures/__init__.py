@@ -4,7 +4,6 @@
 Axes have labels with units, and images have captions, such as their class, network time or distance.
 """
 
-from diffusion_jax.pictures.examples import draw_examples
 from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
 from diffusion_jax.pictures.plots import (
     draw_against_steps,
@@ -14,7 +13,14 @@ from diffusion_jax.pictures.plots import (
     draw_rate_distortion,
     draw_spectra,
 )
-from diffusion_jax.pictures.samples import draw_edit, draw_neighbors, draw_samples, draw_trajectory, is_of_images
+from diffusion_jax.pictures.samples import (
+    draw_edit,
+    draw_examples,
+    draw_neighbors,
+    draw_samples,
+    draw_trajectory,
+    is_of_images,
+)
 
 __all__ = [
     "Picture",

@@ -23,7 +23,7 @@ Picture: TypeAlias = "np.ndarray | Figure"
 
 GAP = 4  # gray pixels around every image of a grid
 LINE = 14  # rows of pixels of a line of text
-_MIN_SIZE, _MAX_SIZE = 64, 160  # pixels of an enlarged image
+_MIN_SIZE = 96  # pixels of an enlarged image, which is room for a caption
 _MIN_TITLE_WIDTH = 300  # pixels
 _LETTER_WIDTH = 7  # pixels of a title, at most on average
 _BACKGROUND, _TEXT_GRAY = 64, 230
@@ -40,12 +40,12 @@ def draw_grid(
     """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
 
     title: above everything, in as many lines as it needs. captions: a line of text below each image. headers: the same
-    above each column. They are shortened to the width of the images, which are enlarged for them to 160 pixels at most.
+    above each column. They are shortened to the width of the images.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    scale = _scale(height, width, [*(captions or ()), *(headers or ())])
+    scale = max(1, _MIN_SIZE // max(height, width))
     below = LINE if captions else 0
     height, width = height * scale + GAP + below, width * scale + GAP
     tiles = np.full((rows * columns, height, width, channels), _BACKGROUND, np.uint8)
@@ -70,22 +70,9 @@ def draw_grid(
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
 
 
-def _scale(height: int, width: int, texts: Sequence[str]) -> int:
-    """By how much images are enlarged, so that they can be seen and the texts below them be read."""
-    scale = max(1, _MIN_SIZE // max(height, width))
-    needed = max((_font().getlength(text) for text in texts), default=0)
-    while width * scale < needed and max(height, width) * (scale + 1) <= _MAX_SIZE:
-        scale += 1
-    return scale
-
-
-def _font():
-    return ImageFont.load_default(LINE - 3)
-
-
 def _line(text: str, width: int) -> np.ndarray:
     """A line of text as uint8 [LINE, width]."""
-    font, shown = _font(), text
+    font, shown = ImageFont.load_default(LINE - 3), text
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
         shown = text + "..."

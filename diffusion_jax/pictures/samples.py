@@ -1,28 +1,36 @@
-"""Pictures of samples of any kind and of their trajectories: grids of images, and figures of other arrays."""
+"""Pictures of samples: grids of images, and figures of float arrays in their own units.
+
+Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms. The title
+has the number of values that are NaN or infinite, and what is left out: large sets and large arrays are drawn in part.
+"""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.pictures import examples, panels
-from diffusion_jax.pictures.examples import draw_examples
+from diffusion_jax.evaluation.example_sets import as_examples
+from diffusion_jax.pictures.figures import VALUE, make_figure, note_invalid, note_shown, plain_text, to_plotted
 from diffusion_jax.pictures.grids import Picture, draw_grid
-from diffusion_jax.pictures.panels import Margins
-from diffusion_jax.pictures.tables import ColorScale, draw_image_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_array_trajectory", "draw_edit", "draw_neighbors", "draw_samples", "draw_trajectory", "is_of_images"]
+__all__ = ["draw_edit", "draw_examples", "draw_neighbors", "draw_samples", "draw_trajectory", "is_of_images"]
 
+_MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
+_MAX_LINES = 6  # in a panel of series
+_MAX_CHANNELS = 12  # of series that have a panel each
+_MAX_ROWS = 6  # of a trajectory, and channels of fields
+_MAX_VOLUME_CHANNELS = 3
 _MAX_TIMES = 10
-_MAX_ROWS = 6  # of panels
-_MAX_CHANNELS = 3  # of fields, of volumes, and of series whose channels do not share an axis
-_MAX_LINES = 6  # channels of series that share an axis
-_MAX_PIXELS = 128  # of an image along each axis: the panels are small
+_MAX_PIXELS = 256  # of an image along each axis
+_MAX_HISTOGRAMS = 16  # of vectors
+_MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 
 
 def is_of_images(samples: np.ndarray) -> bool:
@@ -41,11 +49,11 @@ def draw_samples(
 
 def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], title: str) -> Picture:
     """A picture of given examples and, after them, the results. captions: of all of them."""
-    if not is_of_images(results) and results.ndim == 2:  # a vector has no panel of its own
+    if results.ndim == 2:  # a vector has no panel of its own
         return draw_examples(results, title=title + ", and what was given (data)", reference=given)
     shown = np.concatenate([given, results])
     if not is_of_images(shown) and np.isnan(given).any():
-        title += "; magenta: values to be generated"
+        title += "; values to be generated are NaN"
     return draw_samples(shown, title, captions, columns=min(len(shown), 10))
 
 
@@ -87,7 +95,63 @@ def draw_trajectory(
     return draw_grid(images.reshape(-1, *images.shape[2:]), title, columns, below, headers)
 
 
-# ---- Trajectories of arrays
+# ---- Arrays
+
+
+def draw_examples(
+    x: Any, *, title: str, captions: Sequence[str] | None = None, reference: Any = None, columns: int | None = None
+) -> Figure:
+    """A figure of examples x [n, *spatial, C] with at most three spatial axes.
+
+    Series: lines of all channels, an example in each panel; many channels, or channels whose values differ much in size,
+    have a panel each with all examples. Fields: a column for each example and a row for each channel. Volumes: the three
+    central slices of each example and channel, and along each axis the values that are farthest from 0. Vectors: a
+    histogram of each channel, and the points themselves for two channels.
+
+    Args:
+      captions: of the examples, for instance their classes; vectors have none.
+      reference: vectors of the data [m, C], whose histograms are drawn beside those of vectors.
+      columns: of the panels of series.
+    Raises: ValueError for no example, more spatial axes, or complex numbers.
+    """
+    x = as_examples("x", x, 1)
+    if x.ndim > 5:
+        raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
+    if x.ndim == 2:
+        shown, notes = _select(x, _MAX_VECTORS, _MAX_HISTOGRAMS)
+        sets = [shown] if reference is None else [shown, to_plotted(reference[:_MAX_VECTORS, :_MAX_HISTOGRAMS])]
+        chosen = [[i] for i in range(shown.shape[1])] + ([[0, 1]] if x.shape[1] == 2 else [])
+        panels = [[values[:, channels] for values in sets] for channels in chosen]
+        return _draw_vectors(title, [f"{len(x)} vectors", *notes], panels, [f"channel {i}" for i, *_ in chosen])
+    if x.ndim == 3:
+        by_channel = _needs_panels(x)
+        if by_channel:
+            shown, notes = _select(x, _MAX_LINES, _MAX_CHANNELS)
+            panels, lines = _channel_names(shown), _captions(captions, len(shown))
+            shown = np.moveaxis(shown, -1, 0).swapaxes(1, 2)
+            columns, size = (1, (6.5, 1.6)) if len(panels) <= 3 else (2, (4.5, 1.6))
+        else:
+            shown, notes = _select(x, _MAX_SERIES, _MAX_LINES)
+            panels, lines = _captions(captions, len(shown)), _channel_names(shown)
+            columns = min(len(shown), columns or (3 if len(shown) <= 9 else 4))
+            size = (6.5, 3.0) if len(shown) == 1 else (3.0, 1.7)
+        return _draw_lines(title, notes, shown, panels, lines, columns, size, [VALUE], not by_channel)
+    if x.ndim == 4:
+        shown, notes = _select(x, _MAX_FIELDS, _MAX_ROWS, _MAX_PIXELS)
+        rows = np.moveaxis(shown, -1, 0)
+        headers = _captions(captions, len(shown))
+        return _draw_images(title, notes, rows, [_limits(row) for row in rows], _channel_names(shown), headers)
+    shown, notes = _select(x, _MAX_VOLUMES, _MAX_VOLUME_CHANNELS, _MAX_PIXELS)
+    limits = [_limits(shown[..., channel]) for channel in range(shown.shape[-1])] * len(shown)
+    headers = [f"slice at the center of axis {axis}" for axis in range(3)]
+    headers += [f"farthest from 0 along axis {axis}" for axis in range(3)]
+    rows = [
+        [volume.take(size // 2, axis) for axis, size in enumerate(volume.shape)]
+        + [_farthest_from_zero(volume, axis) for axis in range(3)]
+        for example in shown
+        for volume in np.moveaxis(example, -1, 0)
+    ]
+    return _draw_images(title, notes, rows, limits, _row_names(_captions(captions, len(shown)), shown), headers)
 
 
 def draw_array_trajectory(
@@ -97,131 +161,199 @@ def draw_array_trajectory(
 
     The last column has the samples themselves. Series are lines, fields and volumes are images (of volumes the central
     slices along the first axis), with a row for each sample and channel. All vectors are points of one panel for each time,
-    at their first two entries, or a histogram of their only entry.
+    at their first two channels, or a histogram of their only channel.
 
     Noise may be much larger than samples: each column of lines and points has its own scale, and the colors of images show
     at most the range of the samples and half as much at both ends; values beyond have the colors of the ends.
 
-    Args:
-      headers: of the columns, for instance "t = 999".
-      captions: of the samples; vectors have none.
-    Raises: ValueError for no sample, other headers than columns, or more spatial axes.
+    headers: of the columns. captions: of the samples. Raises: ValueError for no sample, or more spatial axes.
     """
     x = np.asarray(x)
     if not 3 <= x.ndim <= 6 or not x.size:
         raise ValueError(f"x has shape {x.shape}; it must be [columns, rows, *spatial, C] with at most 3 spatial axes")
-    if len(headers) != len(x):
-        raise ValueError(f"x has {len(x)} columns and there are {len(headers)} headers; each column needs one")
     times = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_TIMES)).round().astype(int))
     notes = [] if len(times) == len(x) else [f"{len(times)} of {len(x)} times"]
-    x, shown_headers = x[times], [panels.plain_text(header) for i, header in enumerate(headers) if i in times]
+    x, headers = x[times], [plain_text(headers[i]) for i in times]
+    separate = x.ndim > 4 or (x.ndim == 4 and _needs_panels(x[-1]))  # a row for each channel
+    num_channels = min(x.shape[-1], 3) if separate else _MAX_LINES
+    num_samples = _MAX_ROWS // num_channels if separate else _MAX_ROWS
     if x.ndim == 3:
-        return _draw_vectors(x, shown_headers, title, notes)
-    draw = _draw_series if x.ndim == 4 else _draw_images
-    return draw(x, shown_headers, title, notes, captions)
+        num_samples, num_channels = _MAX_POINTS, 2
+    if x.ndim == 6:
+        notes.append("slices at the center of axis 0")
+        x = x[:, :, x.shape[2] // 2]
+    drawn = [_select(column, num_samples, num_channels, _MAX_PIXELS if x.ndim > 4 else None) for column in x]
+    shown, notes = np.stack([values for values, _ in drawn]), notes + drawn[0][1]
+    if x.ndim == 3:
+        return _draw_vectors(title, notes, [[column] for column in shown], ["channel 0"] * len(shown), headers, 5)
+    captions, groups = _captions(captions, shown.shape[1], "sample"), [slice(None)]
+    if separate:
+        captions, groups = _row_names(captions, shown), [slice(c, c + 1) for c in range(shown.shape[-1])]
+    rows = [shown[:, i, ..., group] for i in range(shown.shape[1]) for group in groups]
+    if x.ndim == 4:
+        panels, names = [panel for row in rows for panel in row], headers + [""] * (len(rows) - 1) * len(headers)
+        lines = [] if separate else _channel_names(shown)
+        share_y = False if separate else "col"
+        return _draw_lines(title, notes, panels, names, lines, len(headers), (1.6, 1.4), captions, share_y)
+    limits = []
+    for values in np.moveaxis(shown, -1, 0):
+        (low, high), (last_low, last_high) = _limits(values), _limits(values[-1])
+        margin = (last_high - last_low) / 2
+        limits.append((max(low, last_low - margin), min(high, last_high + margin)))
+    limits *= shown.shape[1]
+    return _draw_images(title, notes, [row[..., 0] for row in rows], limits, captions, headers)
 
 
-def _limits(x: np.ndarray) -> list[tuple[float, float]]:
-    """Limits of the axes for each column of x [columns, ...]."""
-    return [panels.widen(*panels.full_range(column), 0.05) for column in x]
+# ---- Selection
 
 
-def _draw_series(x, headers, title, notes, captions) -> Figure:
-    columns, samples, length, channels = x.shape
-    separate = not examples.share_an_axis(*panels.channel_ranges(panels.to_plotted(x[-1, :_MAX_ROWS])))
-    num_channels = min(channels, _MAX_CHANNELS if separate else _MAX_LINES)
-    num_samples = min(samples, _MAX_ROWS // num_channels if separate else _MAX_ROWS)
-    shown = panels.to_plotted(x[:, :num_samples, :, :num_channels])
-    names = [f"channel {i}" for i in range(num_channels)]
-    notes = notes + panels.note_shown(num_samples, samples, "samples")
-    notes += panels.note_shown(num_channels, channels, "channels") + panels.note_intervals(length)
-    notes += panels.note_invalid(shown)
-    groups = [[channel] for channel in range(num_channels)] if separate else [list(range(num_channels))]
-    captions = panels.make_captions(captions, num_samples, "sample")
-    styles = [{"color": f"C{i}", "linewidth": 0.9} for i in range(num_channels)]
-    limits = [_limits(shown[..., group]) for group in groups]
-    rows = [(i, *group_limits) for i in range(num_samples) for group_limits in zip(groups, limits, strict=True)]
-    figure, axes = panels.make_panels(
-        title,
-        notes,
-        (len(rows), columns),
-        (max(1.15, min(6 / columns, 2.4)), 1.0),
-        gap=(0.45, 0.2),
-        margins=Margins(left=0.8, right=0.15, bottom=0.45, top=0.25),
-        legend=list(zip(names, styles, strict=True)) if num_channels > 1 else [],
+def _select(
+    x: np.ndarray, num_examples: int, num_channels: int, positions: int | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """(the first examples and channels of x [n, *spatial, C] as plotted, notes about what is left out).
+
+    positions: at most so many along each spatial axis; None for all.
+    """
+    n, *spatial, channels = x.shape
+    stride = max(-(-size // positions) for size in spatial) if positions else 1
+    steps = (slice(None, None, stride),) * len(spatial)
+    shown = to_plotted(x[(slice(num_examples), *steps, slice(num_channels))])
+    notes = note_shown(len(shown), n, "examples") + note_shown(shown.shape[-1], channels, "channels")
+    return shown, notes + ([f"1 of {stride} positions along each axis"] if stride > 1 else [])
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest value; (0, 1) if all are NaN."""
+    finite = values[~np.isnan(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+
+
+def _needs_panels(x: np.ndarray) -> bool:
+    """Whether the channels of series [n, L, C] are too many for one axis, or one fills less than a tenth of it."""
+    limits = np.array([_limits(to_plotted(x[:_MAX_SERIES, :, channel])) for channel in range(x.shape[-1])])
+    spans = np.ptp(limits, axis=1)
+    return len(spans) > _MAX_LINES or bool((spans[spans > 0] < 0.1 * np.ptp(limits)).any())
+
+
+def _captions(captions: Sequence[str] | None, count: int, word: str = "example") -> list[str]:
+    """The first `count` captions as plain text; those that are missing are "word i"."""
+    given = [plain_text(caption) for caption in list(captions or ())[:count]]
+    return given + [f"{word} {i}" for i in range(len(given), count)]
+
+
+def _channel_names(shown: np.ndarray) -> list[str]:
+    return [f"channel {i}" for i in range(shown.shape[-1])]
+
+
+def _row_names(captions: Sequence[str], shown: np.ndarray) -> list[str]:
+    """A name for each example and channel."""
+    if shown.shape[-1] == 1:
+        return list(captions)
+    return [f"{caption}\n{name}" for caption in captions for name in _channel_names(shown)]
+
+
+def _farthest_from_zero(x: np.ndarray, axis: int) -> np.ndarray:
+    """The value with the largest magnitude along an axis, with its sign; NaN if any value is NaN."""
+    low, high = x.min(axis), x.max(axis)
+    return np.where(high >= -low, high, low)
+
+
+# ---- Panels
+
+
+def _draw_lines(
+    title: str,
+    notes: Sequence[str],
+    panels: Sequence[np.ndarray],
+    names: Sequence[str],
+    lines: Sequence[str],
+    columns: int,
+    size: tuple[float, float],
+    captions: Sequence[str],
+    share_y: bool | str,
+) -> Figure:
+    """Panels of series [L, lines] with NaN. captions: of the y-axes at the left, from the top; one stands for all."""
+    styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(panels[0].shape[-1])]
+    legend = list(zip(lines, styles, strict=True)) if len(lines) > 1 else []
+    notes = [*notes, *note_invalid(*panels)]
+    figure, axes = make_figure(
+        title, notes, names, columns, size, labels=("position", captions[0]), legend=legend, share_y=share_y
     )
-    for row, (i, group, group_limits) in enumerate(rows):
-        for column, panel in enumerate(axes[row]):
-            for channel in group:
-                panels.draw_line(panel, shown[column, i, :, channel], **styles[channel])
-            panel.set(xlim=examples.position_limits(length), ylim=group_limits[column])
-            panel.locator_params(axis="x", integer=True)
-            panels.label_axes(panel, "position", captions[i], bottom=row == len(rows) - 1, left=column == 0)
-            panel.tick_params(labelleft=True)
-            if row == 0:
-                panel.set_title(headers[column], fontsize=8, pad=3)
+    for panel, caption in zip(axes[::columns], captions, strict=False):
+        panel.set_ylabel(caption, fontsize=8)
+    for panel, values in zip(axes, panels, strict=True):
+        for line, style in zip(values.T, styles, strict=True):
+            panel.plot(line, **style)
     return figure
 
 
-def _draw_images(x, headers, title, notes, captions) -> Figure:
-    samples, *sizes, channels = x.shape[1:]
-    num_channels = min(channels, _MAX_CHANNELS)
-    num_samples = min(samples, _MAX_ROWS // num_channels)
-    shown = x[:, :num_samples, ..., :num_channels]
-    size = " x ".join(map(str, sizes))
-    notes = [f"{'fields' if len(sizes) == 2 else 'volumes'} of {size}", *notes]
-    if len(sizes) == 3:
-        notes.append(f"slices at position {sizes[0] // 2} of axis 0")
-        shown = shown[:, :, sizes[0] // 2]
-    stride = max(-(-size // _MAX_PIXELS) for size in sizes[-2:])
-    shown = panels.to_plotted(shown[:, :, ::stride, ::stride])
-    notes += panels.note_shown(num_samples, samples, "samples") + panels.note_shown(num_channels, channels, "channels")
-    notes += panels.note_stride(stride) + panels.note_invalid(shown)
-    scales = []
-    for channel in range(num_channels):
-        values = shown[..., channel]
-        (low, high), (last_low, last_high) = panels.full_range(values), panels.full_range(values[-1])
-        margin = (last_high - last_low) / 2
-        low, high = max(low, last_low - margin), min(high, last_high + margin)
-        scales.append(ColorScale.of_range(low, high, values))
-    captions = panels.make_captions(captions, num_samples, "sample")
-    names = [f"channel {i}" for i in range(num_channels)]
-    if channels > 1:
-        captions = [f"{caption}\n{name}" for caption in captions for name in names]
-    rows = [list(shown[:, i, ..., channel]) for i in range(num_samples) for channel in range(num_channels)]
-    return draw_image_table(
-        title, notes, rows, scales * num_samples, captions=captions, headers=headers, by_column=False
-    )
+def _draw_images(
+    title: str,
+    notes: Sequence[str],
+    rows: Sequence[Any],
+    limits: Sequence[tuple[float, float]],
+    captions: Sequence[str],
+    headers: Sequence[str],
+) -> Figure:
+    """Rows of images [H, W] with NaN, each with its limits, its caption at the left and its color bar at the right.
+
+    The colors are centered at 0 if both signs are at least a tenth of the limits.
+    """
+    import matplotlib
+
+    notes = [*notes, "color bars in data units", *note_invalid(*(image for row in rows for image in row))]
+    ratio = rows[0][0].shape[0] / rows[0][0].shape[1]
+    width = min(max(9 / len(headers), 1.0), 2.6)
+    names = [textwrap.fill(header, int(13 * width)) for header in headers] + [""] * (len(rows) - 1) * len(headers)
+    size = (width, 0.9 * width * min(max(ratio, 0.5), 2) + 0.1)
+    figure, axes = make_figure(title, notes, names, len(headers), size)
+    for i, (row, (low, high), caption) in enumerate(zip(rows, limits, captions, strict=True)):
+        panels = axes[i * len(headers) : (i + 1) * len(headers)]
+        centered = min(-low, high) > 0.1 * (high - low)
+        if centered:
+            low, high = -max(-low, high), max(-low, high)
+        colors = matplotlib.colormaps["RdBu_r" if centered else "viridis"].with_extremes(bad="magenta")
+        for panel, image in zip(panels, row, strict=True):
+            drawn = panel.imshow(image, cmap=colors, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+            if 0.2 <= image.shape[0] / image.shape[1] <= 5:
+                panel.set_aspect("equal")
+            panel.set(xticks=[], yticks=[])
+            panel.grid(False)
+        panels[0].set_ylabel(caption, fontsize=8)
+        exceeds = any(((image < low) | (image > high)).any() for image in row)
+        bar = figure.colorbar(drawn, ax=panels, extend="both" if exceeds else "neither")
+        bar.ax.tick_params(labelsize=7)
+    return figure
 
 
-def _draw_vectors(x, headers, title, notes) -> Figure:
-    columns, samples, entries = x.shape
-    num_samples = min(samples, examples.MAX_POINTS)
-    shown = panels.to_plotted(x[:, :num_samples, :2])
-    names = [f"entry {i}" for i in range(min(entries, 2))]
-    notes = notes + panels.note_shown(num_samples, samples, "vectors")
-    notes += panels.note_shown(min(entries, 2), entries, "entries") + panels.note_invalid(shown)
-    limits = [_limits(shown[..., entry]) for entry in range(len(names))]
-    per_row = min(columns, 5)
-    figure, axes = panels.make_panels(
-        title,
-        notes,
-        (-(-columns // per_row), per_row),
-        (1.9, 1.9),
-        gap=(0.5, 0.5),
-        margins=Margins(left=0.7, right=0.15, bottom=0.45, top=0.25),
-        count=columns,
-    )
-    for i, panel in enumerate(axes.reshape(-1)[:columns]):
-        left, bottom = i % per_row == 0, i + per_row >= columns
-        if entries == 1:
-            examples.draw_histogram(panel, shown[i, :, 0])
-            panels.label_axes(panel, names[0], "density", bottom=bottom, left=left)
-        else:
-            examples.draw_points(panel, shown[i])
-            panels.label_axes(panel, names[0], names[1], bottom=bottom, left=left)
-            panel.set_ylim(limits[1][i])
-        panel.set_xlim(limits[0][i])
-        panel.tick_params(labelleft=True, labelbottom=True)
-        panel.set_title(headers[i], fontsize=8, pad=3)
+def _draw_vectors(
+    title: str,
+    notes: Sequence[str],
+    panels: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    headers: Sequence[str] = (),
+    columns: int = 4,
+) -> Figure:
+    """Panels of vectors [n, 1], as histograms, or [n, 2], as points, with NaN: samples and, in the same panel, the data."""
+    notes = [*notes, *note_invalid(*(panel[0] for panel in panels))]
+    columns = min(len(panels), columns)
+    styles = [{"color": "C0", "linewidth": 6, "alpha": 0.6}, {"color": "black", "linewidth": 1}]
+    legend = list(zip(("samples", "data"), styles, strict=True)) if len(panels[0]) > 1 else []
+    figure, axes = make_figure(title, notes, headers or [""] * len(panels), columns, (2.6, 2.2), legend=legend)
+    for panel, sets, label in zip(axes, panels, labels, strict=True):
+        panel.set_xlabel(label, fontsize=8)
+        if sets[0].shape[1] == 2:
+            panel.set_ylabel("channel 1", fontsize=8)
+            for points, color in zip(sets[::-1], ("0.75", "C0")[-len(sets) :], strict=True):
+                panel.plot(*points[:_MAX_POINTS].T, ".", color=color, markersize=3, markeredgewidth=0)
+            continue
+        panel.set_ylabel("density", fontsize=8)
+        finite = [values[~np.isnan(values)] for values in sets]
+        low, high = _limits(np.concatenate(finite))
+        margin = 0.0 if high > low else max(0.5, 1e-3 * abs(low))  # around a constant
+        bins = int(np.clip(math.sqrt(max(map(len, finite))), 8, 60))
+        edges = np.linspace(low - margin, high + margin, bins + 1)
+        for values, style in zip(finite, ({"fill": True, "alpha": 0.6}, {"color": "black"}), strict=False):
+            if len(values):
+                panel.stairs(np.histogram(values, edges, density=True)[0], edges, **style)
     return figure

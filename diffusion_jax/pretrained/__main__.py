@@ -11,22 +11,18 @@ not their moving average.
 
 import argparse
 import pathlib
-import sys
-from typing import NoReturn
 
 import absl.logging
 
 from diffusion_jax import pretrained
 from diffusion_jax.distributed.termination import exit_if_output_is_closed
-from diffusion_jax.errors import DiffusionJaxError
+from diffusion_jax.runs.console import CommandParser, reported_errors
 from diffusion_jax.storage.downloads import local_path
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusion_jax.pretrained", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = CommandParser("python -m diffusion_jax.pretrained", __doc__)
     parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
     parser.add_argument("path", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
@@ -44,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     if (args.command == "convert") != (args.to is not None):
         parser.error("convert needs PATH and TO, and inspect PATH alone")
     absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
-    try:
-        with exit_if_output_is_closed():
-            net = pretrained.load(args.path, args.flags, not args.raw)
-            print(pretrained.format_summary(net))
-            if args.to is not None:
-                _convert(net, args)
-    except (DiffusionJaxError, OSError) as error:
-        _exit(str(error), getattr(error, "exit_code", 2))
+    with reported_errors(), exit_if_output_is_closed():
+        net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
+        print(pretrained.format_summary(net))
+        if args.to is not None:
+            save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
+            save(net, args.to)
+            print(f"Written: {args.to}")
+            _write_card(net, args)
 
 
 def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
@@ -66,11 +62,6 @@ def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
         print(f"Model card, whose license is to be filled in: {written}")
     else:
         print(f"{card_path(to)} exists and stays as it is.")
-
-
-def _exit(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,13 @@ The page is one file that needs no network. Of one run it is report.html in DIR,
 
 import argparse
 import pathlib
-import sys
-from typing import NoReturn
 
-from diffusion_jax.errors import DiffusionJaxError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with one line, without the usage, which would hide it."""
-        _exit(f"{message}; see python -m diffusion_jax.report --help")
+from diffusion_jax.runs.console import CommandParser, reported_errors
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
-    parser = _Parser(
-        prog="python -m diffusion_jax.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = CommandParser("python -m diffusion_jax.report", __doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="work directories of runs")
     parser.add_argument("--output", metavar="PATH", help="the file to write")
     return parser
@@ -41,18 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 
     is_single = len(args.directories) == 1 and not is_url(args.directories[0])
     output = pathlib.Path(args.output or (pathlib.Path(args.directories[0]) / NAME if is_single else NAME)).expanduser()
-    try:
+    with reported_errors():
         write_comparison(args.directories, output)
-    except DiffusionJaxError as error:
-        _exit(str(error), error.exit_code)
-    except OSError as error:
-        _exit(str(error))
     print(f"Written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
-
-
-def _exit(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -91,10 +90,9 @@ def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_
     return series
 
 
-def _rounded(values: np.ndarray, digits: int = 5) -> list[float | int]:
+def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
     """Numbers with so many digits, which the JSON of the page stores."""
-    numbers = (float(f"{value:.{digits}g}") for value in values)
-    return [int(number) if number == math.floor(number) and abs(number) < 1e15 else number for number in numbers]
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def chart_grid(prefix: str, charts: Iterable[dict[str, Any]], data: dict[str, Any]) -> Markup:
@@ -119,12 +117,6 @@ def _numbers(chart: Mapping[str, Any], rows: int = 12) -> Markup:
     parts = []
     for series in chart["series"]:
         chosen = even_subset(len(series["x"]), rows)
-        bounds = ("low", "high") if "low" in series else ()
-        header = [chart["x"], chart["y"], *({"low": "lowest", "high": "highest"}[name] for name in bounds)]
-        lines = [[_number(series[name][i]) for name in ("x", "mean", *bounds)] for i in chosen]
-        parts.append(table(f"{chart['title']}: {series['label']}", header, lines))
+        lines = [[f"{series[name][i]:,.8g}" for name in ("x", "mean")] for i in chosen]
+        parts.append(table(f"{chart['title']}: {series['label']}", [chart["x"], chart["y"]], lines))
     return join(parts)
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffusion_jax.errors import DiffusionJaxError, shorten
-from diffusion_jax.evaluation.example_sets import is_of_samples
 from diffusion_jax.runs import status
 from diffusion_jax.runs.goodput import read_launches
 from diffusion_jax.runs.metric_records import read_records
@@ -19,7 +18,7 @@ from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.workdir import load_config, read_class_names
 from diffusion_jax.storage.locations import with_urls
 
-__all__ = ["RunFiles", "collect", "modified_time", "sample_files"]
+__all__ = ["RunFiles", "collect"]
 
 
 @dataclasses.dataclass
@@ -78,17 +77,3 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
     return value
-
-
-def sample_files(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The .npz files of samples, the newest first, without edits and trajectories."""
-    paths = [path for path in (workdir / "samples").glob("*.npz") if is_of_samples(path)]
-    yield from sorted(paths, key=modified_time, reverse=True)
-
-
-def modified_time(path: pathlib.Path) -> float:
-    """When a file was last written, 0 if it is gone."""
-    try:
-        return path.stat().st_mtime
-    except OSError:  # removed meanwhile
-        return 0.0

@@ -6,7 +6,6 @@ import base64
 import io
 import pathlib
 import zipfile
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,22 +13,22 @@ from PIL import Image
 
 from diffusion_jax import pictures
 from diffusion_jax.files import map_array
-from diffusion_jax.report.collect import RunFiles, modified_time, sample_files
+from diffusion_jax.evaluation.example_sets import modified_time, sample_files
+from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.runs.sampling_conditions import class_captions
 
 __all__ = [
-    "TRAJECTORY",
     "Budget",
     "Frames",
     "Picture",
     "class_rows",
     "denoising",
     "even_subset",
-    "pictures_of_files",
+    "other_pictures",
     "training_samples",
 ]
 
-TRAJECTORY = "_trajectory"
+_PREFIX = "train_step"  # of the pictures during training
 _MAX_TRAINING_FRAMES = 12
 _MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
 # Of compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and WebP's quality.
@@ -48,7 +47,7 @@ class Picture(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Pictures to step through: {caption: the pictures of a frame}. names: of the pictures of a frame. note: "" or more."""
+    """Pictures to step through, by their captions. names: of the pictures of a frame. note: what they show."""
 
     names: tuple[str, ...]
     frames: list[tuple[str, tuple[Picture, ...]]]
@@ -95,49 +94,50 @@ def even_subset(count: int, most: int) -> list[int]:
 
 def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
     """The pictures samples/train_step*.png in order, at most `most`."""
-    prefix = "train_step"
-    paths = sorted((run.directory / "samples").glob(f"{prefix}*.png"), reverse=True)
-    paths = [path for path in paths if path.stem.removeprefix(prefix).isdecimal()]
+    paths = sorted((run.directory / "samples").glob(f"{_PREFIX}*.png"), reverse=True)
+    paths = [path for path in paths if path.stem.removeprefix(_PREFIX).isdecimal()]
     frames = []
     for path in [paths[i] for i in even_subset(len(paths), most)]:  # the newest first
-        caption = f"after {int(path.stem.removeprefix(prefix)):,} training steps"
+        caption = f"after {int(path.stem.removeprefix(_PREFIX)):,} training steps"
         picture = _embed_file(budget, path, caption, run.notes, _FRAME_SIDE)
         if picture:
             frames.insert(0, (caption, (picture,)))
-    note = f"{len(frames)} of {len(paths)} pictures are in this file." if len(frames) < len(paths) else ""
+    note = "The same noise at every step, so that only the network changes."
+    note += f" {len(frames)} of {len(paths)} pictures are in this file." if len(frames) < len(paths) else ""
     return Frames(("samples",), frames, note) if frames else None
 
 
 def denoising(run: RunFiles, budget: Budget) -> Frames | None:
     """The frames of the newest *_trajectory.npz of images."""
-    paths = [path for path in (run.directory / "samples").glob(f"*{TRAJECTORY}.npz") if ".partial." not in path.name]
-    for path in sorted(paths, key=modified_time)[-1:]:
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                samples = arrays["samples"]
-                x_t, x_0 = (np.concatenate([arrays[name], samples[None]]) for name in ("x_t", "x_0"))
-                captions = [f"network time t = {time:.4g}" for time in arrays["times"]]
-        except _READ_ERRORS as error:
-            run.notes.append(f"{path.name} could not be read: {error}")
-            return None
-        if not pictures.is_of_images(samples):
-            return None  # its picture is among the others
-        names, frames = ("x_t, the noisy sample", "x_0, as the network predicts it"), []
-        for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
-            drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]
-            if None not in drawn:
-                frames.append((caption, tuple(drawn)))
-        return Frames(names, frames, f"Samples of {path.name}.") if frames else None
-    return None
+    paths = [path for path in (run.directory / "samples").glob("*_trajectory.npz") if ".partial." not in path.name]
+    if not paths:
+        return None
+    path = max(paths, key=modified_time)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            samples = arrays["samples"]
+            x_t, x_0 = (np.concatenate([arrays[name], samples[None]]) for name in ("x_t", "x_0"))
+            captions = [f"network time t = {time:.4g}" for time in arrays["times"]]
+    except _READ_ERRORS as error:
+        run.notes.append(f"{path.name} could not be read: {error}")
+        return None
+    if not pictures.is_of_images(samples):
+        return None  # its picture is among the others
+    names, frames = ("x_t, the noisy sample", "x_0, as the network predicts it"), []
+    for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
+        drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]
+        if None not in drawn:
+            frames.append((caption, tuple(drawn)))
+    return Frames(names, frames, f"Samples of {path.name}.") if frames else None
 
 
 def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
     """(a row of the newest samples of each class, what was left out); without classes, none."""
-    path = next(sample_files(run.directory), None)
+    files = sample_files(run.directory)
     try:
-        if path is None or not pictures.is_of_images(images := map_array(path, "arr_0")):
+        if not files or not pictures.is_of_images(images := map_array(files[0], "arr_0")):
             return [], ""
-        labels = np.asarray(map_array(path, "arr_1"))
+        labels = np.asarray(map_array(files[0], "arr_1"))
     except _READ_ERRORS:  # samples without labels
         return [], ""
     present = np.unique(labels)
@@ -147,23 +147,18 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
         rows.append(budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)), caption))
     rows = [row for row in rows if row]
     left_out = len(present) - len(rows)
-    return rows, f"Samples of {path.name}." + (f" {left_out} other classes are not in this file." if left_out else "")
+    return rows, f"Samples of {files[0].name}." + (
+        f" {left_out} other classes are not in this file." if left_out else ""
+    )
 
 
-def pictures_of_files(
-    run: RunFiles, budget: Budget, is_wanted: Callable[[str], bool]
-) -> tuple[list[Picture], Sequence[str]]:
-    """(the pictures of the directory and of samples/, the newest first; the names of those that found no room)."""
+def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
+    """(the other pictures of the directory and of samples/, the newest first; the names of those that found no room)."""
     paths = [*run.directory.glob("*.png"), *(run.directory / "samples").glob("*.png")]
-    paths = [path for path in paths if ".partial." not in path.name and is_wanted(path.name)]
-    shown, left_out = [], []
-    for path in sorted(paths, key=lambda path: (-modified_time(path), path.name)):
-        picture = _embed_file(budget, path, path.name, run.notes)
-        if picture:
-            shown.append(picture)
-        else:
-            left_out.append(path.name)
-    return shown, left_out
+    paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
+    paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
+    embedded = [(path.name, _embed_file(budget, path, path.name, run.notes)) for path in paths]
+    return [picture for _, picture in embedded if picture], [name for name, picture in embedded if not picture]
 
 
 def _embed_file(

@@ -8,18 +8,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Pretrained, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.report.page import examples_of, format_value
+from diffusion_jax.runs.metric_records import add_likelihood, table_cells
 from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]
 
-_MEASURED_WITH = ("num_samples", "steps", "features", "reference")
 _LICENSE = "unknown"  # an identifier that hubs accept, until somebody fills in another
 
 
@@ -112,25 +110,16 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
 
 
 def _metrics(run: RunFiles, weights: str, step: int | None) -> str:
-    """The metrics of these weights, each of the most samples."""
-    found: dict[str, tuple[str, str, str]] = {}  # rows by metric
-    records = [record for record in run.records if (record.get("weights"), record.get("step")) == (weights, step)]
-    known = named_metrics.DEFINITIONS
-    for record in sorted(records, key=lambda record: record.get("num_samples") or 0):
-        settings = [f"{name} {record[name]}" for name in _MEASURED_WITH if record.get(name)]
-        how = ", ".join([record.get("sampling", {}).get("sampler", "samples"), *settings])
-        for name, value in record.items():
-            if isinstance(value, float) and (name in known or name.partition("_pytorch")[0] in known):
-                found[name] = name, format_value(value, record.get(f"{name}_standard_error")), how
-    likelihood = run.likelihood
-    if (likelihood.get("weights"), likelihood.get("step")) == (weights, step):
-        how = f"{likelihood.get('num_examples')} examples of {examples_of(likelihood)}"
-        for name in ("bits_per_dim", "nats_per_dim", "ode_bits_per_dim", "ode_nats_per_dim"):
-            if isinstance(likelihood.get(name), float):
-                found[name] = name, format_value(likelihood[name], likelihood.get(f"{name}_standard_error")), how
-    if not found:
+    """The metrics of these weights."""
+    records = add_likelihood(run.records, run.likelihood) if run.likelihood else run.records
+    records = [record for record in records if (record.get("weights"), record.get("step")) == (weights, step)]
+    if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
-    return "## Metrics\n\n" + _table(("metric", "value ± standard error", "measured with"), found.values())
+    columns, rows = table_cells([(run.directory, record) for record in records])
+    rows = [row | {"reference": record.get("reference", "")} for row, record in zip(rows, records, strict=True)]
+    columns = [*(column for column in columns if column not in ("run", "reference")), "reference"]
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    return "## Metrics\n\nA row for each measurement, ± one standard error:\n\n" + _table(columns, cells)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -15,19 +15,18 @@ from diffusion_jax.config import flatten
 from diffusion_jax.evaluation import named_metrics
 from diffusion_jax.report import commands, gallery
 from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
-from diffusion_jax.report.collect import RunFiles, sample_files
+from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.report.gallery import Budget, Frames, Picture
 from diffusion_jax.report.markup import Markup, definitions, element, join, json_script, table
 from diffusion_jax.runs.console import format_duration
-from diffusion_jax.runs.metric_records import add_likelihood, table_cells
-from diffusion_jax.runs.sample import read_settings
+from diffusion_jax.runs.metric_records import add_likelihood, format_value, table_cells
 
-__all__ = ["comparison_page", "examples_of", "format_value", "run_page"]
+__all__ = ["comparison_page", "run_page"]
 
 Section = tuple[str, str, Markup]
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 PICTURE_BYTES = 3_000_000  # before base64, which makes them a third larger
-_MAX_RECORDS, _MAX_COMMANDS = 20, 3
+_MAX_RECORDS = 20
 # Nothing is loaded from anywhere, even if a text were not escaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LIKELIHOOD_TERMS = {
@@ -47,8 +46,8 @@ def run_page(run: RunFiles) -> str:
     training, denoising, samples, others = (Budget(int(PICTURE_BYTES * share)) for share in (0.4, 0.15, 0.1, 0.35))
     sections = [
         _curves(run, data),
-        _training_samples(run, data, training),
-        _denoising(run, data, denoising),
+        _frames("training-samples", "Samples during training", gallery.training_samples(run, training), data, -1),
+        _frames("denoising", "Denoising, step by step", gallery.denoising(run, denoising), data, 0),
         _samples(run, samples),
         _likelihood(run),
         _metrics({run.name: run}),
@@ -56,7 +55,7 @@ def run_page(run: RunFiles) -> str:
         _launches(run),
         _config(run),
         _environment(run),
-        _commands(run),
+        _command(run),
     ]
     status = [(name, value) for name, value in run.status.items() if name != "directory"]
     head = definitions(status)
@@ -154,24 +153,11 @@ def _curves(run: RunFiles, data: PageData) -> Section:
     return _section("curves", "Curves", element("p", text), chart_grid("curve", charts, data))
 
 
-def _training_samples(run: RunFiles, data: PageData, budget: Budget) -> Section | None:
-    frames = gallery.training_samples(run, budget)
-    if frames is None:
-        return None
-    text = "The same noise at every step, so that only the network changes."
-    body = _frames("training-frames", frames, data, len(frames.frames) - 1)
-    return _section("training-samples", "Samples during training", element("p", text), body)
-
-
-def _denoising(run: RunFiles, data: PageData, budget: Budget) -> Section | None:
-    frames = gallery.denoising(run, budget)
-    if frames is None:
-        return None
-    return _section("denoising", "Denoising, step by step", _frames("denoising-frames", frames, data, 0))
-
-
-def _frames(identifier: str, frames: Frames, data: PageData, start: int) -> Markup:
+def _frames(identifier: str, title: str, frames: Frames | None, data: PageData, start: int) -> Section | None:
     """Pictures with a slider. The first is in the page itself, so that it is seen without scripts, too."""
+    if frames is None:
+        return None
+    start %= len(frames.frames)
     shown_caption, shown = frames.frames[start]
     data["frames"][identifier] = {
         "start": start,
@@ -190,15 +176,15 @@ def _frames(identifier: str, frames: Frames, data: PageData, start: int) -> Mark
         element("button", "Next", type="button", data_move=1),
         element("button", "Play", type="button", data_play=True, aria_pressed="false"),
     ]
-    return element(
+    slider = element(
         "div",
         element("div", *images, class_="pictures"),
         element("p", shown_caption, id=label, class_="frame-caption", aria_live="polite"),
         element("div", *controls, class_="controls"),
-        element("p", frames.note) if frames.note else "",
         data_frames=identifier,
         class_="frames",
     )
+    return _section(identifier, title, slider, element("p", frames.note))
 
 
 def _figure(picture: Picture, caption: str) -> Markup:
@@ -224,19 +210,10 @@ def _likelihood(run: RunFiles) -> Section | None:
     ]
     if not rows:
         return None
-    caption = f"{report.get('num_examples')} examples of {examples_of(report)}, "
+    examples = " ".join(str(report[name]) for name in ("dataset", "split") if report.get(name))
+    caption = f"{report.get('num_examples')} examples of {examples}, "
     caption += f"the {report.get('weights')} weights of step {report.get('step')}"
     return _section("likelihood", "Likelihood", table(caption, ["quantity", "value ± standard error", "meaning"], rows))
-
-
-def examples_of(likelihood: Mapping[str, Any]) -> str:
-    """The data set of likelihood.json and its split, if it has one."""
-    return " ".join(str(likelihood[name]) for name in ("dataset", "split") if likelihood.get(name))
-
-
-def format_value(value: float, error: float | None = None) -> str:
-    """A number with its standard error."""
-    return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
@@ -256,10 +233,7 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
 
 
 def _pictures(run: RunFiles, budget: Budget) -> Section | None:
-    def is_wanted(name: str) -> bool:
-        return not name.startswith("train_step")
-
-    shown, left_out = gallery.pictures_of_files(run, budget, is_wanted)
+    shown, left_out = gallery.other_pictures(run, budget)
     if not shown and not left_out:
         return None
     names = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
@@ -321,16 +295,11 @@ def _environment(run: RunFiles) -> Section | None:
     return _section("environment", "Environment and data", definitions(rows)) if rows else None
 
 
-def _commands(run: RunFiles) -> Section | None:
+def _command(run: RunFiles) -> Section | None:
     if run.config is None:
         return None
-    lines = ["# Train, in a new directory DIR.", commands.train_command(run.config)]
-    for path in list(sample_files(run.directory))[:_MAX_COMMANDS]:
-        stored = read_settings(path)
-        if stored:
-            lines += [f"# Draw {path.name}.", commands.sampling_command(run.config, stored)]
-    text = "\n".join(lines)
-    return _section("reproduce", "Commands to reproduce", element("pre", text, tabindex=0, aria_label="Commands"))
+    command = f"# Train again, in a new directory DIR.\n{commands.train_command(run.config)}"
+    return _section("reproduce", "Command to reproduce", element("pre", command, tabindex=0, aria_label="Command"))
 
 
 # ---- Sections of several runs

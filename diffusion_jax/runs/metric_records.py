@@ -15,6 +15,7 @@ __all__ = [
     "add_record",
     "differing_settings",
     "format_table",
+    "format_value",
     "read_likelihood",
     "read_records",
     "read_runs",
@@ -143,6 +144,11 @@ def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], li
     return columns, rows
 
 
+def format_value(value: float, error: float | None = None) -> str:
+    """A number with its standard error."""
+    return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+
+
 def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -> dict[str, str]:
     values = record_settings(record)
     row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
@@ -150,8 +156,7 @@ def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -
         row["samples"] = pathlib.Path(row["samples"]).name
     for key, value in record.items():
         if isinstance(value, float) and not key.endswith(_NOT_METRICS):
-            error = record.get(f"{key}_standard_error")
-            row[key] = f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+            row[key] = format_value(value, record.get(f"{key}_standard_error"))
     if "memorization" in record:
         row["close_share"] = f"{record['memorization']['close_share']:.4g}"
     return row

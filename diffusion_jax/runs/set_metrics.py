@@ -54,7 +54,7 @@ def compare_sets(options: argparse.Namespace) -> None:
     output = output if output.suffix == ".json" else output / "metrics.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     reference, samples = (
-        open_image_set(location, options.data_dir, options.image_size, options.channels)
+        open_image_set(location, options.data_dir, options.image_size)
         for location in (options.reference, options.samples)
     )
     _check_comparable(reference, samples)
@@ -197,18 +197,15 @@ def _possible_metrics(
 
 
 def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
-    """Raises: ValueError if the images of the two sets differ in size or number of channels."""
+    """Raises: ValueError if the images of the two sets differ in size."""
     if reference.examples is None or samples.examples is None:
         return
-    shapes = [images.read(np.arange(1))["image"].shape[1:] for images in (reference.examples, samples.examples)]
-    if shapes[0] != shapes[1]:
-        kinds = ["x".join(map(str, shape[:2])) + (" gray" if shape[2] == 1 else " color") for shape in shapes]
-        advice = ["--channels=1 or 3 makes both gray or both color"] if shapes[0][2] != shapes[1][2] else []
-        if shapes[0][:2] != shapes[1][:2]:
-            advice.append("--image_size=N resizes folders and data sets")
+    sizes = [images.read(np.arange(1))["image"].shape[1:3] for images in (reference.examples, samples.examples)]
+    if sizes[0] != sizes[1]:
+        one, other = ("x".join(map(str, size)) for size in sizes)
         raise ValueError(
-            f"{reference.name} holds {kinds[0]} images and {samples.name} holds {kinds[1]} images, which are not comparable; "
-            + " and ".join(advice)
+            f"{reference.name} holds {one} images and {samples.name} holds {other} images, which are not comparable; "
+            "--image_size=N resizes folders and data sets"
         )
 
 
@@ -248,6 +245,9 @@ def _draw_neighbors(
     names = (pathlib.Path(each.name).name for each in (samples, reference))
     title = "Samples of {} and their nearest examples in {}; ".format(*names) + unit
     shown, distances = read_examples(samples.examples, rows[suspects]), neighbors.distances[suspects]
+    if shown.shape[-1] != nearest.shape[-1]:  # gray and color images
+        channels = max(shown.shape[-1], nearest.shape[-1])
+        shown, nearest = (np.broadcast_to(images, (*images.shape[:-1], channels)) for images in (shown, nearest))
     pictures.save(path, pictures.draw_neighbors(shown, rows[suspects].tolist(), nearest, distances, title))
 
 

@@ -1,7 +1,5 @@
 """`make mutants`: how it draws mutants, selects and runs their tests, and reports the result."""
 
-import json
-
 import pytest
 
 from benchmarks import mutant_drawing, mutants
@@ -12,30 +10,6 @@ def halve(x: int | None, steps: list[int] = (3,)) -> int | None:
     y: int | None = x
     return y // 2 | steps[0]
 '''
-
-
-def test_every_file_of_the_package_has_tests_that_exist():
-    core, elsewhere = mutants.package_files(mutants.ROOT)
-    assert {"losses.py", "process/forward.py", "training/step.py"} <= set(core)
-    assert {"training/state.py", "cli.py", "data/__init__.py"} <= set(elsewhere)
-
-
-def test_a_table_with_tests_or_files_that_are_gone_is_an_error(monkeypatch):
-    with pytest.raises(SystemExit, match=r"new/file.py: no tests/new; correct the table"):
-        mutants.tests_of("new/file.py", mutants.ROOT)
-    monkeypatch.setitem(mutants.CORE, "gone.py", ("test_losses.py",))
-    with pytest.raises(SystemExit, match=r"no diffusion_jax/gone.py; correct the table"):
-        mutants.package_files(mutants.ROOT)
-
-
-def test_only_code_is_mutated():
-    pytest.importorskip("cosmic_ray")
-    found = mutant_drawing.places(SOURCE)
-    lines = SOURCE.splitlines()
-    assert {lines[line - 1][column] for line, column in found} == {"3", "/", "2", "|", "0"}
-    assert not any(
-        "BitOr" in operator for options in found.values() for operator, _ in options if "FloorDiv_" in operator
-    )
 
 
 def test_draws_are_one_line_each_at_different_places_and_stay_when_other_lines_change(tmp_path):
@@ -69,18 +43,6 @@ def checkout(path, body):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("body", "outcome"), [("pass", "passed"), ("assert 0", "failed"), ("time.sleep(99)", "timeout")]
-)
-def test_a_run_ends_as_its_tests_do(tmp_path, body, outcome):
-    tree = checkout(tmp_path / "tree", body)
-    found, _, seconds = mutants.run_tests(
-        tree, ("tests/test_one.py",), mutants.QUICK, 3 if outcome == "timeout" else 60
-    )
-    assert found == outcome and seconds < 60
-
-
-@pytest.mark.whole
 def test_mutants_run_in_a_copy_and_only_once(tmp_path, monkeypatch, capsys):
     root = checkout(tmp_path / "root", f"from {mutants.PACKAGE} import one; assert one.two == 2")
     monkeypatch.setattr(mutants, "tests_of", lambda file, root: ("tests/test_one.py",))
@@ -91,33 +53,9 @@ def test_mutants_run_in_a_copy_and_only_once(tmp_path, monkeypatch, capsys):
         outcomes = mutants.run_all(drawn, root, tmp_path / "kept.jsonl")
         assert {mutant.name: outcome for mutant, outcome in outcomes.items()} == {"killed": "failed", "alive": "passed"}
     rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
-    assert [row["diff"] for row in rows] == [
-        "",
-        "killed",
-        "alive",
-        "",
-        "alive",
-    ]  # the survivor meets the other tests, too
+    assert [row["diff"] for row in rows] == ["", "killed", "alive", "", "alive"]  # it survives the other tests, too
     assert capsys.readouterr().out.count("\n") == len(rows)
     assert (root / mutants.PACKAGE / "one.py").read_text() == "two = 1 + 1\n"
-
-
-def test_the_table_has_the_exact_interval():
-    # Clopper and Pearson's interval of 8 in 10, from their table; of 1 in 1 it is 0.025 to 1.
-    row = mutants.table_row("a", 50, [*["failed"] * 7, "timeout", "passed", "passed"], 0)
-    assert row == "| a | 50 | 10 | 8 | 1 | 0 | 80.0% | 44.4% to 97.5% |"
-    assert mutants.table_row("b", 9, ["failed", "passed"], 1) == "| b | 9 | 2 | 1 | 0 | 1 | 100.0% | 2.5% to 100.0% |"
-
-
-def test_the_report_keeps_the_rows_of_other_commits(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{mutants.BEGIN}\n{mutants.END}\n\nAfter.\n")
-    for commit, score in (("abc", 1), ("def", 2), ("def", 3)):
-        mutants.write_report(page, commit, [f"| 2026-11-27, {commit}, 0: core | {score} |"], [f"diff {score}"])
-    text = page.read_text()
-    assert text.startswith("# Page\n") and text.endswith("\nAfter.\n")
-    assert [line[-3] for line in text.splitlines() if line.startswith("| 2026")] == ["1", "3"]
-    assert "diff 3" in text and "diff 2" not in text and "diff 1" not in text
 
 
 def test_equivalent_mutants_are_recorded_by_their_lines_which_exist():

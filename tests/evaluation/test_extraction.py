@@ -5,6 +5,7 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import example_sets, features, metrics, named_metrics
+from diffusion_jax.evaluation.named_metrics import METRICS
 from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save, single_mesh
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_the_digits_network_classifies_digits():
     source = data.Digits("test", (8, 8), 1)
     drawn, labels = source.read(np.arange(len(source))).values()
-    judged = features.DigitsNetwork().apply({"params": features.digits().params}, drawn)
-    assert (judged.logits.argmax(-1) == labels).mean() > 0.98
+    _, logits = features.DigitsNetwork().apply({"params": features.digits().params}, drawn)
+    assert (logits.argmax(-1) == labels).mean() > 0.98
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
@@ -70,49 +71,37 @@ def test_invalid_features_are_refused(tmp_path):
 
 def test_only_published_inception_has_the_names_of_its_metrics():
     published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
-    assert [named_metrics.reported_name(metric, published) for metric in ("fid", "sfid", "is")] == [
-        "fid",
-        "sfid",
-        "inception_score",
-    ]
-    assert named_metrics.reported_name("fid", published._replace(resize="clean")) == "fid_clean"
-    assert (
-        named_metrics.reported_name("fid", published._replace(resize="clean", published=False))
-        == "frechet_distance_clean"
-    )
-    for substitute in (published._replace(published=False), features.digits()):
-        assert named_metrics.reported_name("fid", substitute) == "frechet_distance"
+    names = [named_metrics.reported_name(metric, published) for metric in ("fid", "sfid", "is")]
+    assert names == ["fid", "sfid", "inception_score"]
+    for extractor, name in (
+        (published._replace(resize="clean"), "fid_clean"),
+        (published._replace(resize="clean", published=False), "frechet_distance_clean"),
+        (features.digits(), "frechet_distance"),
+    ):
+        assert named_metrics.reported_name("fid", extractor) == name
 
 
 def test_published_inception_has_all_metrics_and_others_have_fewer():
-    """On arrays in place of features: which figures there are, and that each is its own function's."""
+    """On arrays in place of features: which numbers there are, and that each is its own function's."""
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
     extractor = features.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
     sets = [features.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
-    said = []
-    found = named_metrics.compute_metrics(*sets, extractor, named_metrics.METRICS, said.append)
+    found, kid = named_metrics.compute_metrics(*sets, extractor, METRICS, print), metrics.kid(*pools, 100, 10)
     assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
     assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
-    assert found["kid"] == metrics.kid(*pools, 100, 10).mean and found["kid_subset_size"] == 10
+    assert (found["kid"], found["kid_standard_error"]) == (kid.mean, kid.standard_error)
+    assert found["kid_subset_size"] == 10 and found["inception_score_split_size"] == 5000
     assert found["inception_score"] == metrics.inception_score(pools[1] @ extractor.head).mean
     assert (found["precision"], found["recall"]) == metrics.precision_recall(*pools)
     assert (found["density"], found["coverage"]) == metrics.density_coverage(*pools)
-    assert not said
-    assert found["inception_score_std"] == 0 and found["inception_score_split_size"] == 5000
-    assert found["kid_standard_error"] == metrics.kid(*pools, 100, 10).standard_error
-    assert not named_metrics.unavailable_metrics(False, True, extractor, named_metrics.METRICS)
-    assert list(named_metrics.unavailable_metrics(True, False, extractor, named_metrics.METRICS)) == [
-        "sfid",
-        "kid",
-        "precision_recall",
-        "density_coverage",
-        "memorization",
-    ]
-    assert list(named_metrics.unavailable_metrics(False, False, features.digits(), named_metrics.METRICS)) == [
-        "sfid",
-        "is",
-    ]
+    without_images = ["sfid", "kid", "precision_recall", "density_coverage", "memorization"]
+    for options, missing in (
+        ((False, True, extractor), []),
+        ((True, False, extractor), without_images),
+        ((False, False, features.digits()), ["sfid", "is"]),
+    ):
+        assert list(named_metrics.unavailable_metrics(*options, METRICS)) == missing
 
 
 def test_copies_of_the_reference_are_found():

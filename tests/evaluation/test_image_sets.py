@@ -34,60 +34,13 @@ def test_a_folder_is_read_without_resizing(tmp_path):
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
     with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
         example_sets.open_image_set(str(folder)).examples.read(np.arange(4))
-    assert example_sets.open_image_set(str(folder), image_size=8).examples.read(np.arange(4))["image"].shape == (
-        4,
-        8,
-        8,
-        3,
-    )
+    resized = example_sets.open_image_set(str(folder), image_size=8).examples.read(np.arange(4))["image"]
+    assert resized.shape == (4, 8, 8, 3)
     turned = Image.fromarray(drawn[0])
     turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
     turned.save(folder / "z.png", exif=turned.getexif())
     with pytest.raises(data.DataError, match="z.png is 6x9"):
         example_sets.open_image_set(str(folder)).examples.read(np.arange(4))
-
-
-def test_a_folder_with_gray_and_color_images_is_read_as_color(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(drawn[..., 0]).save(folder / "a.png")
-    assert example_sets.open_image_set(str(folder)).examples.read(np.arange(1))["image"].shape == (1, 8, 8, 1)
-    assert example_sets.open_image_set(str(folder), image_size=4).examples.read(np.arange(1))["image"].shape == (
-        1,
-        4,
-        4,
-        1,
-    )
-    Image.fromarray(drawn).save(folder / "b.png")
-    expected = drawn[..., :1].repeat(3, axis=2), drawn
-    for first in ("a.png", "b.png"):  # whichever comes first
-        found = example_sets.open_image_set(str(folder)).examples.read(np.arange(2))["image"]
-        assert found.shape == (2, 8, 8, 3)
-        np.testing.assert_array_equal(
-            sorted(found.reshape(2, -1).tolist()), sorted(x.ravel().tolist() for x in expected)
-        )
-        (folder / first).rename(folder / f"z{first}")
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_converted_to_the_requested_channels(tmp_path, channels):
-    """Of a folder, an .npz and a data set; a color image becomes gray as Pillow has it."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    for i, image in enumerate(drawn):
-        Image.fromarray(image).save(folder / f"{i}.png")
-    color, gray = save(tmp_path / "color.npz", drawn), save(tmp_path / "gray.npz", drawn[..., :1])
-    as_gray = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in drawn])[..., None]
-    for what, expected in (
-        (str(folder), drawn if channels == 3 else as_gray),
-        (color, drawn if channels == 3 else as_gray),
-        (gray, drawn[..., :1].repeat(channels, axis=3)),
-        ("digits:train", all_digits()[:2].repeat(channels, axis=3)),
-    ):
-        found = example_sets.open_image_set(what, channels=channels).examples.read(np.arange(2))["image"]
-        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_work_directory_stands_for_its_newest_samples(tmp_path):

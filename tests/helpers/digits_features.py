@@ -7,4 +7,4 @@ from diffusion_jax.evaluation import features
 
 def by_hand(drawn):
     extractor = features.digits()
-    return np.asarray(features.DigitsNetwork().apply({"params": extractor.params}, drawn).features)
+    return np.asarray(features.DigitsNetwork().apply({"params": extractor.params}, drawn)[0])

@@ -7,7 +7,7 @@ import yaml
 
 from diffusion_jax import pretrained
 from diffusion_jax.config import experiment
-from diffusion_jax.report.model_card import card_path, model_card, write_card
+from diffusion_jax.report.model_card import model_card
 from helpers.simulated_runs import write_run
 
 
@@ -52,15 +52,6 @@ def test_metrics_of_other_weights_are_left_out(run, tmp_path):
     assert "these are the raw weights" in card
 
 
-def test_metrics_of_the_most_samples_are_shown(run, tmp_path):
-    directory, description = run
-    (record,) = json.loads((directory / "metrics.json").read_text())
-    fewer = record | {"num_samples": 3, "frechet_distance": 99.0}
-    (directory / "metrics.json").write_text(json.dumps([record, fewer]))
-    card = model_card(description, tmp_path / "digits", directory, ema=True)
-    assert "3.676" in card and "99" not in card.split("## Metrics")[1].split("## License")[0]
-
-
 def test_a_card_of_published_weights_has_no_run(run, tmp_path):
     card = model_card(run[1], tmp_path / "x.safetensors", None, ema=True)
     assert front_matter(card)["library_name"] == "diffusion_jax"
@@ -74,12 +65,3 @@ def test_names_are_text(run, tmp_path):
     card = model_card(description, tmp_path / "x", directory, ema=True)
     assert "<script>" not in card.replace("\\<script\\>", "") and "a\\|b" in card
     assert front_matter(card)["license"] == "unknown"
-
-
-def test_an_edited_card_stays(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    path = write_card(run[1], tmp_path / "out", None, ema=True)
-    assert path == tmp_path / "out" / "README.md" == card_path(tmp_path / "out")
-    path.write_text("mine")
-    assert write_card(run[1], tmp_path / "out", None, ema=True) is None and path.read_text() == "mine"
-    assert card_path(tmp_path / "x.safetensors") == tmp_path / "x.md"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli
-from diffusion_jax.config import experiment, flatten, override, resolve
+from diffusion_jax.config import experiment, override, resolve
 from diffusion_jax.report import commands
 from diffusion_jax.report.charts import make_series, training_charts
 from diffusion_jax.report.gallery import Budget
@@ -22,18 +22,6 @@ def test_intervals_have_their_mean_lowest_and_highest_value():
     assert series["mean"] == [2, 4, 8, 10]
     assert series["low"] == [0, 3, 7, 9] and series["high"] == [5, 5, 9, 11]
     assert series["values"] == 12
-
-
-def test_short_lines_are_not_thinned_and_values_that_are_not_finite_are_left_out():
-    series = make_series("x", np.arange(4.0), np.array([1.0, np.nan, np.inf, 2.0]))
-    assert series["x"] == [0, 3] and series["mean"] == [1, 2] and "low" not in series
-
-
-def test_a_long_log_has_no_more_points():
-    steps = np.arange(800_000.0)
-    series = make_series("x", steps, np.sin(steps))
-    assert len(series["x"]) == 600
-    assert min(series["low"]) == -1 and max(series["high"]) == 1
 
 
 def test_other_values_of_the_log_have_charts_of_their_own():
@@ -79,18 +67,6 @@ def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatc
     assert f"--config={name} " in command
     mode = "train_classifier" if "classifier" in name else "train"
     assert parsed(command, mode) == to_dict(config)
-
-
-def test_the_command_of_sampling_parses_to_the_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = resolve(experiment("digits"))
-    (tmp_path / "DIR").mkdir()
-    (tmp_path / "DIR" / "config.json").write_text(json.dumps(to_dict(config)))
-    drawn = override(config, {"sampling.sampler": "ddim", "sampling.steps": "(10, 5)", "sampling.num_samples": "9"})
-    settings = {"sampling": to_dict(drawn)["sampling"], "batch_size": 9}
-    found = parsed(commands.sampling_command(config, {"settings": settings}), "sample")
-    assert flatten(found)["sampling.sampler"] == "ddim"
-    assert found["sampling"]["steps"] == [10, 5] and found["sampling"]["num_samples"] == 9
 
 
 def test_the_differences_from_the_defaults_name_their_defaults():

@@ -89,60 +89,14 @@ def test_the_slider_shows_the_samples_of_other_steps(complete):
     assert sources(place) == last
 
 
-def test_denoising_is_stepped_through_by_buttons(complete):
-    place = complete.locator("#denoising")
-    caption = place.locator(".frame-caption")
-    seen = [sources(place)]
-    for _ in range(5):
-        place.get_by_role("button", name="Next").click()
-        seen.append(sources(place))
-    assert caption.inner_text() == "finished samples (6 of 6)"
-    assert len({tuple(each) for each in seen}) == 6
-    assert place.locator("img").first.get_attribute("alt") == "x_t, the noisy sample, finished samples"
-    place.get_by_role("button", name="Previous").click()
-    assert caption.inner_text() == "network time t = 99 (5 of 6)"
-    place.get_by_role("button", name="Play").click()
-    place.get_by_text("network time t = 999 (1 of 6)").wait_for()
-    place.get_by_role("button", name="Stop").click()
-    assert place.get_by_role("button", name="Play").get_attribute("aria-pressed") == "false"
-
-
 def first_chart(page):
     chart = page.locator("#curves .charts > figure").first
     chart.scroll_into_view_if_needed()
     return chart
 
 
-def test_a_chart_shows_the_values_under_the_mouse(complete):
-    chart = first_chart(complete)
-    box = chart.locator(".u-over").bounding_box()
-    complete.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert chart.locator(".axis-x").inner_text() == "training step: 500"
-    assert chart.locator(".values").inner_text().startswith("loss 0.1")
-
-
 def ticks(chart):
     return chart.locator("canvas").evaluate("canvas => canvas.toDataURL()")
-
-
-def test_a_chart_zooms_by_mouse_and_buttons_and_hides_lines(complete):
-    chart = first_chart(complete)
-    pictures = [ticks(chart)]
-    box = chart.locator(".u-over").bounding_box()
-    complete.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 20)
-    complete.mouse.down()
-    complete.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 20, steps=4)
-    complete.mouse.up()
-    for name in (None, "zoom out", "show everything", "logarithmic axis", "zoom in"):
-        if name:
-            chart.get_by_role("button", name=name).click()
-        complete.wait_for_timeout(50)
-        pictures.append(ticks(chart))
-    assert len(set(pictures)) == 5  # everything is shown first and after "show everything"
-    assert pictures[0] == pictures[3]
-    line = chart.locator(".values button")
-    line.click()
-    assert line.get_attribute("aria-pressed") == "false"
 
 
 def test_a_chart_is_used_by_keyboard(complete):
@@ -160,15 +114,3 @@ def test_a_chart_is_used_by_keyboard(complete):
     complete.wait_for_timeout(50)
     complete.keyboard.press("Home")
     assert status.inner_text() == "training step: 50"
-
-
-def test_the_colors_follow_the_system(complete):
-    scheme = "dark" if complete.evaluate("matchMedia('(prefers-color-scheme: light)').matches") else "light"
-    before = ticks(first_chart(complete))
-    complete.emulate_media(color_scheme=scheme)
-    complete.wait_for_timeout(100)
-    assert ticks(first_chart(complete)) != before
-
-
-def test_the_report_of_a_long_run_is_small(reports):
-    assert reports["long"].stat().st_size < 1e6
