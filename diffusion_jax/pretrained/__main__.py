@@ -34,20 +34,15 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line; an error is one line and exit code 2."""
     parser = make_parser()
-    # Without the usage, which would hide the message.
-    parser.error = lambda message: _exit(f"{message}; see python -m diffusion_jax.pretrained --help")
     args = parser.parse_args(argv)
     if (args.command == "convert") != (args.to is not None):
         parser.error("convert needs PATH and TO, and inspect PATH alone")
     absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
     with reported_errors(), exit_if_output_is_closed():
-        net = pretrained.load(args.path, pretrained.read_flags(args.flags), not args.raw)
+        net = pretrained.load(args.path, args.flags, not args.raw)
         print(pretrained.format_summary(net))
         if args.to is not None:
-            save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
-            save(net, args.to)
-            print(f"Written: {args.to}")
-            _write_card(net, args)
+            _convert(net, args)
 
 
 def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.files import map_array
 from diffusion_jax.evaluation.example_sets import modified_time, sample_files
+from diffusion_jax.files import map_array
 from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.runs.sampling_conditions import class_captions
 

@@ -1,5 +1,7 @@
 """`make mutants`: how it draws mutants, selects and runs their tests, and reports the result."""
 
+import json
+
 import pytest
 
 from benchmarks import mutant_drawing, mutants
