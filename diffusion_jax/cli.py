@@ -29,7 +29,7 @@ from diffusion_jax.config.values import Integer
 from diffusion_jax.distributed import preemption, processes
 from diffusion_jax.distributed.file_lock import LockHeldError
 from diffusion_jax.distributed.launch import join_processes
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed
 from diffusion_jax.errors import DiffusionJaxError, SaveError, UserError, closest_names
 from diffusion_jax.runs import devices
 from diffusion_jax.storage.locations import find_mirror, with_urls
@@ -41,7 +41,6 @@ MODES = {
     "sample": "draw samples",
     "edit": "edit images: inpainting and more",
     "evaluate": "measure bits per dimension, and metrics of samples such as the FID",
-    "progressive": "measure rate and distortion",
     "train_classifier": "train a classifier of noisy images, for guidance",
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
@@ -53,7 +52,6 @@ _MODULES_OF_MODES = {
     "sample": ("sample",),
     "edit": ("edit",),
     "evaluate": ("measure_likelihood", "sample_metrics"),
-    "progressive": ("progressive",),
 }
 _PEER_FAILURE = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
 
@@ -118,7 +116,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_processes", type=_integer(1), metavar="N", help="number of processes of the run")
     add("--process_id", type=_integer(0), metavar="I", help="number of this process, from 0")
     add("--join_timeout", type=_integer(1), metavar="SECONDS", default=300, help="how long to wait for the others")
-    add("--verbose", action="store_true", help="also print the options given to the compiler")
     return parser
 
 
@@ -228,7 +225,7 @@ def _config_with_weights(
 def check_mode(mode: str, config: ConfigDict) -> None:
     """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
     is_classifier = configs.is_classifier(config)
-    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+    if mode in ("edit", "evaluate") and configs.is_upsampler(config):
         raise UserError(
             f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
         )
@@ -269,7 +266,7 @@ def run(command: Command) -> None:
     with preemption.exit_on_signals(only_interrupts=True):
         flags = command.flags
         join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
-        devices.start(flags.verbose)
+        devices.start()
         if trains and not (command.workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 
@@ -326,9 +323,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exit_at_signals(preemption.rerun_hint())  # also after `run`, while the process exits
             run(command)
     except preemption.StoppedBySignal as error:
-        if error.is_computing:
-            sys.stdout.flush()
-            exit_now(str(error), error.exit_code)
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, workdir)

@@ -10,9 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from types import FrameType
-from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
@@ -33,10 +31,8 @@ class StoppedBySignal(BaseException):
     Not an Exception, so that code which catches any Exception, such as one for unreadable files, does not catch it.
     """
 
-    def __init__(self, number: int, detail: str, is_computing: bool = False):
-        """is_computing: a thread still computes, so the process must end by `termination.exit_now`."""
+    def __init__(self, number: int, detail: str):
         super().__init__(f"{_REASONS[signal.Signals(number)]}{detail}")
-        self.is_computing = is_computing
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
@@ -80,7 +76,6 @@ class Preemption:
         self._resume_hint, self._num_calls = resume_hint, 0
         self._number: int | None = None
         self._interrupted = False
-        self.has_abandoned = False  # whether a function of `call` may still be computing
 
     @contextlib.contextmanager
     def install_handler(self) -> Iterator[None]:
@@ -108,38 +103,13 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._number is not None
 
-    def call(self, function: Callable[[], Any]) -> tuple[bool, Any]:
-        """Calls `function` in another thread, and does not wait for it any longer once a signal has arrived.
-
-        For work of minutes that a later launch can repeat, such as a picture: no Python code runs in the main thread while
-        that compiles or waits for a device. Processes that work together wait for the function, because all take part in it.
-        Returns: (True, the result), or (False, None) if the function was abandoned. Raises: what `function` raises.
-        """
-        if is_multiprocess() or threading.current_thread() is not threading.main_thread():
-            return True, function()
-        result: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
-        if self._number is None:
-            threading.Thread(target=run, daemon=True, name="interruptible").start()
-        while self._number is None:
-            if wait([result], timeout=0.1).done:
-                return True, result.result()
-        self.has_abandoned = True
-        return False, None
-
     def stop_exception(self, step: int) -> StoppedBySignal:
         """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""
         number = self._number or signal.SIGTERM
         if is_multiprocess() and np.any(multihost_utils.process_allgather(np.array(number == signal.SIGINT))):
             number = signal.SIGINT
         detail = f" at step {step}, which is saved; rerun the same command to resume from it"
-        return StoppedBySignal(number, detail, self.has_abandoned)
+        return StoppedBySignal(number, detail)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
 
 __all__ = [
-    "draw_against_steps",
     "draw_autocorrelation",
     "draw_bound_terms",
     "draw_histograms",
@@ -26,8 +25,6 @@ __all__ = [
     "draw_spectra",
 ]
 
-_MAX_TICKS = 10
-_MARKERS = "os^vD<>pPX*"  # with 10 colors, no two of up to 110 lines have the same marker and color
 _MAX_CHANNELS = 16
 _MAX_POINTS = 120  # of a curve with error bars
 _COLORS = "black", "C0"
@@ -87,25 +84,6 @@ def draw_rate_distortion(
         axes.axvline(lossless, **line)
     axes.set(xlim=(0, None), ylim=(0, None))
     panels.label_axes(axes, f"rate ({units[0]})", f"distortion (RMSE, {units[1]})")
-    return figure
-
-
-def draw_against_steps(curves: Mapping[str, Mapping[int, float]], metric: str) -> Figure:
-    """A line for each label of {label: {number of sampling steps: value}}, the steps on a logarithmic axis."""
-    styles = [
-        {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5} for i in range(len(curves))
-    ]
-    labels = [panels.plain_text(label, 100) for label in curves]
-    figure, axes = _make_axes(f"{metric} against sampling steps", list(zip(labels, styles, strict=True)))
-    for points, style in zip(curves.values(), styles, strict=True):
-        steps = sorted(points)
-        axes.plot(steps, [points[n] for n in steps], **style)
-    axes.set(xscale="log", ylim=(0, None))
-    counts = sorted({n for points in curves.values() for n in points})
-    if len(counts) <= _MAX_TICKS:
-        axes.set_xticks(counts, labels=[f"{n:,}" for n in counts])
-        axes.minorticks_off()
-    panels.label_axes(axes, "sampling steps", metric)
     return figure
 
 

@@ -34,14 +34,7 @@ def log_compilation(program: str) -> Iterator[None]:
     log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
 
 
-@dataclasses.dataclass
-class _Row:
-    """A row of the table of parameters; the fields are its columns."""
-
-    level: str
-    arrays: int
-    parameters: int
-    share: str
+_Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the table of parameters
 
 
 def log_parameters(params: Mapping) -> None:
@@ -110,16 +103,16 @@ class ProgressBar:
             self._last_line = now
             log("  ".join([f"{self._title} {done}/{self._total} ({100 * done // self._total}%)", *notes]))
 
-    def over(self, sizes: Iterable[int]) -> Iterator[int]:
-        """Yields the sizes of finished chunks and shows their sum."""
-        with self:
-            done = self._initial
-            for size in sizes:
-                yield size
-                done += size
-                self.update(done)
-
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
     """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of these sizes hold so far."""
-    return lambda sizes, total: ProgressBar(title, total).over(sizes)
+
+    def show(sizes: Iterable[int], total: int) -> Iterator[int]:
+        done = 0
+        with ProgressBar(title, total) as bar:
+            for size in sizes:
+                yield size
+                done += size
+                bar.update(done)
+
+    return show

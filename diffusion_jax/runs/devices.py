@@ -17,7 +17,6 @@ import absl.logging
 import jax
 
 import diffusion_jax
-from diffusion_jax.distributed import compiler
 from diffusion_jax.files import user_cache
 from diffusion_jax.runs.console import log
 
@@ -60,17 +59,14 @@ def collect_garbage_rarely() -> None:
     gc.set_threshold(100_000, 1, 1)
 
 
-def start(verbose: bool = False) -> None:
-    """Sets up the compilation cache and prints the devices; verbose: also the options given to XLA."""
+def start() -> None:
+    """Sets up the compilation cache and prints the devices."""
     collect_garbage_rarely()
     _use_compilation_cache()
     if _must_use_cpu():
         _keep_freed_memory()  # before XLA starts its threads
     backend, count = jax.default_backend(), jax.device_count()
     log(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
-    if verbose and backend == "cpu":
-        options = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
-        log(f"Options for XLA: {options or 'none'} (XLA_FLAGS override them)")
     if backend == "cpu" and _platforms() != "cpu":
         device = (
             "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None

@@ -126,7 +126,7 @@ def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatc
     """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
     monkeypatch.setattr(preemption, "exit_now", lambda message, code: messages.append((message, code)))
     monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
-    monkeypatch.setattr(devices, "start", lambda verbose: None)
+    monkeypatch.setattr(devices, "start", lambda: None)
     monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
     monkeypatch.setattr(processes, "barrier", lambda: signal.getsignal(number)(number, None))
     messages = []

@@ -84,12 +84,6 @@ def test_a_trajectory_of_images_has_its_times_and_the_classes_of_its_rows():
     assert all(text.max() > 150 for text in texts) and (texts[0] != texts[1]).any()
 
 
-def test_lines_against_steps_differ():
-    figure = pictures.draw_against_steps({f"sampler {i}": {10: 3.0 + i, 20: 2.0} for i in range(30)}, "FID")
-    looks = {(line.get_color(), line.get_marker()) for line in labeled(figure).values()}
-    assert len(looks) == 30
-
-
 def test_neighbors_have_captions(monkeypatch):
     """Images and other arrays: each sample before its nearest examples."""
     drawn = []

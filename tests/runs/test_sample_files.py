@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.runs import sample, trained_model
-from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.sample import read_settings
+from diffusion_jax.runs.sampling_setup import BatchSampler
 from helpers.configs import FEW_DRAWN, tiny_config
 from helpers.work_directories import reuse_or_draw
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import errors
-from diffusion_jax.runs import metrics_files, trackers, train
+from diffusion_jax.runs import metrics_files, trackers
 from diffusion_jax.runs.trackers import Trackers
-from helpers.array_configs import array_config, write_arrays
+from helpers.array_configs import array_config
 
 PROJECT = "a_project"
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -91,22 +91,6 @@ def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
         time.sleep(1.1)  # W&B names the folder of a launch by the second
     assert "continues without it" not in capsys.readouterr().out
     assert sorted(POINTS[name](offline)) == [(2, 1 / 2), (4, 1 / 4), (4, 1 / 4), (6, 1 / 6)]
-
-
-@pytest.mark.whole
-def test_a_training_run_writes_to_every_tracker(offline, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trackers, "_OPEN_SECONDS", 600.0)  # on a busy machine
-    for name in trackers.TRACKERS:
-        pytest.importorskip(name)
-    file = write_arrays("vectors", tmp_path / "data.npz")
-    overrides = {"logging.writers": tuple(trackers.TRACKERS), "logging.project": PROJECT, "training.sample_every": 4}
-    train.run(array_config("vectors", file, **overrides), offline)
-    assert "the run continues without it" not in capsys.readouterr().out
-    expected = [(line["step"], line["loss"]) for line in map(json.loads, (offline / "metrics.jsonl").open())]
-    assert [step for step, _ in expected] == [2, 4]
-    for name, points in POINTS.items():
-        assert points(offline) == expected, name
-    assert not list(offline.glob("events.out.tfevents*"))  # TensorBoard is not among the writers
 
 
 class Failing:
