@@ -17,7 +17,6 @@ from diffusion_jax.distributed.processes import log
 __all__ = [
     "ProgressBar",
     "format_duration",
-    "format_seconds",
     "log",
     "log_compilation",
     "log_parameters",
@@ -59,11 +58,6 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A short duration with its unit: "1.2 ms" or "3.45 s"."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 class ProgressBar:

@@ -131,9 +131,9 @@ class _Context:
 
     def _read_mask(self) -> np.ndarray:
         """bool [*spatial, 1] or [*spatial, C], True where values are known: white, above 127 of 255, or 1 of 0 and 1."""
-        mask = self._open("mask")
+        image, mask = (self._open(leaf) for leaf in ("image", "mask"))
         if self.is_of_images:
-            image, (height, width) = self._open("image"), self.size
+            height, width = self.size
             if image.size != mask.size:
                 raise UserError(
                     f"editing.mask={self.options.mask!r} has {mask.width}x{mask.height} pixels and the image has "
@@ -176,22 +176,15 @@ class _Context:
 
 
 def _inpaint(context: _Context) -> _Edit:
+    """The tasks "inpaint", by RePaint, and "replace"."""
     image, mask, given = context.read_masked()
     options = {name: context.options[name] for name in ("resamplings", "jump")}
 
     def apply(key, denoise_fn, make_sampler):
-        x_0 = context.to_model(image, context.num_samples)
-        return editing.repaint(key, context.setup.schedule, denoise_fn, x_0, mask, make_sampler(), **options)
-
-    return _Edit(given, ["image", "known"], apply, mask)
-
-
-def _replace(context: _Context) -> _Edit:
-    image, mask, given = context.read_masked()
-
-    def apply(key, denoise_fn, make_sampler):
-        x_0 = context.to_model(image, context.num_samples)
-        return context.sample(key, denoise_fn, editing.replacement(make_sampler(), x_0, jnp.asarray(mask)))
+        x_0, sampler = context.to_model(image, context.num_samples), make_sampler()
+        if context.options.task == "replace":
+            return context.sample(key, denoise_fn, editing.replacement(sampler, x_0, jnp.asarray(mask)))
+        return editing.repaint(key, context.setup.schedule, denoise_fn, x_0, mask, sampler, **options)
 
     return _Edit(given, ["image", "known"], apply, mask)
 
@@ -282,7 +275,7 @@ def _interpolate(context: _Context) -> _Edit:
 
 TASKS = {
     "inpaint": _inpaint,
-    "replace": _replace,
+    "replace": _inpaint,
     "sdedit": _sdedit,
     "colorize": _colorize,
     "super_resolution": _super_resolution,

@@ -98,7 +98,14 @@ class LikelihoodRun:
         """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, workdir
-        self.dequantization = _resolve_dequantization(config) if options.ode else None
+        self.dequantization = None
+        if options.ode:
+            self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
+            if is_continuous(config) and self.dequantization != "none":
+                raise UserError(
+                    f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
+                    "for continuous data (data.levels=None)"
+                )
         self.trained = TrainedModel.open(config, workdir, options.use_ema)
         self.params = self.trained.params
         loaded, self.split = _load_source(config, source, self.trained.is_trained_here)
@@ -112,17 +119,16 @@ class LikelihoodRun:
         if is_continuous(config) and "x" in self.trained.normalizations:
             scale = self.trained.normalizations["x"].scale
             self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
-        options = to_dict(options) | {"clip": self._clip, "ode_dequantization": self.dequantization}
+        options = to_dict(options) | {
+            "clip": resolve_clip(config, "evaluation"),
+            "ode_dequantization": self.dequantization,
+        }
         constants = {name: value.to_json() for name, value in self.trained.normalizations.items()}
         given = None if source is None else [len(self.source), digest_of_some(self.source)]
         sizes = (self.trained.step, self.num_examples, self.batch_size)
         self._digest = options_digest(
             constants, given, options, to_dict(config.data), params_digest(self.params), *sizes
         )
-
-    @property
-    def _clip(self) -> bool | str:
-        return resolve_clip(self.config, "evaluation")
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch: "image" or "x", "label", and "condition" if the network takes one.
@@ -205,7 +211,7 @@ class LikelihoodRun:
             schedule,
             denoise_fn,
             x_0,
-            clip=bool(self._clip),
+            clip=bool(resolve_clip(self.config, "evaluation")),
             cdf=options.cdf,
             strata=options.strata,
             **parameterization,
@@ -227,19 +233,6 @@ class LikelihoodRun:
 
 def _noun(config: ConfigDict) -> str:
     return "examples" if is_continuous(config) else "images"
-
-
-def _resolve_dequantization(config: ConfigDict) -> str:
-    """`evaluation.ode_dequantization`; None follows the data. Raises: UserError if it contradicts the data."""
-    dequantization = config.evaluation.ode_dequantization
-    if not is_continuous(config):
-        return dequantization or "uniform"
-    if dequantization not in (None, "none"):
-        raise UserError(
-            f"evaluation.ode_dequantization={dequantization!r} is for data of gray levels; use None or 'none' for continuous "
-            "data (data.levels=None)"
-        )
-    return "none"
 
 
 def _load_source(

@@ -99,7 +99,6 @@ class SampleFile:
                 self.setup.set_small_images(images, labels)
         for note in self.setup.notes:
             log(f"Note: {note}.")
-        self.num_steps = self.setup.schedule.num_timesteps
         self.name = (
             f"{trained.weights_name}_{trained.weights_kind}_{self.setup.name}_seed{options.seed}_n{options.num_samples}"
         )
@@ -117,9 +116,8 @@ class SampleFile:
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
-        kind = {"ema": "EMA", "raw": "raw"}[self.trained.weights_kind]
-        weights = f"{self.trained.weights_name} ({kind} weights)"
-        noun = "examples" if is_continuous(self.config) else "images"
+        kind, noun = self.trained.weights_kind, "examples" if is_continuous(self.config) else "images"
+        weights = f"{self.trained.weights_name} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
         chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")
         batch_sampler = BatchSampler(self.setup, batch_size)
@@ -214,5 +212,4 @@ def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | No
     old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
     differing = [key for key in new | old if old.get(key) != new.get(key)]
     changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in differing]
-    more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return f"was drawn with other settings ({'; '.join(changes[:3])}{more})" if differing else None
+    return f"was drawn with other settings ({shorten('; '.join(changes), 300)})" if differing else None

@@ -208,7 +208,7 @@ def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
         "init_from": config.init_from or None,
         "weights": file.trained.weights_kind,
         "step": file.trained.step,
-        "steps": file.num_steps,
+        "steps": file.setup.schedule.num_timesteps,
         "sampling": sampling | {"batch_size": settings["batch_size"]},
         "weights_digest": settings["weights_digest"],
         "classifier_digest": settings["classifier_digest"],

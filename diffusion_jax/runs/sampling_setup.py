@@ -346,23 +346,21 @@ class SamplingSetup:
 
         y: int32 [B] or None. condition: rows of `conditions`, or None.
         """
-        options = self._options
-        conditional: Callable[..., Any]
-        denoise_fn: Callable[..., Any]
-        given = {"y": y} if self._model.num_classes else {}
-        given |= {} if condition is None else {"condition": self._to_network(condition)}
-        conditional = lambda x_t, time, given: self._model.apply({"params": params}, x_t, time, **given)  # noqa: E731
+        options, given = self._options, {"y": y} if self._model.num_classes else {}
+        if condition is not None and is_upsampler(self.config):
+            noise_std = options["low_resolution_noise"] if self.config["diffusion"]["conditioning_noise"] else None
+            shape = (condition.shape[0], *data.example_shape(self.config["data"]))
+            condition = upsampling.condition(to_model_range(condition), shape, noise_std)
+        given |= {} if condition is None else {"condition": condition}
+
+        def conditional(x_t, time, given) -> Any:
+            return self._model.apply({"params": params}, x_t, time, **given)
+
+        denoise_fn: Callable[..., Any] = functools.partial(conditional, given=given)
         if self.is_guided:
-            denoise_fn = guidance.classifier_free(
-                conditional,
-                given,
-                self._model.nulls_of(given),
-                options["guidance_scale"],
-                interval=options["guidance_interval"] or None,
-                rescale=options["guidance_rescale"],
-            )
-        else:
-            denoise_fn = lambda x_t, time: conditional(x_t, time, given)  # noqa: E731
+            nulls, scale = self._model.nulls_of(given), options["guidance_scale"]
+            limits = {"interval": options["guidance_interval"] or None, "rescale": options["guidance_rescale"]}
+            denoise_fn = guidance.classifier_free(conditional, given, nulls, scale, **limits)
         if self._classifier is not None and not self._shifts_mean:
             denoise_fn = guidance.classifier(
                 denoise_fn,
@@ -372,14 +370,6 @@ class SamplingSetup:
                 prediction=self.parameterization["prediction"],
             )
         return denoise_fn
-
-    def _to_network(self, condition) -> jax.Array:
-        """Rows of `conditions` as the network takes them."""
-        if not is_upsampler(self.config):
-            return condition
-        noise_std = self._options["low_resolution_noise"] if self.config["diffusion"]["conditioning_noise"] else None
-        shape = (condition.shape[0], *data.example_shape(self.config["data"]))
-        return upsampling.condition(to_model_range(condition), shape, noise_std)
 
     def draw(
         self,

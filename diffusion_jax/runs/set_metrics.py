@@ -15,7 +15,7 @@ import numpy as np
 import diffusion_jax
 from diffusion_jax import data, pictures
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError, closest_names
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import example_sets, features, named_metrics
 from diffusion_jax.evaluation.example_sets import ExampleSet, open_image_set, read_examples
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, SetFeatures
@@ -44,9 +44,7 @@ def compare_sets(options: argparse.Namespace) -> None:
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
     unknown = sorted(set(metric_names) - set(METRICS))
     if unknown:
-        near = closest_names(unknown[0], METRICS)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size} must be at least 1")
     output = pathlib.Path(options.output).expanduser()

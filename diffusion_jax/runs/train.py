@@ -25,13 +25,11 @@ from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.console import (
     ProgressBar,
     format_duration,
-    format_seconds,
     log,
     log_compilation,
     log_parameters,
     progress_over,
 )
-from diffusion_jax.runs.devices import log_determinism
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
 from diffusion_jax.runs.sampling_setup import SamplingSetup
@@ -79,7 +77,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
                     f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use "
                     "evaluation.every=0"
                 )
-    if _is_finished(config, workdir):
+    saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
+    if _is_finished(config, workdir, saved):
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
@@ -89,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
             SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
-    if config.init_from and not _checkpoint_steps(workdir):
+    if config.init_from and not saved:
         initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
     training_fid = TrainingFid(config, workdir, fid_sampler, source) if fid_sampler else None
@@ -112,7 +111,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
-        log_determinism(options.deterministic)
+        if jax.default_backend() == "gpu" and not options.deterministic:
+            log(
+                "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, "
+                "add --config.training.deterministic=True"
+            )
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         log(f"{len(loaded):,} examples, {num_parameters:,} parameters, batch {options.batch_size}.")
         step = int(state.step)
@@ -123,17 +126,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
             rows = np.linspace(0, len(normalized) - 1, sampler.batch_size).round().astype(int)
             sampler.setup.conditions = normalized.read(rows).get("condition")
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
-    log(f"Done: {options.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
+    advice = "Sample with --mode=sample."
+    if is_upsampler(config):
+        advice = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
+    elif is_classifier(config):
+        advice = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
+    log(f"Done: {options.num_steps} steps, in {workdir}. {advice}")
 
 
-def _checkpoint_steps(workdir: pathlib.Path) -> list[int]:
-    return broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
-
-
-def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
-    """Whether there is an intact checkpoint of the last step, which is logged."""
+def _is_finished(config: ConfigDict, workdir: pathlib.Path, saved: list[int]) -> bool:
+    """Whether there is an intact checkpoint of the last step, which is logged. saved: the steps of the checkpoints."""
     num_steps = config.training.num_steps
-    if max(_checkpoint_steps(workdir), default=0) < num_steps:
+    if max(saved, default=0) < num_steps:
         return False
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.newest_intact_step() or 0
@@ -224,8 +228,9 @@ def _train(
             state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
             if not is_timed and (seconds := in_flight.seconds_per_step()):
                 is_timed, num_left = True, options.num_steps - in_flight.finished
+                duration = f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
                 log(
-                    f"A step takes {format_seconds(seconds)}; the {num_left:,} steps left take about "
+                    f"A step takes {duration}; the {num_left:,} steps left take about "
                     f"{format_duration(num_left * seconds)} on this device."
                 )
             with launch.measure("output"):
@@ -304,11 +309,3 @@ class BatchLoader:
     def _place(self, batch, leading_axes: int):
         by_rows = sharding.batch_sharding(self._mesh, leading_axes)
         return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(by_rows, leaf), batch)
-
-
-def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
-    if is_upsampler(config):
-        return "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
-    if is_classifier(config):
-        return f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
-    return "Sample with --mode=sample."

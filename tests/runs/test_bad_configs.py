@@ -32,9 +32,7 @@ TRAIN, SAMPLE, EDIT = "--config=configs/digits.py", "--mode=sample", "--mode=edi
 RUN, UPSAMPLER = "--workdir={}/run", "--workdir={}/upsampler"
 LAUNCHES = [
     ([TRAIN, "--config.training.num_step=3"], ["did you mean training.num_steps?"]),
-    ([TRAIN, "--config.trainng.num_steps=3"], ["did you mean training.num_steps?"]),
     ([TRAIN, "--mode=trian"], ["'trian' must be one of train, sample, edit, "]),
-    ([TRAIN, "--mode=smaple"], ["did you mean sample?"]),
     ([TRAIN, "--xyz=3"], ["unknown flag --xyz; --help lists all flags"]),
     ([TRAIN, "surplus"], ["unexpected argument 'surplus'"]),
     ([], ["holds no run whose config could be used"]),
@@ -49,13 +47,11 @@ LAUNCHES = [
     ([TRAIN, "--process_id=x"], ["--process_id: 'x' must be a whole number"]),
     # config files
     (["--config={}/no_python.py"], ["line 1 of ", "no_python.py is not valid Python", "def get_config(:"]),
-    (["--config={}/no_module.py"], ["line 2 of ", "no_module.py", "No module named 'torchvisionn'", "install it"]),
     (["--config={}/raising.py"], ["line 6 of ", "raising.py raises TypeError", "'channels'", "many"]),
     (["--config={}/unknown_leaf.py"], ["--config=", "unknown_leaf.py: unknown leaf training.step; did you mean"]),
     (["--config={}/returning_none.py"], ["returns None", "its return statement missing", "ConfigDict"]),
     (["--config=configs/digitz.py"], ["configs/digitz.py: no such file", "such as digits"]),
     (["--config=configs/digits.py:8"], ["configs/digits.py takes no argument; use --config=configs/digits.py"]),
-    (["--config=configs/imagenet_adm.py:64"], ["imagenet_adm.py:64", "known are 128, 256, 256_unconditional, 512"]),
     # overrides
     (
         [TRAIN, "--config.optimizer.learning_rate=fast"],
@@ -68,7 +64,6 @@ LAUNCHES = [
     ([TRAIN, "--workdir=/proc/run"], ["--workdir=/proc/run: ", "/proc", "; give another directory"]),
     ([TRAIN, "--workdir=http://bucket/run"], ["gs://BUCKET/DIR"]),
     ([SAMPLE, "--workdir={}/typo"], ["config.json is not a valid config", "did you mean training.num_steps?"]),
-    ([SAMPLE, "--workdir={}/torn"], ["config.json is not a valid config"]),
     # sampling and evaluation
     (
         [SAMPLE, RUN, "--config.sampling.classifier=/nowhere"],
@@ -99,13 +94,12 @@ def wrong(tmp_path_factory):
     digits = "from diffusion_jax.config import experiment\n\n\ndef get_config():\n    config = experiment('digits')\n"
     for name, text in {
         "no_python": "def get_config(:\n    pass\n",
-        "no_module": "import math\nimport torchvisionn\n",
         "raising": f"{digits}    config.model.channels = 'many'\n    return config\n",
         "unknown_leaf": f"{digits}    config.training.step = 3\n    return config\n",
         "returning_none": digits,
     }.items():
         (folder / f"{name}.py").write_text(text)
-    for name, text in {"typo": '{"training": {"num_step": 3}}', "torn": '{"seed": 0'}.items():
+    for name, text in {"typo": '{"training": {"num_step": 3}}'}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
     (folder / "junk.npz").write_bytes(b"junk")
@@ -157,7 +151,7 @@ def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
 def test_a_launch_is_refused_in_one_line(flags, words, wrong, tmp_path):
     arguments = [flag.replace("{}", str(wrong)) for flag in flags]
     program = "main.py"
-    if arguments[0] == "-m":
+    if arguments[:1] == ["-m"]:
         _, program, *arguments = arguments
     elif not any(flag.startswith("--workdir") for flag in arguments):
         arguments.append(f"--workdir={tmp_path / 'run'}")

@@ -1,13 +1,11 @@
 """--mode=edit on data that are not images: files of arrays, results in the units of the data, conditions."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, editing, errors, sampling, schedules
-from diffusion_jax.runs import edit, trained_model, workdir
+from diffusion_jax import data, errors
+from diffusion_jax.runs import edit, workdir
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -88,24 +86,6 @@ def test_inpainting_returns_the_known_numbers_of_the_file(roots, kind, task, cap
         np.testing.assert_array_equal(row[known], holes[known].astype(np.float32))
     assert (x[0][~known] != x[1][~known]).all()
     assert f"The mask keeps {known.sum()} of {known.size} values" in capsys.readouterr().out
-
-
-@pytest.mark.whole
-def test_edits_are_those_of_the_core_in_the_units_of_the_data(roots):
-    """sdedit from a file in the data's units, with a standardized condition for each result."""
-    root = roots("series")
-    config = configured("series", root, "sdedit", **{"editing.strength": 0.7, "sampling.steps": 5})
-    x = results(config, root)
-    trained = trained_model.TrainedModel.open(config, root / "run", True)
-    mean, deviation = (of(examples("series"), axis=(0, 1)) for of in (np.mean, np.std))
-    x_0 = jnp.repeat((np.load(root / "image.npy") - mean)[None] / deviation, 2, axis=0)
-    condition = jnp.float32((np.array([[2.0], [3.0]]) - CONDITION.mean()) / CONDITION.std())
-    params, schedule = trained.params, schedules.respace(trained.schedule, 5, "trailing")
-    network = lambda x_t, time: trained.model.apply({"params": params}, x_t, time, condition=condition)  # noqa: E731
-    run = lambda x_0: editing.sdedit(  # noqa: E731
-        jax.random.key(0), schedule, network, x_0, sampling.ddim(clip=False), strength=0.7
-    )
-    np.testing.assert_allclose((x - mean) / deviation, jax.jit(run)(x_0), rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.whole

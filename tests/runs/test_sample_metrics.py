@@ -110,6 +110,7 @@ def test_the_message_names_the_weights_of_inception(tmp_path):
 def test_the_table_has_bits_per_dimension(tmp_path):
     """In the row of the weights they are of, or in a row of their own."""
     bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
+    bound["dataset"] = "cifar10"
     record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
     pairs = [
         (tmp_path, row)

@@ -63,19 +63,6 @@ def test_guided_samples_equal_those_of_the_core(root):
 
 
 @pytest.mark.whole
-def test_samplers_that_call_the_network_between_steps_work(root):
-    """These ask at times that no table of the steps' times holds."""
-    base = {"diffusion.num_timesteps": T, **DRAWN, "sampling.steps": 8}
-    sample.run(tiny_config(**base, **{"sampling.sampler": "pndm"}), root / "plain")
-    images, _ = drawn(root / "plain")
-    walked, _, model, params = core_inputs(
-        tiny_config(**base), root / "plain", 8, "log_snr"
-    )  # what suits these samplers
-    network = lambda batch: lambda x, time: model.apply({"params": params}, x, time)  # noqa: E731
-    agree(images, by_hand(network, walked, lambda batch: sampling.pndm())[:6], distinct=10)  # most are clipped
-
-
-@pytest.mark.whole
 @pytest.mark.parametrize(("form", "name"), [("mean", "plain"), ("eps", "conditional")])
 def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name):
     directory = root / name

@@ -167,10 +167,6 @@ def test_durations(seconds, text):
     assert console.format_duration(seconds) == text
 
 
-def test_short_durations():
-    assert console.format_seconds(0.0012) == "1.2 ms" and console.format_seconds(3.456) == "3.46 s"
-
-
 def test_the_bar_has_no_time_left_before_a_step_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(console.ProgressBar, "_SECONDS_BETWEEN_LINES", 0)
     with console.ProgressBar("Training", 10, 4) as bar:
