@@ -39,7 +39,6 @@ MODES = {
     "sample": "draw samples",
     "edit": "edit images: inpainting and more",
     "evaluate": "measure bits per dimension, and metrics of samples such as the FID",
-    "progressive": "measure rate and distortion",
     "train_classifier": "train a classifier of noisy images, for guidance",
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
@@ -51,7 +50,6 @@ _MODULES_OF_MODES = {
     "sample": ("sample",),
     "edit": ("edit",),
     "evaluate": ("measure_likelihood", "sample_metrics"),
-    "progressive": ("progressive",),
 }
 
 
@@ -103,7 +101,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_processes", default=count, type=int, metavar="N", help="number of processes of the run")
     add("--process_id", default=index, type=int, metavar="I", help="number of this process, from 0")
     add("--join_timeout", type=int, metavar="SECONDS", default=300, help="how long to wait for the others")
-    add("--verbose", action="store_true", help="also print the options given to the compiler")
     return parser
 
 
@@ -203,7 +200,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
         raise UserError(
             "this config trains a diffusion model, not a classifier (diffusion.loss=classify): use --mode=train"
         )
-    if mode in ("edit", "evaluate", "progressive") and configs.is_upsampler(config):
+    if mode in ("edit", "evaluate") and configs.is_upsampler(config):
         raise UserError(
             f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
         )
@@ -233,7 +230,7 @@ def run(command: Command) -> None:
     # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
     with preemption.exit_on_signals(only_interrupts=True):
         processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
-        devices.start(flags.verbose)
+        devices.start()
         if trains and not (workdir / "checkpoints").exists():  # a run that is finished needs no data
             from diffusion_jax import data
 

@@ -460,7 +460,7 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
     "logging": ("Metrics and pictures of training.", LOGGING),
     "sampling": ("Samples (`--mode=sample`, and the pictures during training).", SAMPLING),
     "editing": ("Edits of images and arrays (`--mode=edit`).", EDITING),
-    "evaluation": ("Likelihood and metrics of samples (`--mode=evaluate`, `--mode=progressive`).", EVALUATION),
+    "evaluation": ("Likelihood and metrics of samples (`--mode=evaluate`).", EVALUATION),
 }
 
 

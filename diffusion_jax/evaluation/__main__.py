@@ -1,10 +1,9 @@
-"""Measures a set of images against another, and prints the metrics of runs.
+"""Measures a set of images against another.
 
     python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
-    python -m diffusion_jax.evaluation table DIR...
 
-The first compares two sets of images, each an .npz (images in arr_0, or statistics mu and sigma), a folder, the directory of
-a run (its newest samples), or a data set and its split, such as cifar10:train. The second prints the metrics of runs.
+The sets are each an .npz (images in arr_0, or statistics mu and sigma), a folder, the directory of
+a run (its newest samples), or a data set and its split, such as cifar10:train.
 """
 
 import argparse
@@ -18,10 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         with reported_errors():
-            if argv[:1] == ["table"]:
-                _print_table(table_parser().parse_args(argv[1:]).directories)
-            else:
-                _compare(comparison_parser().parse_args(argv))
+            _compare(comparison_parser().parse_args(argv))
     except KeyboardInterrupt:
         exit_with_error("interrupted; rerun the same command to resume with the cached features", 130)
 
@@ -33,17 +29,6 @@ def _compare(args: argparse.Namespace) -> None:
     from diffusion_jax.runs.set_metrics import compare_sets  # imports TensorFlow, now silenced
 
     compare_sets(args)
-
-
-def _print_table(directories: list[str]) -> None:
-    from diffusion_jax.runs.metric_records import format_table, read_runs
-
-    runs, notes = read_runs(directories)
-    if not runs:
-        raise ValueError(" ".join(notes))
-    for note in notes:
-        print(f"Note: {note}", file=sys.stderr)
-    print(format_table(runs))
 
 
 def comparison_parser() -> argparse.ArgumentParser:
@@ -73,13 +58,6 @@ def comparison_parser() -> argparse.ArgumentParser:
         help="a .json file, or the folder of metrics.json, created if missing: the record is added to the file,\n"
         "and the pictures are written beside it",
     )
-    return parser
-
-
-def table_parser() -> argparse.ArgumentParser:
-    """The arguments that print the metrics of runs."""
-    parser = CommandParser("python -m diffusion_jax.evaluation table", "Metrics of runs.")
-    parser.add_argument("directories", nargs="+", help="directories with a metrics.json, or such files")
     return parser
 
 

@@ -6,7 +6,6 @@ Axes have labels with units, and images have captions, such as their class, netw
 
 from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
 from diffusion_jax.pictures.plots import (
-    draw_against_steps,
     draw_autocorrelation,
     draw_bound_terms,
     draw_histograms,
@@ -25,7 +24,6 @@ from diffusion_jax.pictures.samples import (
 __all__ = [
     "Picture",
     "as_text",
-    "draw_against_steps",
     "draw_autocorrelation",
     "draw_bound_terms",
     "draw_edit",

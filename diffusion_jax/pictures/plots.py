@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from diffusion_jax.evaluation.array_statistics import Autocorrelation, PowerSpectrum
 
 __all__ = [
-    "draw_against_steps",
     "draw_autocorrelation",
     "draw_bound_terms",
     "draw_histograms",
@@ -25,7 +24,6 @@ __all__ = [
     "draw_spectra",
 ]
 
-_MARKERS = "os^vD<>pPX*"  # with 10 colors, no two of up to 110 lines have the same marker and color
 _MAX_CHANNELS = 16
 _MAX_ERRORS = 60  # bars of a curve
 _COLORS = "black", "C0"
@@ -82,23 +80,6 @@ def draw_rate_distortion(
     if lossless is not None:
         axes.axvline(lossless, **line)
     axes.set(xlim=(0, None), ylim=(0, None))
-    return figure
-
-
-def draw_against_steps(curves: Mapping[str, Mapping[int, float]], metric: str) -> Figure:
-    """A line for each label of {label: {number of sampling steps: value}}, the steps on a logarithmic axis."""
-    styles = [
-        {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.5} for i in range(len(curves))
-    ]
-    legend = [(plain_text(label, 100), style) for label, style in zip(curves, styles, strict=True)]
-    figure, axes = _make_axes(f"{metric} against sampling steps", ("sampling steps", metric), legend)
-    for points, style in zip(curves.values(), styles, strict=True):
-        steps = sorted(points)
-        axes.plot(steps, [points[n] for n in steps], **style)
-    axes.set(xscale="log", ylim=(0, None))
-    counts = sorted({n for points in curves.values() for n in points})
-    axes.set_xticks(counts, labels=[f"{n:,}" for n in counts])
-    axes.minorticks_off()
     return figure
 
 

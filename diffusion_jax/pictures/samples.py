@@ -76,16 +76,13 @@ def draw_neighbors(
     return draw_examples(shown, title=title, captions=captions, columns=(count + 1) * max(1, 4 // (count + 1)))
 
 
-def draw_trajectory(
-    x: np.ndarray, times: np.ndarray, title: str, captions: Sequence[str] | None = None, last: str = "sample"
-) -> Picture:
+def draw_trajectory(x: np.ndarray, times: np.ndarray, title: str, captions: Sequence[str] | None = None) -> Picture:
     """A picture of samples at several network times: a row for each sample, a column for each time.
 
     Args:
       x: [columns, rows, *spatial, C]. times: of the columns except the last. captions: of the rows, such as their classes.
-      last: the header of the last column.
     """
-    headers = [*(f"t = {time:.4g}" for time in np.asarray(times)), last]
+    headers = [*(f"t = {time:.4g}" for time in np.asarray(times)), "sample"]
     title += "; columns: network time t"
     if not is_of_images(x[0]):
         return draw_array_trajectory(x, headers, title=title, captions=captions)

@@ -1,4 +1,4 @@
-"""Finished chunks of a long command, stored on disk so that a rerun of the command continues after them."""
+"""Finished batches of a long command, stored on disk so that a rerun of the command continues after them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.files import save_npz
+from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.locks import locked
 
@@ -38,10 +40,30 @@ class ChunkStore:
         broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
         self._lock = _LOCKS.enter_context(contextlib.ExitStack())
         self._lock.enter_context(locked(directory / ".lock", "is already running this command"))
-        self.finished = set(broadcast_from_process_0(self._numbers))
+        stems = broadcast_from_process_0(lambda: [path.stem for path in directory.glob("*.npz")])
+        self.finished = {int(stem) for stem in stems if stem.isdecimal()}
 
-    def _numbers(self) -> list[int]:
-        return [int(path.stem) for path in self._directory.glob("*.npz") if path.stem.isdecimal()]
+    def fill(
+        self,
+        title: str,
+        total: int,
+        batch_size: int,
+        compute: Callable[[int], Mapping[str, np.ndarray]],
+        stall_timeout: float,
+    ) -> int:
+        """Computes and saves the batches of `total` examples that are missing; every process calls this.
+
+        title: of the progress bar. compute: returns the arrays of batch i. Returns: the number of batches.
+        """
+        num_batches = -(-total // batch_size)
+        with ProgressBar(title, total, min(len(self.finished) * batch_size, total)) as bar:
+            missing = [i for i in range(num_batches) if i not in self.finished]
+            if missing:
+                log("Compiling the program and computing the first batch ...")
+            for i in watch_batches(missing, stall_timeout):
+                self.save(i, **compute(i))
+                bar.update(min((i + 1) * batch_size, total))
+        return num_batches
 
     def save(self, i: int, **arrays: np.ndarray) -> None:
         """Writes chunk i, on process 0 only."""

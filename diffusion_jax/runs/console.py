@@ -22,7 +22,6 @@ __all__ = [
     "ProgressBar",
     "exit_with_error",
     "format_duration",
-    "format_seconds",
     "log",
     "log_compilation",
     "log_parameters",
@@ -68,14 +67,7 @@ def log_compilation(program: str) -> Iterator[None]:
     log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
 
 
-@dataclasses.dataclass
-class _Row:
-    """A row of the table of parameters; the fields are its columns."""
-
-    level: str
-    arrays: int
-    parameters: int
-    share: str
+_Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the table of parameters
 
 
 def log_parameters(params: Mapping) -> None:
@@ -100,11 +92,6 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A short duration with its unit: "1.2 ms" or "3.45 s"."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 class ProgressBar:
@@ -144,16 +131,16 @@ class ProgressBar:
             self._last_line = now
             log("  ".join([f"{self._title} {done}/{self._total} ({100 * done // self._total}%)", *notes]))
 
-    def over(self, sizes: Iterable[int]) -> Iterator[int]:
-        """Yields the sizes of finished chunks and shows their sum."""
-        with self:
-            done = self._initial
-            for size in sizes:
-                yield size
-                done += size
-                self.update(done)
-
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
     """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of these sizes hold so far."""
-    return lambda sizes, total: ProgressBar(title, total).over(sizes)
+
+    def show(sizes: Iterable[int], total: int) -> Iterator[int]:
+        done = 0
+        with ProgressBar(title, total) as bar:
+            for size in sizes:
+                yield size
+                done += size
+                bar.update(done)
+
+    return show

@@ -17,14 +17,12 @@ import absl.logging
 import jax
 
 import diffusion_jax
-from diffusion_jax.distributed import compiler
 from diffusion_jax.files import user_cache
 from diffusion_jax.runs.console import log
 
 __all__ = [
     "collect_garbage_rarely",
     "describe_environment",
-    "log_determinism",
     "silence_libraries",
     "start",
     "start_virtual",
@@ -60,35 +58,20 @@ def collect_garbage_rarely() -> None:
     gc.set_threshold(100_000, 1, 1)
 
 
-def start(verbose: bool = False) -> None:
-    """Sets up the compilation cache and prints the devices; verbose: also the options given to XLA."""
+def start() -> None:
+    """Sets up the compilation cache and prints the devices."""
     collect_garbage_rarely()
     _use_compilation_cache()
     if _must_use_cpu():
         _keep_freed_memory()  # before XLA starts its threads
     backend, count = jax.default_backend(), jax.device_count()
     log(f"jax {jax.__version__} on {count} {jax.devices()[0].device_kind} device{'s' * (count > 1)} ({backend})")
-    if verbose and backend == "cpu":
-        options = " ".join(f"--{name}={value}" for name, value in compiler.options().items())
-        log(f"Options for XLA: {options or 'none'} (XLA_FLAGS override them)")
-    if backend == "cpu" and _platforms() != "cpu":
-        device = (
-            "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else "a TPU" if os.path.exists("/dev/accel0") else None
-        )
-        if device:
-            extra = "tpu" if device == "a TPU" else "cuda"
-            log(
-                f"This machine has {device} but jax runs on the CPU; to install jax for it: "
-                f"pip install -r requirements/{extra}.txt, or make setup EXTRA={extra}"
-            )
-
-
-def log_determinism(deterministic: bool) -> None:
-    """Logs that training on a GPU is bit-identical from run to run only with `training.deterministic`, if that is False."""
-    if jax.default_backend() == "gpu" and not deterministic:
+    extra = "cuda" if os.path.exists("/dev/nvidia0") else "tpu" if os.path.exists("/dev/accel0") else None
+    if extra and backend == "cpu" and _platforms() != "cpu":
+        device = {"cuda": "an NVIDIA GPU", "tpu": "a TPU"}[extra]
         log(
-            "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, add "
-            "--config.training.deterministic=True"
+            f"This machine has {device} but jax runs on the CPU; to install jax for it: "
+            f"pip install -r requirements/{extra}.txt, or make setup EXTRA={extra}"
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,10 @@ from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs.batch_sampler import check_finite
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.sampling_conditions import read_conditions, standardize_conditions
-from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.runs.sampling_conditions import read_conditions
+from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite
 from diffusion_jax.runs.trained_model import TrainedModel
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
@@ -52,117 +51,97 @@ class _Edit(NamedTuple):
 class _Context:
     """The input of every task: options, the sampling setup, and the shape and the values of the data.
 
-    normalization: of continuous data. is_of_images: whether the files are images, and not .npy arrays.
+    is_of_images: whether the files are images, and not .npy arrays.
     """
 
-    def __init__(self, config: ConfigDict, setup: SamplingSetup, normalization: data.Normalization | None):
+    def __init__(self, config: ConfigDict, setup: SamplingSetup):
         self.options, self.setup = config.editing, setup
         self.shape = data.example_shape(config.data)
         self.size, self.channels = self.shape[:-1], self.shape[-1]
         self.num_samples = self.options.num_samples
-        self._levels, self._normalization = config.data.levels, normalization
+        self.is_continuous = is_continuous(config)
         self._limits = config.data.limits if config.data.normalization == "limits" else ()
         self.is_of_images = data.is_of_images(config.data)
 
-    def read(self, leaf: str, size: tuple[int, ...] | None = None) -> np.ndarray:
-        """`config.editing[leaf]` as uint8 [*spatial, C], or in the units of continuous data. Raises: UserError."""
-        size = size or self.size
-        if self.is_of_images:
-            height, width = size
-            return data.fit(self._open_image(leaf), (height, width), self.channels)
-        array = self._read_array(leaf, (*size, self.channels))
-        self._check_known(array, leaf)
-        return array
-
-    def _open_image(self, leaf: str) -> Image.Image:
-        """The decoded image of `config.editing[leaf]`. Raises: UserError."""
-        path = self.options[leaf]
+    def _open(self, leaf: str) -> Any:
+        """The decoded image, or the array, of `config.editing[leaf]`. Raises: UserError."""
+        path, suffix, kind = self.options[leaf], "", "image"
+        if not self.is_of_images:
+            suffix, kind = ".npy", "array"
         if not path:
-            raise UserError(f"editing.{leaf}=FILE is needed: the path of an image file")
+            raise UserError(f"editing.{leaf}=FILE{suffix} is needed: the path of an {kind} file")
         try:
-            with Image.open(local_path(path)) as image:
-                image.load()
-                return image
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"editing.{leaf}={path!r} cannot be read as an image: {error}") from None
-
-    def _load_array(self, leaf: str) -> np.ndarray:
-        """The array of `config.editing[leaf]`. Raises: UserError."""
-        path = self.options[leaf]
-        if not path:
-            raise UserError(f"editing.{leaf}=FILE.npy is needed: the path of an array file")
-        try:
+            if self.is_of_images:
+                with Image.open(local_path(path)) as image:
+                    image.load()
+                    return image
             array = np.load(local_path(path), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"editing.{leaf}={path!r} cannot be read as an .npy file: {error}") from None
+        except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"editing.{leaf}={path!r} cannot be read as an {suffix or kind} file: {error}") from None
         if not isinstance(array, np.ndarray):
             raise UserError(f"editing.{leaf}={path!r} holds several arrays; save the one to use with np.save")
         return array
 
-    def _read_array(self, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One example of this shape: uint8, or numbers in the units of continuous data. Raises: UserError."""
-        array, is_continuous = self._load_array(leaf), self._levels is None
-        is_allowed = array.dtype.kind in "iuf" if is_continuous else array.dtype == np.uint8
-        if array.shape != shape or not is_allowed:
-            raise UserError(
-                f"editing.{leaf}={self.options[leaf]!r} holds {array.dtype} {list(array.shape)}; it must be one example of "
-                f"shape {list(shape)} of {'real numbers, in the units of the data' if is_continuous else 'uint8'}"
-            )
-        return array.astype(np.float64) if is_continuous and array.dtype.kind != "f" else array
+    def read(self, leaf: str, size: tuple[int, ...] | None = None, known: np.ndarray | None = None) -> np.ndarray:
+        """`config.editing[leaf]` as uint8 [*spatial, C], or in the units of continuous data.
 
-    def _check_known(self, values: np.ndarray, leaf: str) -> None:
-        """Raises: UserError for values that are not finite, or outside the limits of the data."""
+        known: where values must be finite and within the limits of the data; None for everywhere. Raises: UserError.
+        """
+        size, example = size or self.size, self._open(leaf)
+        if self.is_of_images:
+            height, width = size
+            return data.fit(example, (height, width), self.channels)
+        is_allowed = example.dtype.kind in "iuf" if self.is_continuous else example.dtype == np.uint8
+        shape = (*size, self.channels)
+        if example.shape != shape or not is_allowed:
+            raise UserError(
+                f"editing.{leaf}={self.options[leaf]!r} holds {example.dtype} {list(example.shape)}; it must be one example "
+                f"of shape {list(shape)} of {'real numbers, in the units of the data' if self.is_continuous else 'uint8'}"
+            )
+        values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():
             raise UserError(
                 f"editing.{leaf} has values that are not finite; repair them (editing.task=inpaint generates values that "
                 "editing.mask leaves out)"
             )
-        if self._limits and (values.min() < self._limits[0] or values.max() > self._limits[1]):
+        if values.size and self._limits and (values.min() < self._limits[0] or values.max() > self._limits[1]):
             raise UserError(
                 f"editing.{leaf} has values from {values.min():g} to {values.max():g}, outside "
                 f"data.limits={tuple(self._limits)}; clip them"
             )
+        return example.astype(np.float64) if self.is_continuous and example.dtype.kind != "f" else example
 
     def read_masked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The example, the mask, and both as `_Edit.given`; values that are not known may be NaN. Raises: UserError."""
-        if self.is_of_images:
-            image, mask = self.read("image"), self._read_image_mask()
-        else:
-            image, mask = self._read_array("image", self.shape), self._read_array_mask()
-            self._check_known(image[np.broadcast_to(mask, self.shape)], "image")
+        mask = self._read_mask()
+        image = self.read("image", known=mask)
+        everywhere = np.broadcast_to(mask, self.shape)
         if mask.all() or not mask.any():
             color, problem = ("white", "nothing is left to generate") if mask.all() else ("black", "nothing is kept")
-            if not self.is_of_images:
-                color = str(bool(mask.all()))
             raise UserError(
-                f"editing.mask={self.options.mask!r} is {color} everywhere: {problem}. Make what is to be kept white (above "
-                "127 of 255) or True, and what is to be generated black or False"
+                f"editing.mask={self.options.mask!r} is {color if self.is_of_images else mask.all()} everywhere: {problem}. "
+                "Make what is to be kept white (above 127 of 255) or True, and what is to be generated black or False"
             )
-        everywhere = np.broadcast_to(mask, self.shape)
         log(
             f"The mask keeps {everywhere.sum():,} of {everywhere.size:,} values ({100 * everywhere.mean():.0f}%), where it "
             "is white or True, and the model generates the others."
         )
-        unknown = np.nan if self._levels is None else _UNKNOWN
-        shown = np.where(mask, image, unknown).astype(image.dtype)
+        shown = np.where(mask, image, np.nan if self.is_continuous else _UNKNOWN).astype(image.dtype)
         return np.where(mask, image, 0).astype(image.dtype), mask, np.stack([image, shown])
 
-    def _read_image_mask(self) -> np.ndarray:
-        """bool [H, W, 1], True where pixels are known: white, above 127 of 255, or 1 in a mask of 0 and 1."""
-        image, mask = (self._open_image(leaf) for leaf in ("image", "mask"))
-        if image.size != mask.size:
-            raise UserError(
-                f"editing.mask={self.options.mask!r} has {mask.width}x{mask.height} pixels and the image has "
-                f"{image.width}x{image.height}: they must have the same size, because both are cropped alike"
-            )
-        values = np.asarray(mask.convert("L"))
-        values = values * 255 if values.max() == 1 else values
-        height, width = self.size
-        return data.fit(Image.fromarray(values), (height, width), 1) > _THRESHOLD
-
-    def _read_array_mask(self) -> np.ndarray:
-        """bool [*spatial, 1] or [*spatial, C], True where values are known."""
-        mask = self._load_array("mask")
+    def _read_mask(self) -> np.ndarray:
+        """bool [*spatial, 1] or [*spatial, C], True where values are known: white, above 127 of 255, or 1 of 0 and 1."""
+        image, mask = (self._open(leaf) for leaf in ("image", "mask"))
+        if self.is_of_images:
+            height, width = self.size
+            if image.size != mask.size:
+                raise UserError(
+                    f"editing.mask={self.options.mask!r} has {mask.width}x{mask.height} pixels and the image has "
+                    f"{image.width}x{image.height}: they must have the same size, because both are cropped alike"
+                )
+            values = np.asarray(mask.convert("L"))
+            values = values * 255 if values.max() == 1 else values
+            return data.fit(Image.fromarray(values), (height, width), 1) > _THRESHOLD
         allowed = [self.shape, (*self.size, 1), self.size] if self.size else [self.shape]
         if mask.dtype != bool or mask.shape not in allowed:
             raise UserError(
@@ -171,21 +150,21 @@ class _Context:
             )
         return mask if mask.ndim == len(self.shape) else mask[..., None]
 
-    def to_model(self, example: np.ndarray) -> jax.Array:
-        """An example as a batch float32 [1, *spatial, C] in the model's range."""
-        if self._levels is not None:
-            return to_model_range(jnp.asarray(example))[None]
-        return jnp.asarray(data.to_model_units(example[None], self._normalization))
-
-    def repeat(self, example: np.ndarray) -> jax.Array:
-        """An example as `num_samples` equal ones in the model's range."""
-        return jnp.repeat(self.to_model(example), self.num_samples, axis=0)
+    def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
+        """Equal copies of an example, float32 [copies, *spatial, C] in the model's range."""
+        if self.is_continuous:
+            x = jnp.asarray(data.to_model_units(example[None], self.setup.normalization))
+        else:
+            x = to_model_range(jnp.asarray(example))[None]
+        return jnp.repeat(x, copies, axis=0)
 
     def to_data(self, x) -> np.ndarray:
         """Examples [B, *spatial, C] in the model's range as uint8, or float32 in the units of continuous data."""
-        if self._levels is not None:
-            return np.asarray(to_uint8(x))
-        return data.to_data_units(np.asarray(x), self._normalization)
+        return (
+            data.to_data_units(np.asarray(x), self.setup.normalization)
+            if self.is_continuous
+            else np.asarray(to_uint8(x))
+        )
 
     def sample(self, key, denoise_fn, sampler: sampling.Sampler) -> jax.Array:
         """Samples from noise."""
@@ -197,29 +176,15 @@ class _Context:
 
 
 def _inpaint(context: _Context) -> _Edit:
+    """The tasks "inpaint", by RePaint, and "replace"."""
     image, mask, given = context.read_masked()
+    options = {name: context.options[name] for name in ("resamplings", "jump")}
 
     def apply(key, denoise_fn, make_sampler):
-        return editing.repaint(
-            key,
-            context.setup.schedule,
-            denoise_fn,
-            context.repeat(image),
-            mask,
-            make_sampler(),
-            resamplings=context.options.resamplings,
-            jump=context.options.jump,
-        )
-
-    return _Edit(given, ["image", "known"], apply, mask)
-
-
-def _replace(context: _Context) -> _Edit:
-    image, mask, given = context.read_masked()
-    known = jnp.asarray(mask)
-
-    def apply(key, denoise_fn, make_sampler):
-        return context.sample(key, denoise_fn, editing.replacement(make_sampler(), context.repeat(image), known))
+        x_0, sampler = context.to_model(image, context.num_samples), make_sampler()
+        if context.options.task == "replace":
+            return context.sample(key, denoise_fn, editing.replacement(sampler, x_0, jnp.asarray(mask)))
+        return editing.repaint(key, context.setup.schedule, denoise_fn, x_0, mask, sampler, **options)
 
     return _Edit(given, ["image", "known"], apply, mask)
 
@@ -229,7 +194,8 @@ def _sdedit(context: _Context) -> _Edit:
 
     def apply(key, denoise_fn, make_sampler):
         schedule, strength = context.setup.schedule, context.options.strength
-        return editing.sdedit(key, schedule, denoise_fn, context.repeat(image), make_sampler(), strength=strength)
+        x_0 = context.to_model(image, context.num_samples)
+        return editing.sdedit(key, schedule, denoise_fn, x_0, make_sampler(), strength=strength)
 
     return _Edit(image[None], ["image"], apply)
 
@@ -256,7 +222,8 @@ def _colorize(context: _Context) -> _Edit:
     if context.channels == 1:
         raise UserError("editing.task='colorize' needs a model of color images (data.channels=3)")
     measurement = editing.gray(context.channels)
-    return _restore(context, measurement, measurement.measure(context.repeat(context.read("image"))), "gray")
+    color = context.to_model(context.read("image"), context.num_samples)
+    return _restore(context, measurement, measurement.measure(color), "gray")
 
 
 def _super_resolution(context: _Context) -> _Edit:
@@ -269,8 +236,8 @@ def _super_resolution(context: _Context) -> _Edit:
     height, width = size
     if height % factor or width % factor:
         raise UserError(f"editing.factor={factor} must divide the model's {height}x{width} pixels")
-    small = context.read("image", (height // factor, width // factor))
-    return _restore(context, editing.average_pool(factor), context.repeat(small), "small")
+    small = context.to_model(context.read("image", (height // factor, width // factor)), context.num_samples)
+    return _restore(context, editing.average_pool(factor), small, "small")
 
 
 def _interpolate(context: _Context) -> _Edit:
@@ -308,20 +275,12 @@ def _interpolate(context: _Context) -> _Edit:
 
 TASKS = {
     "inpaint": _inpaint,
-    "replace": _replace,
+    "replace": _inpaint,
     "sdedit": _sdedit,
     "colorize": _colorize,
     "super_resolution": _super_resolution,
     "interpolate": _interpolate,
 }
-
-
-def _captions(edit: _Edit, config: ConfigDict) -> list[str]:
-    """One for each example of the picture: the given ones, then the results."""
-    num_samples = config.editing.num_samples
-    if config.editing.task == "interpolate":
-        return [*edit.captions, *(f"weight {weight:.2g}" for weight in np.linspace(0, 1, num_samples))]
-    return [*edit.captions, *(f"result {i}" for i in range(1, num_samples + 1))]
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -334,17 +293,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     config = resolve(config)
     trained = TrainedModel.open(config, workdir, config.sampling.use_ema)
     with as_user_error("config"):
-        conditions = standardize_conditions(read_conditions(config), trained.normalizations)
-        setup = SamplingSetup(
-            config, trained.model, trained.schedule, trained.mesh, trained.class_names, conditions=conditions
-        )
-        context = _Context(config, setup, trained.normalizations.get("x"))
+        setup = trained.sampling_setup(read_conditions(config))
+        context = _Context(config, setup)
         edit = TASKS[config.editing.task](context)
     # One process does this, on one device.
     params, classifier_params = jax.device_get((trained.params, setup.classifier_params))
     num_rows = 1 if config.editing.task == "interpolate" else config.editing.num_samples
     rows = np.arange(num_rows)
-    labels, condition = setup.labels(rows), setup.condition(rows)
+    labels, condition = setup.label(rows), setup.condition(rows)
 
     def apply(params, classifier_params, key, y, condition):
         denoise_fn = setup.network(params, classifier_params, y, condition=condition)
@@ -372,7 +328,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     path.parent.mkdir(exist_ok=True)
     save_npz(path, {"arr_0": results})
     picture = path.with_suffix(".png")
+    captions = [*edit.captions, *(f"result {i}" for i in range(1, len(results) + 1))]
+    if config.editing.task == "interpolate":
+        captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
     title = f"Edit: {config.editing.task.replace('_', ' ')}, {trained.weights_name}, {setup.name}"
-    pictures.save(picture, pictures.draw_edit(edit.given, results, _captions(edit, config), title))
+    pictures.save(picture, pictures.draw_edit(edit.given, results, captions, title))
     noun = "images" if context.is_of_images else "examples"
     log(f"The given {noun} and {len(results)} results: {picture}; the results alone: {path}")

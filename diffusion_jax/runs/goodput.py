@@ -39,11 +39,11 @@ class Goodput(NamedTuple):
 class LaunchTimes:
     """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970.
 
-    Every moment counts for one part: that of the innermost `measure`, otherwise `start`, or `train` after `begin`.
+    Time inside `measure` counts for the part that it names. Other time counts for `start`, and after `begin` for `train`.
     """
 
     def __init__(self, workdir: pathlib.Path, clock: Callable[[], float] = time.time):
-        self._path, self._clock, self._start = workdir / _FILE, clock, clock()
+        self._workdir, self._clock, self._start = workdir, clock, clock()
         self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
         self._written = -math.inf
         self._launches: list[dict[str, Any]] = [{}]  # the last is this one
@@ -51,7 +51,7 @@ class LaunchTimes:
     def begin(self, step: int) -> None:
         """Sets the step that the launch starts from; from now on, what is not measured is `train`."""
         this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
-        self._launches = [*_read(self._path), this]
+        self._launches = [*read_launches(self._workdir), this]
         self._count_as("train")
 
     @contextlib.contextmanager
@@ -81,7 +81,7 @@ class LaunchTimes:
         now = self._clock()
         if is_last or now - self._written > _SECONDS_BETWEEN_WRITES:
             self._launches[-1] |= {"end": now, "seconds": {part: round(s, 3) for part, s in self.seconds().items()}}
-            write_text(self._path, json.dumps(self._launches) + "\n")
+            write_text(self._workdir / _FILE, json.dumps(self._launches) + "\n")
             self._written = now
 
     def goodput(self) -> float:
@@ -108,12 +108,8 @@ def read_goodput(workdir: pathlib.Path) -> Goodput | None:
 
 def read_launches(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The launches of a run that finished a step or failed, as goodput.json has them; [] if there are none."""
-    return _read(workdir / _FILE)
-
-
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads((workdir / _FILE).read_text())
     return []
 
 

@@ -29,7 +29,7 @@ from diffusion_jax.storage import locations
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.storage.locations import EVENTS, find_mirror
 
-__all__ = ["RunMetrics", "check_writers", "read_metrics", "tensorboard_tag"]
+__all__ = ["RunMetrics", "check_writers", "read_metrics"]
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
 _SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
@@ -86,10 +86,14 @@ class RunMetrics:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, step: int):
         self._workdir, self._is_mirrored, self._last_flush = workdir, find_mirror(workdir) is not None, time.monotonic()
+        self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
         stored, names = to_dict(config), config.logging.writers
-        self._writers: list[_Lines | _TensorBoardEvents | Trackers] = []
+        self._writers: list[_TensorBoardEvents | Trackers] = []
         with self._write_errors():
-            self._writers.append(_Lines(workdir, step))
+            for path in _files(workdir):
+                text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
+                if text != path.read_text():
+                    write_text(path, text)
             if "tensorboard" in names:
                 self._writers.append(_TensorBoardEvents(workdir, step, stored))
         trackers = [name for name in names if name in TRACKERS]
@@ -116,10 +120,18 @@ class RunMetrics:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes numbers by name."""
         with self._write_errors():
+            self._waiting.append({"step": step, **scalars})
+            if not self._is_mirrored:
+                self._append(self._workdir / _LINES)
             for writer in self._writers:
                 writer.write_scalars(step, scalars)
         if self._is_mirrored and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
+
+    def _append(self, path: pathlib.Path) -> None:
+        with path.open("a") as file:
+            file.write(_as_text(self._waiting))
+            self._waiting = []
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         """Writes a uint8 image [H, W, C]. caption: what it shows."""
@@ -131,6 +143,14 @@ class RunMetrics:
         """Makes sure that what was written survives a kill: call it before the checkpoint from which a rerun continues."""
         self._last_flush = time.monotonic()
         with self._write_errors():
+            if not self._is_mirrored:
+                with (self._workdir / _LINES).open("a") as file:
+                    os.fsync(file.fileno())
+            elif self._waiting:
+                path = self._workdir / _PARTS / f"{self._waiting[-1]['step']:08d}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                self._append(path)
+                locations.written(path)
             for writer in self._writers:
                 writer.flush()
 
@@ -140,48 +160,6 @@ class RunMetrics:
             for writer in self._writers:
                 stack.callback(writer.close)
             self.flush()
-
-
-class _Lines:
-    """Appends lines of JSON to a file of the work directory, after lines beyond `step` are removed."""
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        self._workdir, self._is_mirrored, self._waiting = workdir, find_mirror(workdir) is not None, []
-        for path in _files(workdir):
-            text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
-            if text != path.read_text():
-                write_text(path, text)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._waiting.append({"step": step, **scalars})
-        if not self._is_mirrored:
-            self._append(self._workdir / _LINES)
-
-    def write_image(self, *_) -> None:
-        """Does nothing: pictures are files of their own."""
-
-    def _append(self, path: pathlib.Path) -> None:
-        with path.open("a") as file:
-            file.write(_as_text(self._waiting))
-            self._waiting = []
-
-    def flush(self) -> None:
-        if not self._is_mirrored:
-            with (self._workdir / _LINES).open("a") as file:
-                os.fsync(file.fileno())
-        elif self._waiting:
-            path = self._workdir / _PARTS / f"{self._waiting[-1]['step']:08d}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            self._append(path)
-            locations.written(path)
-
-    def close(self) -> None:
-        """Does nothing: no file stays open."""
-
-
-def tensorboard_tag(name: str) -> str:
-    """The tag of a number of the log, in the groups of TensorBoard: loss/, time/, optimizer/ and metrics/."""
-    return f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}"
 
 
 class _TensorBoardEvents:
@@ -218,9 +196,8 @@ class _TensorBoardEvents:
         self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._write_values(
-            step, [{"tag": tensorboard_tag(name), "simple_value": value} for name, value in scalars.items()]
-        )
+        tags = {name: f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
+        self._write_values(step, [{"tag": tags[name], "simple_value": value} for name, value in scalars.items()])
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         height, width, channels = image.shape

@@ -31,8 +31,6 @@ __all__ = [
     "activations_per_example",
     "all_estimates",
     "estimate",
-    "flops_per_example",
-    "given_settings",
     "num_virtual_devices",
     "remat_choices",
     "run",
@@ -53,6 +51,11 @@ class Settings(NamedTuple):
     fsdp: int
     remat: Remat
     accumulation_steps: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Settings:
+        """The settings of a complete config."""
+        return cls(config["mesh"]["fsdp"], config["model"]["remat"], config["training"]["accumulation_steps"])
 
     @property
     def flags(self) -> str:
@@ -80,7 +83,11 @@ class Estimate(NamedTuple):
     @property
     def total(self) -> float:
         """The peak."""
-        return self.state + self.gradients + self.activations + self.working
+        return sum(self[1:])
+
+    def __str__(self) -> str:
+        parts = zip(self._fields[1:], self[1:], strict=True)
+        return f"{_bytes(self.total)} ({' + '.join(f'{name} {_bytes(size)}' for name, size in parts)})"
 
 
 class Traced(NamedTuple):
@@ -97,55 +104,44 @@ def num_virtual_devices(config: Mapping) -> int:
 
 
 def run(config: ConfigDict) -> None:
-    """Prints the plan of a config on the present devices. Raises: UserError."""
+    """Prints the plan of a config on the present devices, and with `mesh.device` settings that fit. Raises: UserError."""
     config, num_devices = resolve(config), jax.device_count()
-    mesh, options = config.mesh, config.training
+    mesh, options, given = config.mesh, config.training, Settings.of(config)
     with as_user_error("config"):
         recipe_checks.log_notes(config)
         training.build_program(config)  # checks the config
-        given, proposes = given_settings(config), mesh.device is not None
-        choices = remat_choices(config) if proposes else [given.remat]
+        choices = remat_choices(config) if mesh.device is not None else [given.remat]
         log(f"Tracing the network with model.remat={', '.join(map(str, choices))} ...")
         traced = trace(config, choices)
-    found = estimate(config, traced, given, num_devices)
+    found, steps = estimate(config, traced, given, num_devices), given.accumulation_steps
     log(
         f"On {num_devices} device{'s' * (num_devices > 1)} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch "
-        f"{options.batch_size} ({options.batch_size // num_devices} per device, in {options.accumulation_steps} "
-        f"microbatch{'es' * (options.accumulation_steps > 1)}), layers in {config.model.dtype}:"
+        f"{options.batch_size} ({options.batch_size // num_devices} per device, in {steps} microbatch{'es' * (steps > 1)}), "
+        f"layers in {config.model.dtype}:"
     )
-    flops, activations = traced.flops[given.remat], traced.activations[given.remat]
+    flops = traced.flops[given.remat]
+    flops = f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
     log(f"  parameters          {sum(map(math.prod, traced.shapes)):,}")
-    log(
-        f"  per example         {_flops(flops)} a step; {_bytes(activations)} of activations kept for the backward pass"
-    )
-    log(f"  memory per device   {_describe(found)}")
-    if proposes:
-        _propose(config, traced, found, num_devices)
-
-
-def _propose(config: ConfigDict, traced: Traced, found: Estimate, num_devices: int) -> None:
-    """Prints whether the given settings fit the devices of `mesh.device`, and which do."""
-    name, memory = config.mesh.device, DEVICES[config.mesh.device]
-    usable = USABLE * memory
-    log(f"On {num_devices} x {name} ({_bytes(usable)} of {_bytes(memory)} counted):")
+    activations = _bytes(traced.activations[given.remat])
+    log(f"  per example         {flops} a step; {activations} of activations kept for the backward pass")
+    log(f"  memory per device   {found}")
+    if mesh.device is None:
+        return
+    usable = USABLE * DEVICES[mesh.device]
+    log(f"On {num_devices} x {mesh.device} ({_bytes(usable)} of {_bytes(DEVICES[mesh.device])} counted):")
     log(f"  as given            {'fits' if found.total <= usable else 'does not fit'}")
     estimates = all_estimates(config, traced, num_devices)
     fitting = [each for each in estimates if each.total <= usable]
     if fitting:
-        log(f"  first that fits     {_describe(fitting[0])}")
+        log(f"  first that fits     {fitting[0]}")
         log(f"    type              {fitting[0].settings.flags}")
     else:
         least = min(estimates, key=lambda each: each.total)
-        log(f"  nothing fits; least {_describe(least)}")
+        log(f"  nothing fits; least {least}")
         log(f"    with              {least.settings.flags}")
         log(
             "    use more devices (--config.mesh.data), --config.model.dtype=bfloat16, or a smaller training.batch_size"
         )
-
-
-def given_settings(config: Mapping[str, Any]) -> Settings:
-    """The settings of a complete config."""
-    return Settings(config["mesh"]["fsdp"], config["model"]["remat"], config["training"]["accumulation_steps"])
 
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
@@ -156,7 +152,7 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
         remat: activations_per_example(_with_remat(config, remat))
         for remat in dict.fromkeys([*choices, without, first, True])  # `estimate` needs the last three
     }
-    return Traced(shapes, activations, {remat: flops_per_example(_with_remat(config, remat)) for remat in choices})
+    return Traced(shapes, activations, {remat: _flops_per_example(_with_remat(config, remat)) for remat in choices})
 
 
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
@@ -226,7 +222,7 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
     return kept
 
 
-def flops_per_example(config: Mapping[str, Any]) -> float:
+def _flops_per_example(config: Mapping[str, Any]) -> float:
     """FLOPs of the forward and the backward pass for an example, recomputation included, as traced."""
     apply, params, inputs = _network(config, 1)
     gradient = jax.grad(lambda p, x: jnp.sum(apply(x, p)))
@@ -259,15 +255,6 @@ def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
 
 def _with_remat(config: Mapping[str, Any], remat: Remat) -> dict[str, Any]:
     return {**config, "model": {**config["model"], "remat": remat}}
-
-
-def _describe(estimate: Estimate) -> str:
-    parts = zip(Estimate._fields[1:], estimate[1:], strict=True)
-    return f"{_bytes(estimate.total)} ({' + '.join(f'{name} {_bytes(size)}' for name, size in parts)})"
-
-
-def _flops(flops: float) -> str:
-    return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
 
 
 def _bytes(size: float) -> str:

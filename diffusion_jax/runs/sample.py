@@ -17,19 +17,12 @@ import diffusion_jax
 from diffusion_jax import data, pictures
 from diffusion_jax.config import flatten, is_continuous, resolve, resolve_clip
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.errors import as_user_error, shorten
 from diffusion_jax.files import save_npz
-from diffusion_jax.runs.batch_sampler import BatchSampler, check_finite, sample_trajectory
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
-from diffusion_jax.runs.console import ProgressBar, log
-from diffusion_jax.runs.sampling_conditions import (
-    condition_captions,
-    read_conditions,
-    read_small_images,
-    standardize_conditions,
-)
-from diffusion_jax.runs.sampling_setup import LEAVES_WITHOUT_EFFECT, SamplingSetup
+from diffusion_jax.runs.console import log
+from diffusion_jax.runs.sampling_conditions import condition_captions, read_conditions, read_small_images
+from diffusion_jax.runs.sampling_setup import LEAVES_WITHOUT_EFFECT, BatchSampler, check_finite, sample_trajectory
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import to_dict, write_config_if_untrained
 
@@ -51,32 +44,31 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
     write_config_if_untrained(config, workdir)
     file.draw()
     if config.sampling.trajectory and jax.process_index() == 0:
-        log("Compiling the sampler of the trajectory ...")
-        is_of_vectors = len(data.example_shape(config.data)) == 1
-        trajectory = sample_trajectory(
-            jax.random.fold_in(jax.random.key(config.sampling.seed), 0),  # of the first batch of the file
-            config,
-            file.setup,
-            file.trained.params,
-            config.sampling.trajectory,
-            rows=min(
-                _TRAJECTORY_POINTS if is_of_vectors else _TRAJECTORY_ROWS, file.batch_size, config.sampling.num_samples
-            ),
-            normalization=file.trained.normalizations.get("x"),
-        )
-        path = file.path.with_name(f"{file.name}_trajectory.png")
-        captions = file.captions(trajectory.x.shape[1])
-        title = f"The first samples of {file.name}, being denoised"
-        pictures.save(path, pictures.draw_trajectory(trajectory.x, trajectory.times, title, captions))
-        frames = {
-            "x_t": trajectory.x[:-1],
-            "x_0": trajectory.x_0,
-            "times": trajectory.times,
-            "samples": trajectory.x[-1],
-        }
-        save_npz(path.with_suffix(".npz"), frames)
-        log(f"Samples being denoised: {path}")
+        _write_trajectory(file)
     return file
+
+
+def _write_trajectory(file: SampleFile) -> None:
+    """Writes the first samples being denoised: pictures of x_t and of the predicted x_0, and an .npz of both."""
+    log("Compiling the sampler of the trajectory ...")
+    options = file.config.sampling
+    rows = _TRAJECTORY_POINTS if len(data.example_shape(file.config.data)) == 1 else _TRAJECTORY_ROWS
+    rows = min(rows, file.batch_size, options.num_samples)
+    key = jax.random.fold_in(jax.random.key(options.seed), 0)  # of the first batch of the file
+    arrays = sample_trajectory(key, file.setup, file.trained.params, options.trajectory, rows)
+    path = file.path.with_name(f"{file.name}_trajectory.png")
+    for frames, name, what in (
+        ("x_t", path.name, "being denoised"),
+        ("x_0", f"{path.stem}_x_0.png", "as predicted while they are denoised"),
+    ):
+        x, title = (
+            np.concatenate([arrays[frames], arrays["samples"][None]]),
+            f"The first samples of {file.name}, {what}",
+        )
+        picture = pictures.draw_trajectory(x, arrays["times"], title, file.captions(rows))
+        pictures.save(path.with_name(name), picture)
+    save_npz(path.with_suffix(".npz"), arrays)
+    log(f"Samples being denoised: {path}")
 
 
 class SampleFile:
@@ -101,24 +93,17 @@ class SampleFile:
             devices = trained.mesh.size
             self.batch_size = -(-min(options.batch_size, options.num_samples) // devices) * devices
             self.conditions = read_conditions(config) if conditions is None else conditions
-            standardized = standardize_conditions(self.conditions, trained.normalizations)
-            self.setup = SamplingSetup(
-                config, trained.model, trained.schedule, trained.mesh, trained.class_names, conditions=standardized
-            )
-            self.setup.check_classifier_scale(trained.normalizations)
-            small = read_small_images(config)
-            if small.images is not None:
-                self.setup.conditions = small.images
-            if small.labels is not None:
-                self.setup.set_labels(small.labels)
+            self.setup = trained.sampling_setup(self.conditions)
+            images, labels = read_small_images(config)
+            if images is not None:
+                self.setup.set_small_images(images, labels)
         for note in self.setup.notes:
             log(f"Note: {note}.")
-        self.num_steps = self.setup.schedule.num_timesteps
         self.name = (
             f"{trained.weights_name}_{trained.weights_kind}_{self.setup.name}_seed{options.seed}_n{options.num_samples}"
         )
         self.path = workdir / "samples" / f"{self.name}.npz"
-        self.settings = self._settings({"images": small.images, "labels": small.labels})
+        self.settings = self._settings({"images": images, "labels": labels})
 
     def draw(self, reuse: bool = False) -> None:
         """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
@@ -131,26 +116,20 @@ class SampleFile:
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
         options, batch_size = self.config.sampling, self.batch_size
-        kind = {"ema": "EMA", "raw": "raw"}[self.trained.weights_kind]
-        weights = f"{self.trained.weights_name} ({kind} weights)"
-        noun = "examples" if is_continuous(self.config) else "images"
+        kind, noun = self.trained.weights_kind, "examples" if is_continuous(self.config) else "images"
+        weights = f"{self.trained.weights_name} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
         chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")
-        num_batches = -(-options.num_samples // batch_size)
-        done = len(chunks.finished) * batch_size
-        with ProgressBar("Sampling", options.num_samples, min(done, options.num_samples)) as bar:
-            normalization = self.trained.normalizations.get("x")
-            batch_sampler = BatchSampler(self.config, self.setup, self.trained.mesh, batch_size, normalization)
-            missing = [i for i in range(num_batches) if i not in chunks.finished]
-            if missing:
-                log("Compiling the sampler and drawing the first batch ...")
-            for i in watch_batches(missing, self.config.training.stall_timeout):
-                with as_user_error("config"):  # for errors that occur only when the sampler is traced
-                    samples = batch_sampler(self.trained.params, options.seed, i)
-                check_finite(samples)
-                chunks.save(i, images=samples)
-                done = (i + 1) * batch_size
-                bar.update(min(done, options.num_samples))
+        batch_sampler = BatchSampler(self.setup, batch_size)
+
+        def draw_batch(i: int) -> dict[str, np.ndarray]:
+            with as_user_error("config"):  # for errors that occur only when the sampler is traced
+                samples = batch_sampler(self.trained.params, options.seed, i)
+            check_finite(samples)
+            return {"images": samples}
+
+        stall_timeout = self.config.training.stall_timeout
+        num_batches = chunks.fill("Sampling", options.num_samples, batch_size, draw_batch, stall_timeout)
         if jax.process_index() == 0:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
             self._write(samples)
@@ -163,7 +142,7 @@ class SampleFile:
         """The classes or short conditions of the first samples; None if they have neither."""
         indices = np.arange(count)
         conditions = None if self.conditions is None else self.conditions[indices % len(self.conditions)]
-        return self.setup.labels.captions(indices) or condition_captions(conditions)
+        return self.setup.class_captions(indices) or condition_captions(conditions)
 
     def _settings(self, small: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         """Everything that decides the pixels, except rounding, as JSON values. small: images that an upsampler enlarges."""
@@ -192,7 +171,7 @@ class SampleFile:
 
     def _write(self, samples: np.ndarray) -> None:
         indices = np.arange(len(samples))
-        labels = self.setup.labels(indices)
+        labels = self.setup.label(indices)
         # The samples come first, for programs that read the first array.
         arrays = {"arr_0": samples} | ({} if labels is None else {"arr_1": labels})
         if self.conditions is not None:
@@ -233,5 +212,4 @@ def _why_not_reused(path: pathlib.Path, settings: Mapping[str, Any]) -> str | No
     old, new = flatten(stored["settings"]), flatten(json.loads(json.dumps(settings)))
     differing = [key for key in new | old if old.get(key) != new.get(key)]
     changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in differing]
-    more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return f"was drawn with other settings ({'; '.join(changes[:3])}{more})" if differing else None
+    return f"was drawn with other settings ({shorten('; '.join(changes), 300)})" if differing else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,11 +15,8 @@ from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
 
 __all__ = [
-    "ClassLabels",
-    "SmallImages",
     "class_captions",
     "condition_captions",
-    "evenly_spaced_conditions",
     "parse_classes",
     "read_conditions",
     "read_small_images",
@@ -38,35 +34,6 @@ def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
     known = [names[y] if y < len(names) else "" for y in labels.tolist()]
     pairs = zip(labels.tolist(), known, strict=True)
     return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
-
-
-class ClassLabels:
-    """The label of each sample: sample i has the class number i modulo the number of classes.
-
-    classes: None if samples have no class. names: of all classes of the model, () if they are not known.
-    """
-
-    def __init__(self, classes: tuple[int, ...] | None, names: Sequence[str] = ()):
-        self.classes, self.names = classes, tuple(names)
-        self.given: np.ndarray | None = None
-
-    def set_given(self, labels: np.ndarray) -> None:
-        """Uses the labels [N] of the small images instead of the requested classes. Raises: UserError."""
-        assert self.classes is not None
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(self.classes):
-            raise UserError(f"the small images' labels (arr_1) must be classes in 0 ... {len(self.classes) - 1}")
-        self.given = labels.astype(np.int32)
-
-    def __call__(self, indices: np.ndarray) -> np.ndarray | None:
-        """int32 labels of the samples of these numbers; None if they have none."""
-        if self.given is not None:
-            return self.given[indices % len(self.given)]
-        return None if self.classes is None else np.array(self.classes, np.int32)[indices % len(self.classes)]
-
-    def captions(self, indices: np.ndarray) -> list[str] | None:
-        """Class and name, as "1: cats", of the samples of these numbers; None if they have no class."""
-        labels = self(indices)
-        return None if labels is None else class_captions(labels, self.names)
 
 
 def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, ...] | None:
@@ -109,8 +76,13 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
     """
     options, shape = config.sampling, condition_shape(config)
     leaf = f"sampling.conditions={options.conditions!r}"
+    expected = ", ".join(map(str, ("N", *(shape or ()))))
     if not options.conditions:
-        _check_needed(config)
+        file = f"sampling.conditions=FILE.npy, numbers [{expected}] in the units of the data"
+        if shape is not None and not config.model.condition_dropout:
+            raise UserError(f"this model needs conditions: set {file}")
+        if shape is not None and options.guidance_scale != 1 and not config.model.label_dropout:
+            raise UserError(f"sampling.guidance_scale={options.guidance_scale} guides by conditions: set {file}")
         return None
     if shape is None:
         raise UserError(f"{leaf}: this model takes no conditions (model.condition_features, model.condition_channels)")
@@ -125,7 +97,6 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None
     if conditions.dtype.kind not in "iuf" or conditions.shape[1:] != shape or not len(conditions):
-        expected = ", ".join(map(str, ("N", *shape)))
         raise UserError(
             f"{leaf} holds {conditions.dtype} {list(conditions.shape)}; this model takes numbers [{expected}]"
         )
@@ -133,19 +104,6 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
     if not finite.all():
         raise UserError(f"{leaf}: row {finite.argmin()} has values that are not finite")
     return conditions
-
-
-def _check_needed(config: ConfigDict) -> None:
-    """Raises: UserError if samples cannot be drawn, or not guided, without conditions."""
-    shape, model = condition_shape(config), config.model
-    if shape is None:
-        return
-    expected = ", ".join(map(str, ("N", *shape)))
-    file = f"sampling.conditions=FILE.npy, numbers [{expected}] in the units of the data"
-    if not model.condition_dropout:
-        raise UserError(f"this model needs conditions: set {file}")
-    if config.sampling.guidance_scale != 1 and not model.label_dropout:
-        raise UserError(f"sampling.guidance_scale={config.sampling.guidance_scale} guides by conditions: set {file}")
 
 
 def standardize_conditions(conditions: np.ndarray | None, normalizations: data.Normalizations) -> np.ndarray | None:
@@ -158,12 +116,6 @@ def standardize_conditions(conditions: np.ndarray | None, normalizations: data.N
     return data.to_model_units(conditions, normalization)
 
 
-def evenly_spaced_conditions(source: data.Source, count: int) -> np.ndarray | None:
-    """The conditions of `count` examples of a source, from its first to its last; None if it has none."""
-    indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-    return source.read(indices).get("condition")
-
-
 def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
     """The numbers of short conditions [N, D], such as "0.5, 2"; None for long ones and arrays."""
     if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
@@ -174,21 +126,14 @@ def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
 # ---- Small images
 
 
-class SmallImages(NamedTuple):
-    """images: uint8 [N, h, w, C]. labels: [N]. Each is None if there are none."""
-
-    images: np.ndarray | None
-    labels: np.ndarray | None
-
-
-def read_small_images(config: ConfigDict) -> SmallImages:
-    """The images of `sampling.low_resolution` and their labels; (None, None) for models that are no upsamplers.
+def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(the images of `sampling.low_resolution`, uint8 [N, h, w, C], their labels [N] or None); (None, None) without one.
 
     Raises: UserError, DataError.
     """
     path, side = config.sampling.low_resolution, config.data.low_resolution
     if not side:
-        return SmallImages(None, None)
+        return None, None
     if not path:
         raise UserError(
             "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
@@ -198,7 +143,7 @@ def read_small_images(config: ConfigDict) -> SmallImages:
     source = local_path(path)
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)
-        return SmallImages(folder.read(np.arange(len(folder)))["image"], None)
+        return folder.read(np.arange(len(folder)))["image"], None
     try:
         with np.load(source, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays.get("arr_1")
@@ -216,4 +161,4 @@ def read_small_images(config: ConfigDict) -> SmallImages:
             f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}; there must be "
             "one label for each image"
         )
-    return SmallImages(images, labels)
+    return images, labels

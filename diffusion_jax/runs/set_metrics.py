@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import diffusion_jax
 from diffusion_jax import data, pictures
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError, closest_names
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import example_sets, features, named_metrics
 from diffusion_jax.evaluation.example_sets import ExampleSet, open_image_set, read_examples
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, SetFeatures
@@ -28,7 +27,7 @@ from diffusion_jax.runs import devices
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
-__all__ = ["FeatureOptions", "compare_sets", "record_array_metrics", "record_metrics"]
+__all__ = ["ArrayOptions", "compare_sets", "record_metrics"]
 
 _PICTURED_IMAGES, _NEIGHBORS = 10, 5
 _PICTURED_ARRAYS = 4
@@ -45,9 +44,7 @@ def compare_sets(options: argparse.Namespace) -> None:
     metric_names = [name.strip() for name in options.metrics.split(",")] if options.metrics else METRICS
     unknown = sorted(set(metric_names) - set(METRICS))
     if unknown:
-        near = closest_names(unknown[0], METRICS)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}{hint}")
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size} must be at least 1")
     output = pathlib.Path(options.output).expanduser()
@@ -67,74 +64,73 @@ def compare_sets(options: argparse.Namespace) -> None:
     extractor = features.from_name(name, options.inception, options.resize)
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
-    settings = FeatureOptions(extractor, mesh, options.batch_size, features.cache_directory())
-    record_metrics(reference, samples, settings, metric_names, output, {})
+    pipeline = FeaturePipeline(extractor, mesh, options.batch_size, ProgressBar)
+    record_metrics(reference, samples, metric_names, output, {}, pipeline, features.cache_directory())
 
 
-class FeatureOptions(NamedTuple):
-    """The features of both sets, and how they are computed. cache: a directory that every process sees."""
+class ArrayOptions(NamedTuple):
+    """Options of `named_metrics.compare_arrays`. seed: of the directions of the sliced Wasserstein distance."""
 
-    extractor: FeatureExtractor
-    mesh: Mesh
-    batch_size: int
-    cache: pathlib.Path
-
-
-# ---- Images
+    seed: int
+    normalization: data.Normalization | None
+    periodic: bool
 
 
 def record_metrics(
     reference: ExampleSet,
     samples: ExampleSet,
-    options: FeatureOptions,
     metric_names: Sequence[str],
     output: pathlib.Path,
     settings: Mapping[str, Any],
+    pipeline: FeaturePipeline | None,
+    cache: pathlib.Path,
+    arrays: ArrayOptions | None = None,
 ) -> None:
-    """Compares two sets of images and adds a record to `output`; writes the picture of memorization beside it.
+    """Compares two sets and adds a record to `output`; writes pictures, and an .npz of the statistics of arrays, beside it.
 
-    settings: more entries of the record. Every process calls this, and process 0 writes. Raises: ValueError, before anything
-    is computed, for sets that cannot be compared.
+    settings: more entries of the record. pipeline: None for metrics without features. cache: of features, a directory that
+    every process sees. arrays: None for images. Every process calls this, and process 0 writes.
+    Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
-    extractor = options.extractor
-    metric_names = _possible_metrics(reference, samples, extractor, metric_names)
     read_records(output)
-    pipeline = FeaturePipeline(extractor, options.mesh, options.batch_size, ProgressBar)
-    of_reference = _set_features(pipeline, reference, options.cache / "references")
-    # Samples are rarely measured again: their features are kept only until the record is written.
-    of_samples = _set_features(pipeline, samples, options.cache / "samples")
+    of_features = list(metric_names)
+    if arrays is not None:
+        of_features = [name for name in metric_names if name in ARRAY_METRICS_OF_FEATURES]
+    elif pipeline is not None:
+        of_features = _possible_metrics(reference, samples, pipeline.extractor, metric_names)
+    extractor = pipeline.extractor if pipeline else None
+    values: dict[str, Any] = {}
+    sets: list[SetFeatures] = []
+    if pipeline and of_features:
+        # Samples are rarely measured again: their features are kept only until the record is written.
+        folders = ((reference, cache / "references"), (samples, cache / "samples"))
+        sets = [_set_features(pipeline, each, folder) for each, folder in folders]
     if jax.process_index() != 0:
         return
     log("Comparing ...")
-    values: dict[str, Any] = named_metrics.compute_metrics(of_reference, of_samples, extractor, metric_names, log)
-    if "memorization" in metric_names:
-        assert of_reference.pool is not None and of_samples.pool is not None
-        report, neighbors = named_metrics.memorization_report(of_reference.pool, of_samples.pool, _NEIGHBORS)
-        key = (of_reference.digest, of_samples.digest, extractor.digest, extractor.resize)
-        tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:6]
-        picture = output.with_name(f"memorization_{pathlib.Path(samples.name).stem}_{tag}.png")
-        values["memorization"] = {**report, "picture": picture.name}
-        unit = f"Euclidean distances of {extractor.name} features; at most {report['close_distance']:.3g} is close"
-        _draw_neighbors(picture, reference, samples, np.arange(len(of_samples.pool)), neighbors, _PICTURED_IMAGES, unit)
-        log(f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}")
-    counts = {"num_reference": of_reference.moments.count or None, "num_samples": of_samples.moments.count}
-    digests = of_reference.digest, of_samples.digest
-    _add_record(output, values | counts, reference, samples, digests, extractor, settings)
-    of_samples.delete_cache()
-    _log_values(values)
-    log(f"Written to {output}")
-
-
-def _add_record(
-    output: pathlib.Path,
-    values: Mapping[str, Any],
-    reference: ExampleSet,
-    samples: ExampleSet,
-    digests: tuple[str, str],
-    extractor: FeatureExtractor | None,
-    settings: Mapping[str, Any],
-) -> None:
-    versions = {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
+    if extractor and sets:
+        values = named_metrics.compute_metrics(sets[0], sets[1], extractor, of_features, log)
+    stem, written = pathlib.Path(samples.name).stem, ""
+    if arrays is None:
+        assert extractor is not None
+        digests = [each.digest for each in sets]
+        values |= {"num_reference": sets[0].moments.count or None, "num_samples": sets[1].moments.count}
+        if "memorization" in of_features:
+            picture = output.with_name(f"memorization_{stem}_{_tag(*digests, extractor.digest, extractor.resize)}.png")
+            values["memorization"] = _image_memorization(reference, samples, sets, extractor.name, picture)
+    else:
+        assert reference.examples is not None and samples.examples is not None
+        pair, normalization = (reference.examples, samples.examples), arrays.normalization
+        one, other = (example_sets.standardize(each, normalization) for each in pair)
+        key = jax.random.key(arrays.seed)
+        comparison = named_metrics.compare_arrays(key, one, other, metric_names, normalization, arrays.periodic, log)
+        values |= comparison.values
+        digests = [example_sets.value_digest(each) for each in pair]
+        files = _write_files(output.parent, f"{stem}_{_tag(*digests)}", reference, samples, comparison)
+        if "memorization" in values and "memorization" in files:
+            values["memorization"]["picture"] = files["memorization"]
+        values |= {"files": files, "num_reference": len(pair[0]), "num_samples": len(pair[1]), "seed": arrays.seed}
+        written = f", and beside it: {', '.join(files.values())}"
     record = {
         **values,
         "reference": reference.name,
@@ -145,10 +141,18 @@ def _add_record(
         "features_digest": extractor.digest if extractor else None,
         "resize": extractor.resize if extractor else None,
         **settings,
-        "versions": versions,
+        "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "backend": jax.default_backend(),
     }
     add_record(output, record)
+    for each in sets[1:]:
+        each.delete_cache()
+    _log_values(values)
+    log(f"Written to {output}{written}")
+
+
+def _tag(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:6]
 
 
 def _log_values(values: Mapping[str, Any]) -> None:
@@ -161,6 +165,9 @@ def _log_values(values: Mapping[str, Any]) -> None:
     if "memorization" in values:
         share = values["memorization"]["close_share"]
         log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")
+
+
+# ---- Images
 
 
 def _possible_metrics(
@@ -187,7 +194,7 @@ def _possible_metrics(
                 raise ValueError(
                     f"{each.name}: {len(each.examples)} images are too few for {metric}, which needs {minimum}"
                 )
-    dimensions = features.feature_dimension(extractor, samples.examples.read(np.arange(1))["image"].shape[1:])
+    dimensions = features.feature_dimension(extractor, read_examples(samples.examples, np.arange(1)).shape[1:])
     if statistics and dimensions and len(statistics.moments.mean) != dimensions:
         raise ValueError(
             f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
@@ -226,6 +233,19 @@ def _set_features(pipeline: FeaturePipeline, images: ExampleSet, cache: pathlib.
     return SetFeatures(pool, moments, spatial, digest.hexdigest(), parts)
 
 
+def _image_memorization(
+    reference: ExampleSet, samples: ExampleSet, sets: Sequence[SetFeatures], name: str, picture: pathlib.Path
+) -> dict[str, Any]:
+    """The report of memorization; draws its picture. name: of the features."""
+    reference_pool, samples_pool = (each.pool for each in sets)
+    assert reference_pool is not None and samples_pool is not None
+    report, neighbors = named_metrics.memorization_report(reference_pool, samples_pool, _NEIGHBORS)
+    unit = f"Euclidean distances of {name} features; at most {report['close_distance']:.3g} is close"
+    _draw_neighbors(picture, reference, samples, np.arange(len(samples_pool)), neighbors, _PICTURED_IMAGES, unit)
+    log(f"The samples nearest to reference images, each before its {neighbors.indices.shape[1]} nearest: {picture}")
+    return {**report, "picture": picture.name}
+
+
 def _draw_neighbors(
     path: pathlib.Path,
     reference: ExampleSet,
@@ -252,69 +272,6 @@ def _draw_neighbors(
 
 
 # ---- Arrays
-
-
-def record_array_metrics(
-    reference: ExampleSet,
-    samples: ExampleSet,
-    options: FeatureOptions | None,
-    metric_names: Sequence[str],
-    output: pathlib.Path,
-    settings: Mapping[str, Any],
-    *,
-    seed: int,
-    normalization: data.Normalization | None = None,
-    periodic: bool = False,
-) -> None:
-    """Compares two sets of arrays and adds a record to `output`; writes the pictures and an .npz of the statistics beside it.
-
-    options: of the user's features, None without them. settings: more entries of the record. seed: of the directions of the
-    sliced Wasserstein distance. normalization: of both sets, which are in the units of the data; None if they are not
-    standardized. Every process calls this, and process 0 writes. Raises: ValueError for sets that cannot be compared.
-    """
-    assert reference.examples is not None and samples.examples is not None
-    read_records(output)
-    values = {} if options is None else _feature_metrics(reference, samples, options, metric_names)
-    if jax.process_index() != 0:
-        return
-    log("Comparing ...")
-    one, other = (example_sets.standardize(x, normalization) for x in (reference.examples, samples.examples))
-    comparison = named_metrics.compare_arrays(
-        jax.random.key(seed), one, other, metric_names, normalization, periodic, log
-    )
-    values |= comparison.values
-    digests = example_sets.value_digest(reference.examples), example_sets.value_digest(samples.examples)
-    tag = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:6]
-    files = _write_files(output.parent, f"{pathlib.Path(samples.name).stem}_{tag}", reference, samples, comparison)
-    if "memorization" in values and "memorization" in files:
-        values["memorization"]["picture"] = files["memorization"]
-    more = {
-        "files": files,
-        "num_reference": len(reference.examples),
-        "num_samples": len(samples.examples),
-        "seed": seed,
-    }
-    extractor = options.extractor if options else None
-    _add_record(output, values | more, reference, samples, digests, extractor, settings)
-    _log_values(values)
-    log(f"Written to {output}, and beside it: {', '.join(files.values())}")
-
-
-def _feature_metrics(
-    reference: ExampleSet, samples: ExampleSet, options: FeatureOptions, metric_names: Sequence[str]
-) -> dict[str, Any]:
-    """The metrics of the user's features."""
-    wanted = [name for name in metric_names if name in ARRAY_METRICS_OF_FEATURES]
-    if not wanted:
-        return {}
-    pipeline = FeaturePipeline(options.extractor, options.mesh, options.batch_size, ProgressBar)
-    of_reference = _set_features(pipeline, reference, options.cache / "references")
-    of_samples = _set_features(pipeline, samples, options.cache / "samples")
-    if jax.process_index() != 0:
-        return {}
-    values = named_metrics.compute_metrics(of_reference, of_samples, options.extractor, wanted, log)
-    of_samples.delete_cache()
-    return values
 
 
 def _write_files(
@@ -354,26 +311,21 @@ def _write_files(
 def _statistics_arrays(comparison: ArrayComparison) -> dict[str, np.ndarray]:
     """The statistics of both sets in the units of the data, with their standard errors, as an .npz holds them."""
     arrays: dict[str, np.ndarray] = {}
-
-    def add(name: str, measurement: Any) -> None:
-        arrays[name] = np.asarray(measurement.value)
-        arrays[f"{name}_standard_error"] = np.asarray(measurement.standard_error)
-
-    if comparison.histograms is not None:
-        arrays["histogram_edges"] = comparison.histograms.edges
-        add("histogram_distance", comparison.histograms.distance)
-        arrays["histogram_distance_same_law"] = comparison.histograms.same_law
-        add("histogram_reference", comparison.histograms.reference)
-        add("histogram_samples", comparison.histograms.samples)
-    for which in (0, 1):
-        side = ("reference", "samples")[which]
-        if comparison.moments is not None:
-            add(f"mean_{side}", comparison.moments[which].mean)
-            add(f"covariance_{side}", comparison.moments[which].covariance)
-        if comparison.spectra is not None:
-            arrays["spectrum_frequencies"] = comparison.spectra[which].frequencies
-            add(f"spectrum_{side}", comparison.spectra[which])
-        if comparison.autocorrelations is not None:
-            arrays["autocorrelation_lags"] = comparison.autocorrelations[which].lags
-            add(f"autocorrelation_{side}", comparison.autocorrelations[which])
+    pairs: dict[str, Sequence[Any]] = {}
+    histograms, moments, spectra = comparison.histograms, comparison.moments, comparison.spectra
+    if histograms is not None:
+        arrays["histogram_edges"], arrays["histogram_distance_same_law"] = histograms.edges, histograms.same_law
+        arrays["histogram_distance"], arrays["histogram_distance_standard_error"] = map(np.asarray, histograms.distance)
+        pairs["histogram"] = (histograms.reference, histograms.samples)
+    if moments is not None:
+        pairs |= {"mean": [each.mean for each in moments], "covariance": [each.covariance for each in moments]}
+    if spectra is not None:
+        arrays["spectrum_frequencies"], pairs["spectrum"] = spectra[0].frequencies, spectra
+    if comparison.autocorrelations is not None:
+        arrays["autocorrelation_lags"] = comparison.autocorrelations[0].lags
+        pairs["autocorrelation"] = comparison.autocorrelations
+    for name, pair in pairs.items():
+        for side, measurement in zip(("reference", "samples"), pair, strict=True):
+            arrays[f"{name}_{side}"] = np.asarray(measurement.value)
+            arrays[f"{name}_{side}_standard_error"] = np.asarray(measurement.standard_error)
     return arrays

@@ -41,7 +41,12 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     launches = read_launches(workdir)
     finished = [launch["last_step"] for launch in launches[-1:] if holder]  # lines may be an hour apart
     step = max([line["step"] for line in lines] + saved + finished, default=0)
-    rows = {"directory": str(workdir), "state": _state(holder, step, num_steps, lines)}
+    state = "not running; rerun its command to resume" if lines or step else "nothing was trained yet"
+    if holder:
+        state = f"training: {holder} holds the lock"
+    elif step >= num_steps:
+        state = "finished"
+    rows = {"directory": str(workdir), "state": state}
     if not holder and launches and "stopped_by" in launches[-1]:
         when = datetime.datetime.fromtimestamp(launches[-1]["end"])
         rows["last stop"] = f"{when:%Y-%m-%d %H:%M:%S}, {launches[-1]['stopped_by']}"
@@ -60,14 +65,6 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     if goodput:
         rows["goodput"] = _describe_goodput(goodput)
     return rows
-
-
-def _state(holder: str | None, step: int, num_steps: int, lines: Sequence) -> str:
-    if holder:
-        return f"training: {holder} holds the lock"
-    if step >= num_steps:
-        return "finished"
-    return "not running; rerun its command to resume" if lines or step else "nothing was trained yet"
 
 
 def _checkpoint(workdir: pathlib.Path, saved: Sequence[int]) -> str:

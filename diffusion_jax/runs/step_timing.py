@@ -7,6 +7,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -74,51 +75,33 @@ class StepsInFlight:
 
 
 class TraceProfile:
-    """Traces five calls of the train step for XProf, into the work directory.
+    """Traces the sixth to the tenth call of the train step for XProf into the work directory; the first calls fill caches.
 
-    directory: None on all processes but 0, which trace nothing. at_start: traces the sixth to the tenth call; the first calls
-    fill caches.
+    directory: None for no trace.
     """
 
-    _FIRST_CALL, _NUM_CALLS = 5, 5
+    _FIRST_CALL, _END = 5, 10
 
-    def __init__(self, directory: pathlib.Path | None, at_start: bool):
-        self._directory, self._calls_left = directory, 0
-        self._calls_before = self._FIRST_CALL if at_start else None
+    def __init__(self, directory: pathlib.Path | None):
+        self._directory, self._num_calls, self._is_tracing = directory, 0, False
 
-    def __enter__(self) -> TraceProfile:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._calls_left:  # the run ended before the last call
-            self._stop()
-
-    def check_request(self) -> None:
-        """Traces the next calls if there is a file PROFILE in the directory, which is removed."""
-        if self._directory and not self._calls_left:
-            with contextlib.suppress(OSError):
-                (self._directory / "PROFILE").unlink()
-                self._calls_before = 0
-
-    def annotate(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """The context of one call."""
-        if self._directory and self._calls_before == 0:
+    def call(self, step: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of `function`, the train step from `step` on."""
+        if self._directory and self._num_calls == self._FIRST_CALL:
             jax.profiler.start_trace(str(self._directory))
-            self._calls_left = self._NUM_CALLS
-        self._calls_before = self._calls_before - 1 if self._calls_before else None
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+            self._is_tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            result = function(*arguments)
+        self._num_calls += 1
+        if self._num_calls == self._END:
+            self.stop(result)
+        return result
 
-    def count_call(self, state) -> None:
-        """Counts a call that has been made, and stops the trace after the last one. state: its result."""
-        if self._calls_left:
-            self._calls_left -= 1
-            if not self._calls_left:
-                jax.block_until_ready(state)
-                self._stop()
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._calls_left = 0
-        assert self._directory
-        locations.written(self._directory / "plugins")
-        log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")
+    def stop(self, result: Any = None) -> None:
+        """Ends the trace, if there is one, after `result` is computed."""
+        if self._directory and self._is_tracing:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self._is_tracing = False
+            locations.written(self._directory / "plugins")
+            log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")

@@ -33,22 +33,37 @@ _MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default a server th
 class _WandB:
     """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
 
+    _package = "wandb"
+
     def __init__(self, workdir: pathlib.Path, project: str, title: str, config: Mapping[str, Any]):
-        self._wandb: Any = importlib.import_module("wandb")
-        run_id = _stored_id(workdir, "wandb") or _store_id(workdir, "wandb", uuid.uuid4().hex[:8])
-        settings = self._wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
-        options: dict[str, Any] = {"project": project, "id": run_id, "name": title, "resume": "allow"}
+        self._module: Any = importlib.import_module(self._package)
+        run_id = _run_id(workdir, self._package, lambda: uuid.uuid4().hex[:8])
+        options = self._options(workdir, title, run_id)
+        self._run = self._module.init(project=project, config=dict(config), resume="allow", **options)
+
+    def _options(self, workdir: pathlib.Path, title: str, run_id: str) -> dict[str, Any]:
+        settings = self._module.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
         directory = None if find_mirror(workdir) else workdir  # a mirror is removed at the end
-        self._run = self._wandb.init(**options, config=dict(config), dir=directory, settings=settings)
+        return {"id": run_id, "name": title, "dir": directory, "settings": settings}
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
-        self._run.log({name: self._wandb.Image(image, caption=caption)}, step=step)
+        self._run.log({name: self._module.Image(image, caption=caption)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+class _Trackio(_WandB):
+    """trackio, which has W&B's functions. TRACKIO_DIR is its directory, TRACKIO_SPACE_ID a Space to send to."""
+
+    _package = "trackio"
+
+    def _options(self, workdir: pathlib.Path, title: str, run_id: str) -> dict[str, Any]:
+        options = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
+        return options | {"name": f"{title}-{run_id}", "space_id": os.environ.get("TRACKIO_SPACE_ID")}
 
 
 class _MLflow:
@@ -58,18 +73,19 @@ class _MLflow:
         for name, value in _MLFLOW_LIMITS.items():
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         self._mlflow: Any = importlib.import_module("mlflow")
-        self._client, stored = self._mlflow.MlflowClient(), _stored_id(workdir, "mlflow")
-        if stored:
-            self._client.update_run(stored, status="RUNNING")
-            self._id = stored
-            return
-        experiment = self._client.get_experiment_by_name(project)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
-        self._id = self._client.create_run(experiment_id, run_name=title).info.run_id
-        _store_id(workdir, "mlflow", self._id)
-        parameters = [self._mlflow.entities.Param(name, shorten(str(value), 500)) for name, value in config.items()]
-        for start in range(0, len(parameters), 100):  # a request holds at most 100
-            self._client.log_batch(self._id, params=parameters[start : start + 100], synchronous=False)
+        self._client = self._mlflow.MlflowClient()
+
+        def create_run() -> str:
+            experiment = self._client.get_experiment_by_name(project)
+            experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
+            run_id = self._client.create_run(experiment_id, run_name=title).info.run_id
+            parameters = [self._mlflow.entities.Param(name, shorten(str(value), 500)) for name, value in config.items()]
+            for start in range(0, len(parameters), 100):  # a request holds at most 100
+                self._client.log_batch(run_id, params=parameters[start : start + 100], synchronous=False)
+            return run_id
+
+        self._id = _run_id(workdir, "mlflow", create_run)
+        self._client.update_run(self._id, status="RUNNING")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         now, metric = int(1000 * time.time()), self._mlflow.entities.Metric
@@ -84,26 +100,6 @@ class _MLflow:
         self._client.set_terminated(self._id)
 
 
-class _Trackio:
-    """trackio. TRACKIO_DIR is its directory, TRACKIO_SPACE_ID a Space to send to."""
-
-    def __init__(self, workdir: pathlib.Path, project: str, title: str, config: Mapping[str, Any]):
-        self._trackio: Any = importlib.import_module("trackio")
-        run_id = _stored_id(workdir, "trackio") or _store_id(workdir, "trackio", uuid.uuid4().hex[:8])
-        options: dict[str, Any] = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-        options |= {"space_id": os.environ.get("TRACKIO_SPACE_ID"), "resume": "allow"}
-        self._run = self._trackio.init(project=project, name=f"{title}-{run_id}", config=dict(config), **options)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
-        self._run.log({name: self._trackio.Image(image, caption=caption)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 TRACKERS: dict[str, Callable[[pathlib.Path, str, str, Mapping[str, Any]], Any]] = {
     "wandb": _WandB,
     "mlflow": _MLflow,
@@ -111,17 +107,14 @@ TRACKERS: dict[str, Callable[[pathlib.Path, str, str, Mapping[str, Any]], Any]] 
 }
 
 
-def _stored_id(workdir: pathlib.Path, tracker: str) -> str | None:
-    """The id of the run of a tracker, None if the tracker has none yet."""
-    path = workdir / "trackers.json"
-    return json.loads(path.read_text()).get(tracker) if path.exists() else None
-
-
-def _store_id(workdir: pathlib.Path, tracker: str, run_id: str) -> str:
+def _run_id(workdir: pathlib.Path, tracker: str, create: Callable[[], str]) -> str:
+    """The id of the run of a tracker: that of trackers.json, or a new one, which is stored there."""
     path = workdir / "trackers.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps(stored | {tracker: run_id}) + "\n")
-    return run_id
+    if tracker not in stored:
+        stored[tracker] = create()
+        write_text(path, json.dumps(stored) + "\n")
+    return stored[tracker]
 
 
 class Trackers:
@@ -149,22 +142,21 @@ class Trackers:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs numbers."""
-        for name, tracker in list(self._trackers.items()):
-            with self._drop_if_it_fails(name):
-                tracker.write_scalars(step, scalars)
+        self._call("write_scalars", step, scalars)
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         """Logs a uint8 image [H, W, C]. caption: what it shows."""
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        for tracker_name, tracker in list(self._trackers.items()):
-            with self._drop_if_it_fails(tracker_name):
-                tracker.write_image(step, name, picture, caption)
+        self._call("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
         """Does nothing: trackers send in the background."""
 
     def close(self) -> None:
         """Ends the runs, which waits for what is left to be sent."""
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         for name, tracker in list(self._trackers.items()):
             with self._drop_if_it_fails(name):
-                tracker.close()
+                getattr(tracker, method)(*arguments)

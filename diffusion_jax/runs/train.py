@@ -6,47 +6,47 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, training
+from diffusion_jax import data, models, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
+from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.processes import barrier, broadcast_from_process_0
+from diffusion_jax.distributed.termination import EXIT_PEER_LOST
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.runs import recipe_checks
-from diffusion_jax.runs.batch_loader import BatchLoader
-from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.console import (
     ProgressBar,
     format_duration,
-    format_seconds,
     log,
     log_compilation,
     log_parameters,
     progress_over,
 )
-from diffusion_jax.runs.data_source import check_source, normalize, run_normalizations
-from diffusion_jax.runs.devices import log_determinism
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
-from diffusion_jax.runs.preview import PreviewPictures, TrainingFid, check_sampling, make_preview_sampler, set_data
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
-from diffusion_jax.runs.trained_model import (
-    InitialWeights,
-    load_initial_weights,
-    normalization_differences,
-    set_params,
+from diffusion_jax.runs.trained_model import load_initial_weights, normalization_differences, set_params
+from diffusion_jax.runs.training_outputs import PreviewPictures, TrainingFid, TrainingOutputs, make_preview_sampler
+from diffusion_jax.runs.workdir import (
+    check_data,
+    check_identity,
+    check_source,
+    normalize,
+    run_normalizations,
+    write_config,
 )
-from diffusion_jax.runs.training_outputs import TrainingOutputs
-from diffusion_jax.runs.workdir import check_data, check_identity, write_config
 from diffusion_jax.storage.locks import locked
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
 
-__all__ = ["run"]
+__all__ = ["BatchLoader", "run"]
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
@@ -58,30 +58,43 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
     """
     config, launch = resolve(config), LaunchTimes(workdir)
-    _check_intervals(config)
+    options = config.training
+    intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
+    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
+        if interval % options.steps_per_call:
+            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
     check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
         preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
-        fid_sampler = _make_fid_sampler(config, program)
-    if _is_finished(config, workdir):
+        fid_sampler = None
+        if config.evaluation.every:
+            fid_sampler = make_preview_sampler(config, program, config.sampling.batch_size)
+            if fid_sampler is None:
+                raise UserError(
+                    f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use "
+                    "evaluation.every=0"
+                )
+    saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
+    if _is_finished(config, workdir, saved):
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
     _, class_names = data.read_classes(loaded)
-    with as_user_error("config"):
-        check_sampling(config, program, class_names)
+    if isinstance(program.model, models.Conditional):
+        with as_user_error("config"):  # the errors of --mode=sample, except those of a guiding classifier's weights
+            SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
-    if config.init_from and not _checkpoint_steps(workdir):
+    if config.init_from and not saved:
         initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
     training_fid = TrainingFid(config, workdir, fid_sampler, source) if fid_sampler else None
     preview = None
     if preview_sampler:
-        preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed, class_names)
-    kept = (config.training.checkpoints_kept, config.training.checkpoint_keep_every)
+        preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed)
+    kept = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
         locked(workdir / ".lock", f"is training in {workdir}"),
         Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
@@ -91,53 +104,39 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, initial_weights)
         if initial_weights is not None:
-            difference = normalization_differences(initial_weights, normalizations)
+            difference = normalization_differences(initial_weights[0].normalizations, normalizations)
             if difference:
                 log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
-        log_determinism(config.training.deterministic)
+        if jax.default_backend() == "gpu" and not options.deterministic:
+            log(
+                "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, "
+                "add --config.training.deterministic=True"
+            )
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        log(f"{len(loaded):,} examples, {num_parameters:,} parameters, batch {config.training.batch_size}.")
+        log(f"{len(loaded):,} examples, {num_parameters:,} parameters, batch {options.batch_size}.")
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
         normalized = normalize(config, loaded, normalizations)
-        for batch_sampler in filter(None, (preview_sampler, fid_sampler)):
-            set_data(batch_sampler, normalized, normalizations)
+        for sampler in filter(None, (preview_sampler, fid_sampler)):
+            sampler.setup.normalization, sampler.setup.class_names = normalizations.get("x"), class_names
+            rows = np.linspace(0, len(normalized) - 1, sampler.batch_size).round().astype(int)
+            sampler.setup.conditions = normalized.read(rows).get("condition")
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
-    log(f"Done: {config.training.num_steps} steps, in {workdir}. {_next_command(config, workdir)}")
+    advice = "Sample with --mode=sample."
+    if is_upsampler(config):
+        advice = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
+    elif is_classifier(config):
+        advice = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
+    log(f"Done: {options.num_steps} steps, in {workdir}. {advice}")
 
 
-def _make_fid_sampler(config: ConfigDict, program: training.TrainingProgram) -> BatchSampler | None:
-    """The sampler of the Frechet distance during training; None without `evaluation.every`. Raises: UserError."""
-    if not config.evaluation.every:
-        return None
-    sampler = make_preview_sampler(config, program, config.sampling.batch_size)
-    if not sampler:
-        raise UserError(
-            f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use evaluation.every=0"
-        )
-    return sampler
-
-
-def _check_intervals(config: ConfigDict) -> None:
-    """Raises: UserError for intervals that end inside a call of several steps."""
-    options = config.training
-    intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
-    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
-        if interval % options.steps_per_call:
-            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
-
-
-def _checkpoint_steps(workdir: pathlib.Path) -> list[int]:
-    return broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
-
-
-def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
-    """Whether there is an intact checkpoint of the last step, which is logged."""
+def _is_finished(config: ConfigDict, workdir: pathlib.Path, saved: list[int]) -> bool:
+    """Whether there is an intact checkpoint of the last step, which is logged. saved: the steps of the checkpoints."""
     num_steps = config.training.num_steps
-    if max(_checkpoint_steps(workdir), default=0) < num_steps:
+    if max(saved, default=0) < num_steps:
         return False
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.newest_intact_step() or 0
@@ -151,9 +150,12 @@ def _restore_or_initialize(
     config: ConfigDict,
     program: training.TrainingProgram,
     checkpoints: Checkpoints,
-    initial_weights: InitialWeights | None,
+    initial_weights: tuple[Any, list[str]] | None,
 ) -> training.TrainState:
-    """The state of the newest checkpoint, otherwise a new one, with `initial_weights` if there are any."""
+    """The state of the newest checkpoint, otherwise a new one.
+
+    initial_weights: the result of `load_initial_weights`, None if the run starts from random ones.
+    """
     state = checkpoints.restore(program.abstract_state)
     if state is not None:
         return state
@@ -162,9 +164,10 @@ def _restore_or_initialize(
     if initial_weights is None:
         return state
     log(f"Starting from the weights of {config.init_from}.")
-    if initial_weights.differences:
-        log(f"Note: they were trained for another diffusion ({'; '.join(initial_weights.differences)}).")
-    return set_params(state, program.abstract_state, initial_weights.params)
+    net, differences = initial_weights
+    if differences:
+        log(f"Note: they were trained for another diffusion ({'; '.join(differences)}).")
+    return set_params(state, program.abstract_state, net.params)
 
 
 def _train(
@@ -180,10 +183,10 @@ def _train(
 ) -> None:
     """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
-    begin_window = functools.partial(_begin_window, program, options.log_every)
-    state = begin_window(step, state)
+    empty_window = program.empty_window
+    state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
     preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
-    profile = TraceProfile(workdir if is_writer else None, options.profile)
+    profile = TraceProfile(workdir if is_writer and options.profile else None)
     launch.begin(step)
     with contextlib.ExitStack() as stack:
         if is_writer:
@@ -191,27 +194,27 @@ def _train(
         with launch.measure("start"):
             loader = BatchLoader(config, program, source, step)
             batch, count = loader.next(step)
-        compiled = _CompiledSteps(program)
+        compiled = {}
         with log_compilation("the train step"), launch.measure("compile"):
-            compiled.get(count, state, batch)
+            compiled[count] = _compile(program, count, state, batch)
             # Gloo ends processes that begin their first step more than 30 s apart, as slow compilations can be.
             barrier("compiled")
         metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        for context in (loader, watchdog, profile):
-            stack.enter_context(context)
+        stack.enter_context(watchdog)
+        stack.callback(loader.close)
+        stack.callback(profile.stop)
         in_flight = StepsInFlight(step)
         outputs = TrainingOutputs(
             config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
         )
-        outputs.write_missing(step, state)
         is_timed = handles_signals = False
         while step < options.num_steps:
-            with profile.annotate(step):
-                state, step_metrics = compiled.get(count, state, batch)(state, batch)
+            if count not in compiled:
+                compiled[count] = _compile(program, count, state, batch)
+            state, step_metrics = profile.call(step, compiled[count], state, batch)
             step += count
             in_flight.add(step, step_metrics["loss"])
-            profile.count_call(state)
             if step < options.num_steps:
                 with launch.measure("input"):
                     batch, count = loader.next(step)
@@ -221,12 +224,20 @@ def _train(
                 handles_signals = True
             watchdog.record_step()
             note = outputs.log_metrics(step, state)
-            state = begin_window(step, state)
-            if note:
-                profile.check_request()
+            state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
             if not is_timed and (seconds := in_flight.seconds_per_step()):
-                is_timed = True
-                _log_duration(config, program, options.num_steps - in_flight.finished, seconds)
+                is_timed, num_left = True, options.num_steps - in_flight.finished
+                duration = f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+                log(
+                    f"A step takes {duration}; the {num_left:,} steps left take about "
+                    f"{format_duration(num_left * seconds)} on this device."
+                )
+                if num_left * seconds > 7 * 86400:
+                    batch_size = max(8, program.mesh.size * options.accumulation_steps)
+                    log(
+                        "Note: that is more than a week. To test this config, use another --workdir with "
+                        f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
+                    )
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
@@ -245,46 +256,60 @@ def _train(
             raise stopped
 
 
-def _log_duration(config: ConfigDict, program: training.TrainingProgram, num_steps: int, seconds: float) -> None:
-    """Logs what the rest of the run takes at `seconds` a step, and how to try a run that takes weeks."""
-    duration = seconds * num_steps
-    log(
-        f"A step takes {format_seconds(seconds)}; the {num_steps:,} steps left take about {format_duration(duration)} on "
-        "this device."
-    )
-    if duration > 7 * 86400:
-        batch_size = max(8, program.mesh.size * config.training.accumulation_steps)
-        log(
-            "Note: that is more than a week. To test this config, use another --workdir with "
-            f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
-        )
+def _compile(program: training.TrainingProgram, count: int, state: training.TrainState, batch) -> jax.stages.Compiled:
+    """The train step of `count` steps."""
+    function = program.train_step if count == 1 else program.train_steps
+    assert function is not None
+    return function.lower(state, batch).compile()
 
 
-def _begin_window(
-    program: training.TrainingProgram, log_every: int, step: int, state: training.TrainState
-) -> training.TrainState:
-    """The state with an empty window after each multiple of the interval."""
-    return state if step % log_every else dataclasses.replace(state, window=program.empty_window())
+class BatchLoader:
+    """Loads the batches from `step` on and places them on the devices.
 
+    If the images are not in memory, other processes read ahead until `close`.
+    """
 
-class _CompiledSteps:
-    """The compiled train steps, by the number of steps of a call."""
+    def __init__(self, config: ConfigDict, program: training.TrainingProgram, source: data.Source, step: int):
+        self._options, self._mesh = config.training, program.mesh
+        rows = sharding.process_rows(self._options.batch_size, program.mesh)
+        batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
+        self._workers = 0 if data.is_in_memory(source) else config.data.workers
+        self._stream = data.stream(batches, step, self._workers)
+        self._can_scan = program.train_steps is not None
+        if self._options.steps_per_call > 1 and not self._can_scan:
+            steps = self._options.steps_per_call
+            log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
-    def __init__(self, program: training.TrainingProgram):
-        self._program, self._compiled = program, {}
+    def close(self) -> None:
+        """Ends the processes that read ahead; otherwise their shared memory is reported as leaked."""
+        if self._workers:
+            self._stream.close()
 
-    def get(self, count: int, state: training.TrainState, batch) -> Callable:
-        """The function of `count` steps, compiled at the first request."""
-        if count not in self._compiled:
-            function = self._program.train_step if count == 1 else self._program.train_steps
-            assert isinstance(function, jax.stages.Wrapped)
-            self._compiled[count] = function.lower(state, batch).compile()
-        return self._compiled[count]
+    def next(self, step: int) -> tuple[Any, int]:
+        """The next batch and the number of steps it is for.
 
+        Several steps make one call if they end at a multiple of `steps_per_call`, so that a rerun with another
+        `steps_per_call` skips no interval; the steps up to the first multiple, and those left at the end, are single.
+        """
+        count = self._options.steps_per_call
+        if not self._can_scan or step % count or step + count > self._options.num_steps:
+            return self._place(self._read(), 0), 1
+        batches = [self._read() for _ in range(count)]
+        return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), 1), count
 
-def _next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
-    if is_upsampler(config):
-        return "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
-    if is_classifier(config):
-        return f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
-    return "Sample with --mode=sample."
+    def _read(self):
+        """One batch of this process. Raises: UserError if a process that decodes images was killed."""
+        try:
+            return next(self._stream)
+        except RuntimeError as error:  # Grain's
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads the data was killed, possibly for lack of memory: reduce data.workers and rerun the "
+                "same command to resume from the last checkpoint",
+                EXIT_PEER_LOST,
+            ) from error
+
+    def _place(self, batch, leading_axes: int):
+        by_rows = sharding.batch_sharding(self._mesh, leading_axes)
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(by_rows, leaf), batch)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.pretrained.description import format_normalization
 from diffusion_jax.runs.console import log
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
 from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
@@ -29,9 +30,7 @@ from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
 __all__ = [
-    "InitialWeights",
     "TrainedModel",
-    "Weights",
     "load_initial_weights",
     "load_weights",
     "normalization_differences",
@@ -43,16 +42,12 @@ __all__ = [
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 
-class Weights(NamedTuple):
-    """Parameters, replicated on every device, and the training step of their checkpoint (0 if not trained here)."""
-
-    step: int
-    params: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """The model, schedule and newest weights of a run. use_ema: whether the EMA is requested (see `weights_kind`)."""
+    """The model, schedule and newest weights of a run. use_ema: whether the EMA is requested (see `weights_kind`).
+
+    The weights are loaded at their first access, which every process must make: a wrong config then fails before a long read.
+    """
 
     config: ConfigDict
     workdir: pathlib.Path
@@ -81,11 +76,7 @@ class TrainedModel:
         return not self.config.init_from or bool(committed_steps(self.workdir / "checkpoints"))
 
     @functools.cached_property
-    def weights(self) -> Weights:
-        """The newest weights, loaded at the first access: a wrong config then fails before a long read.
-
-        Every process must make the first access. Raises: as `load_weights`.
-        """
+    def _weights(self) -> tuple[int, Any]:
         return load_weights(self.config, self.workdir, self.model, self.mesh, self.use_ema)
 
     @functools.cached_property
@@ -98,15 +89,27 @@ class TrainedModel:
             return _load(pretrained.describe, self.config, self.use_ema).normalizations
         return stored_normalizations(self.config, self.workdir)
 
+    def sampling_setup(self, conditions: np.ndarray | None) -> SamplingSetup:
+        """The decisions of `config.sampling`. conditions: [N, ...] in the units of the data. Raises: as `SamplingSetup`."""
+        return SamplingSetup(
+            self.config,
+            self.model,
+            self.schedule,
+            self.mesh,
+            self.class_names,
+            conditions=conditions,
+            normalizations=self.normalizations,
+        )
+
     @property
     def step(self) -> int:
         """The training step of the weights, 0 for those of `config.init_from`."""
-        return self.weights.step
+        return self._weights[0]
 
     @property
     def params(self) -> Any:
         """The parameters, replicated on every device."""
-        return self.weights.params
+        return self._weights[1]
 
     @property
     def weights_kind(self) -> str:
@@ -120,36 +123,34 @@ class TrainedModel:
         return pathlib.Path(self.config.init_from).stem if is_initial else f"step{self.step}"
 
 
-def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> Weights:
-    """The weights of the newest intact checkpoint, or those of `config.init_from` if there is no checkpoint.
+def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> tuple[int, Any]:
+    """(step, parameters) of the newest intact checkpoint, or 0 and those of `config.init_from` if there is no checkpoint.
 
-    Logs a note if the raw weights replace the EMA that `use_ema` requests (`training.ema.weights_kind`).
-    It may be called in a function that is being traced, so the arrays are made outside of the trace.
+    The parameters are replicated on every device. A note is logged if the raw weights replace the EMA that `use_ema`
+    requests (`training.ema.weights_kind`).
     Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
     """
     replicated = sharding.replicated(mesh)
     if config["init_from"] and not committed_steps(workdir / "checkpoints"):
-        with jax.ensure_compile_time_eval():
-            params, differences, _ = load_initial_weights(config, model, use_ema)
-            params = jax.device_put(params, replicated)
+        net, differences = load_initial_weights(config, model, use_ema)
         if differences:
             raise UserError(
                 f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use "
                 "these values, or train first"
             )
-        return Weights(0, params)
+        return 0, jax.device_put(net.params, replicated)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train first: python main.py --config=... --workdir={workdir}")
     shapes = abstract_params(model, example_shape(config["data"]))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
-    with jax.ensure_compile_time_eval(), Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, lambda step: weights_kind(config, step, use_ema))
     if restored is None:
         raise UserError(f"{workdir} holds no finished checkpoint yet; train longer")
-    weights = Weights(*restored)
-    if use_ema and weights_kind(config, weights.step) == "raw":
-        log(f"Note: {raw_weights_note(config, weights.step)}.")
-    return weights
+    step, params = restored
+    if use_ema and weights_kind(config, step) == "raw":
+        log(f"Note: {raw_weights_note(config, step)}.")
+    return step, params
 
 
 def params_digest(params) -> str:
@@ -162,28 +163,19 @@ def params_digest(params) -> str:
     return digest.hexdigest()
 
 
-class InitialWeights(NamedTuple):
-    """Parameters of `config.init_from`.
-
-    differences: a phrase for each difference between its diffusion and the config's. normalizations: of the data that the
-    parameters were trained on.
-    """
-
-    params: Any
-    differences: list[str]
-    normalizations: Normalizations
-
-
 def load_initial_weights(
     config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
-) -> InitialWeights:
-    """The weights that `config.init_from` names. Raises: UserError if they are of another network; PretrainedError."""
+) -> tuple[Any, list[str]]:
+    """(the model that `config.init_from` names, a phrase for each difference of its diffusion from the config).
+
+    Raises: UserError if it is another network; PretrainedError.
+    """
     net = _load(pretrained.load, config, use_ema)
     _check_same_network(config, net, model)
-    return InitialWeights(net.params, _diffusion_differences(config, net), net.normalizations)
+    return net, _diffusion_differences(config, net)
 
 
-def _load(read: Callable[..., pretrained.Pretrained], config: Mapping, use_ema: bool) -> pretrained.Pretrained:
+def _load(read: Callable[..., Any], config: Mapping, use_ema: bool) -> Any:
     """`pretrained.load` or `pretrained.describe` of `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
@@ -192,15 +184,15 @@ def _load(read: Callable[..., pretrained.Pretrained], config: Mapping, use_ema: 
         raise pretrained.PretrainedError(f"init_from={path}: {error}") from error
 
 
-def normalization_differences(initial_weights: InitialWeights, normalizations: Normalizations) -> str | None:
+def normalization_differences(old: Normalizations, normalizations: Normalizations) -> str | None:
     """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
-    old, differences = initial_weights.normalizations, []
+    differences = []
     for name in sorted(old.keys() | normalizations.keys()):
-        pair = old.get(name), normalizations.get(name)
-        if pair[0] == pair[1]:
-            continue
-        there, here = ("none" if one is None else format_normalization(one) for one in pair)
-        differences.append(f"{name}: {there} there, {here} here")
+        if old.get(name) != normalizations.get(name):
+            there, here = (
+                format_normalization(each[name]) if name in each else "none" for each in (old, normalizations)
+            )
+            differences.append(f"{name}: {there} there, {here} here")
     return "; ".join(differences) or None
 
 
@@ -231,16 +223,16 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
 
 
 def _diffusion_differences(config: Mapping, net) -> list[str]:
-    schedule, diffusion = schedule_from_config(config["diffusion"]), config["diffusion"]
-    parameterizations = {}
+    schedule, diffusion, differences = schedule_from_config(config["diffusion"]), config["diffusion"], []
     if not isinstance(net.model, models.Classifier):
-        parameterizations["prediction"] = (net.prediction, diffusion["prediction"])
+        names = ["prediction"]
         if any(variance.startswith("learned") for variance in (net.variance, diffusion["variance"])):
-            # Fixed variances are an option of the sampler, not of the network.
-            parameterizations["variance"] = (net.variance, diffusion["variance"])
-    differences = [
-        f"{name}: {loaded!r} there, {own!r} here" for name, (loaded, own) in parameterizations.items() if loaded != own
-    ]
+            names.append("variance")  # fixed variances are an option of the sampler, not of the network
+        differences = [
+            f"{name}: {getattr(net, name)!r} there, {diffusion[name]!r} here"
+            for name in names
+            if getattr(net, name) != diffusion[name]
+        ]
     if (net.levels is None) != is_continuous(config):
         differences.append(f"data.levels: {net.levels} there, {config['data']['levels']} here")
     if any(

@@ -1,28 +1,124 @@
-"""The outputs of a training run at their intervals: metrics, pictures, distances and checkpoints."""
+"""The outputs of a training run at their intervals: metrics, pictures of samples, their Frechet distance and checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import training
+from diffusion_jax import data, models, pictures, training
+from diffusion_jax.config import is_upsampler
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metrics, named_metrics
+from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics
-from diffusion_jax.runs.preview import PreviewPictures, TrainingFid
+from diffusion_jax.runs.sample_metrics import features_cache, load_pipeline, load_reference
+from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
 from diffusion_jax.runs.step_timing import StepsInFlight
+from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.ema import weights_kind
 
-__all__ = ["TrainingOutputs"]
+__all__ = ["PreviewPictures", "TrainingFid", "TrainingOutputs", "make_preview_sampler"]
+
+
+def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
+    """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
+    if num_images < 1 or not isinstance(program.model, models.Conditional) or is_upsampler(config):
+        return None
+    options = to_dict(config)
+    options["sampling"] |= {
+        "sampler": "ddim",
+        "steps": min(config.sampling.preview_steps, program.schedule.num_timesteps),
+        "spacing": None,
+        "eta": 0.0,
+        "guidance_scale": 1.0,
+        "classifier": "",
+        "label": None,
+    }
+    config, num_devices = ConfigDict(options), program.mesh.size
+    sampling_setup = SamplingSetup(config, program.model, program.schedule, program.mesh)
+    return BatchSampler(sampling_setup, max(1, num_images // num_devices) * num_devices)
+
+
+class PreviewPictures:
+    """Pictures of samples, as PNG in `workdir` and as TensorBoard images."""
+
+    def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int):
+        self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
+        self._is_compiled = False
+
+    def draw(self, params: Any) -> np.ndarray:
+        """Samples [N, *spatial, C], the same random numbers at every call; every process calls this."""
+        if not self._is_compiled:
+            log("Compiling the sampler of the pictures ...")
+            self._is_compiled = True
+        return self._batch_sampler(params, self._seed)
+
+    def write(self, step: int, samples: np.ndarray, run_metrics: RunMetrics, kind: str = "ema") -> None:
+        """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run.
+
+        kind: of the weights, "ema" or "raw", which the title then names.
+        """
+        setup = self._batch_sampler.setup
+        captions = setup.class_captions(np.arange(len(samples)))
+        title = f"Samples after {step:,} training steps, by DDIM with {setup.schedule.num_timesteps} steps"
+        title += ", raw weights" if kind == "raw" else ""
+        picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
+        try:
+            self._directory.mkdir(exist_ok=True)
+            pictures.save(self._directory / f"train_step{step:08d}.png", picture)
+        except OSError as error:
+            log(f"Note: the picture of step {step} could not be written: {error}.")
+        run_metrics.write_image(step, "samples", picture, title)
+
+
+class TrainingFid:
+    """`training_fid(params)`: the Frechet distance of `evaluation.every_samples` samples of a few DDIM steps.
+
+    name: of the metric, with the number of samples and steps, on which the distance depends.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler, source: data.Source | None = None
+    ):
+        """Computes the features of the reference.
+
+        source: the training data, if a caller gives them in place of `config.data`. Raises: UserError, DataError,
+        PretrainedError.
+        """
+        options, self._batch_sampler = config.evaluation, batch_sampler
+        self._seed, self._num_samples = options.seed, options.every_samples
+        try:
+            self._pipeline = load_pipeline(config)
+        except UserError as error:
+            raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
+        reference = load_reference(config, None if options.reference_split else source)
+        assert reference.examples is not None  # a data set, not a file of statistics
+        try:
+            found = self._pipeline.extract_set(reference.name, reference.examples, features_cache(workdir))
+        except ValueError as error:
+            raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
+        self._reference = found.moments
+        metric = named_metrics.reported_name("fid", self._pipeline.extractor)
+        self.name = f"{metric}_{self._num_samples}_ddim{batch_sampler.setup.schedule.num_timesteps}"
+
+    def __call__(self, params: Any) -> float:
+        """The distance for these parameters. Every call draws with the same random numbers."""
+        num_batches = -(-self._num_samples // self._batch_sampler.batch_size)
+        batches = [self._batch_sampler(params, self._seed, i) for i in range(num_batches)]
+        samples = np.concatenate(batches)[: self._num_samples]
+        chunks = (self._pipeline(samples[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
+        return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))
 
 
 @dataclasses.dataclass
@@ -69,8 +165,8 @@ class TrainingOutputs:
     def write(self, step: int, state: training.TrainState, must_stop: bool) -> bool:
         """Writes the picture, the Frechet distance and the checkpoint that are due. must_stop: saves at any step.
 
-        Returns: whether the run must stop: `must_stop`, or a signal that arrived in the meantime. The next launch writes the
-        picture or distance that is then missing. Raises: UserError if a loss or gradient was not finite, SaveError.
+        Returns: whether the run must stop: `must_stop`, or a signal that arrived in the meantime, after which the picture
+        or distance is left out. Raises: UserError if a loss or gradient was not finite, SaveError.
         """
         draws = self.preview and self._is_due(step, self.config.training.sample_every)
         compares = self.training_fid and self._is_due(step, self.config.evaluation.every)
@@ -80,26 +176,30 @@ class TrainingOutputs:
         self.in_flight.drain()
         with self.launch.measure("output"):
             # The picture comes before the checkpoint: a run that is killed in between draws it when it resumes.
-            if draws and not must_stop:
-                must_stop = not self._draw_preview(step, state)
-            if compares and not must_stop:
-                must_stop = not self._log_fid(step, state)
+            kind = weights_kind(self.config, step)
+            params = state.ema_params if kind == "ema" else state.params
+            if self.preview and draws and not must_stop:
+                with self.watchdog.paused():
+                    is_drawn, samples = self.preemption.call(functools.partial(self.preview.draw, params))
+                if is_drawn and self.metrics:
+                    self.preview.write(step, samples, self.metrics, kind)
+                must_stop = not is_drawn
+            if self.training_fid and compares and not must_stop:
+                with self.watchdog.paused():
+                    is_known, distance = self.preemption.call(functools.partial(self.training_fid, params))
+                if is_known:
+                    name = self.training_fid.name
+                    log(f"{name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))
+                    if self.metrics:
+                        self.metrics.write_scalars(step, {name: distance})
+                must_stop = not is_known
             if saves or must_stop:
-                self._save(step, state)
-        if must_stop and (draws or compares) and step == self.config.training.num_steps:
-            log("Note: the picture or distance of the last step is missing; use --mode=sample or --mode=evaluate.")
+                self._finite_window(state)
+                if self.metrics:
+                    self.metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
+                with self.watchdog.paused(), self.launch.measure("save"):
+                    self.checkpoints.save(step, state)
         return must_stop
-
-    def write_missing(self, step: int, state: training.TrainState) -> None:
-        """Writes the picture and the distance of the step that a launch starts from, if a signal stopped them before."""
-        if not 0 < step < self.config.training.num_steps:
-            return
-        with self.launch.measure("output"):
-            preview, training_fid = self.preview, self.training_fid
-            if preview and self._is_due(step, self.config.training.sample_every) and not preview.exists(step):
-                self._draw_preview(step, state)
-            if training_fid and self._is_due(step, self.config.evaluation.every) and not training_fid.is_logged(step):
-                self._log_fid(step, state)
 
     def _is_due(self, step: int, interval: int) -> bool:
         """Whether an output is due: at its interval and at the last step; an interval of 0 is never."""
@@ -135,39 +235,3 @@ class TrainingOutputs:
             "data_wait": spent["input"] / seconds,
             "logging": logging / seconds,
         }
-
-    def _draw_preview(self, step: int, state: training.TrainState) -> bool:
-        """Writes a grid of samples. Returns: False if a signal arrived before it was drawn."""
-        assert self.preview
-        is_drawn, images, kind = self._call(self.preview.draw, step, state)
-        if is_drawn and self.metrics:
-            self.preview.write(step, images, self.metrics, kind)
-        return is_drawn
-
-    def _log_fid(self, step: int, state: training.TrainState) -> bool:
-        """Logs the Frechet distance of samples. Returns: False if a signal arrived before it was known."""
-        assert self.training_fid
-        is_known, distance, kind = self._call(self.training_fid, step, state)
-        if is_known:
-            log(f"{self.training_fid.name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))
-            if self.metrics:
-                self.metrics.write_scalars(step, {self.training_fid.name: distance})
-        return is_known
-
-    def _call(self, function: Callable[[Any], Any], step: int, state: training.TrainState) -> tuple[bool, Any, str]:
-        """Calls a function of the EMA, or of the raw weights as long as these replace it, until a signal arrives.
-
-        Returns: (False if a signal arrived, the result, "ema" or "raw").
-        """
-        kind = weights_kind(self.config, step)
-        params = state.ema_params if kind == "ema" else state.params
-        with self.watchdog.paused():
-            return *self.preemption.call(functools.partial(function, params)), kind
-
-    def _save(self, step: int, state: training.TrainState) -> None:
-        """Saves a checkpoint of a finite state."""
-        self._finite_window(state)
-        if self.metrics:
-            self.metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
-        with self.watchdog.paused(), self.launch.measure("save"):
-            self.checkpoints.save(step, state)

@@ -273,16 +273,16 @@ sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
 from diffusion_jax.runs import train
 
-get = train._CompiledSteps.get
+compile_step = train._compile
 
 
-def late(self, count, state, batch):
-    if not self._compiled and "--process_id=1" in sys.argv:
+def late(*arguments):
+    if "--process_id=1" in sys.argv:
         time.sleep(45)
-    return get(self, count, state, batch)
+    return compile_step(*arguments)
 
 
-train._CompiledSteps.get = late
+train._compile = late
 cli.main()
 """
 

@@ -95,7 +95,7 @@ def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatc
 
     monkeypatch.setattr(preemption, "exit_now", lambda message, code: (messages.append((message, code)), ended.set()))
     monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
-    monkeypatch.setattr(devices, "start", lambda verbose: None)
+    monkeypatch.setattr(devices, "start", lambda: None)
     monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
     monkeypatch.setattr(processes, "barrier", barrier)
     cli.main(["--config=digits", f"--workdir={tmp_path}"])

@@ -1,4 +1,4 @@
-"""`python -m diffusion_jax.evaluation`: comparing two sets of images, and the table of records."""
+"""`python -m diffusion_jax.evaluation`: comparing two sets of images."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.whole
-def test_the_command_writes_records_and_a_table(tmp_path, capsys):
+def test_the_command_writes_records(tmp_path):
     samples = save(tmp_path / "half.npz", all_digits("train")[:200])
     command.main(["digits:train", samples])
     command.main(["digits:train", samples, "--batch_size=50"])  # takes the place of the first
@@ -27,35 +27,12 @@ def test_the_command_writes_records_and_a_table(tmp_path, capsys):
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
     assert Image.open(tmp_path / record["memorization"]["picture"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
-    capsys.readouterr()
-    command.main(["table", str(tmp_path)])
-    header, _, first, second = capsys.readouterr().out.splitlines()
-    assert "frechet_distance" in header and f"{record['frechet_distance']:.4g}" in first and "300" in second
-    assert "half.npz" in first and "more.npz" in second and "reference" not in header  # what differs is shown
     assert not list(
         (tmp_path / "cache" / "diffusion_jax" / "features" / "samples").iterdir()
     )  # and no parts of samples stay
     command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
-
-
-def test_the_table_has_bits_per_dimension(tmp_path, capsys):
-    """In the row of the weights they are of, or in a row of their own."""
-    bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
-    bound |= {"dataset": "cifar10", "prior": 1e-5, "prior_standard_error": None}
-    record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
-    for name, weights in (("both", "ema"), ("other", "raw")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "likelihood.json").write_text(json.dumps(bound | {"weights": weights}))
-        (tmp_path / name / "metrics.json").write_text(json.dumps([record]))
-    command.main(["table", str(tmp_path / "both"), str(tmp_path / "other")])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    columns = {name: [row[i] for row in rows[2:]] for i, name in enumerate(rows[0])}
-    assert columns["bits_per_dim"] == ["3.704 ± 0.01", "", "3.704 ± 0.01"] and "prior" not in columns
-    assert columns["frechet_distance"] == ["12.5", "12.5", ""] and columns["weights"] == ["ema", "ema", "raw"]
-    (tmp_path / "both" / "likelihood.json").write_text("[]")
-    assert "both/likelihood.json is not a valid likelihood.json" in refused(capsys, "table", tmp_path / "both")
 
 
 def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path):

@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.runs.sampling_setup import SAMPLERS, BatchSampler, SamplingSetup
 from helpers.configs import a_batch, tiny_config
 
 PLATFORMS = ("tpu", "cuda")
@@ -49,7 +48,7 @@ def test_samplers_lower_for_tpu_and_cuda(sampler):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())
     config.diffusion.schedule = "linear"
     built = training.build_program(config)
-    batch_sampler = BatchSampler(config, SamplingSetup(config, built.model, built.schedule, built.mesh), built.mesh, 2)
+    batch_sampler = BatchSampler(SamplingSetup(config, built.model, built.schedule, built.mesh), 2)
     args = (built.abstract_state.params, None, np.uint32(0), np.int32(0), None, None)
     text = exported(batch_sampler._sample_batch, *args)
     assert "stablehlo.while" in text

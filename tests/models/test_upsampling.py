@@ -125,7 +125,7 @@ def test_upsampler_run_draws_no_pictures_and_is_not_evaluated(tmp_path):
     )
     train.run(config, tmp_path)
     assert not (tmp_path / "samples").exists()
-    for mode in ("edit", "evaluate", "progressive"):
+    for mode in ("edit", "evaluate"):
         code, _, err = finish(start(f"--workdir={tmp_path}", f"--mode={mode}"))
         assert code == 2 and "enlarges images (data.low_resolution=4)" in err and len(err.strip().splitlines()) == 1, (
             err

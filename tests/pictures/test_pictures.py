@@ -40,10 +40,6 @@ def test_the_plot_of_one_step_has_only_the_decoder_term():
         assert figure.axes[0].get_ylim()[0] > 0
 
 
-def test_lines_against_steps_differ():
-    figure = pictures.draw_against_steps({f"sampler {i}": {10: 3.0 + i, 20: 2.0} for i in range(30)}, "FID")
-    looks = {(line.get_color(), line.get_marker()) for line in labeled(figure).values()}
-    assert len(looks) == 30
 
 
 def test_neighbors_have_captions(monkeypatch):

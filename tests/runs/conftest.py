@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.runs import train, workdir
-from diffusion_jax.runs.batch_sampler import BatchSampler
+from diffusion_jax.runs.sampling_setup import BatchSampler
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.work_directories import untrained

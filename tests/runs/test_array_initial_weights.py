@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, pretrained, training
-from diffusion_jax.runs import sample, train, trained_model, workdir
+from diffusion_jax.runs import train, trained_model, workdir
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -28,11 +28,11 @@ def initial(root, name="run", **overrides):
 
 
 def test_weights_of_vectors_are_compared_with_the_config(weights):
-    params, differences, normalizations = initial(weights, "net.safetensors")
-    assert not differences and normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))
-    jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(weights / "run").params)
-    assert initial(weights, **{"data.levels": 256}).differences == ["data.levels: None there, 256 here"]
-    assert initial(weights, **{"diffusion.prediction": "v"}).differences == ["prediction: 'eps' there, 'v' here"]
+    net, differences = initial(weights, "net.safetensors")
+    assert not differences and net.normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))
+    jax.tree.map(np.testing.assert_array_equal, net.params, pretrained.load(weights / "run").params)
+    assert initial(weights, **{"data.levels": 256})[1] == ["data.levels: None there, 256 here"]
+    assert initial(weights, **{"diffusion.prediction": "v"})[1] == ["prediction: 'eps' there, 'v' here"]
     for overrides, words in (
         ({"data.channels": 4}, "input channels: 3 there, 4 here"),
         ({"model.num_res_blocks": 2}, "model.num_res_blocks: 1 there, 2 here"),
@@ -43,24 +43,6 @@ def test_weights_of_vectors_are_compared_with_the_config(weights):
     series = array_config("series", "", init_from=str(weights / "run"))
     with pytest.raises(errors.UserError, match="holds weights of models.MLP, and the config describes models.UNet"):
         trained_model.load_initial_weights(series, training.model_from_config(series))
-
-
-@pytest.mark.parametrize("name", ["run", "net.safetensors"])
-def test_samples_of_initial_weights_have_the_units_of_their_data(weights, name, tmp_path):
-    """The config of the weights suffices, and no data are read."""
-    config = workdir.config_from_weights(str(weights / name))
-    config.data.data_dir = "nowhere"
-    config.sampling.update(num_samples=2, batch_size=2, steps=2, sampler="ddim")
-    sample.run(config, tmp_path / name)
-    (path,) = (tmp_path / name / "samples").glob("*.npz")
-    with np.load(path) as arrays:
-        found = arrays["arr_0"]
-    trained = trained_model.TrainedModel.open(config, tmp_path / name, True)
-    assert trained.normalizations == pretrained.describe(weights / "run").normalizations
-    config.sampling.seed = 0
-    again = sample.run(config, tmp_path / "again").path
-    with np.load(again) as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"], found)
 
 
 @pytest.mark.whole

@@ -41,13 +41,12 @@ def test_the_range_of_a_run_is_stored_and_its_conditions_are_checked(tmp_path, c
         pretrained.load(run, ema=False)._to_conditions(np.array([12.0, 80.0]), 1)
 
 
-@pytest.mark.parametrize("value", [-3.0, 30.0])
-def test_channels_of_a_condition_field_have_their_own_range(value, capsys):
+def test_channels_of_a_condition_field_have_their_own_range(capsys):
     normalization = data.Normalization((15.0, 0.0), (3.0, 0.5), tuple(LOW), tuple(HIGH))
     fields = np.tile(np.array([12.0, 0.5]), (4, 6, 8, 1))
-    fields[2, 3, 4, 0] = value
+    fields[2, 3, 4, 0] = -3.0
     standardized = standardize_conditions(fields, {"condition": normalization})
     np.testing.assert_allclose(standardized, (fields - [15, 0]) / [3, 0.5], rtol=1e-6)
-    note = f"1 of 4 conditions are far outside the training data; samples may be noise: condition 2 has {value:g} at entry 0"
+    note = "1 of 4 conditions are far outside the training data; samples may be noise: condition 2 has -3 at entry 0"
     assert note in capsys.readouterr().out
     assert standardize_conditions(None, {}) is None

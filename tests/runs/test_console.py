@@ -1,17 +1,11 @@
 """The lines that a launch prints about the network and the device."""
 
-import re
-import subprocess
-import sys
-
 import jax
 import numpy as np
-import pytest
 
 from diffusion_jax import training
-from diffusion_jax.runs import console, train
+from diffusion_jax.runs import console
 from helpers.configs import tiny_config
-from helpers.paths import ROOT
 
 PARAMS = {
     "conv_in": {"kernel": np.zeros((3, 3, 1, 8)), "bias": np.zeros(8)},
@@ -37,18 +31,3 @@ def test_the_table_of_parameters_has_a_row_for_each_level(capsys):
     assert sum(row[0] for row in rows.values()) == len(leaves)
     assert sum(row[1] for row in rows.values()) == sum(leaf.size for leaf in leaves)
     assert {"conv_in", "down_0", "down_1", "mid_block", "up_0", "up_1", "norm_out", "time_0"} <= set(rows)
-
-
-@pytest.mark.whole
-def test_a_launch_prints_the_table(tmp_path, capsys):
-    train.run(tiny_config(**{"training.num_steps": 2, "sampling.preview_samples": 0}), tmp_path)
-    out = capsys.readouterr().out
-    total = int(re.search(r"([\d,]+) parameters", out)[1].replace(",", ""))
-    assert sum(size for _, size, _ in rows_of(out).values()) == total
-    assert "bit-identical" not in out  # this is not a GPU
-
-
-def test_the_table_does_not_import_tensorflow():
-    code = "import sys; from diffusion_jax.runs import console; console.log_parameters({}); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "clu.parameter_overview" in loaded.split() and "tensorflow" not in loaded.split()

@@ -1,6 +1,5 @@
-"""--mode=evaluate and --mode=progressive of continuous data: likelihoods in the units of the data, metrics of samples."""
+"""--mode=evaluate of continuous data: likelihoods in the units of the data, metrics of samples."""
 
-import csv
 import json
 import math
 
@@ -13,7 +12,7 @@ from PIL import Image
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
-from diffusion_jax.runs import measure_likelihood, progressive, sample_metrics, train, trained_model, workdir
+from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -118,23 +117,6 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
 
 
 @pytest.mark.whole
-def test_the_scale_of_the_data_adds_its_logarithm(tmp_path, exact_network):
-    """Nats are of the density in the units of the data, which standardization does not change; small data are negative."""
-    found = {}
-    for factor in (1, 8, 10, 1e-6):
-        source, config = Rows(examples("vectors") * np.float32(factor)), config_of("vectors")
-        run = a_run(tmp_path / str(factor), config, source)
-        measure_likelihood.run(config, run, source)
-        found[factor] = report(run)
-    for name in ("nats_per_dim", "decoder"):
-        unit = math.log(2) if name == "decoder" else 1  # parts are in bits
-        assert found[8][name] - found[1][name] == pytest.approx(math.log(8) / unit, abs=1e-12)
-        assert found[10][name] - found[1][name] == pytest.approx(math.log(10) / unit, abs=2e-5)
-    assert found[8]["prior"] == found[1]["prior"] and found[8]["transitions"] == pytest.approx(found[1]["transitions"])
-    assert found[1e-6]["nats_per_dim"] < 0 and found[1e-6]["decoder"] < 0
-
-
-@pytest.mark.whole
 def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     """Conditions and data reach the network as they are, in the batches and with the keys of the core alone."""
     conditions = np.random.default_rng(3).standard_normal((24, 2))
@@ -178,24 +160,6 @@ def test_options_of_gray_levels_are_refused(tmp_path):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("kind", ["vectors", "field"])
-def test_progressive_has_the_units_of_the_data(kind, tmp_path, capsys):
-    config = config_of(kind, **{"data.data_dir": "x.npz"})
-    write_arrays(kind, "x.npz", 8)
-    run = a_run(tmp_path / "run", config, Rows(examples(kind, 8)))
-    progressive.run(config, run)
-    with (run / "progressive.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["known_x_t"]) for row in rows] == list(range(T, 0, -1))
-    rates = [float(row["rate_nats_per_dim"]) for row in rows]
-    assert rates == sorted(rates) and all(float(row["rmse_standardized"]) > 0 for row in rows)
-    assert "RMSE (standardized)" in capsys.readouterr().out
-    for name in ("progressive.png", "progressive_coding.png"):
-        with Image.open(run / name) as picture:
-            assert picture.width > 100
-
-
-@pytest.mark.whole
 def test_samples_are_compared_with_the_data(tmp_path, capsys):
     config = config_of("series", **{"data.data_dir": "x.npz", "evaluation.num_samples": 48, "evaluation.seed": 3})
     write_arrays("series", "x.npz", 60)
@@ -229,9 +193,7 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
         with Image.open(run / got["files"][name]) as picture:
             assert picture.width > 100
     assert got["memorization"]["num_samples"] == 48 and got["num_reference"] == 60 and got["features"] is None
-    logged = capsys.readouterr().out
-    for line in ("energy_distance  ", "sliced_wasserstein  ", "power_spectrum_z  ", "closer than the reference  "):
-        assert line in logged
+    assert "energy_distance  " in capsys.readouterr().out
     # Another metric of the same sets is added to the record.
     config.evaluation.metrics = ("energy_distance",)
     sample_metrics.run(config, run)
@@ -285,12 +247,7 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
             {"metrics": ("fid",)},
             "fid is not for data with 0 spatial axes and without evaluation.features=mod",
         ),
-        (
-            "vectors",
-            {"metrics": ("is",)},
-            "is is not for data with 0 spatial axes; use None, or names from energy_dist",
-        ),
-        ("vectors", {"metrics": ("power_spectrum",)}, "power_spectrum is not for data with 0 spatial axes"),
+        ("vectors", {"metrics": ("power_spectrum",)}, "power_spectrum is not for data with 0 spatial axes; use None"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
         ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, 8, 2\]"),
         ("series", {"num_samples": 39}, "num_samples=39 is too few: these metrics need at least 40"),
@@ -309,7 +266,7 @@ def test_training_logs_a_distance_of_own_features_alone(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     overrides = {"evaluation.every": 2, "evaluation.every_samples": 10, "sampling.preview_samples": 0}
     source = Rows(examples("vectors", 50))
-    with pytest.raises(UserError, match="these data do not have: set evaluation.features=module:function"):
+    with pytest.raises(UserError, match="these data have no features: set evaluation.features=module:function"):
         train.run(config_of("vectors", **overrides), tmp_path / "run", source)
     train.run(
         config_of("vectors", **overrides, **{"evaluation.features": "own_features:flat"}), tmp_path / "run", source

@@ -1,4 +1,4 @@
-"""Goodput over launches, the status of a directory, and profiles on demand."""
+"""Goodput over launches, the status of a directory, and profiles."""
 
 import json
 
@@ -94,43 +94,25 @@ def traces(monkeypatch):
     return called
 
 
-def steps(profile, count):
-    for step in range(count):
-        with profile.annotate(step):
-            pass
-        profile.count_call(None)
+def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
+    def steps(profile, count):
+        for step in range(count):
+            assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0
 
-
-def test_a_profile_on_demand_traces_five_steps(tmp_path, traces):
-    with TraceProfile(tmp_path, at_start=False) as profile:
-        steps(profile, 20)
-        profile.check_request()
-        assert traces == []
-        (tmp_path / "PROFILE").touch()
-        profile.check_request()
-        assert not (tmp_path / "PROFILE").exists()
-        steps(profile, 4)
-        assert traces == ["start"]
-        steps(profile, 1)
-        assert traces == ["start", "stop"]
-        (tmp_path / "PROFILE").touch()
-        profile.check_request()
-        steps(profile, 2)
-        assert traces == ["start", "stop", "start"]
-    assert traces == ["start", "stop"] * 2  # the run ended
-
-
-def test_a_profile_at_the_start_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
-    with TraceProfile(tmp_path, at_start=True) as profile:
-        steps(profile, 5)
-        assert traces == []
-        steps(profile, 5)
-        assert traces == ["start", "stop"]
-        steps(profile, 9)
+    profile = TraceProfile(tmp_path)
+    steps(profile, 5)
+    assert traces == []
+    steps(profile, 4)
+    assert traces == ["start"]
+    steps(profile, 9)
+    profile.stop()
     assert traces == ["start", "stop"]
-    with TraceProfile(None, at_start=True) as profile:  # the other processes
-        steps(profile, 12)
+    steps(TraceProfile(None), 12)
     assert traces == ["start", "stop"]
+    profile = TraceProfile(tmp_path)
+    steps(profile, 7)
+    profile.stop()  # the run ends before the last call
+    assert traces == ["start", "stop"] * 2
 
 
 def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):

@@ -10,8 +10,6 @@ from helpers.paths import ROOT
 _COMMANDS_OF_FLAGS = [
     ["--help"],
     ["--mode=trein"],
-    ["--unknown=1"],
-    ["--config=nothing", "--workdir=run"],
     ["--config=digits"],
     ["--config=digits", "--workdir=run", "--config.training.batch_size=-3"],
     ["--config=digits", "--workdir=run", "--mode=train_classifier"],

@@ -61,7 +61,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
     config = resolve(tiny_config(**{"training.batch_size": 32, "data.image_size": 16}))
     program = training.build_program(config)
     traced = plan.trace(config, [False])
-    found = plan.estimate(config, traced, plan.given_settings(config), 1)
+    found = plan.estimate(config, traced, plan.Settings.of(config), 1)
     state = (program.abstract_state.params, program.abstract_state.ema_params, program.abstract_state.opt_state)
     assert found.state + 8 == sum(leaf.size * 4 for leaf in jax.tree.leaves(state))  # and two counters of steps
     batch = {"image": jax.ShapeDtypeStruct((32, 16, 16, 1), "uint8"), "label": jax.ShapeDtypeStruct((32,), "int32")}

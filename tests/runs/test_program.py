@@ -11,7 +11,6 @@ import pytest
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
 from diffusion_jax.runs import train
 from helpers.configs import tiny_config
-from helpers.launcher import launch
 from helpers.paths import ROOT
 from helpers.program import finish, start, tiny_flags
 from helpers.work_directories import last_state, lines
@@ -75,38 +74,6 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
     if loss:  # long past its warm-up
         assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--config=configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
-        (["--config=configs/digits.py", "--config.trainin.num_steps=3"], "did you mean training.num_steps?"),
-        (["--config=configs/digits.py", "--config.training.num_steps=many"], "must be a whole number"),
-        (["--config=configs/digit.py"], "no such file"),
-        (
-            ["--config=configs/digits.py", "--mode=dream"],
-            "'dream' must be one of train, sample, edit, evaluate, progressive",
-        ),
-        (["--config=configs/digits.py", "leftover"], "unexpected argument"),
-        (["--config", "configs/digits.py", "--config.training.num_step=3"], "did you mean training.num_steps?"),
-        (["--config=configs/digits.py", "--workdir=http://bucket/run"], "gs://BUCKET/DIR"),
-        (["--config=configs/digits.py", "--workdir=README.md"], "README.md"),
-        (["--config=configs/digits.py", "--config.data.image_size=wide"], "data.image_size=wide"),
-        ([], "--config=NAME is needed"),
-    ],
-)
-def test_wrong_flags_end_with_one_line_and_exit_code_2(arguments, words, tmp_path):
-    code, _, err = launch(f"--workdir={tmp_path}", *arguments)
-    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
-
-
-@pytest.mark.parametrize("text", ["[1]", '{"seed": 0', ""])
-def test_an_invalid_config_json_ends_with_one_line(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    for named in ([], ["--config=configs/digits.py"]):
-        code, _, err = launch(f"--workdir={tmp_path}", *named)
-        assert code == 2 and "config.json is not a valid config" in err and len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.whole

@@ -7,7 +7,7 @@ from PIL import Image
 from diffusion_jax import errors, pictures, schedules
 from diffusion_jax.evaluation import example_sets
 from diffusion_jax.runs import sample
-from diffusion_jax.runs.batch_sampler import BatchSampler, picture_steps
+from diffusion_jax.runs.sampling_setup import BatchSampler, picture_steps
 from helpers.configs import conditional, tiny_config
 from helpers.work_directories import untrained
 
@@ -36,6 +36,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
+        assert path.with_name(f"{path.stem}_trajectory_x_0.png").exists()
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert example_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 

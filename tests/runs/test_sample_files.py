@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax.runs import sample, trained_model
-from diffusion_jax.runs.batch_sampler import BatchSampler
 from diffusion_jax.runs.sample import read_settings
 from helpers.configs import FEW_DRAWN, tiny_config
 from helpers.work_directories import reuse_or_draw
@@ -82,25 +81,6 @@ def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):
         with np.load(path) as arrays:
             assert arrays["arr_0"].max() == 2
     assert len(drawn) == 9
-
-
-def test_unfinished_samples_with_other_settings_are_not_continued(run, drawn, monkeypatch):
-    draw, config = BatchSampler.__call__, tiny_config(**FEW_DRAWN)
-
-    def second_breaks(self, params, seed, batch=0):
-        if batch == 2:
-            raise KeyboardInterrupt
-        return draw(self, params, seed, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BatchSampler, "__call__", second_breaks)
-        with pytest.raises(KeyboardInterrupt):
-            sample.run(config, run)
-    assert [batch for _, batch in drawn] == [0, 1]
-    sample.run(tiny_config(**FEW_DRAWN | {"sampling.clip_quantile": 0.9}), run)
-    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2]
-    sample.run(tiny_config(**FEW_DRAWN), run)
-    assert [batch for _, batch in drawn] == [0, 1, 0, 1, 2, 2]  # of the first command, one batch was left
 
 
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():

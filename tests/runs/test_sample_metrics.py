@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusion_jax import training
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.pretrained import PretrainedError
-from diffusion_jax.runs import sample_metrics, train, trained_model
-from diffusion_jax.runs.batch_sampler import BatchSampler
-from diffusion_jax.runs.preview import make_preview_sampler
+from diffusion_jax.runs import metric_records, sample_metrics, train, trained_model
+from diffusion_jax.runs.sampling_setup import BatchSampler
+from diffusion_jax.runs.training_outputs import make_preview_sampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits
@@ -36,11 +35,9 @@ def test_evaluate_measures_samples(run, capsys, monkeypatch):
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
     monkeypatch.setattr(BatchSampler, "__call__", None)  # nothing is drawn twice
     evaluate(tiny_config(**FEW_SAMPLES), run)
-    assert not list(run.glob("*steps.png"))
     monkeypatch.undo()
     evaluate(tiny_config(**FEW_SAMPLES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
-    assert Image.open(run / "frechet_distance_against_steps.png").width > 100
 
 
 def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
@@ -108,3 +105,21 @@ def test_training_logs_the_frechet_distance(tmp_path):
 def test_the_message_names_the_weights_of_inception(tmp_path):
     with pytest.raises(UserError, match="https://github.com/mseitzer/pytorch-fid/releases/download/"):
         sample_metrics.run(tiny_config(**FEW_SAMPLES, **{"evaluation.features": "inception"}), tmp_path)
+
+
+def test_the_table_has_bits_per_dimension(tmp_path):
+    """In the row of the weights they are of, or in a row of their own."""
+    bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
+    bound["dataset"] = "cifar10"
+    record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
+    pairs = [
+        (tmp_path, row)
+        for likelihood in (bound, bound | {"step": 400})
+        for row in metric_records.add_likelihood([record, record | {"weights": "raw"}], likelihood)
+    ]
+    columns, rows = metric_records.table_cells(pairs)
+    assert columns == ["run", "step", "weights", "frechet_distance", "bits_per_dim"]
+    found = [[row.get(column, "") for column in columns[1:]] for row in rows]
+    value = "3.704 ± 0.01"
+    assert found[:3] == [["500", "ema", "12.5", value], ["500", "raw", "12.5", ""], ["500", "ema", "12.5", ""]]
+    assert found[3:] == [["500", "raw", "12.5", ""], ["400", "ema", "", value]]

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import process, sampling, schedules
 from diffusion_jax.config import resolve
-from diffusion_jax.runs import sampler_config
+from diffusion_jax.runs import sampling_setup
 from helpers.configs import conditional, tiny_config
 
 OPTIONS = {  # every option of every sampler, off its usual value
@@ -29,7 +29,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    assert OPTIONS.keys() == set(sampler_config.SAMPLERS)
+    assert OPTIONS.keys() == set(sampling_setup.SAMPLERS)
     options, made = OPTIONS[name]
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
@@ -42,7 +42,7 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     def configured(**leaves):
         leaves = {"sampler": name, "clip": True, **leaves}
         leaves = {f"sampling.{leaf}": value for leaf, value in leaves.items()}
-        return run(sampler_config.sampler_from_config(conditional(**leaves).sampling, diffusion))
+        return run(sampling_setup.sampler_from_config(conditional(**leaves).sampling, diffusion))
 
     np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
     for leaf in options:
@@ -60,7 +60,7 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
         ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
     ):
         options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
-        sampler = sampler_config.sampler_from_config(options.sampling, diffusion)
+        sampler = sampling_setup.sampler_from_config(options.sampling, diffusion)
         x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
 
@@ -68,9 +68,9 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
 def test_given_steps_are_network_times():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(sampler_config.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
+    np.testing.assert_allclose(sampling_setup.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
     with pytest.raises(ValueError, match="needs sampling.steps="):
-        sampler_config.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+        sampling_setup.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_given_steps_are_network_times():
 )
 def test_openai_spacings_can_be_given_by_name(options, same):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    found = sampler_config.respace(schedule, options, sampling.ddpm())
+    found = sampling_setup.respace(schedule, options, sampling.ddpm())
     np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
 
 
@@ -101,13 +101,13 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
         options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
-        sampler_config.respace(schedule, options, sampling.ddpm())
+        sampling_setup.respace(schedule, options, sampling.ddpm())
     assert "\n" not in str(caught.value)
 
 
 def test_leaves_without_effect_are_listed():
     """Each alone, beside what reads it and beside what does not."""
-    assert sampler_config.unused_leaves(tiny_config().sampling) == []
+    assert sampling_setup.unused_leaves(tiny_config().sampling) == []
     for leaf, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
         ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
@@ -116,6 +116,6 @@ def test_leaves_without_effect_are_listed():
         ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
     ):
         options = dict(tiny_config().sampling) | {leaf: value}
-        assert sampler_config.unused_leaves(options | reader) == []
-        (line,) = sampler_config.unused_leaves(options | other)
+        assert sampling_setup.unused_leaves(options | reader) == []
+        (line,) = sampling_setup.unused_leaves(options | other)
         assert line.startswith(f"sampling.{leaf}={value!r} (only ")

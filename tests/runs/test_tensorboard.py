@@ -4,12 +4,10 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from diffusion_jax.runs.metrics_files import RunMetrics, tensorboard_tag
-from diffusion_jax.training.state import metric_names
+from diffusion_jax.runs.metrics_files import RunMetrics
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 from helpers.work_directories import lines
@@ -37,12 +35,6 @@ def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
     assert '"num_steps": 4' in tensor_util.make_ndarray(config.tensor_proto).item().decode()
     (image,) = events.Images("samples")
     assert (image.step, image.height, image.width) == (2, 8, 6)
-
-
-@pytest.mark.parametrize("loss", ["simple", "hybrid", "classify"])
-def test_every_metric_of_training_has_a_group(loss):
-    groups = {tensorboard_tag(name).partition("/")[0] for name in metric_names(loss)}
-    assert groups == {"loss", "optimizer"}
 
 
 def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):

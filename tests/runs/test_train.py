@@ -12,10 +12,10 @@ from PIL import Image
 from diffusion_jax import data, errors, training
 from diffusion_jax.config import flatten
 from diffusion_jax.runs import metrics_files, sample, train, workdir
-from diffusion_jax.runs.batch_loader import BatchLoader
 from diffusion_jax.runs.workdir import config_from_weights
 from diffusion_jax.storage import locks
 from diffusion_jax.storage.locks import LockHeldError
+from diffusion_jax.runs.train import BatchLoader
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 
@@ -82,22 +82,6 @@ def test_leaves_that_identify_a_run_must_not_change(trained):
     workdir.check_identity(tiny_config(**free), trained)
     with pytest.raises(errors.UserError, match="training.batch_size"):
         workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
-
-
-@pytest.mark.whole
-def test_the_error_for_another_learning_rate_shows_the_command_for_fine_tuning(trained, tmp_path):
-    """The command's config is that of the run, but for the rate; it begins with the run's weights."""
-    with pytest.raises(errors.UserError, match="holds another run") as caught:
-        workdir.check_identity(tiny_config(**{"optimizer.learning_rate": 0.5, "data.random_flip": True}), trained)
-    command = str(caught.value).split("to start a new run from its weights: ")[1].split()
-    changed = ["--config.optimizer.learning_rate=0.5", "--config.data.random_flip=True"]
-    assert command[:2] == [f"--pretrained={trained}", "--workdir=NEW"] and sorted(command[2:]) == sorted(changed)
-    config = config_from_weights(str(trained))
-    expected = {**flatten(workdir.to_dict(tiny_config())), "init_from": str(trained)}
-    assert flatten(workdir.to_dict(config)) == expected
-    config.update_from_flattened_dict({"optimizer.learning_rate": 0.5, "training.num_steps": 1})
-    train.run(config, tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["data"]["levels"] == 17
 
 
 @pytest.mark.whole
@@ -171,17 +155,6 @@ def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path, monkeypa
     train.run(tiny_config(), tmp_path)
 
 
-@pytest.mark.whole
-def test_a_profile_contains_the_train_steps(tmp_path):
-    from tensorflow.tsl.profiler.protobuf import xplane_pb2
-
-    train.run(tiny_config(**{"training.num_steps": 12, "training.profile": True}), tmp_path)
-    (path,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard's profiler looks
-    space = xplane_pb2.XSpace.FromString(path.read_bytes())
-    names = [metadata.name for plane in space.planes for metadata in plane.event_metadata.values()]
-    assert "train" in names
-
-
 def test_the_logged_fractions_of_time_add_up_to_one(trained):
     for row in lines(trained, without=()):
         assert row["compute"] + row["data_wait"] + row["logging"] == pytest.approx(1) and row["step_seconds"] > 0
@@ -207,36 +180,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()] == list(range(1, step))[
         -3:
     ]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"training.num_steps": 0}, "training.num_steps=0"),
-        ({"training.steps_per_call": 3}, "multiple of training.steps_per_call=3"),
-        ({"model.num_classes": 3}, "the data has 10 classes"),
-        ({"seed": -1}, "seed=-1 must be"),
-        ({"model.dtype": "bf16"}, "model.dtype='bf16' must be float32 or bfloat16"),
-        ({"model.dtype": "float16"}, "model.dtype='float16' must be float32 or bfloat16"),
-        ({"model.dtype": "float64"}, "model.dtype='float64' must be float32 or bfloat16"),
-        ({"model.num_groups": 0}, "model.num_groups=0 must be .*at least 1"),
-        ({"model.channel_multipliers": ()}, r"channel_multipliers=\(\) must be a tuple of positive numbers"),
-        ({"model.dropout": 1.5}, r"model.dropout=1.5 must be a number in \[0, 1\)"),
-        ({"optimizer.learning_rate": -1.0}, "learning_rate=-1.0 must be a number above 0"),
-        ({"ema.decay": 1.5}, "ema.decay=1.5"),
-        ({"sampling.sampler": "eulr"}, "must be ddpm, ddim, euler"),
-        ({"sampling.preview_steps": 0}, "sampling.preview_steps=0 must be a whole number"),
-    ],
-)
-def test_invalid_training_options_are_refused(overrides, words, tmp_path):
-    overrides = dict(overrides)
-    if "sampling.sampler" in overrides:
-        with pytest.raises(errors.UserError, match=words):
-            sample.run(tiny_config(**overrides), tmp_path)
-        return
-    with pytest.raises(errors.UserError, match=words):
-        train.run(tiny_config(**overrides), tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_other_images_are_refused(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
-from diffusion_jax.runs import edit, progressive, sample, status, train
+from diffusion_jax.errors import CheckpointError
+from diffusion_jax.runs import edit, sample, status, train
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.workdir import load_config
 from diffusion_jax.storage.locations import mirror_workdir
@@ -76,7 +77,6 @@ def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cach
     for directory in (local, workdir):
         sample.run(config, directory)
         evaluate(config, directory)
-        progressive.run(config, directory)
         with np.load(next((directory / "samples").glob("*n5.npz"))) as arrays:
             from PIL import Image
 

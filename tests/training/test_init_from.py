@@ -90,7 +90,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
         train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
     built = training.build_program(config)
-    weights = trained_model.load_initial_weights(config, built.model)
+    weights, _ = trained_model.load_initial_weights(config, built.model)
     state = trained_model.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
