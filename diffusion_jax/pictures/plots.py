@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_jax.pictures.figures import VALUE, make_figure, note_shown, plain_text
+from diffusion_jax.pictures.figures import VALUE, make_figure, note_shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

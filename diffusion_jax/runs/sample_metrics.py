@@ -154,7 +154,7 @@ def load_pipeline(config: ConfigDict) -> FeaturePipeline:
     if name == "inception" and not options.inception:
         raise UserError(f"metrics of features need {_HOW_TO_GET_INCEPTION}")
     with as_user_error("config.evaluation"):
-        extractor = features.from_name(name, options.inception, options.resize)
+        extractor = features.from_name(name, options.inception)
     return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
 
 

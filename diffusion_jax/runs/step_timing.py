@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import pathlib
 import time
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs.sampling_setup import SAMPLERS, BatchSampler, SamplingSetup
+from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
 from helpers.configs import a_batch, tiny_config
 
 PLATFORMS = ("tpu", "cuda")

@@ -40,8 +40,6 @@ def test_the_plot_of_one_step_has_only_the_decoder_term():
         assert figure.axes[0].get_ylim()[0] > 0
 
 
-
-
 def test_neighbors_have_captions(monkeypatch):
     """Images and other arrays: each sample before its nearest examples."""
     drawn = []

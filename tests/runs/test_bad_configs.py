@@ -163,10 +163,11 @@ def test_a_launch_is_refused_in_one_line(flags, words, wrong, tmp_path):
 
 def test_a_work_directory_that_cannot_be_written(tmp_path, monkeypatch):
     """Root may write everywhere, so the system's answer is replaced."""
-    cli.check_workdir(str(tmp_path / "new" / "run"))
+    command = ["--config=digits", f"--workdir={tmp_path}/new/run"]
+    cli.parse(command)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError) as caught:
-        cli.check_workdir(str(tmp_path / "new" / "run"))
+        cli.parse(command)
     expected = f"--workdir={tmp_path}/new/run: {tmp_path} cannot be written (permission denied)"
     assert caught.value.exit_code == 2 and str(caught.value).startswith(expected)
 
@@ -175,7 +176,7 @@ def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
     stored = tiny_config(init_from="weights.pt", init_flags="preset")
     workdir.write_config(stored, tmp_path)
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "checkpoints" / "2" / "digests.json").write_text("{}")
     flags = ["--pretrained=weights.pt", f"--workdir={tmp_path}"]
     for more in ([], ["--config=digits"]):
         parsed = cli.parse([*flags, *more]).config

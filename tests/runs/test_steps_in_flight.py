@@ -16,6 +16,7 @@ from diffusion_jax.runs import console, train, training_outputs
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.storage.locations import committed_steps
 from helpers.array_configs import array_config, write_arrays
+from helpers.paths import ROOT
 
 
 class Device:
@@ -134,20 +135,23 @@ def test_a_signal_saves_after_at_most_two_calls(tmp_path, monkeypatch, number):
     assert step <= finished[0] + 3  # one may finish before the handler runs; jax itself would queue 32
 
 
-def test_a_signal_in_a_picture_saves_after_it(tmp_path, monkeypatch):
-    draw = training_outputs.PreviewPictures.draw
+@pytest.mark.parametrize("last", [4, 2])
+def test_a_signal_abandons_a_picture_and_saves(tmp_path, monkeypatch, last):
+    """Also that of the last step."""
+    released = threading.Event()
 
-    def draw_and_stop(self, params):
+    def draw_forever(self, params):
         os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self, params)
+        released.wait()
 
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.sample_every": 2})
-    config.training.checkpoint_every = 4
-    monkeypatch.setattr(training_outputs.PreviewPictures, "draw", draw_and_stop)
-    with pytest.raises(StoppedBySignal):
+    config.training.update(num_steps=last, checkpoint_every=4, log_every=2)
+    monkeypatch.setattr(training_outputs.PreviewPictures, "draw", draw_forever)
+    with pytest.raises(StoppedBySignal) as stopped:
         train.run(config, tmp_path / "run")
-    assert committed_steps(tmp_path / "run" / "checkpoints") == [3]
-    assert (tmp_path / "run" / "samples" / "train_step00000002.png").exists()
+    released.set()
+    assert stopped.value.is_computing  # a regular exit would abort
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [2] and not (tmp_path / "run" / "samples").exists()
 
 
 def test_a_launch_shows_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch, capsys):
@@ -157,7 +161,17 @@ def test_a_launch_shows_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch,
     train.run(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert re.search(r"A step takes [\d.]+ m?s; the \d+ steps left take about 0:\d\d on this device\.", out)
+    assert "more than a week" not in out
     assert re.search(r"Training \d+/100 \(\d+%\)  0:\d\d left", out)
+
+
+def test_a_run_of_more_than_a_week_shows_how_to_try_its_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(StepsInFlight, "seconds_per_step", lambda self: 1e6)
+    train.run(array_config("vectors", write_arrays("vectors", tmp_path / "data.npz")), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "that is more than a week" in out
+    overrides = re.findall(r"--config\.training\S+", (ROOT / "configs" / "cifar10.py").read_text().split('"""')[1])
+    assert overrides and all(override in out for override in overrides)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,10 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
-from diffusion_jax.config import flatten
-from diffusion_jax.runs import metrics_files, sample, train, workdir
-from diffusion_jax.runs.workdir import config_from_weights
+from diffusion_jax.runs import metrics_files, train, workdir
+from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
 from diffusion_jax.storage.locks import LockHeldError
-from diffusion_jax.runs.train import BatchLoader
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
-from diffusion_jax.errors import CheckpointError
 from diffusion_jax.runs import edit, sample, status, train
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.workdir import load_config
