@@ -45,7 +45,7 @@ test-slow: setup
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
 
-# requirements.txt in a new environment, which trains on a small data set that it prepares: the README's first command.
+# requirements.txt in a new environment, which trains the digits, as the README's installation.
 fresh:
 	$(PYTHON) tests/fresh_installation.py
 

@@ -1,4 +1,4 @@
-"""The first command of the README in an empty environment: `make fresh`.
+"""The installation of the README in an empty environment: `make fresh`.
 
 Installs requirements.txt into a new environment, imports TFDS, and trains the network of configs/digits.py for two steps.
 """

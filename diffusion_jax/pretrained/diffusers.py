@@ -157,11 +157,10 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
         raise PretrainedError(f"down_block_types contains {unknown[0]!r}; known: {', '.join(_UP_BLOCKS)}")
     if len(widths) != len(down) or up[::-1] != [_UP_BLOCKS[block] for block in down]:
         raise PretrainedError(f"up_block_types={up} do not mirror down_block_types={down}, one for each width")
-    # The last block of each path does not change the resolution.
-    residual = {_is_residual(block, fields["downsample_type"]) for block in down[:-1]}
-    residual |= {_is_residual(block, fields["upsample_type"]) for block in up[:-1]}
+    residual = {_is_residual(block, fields["downsample_type"]) for block in down}
+    residual |= {_is_residual(block, fields["upsample_type"]) for block in up}
     if len(residual) > 1:
-        raise PretrainedError("down_block_types and up_block_types mix residual blocks and convolutions between levels")
+        raise PretrainedError("the block types, downsample_type and upsample_type mix residual blocks and convolutions")
     scale_shift = fields["resnet_time_scale_shift"] == "scale_shift"
     groups = fields["norm_num_groups"]
     middle_groups = fields["attn_norm_num_groups"] or (None if scale_shift else groups)

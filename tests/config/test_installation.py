@@ -54,7 +54,8 @@ def test_a_missing_requirement_is_an_error_of_one_line(module, tmp_path):
     (tmp_path / f"{module}.py").write_text(error)
     command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
     _, err = run(*command, cwd=ROOT, code=2, PYTHONPATH=str(tmp_path), JAX_PLATFORMS="cpu")
-    assert err.startswith(f"error: {module} is not installed: pip install -r requirements.txt") and err.count("\n") == 1
+    assert err.startswith(f"error: {module} is not installed") and "pip install -r requirements.txt" in err
+    assert err.count("\n") == 1
 
 
 def run(*command, cwd, code=0, **variables):

@@ -104,6 +104,12 @@ def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
         ("training.num_steps", "1.5", "must be a whole number"),
         ("training.num_steps", "0", "must be a whole number"),
         ("optimizer.learning_rate", "nan", "must be a number above 0"),
+        ("optimizer.learning_rate", "0", "must be a number above 0"),
+        ("model.dropout", "1", "must be a number in [0, 1)"),
+        ("ema.decay", "1.1", "must be a number in [0, 1]"),
+        ("data.limits", "5,5", "must be a tuple of two rising numbers"),
+        ("data.limits", "5", "must be a tuple of two rising numbers"),
+        ("data.limits", "0,inf", "'inf' is not allowed"),
         ("sampling.steps", "0", "must be None or a whole number of at least 1 or a tuple of at least 2 numbers"),
         ("evaluation.metrics", "fid,kidd", "'kidd' is not allowed; did you mean kid?"),
         ("model.remat", "maybe", "must be True or False or a tuple of resolutions"),
@@ -113,6 +119,14 @@ def test_text_that_is_no_value_of_its_leaf_is_refused(leaf, text, words):
     with pytest.raises(config.ConfigError) as caught:
         config.override({}, {leaf: text})
     assert str(caught.value).startswith(f"{leaf}={text} must be") and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"), [("num_steps", True), ("checkpoint_every", 2.5), ("profile", 1), ("num_steps", None)]
+)
+def test_values_of_another_type_are_refused(leaf, value):
+    with pytest.raises(config.ConfigError, match=f"training.{leaf}={value} must be"):
+        config.resolve({"training": {leaf: value}})
 
 
 def test_fields_that_refer_to_an_overridden_one_follow_it():

@@ -79,3 +79,15 @@ def test_identity_is_what_decides_the_numbers_of_a_run():
     )
     others = {"data.data_dir", "model.precision", "training.num_steps", "sampling.steps", "mesh.fsdp"}
     assert not others & set(identity)
+
+
+def test_the_clip_follows_the_data_unless_it_is_given():
+    continuous = {"levels": None, "normalization": "limits", "limits": (0, 1)}
+    for given, clip in (
+        ({}, True),
+        ({"data": {"levels": None}}, False),
+        ({"data": continuous}, True),
+        ({"sampling": {"clip": False}}, False),
+        ({"data": {"levels": None}, "sampling": {"clip": "dynamic"}}, "dynamic"),
+    ):
+        assert config.resolve_clip(config.resolve(given)) == clip

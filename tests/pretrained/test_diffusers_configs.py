@@ -37,6 +37,8 @@ def test_missing_fields_of_a_config_have_diffusers_defaults():
         ("attn_norm_num_groups", 8),
         ("down_block_types", ["SkipDownBlock2D"] * 4),
         ("up_block_types", ["UpBlock2D"] * 4),
+        ("downsample_type", "resnet"),
+        ("upsample_type", "resnet"),
         ("encoder_hid_dim", 3),
     ],
 )
