@@ -138,6 +138,8 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     unguided = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3, guidance_scale=0.0)
     np.testing.assert_allclose(unguided, without, rtol=1e-5)
     assert (x != without).any()
+    own_clip = net.sample(KEY, 2, condition=one, sampler=sampling.ddim(clip=jnp.tanh), steps=3)
+    assert (own_clip != x).any()  # only the default clip of a sampler is replaced
 
 
 def test_conditions_that_do_not_fit_a_network_are_one_line():
