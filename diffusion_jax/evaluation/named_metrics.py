@@ -152,7 +152,7 @@ def compute_metrics(
     Raises: ValueError for features that cannot be compared.
     """
     results: dict[str, Any] = {}
-    pools: list[Any] = [reference.pool, samples.pool]  # None only without metrics that need them
+    pools: tuple[Any, Any] = reference.pool, samples.pool  # None only without metrics that need them
 
     def add(metric: str, value: float, **options) -> None:
         name = reported_name(metric, extractor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def make_figure(
     *,
     labels: tuple[str, str] = ("", ""),
     legend: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    share_y: bool | str = False,
+    share_y: bool | Literal["col"] = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, row by row.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -132,10 +132,10 @@ def draw_examples(
             panels, lines = _captions(captions, len(shown)), _channel_names(shown)
             columns = min(len(shown), columns or (3 if len(shown) <= 9 else 4))
             size = (6.5, 3.0) if len(shown) == 1 else (3.0, 1.7)
-        return _draw_lines(title, notes, shown, panels, lines, columns, size, [VALUE], not by_channel)
+        return _draw_lines(title, notes, list(shown), panels, lines, columns, size, [VALUE], not by_channel)
     if x.ndim == 4:
         shown, notes = _select(x, _MAX_FIELDS, _MAX_ROWS, _MAX_PIXELS)
-        rows = np.moveaxis(shown, -1, 0)
+        rows = list(np.moveaxis(shown, -1, 0))
         headers = _captions(captions, len(shown))
         return _draw_images(title, notes, rows, [_limits(row) for row in rows], _channel_names(shown), headers)
     shown, notes = _select(x, _MAX_VOLUMES, _MAX_VOLUME_CHANNELS, _MAX_PIXELS)
@@ -267,7 +267,7 @@ def _draw_lines(
     columns: int,
     size: tuple[float, float],
     captions: Sequence[str],
-    share_y: bool | str,
+    share_y: bool | Literal["col"],
 ) -> Figure:
     """Panels of series [L, lines] with NaN. captions: of the y-axes at the left, from the top; one stands for all."""
     styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(panels[0].shape[-1])]
@@ -311,14 +311,14 @@ def _draw_images(
             low, high = -max(-low, high), max(-low, high)
         colors = matplotlib.colormaps["RdBu_r" if centered else "viridis"].with_extremes(bad="magenta")
         for panel, image in zip(panels, row, strict=True):
-            drawn = panel.imshow(image, cmap=colors, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+            panel.imshow(image, cmap=colors, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
             if 0.2 <= image.shape[0] / image.shape[1] <= 5:
                 panel.set_aspect("equal")
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
         panels[0].set_ylabel(caption, fontsize=8)
         exceeds = any(((image < low) | (image > high)).any() for image in row)
-        bar = figure.colorbar(drawn, ax=panels, extend="both" if exceeds else "neither")
+        bar = figure.colorbar(panels[0].get_images()[0], ax=panels, extend="both" if exceeds else "neither")
         bar.ax.tick_params(labelsize=7)
     return figure
 
@@ -350,7 +350,8 @@ def _draw_vectors(
         margin = 0.0 if high > low else max(0.5, 1e-3 * abs(low))  # around a constant
         bins = int(np.clip(math.sqrt(max(map(len, finite))), 8, 60))
         edges = np.linspace(low - margin, high + margin, bins + 1)
-        for values, style in zip(finite, ({"fill": True, "alpha": 0.6}, {"color": "black"}), strict=False):
+        for i, values in enumerate(finite):
             if len(values):
-                panel.stairs(np.histogram(values, edges, density=True)[0], edges, **style)
+                density = np.histogram(values, edges, density=True)[0]
+                panel.stairs(density, edges, fill=i == 0, color=("C0", "black")[i], alpha=(0.6, 1.0)[i])
     return figure
