@@ -218,24 +218,6 @@ def test_known_pixels_are_drawn_one_step_earlier():
         assert abs(x[:, 0].var() - (1 - a)) < 4 * (1 - a) * np.sqrt(2 / N) + 1e-9
 
 
-def test_repaint_noises_back_to_the_variance_of_its_index():
-    """White data, nothing known: every level has variance 1, after climbs too; and its noises are not one another's."""
-    schedule = schedules.respace(FULL, 12, "log_snr")
-    nothing = jnp.array([False, False])
-    seen = []
-
-    def white(x, time):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
-        return jnp.sqrt(jax.nn.sigmoid(-FULL.log_snr(time)))[:, None] * x  # the exact eps of N(0, 1)
-
-    sampler = sampling.ddpm(variance="fixed_large", clip=False)
-    x = editing.repaint(KEY, schedule, white, jnp.zeros((N, 2)), nothing, sampler, resamplings=3, jump=4)
-    jax.block_until_ready(x)
-    assert len(seen) == len(editing._repaint_steps(12, 3, 4)[0])
-    for x in seen:
-        assert abs(x.var() - 1) < 5 * np.sqrt(1 / N)
-
-
 @pytest.mark.parametrize("resamplings", [1, 2, 5])
 def test_repaint_without_known_pixels_returns_the_prior(resamplings):
     """Data N(10, 1) and their exact network, for which the ancestral steps are exact at any number of steps.
@@ -263,14 +245,6 @@ def test_repaint_without_known_pixels_returns_the_prior(resamplings):
     assert (abs(x.mean(axis=0) - expected) < 4 * np.sqrt(variance / N)).all()
     assert (abs(x.var(axis=0) - variance) < 4 * variance * np.sqrt(2 / N)).all()
     assert abs(np.corrcoef(x.T)[0, 1]) < 4 / np.sqrt(N)
-
-
-def test_replacement_takes_several_masks_of_one_image():
-    x_0, masks = jnp.ones((1, 4)), jnp.array([[True, False, False, False], [False, True, True, False]])
-    wrapped = editing.replacement(sampling.ddim(), x_0, masks)
-    assert wrapped.mask.shape == (2, 4)
-    with pytest.raises(ValueError, match="does not broadcast"):
-        editing.replacement(sampling.ddim(), x_0, masks[:, :3])
 
 
 def test_repaint_of_one_resampling_is_replacement():
@@ -363,15 +337,3 @@ def test_editing_refuses_wrong_arguments():
         editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=2, jump=10)
     with pytest.raises(ValueError, match="8x6 cannot be divided into squares of 4"):
         editing.average_pool(4).measure(jnp.zeros((1, 8, 6, 1)))
-
-
-def test_sdedit_skips_a_last_step_without_signal():
-    """With a strength below 1, eps is accepted by a schedule that ends at alpha_bar = 0."""
-    jsd = schedules.from_betas(schedules.betas("jsd", 10))
-    x_0 = jnp.full((2, 3), 0.2)
-    edit = lambda strength: editing.sdedit(  # noqa: E731
-        KEY, jsd, lambda x, time: 0 * x, x_0, sampling.ddim(clip=False), strength=strength
-    )
-    assert np.isfinite(edit(0.9)).all()
-    with pytest.raises(ValueError, match="does not determine x_0 there"):
-        edit(1.0)

@@ -7,7 +7,6 @@ import pytest
 
 from diffusion_jax import guidance, process, sampling, schedules
 from helpers.gaussian_mixtures import FULL, as_prediction
-from helpers.jaxprs import calls
 
 KEY = jax.random.key(0)
 MEANS, S2 = np.array([[-0.6, 0.3], [0.5, 0.4], [0.1, -0.7]]), 0.04  # three classes in the plane, equally likely
@@ -71,15 +70,6 @@ def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(predict
     s = np.array([[0.0], [1.0], [3.0], [-1.0], [2.0]])
     expected = unconditional[:, :2] + s * (conditional - unconditional)[:, :2]
     np.testing.assert_allclose(guided[:, :2], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_guided_step_is_one_call_of_twice_the_batch():
-    asked = jax.jit(network())
-    guided = guidance.classifier_free(asked, Y, NULL, 2.0, interval=(10, 500), rescale=0.5)
-    schedule = schedules.respace(FULL, 10)
-    draw = lambda x: sampling.sample(KEY, schedule, guided, x, sampling.ddim())  # noqa: E731
-    (call,) = calls(jax.make_jaxpr(draw)(jnp.zeros((5, 2))).jaxpr, "denoise_fn")
-    assert {(10, 2), (10,)} <= {variable.aval.shape for variable in call.invars}
 
 
 @pytest.mark.whole

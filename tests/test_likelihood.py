@@ -206,16 +206,6 @@ def test_strata_are_an_unbiased_estimate(strata):
     assert abs(np.mean(np.square(bits.standard_error, dtype=np.float64)) / spread - 1) < 0.07
 
 
-@pytest.mark.whole
-def test_more_strata_have_a_smaller_standard_error():
-    x_0 = gaussian_data(2000, 5)
-    errors = [
-        float(evaluate(optimal("fixed_small"), "fixed_small", x_0, gray_levels=None, strata=s).standard_error.mean())
-        for s in (1, 5, 20)
-    ]
-    assert errors[0] > errors[1] > errors[2]
-
-
 # How it behaves.
 
 
@@ -230,7 +220,7 @@ def test_without_tables_the_memory_does_not_grow_with_t():
 
 
 @pytest.mark.whole
-def test_tables_and_jit_do_not_change_the_bound():
+def test_tables_do_not_change_the_bound():
     x_0 = jnp.clip(gaussian_data(8), -1, 1)
     for strata in (None, 3):
         run = functools.partial(evaluate, optimal("fixed_small"), "fixed_small", x_0, strata=strata)
@@ -238,28 +228,6 @@ def test_tables_and_jit_do_not_change_the_bound():
         # Two programs: sums of up to 52 terms, each addition rounded to 2^-24.
         np.testing.assert_allclose(with_tables.total, without.total, rtol=1e-5)
         assert without.vlb is without.mse is without.t is None
-    one_by_one = likelihood.bits_per_dim(
-        jax.random.key(1), SCHEDULE, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
-    )
-    np.testing.assert_allclose(run().prior, one_by_one.prior, rtol=1e-5)
-    # The schedule may be traced too.
-    traced = jax.jit(
-        lambda s: (
-            likelihood.bits_per_dim(
-                jax.random.key(1), s, optimal("fixed_small"), x_0, variance="fixed_small", clip=False
-            ).total
-        )
-    )(SCHEDULE)
-    np.testing.assert_allclose(traced, one_by_one.total, rtol=1e-4)
-
-
-@pytest.mark.whole
-def test_the_bound_is_differentiable():
-    x_0 = jnp.array([[-1.0, 1.0, 0.2]])
-    total = lambda w: likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, lambda x, time: w * x, x_0).total.sum()  # noqa: E731
-    gradient = jax.grad(total)(0.4)
-    assert np.isfinite(gradient)
-    np.testing.assert_allclose(gradient, (total(0.41) - total(0.39)) / 0.02, rtol=0.05)
 
 
 @pytest.mark.whole
@@ -311,18 +279,3 @@ def test_the_bound_of_bfloat16_images_is_that_of_their_values():
     )
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-
-
-@pytest.mark.whole
-def test_bits_per_dim_of_float32_images_under_x64():
-    """The same numbers as without, to float32 rounding."""
-    schedule = schedules.from_betas(schedules.betas("linear", 12))
-    x_0 = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
-    found = []
-    for x64 in (False, True):
-        with jax.enable_x64(x64):
-            for strata in (None, 3):
-                bits = likelihood.bits_per_dim(jax.random.key(1), schedule, lambda x, time: 0.3 * x, x_0, strata=strata)
-                assert bits.total.dtype == np.float32
-                found.append(np.asarray(bits.total))
-    np.testing.assert_allclose(found[2:3], found[:1], rtol=1e-5)

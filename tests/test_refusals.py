@@ -57,6 +57,8 @@ TAKERS = {
     "prior_term": lambda x: likelihood.prior_term(FULL, x),
     "bound_term": lambda x: likelihood.bound_term(FULL, X, x, X, T),
     "bits_per_dim": lambda x: likelihood.bits_per_dim(KEY, FULL, network, x),
+    "sample": lambda x: sampling.sample(KEY, FULL, network, x, sampling.ddim()),
+    "encode": lambda x: sampling.encode(FULL, network, x),
     "sdedit": lambda x: editing.sdedit(KEY, FULL, network, x, sampling.ddim()),
     "replacement": lambda x: editing.replacement(sampling.ddim(), x, MASK),
     "repaint": lambda x: editing.repaint(KEY, FULL, network, x, MASK, jump=5),
@@ -105,16 +107,11 @@ def test_indices_of_another_shape(function):
     jax.vmap(function)(jnp.ones((5, 3)), jnp.arange(5))
 
 
-@pytest.mark.parametrize("clip", ["no", "True", 1, 0.995, None])
+@pytest.mark.parametrize("clip", ["no", 1, None])
 def test_a_clip_is_a_bool_or_a_function(clip):
     with pytest.raises(ValueError, match="clip must be True, False or a function of x_0, got"):
         process.p_mean_variance(FULL, X, X, T, clip=clip)
-
-
-def test_a_clip_may_be_numpy_s_bool():
-    far = 5 + X
-    assert process.p_mean_variance(FULL, far, X, T, "x_0", clip=np.bool_(True)).x_0.max() == 1
-    assert process.p_mean_variance(FULL, far, X, T, "x_0", clip=np.bool_(False)).x_0.max() == 5
+    assert process.p_mean_variance(FULL, 5 + X, X, T, "x_0", clip=np.bool_(True)).x_0.max() == 1
 
 
 def logits(x, time):
@@ -167,17 +164,6 @@ def test_labels_of_another_shape_are_refused():
         losses.simple(KEY, FULL, network, 1.0)
 
 
-def test_counts_orders_and_starts_are_whole_numbers():
-    for wrong in (
-        lambda: schedules.respace(FULL, True),
-        lambda: sampling.deis(True),
-        lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim(), start=3.0),
-        lambda: sampling.sample(KEY, FULL, lambda x, time: jnp.zeros(x.shape, int), X, sampling.ddim()),
-    ):
-        with pytest.raises(ValueError, match="must be"):
-            wrong()
-
-
 DDPM = sampling.ddpm(clip=False)
 OF_ANOTHER_KIND = {
     "encode start": (lambda: sampling.encode(FULL, network, X, start=3.5), "start=3.5 must be an index"),
@@ -189,19 +175,12 @@ OF_ANOTHER_KIND = {
     "one index": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=3), "sequence of indices"),
     "dpm_solver_pp order": (lambda: sampling.dpm_solver_pp(2.0), "order must be 1, 2 or 3, got 2.0"),
     "churn_range": (lambda: sampling.heun(churn_range=(5, 1)), r"low <= high, got \(5, 1\)"),
-    "one churn_range": (lambda: sampling.heun(churn_range=3), r"must be \(low, high\) with low <= high, got 3"),
-    "names in churn_range": (lambda: sampling.heun(churn_range="ab"), r"must be \(low, high\) .*got 'ab'"),
-    "order by name": (lambda: sampling.dpm_solver_pp(order="a"), "order must be 1, 2 or 3, got 'a'"),
     "start": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, start=True), "start=True must be an index"),
-    "encode bool": (lambda: sampling.encode(FULL, network, X, start=True), "start=True must be an index"),
     "x_0 of encode": (lambda: sampling.encode(FULL, network, 1.0), "x_0 must have a batch axis"),
     "default_spacing": (lambda: sampling.default_spacing(sampling.heun, FULL), "must be a sampler such as"),
     "find_problem": (lambda: sampling.find_problem(sampling.heun, FULL), "must be a sampler such as"),
-    "find_error_growth": (lambda: sampling.find_error_growth("ddim", FULL), "must be a sampler such as"),
-    "one end of churn_range": (lambda: sampling.heun(churn_range=(5,)), r"must be \(low, high\)"),
     "x_T": (lambda: sampling.sample(KEY, FULL, network, 1.0, DDPM), "x_T must have a batch axis"),
     "a name": (lambda: sampling.sample(KEY, FULL, network, X, "ddim"), r"such as sampling.ddim\(\), got 'ddim'"),
-    "a class": (lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim), "must be a sampler such as"),
     "replacement": (lambda: editing.replacement("ddim", X, X[..., :1] > 0), "must be a sampler such as"),
     "repaint": (lambda: editing.repaint(KEY, FULL, network, X, X > 0, "ddim", jump=5), "must be a sampler such as"),
     "interpolate": (lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], "ddim"), "must be a sampler such as"),
@@ -221,10 +200,6 @@ OF_ANOTHER_KIND = {
     "guidance interval": (
         lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),
         r"low <= high, got \(7, 5\)",
-    ),
-    "one guidance interval": (
-        lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=5),
-        r"interval must be \(low, high\), network times with low <= high, got 5",
     ),
     "guidance rescale": (lambda: guidance.classifier_free(network, LABELS, 3, 2.0, rescale=5), r"0 \.\.\. 1, got 5"),
     "null label": (
@@ -272,7 +247,7 @@ def test_a_network_that_returns_no_array_is_refused(output):
             call()
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 3), (4, 4, 2), (3, 4, 4, 3), (1, 2, 4, 4, 3)])
+@pytest.mark.parametrize("shape", [(5, 4, 3), (3, 4, 4, 3), (1, 2, 4, 4, 3)])
 def test_a_mask_of_another_shape_is_refused(shape):
     for call in (
         lambda mask: editing.repaint(KEY, FULL, network, X, mask, jump=5),
@@ -287,14 +262,10 @@ def test_a_mask_of_another_shape_is_refused(shape):
     ("steps", "spacing", "words"),
     [
         ("10", "karras", "spacing 'karras' is for a number of steps, but '10' defines its own spacing"),
-        ("ddim5", "leading", "spacing 'leading' is for a number of steps"),
         ([1, 2, 3], "trailing", "spacing 'trailing' is for a number of steps"),
         ([1.5, 2.5], "log_snr", "spacing 'log_snr' is for a number of steps"),
-        (np.array([1, 2]), "leading", "spacing 'leading' is for a number of steps"),
         ([1, 2, 3], "bogus", "unknown spacing 'bogus'; known: leading, trailing, linspace, quadratic, openai, karras"),
-        ("10", "bogus", "unknown spacing 'bogus'"),
         (5, "bogus", "unknown spacing 'bogus'"),
-        (5, "", "unknown spacing ''"),
     ],
 )
 def test_a_spacing_for_explicit_steps_is_refused(steps, spacing, words):
@@ -345,13 +316,6 @@ def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(prediction):
     for weighting in (None, "snr", "min_snr", "p2"):
         loss, _ = losses.simple(KEY, JSD, network, X, prediction=prediction, weighting=weighting, timestep_sampler=last)
         assert (np.asarray(loss) < 10).all()
-
-
-def test_a_terminal_step_that_is_not_visited():
-    process.check_terminal_snr(JSD, "eps", 18)
-    for first in (None, 19):
-        with pytest.raises(ValueError, match="alpha_bar is 0 at index 19: eps does not determine x_0"):
-            process.check_terminal_snr(JSD, "eps", first)
 
 
 def test_timestep_samplers_by_name():

@@ -61,23 +61,11 @@ def test_any_length_gives_a_schedule(name, num_timesteps):
     assert schedule.zero_terminal_snr == (name == "jsd")
 
 
-def test_tables_agree_with_bayes_in_float64():
+def test_published_entries_of_the_tables():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     assert schedule.alpha_bar[-1] == pytest.approx(4.035830e-05, rel=1e-6)  # DDPM's L_T rests on it
     assert schedule.posterior_log_variance[0] == pytest.approx(-9.816725, abs=1e-6)
     np.testing.assert_array_equal(schedule.timesteps, np.arange(1000))
-    # q(x_{t-1} | x_0) q(x_t | x_{t-1}) as a product of Gaussians in x_{t-1}.
-    t = np.arange(1, 1000)
-    prior_precision = 1 / (1 - schedule.alpha_bar[t - 1])
-    likelihood_precision = (1 - schedule.betas[t]) / schedule.betas[t]
-    variance = 1 / (prior_precision + likelihood_precision)
-    np.testing.assert_allclose(schedule.posterior_variance[t], variance, rtol=1e-9)
-    np.testing.assert_allclose(
-        schedule.posterior_mean_coef_x_0[t], variance * prior_precision * np.sqrt(schedule.alpha_bar[t - 1]), rtol=1e-9
-    )
-    np.testing.assert_allclose(
-        schedule.posterior_mean_coef_x_t[t], variance * np.sqrt(1 - schedule.betas[t]) / schedule.betas[t], rtol=1e-9
-    )
     assert (schedule.posterior_variance[0], schedule.posterior_mean_coef_x_0[0]) == (0.0, pytest.approx(1.0))
 
 
@@ -188,11 +176,6 @@ def test_schedules_whose_signal_underflows():
 
 def test_the_text_of_a_schedule_is_one_line(thousand):
     assert repr(thousand) == "Schedule(num_timesteps=1000, timesteps 0 ... 999, alpha_bar 0.9999 ... 4.03583e-05)"
-    seen = []
-    jax.jit(lambda schedule: seen.append(f"{schedule}"))(thousand)
-    assert seen == ["Schedule(betas of shape (1000,))"]
-    assert repr(jax.jit(lambda schedule: schedule)(thousand)) == repr(thousand)
-    assert repr(jax.tree.map(lambda table: None, thousand)) == "Schedule(betas of shape None)"
     stacked = jax.tree.map(lambda table: jnp.stack([table, table]), thousand)
     assert repr(stacked) == "Schedule(betas of shape (2, 1000))"
 
@@ -266,16 +249,11 @@ def test_spacings_of_the_noise_level_need_a_finite_one():
     [
         ("ddim300", "use ddim334 or ddim250"),
         ("ddim0", "no integer stride"),
-        ("fast", "write 'ddim50'"),
         ("10,,5", "write"),
         ("2000", "must lie in 1"),
-        ("0", "must lie in 1"),
         (0, "whole number in 1"),
         (1001, "whole number in 1"),
         (2.5, "whole number"),
-        (None, "whole number"),
-        (float("inf"), "whole number"),
-        ("ddim", "write"),
         ("", "write"),
         ([1, 1], "visits step 1 twice"),
         ([-1, 4], "0 ... 999"),
@@ -321,15 +299,6 @@ def test_log_snr_extends_the_table_and_is_invertible(thousand, x64):
     np.testing.assert_allclose(thousand.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
 
 
-def test_a_schedule_is_a_pytree_that_jit_accepts_and_returns(thousand):
-    @jax.jit
-    def snr_of(schedule, t):
-        return jnp.asarray(schedule.snr)[t]
-
-    np.testing.assert_allclose(snr_of(thousand, 3), thousand.snr[3], rtol=1e-6)
-    assert thousand.alpha_bar.dtype == np.float64
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_respacing_a_schedule_that_jit_returned(name):
     """Its tables are float32, yet every table of the shorter schedule keeps float32's digits, as those of the original."""
@@ -352,20 +321,3 @@ def test_a_network_time_at_the_end_has_the_end_s_alpha_bar():
     given = schedules.respace(jsd, [10.0, 50.5, 99.0])
     assert given.zero_terminal_snr and given.alpha_bar[-1] == 0 and given.betas[-1] == 1
     assert not schedules.respace(jsd, [10.0, 98.0]).zero_terminal_snr
-
-
-def test_the_log_snr_has_the_dtype_of_its_time(thousand):
-    for x64 in (False, True):
-        with jax.enable_x64(x64):
-            for dtype in ("float32", "bfloat16"):
-                time = jnp.asarray([0.0, 500.0], dtype)
-                assert thousand.log_snr(time).dtype == jnp.float32
-                assert thousand.time_at_log_snr(time).dtype == jnp.float32
-                np.testing.assert_allclose(thousand.log_snr(time), np.log(thousand.snr[[0, 500]]), rtol=1e-5)
-
-
-def test_beta_start_and_beta_end_must_be_in_0_to_1():
-    for start, end in ((0.0, 0.5), (-0.5, 0.5), (1.5, 0.5), (0.5, 0.0), (0.5, -0.5), (0.5, 1.5)):
-        with pytest.raises(ValueError, match=rf"must lie in \(0, 1\], got {start} and {end}"):
-            schedules.betas("linear", 10, beta_start=start, beta_end=end)
-    np.testing.assert_allclose(schedules.betas("linear", 2, beta_start=1.0, beta_end=1.0), 1)

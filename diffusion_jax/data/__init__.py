@@ -29,7 +29,7 @@ from diffusion_jax.data.normalization import (
     to_data_units,
     to_model_units,
 )
-from diffusion_jax.data.pipeline import Batches, example_indices, stream
+from diffusion_jax.data.pipeline import Batches, stream
 from diffusion_jax.data.sources import InMemory, Source, is_in_memory, read_classes
 from diffusion_jax.data.tfds import Tfds, local_data_dir, make_builder, natural_shape, prepare
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
@@ -46,14 +46,12 @@ __all__ = [
     "Normalizations",
     "Normalized",
     "Source",
-    "Tfds",
     "UnreadableFilesError",
     "check_examples",
     "check_levels",
     "check_location",
     "check_random_flip",
     "describe",
-    "example_indices",
     "example_shape",
     "find_normalizations",
     "fit",

@@ -190,6 +190,7 @@ def test_vectors_follow_their_condition():
     [
         ("series", {"channels": 1}, r"shape \[16, 2\], not \[16, 1\] .* --config.data.image_size=\(16,\) .*channels=2"),
         ("series", {"image_size": 32}, "data.image_size=32: a series has one spatial axis"),
+        ("series", {"image_size": (4, 4)}, "a series has one spatial axis"),
         ("moons", {"image_size": (4,)}, r"use --config.data.image_size=\(\) --config.data.channels=2"),
         ("field", {"image_size": (4,)}, r"shape=\(4,\) must have 2 spatial axes"),
         ("field", {"split": "validation"}, "data.split='validation': the data set 'field' has 'train' and 'test'"),

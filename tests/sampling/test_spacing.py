@@ -14,6 +14,7 @@ from diffusion_jax import editing, sampling, schedules
 MEANS, SDS, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.11, 0.16]), np.array([0.4, 0.6])
 SCHEDULES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 POINTS = 400
+COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
 SAMPLERS = {
     "heun": sampling.heun,
     "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
@@ -73,49 +74,26 @@ def combinations(steps):
                 yield name, spacing, schedules.respace(full, steps, spacing)
 
 
-def check(make, steps, most):
-    """The names of combinations that are neither refused nor noted; each of them is accurate."""
-    accepted = []
-    sampler, found = make(prediction="v", clip=False), list(combinations(steps))
+@pytest.mark.parametrize("name", [*SAMPLERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_accepted_steps_give_samples_near_the_data(name):
+    """Of the combinations of 10 steps that are neither refused nor noted."""
+    make, accepted = (SAMPLERS | SLOW)[name], []
+    sampler, found = make(prediction="v", clip=False), list(combinations(10))
     # v needs no finite log SNR, so that one program serves every schedule.
     stacked = [dataclasses.replace(schedule, zero_terminal_snr=False) for _, _, schedule in found]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
     x_T = jax.random.normal(jax.random.key(1), (POINTS, 1))
     run = lambda s: sampling.sample(jax.random.key(0), s, network(s), x_T, sampler)  # noqa: E731
     samples = jax.jit(jax.vmap(run))(stacked)
-    for (name, spacing, schedule), x in zip(found, samples, strict=True):
+    for (schedule_name, spacing, schedule), x in zip(found, samples, strict=True):
         if sampling.find_problem(sampler, schedule) is None and sampling.find_blur(schedule) is None:
-            accepted.append((name, spacing))
-            assert distance(x) < most, (name, spacing)
-    return accepted
-
-
-def check_at_few_steps(name):
-    make = (SAMPLERS | SLOW)[name]
-    # 0.55 is all samples at the mean, and noise is above 1; what few steps of any good solver do is below.
-    accepted = check(make, 10, 0.5)
+            accepted.append((schedule_name, spacing))
+            # 0.55 is all samples at the mean, and noise is above 1; what few steps of any good solver do is below.
+            assert distance(x) < 0.5, (schedule_name, spacing)
     for schedule in ("linear", "quadratic", "sigmoid"):
         assert (schedule, "trailing") in accepted or (schedule, "log_snr") in accepted
-    full = schedules.from_betas(schedules.betas("cosine", 1000))
-    spacing = sampling.default_spacing(make(), full)
-    assert sampling.find_problem(make(), schedules.respace(full, 20, spacing)) is None
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_accepted_steps_give_samples_near_the_data(name):
-    check_at_few_steps(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_accepted_steps_give_samples_near_the_data_with_the_other_samplers(name):
-    check_at_few_steps(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS | SLOW)
-def test_accepted_steps_give_samples_nearer_to_the_data_with_more_steps(name):
-    check((SAMPLERS | SLOW)[name], 25, 0.35)
+    spacing = sampling.default_spacing(make(), COSINE)
+    assert sampling.find_problem(make(), schedules.respace(COSINE, 20, spacing)) is None
 
 
 def test_steps_that_fail_are_refused():
@@ -131,9 +109,6 @@ def test_steps_that_fail_are_refused():
     for sampler in (sampling.dpm_solver_pp(3, singlestep=True), sampling.dpm_solver_pp(2)):
         assert sampling.find_problem(sampler, schedules.respace(warmup, 10, "leading"))
         assert sampling.find_problem(sampler, schedules.respace(warmup, 50, "log_snr")) is None
-
-
-COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
 
 
 def deviation_by_ddim(schedule, error):

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -200,26 +199,3 @@ def test_first_order_sde_is_ddim_with_eta_1(x64):
     a = sampling.sample(KEY, schedule, gaussian(), x_T, sampling.dpm_solver_pp(1, sde=True))
     b = sampling.sample(KEY, schedule, gaussian(), x_T, sampling.euler_ancestral())
     np.testing.assert_allclose(a, b, rtol=1e-9)
-
-
-def test_samples_have_the_covariance_of_correlated_data():
-    """A stochastic sampler acts on each axis of the data's covariance as the recursion says, and mixes none."""
-    angle, spreads = 0.6, np.array([1.0, 3.0])  # of S2
-    axes = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-
-    def network(x, time):
-        log_snr = FULL.log_snr(time)[0]
-        a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
-        along = jnp.sqrt(s2) * (x @ axes - jnp.sqrt(a) * M) / (a * S2 * spreads + s2)
-        return along @ axes.T
-
-    schedule, n = schedules.respace(FULL, 15, "karras"), 100_000
-    x_T = jax.random.normal(jax.random.key(1), (n, 2))
-    for name in ("ddim 0.5", "sde 2"):
-        x_0 = jax.jit(lambda x, s=STOCHASTIC[name]: sampling.sample(KEY, schedule, network, x, s))(x_T) @ axes
-        mean, variance = recursion(name, schedule)
-        covariance = np.cov(x_0.T)
-        assert abs(float(x_0[:, 0].mean()) - mean) < 4 * np.sqrt(variance / n) + 1e-5
-        assert abs(covariance[0, 0] - variance) < 4 * variance * np.sqrt(2 / n) + 1e-5
-        assert abs(covariance[0, 1]) < 4 * np.sqrt(variance * covariance[1, 1] / n)
-        assert 2 < covariance[1, 1] / variance < 3.5
