@@ -146,7 +146,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
             last = slices[-1, ..., row % 2]
             limit = max(last.max(), -last.min()) + np.ptp(last) / 2
             np.testing.assert_allclose(picture.get_clim(), (-limit, limit), rtol=1e-6)
-        assert shown[4].get_ylabel() == "0: a\nchannel 1" and pictures[3].colorbar.extend == "both"
+        assert shown[4].get_ylabel() == "0: a\nchannel 1" and pictures[0].colorbar.extend == "both"
     assert [axes.get_title() for axes in (shown or figure.axes)[:4]] == headers
 
 
