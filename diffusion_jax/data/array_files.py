@@ -258,7 +258,7 @@ class _FolderRows:
         """[n, ...] at rows int [n], in any order, also repeated. Raises: DataError."""
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         indices = np.searchsorted(self._ends, rows, "right")
-        for i in np.unique(indices).tolist():
+        for i in map(int, np.unique(indices)):
             with _readable(self._paths[i]):
                 array = np.lib.format.open_memmap(self._paths[i], mode="r").reshape(-1, *self.shape[1:])
                 values[indices == i] = array[rows[indices == i] - self._ends[i]]  # counted from the end of the file

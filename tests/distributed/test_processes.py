@@ -9,13 +9,13 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import metrics
-from diffusion_jax.runs import sample, train
-from helpers.array_configs import array_config, write_arrays
+from diffusion_jax.runs import sample, train, workdir
+from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
 from helpers.program import TWO_DEVICES, evaluate, finish, free_port, start, tiny_flags
-from helpers.work_directories import lines
+from helpers.work_directories import lines, untrained
 
 pytestmark = pytest.mark.whole
 
@@ -125,6 +125,41 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
         (path,) = (tmp_path / name / "samples").glob("*.npz")
         drawn.append(np.load(path)["arr_0"])
     np.testing.assert_allclose(*drawn, rtol=1e-3)
+
+
+def test_two_processes_measure_arrays_as_one(tmp_path):
+    """The same weights: the likelihoods and the metrics differ by rounding only, and each is written once."""
+    data_file = str(write_arrays("series", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
+    overrides = {"model.condition_features": 1, "diffusion.num_timesteps": 20, "evaluation.split": "train"}
+    overrides |= {"evaluation.num_examples": 22, "evaluation.batch_size": 8, "evaluation.ode": True}
+    overrides |= {"evaluation.num_samples": 42, "sampling.batch_size": 16, "sampling.sampler": "ddim"}
+    config, source = (
+        array_config("series", data_file, **overrides),
+        data.ArrayFiles(data_file, "train", SHAPES["series"]),
+    )
+    for name in ("one", "two"):
+        workdir.check_data(source, untrained(tmp_path / name, config), data.find_normalizations(config.data, source))
+    evaluate(config, tmp_path / "one")
+    file = write_config(tmp_path / "config.py", "series", data_file, overrides)
+    together("main.py", f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
+    reports, records = [], []
+    for path in (tmp_path / "one", tmp_path / "two"):
+        reports.append(json.loads((path / "likelihood.json").read_text()))
+        (record,) = json.loads((path / "metrics.json").read_text())
+        assert set(record.pop("files").values()) <= set(os.listdir(path))
+        assert record.pop("samples").startswith(str(path)) and record.pop("samples_sha256")
+        assert record["memorization"].pop("picture")
+        records.append(record)
+    assert reports[0]["num_examples"] == 22 and records[0]["num_samples"] == 42
+    for one, two in (reports, records):
+        assert same_but_for_rounding(one, two), (one, two)
+
+
+def same_but_for_rounding(one, two):
+    """Whether two JSON values are equal, floats to a relative error of 1e-3."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same_but_for_rounding(one[key], two[key]) for key in one)
+    return one == (pytest.approx(two, rel=1e-3, abs=1e-6) if isinstance(one, float) else two)
 
 
 def test_incomplete_process_flags_are_refused(tmp_path):
