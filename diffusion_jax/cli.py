@@ -193,7 +193,7 @@ def check_mode(mode: str, config: ConfigDict) -> None:
     is_classifier = configs.is_classifier(config)
     if is_classifier and mode not in ("train_classifier", "plan", "status", "report"):
         raise UserError(
-            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify), with "
+            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify): use "
             "--mode=train_classifier"
         )
     if mode == "train_classifier" and not is_classifier:

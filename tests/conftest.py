@@ -1,6 +1,6 @@
-"""Settings of all tests: checks of the core's annotations, and a persistent compilation cache.
+"""Settings of all tests: checks of the core's annotations, a persistent compilation cache, and no other cache of the user.
 
-Programs that tests start share the cache and run without the checks.
+Programs that tests start share the caches and run without the checks.
 """
 
 import os
@@ -21,6 +21,13 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(tempfile
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start share it
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_session(tmp_path_factory):
+    """Decoded images and features, which otherwise outlive the code that computed them; fonts may."""
+    os.environ.setdefault("MPLCONFIGDIR", str(pathlib.Path.home() / ".cache" / "matplotlib"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ class Folder(EncodedImages):
         index = {name: i for i, name in enumerate(self.class_names)}
         self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
         self._transparent: set[str] = set()
+        self._animated: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -114,7 +115,7 @@ class Folder(EncodedImages):
         return [(file, self._root / file) for file in self._files]
 
     def notes(self) -> list[str]:
-        """Lines about skipped files, and about transparency that `read` dropped (images from the cache are not read)."""
+        """Lines about skipped files, and about transparency and frames that `read` dropped (cached images are not read)."""
         notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
         if self._outside:
             are = "is" if len(self._outside) == 1 else "are"
@@ -122,6 +123,8 @@ class Folder(EncodedImages):
             notes.append(f"No classes: {list_names(self._outside, 3)} {are} outside the subfolders; {advice}.")
         if self._transparent:
             notes.append(f"Dropped the transparency of {list_names(sorted(self._transparent), 3)}.")
+        if self._animated:
+            notes.append(f"Read only the first frame of {list_names(sorted(self._animated), 3)}.")
         return notes
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
@@ -144,6 +147,8 @@ class Folder(EncodedImages):
         with Image.open(self._root / file) as image:
             if image.has_transparency_data:
                 self._transparent.add(file)
+            if getattr(image, "is_animated", False):
+                self._animated.add(file)
             return self._resize(self._root / file, ImageOps.exif_transpose(image))
 
     def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:

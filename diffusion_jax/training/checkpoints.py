@@ -62,8 +62,9 @@ def _leaf_types(tree: Any) -> dict[str, str]:
 class Checkpoints:
     """The checkpoints of one run: the newest `kept`, and all steps divisible by `keep_every` (0 for none).
 
-    With several processes, every process must make every call, and all get the same result. Each writes its arrays in the
-    background; the main threads agree when all are written, and then process 0 commits the step.
+    A single process writes and commits a step in the background. With several processes, every process must make every call,
+    and all get the same result. Each writes its arrays in the background; the main threads agree when all are written, and
+    then process 0 commits the step.
     """
 
     def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0, read_only: bool = False):
@@ -106,9 +107,12 @@ class Checkpoints:
         """Writes the part of this process of a step, in the background. Returns: its "files", or an "error"."""
         try:
             part = self._part(step, jax.process_index())
-            return {"files": checkpoint_files.write_part(part, copies, self._directory / str(step))}
+            report: dict[str, Any] = {"files": checkpoint_files.write_part(part, copies, self._directory / str(step))}
         except Exception as error:  # Orbax and tensorstore raise many types for a full disk
-            return {"error": _first_line(error)}
+            report = {"error": _first_line(error)}
+        if jax.process_count() == 1:
+            self._commit(step, [report])
+        return report
 
     def _part(self, step: int, process: int) -> pathlib.Path:
         """Where a process writes its part of a step."""
@@ -131,7 +135,7 @@ class Checkpoints:
                 checkpoint_files.delete_step(self._directory / str(old))
 
     def check(self) -> None:
-        """Commits the last save if it is written, without waiting for it. Raises: SaveError if it has failed.
+        """Finishes the last save if it is written, without waiting for it. Raises: SaveError if it has failed.
 
         Several processes agree only at the first, second, fourth, eighth ... call after a save, because that takes time.
         """
@@ -149,13 +153,15 @@ class Checkpoints:
             raise self._save_error(f"step {step} is missing")
 
     def _wait(self) -> None:
-        """Waits for the last save and commits it. Raises: SaveError, LeaseLostError; JaxRuntimeError if a process is lost."""
+        """Waits until the last save is committed. Raises: SaveError, LeaseLostError; JaxRuntimeError if a process is lost."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
-        step, reports = saving[0], gather(saving[1].result())
         try:
-            broadcast_from_process_0(lambda: self._commit(step, reports))
+            step, report = saving[0], saving[1].result()
+            if jax.process_count() > 1:
+                reports = gather(report)
+                broadcast_from_process_0(lambda: self._commit(step, reports))
         except OSError as error:
             raise self._save_error(error) from error
 

@@ -106,7 +106,10 @@ def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path,
 def until(condition, process):
     deadline = time.time() + 300
     while not condition():
-        assert time.time() < deadline and process.poll() is None, process.communicate()
+        if time.time() > deadline:
+            process.kill()
+            process.wait()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 
