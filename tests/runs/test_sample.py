@@ -21,8 +21,8 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         images = arrays["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     with Image.open(f"{path}.png") as picture:
-        shown = np.asarray(picture)[-(2 * 68 + 4) :]  # below the title
-        np.testing.assert_array_equal(shown[4:68:8, 4:68:8], images[0, :, :, 0])
+        shown = np.asarray(picture)[-(2 * 100 + 4) :]  # below the title
+        np.testing.assert_array_equal(shown[4:100:12, 4:100:12], images[0, :, :, 0])
     raw = tiny_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
@@ -32,7 +32,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert (arrays["arr_0"] != images).any()
     with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
         width, height = picture.size
-        assert width >= 2 * 68 + 4 and height > 14 + 2 * 68 + 4 and (height - 2 * 68 - 4) % 14 == 0
+        assert width >= 2 * 100 + 4 and height > 14 + 2 * 100 + 4 and (height - 2 * 100 - 4) % 14 == 0
     with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)

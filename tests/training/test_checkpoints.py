@@ -166,7 +166,7 @@ def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, mon
                 saved.finish(3)
             assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
             saved.save(3, state)
-            saved._saving[1].result()
+            saved._saving[1].exception()
             with pytest.raises(SaveError, match="No space left"):
                 saved.check()
         saved.check()
