@@ -3,6 +3,8 @@
 import contextlib
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,14 +49,19 @@ def test_a_failed_check_sets_the_exit_code_and_the_others_go_on(monkeypatch, cap
     assert words(capsys.readouterr().out) == dict.fromkeys(first_contact.CHECKS, "ok") | {"resume": "FAILED"}
 
 
-def test_split_parameters_must_agree_with_whole_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_contact.jax, "device_count", lambda: 2)
-    for factor, passes in ((1 + 5e-5, True), (1 + 5e-4, False)):
-        runs = iter((np.ones((4, 2)), np.full((4, 2), factor)))
-        monkeypatch.setattr(first_contact, "train", lambda *_, runs=runs: (next(runs), None))
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [("resume", 0.0, 1e-15), ("fsdp", 5e-5, 5e-4), ("outputs", 5e-5, 5e-4), ("bfloat16", 0.05, 0.2)],
+)
+def test_a_check_fails_above_its_tolerance(tmp_path, monkeypatch, name, allowed, refused):
+    """`resume` refuses any difference, of the losses or of the state."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    for change, of_state, passes in ((allowed, 0.0, True), (refused, 0.0, False), (0.0, 1e-6, name != "resume")):
+        runs = iter([(np.ones((4, 2)), jnp.ones(3)), (np.full((4, 2), 1 + change), jnp.full(3, 1 + of_state))])
+        monkeypatch.setattr(first_contact, "train", lambda *_, runs=runs: next(runs))
         checks = first_contact.Checks(tmp_path)
         _ = checks._trained
-        with (
-            contextlib.nullcontext() if passes else pytest.raises(first_contact.CheckFailed, match="differ by 5.0e-04")
-        ):
-            checks.fsdp()
+        checks._outputs_of_the_cpu = np.ones(3)
+        monkeypatch.setattr(checks, "_outputs", lambda device, change=change, **fields: np.full(3, 1 + change))
+        with contextlib.nullcontext() if passes else pytest.raises(first_contact.CheckFailed):
+            getattr(checks, name)()
