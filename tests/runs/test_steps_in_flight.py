@@ -159,8 +159,9 @@ def test_a_launch_shows_finished_steps_and_the_time_of_a_step_and_of_the_run(tmp
     outputs, ahead = [], []
     slow_outputs(monkeypatch, outputs)
     for kind, name in ((console.ProgressBar, "update"), (LaunchTimes, "record")):
+        method = getattr(kind, name)
 
-        def count(self, step, *arguments, method=getattr(kind, name), **options):
+        def count(self, step, *arguments, method=method, **options):
             if outputs and not options:  # while it trains
                 ahead.append(step - sum(output.is_ready() for output in outputs))
             return method(self, step, *arguments, **options)
