@@ -45,7 +45,7 @@ test-slow: setup
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults
 
-# requirements.txt in a new environment, which trains the digits, as the README's installation.
+# requirements.txt in a new environment, which prepares a small data set and trains on it: the README's first command.
 fresh:
 	$(PYTHON) tests/fresh_installation.py
 

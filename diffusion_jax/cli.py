@@ -125,6 +125,11 @@ def parse(arguments: Sequence[str]) -> Command:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
     config = configs.override(config, overrides)
+    if flags.mode == "edit" and "sampling.num_samples" in overrides:
+        count = overrides["sampling.num_samples"]
+        raise UserError(
+            f"sampling.num_samples={count} has no effect on --mode=edit; use --config.editing.num_samples={count}"
+        )
     if workdir is None and flags.mode != "plan":
         raise UserError("--workdir=DIR is needed: the directory of checkpoints, metrics and samples")
     return Command(config, flags.mode, workdir, flags)

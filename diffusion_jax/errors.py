@@ -92,7 +92,11 @@ class SaveError(CheckpointError):
 
 def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """Returns up to `count` names, the most similar to `name` first."""
-    return difflib.get_close_matches(name, list(names), count)
+    names = list(names)
+    # Two swapped letters: for difflib, "ddmi" is as similar to ddpm as to ddim.
+    swapped = [known for known in names if sorted(known) == sorted(name)]
+    near = difflib.get_close_matches(name, names, count)
+    return [*swapped, *(known for known in near if known not in swapped)][:count]
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:

@@ -84,6 +84,11 @@ def experiment(name: str) -> ConfigDict:
     elif not pathlib.Path(file).is_file():
         near = closest_names(pathlib.PurePath(file).stem, experiment_names()) or ["digits"]
         raise ConfigError(f"{name}: no such file or experiment; give a Python file, or a name such as {near[0]}")
+    elif pathlib.Path(file).suffix not in ("", ".py"):
+        raise ConfigError(
+            f"{name}: {file} is not a Python file; give FILE.py with get_config(), or a name such as digits (arrays are "
+            "--config.data.data_dir=FILE, and --workdir=DIR alone uses the config.json of a run)"
+        )
     try:
         get_config = runpy.run_path(file).get("get_config")
         if get_config is None:

@@ -1,9 +1,15 @@
-"""`make accelerator`: its checks on a CPU."""
+"""`make accelerator`: its checks on a CPU and in two processes, and the exit code."""
 
+import contextlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import first_contact
-from helpers.program import finish, start
+from helpers.program import finish, free_port, start
 
 PROGRAM = "benchmarks/first_contact.py"
 
@@ -20,3 +26,42 @@ def test_the_checks_pass_on_a_cpu():
     skipped = dict.fromkeys(("fsdp", "steps_per_call"), "skipped")
     assert words(out) == dict.fromkeys(first_contact.CHECKS, "ok") | skipped, out + err
     assert code == 0 and "on 1 x cpu, 1 process(es)" in out
+
+
+@pytest.mark.whole
+def test_the_checks_pass_in_two_processes(tmp_path):
+    flags = [f"--directory={tmp_path}", f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    flags.append("--checks=resume,fsdp")
+    pair = [start(*flags, f"--process_id={i}", program=PROGRAM) for i in range(2)]
+    (code, out, err), (other_code, other_out, _) = [finish(process) for process in pair]
+    assert words(out) == {"resume": "ok", "fsdp": "ok"}, out + err
+    assert (code, other_code) == (0, 0) and "on 2 x cpu, 2 process(es)" in out and "ok" not in other_out
+
+
+@pytest.mark.parametrize("failure", [first_contact.CheckFailed("not equal"), KeyError("broken")])
+def test_a_failed_check_sets_the_exit_code_and_the_others_go_on(monkeypatch, capsys, failure):
+    def fail():
+        raise failure
+
+    named = dict.fromkeys(first_contact.CHECKS, lambda: "fine") | {"resume": fail}
+    monkeypatch.setattr(first_contact, "Checks", lambda directory: types.SimpleNamespace(**named))
+    assert first_contact.main([]) == 1
+    assert words(capsys.readouterr().out) == dict.fromkeys(first_contact.CHECKS, "ok") | {"resume": "FAILED"}
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [("resume", 0.0, 1e-15), ("fsdp", 5e-5, 5e-4), ("outputs", 5e-5, 5e-4), ("bfloat16", 0.05, 0.2)],
+)
+def test_a_check_fails_above_its_tolerance(tmp_path, monkeypatch, name, allowed, refused):
+    """`resume` refuses any difference, of the losses or of the state."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    for change, of_state, passes in ((allowed, 0.0, True), (refused, 0.0, False), (0.0, 1e-6, name != "resume")):
+        runs = iter([(np.ones((4, 2)), jnp.ones(3)), (np.full((4, 2), 1 + change), jnp.full(3, 1 + of_state))])
+        monkeypatch.setattr(first_contact, "train", lambda *_, runs=runs: next(runs))
+        checks = first_contact.Checks(tmp_path)
+        _ = checks._trained
+        checks._outputs_of_the_cpu = np.ones(3)
+        monkeypatch.setattr(checks, "_outputs", lambda device, change=change, **fields: np.full(3, 1 + change))
+        with contextlib.nullcontext() if passes else pytest.raises(first_contact.CheckFailed):
+            getattr(checks, name)()

@@ -56,6 +56,11 @@ def test_what_is_wrong_is_one_line(given, line):
         config.override(given, {"data.image_size": "8"})
 
 
+def test_swapped_letters_are_recognized():
+    with pytest.raises(config.ConfigError, match="sampling.sampler=ddmi must be .*; did you mean ddim?"):
+        config.override(config.default(), {"sampling.sampler": "ddmi"})
+
+
 def test_a_classifier_has_the_leaves_of_its_own_network():
     resolved = config.resolve({"diffusion": {"loss": "classify"}, "model": {"num_classes": 3}})
     assert resolved.model.num_classes == 3 and resolved.model.channel_multipliers == (1, 1, 2, 3, 4)

@@ -105,21 +105,19 @@ def test_sets_of_different_sizes_in_one_dimension():
     assert found.value == pytest.approx(np.sqrt(np.mean(repeated**2)), rel=1e-12)
 
 
-def test_the_jackknife_of_two_groups():
-    """From a single point the squared distance is a mean of squares, in which leaving out one of two groups leaves the other
-    mean. Three groupings of four numbers are possible."""
-    x, y = np.array([[0.0], [1.0], [3.0], [7.0]]), np.full((4, 1), 50.0)
-    errors = [
-        array_metrics.sliced_wasserstein(jax.random.key(i), x, y, groups=2, projections=2).standard_error
+def test_the_jackknife_of_few_groups():
+    """From a single point the squared distance is a mean of squares. Three groups of six numbers are pairs of them."""
+    x, y = np.array([[0.0], [1.0], [3.0], [7.0], [12.0], [20.0]]), np.full((6, 1), 50.0)
+    errors = {
+        round(array_metrics.sliced_wasserstein(jax.random.key(i), x, y, groups=3, projections=2).standard_error, 6)
         for i in range(8)
-    ]
-    squares = (x[:, 0] - 50) ** 2
+    }
     expected = set()
-    for other in (1, 2, 3):
-        group = [i for i in (1, 2, 3) if i != other]
-        roots = np.sqrt([(squares[0] + squares[other]) / 2, squares[group].mean()])
-        expected.add(round(roots.std(), 6))
-    assert {round(error, 6) for error in errors} == expected
+    for order in itertools.permutations((x[:, 0] - 50) ** 2):
+        pairs = np.reshape(order, (3, 2))
+        roots = np.sqrt([np.delete(pairs, i, axis=0).mean() for i in range(3)])
+        expected.add(round(np.sqrt(2 * roots.var()), 6))
+    assert len(errors) > 1 and errors <= expected
     # Examples 0 and 2 are one group of the histograms, 1 and 3 the other; the distance is the share above 25.
     x, y = np.zeros((4, 4, 1)), np.array([[0, 0, 0, 0], [50, 50, 50, 0], [50, 0, 0, 0], [50, 50, 50, 50]])[..., None]
     found = array_metrics.marginal_histograms(x, y, bins=2, limits=(0, 50), groups=2).distance

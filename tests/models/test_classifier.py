@@ -126,6 +126,14 @@ def test_classify_is_the_cross_entropy_at_x_t(x64):
     assert (parts.importance == 1).all()
 
 
+def test_the_accuracy_is_of_the_largest_logit():
+    """The class has the largest of three logits, the smallest one, and the one between them."""
+    for logits, accuracy in (([9.0, -1.0, 1.0], 1), ([-9.0, -1.0, 1.0], 0), ([0.5, -1.0, 1.0], 0)):
+        logits_fn = lambda x_t, time, out=logits: jnp.tile(jnp.array(out), (6, 1))  # noqa: E731
+        _, aux = losses.classify(jax.random.key(0), SCHEDULE, logits_fn, jnp.zeros((6, 2)), jnp.zeros(6, int))
+        np.testing.assert_array_equal(aux.accuracy, accuracy)
+
+
 @pytest.mark.whole
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_range():

@@ -29,6 +29,11 @@ def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields)
     return dataclasses.replace(found, params=params)
 
 
+def test_the_text_of_a_network_is_short():
+    text = repr(net_of())
+    assert text.startswith("Pretrained(family=") and "prediction='eps'" in text and len(text) < 500
+
+
 def by_hand(net, schedule, denoise_fn, sampler, n):
     key_noise, key_steps = jax.random.split(KEY)
     x_T = jax.random.normal(key_noise, (n, 4, 4, 1))

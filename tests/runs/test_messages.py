@@ -67,6 +67,11 @@ def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, wor
     ("arguments", "words"),
     [
         (
+            ["--config=digits", "--workdir={}", "--mode=edit", "--config.sampling.num_samples=4"],
+            "sampling.num_samples=4 has no effect on --mode=edit; use --config.editing.num_samples=4",
+        ),
+        (["--config={}/data.npz", "--workdir={}"], r"data.npz is not a Python file; give FILE.py with get_config\(\)"),
+        (
             ["--config=digits", "--workdir={}/runs/digit", "--mode=status"],
             r"--workdir=\S+/runs/digit: no such directory; --mode=status reads the directory of a run",
         ),
@@ -74,6 +79,7 @@ def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, wor
     ],
 )
 def test_commands_without_effect_are_refused(arguments, words, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros(3))
     with pytest.raises(UserError, match=words):
         cli.parse([argument.format(tmp_path) for argument in arguments])
 

@@ -13,6 +13,7 @@ import pytest
 
 from diffusion_jax.distributed.preemption import StoppedBySignal
 from diffusion_jax.runs import console, train, training_outputs
+from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.storage.locations import committed_steps
 from helpers.array_configs import array_config, write_arrays
@@ -154,14 +155,24 @@ def test_a_signal_abandons_a_picture_and_saves(tmp_path, monkeypatch, last):
     assert committed_steps(tmp_path / "run" / "checkpoints") == [2] and not (tmp_path / "run" / "samples").exists()
 
 
-def test_a_launch_shows_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch, capsys):
-    slow_outputs(monkeypatch, [])
+def test_a_launch_shows_finished_steps_and_the_time_of_a_step_and_of_the_run(tmp_path, monkeypatch, capsys):
+    outputs, ahead = [], []
+    slow_outputs(monkeypatch, outputs)
+    for kind, name in ((console.ProgressBar, "update"), (LaunchTimes, "record")):
+        method = getattr(kind, name)
+
+        def count(self, step, *arguments, method=method, **options):
+            if outputs and not options:  # while it trains
+                ahead.append(step - sum(output.is_ready() for output in outputs))
+            return method(self, step, *arguments, **options)
+
+        monkeypatch.setattr(kind, name, count)
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 100})
     monkeypatch.setattr(console.ProgressBar, "_SECONDS_BETWEEN_LINES", 0)
     train.run(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert re.search(r"A step takes [\d.]+ m?s; the \d+ steps left take about 0:\d\d on this device\.", out)
-    assert "more than a week" not in out
+    assert "more than a week" not in out and max(ahead) <= 0
     assert re.search(r"Training \d+/100 \(\d+%\)  0:\d\d left", out)
 
 
