@@ -258,7 +258,7 @@ LOGGING: dict[str, Leaf] = {
         "Destinations of metrics and pictures besides metrics.jsonl. The trackers are packages of their own, which their "
         "environment variables configure.",
     ),
-    "project": Leaf("diffusion_jax", Text(), "Project in a tracker; the name of the run is that of its directory."),
+    "project": Leaf("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
 
 EMA: dict[str, Leaf] = {

@@ -20,7 +20,7 @@ _Record = dict[str, Any]
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends to a JSON list. The record replaces an earlier one of the same comparison, whose other metrics it keeps."""
+    """Appends a record to a JSON list, or merges it into the record of the same comparison: new metrics replace old ones."""
     records, earlier = [], {}
     for old in read_records(path):
         if all(old.get(key) == record.get(key) for key in _COMPARISON):

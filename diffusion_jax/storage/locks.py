@@ -99,7 +99,7 @@ def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
 
 
 def _file_lock(path: pathlib.Path) -> filelock.BaseFileLock:
-    """The lock on a file. A process that holds it may take it again, as a lease of the system would allow."""
+    """The lock on a file. The process that holds the lock may take it again."""
     return filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
 
 

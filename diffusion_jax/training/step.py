@@ -40,8 +40,8 @@ Objective = Callable[..., tuple[jax.Array, Any]]
 class Microbatch:
     """Every `count`-th row of a batch, from `index` on, which are equally many rows on every device.
 
-    All draws are those of the whole batch, so that the number of microbatches does not change a step: timesteps and noise
-    are drawn for B rows, of which the network sees some, and dropout draws its mask for B rows.
+    Timesteps, noise and dropout masks are drawn for all B rows, so that the number of microbatches does not change a step.
+    The network then sees only the rows of the microbatch.
     """
 
     index: Any = 0
