@@ -26,7 +26,7 @@ from diffusion_jax import data, likelihood
 from diffusion_jax.config import resolve
 from diffusion_jax.data import synthetic
 from diffusion_jax.data.synthetic import FieldLaw, SeriesLaw
-from diffusion_jax.evaluation.array_statistics import mean_and_covariance, power_spectrum
+from diffusion_jax.metrics.of_arrays import mean_and_covariance, power_spectrum
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.trained_model import TrainedModel
 

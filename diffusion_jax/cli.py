@@ -44,13 +44,6 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
-_MODULES_OF_MODES = {
-    "train": ("train",),
-    "train_classifier": ("train",),
-    "sample": ("sample",),
-    "edit": ("edit",),
-    "evaluate": ("measure_likelihood", "sample_metrics"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +234,12 @@ def run(command: Command) -> None:
 
             data.check_location(config.data)
         # This import takes most of a second, so it follows the checks of flags.
-        functions = [importlib.import_module(f"diffusion_jax.runs.{name}").run for name in _MODULES_OF_MODES[mode]]
+        function = importlib.import_module(f"diffusion_jax.runs.{'train' if trains else mode}").run
         from diffusion_jax.training.checkpoints import resume_hint
 
         hint = functools.partial(resume_hint, workdir) if trains else preemption.rerun_hint
         with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-            for function in functions:
-                function(config, workdir)
+            function(config, workdir)
             _write_report(config, workdir)
             processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
 

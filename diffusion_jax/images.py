@@ -1,4 +1,4 @@
-"""Conversion between uint8 images and the range of the models, [-1, 1]."""
+"""Which arrays are images, and their conversion between uint8 and the range of the models, [-1, 1]."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-__all__ = ["to_model_range", "to_uint8"]
+__all__ = ["is_of_images", "to_model_range", "to_uint8"]
 
 Images = TypeVar("Images", jax.Array, np.ndarray)
+
+
+def is_of_images(x: np.ndarray | jax.Array) -> bool:
+    """Whether arrays [N, ...] are images: uint8 [N, H, W, C] with one or three channels."""
+    return x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
 
 
 def to_model_range(images: Images) -> Images:

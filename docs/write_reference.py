@@ -1,7 +1,8 @@
 """Writes the generated pages of the reference: `make reference`.
 
-docs/reference/configuration.md has every leaf of a config, docs/reference/command_line.md every flag of every command. Each
-page is written completely or not at all, and a test compares them with the code.
+docs/reference/configuration.md has every leaf of a config, and every data set and metric with a name;
+docs/reference/command_line.md has every flag of every command. Each page is written completely or not at all, and a test
+compares them with the code.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diffusion_jax import cli, config, files  # noqa: E402
+from diffusion_jax import cli, config, data, files, metrics  # noqa: E402
+from diffusion_jax.data.sources import CheckedSource  # noqa: E402
+from diffusion_jax.data.tfds import Tfds  # noqa: E402
 from diffusion_jax.evaluation import __main__ as evaluation  # noqa: E402
 from diffusion_jax.pretrained import __main__ as pretrained  # noqa: E402
 from diffusion_jax.report import __main__ as report  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
+_COMPARED = {
+    "moments": "mean and covariance of features",
+    "spatial": "mean and covariance of Inception's spatial features",
+    "pool": "features",
+    "logits": "classes of Inception",
+    "vectors": "features of images, otherwise the examples",
+    "examples": "the examples",
+}
 _INTRODUCTION = """# Command line
 
 Three commands: one for the runs of a model, one for weights, and one for sets of images. This page is the output of
@@ -53,6 +64,25 @@ _EXIT_CODES = """### Exit codes
 
 [Tested faults and exit codes](../results/reliability.md) lists the faults behind each code, and which of them were tested.
 """
+
+
+def configuration() -> str:
+    """The page of the leaves of a config in Markdown."""
+    lines = ["## Values of `data.dataset`", "", "| name | examples |", "|---|---|"]
+    lines += [f"| `{name}` | {_first_line(source)} |" for name, source in data.SOURCES.items()]
+    lines += [f"| any other name | {_first_line(Tfds)} |", f"| `module:function` | {_first_line(CheckedSource)} |", ""]
+    lines += ["## Values of `evaluation.metrics`", "", "| name | compares | spatial axes | examples, at least |"]
+    lines += ["|---|---|---|---|"]
+    for name, metric in metrics.METRICS.items():
+        axes = ", ".join(map(str, metric.spatial_axes))
+        lines.append(f"| `{name}` | {_COMPARED[metric.needs]} | {axes} | {metric.minimum} |")
+    meanings = ["", "The numbers that they report:", "", "| number | meaning |", "|---|---|"]
+    meanings += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in metrics.MEANINGS.items()]
+    return config.reference() + "\n" + "\n".join(lines + meanings) + "\n"
+
+
+def _first_line(source: type) -> str:
+    return _cell((source.__doc__ or "").partition("\n")[0])
 
 
 def command_line() -> str:
@@ -115,7 +145,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
 
 
-PAGES = {"configuration.md": config.reference, "command_line.md": command_line}
+PAGES = {"configuration.md": configuration, "command_line.md": command_line}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():

@@ -22,6 +22,7 @@ from diffusion_jax.config.values import (
     ValueKind,
     optional,
 )
+from diffusion_jax.metrics import METRICS
 
 __all__ = [
     "CLASSIFIER_LEAVES",
@@ -392,12 +393,6 @@ EDITING: dict[str, Leaf] = {
     ),
 }
 
-_METRICS = (
-    *("fid", "sfid", "kid", "is", "precision_recall", "density_coverage", "memorization"),
-    *("energy_distance", "sliced_wasserstein", "marginal_histograms", "mean_and_covariance"),
-    *("power_spectrum", "autocorrelation"),
-)
-
 EVALUATION: dict[str, Leaf] = {
     "split": Leaf("test", Text(), "Split whose likelihood is measured."),
     "data_dir": Leaf("", PATH, 'Directory of that split; "" for `data.data_dir`.'),
@@ -438,9 +433,9 @@ EVALUATION: dict[str, Leaf] = {
     ),
     "metrics": Leaf(
         None,
-        optional(Tuple(Choice(*_METRICS), f"names from {', '.join(_METRICS)}", minimum_length=1, shown="('fid',)")),
-        "Metrics of samples; None for all that suit the data. Images have fid to memorization, continuous data memorization "
-        "to autocorrelation, and with their own `evaluation.features` also fid, kid, precision_recall and density_coverage.",
+        optional(Tuple(Choice(*METRICS), f"names from {', '.join(METRICS)}", minimum_length=1, shown="('fid',)")),
+        "Metrics of samples. None for all that suit the data: fid to memorization for images, memorization to "
+        "autocorrelation for other data, and all of them for other data with `evaluation.features`.",
     ),
     "reference_split": Leaf("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Leaf(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),

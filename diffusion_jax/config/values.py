@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 import numbers
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -16,7 +18,19 @@ import numpy as np
 
 from diffusion_jax.errors import closest_names
 
-__all__ = ["Boolean", "Choice", "Integer", "Interval", "Number", "OneOf", "Text", "Tuple", "ValueKind", "optional"]
+__all__ = [
+    "Boolean",
+    "Choice",
+    "Integer",
+    "Interval",
+    "Number",
+    "OneOf",
+    "Text",
+    "Tuple",
+    "ValueKind",
+    "import_function",
+    "optional",
+]
 
 
 class ValueKind(Protocol):
@@ -225,3 +239,17 @@ class OneOf:
 def optional(kind: ValueKind) -> OneOf:
     """A kind, or None."""
     return OneOf(kind, Choice(None))
+
+
+def import_function(name: str) -> Callable:
+    """The function that "module:function" names, also in a module of the current directory. Raises: ValueError."""
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # the installed command does not add it
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot be imported ({error})") from None
+    if not callable(function):
+        raise ValueError(f"must be a function, not a {type(function).__name__}")
+    return function

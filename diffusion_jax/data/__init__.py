@@ -8,19 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffusion_jax.config import resolve
-from diffusion_jax.data.array_files import ArrayFiles, has_splits
-from diffusion_jax.data.checks import (
-    CheckedSource,
-    check_examples,
-    check_image_leaves,
-    check_levels,
-    check_random_flip,
-    example_shape,
-    import_source,
-    is_of_images,
-)
-from diffusion_jax.data.holdout import check_holdout, select_split
-from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, find_folder, fit
+from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, fit
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -30,21 +19,38 @@ from diffusion_jax.data.normalization import (
     to_model_units,
 )
 from diffusion_jax.data.pipeline import Batches, stream
-from diffusion_jax.data.sources import InMemory, Source, is_in_memory, read_classes
-from diffusion_jax.data.tfds import Tfds, local_data_dir, make_builder, natural_shape, prepare
+from diffusion_jax.data.sources import (
+    CheckedSource,
+    InMemory,
+    NamedSource,
+    SelectedExamples,
+    Source,
+    check_examples,
+    check_levels,
+    check_random_flip,
+    example_shape,
+    is_in_memory,
+    is_of_images,
+    read_classes,
+    select_split,
+)
+from diffusion_jax.data.tfds import Tfds, natural_shape
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.storage.objects import is_url
 
 __all__ = [
+    "SOURCES",
     "ArrayFiles",
     "Batches",
     "DataError",
     "Digits",
     "Folder",
     "InMemory",
+    "NamedSource",
     "Normalization",
     "Normalizations",
     "Normalized",
+    "SelectedExamples",
     "Source",
     "UnreadableFilesError",
     "check_examples",
@@ -60,11 +66,16 @@ __all__ = [
     "is_of_images",
     "load",
     "natural_shape",
+    "origin",
     "read_classes",
     "stream",
     "to_data_units",
     "to_model_units",
 ]
+
+
+# By the name in `data.dataset`. Other names are data sets of TFDS, or module:function.
+SOURCES: dict[str, type[NamedSource]] = {"digits": Digits, "folder": Folder, "arrays": ArrayFiles}
 
 
 def describe(source: Source) -> str:
@@ -97,27 +108,77 @@ def load(
     Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
+    share, split = config["holdout"], config["split"]
     if source is None:
-        source = _open_source(config)
-    elif config["holdout"]:
+        _check_holdout(config)
+        source = _source_class(config).from_config(config)
+    elif share:
         raise DataError(
-            f"data.holdout={config['holdout']} is for a folder or file that the config names, not for a source that a "
-            "program gives: leave examples out of the source, and use data.holdout=0"
+            f"data.holdout={share} is for a folder or file that the config names, not for a source that a program gives: "
+            "leave examples out of the source, and use data.holdout=0"
         )
     else:
-        source = _check_source(config, source)
+        source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
     try:
         loaded = _load_into_memory(config, source, progress, log)
     finally:  # also if corrupted images raise an error
-        for note in source.notes() if isinstance(source, Folder | ArrayFiles) else ():
+        for note in source.notes() if isinstance(source, NamedSource) else ():
             log(note)
-    if not config["holdout"]:
+    if not share:
         return loaded
-    assert isinstance(source, Folder | ArrayFiles)
-    selected = select_split(config, source, loaded)
-    log(f"{len(selected):,} of them are the split {config['split']!r} (data.holdout={config['holdout']}).")
+    assert isinstance(source, NamedSource)
+    selected = select_split(source, loaded, share, split)
+    log(f"{len(selected):,} of them are the split {split!r} (data.holdout={share}).")
     return selected
+
+
+def check_location(config: Mapping) -> None:
+    """Checks that the data of a config exist, without reading them; what is in a bucket is not checked.
+
+    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a set
+    of TFDS that is neither in its directory nor to be downloaded.
+    """
+    config = resolve({"data": config})["data"]
+    if not _source_class(config).of_files:
+        _check_holdout(config)
+    if not is_url(config["data_dir"]):
+        _source_class(config).check_location(config)
+
+
+def has_splits(config: Mapping) -> bool:
+    """Whether `data.split` selects some of the examples of a complete `config.data`."""
+    return bool(config["holdout"]) or _source_class(config).has_splits(config)
+
+
+def origin(config: Mapping) -> str:
+    """The data set or the files that a complete `config.data` names, and the split if there are several: "cifar10:train"."""
+    name = config["data_dir"] if _source_class(config).of_files else config["dataset"]
+    return f"{name}:{config['split']}" if has_splits(config) else name
+
+
+def _source_class(config: Mapping) -> type[NamedSource]:
+    name = config["dataset"]
+    return CheckedSource if ":" in name else SOURCES.get(name, Tfds)
+
+
+def _check_holdout(config: Mapping) -> None:
+    """Raises: DataError for a `data.holdout` of data that have splits of their own, or a split that it does not make."""
+    share, name, source_class = config["holdout"], config["dataset"], _source_class(config)
+    if not share:
+        return
+    if not source_class.of_files:
+        raise DataError(
+            f"data.holdout={share} is for data.dataset=folder or arrays; {name!r} defines its splits itself: use "
+            "data.holdout=0 and choose them by data.split and evaluation.split"
+        )
+    if config["split"] not in ("train", "test"):
+        raise DataError(f"data.split={config['split']!r}: data.holdout={share} makes the splits 'train' and 'test'")
+    if source_class.has_splits(config):
+        raise DataError(
+            f"data.holdout={share}, but {config['data_dir']} has splits of its own: use data.holdout=0, or the file of one "
+            "split as data.data_dir"
+        )
 
 
 def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
@@ -126,7 +187,7 @@ def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
         return source
     if isinstance(source, EncodedImages) and config["cache_decoded"]:
         settings = {name: config[name] for name in ("dataset", "image_size", "channels")}
-        settings["split"] = "train" if isinstance(source, Folder) else config["split"]  # a folder is decoded as a whole
+        settings["split"] = "train" if source.of_files else config["split"]  # a folder is decoded as a whole
         return decode_once(source, settings, progress, log)
     return InMemory.load(source, progress)
 
@@ -141,50 +202,3 @@ def _megabytes(source: Source, config: Mapping) -> float:
     arrays = [array for name, array in _read_first(source).items() if name != "label"]
     bytes_per_example = sum(array.nbytes for array in arrays) if arrays else math.prod(example_shape(config))
     return len(source) * bytes_per_example / 2**20
-
-
-def _check_source(config: Mapping, source: Source) -> Source:
-    """A source from outside this package, checked now and whenever it is read. Raises: DataError."""
-    check_examples(config, source)
-    return source if isinstance(source, Folder | ArrayFiles) else CheckedSource(source)
-
-
-def check_location(config: Mapping) -> None:
-    """Checks that the data of a config exist, without reading them; what is in a bucket is not checked.
-
-    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a set
-    of TFDS that is neither in its directory nor to be downloaded.
-    """
-    config = resolve({"data": config})["data"]
-    name, data_dir = config["dataset"], config["data_dir"]
-    if name not in ("folder", "arrays"):
-        check_holdout(config)
-    if is_url(data_dir) or ":" in name or name in ("arrays", "digits"):
-        return
-    if name == "folder":
-        find_folder(data_dir)
-    else:
-        make_builder(name, data_dir or None, must_be_prepared=not config["download"])
-
-
-def _open_source(config: Mapping) -> Source:
-    name, data_dir, shape = config["dataset"], config["data_dir"], example_shape(config)
-    check_holdout(config)
-    if ":" in name:
-        return _check_source(config, import_source(name, config))
-    if name == "arrays":
-        source = ArrayFiles(data_dir, "train" if config["holdout"] else config["split"], shape)
-        try:
-            check_examples(config, source)
-        except DataError as error:
-            raise DataError(f"{data_dir}: {error}") from error
-        return source
-    size, channels = check_image_leaves(config)
-    if name == "digits":
-        return Digits(config["split"], size, channels)
-    if name == "folder":
-        return Folder(data_dir or "", size, channels)
-    local_dir = local_data_dir(name, data_dir or None)
-    if config["download"] and not is_url(data_dir):
-        prepare(name, local_dir)
-    return Tfds(name, config["split"], local_dir, size, channels)

@@ -9,16 +9,17 @@ import importlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from diffusion_jax.data.sources import NamedSource, check_examples, example_shape
 from diffusion_jax.errors import DataError, list_names
 from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["ArrayFiles", "has_splits"]
+__all__ = ["ArrayFiles"]
 
 _KINDS = (".npy", ".npz", ".zarr", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
@@ -26,14 +27,14 @@ _NAMES = ("x", "image", "label", "condition")
 _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 
 
-class ArrayFiles:
+class ArrayFiles(NamedSource):
     """Examples [*spatial, C] in files, read by index; the files may be larger than memory. Picklable: it holds paths.
 
     path: one of
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
-    - `.npz` with "x" or "image", optionally "label" and "condition". What `np.savez` writes is memory-mapped; every process
-      loads a compressed array.
+    - `.npz` with "x" or "image", optionally "label" and "condition"; or samples, "arr_0". What `np.savez` writes is
+      memory-mapped; every process loads a compressed array.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names. They need the extra `arrays`. Each chunk that a batch touches is
       decoded, so small chunks are fastest.
     - a folder with `.npy` files, searched recursively in order of their paths without hidden ones. Each is one example
@@ -41,18 +42,39 @@ class ArrayFiles:
     - a folder with one of these for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. Everything else
       has the split "train" only.
 
-    shape: (*spatial, C), of `data.image_size` and `data.channels`. With C = 1 the files may lack the axis of channels.
+    shape: (*spatial, C), of `data.image_size` and `data.channels`. With C = 1 the files may lack the axis of channels. () for
+    files of any shape.
     "image" is uint8 and "x" any other real type; in .npy files uint8 is "image".
 
     num_classes: the largest label + 1, or the number of subfolders; 0 without labels. class_names: the subfolders, or ().
     Raises: DataError. `data.check_examples` checks shapes and types.
     """
 
-    def __init__(self, path: str, split: str, shape: tuple[int, ...]):
+    of_files = True
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> ArrayFiles:
+        split = "train" if config["holdout"] else config["split"]
+        source = cls(config["data_dir"], split, example_shape(config))
+        try:
+            check_examples(config, source)
+        except DataError as error:
+            raise DataError(f"{config['data_dir']}: {error}") from error
+        return source
+
+    @classmethod
+    def has_splits(cls, config: Mapping) -> bool:
+        """One file, store or folder of files has no splits."""
+        root, split = local_path(config["data_dir"] or ""), config["split"]
+        if not config["data_dir"] or not root.is_dir() or _kind(root.name):
+            return False
+        names = _split_entries(root).keys()
+        return split in names or bool(names & _SPLIT_NAMES)
+
+    def __init__(self, path: str, split: str = "train", shape: tuple[int, ...] = ()):
         self._shape, location = tuple(shape), _find_split(path, split)
         self._unknown: list[str] = []
         self._labels: np.ndarray | None = None
-        self.class_names: tuple[str, ...] = ()
         self._arrays: dict[str, _Rows | _FolderRows]
         if location.is_dir() and not _kind(location.name):
             examples, self._labels, self.class_names = _open_folder(location, self._shape)
@@ -94,15 +116,6 @@ def _key(examples: _Rows | _FolderRows) -> str:
 def _kind(name: str) -> str:
     """The suffix of a file or a store that can be opened; "" for others."""
     return next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
-
-
-def has_splits(path: str, split: str) -> bool:
-    """Whether `split` selects some of the examples at a path: one file, store or folder of files has no splits."""
-    root = local_path(path)
-    if not root.is_dir() or _kind(root.name):
-        return False
-    names = _split_entries(root).keys()
-    return split in names or bool(names & _SPLIT_NAMES)
 
 
 def _find_split(path: str, split: str) -> pathlib.Path:
@@ -147,12 +160,12 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
 def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list[str]]:
     """(the arrays of a file or store, the examples first; the names of arrays that are not read). Raises: DataError."""
     if path.suffix.lower() == ".npy":
-        names, examples = [], _Rows(str(path))
+        names, chosen, examples = [], [], _Rows(str(path))
         found: dict[str, _Rows | _FolderRows] = {_key(examples): examples}
     else:
         with _readable(path):
             names = _list_arrays(path)
-        chosen = [name for name in ("x", "image") if name in names]
+        chosen = [name for name in ("x", "image") if name in names] or [name for name in ("arr_0",) if name in names]
         if len(chosen) == 2:
             raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
         if not chosen:
@@ -160,15 +173,16 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save "
                 "them under these names, outside groups, and optionally 'label' and 'condition'"
             )
-        found = {name: _Rows(str(path), name) for name in (*chosen, "label", "condition") if name in names}
-        examples = found[chosen[0]]
+        examples = _Rows(str(path), chosen[0])
+        found = {_key(examples) if chosen == ["arr_0"] else chosen[0]: examples}
+        found |= {name: _Rows(str(path), name) for name in ("label", "condition") if name in names}
     for name, array in found.items():
         if array.shape[:1] != examples.shape[:1] or not array.shape:
             raise DataError(
                 f"{path}: {name} has the shape {list(array.shape)}, and the examples {list(examples.shape)}; every example "
                 "needs a row of each array"
             )
-    return found, [name for name in names if name not in _NAMES]
+    return found, [name for name in names if name not in (*_NAMES, *chosen)]
 
 
 def _list_arrays(path: pathlib.Path) -> list[str]:

@@ -23,12 +23,12 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_jax.data.sources import InMemory, Source, read_classes
+from diffusion_jax.data.sources import InMemory, NamedSource, Source, check_image_leaves, read_classes
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.files import map_array, user_cache
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "find_folder", "fit"]
+__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "fit"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VERSION = 2  # increase it if sources decode the same files to other arrays
@@ -45,8 +45,12 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
     return np.asarray(image).reshape(height, width, channels)
 
 
-class Digits(InMemory):
+class Digits(InMemory, NamedSource):
     """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth is held out as "test"."""
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> Digits:
+        return cls(config["split"], *check_image_leaves(config))
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
@@ -61,7 +65,7 @@ class Digits(InMemory):
         super().__init__({"image": images, "label": table[:, 64].astype(np.int32)}, 10, "0123456789")
 
 
-class EncodedImages(Source):
+class EncodedImages(NamedSource):
     """A source of images that are decoded when they are read."""
 
     @abc.abstractmethod
@@ -69,23 +73,38 @@ class EncodedImages(Source):
         """The names and paths of all files that examples are decoded from."""
 
 
-def find_folder(directory: str) -> pathlib.Path:
-    """The local path of a folder of images. Raises: DataError if there is none."""
-    root = local_path(directory)
-    if not directory or not root.is_dir():
-        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
-    return root
-
-
 class Folder(EncodedImages):
     """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
 
     Hidden files and folders are skipped; transparency is dropped, and only the first frame of an animation is read.
+    image_size: None for images of one size, which are not resized.
     """
 
-    def __init__(self, directory: str, image_size: tuple[int, int], channels: int):
-        root = find_folder(directory)
-        self._root, self._size, self._channels = root, image_size, channels
+    of_files = True
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> Folder:
+        return cls(config["data_dir"], *check_image_leaves(config))
+
+    @classmethod
+    def check_location(cls, config: Mapping) -> None:
+        cls._find(config["data_dir"])
+
+    @classmethod
+    def has_splits(cls, config: Mapping) -> bool:
+        return False
+
+    @staticmethod
+    def _find(directory: str) -> pathlib.Path:
+        """The local path of the folder. Raises: DataError if there is none."""
+        root = local_path(directory)
+        if not directory or not root.is_dir():
+            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+        return root
+
+    def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
+        root = self._find(directory)
+        self._root, self._resizes, self._channels = root, image_size is not None, channels
         paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
         paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
         files = sorted(p for p in paths if p.suffix.lower() in _SUFFIXES)
@@ -98,6 +117,10 @@ class Folder(EncodedImages):
         self.num_classes = len(self.class_names)
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
+        if image_size is None:
+            with Image.open(root / files[0]) as image:
+                image_size = ImageOps.exif_transpose(image).size[::-1]
+        self._size = image_size
         index = {name: i for i, name in enumerate(self.class_names)}
         self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
         self._transparent: set[str] = set()
@@ -113,6 +136,10 @@ class Folder(EncodedImages):
 
     def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
         return [(file, self._root / file) for file in self._files]
+
+    def holdout_keys(self, loaded: Source) -> Iterable[bytes]:
+        """The paths below the folder, so that no image must be read."""
+        return (name.replace("\\", "/").encode() for name in self._files)
 
     def notes(self) -> list[str]:
         """Lines about skipped files, and about transparency and frames that `read` dropped (cached images are not read)."""
@@ -149,10 +176,13 @@ class Folder(EncodedImages):
                 self._transparent.add(file)
             if getattr(image, "is_animated", False):
                 self._animated.add(file)
-            return self._resize(self._root / file, ImageOps.exif_transpose(image))
-
-    def _resize(self, path: pathlib.Path, image: Image.Image) -> np.ndarray:
-        return fit(image, self._size, self._channels)
+            image = ImageOps.exif_transpose(image)
+            if not self._resizes and image.size != self._size[::-1]:
+                raise DataError(
+                    f"{self._root / file} is {image.size[0]}x{image.size[1]}, but the first image is "
+                    f"{self._size[1]}x{self._size[0]}; resize them to one size, or use image_size"
+                )
+            return fit(image, self._size, self._channels)
 
 
 def decode_once(

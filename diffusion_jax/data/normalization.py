@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from diffusion_jax.data.sources import DerivedSource, Source
 from diffusion_jax.errors import DataError
+from diffusion_jax.metrics.of_arrays import relative_rounding
 
 __all__ = [
     "Normalization",
     "Normalizations",
     "Normalized",
     "find_normalizations",
-    "relative_rounding",
     "to_data_units",
     "to_model_units",
 ]
@@ -170,14 +169,6 @@ def find_normalizations(
     if names:
         found |= {name: _standardization(name, total) for name, total in _moments(source, names, progress).items()}
     return found
-
-
-def relative_rounding(dtype: np.dtype) -> float:
-    """The ratio of standard deviation and magnitude that rounding alone can give a constant channel of a dtype.
-
-    This is the precision of the dtype, but at least 1e-12, because sums of float64 values are rounded, too.
-    """
-    return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
 
 
 def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Totals]:

@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.checks import example_shape
-from diffusion_jax.data.sources import InMemory
+from diffusion_jax.data.sources import InMemory, example_shape
 from diffusion_jax.errors import DataError
 
 __all__ = [

@@ -10,7 +10,7 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax.data.images import EncodedImages, fit
+from diffusion_jax.data.sources import check_image_leaves
 from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.storage.objects import is_url
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
@@ -151,6 +153,18 @@ def _unanswered_host(builder: Any) -> str:
 
 class Tfds(EncodedImages):
     """A TFDS data set in array_record or tfrecord format (random access, no TensorFlow at run time)."""
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> Tfds:
+        size, channels = check_image_leaves(config)
+        name, local_dir = config["dataset"], local_data_dir(config["dataset"], config["data_dir"] or None)
+        if config["download"] and not is_url(config["data_dir"]):
+            prepare(name, local_dir)
+        return cls(name, config["split"], local_dir, size, channels)
+
+    @classmethod
+    def check_location(cls, config: Mapping) -> None:
+        make_builder(config["dataset"], config["data_dir"] or None, must_be_prepared=not config["download"])
 
     def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir

@@ -1,14 +1,15 @@
-"""Measures a set of images against another.
+"""Measures a set of images or other arrays against another.
 
     python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
 
-The sets are each an .npz (images in arr_0, or statistics mu and sigma), a folder, the directory of
-a run (its newest samples), or a data set and its split, such as cifar10:train.
+The sets are each a file of arrays (.npz with samples in arr_0, or statistics mu and sigma), a folder of
+images, the directory of a run (its newest samples), or a data set and its split, such as cifar10:train.
 """
 
 import argparse
 import sys
 
+from diffusion_jax.metrics import METRICS
 from diffusion_jax.runs.console import CommandParser, exit_with_error, reported_errors
 
 
@@ -26,28 +27,25 @@ def _compare(args: argparse.Namespace) -> None:
     from diffusion_jax.runs import devices
 
     devices.silence_libraries()
-    from diffusion_jax.runs.set_metrics import compare_sets  # imports TensorFlow, now silenced
+    from diffusion_jax.runs.evaluate import compare_sets  # imports TensorFlow, now silenced
 
     compare_sets(args)
 
 
 def comparison_parser() -> argparse.ArgumentParser:
-    """The arguments that compare two sets of images."""
+    """The arguments that compare two sets of examples."""
     parser = CommandParser("python -m diffusion_jax.evaluation", __doc__)
     add = parser.add_argument
-    add("reference", help="the images to compare with")
-    add("samples", help="the images to measure")
+    add("reference", help="the examples to compare with")
+    add("samples", help="the examples to measure")
     add(
         "--inception",
         default="",
         help="weights of FID's network: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub)\n"
         "or classify_image_graph_def.pb",
     )
-    add("--features", help="inception, digits, or module:function of images uint8 [N, H, W, C] -> [N, D]")
-    add(
-        "--metrics",
-        help="some of fid, sfid, kid, is, precision_recall, density_coverage, memorization; by default all",
-    )
+    add("--features", help="inception, digits, or module:function of examples [N, *spatial, C] -> [N, D]")
+    add("--metrics", help=f"some of {', '.join(METRICS)}; by default all that suit the examples")
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="images at a time; no metric depends on it")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")

@@ -7,10 +7,9 @@ comparisons.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import pathlib
-import shutil
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -21,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.data import Source
+from diffusion_jax.config.values import import_function
 from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.evaluation.example_sets import read_examples, value_digest
-from diffusion_jax.evaluation.metrics import Moments, moments_of_chunks
+from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
 from diffusion_jax.files import save_npz, user_cache
 from diffusion_jax.images import to_model_range
+from diffusion_jax.metrics import MAX_EXAMPLES
+from diffusion_jax.metrics.of_features import moments_of_chunks
 from diffusion_jax.models.inception import IMAGE_SIZE, Activations, Inception
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES, load_inception
 from diffusion_jax.storage import locations
@@ -35,13 +35,11 @@ from diffusion_jax.storage import locations
 __all__ = [
     "CHUNK",
     "DIGITS_PATH",
-    "MAX_POOLED",
     "RESIZES",
     "BatchFeatures",
     "DigitsNetwork",
     "FeatureExtractor",
     "FeaturePipeline",
-    "SetFeatures",
     "cache_directory",
     "digits",
     "feature_dimension",
@@ -52,7 +50,6 @@ __all__ = [
 ]
 
 CHUNK = 1024  # examples; sums are over chunks, so that no metric depends on the batch size
-MAX_POOLED = 50_000
 RESIZES = ("tf1", "pytorch", "clean")
 DIGITS_PATH = pathlib.Path(__file__).with_name("digits.safetensors")
 
@@ -171,19 +168,16 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1") -> Featu
         return inception(inception_path, resize)
     if name == "digits":
         return digits()
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
     try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, function_name)
-        assert module.__file__ is not None  # only namespace packages, which have no attributes, have no file
-        with open(module.__file__, "rb") as file:  # the file approximates the function's identity
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"features={name!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise ValueError(f"features={name!r} must be a function, not a {type(function).__name__}")
+        function = import_function(name)
+    except ValueError as error:
+        raise ValueError(f"features={name!r} {error}") from None
+    path = sys.modules[name.partition(":")[0]].__file__
+    assert path is not None  # only namespace packages, which have no attributes, have no file
+    with open(path, "rb") as file:  # the file approximates the function's identity
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     return from_function(function, name, f"{content}_{name}")
 
 
@@ -223,27 +217,6 @@ class DigitsNetwork(nn.Module):
 
 
 # ---- Sets
-
-
-class SetFeatures(NamedTuple):
-    """Features of a set of images.
-
-    pool: [N, D] float32, of its first `MAX_POOLED` images, or None for a set of statistics only. moments: of the features of
-    all images. spatial: moments of Inception's spatial features, or None. digest: of the pixels, or of the statistics.
-    cache: the directory of the cached features.
-    """
-
-    pool: np.ndarray | None
-    moments: Moments
-    spatial: Moments | None
-    digest: str
-    cache: pathlib.Path | None = None
-
-    def delete_cache(self) -> None:
-        """Removes the cached features of a set that is not measured again; one process calls this."""
-        if self.cache:
-            shutil.rmtree(self.cache)
-            locations.removed(self.cache)
 
 
 def cache_directory() -> pathlib.Path:
@@ -305,8 +278,15 @@ class FeaturePipeline:
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
 
-    def extract_set(self, name: str, source: Source, directory: pathlib.Path) -> SetFeatures:
-        """Features of a source of images or arrays, cached below `directory`. name: of the source, for the progress bar."""
+    def extract_set(self, examples: ExampleSet, directory: pathlib.Path) -> SetFeatures:
+        """Features of a set, cached below `directory`.
+
+        Statistics that its file holds replace those of its examples, which may be fewer.
+        """
+        source, name, statistics = examples.examples, pathlib.Path(examples.name).name, examples.statistics
+        if source is None:
+            assert statistics is not None
+            return statistics
         count, num_chunks = len(source), -(-len(source) // CHUNK)
         with self._progress_bar(f"Reading {name}", count, 0) as bar:
             digest = broadcast_from_process_0(lambda: value_digest(source, bar.update))
@@ -333,10 +313,14 @@ class FeaturePipeline:
             with np.load(locations.fetch(directory / f"{i}.npz")) as arrays:
                 return arrays[kind]
 
-        pool = [load("pool", i) for i in range(min(num_chunks, -(-MAX_POOLED // CHUNK)))]
+        pool = np.concatenate([load("pool", i) for i in range(min(num_chunks, -(-MAX_EXAMPLES // CHUNK)))])[
+            :MAX_EXAMPLES
+        ]
+        if statistics is not None:
+            return statistics._replace(pool=pool, cache=directory)
         moments = moments_of_chunks(load("pool", i) for i in range(num_chunks))
         spatial = None
         if self.extractor.name == "inception":
             spatial = moments_of_chunks(load("spatial", i) for i in range(num_chunks))
         multihost_utils.sync_global_devices("features read")
-        return SetFeatures(np.concatenate(pool)[:MAX_POOLED], moments, spatial, digest, directory)
+        return SetFeatures(pool, moments, spatial, digest, directory)

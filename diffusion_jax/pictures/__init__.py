@@ -4,36 +4,30 @@
 Axes have labels with units, and images have captions, such as their class, network time or distance.
 """
 
-from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
-from diffusion_jax.pictures.plots import (
-    draw_autocorrelation,
+from diffusion_jax.images import is_of_images
+from diffusion_jax.pictures.figures import (
     draw_bound_terms,
-    draw_histograms,
+    draw_curves,
     draw_rate_distortion,
-    draw_spectra,
 )
+from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
 from diffusion_jax.pictures.samples import (
     draw_edit,
-    draw_examples,
     draw_neighbors,
     draw_samples,
     draw_trajectory,
-    is_of_images,
 )
 
 __all__ = [
     "Picture",
     "as_text",
-    "draw_autocorrelation",
     "draw_bound_terms",
+    "draw_curves",
     "draw_edit",
-    "draw_examples",
     "draw_grid",
-    "draw_histograms",
     "draw_neighbors",
     "draw_rate_distortion",
     "draw_samples",
-    "draw_spectra",
     "draw_trajectory",
     "is_of_images",
     "save",

@@ -1,4 +1,4 @@
-"""Figures of panels: layout, plain text, notes about what is left out, and values that are not finite."""
+"""Figures: panels with their layout and notes, terms of the bound, and statistics of two sets with standard errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["VALUE", "make_figure", "note_invalid", "note_shown", "plain_text", "to_plotted"]
+    from diffusion_jax.metrics import Curves
+
+__all__ = [
+    "VALUE",
+    "draw_bound_terms",
+    "draw_curves",
+    "draw_rate_distortion",
+    "make_figure",
+    "note_invalid",
+    "note_shown",
+    "plain_text",
+    "to_plotted",
+]
 
 VALUE = "value (data units)"  # the label of an axis
 _MIN_WIDTH = 4.8  # inches, so that titles have room
 _LETTERS_PER_INCH = 13  # of a title
+_MAX_CHANNELS = 16
+_MAX_ERRORS = 60  # bars of a curve
+_COLORS = "black", "C0"
 
 
 def plain_text(text: Any, limit: int = 24) -> str:
@@ -86,3 +101,91 @@ def make_figure(
         handles = [Line2D([], [], label=label, **style) for label, style in legend]
         figure.legend(handles=handles, loc="outside lower left", ncols=legend_columns, fontsize=8, frameon=False)
     return figure, axes[: len(names)]
+
+
+# ---- Plots
+
+
+def _make_axes(
+    title: str, labels: tuple[str, str], legend: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes."""
+    figure, (axes,) = make_figure(title, [], [""], 1, (7.0, 4.0), labels=labels, legend=legend)
+    return figure, axes
+
+
+def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> Figure:
+    """The terms of the bound [T] against t, both on logarithmic axes (Improved DDPM figure 2).
+
+    An L_0 that is far below the other terms, or of continuous data negative, is drawn at the bottom of the axis.
+    """
+    t = np.arange(1, len(vlb) + 1)
+    seen = np.isfinite(vlb) & (vlb > 0)
+    seen[0] = False
+    bottom = vlb[seen].min() / 3 if seen.any() else max(vlb[0], 1e-3) / 3
+    transitions = {"color": "C0", "linewidth": 1.2}
+    decoder = {"color": "C3", "linestyle": "", "marker": "o", "markersize": 8}
+    label = f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if vlb[0] >= bottom else ", below the axis")
+    labels = "timestep t (1 is the cleanest)", unit
+    legend = [("transitions $L_{t-1}$", transitions), (label, decoder)]
+    figure, axes = _make_axes(f"Terms of the variational bound: {title}", labels, legend)
+    axes.plot(t[seen], vlb[seen], **transitions)
+    axes.plot(t[:1], [max(vlb[0], bottom)], **decoder, clip_on=False, zorder=3)
+    axes.set(xscale="log", yscale="log")
+    return figure
+
+
+def draw_rate_distortion(
+    rate: np.ndarray,
+    distortion: np.ndarray,
+    lossless: float | None,
+    title: str,
+    units: tuple[str, str] = ("bits per dimension", "pixel values of 0 to 255"),
+) -> Figure:
+    """Root mean squared error against rate (DDPM figure 5), and the lossless rate, None if no code is lossless.
+
+    units: of the rate and of the distortion.
+    """
+    code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
+    line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
+    labels = f"rate ({units[0]})", f"distortion (RMSE, {units[1]})"
+    legend = [("progressive code", code)]
+    if lossless is not None:
+        legend.append((f"lossless code: {lossless:.3f} {units[0]}", line))
+    figure, axes = _make_axes(f"Rate and distortion: {title}", labels, legend)
+    axes.plot(rate, distortion, **code)
+    if lossless is not None:
+        axes.axvline(lossless, **line)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    return figure
+
+
+def draw_curves(curves: Curves, title: str) -> Figure:
+    """A figure of a statistic of both sets with standard errors, with a panel for each of the first channels."""
+    shown = [f"channel {i}" for i in range(min(curves.samples.value.shape[1], _MAX_CHANNELS))]
+    notes = [*note_shown(len(shown), curves.samples.value.shape[1], "channels"), "bars: standard errors"]
+    names = [f"{name}\n{note}" for name, note in zip(shown, curves.notes, strict=False)] or shown
+    legend = [(name, {"color": color}) for name, color in zip(("data", "samples"), _COLORS, strict=True)]
+    size = (5.5, 3.6) if len(shown) == 1 else (3.8, 2.6)
+    figure, axes = make_figure(title, notes, names, min(len(shown), 3), size, labels=curves.labels, legend=legend)
+    for channel, panel in enumerate(axes):
+        drawn = []
+        for measurement, color in zip((curves.reference, curves.samples), _COLORS, strict=True):
+            value, error = measurement.value[:, channel], measurement.standard_error[:, channel]
+            drawn.append(value)
+            if curves.x.ndim == 2:
+                edges, fill = curves.x[channel], {} if color == _COLORS[0] else {"fill": True, "alpha": 0.4}
+                panel.stairs(value, edges, color=color, **fill)
+                panel.errorbar((edges[1:] + edges[:-1]) / 2, value, error, fmt="none", ecolor=color, elinewidth=0.9)
+                continue
+            every = max(1, len(value) // _MAX_ERRORS)
+            panel.errorbar(curves.x, value, error, color=color, linewidth=1.0, elinewidth=0.9, errorevery=every)
+        values = np.concatenate(drawn)
+        if curves.x.ndim == 2:
+            panel.set(ylim=(0, None))
+        elif not curves.logarithmic:
+            panel.axhline(0, color="0.5", linewidth=0.6, zorder=0)
+        elif (values > 0).any():
+            # An error bar may reach 0, which has no place on a logarithmic axis.
+            panel.set(xscale="log", yscale="log", ylim=(values[values > 0].min() / 2, values.max() * 2))
+    return figure

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diffusion_jax.evaluation.example_sets import as_examples
+from diffusion_jax.images import is_of_images
+from diffusion_jax.metrics.of_arrays import as_examples
 from diffusion_jax.pictures.figures import VALUE, make_figure, note_invalid, note_shown, plain_text, to_plotted
 from diffusion_jax.pictures.grids import Picture, draw_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_edit", "draw_examples", "draw_neighbors", "draw_samples", "draw_trajectory", "is_of_images"]
+__all__ = ["draw_edit", "draw_neighbors", "draw_samples", "draw_trajectory"]
 
 _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
 _MAX_LINES = 6  # in a panel of series
@@ -33,24 +34,10 @@ _MAX_HISTOGRAMS = 16  # of vectors
 _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 
 
-def is_of_images(samples: np.ndarray) -> bool:
-    """Whether arrays [N, ...] are images: uint8 [N, H, W, C] with one or three channels."""
-    return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
-
-
-def draw_samples(
-    samples: np.ndarray, title: str, captions: Sequence[str] | None = None, columns: int | None = None
-) -> Picture:
-    """A picture of samples [N, *spatial, C]. columns: of a grid of images."""
-    if is_of_images(samples):
-        return draw_grid(samples, title, columns, captions)
-    return draw_examples(samples, title=title, captions=captions)
-
-
 def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], title: str) -> Picture:
     """A picture of given examples and, after them, the results. captions: of all of them."""
     if results.ndim == 2:  # a vector has no panel of its own
-        return draw_examples(results, title=title + ", and what was given (data)", reference=given)
+        return draw_samples(results, title + ", and what was given (data)", reference=given)
     shown = np.concatenate([given, results])
     if not is_of_images(shown) and np.isnan(given).any():
         title += "; values to be generated are NaN"
@@ -72,46 +59,27 @@ def draw_neighbors(
     if is_of_images(shown):
         headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, count + 1))]
         return draw_grid(shown, title, count + 1, captions, headers)
-    title += " (after each sample)"
-    return draw_examples(shown, title=title, captions=captions, columns=(count + 1) * max(1, 4 // (count + 1)))
+    return draw_samples(shown, title + " (after each sample)", captions, (count + 1) * max(1, 4 // (count + 1)))
 
 
-def draw_trajectory(x: np.ndarray, times: np.ndarray, title: str, captions: Sequence[str] | None = None) -> Picture:
-    """A picture of samples at several network times: a row for each sample, a column for each time.
+def draw_samples(
+    x: Any, title: str, captions: Sequence[str] | None = None, columns: int | None = None, reference: Any = None
+) -> Picture:
+    """A picture of samples x [n, *spatial, C] with at most three spatial axes.
 
-    Args:
-      x: [columns, rows, *spatial, C]. times: of the columns except the last. captions: of the rows, such as their classes.
-    """
-    headers = [*(f"t = {time:.4g}" for time in np.asarray(times)), "sample"]
-    title += "; columns: network time t"
-    if not is_of_images(x[0]):
-        return draw_array_trajectory(x, headers, title=title, captions=captions)
-    images = x.swapaxes(0, 1)
-    rows, columns = images.shape[:2]
-    below = [c for caption in captions[:rows] for c in [*[""] * (columns - 1), caption]] if captions else None
-    return draw_grid(images.reshape(-1, *images.shape[2:]), title, columns, below, headers)
-
-
-# ---- Arrays
-
-
-def draw_examples(
-    x: Any, *, title: str, captions: Sequence[str] | None = None, reference: Any = None, columns: int | None = None
-) -> Figure:
-    """A figure of examples x [n, *spatial, C] with at most three spatial axes.
-
-    Series: lines of all channels, an example in each panel; many channels, or channels whose values differ much in size,
-    have a panel each with all examples. Fields: a column for each example and a row for each channel. Volumes: the three
-    central slices of each example and channel, and along each axis the values that are farthest from 0. Vectors: a
+    Images: a grid. Series: lines of all channels, an example in each panel; many channels, or channels whose values differ
+    much in size, have a panel each with all examples. Fields: a column for each example and a row for each channel. Volumes:
+    the three central slices of each example and channel, and along each axis the values that are farthest from 0. Vectors: a
     histogram of each channel, and the points themselves for two channels.
 
     Args:
-      captions: of the examples, for instance their classes; vectors have none.
+      captions: of the examples, for instance their classes; vectors have none. columns: of a grid, and of panels of series.
       reference: vectors of the data [m, C], whose histograms are drawn beside those of vectors.
-      columns: of the panels of series.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
+    if is_of_images(x):
+        return draw_grid(x, title, columns, captions)
     if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
     if x.ndim == 2:
@@ -151,26 +119,33 @@ def draw_examples(
     return _draw_images(title, notes, rows, limits, _row_names(_captions(captions, len(shown)), shown), headers)
 
 
-def draw_array_trajectory(
-    x: Any, headers: Sequence[str], *, title: str, captions: Sequence[str] | None = None
-) -> Figure:
-    """A figure of samples at several times, x [columns, rows, *spatial, C] with at most three spatial axes.
+def draw_trajectory(
+    x: Any, times: Sequence[float] | np.ndarray, title: str, captions: Sequence[str] | None = None
+) -> Picture:
+    """A picture of samples at several network times, x [columns, rows, *spatial, C] with at most three spatial axes.
 
-    The last column has the samples themselves. Series are lines, fields and volumes are images (of volumes the central
-    slices along the first axis), with a row for each sample and channel. All vectors are points of one panel for each time,
-    at their first two channels, or a histogram of their only channel.
+    The last column has the samples themselves. Images are a grid, with a row for each sample. Series are lines, fields and
+    volumes are colored images (of volumes the central slices along the first axis), with a row for each sample and channel.
+    All vectors are points of one panel for each time, at their first two channels, or a histogram of their only channel.
 
-    Noise may be much larger than samples: each column of lines and points has its own scale, and the colors of images show
-    at most the range of the samples and half as much at both ends; values beyond have the colors of the ends.
+    Noise may be much larger than samples: each column of lines and points has its own scale, and the colors show at most the
+    range of the samples and half as much at both ends; values beyond have the colors of the ends.
 
-    headers: of the columns. captions: of the samples. Raises: ValueError for no sample, or more spatial axes.
+    times: of the columns except the last. captions: of the samples. Raises: ValueError for no sample, or more spatial axes.
     """
     x = np.asarray(x)
     if not 3 <= x.ndim <= 6 or not x.size:
         raise ValueError(f"x has shape {x.shape}; it must be [columns, rows, *spatial, C] with at most 3 spatial axes")
+    headers = [*(f"t = {time:.4g}" for time in np.asarray(times)), "sample"]
+    title += "; columns: network time t"
+    if is_of_images(x[0]):
+        images = x.swapaxes(0, 1)
+        rows, columns = images.shape[:2]
+        below = [c for caption in captions[:rows] for c in [*[""] * (columns - 1), caption]] if captions else None
+        return draw_grid(images.reshape(-1, *images.shape[2:]), title, columns, below, headers)
     times = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_TIMES)).round().astype(int))
     notes = [] if len(times) == len(x) else [f"{len(times)} of {len(x)} times"]
-    x, headers = x[times], [plain_text(headers[i]) for i in times]
+    x, headers = x[times], [headers[i] for i in times]
     separate = x.ndim > 4 or (x.ndim == 4 and _needs_panels(x[-1]))  # a row for each channel
     num_channels = min(x.shape[-1], 3) if separate else _MAX_LINES
     num_samples = _MAX_ROWS // num_channels if separate else _MAX_ROWS

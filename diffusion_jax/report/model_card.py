@@ -10,9 +10,8 @@ from typing import Any
 import diffusion_jax
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Pretrained, format_summary
-from diffusion_jax.report.collect import RunFiles, collect
+from diffusion_jax.report.collect import RunFiles, collect, table_cells
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.runs.metric_records import add_likelihood, table_cells
 from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
@@ -111,8 +110,9 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
 
 def _metrics(run: RunFiles, weights: str, step: int | None) -> str:
     """The metrics of these weights."""
-    records = add_likelihood(run.records, run.likelihood) if run.likelihood else run.records
-    records = [record for record in records if (record.get("weights"), record.get("step")) == (weights, step)]
+    records = [
+        record for record in run.measurements() if (record.get("weights"), record.get("step")) == (weights, step)
+    ]
     if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
     columns, rows = table_cells([(run.directory, record) for record in records])

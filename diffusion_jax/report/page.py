@@ -12,14 +12,13 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
-from diffusion_jax.evaluation import named_metrics
+from diffusion_jax.metrics import MEANINGS
 from diffusion_jax.report import commands, gallery
 from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
-from diffusion_jax.report.collect import RunFiles
+from diffusion_jax.report.collect import RunFiles, format_value, table_cells
 from diffusion_jax.report.gallery import Budget, Frames, Picture
 from diffusion_jax.report.markup import Markup, definitions, element, join, json_script, table
 from diffusion_jax.runs.console import format_duration
-from diffusion_jax.runs.metric_records import add_likelihood, format_value, table_cells
 
 __all__ = ["comparison_page", "run_page"]
 
@@ -220,15 +219,14 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     """The metrics of all records of runs by name, and what they mean."""
     pairs = []
     for run in runs.values():
-        records = add_likelihood(run.records, run.likelihood) if run.likelihood else run.records
-        pairs += [(run.directory, record) for record in records[-_MAX_RECORDS:]]
+        pairs += [(run.directory, record) for record in run.measurements()[-_MAX_RECORDS:]]
     if not pairs:
         return None
     columns, rows = table_cells(pairs)
     names = {str(run.directory): name for name, run in runs.items()}
     texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
     body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
-    meanings = named_metrics.DEFINITIONS | _LIKELIHOOD_TERMS
+    meanings = MEANINGS | _LIKELIHOOD_TERMS
     return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
 
 

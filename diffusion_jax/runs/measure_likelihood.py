@@ -1,4 +1,4 @@
-"""`--mode=evaluate`, first part: the likelihood of examples that the model was not trained on.
+"""Part of `--mode=evaluate`: the likelihood of examples that the model was not trained on.
 
 Writes likelihood.json (bits per dimension, their parts and standard errors), likelihood.npz (the terms at every timestep),
 likelihood_terms.png and rate_distortion.png. Continuous data have a density, in the units of the data, of which nats per
@@ -28,7 +28,6 @@ from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import log, progress_over
-from diffusion_jax.runs.sample_metrics import check_options
 from diffusion_jax.runs.trained_model import TrainedModel, params_digest
 from diffusion_jax.runs.workdir import (
     check_source,
@@ -47,15 +46,12 @@ _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
-    """Measures the bits per dimension of `evaluation.split`; with `evaluation.likelihood=False` it only checks the config.
+    """Measures the bits per dimension of `evaluation.split`.
 
     source: examples that take the place of that split, in the units of the data.
-    Raises: UserError, also for options of the sample metrics, which follow; DataError, PretrainedError.
+    Raises: UserError, DataError, PretrainedError.
     """
     config = resolve(config)
-    check_options(config)
-    if not config.evaluation.likelihood:
-        return
     likelihood_run = LikelihoodRun(config, workdir, source)
     trained = likelihood_run.trained
     log(
@@ -67,8 +63,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         report = _report(likelihood_run, terms)
         _write(likelihood_run, terms, report)
         chunks.delete()
-        _log(report, workdir)
+        _log(report, config, workdir)
     write_config_if_untrained(config, workdir)
+
+
+def _unit(config: ConfigDict) -> tuple[str, float]:
+    """(the unit of the numbers that are shown, how many a bit has): continuous data have nats, as a density has."""
+    return ("nats", math.log(2)) if is_continuous(config) else ("bits", 1.0)
 
 
 class Terms(NamedTuple):
@@ -245,7 +246,7 @@ def _load_source(
     progress = progress_over(f"Reading the {_noun(config)}")
     if source is not None:
         return data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source), None
-    options, dataset, renamed = config.evaluation, config.data.dataset, {"data.split": "evaluation.split"}
+    options, renamed = config.evaluation, {"data.split": "evaluation.split"}
     location, split = ConfigDict({**config.data, "split": options.split}), options.split
     own, other = (
         path and os.path.realpath(os.path.expanduser(path)) for path in (config.data.data_dir, options.data_dir)
@@ -254,10 +255,8 @@ def _load_source(
     if is_elsewhere:
         location.update(data_dir=options.data_dir, holdout=0.0)
         renamed["data.data_dir"] = "evaluation.data_dir"
-        if dataset == "folder" or (dataset == "arrays" and not data.has_splits(options.data_dir, split)):
-            location.split, split = "train", None  # all of them: they are not the training data
-    elif dataset == "folder" and not config.data.holdout:
-        location.split, split = "train", "train" if is_trained_here else None
+    if not data.has_splits(location):  # all examples are measured
+        location.split, split = "train", "train" if is_trained_here and not is_elsewhere else None
     with rename_leaves_in_errors(renamed):
         loaded = data.load(location, progress)
     if is_trained_here and not is_elsewhere and split == config.data.split:
@@ -368,26 +367,29 @@ def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any
     write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     examples = f"{likelihood_run.dataset} {likelihood_run.split or ''}".strip()
     title = f"{examples}, step {trained.step}, {trained.weights_kind} weights"
-    unit, scale, lossless, space = "bits per dimension", 1.0, report["bits_per_dim"], "pixel values of 0 to 255"
-    if continuous:  # which has no lossless code
-        unit, scale, lossless, space = "nats per dimension", math.log(2), None, "standardized data"
-    terms_picture = pictures.draw_bound_terms(scale * terms.means["vlb"], title, unit)
-    rate_picture = pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, (unit, space))
-    pictures.save(workdir / "likelihood_terms.png", terms_picture)
-    pictures.save(workdir / "rate_distortion.png", rate_picture)
+    unit, scale = _unit(config)
+    # Continuous data have no lossless code.
+    lossless, space = (
+        (None, "standardized data") if continuous else (report["bits_per_dim"], "pixel values of 0 to 255")
+    )
+    units = f"{unit} per dimension", space
+    pictures.save(
+        workdir / "likelihood_terms.png", pictures.draw_bound_terms(scale * terms.means["vlb"], title, units[0])
+    )
+    picture = pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, units)
+    pictures.save(workdir / "rate_distortion.png", picture)
 
 
-def _log(report: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    unit, scale, of_data = "bits", 1.0, ""
-    if "nats_per_dim" in report:
-        unit, scale, of_data = "nats", math.log(2), " in the units of the data"
+def _log(report: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
+    unit, scale = _unit(config)
 
     def with_error(key: str) -> str:
         error = report[f"{key}_standard_error"]
         return f"{report[key]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
     terms = ", ".join(f"{name} {scale * report[name]:.4f}" for name in ("prior", "transitions", "decoder"))
-    log(f"{with_error(f'{unit}_per_dim')} {unit} per dimension{of_data}: {terms}")
+    where = " in the units of the data" if is_continuous(config) else ""
+    log(f"{with_error(f'{unit}_per_dim')} {unit} per dimension{where}: {terms}")
     if f"ode_{unit}_per_dim" in report:
         log(f"{with_error(f'ode_{unit}_per_dim')} {unit} per dimension by the probability-flow ODE")
     log(f"Written to {workdir}: likelihood.json, likelihood.npz, likelihood_terms.png, rate_distortion.png")

@@ -16,12 +16,12 @@ from diffusion_jax.config import is_upsampler
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metrics, named_metrics
 from diffusion_jax.evaluation.features import CHUNK
+from diffusion_jax.metrics import of_features, reported_name
 from diffusion_jax.runs.console import log
+from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics
-from diffusion_jax.runs.sample_metrics import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.workdir import to_dict
@@ -103,13 +103,13 @@ class TrainingFid:
         except UserError as error:
             raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
         reference = load_reference(config, None if options.reference_split else source)
-        assert reference.examples is not None  # a data set, not a file of statistics
         try:
-            found = self._pipeline.extract_set(reference.name, reference.examples, features_cache(workdir))
+            found = self._pipeline.extract_set(reference, features_cache(workdir))
         except ValueError as error:
             raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
         self._reference = found.moments
-        metric = named_metrics.reported_name("fid", self._pipeline.extractor)
+        extractor = self._pipeline.extractor
+        metric = reported_name("fid", extractor.published, extractor.resize)
         self.name = f"{metric}_{self._num_samples}_ddim{batch_sampler.setup.schedule.num_timesteps}"
 
     def __call__(self, params: Any) -> float:
@@ -118,7 +118,7 @@ class TrainingFid:
         batches = [self._batch_sampler(params, self._seed, i) for i in range(num_batches)]
         samples = np.concatenate(batches)[: self._num_samples]
         chunks = (self._pipeline(samples[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
-        return metrics.frechet_distance(self._reference, metrics.moments_of_chunks(chunks))
+        return of_features.frechet_distance(self._reference, of_features.moments_of_chunks(chunks))
 
 
 @dataclasses.dataclass

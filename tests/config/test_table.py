@@ -6,7 +6,8 @@ import pytest
 
 from diffusion_jax import config, models
 from diffusion_jax.config import values
-from diffusion_jax.evaluation import named_metrics, ode_likelihood
+from diffusion_jax.evaluation import ode_likelihood
+from diffusion_jax.metrics import METRICS
 from diffusion_jax.runs import edit, sampling_setup
 
 
@@ -67,8 +68,7 @@ def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():
 
     assert names("sampling.sampler") == tuple(sampling_setup.SAMPLERS)
     assert names("editing.task") == tuple(edit.TASKS)
-    metrics = named_metrics.METRICS + named_metrics.ARRAY_METRICS
-    assert names("evaluation.metrics") == tuple(dict.fromkeys(metrics))
+    assert names("evaluation.metrics") == tuple(METRICS)
     assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data import array_files
-from diffusion_jax.data.array_files import ArrayFiles, has_splits
+from diffusion_jax.data.array_files import ArrayFiles
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
 
 
@@ -154,10 +154,14 @@ def test_splits_are_entries_of_a_folder(tmp_path, kind):
 
 def test_only_names_of_splits_make_splits(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", X)
-    assert not has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "a.npy"), "train")
-    assert has_splits(str(tmp_path), "a")
+
+    def has_splits(path, split):
+        return ArrayFiles.has_splits({"data_dir": str(path), "split": split})
+
+    assert not has_splits(tmp_path, "test") and not has_splits(tmp_path / "a.npy", "train")
+    assert has_splits(tmp_path, "a")
     (tmp_path / "train").mkdir()
-    assert has_splits(str(tmp_path), "test") and not has_splits(str(tmp_path / "nowhere"), "test")
+    assert has_splits(tmp_path, "test") and not has_splits(tmp_path / "nowhere", "test")
     monkeypatch.setattr(array_files, "local_path", {"gs://bucket/data": tmp_path}.__getitem__)  # a downloaded copy
     assert has_splits("gs://bucket/data", "test")
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.config import default
-from diffusion_jax.data import holdout
+from diffusion_jax.data import sources
 from helpers.array_configs import examples, write_arrays
 
 
@@ -46,12 +46,12 @@ def values_of(config):
 
 def test_the_hash_of_an_example_decides():
     keys = [str(i).encode() for i in range(20_000)]
-    found = holdout.are_held_out(keys, 0.1)
+    found = sources.are_held_out(keys, 0.1)
     by_hand = [int(hashlib.sha256(key).hexdigest()[:16], 16) / 2**64 < 0.1 for key in keys]
     assert found.tolist() == by_hand
     assert abs(found.mean() - 0.1) < 4 * np.sqrt(0.1 * 0.9 / len(keys))
-    assert holdout.are_held_out(keys, 0.2)[found].all()  # a larger share has these and more
-    assert not holdout.are_held_out(keys, 0).any()
+    assert sources.are_held_out(keys, 0.2)[found].all()  # a larger share has these and more
+    assert not sources.are_held_out(keys, 0).any()
 
 
 def test_images_of_a_folder_keep_their_side_when_others_are_added(tmp_path):
@@ -62,7 +62,7 @@ def test_images_of_a_folder_keep_their_side_when_others_are_added(tmp_path):
         assert [value % 2 for value in values] == labels.tolist()
     assert source.class_names == held_out.class_names == ("even", "odd")
     keys = [f"{'odd' if i % 2 else 'even'}/{i}.png".encode() for i in range(40)]
-    assert sorted(test) == np.flatnonzero(holdout.are_held_out(keys, 0.3)).tolist()
+    assert sorted(test) == np.flatnonzero(sources.are_held_out(keys, 0.3)).tolist()
     save_images(tmp_path, range(40, 60))
     (more_train, _, _), (more_test, _, _) = values_of(of_folder(tmp_path))
     assert set(train) < set(more_train) and set(test) < set(more_test)
@@ -76,7 +76,7 @@ def test_arrays_keep_their_side_in_another_order_and_with_others(tmp_path, memor
     path = write_arrays("series", tmp_path / "x.npz", 60, condition=condition)
     config = of_arrays(path, memory_mb=memory_mb)
     (train, _, source), (test, _, held_out) = values_of(config)
-    held = holdout.are_held_out([row.tobytes() for row in x], 0.3)
+    held = sources.are_held_out([row.tobytes() for row in x], 0.3)
     assert test == x[held, 0, 0].tolist() and train == x[~held, 0, 0].tolist()
     for part, rows in ((source, ~held), (held_out, held)):
         np.testing.assert_array_equal(part.read(np.arange(len(part)))["condition"], condition[rows])

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.config import default
-from diffusion_jax.evaluation import array_statistics
+from diffusion_jax.metrics import of_arrays
 
 
 class Arrays:
@@ -153,11 +153,11 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
     with pytest.raises(data.DataError, match="channel 1 of the data is constant up to rounding"):
         data.find_normalizations(leaves(), Arrays(x=x))
     with pytest.raises(ValueError, match="channel 1 is constant"):
-        array_statistics.autocorrelation(x)
+        of_arrays.autocorrelation(x)
     if dtype == np.float32:
         x[..., 1] = dtype(0.1) + rng.integers(-4, 5, x.shape[:-1]).astype(dtype) * dtype(ulp)
         data.find_normalizations(leaves(), Arrays(x=x))
-        array_statistics.autocorrelation(x)
+        of_arrays.autocorrelation(x)
 
 
 @pytest.mark.parametrize(

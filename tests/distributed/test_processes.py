@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data
-from diffusion_jax.evaluation import metrics
+from diffusion_jax.metrics import of_features
 from diffusion_jax.runs import sample, train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
@@ -24,12 +24,12 @@ ALL_MODES = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
+from diffusion_jax.runs import evaluate, sample
 
 if __name__ == "__main__":  # the processes that read data import this file, too
     cli.main()
     command = cli.parse(sys.argv[1:])
-    for mode in (sample, measure_likelihood, sample_metrics):
+    for mode in (sample, evaluate):
         mode.run(command.config, command.workdir)
 """
 
@@ -76,8 +76,8 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
         (record,) = json.loads((path / "metrics.json").read_text())
         drawn = np.load(path / "samples" / "step4_ema_ddpm2_seed0_n10.npz")["arr_0"]
         digits = data.Digits("train", (8, 8), 1)
-        moments = [metrics.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))["image"], drawn)]
-        assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+        moments = [of_features.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))["image"], drawn)]
+        assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
     sample.run(tiny_config(**OVERRIDES), tmp_path)
     for path in (tmp_path, two):
         with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
@@ -114,7 +114,7 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
     split = overrides | {"mesh.fsdp": 4, "data.memory_mb": 0, "data.workers": 1}
     file = write_config(tmp_path / "config.py", "vectors", data_file, split)
     program = tmp_path / "program.py"
-    program.write_text(ALL_MODES.replace("(sample, measure_likelihood, sample_metrics)", "(sample,)"))
+    program.write_text(ALL_MODES.replace("(sample, evaluate)", "(sample,)"))
     together(program, f"--config={file}", f"--workdir={tmp_path / 'two'}")
     config = array_config("vectors", data_file, **overrides)
     train.run(config, tmp_path / "one")

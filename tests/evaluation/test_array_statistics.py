@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation import array_statistics, example_sets
+from diffusion_jax.metrics import example_sets, of_arrays
 
 RHO = 0.7
 MIXING = np.array([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [-0.3, 0.2, 2.0]])
@@ -57,7 +57,7 @@ def tiny_blocks(monkeypatch):
 
 def test_vectors_have_the_mean_and_covariance_of_numpy(tiny_blocks):
     x = np.random.default_rng(0).normal(50, 1, (23, 3)) @ MIXING.T
-    found = array_statistics.mean_and_covariance(x)
+    found = of_arrays.mean_and_covariance(x)
     np.testing.assert_allclose(found.mean.value, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.mean.standard_error, x.std(0, ddof=1) / np.sqrt(23), rtol=1e-10)
     np.testing.assert_allclose(found.covariance.value, np.cov(x, rowvar=False), rtol=1e-10)
@@ -67,17 +67,17 @@ def test_the_covariance_of_correlated_channels_of_a_series():
     """AR(1) series, mixed: positions depend on each other, and the errors know it."""
     rng, means, covariances = np.random.default_rng(0), [], []
     for _ in range(300):
-        found = array_statistics.mean_and_covariance(2.0 + ar_1(rng, 60, 12, 3) @ MIXING.T)
-        means.append(array_statistics.z_scores(found.mean, np.full(3, 2.0)))
-        covariances.append(array_statistics.z_scores(found.covariance, MIXING @ MIXING.T))
+        found = of_arrays.mean_and_covariance(2.0 + ar_1(rng, 60, 12, 3) @ MIXING.T)
+        means.append(of_arrays.z_scores(found.mean, np.full(3, 2.0)))
+        covariances.append(of_arrays.z_scores(found.covariance, MIXING @ MIXING.T))
     check_calibrated(means)
     # Sums of squares of 60 examples are skewed, and their z-scores lean to the negative side by up to 0.3.
     covariances = np.array(covariances)
     assert (abs(covariances.mean(0)) < 0.45).all() and (abs(covariances.var(0) - 1) < 0.6).all()
     wrong = MIXING @ np.diag([1, 1.6, 1]) @ MIXING.T
-    many = array_statistics.mean_and_covariance(ar_1(rng, 4000, 12, 3) @ MIXING.T)
-    assert abs(array_statistics.z_scores(many.covariance, wrong)).max() > 6
-    assert abs(array_statistics.z_scores(many.covariance, MIXING @ MIXING.T)).max() < 4.5
+    many = of_arrays.mean_and_covariance(ar_1(rng, 4000, 12, 3) @ MIXING.T)
+    assert abs(of_arrays.z_scores(many.covariance, wrong)).max() > 6
+    assert abs(of_arrays.z_scores(many.covariance, MIXING @ MIXING.T)).max() < 4.5
 
 
 # The power spectrum.
@@ -86,8 +86,8 @@ def test_the_covariance_of_correlated_channels_of_a_series():
 @pytest.mark.parametrize("shape", [(9,), (8,), (6, 4), (4, 3, 5)])
 def test_parseval(shape, tiny_blocks):
     x = np.random.default_rng(0).normal(3, 2, (17, *shape, 3)) @ MIXING.T
-    covariance = array_statistics.mean_and_covariance(x).covariance.value
-    found = array_statistics.power_spectrum(x)
+    covariance = of_arrays.mean_and_covariance(x).covariance.value
+    found = of_arrays.power_spectrum(x)
     assert found.num_averaged.sum() == np.prod(shape)
     mean = (found.num_averaged[:, None] * found.value).sum(axis=0) / np.prod(shape)
     # The correction of the mean is that of frequency 0 here, and of the whole variance there: the same number.
@@ -99,7 +99,7 @@ def test_one_wave_has_its_frequency():
     rng = np.random.default_rng(0)
     phase = rng.uniform(0, 2 * np.pi, (400, 1, 1))
     x = np.sqrt(2) * np.cos(2 * np.pi * 3 * np.arange(16)[:, None] / 16 + phase)
-    found = array_statistics.power_spectrum(x)
+    found = of_arrays.power_spectrum(x)
     np.testing.assert_allclose(found.frequencies, np.arange(9) / 16)
     assert found.value[3, 0] * found.num_averaged[3] / 16 == pytest.approx(1, rel=0.02)
     assert np.delete(found.value[:, 0], 3).max() < 1e-10
@@ -110,7 +110,7 @@ def test_spectra_of_few_examples_are_unbiased():
     sum_{r,s} rho^|r-s| cos(2 pi k (r - s)) / L, within four standard errors of the mean of all repetitions."""
     rng, length, repetitions = np.random.default_rng(0), 8, 4000
     x = 3 + ar_1(rng, 4 * repetitions, length, 2)
-    spectra = np.array([array_statistics.power_spectrum(part).value for part in np.split(x, repetitions)])
+    spectra = np.array([of_arrays.power_spectrum(part).value for part in np.split(x, repetitions)])
     lags = np.subtract.outer(np.arange(length), np.arange(length))
     shared = RHO ** abs(lags) / length
     exact = np.array([(shared * np.cos(2 * np.pi * k * lags / length)).sum() for k in range(length // 2 + 1)])
@@ -121,15 +121,15 @@ def test_spectra_of_few_examples_are_unbiased():
 def test_the_spectrum_of_a_periodic_field_is_recovered_and_a_wrong_one_detected():
     shape = (12, 16)
     rng, exact = np.random.default_rng(0), smooth_spectrum(shape)
-    found = array_statistics.power_spectrum(periodic_field(rng, 2000, exact))
+    found = of_arrays.power_spectrum(periodic_field(rng, 2000, exact))
     shells = shell_average(exact)
-    assert abs(array_statistics.z_scores(found, shells[:, None])).max() < 4.5
+    assert abs(of_arrays.z_scores(found, shells[:, None])).max() < 4.5
     wrong = smooth_spectrum(shape, 2.2) * (exact.mean() / smooth_spectrum(shape, 2.2).mean())  # of the same variance
-    assert abs(array_statistics.z_scores(found, shell_average(wrong)[:, None])).max() > 8
-    other = array_statistics.power_spectrum(periodic_field(rng, 1000, exact))
-    assert abs(array_statistics.z_scores(found, other)).max() < 4.5
-    different = array_statistics.power_spectrum(periodic_field(rng, 1000, wrong))
-    assert abs(array_statistics.z_scores(found, different)).max() > 6
+    assert abs(of_arrays.z_scores(found, shell_average(wrong)[:, None])).max() > 8
+    other = of_arrays.power_spectrum(periodic_field(rng, 1000, exact))
+    assert abs(of_arrays.z_scores(found, other)).max() < 4.5
+    different = of_arrays.power_spectrum(periodic_field(rng, 1000, wrong))
+    assert abs(of_arrays.z_scores(found, different)).max() > 6
 
 
 # The autocorrelation.
@@ -149,7 +149,7 @@ def test_the_autocorrelation_by_its_definition(tiny_blocks):
                 for h in range(5)
             ]
         )
-        found = array_statistics.autocorrelation(x, periodic=periodic)
+        found = of_arrays.autocorrelation(x, periodic=periodic)
         np.testing.assert_allclose(found.value, covariance / covariance[0], rtol=1e-10)
         assert (found.lags == np.arange(5)).all() and (found.standard_error[0] == 0).all()
 
@@ -158,32 +158,32 @@ def test_the_autocorrelation_of_an_ar_1_process():
     rng, lags = np.random.default_rng(0), np.arange(7)
     z = []
     for _ in range(200):
-        found = array_statistics.autocorrelation(5.0 + ar_1(rng, 100, 12))
-        z.append(array_statistics.z_scores(found, RHO ** lags[:, None])[1:, 0])
+        found = of_arrays.autocorrelation(5.0 + ar_1(rng, 100, 12))
+        z.append(of_arrays.z_scores(found, RHO ** lags[:, None])[1:, 0])
     z = np.array(z)
     # A ratio of means of 100 examples: biased by about 1 / 100 of its scatter per example.
     assert (abs(z.mean(0)) < 0.4).all() and (abs(z.var(0) - 1) < 0.55).all()
-    found = array_statistics.autocorrelation(ar_1(rng, 4000, 12))
-    assert abs(array_statistics.z_scores(found, RHO ** lags[:, None])).max() < 4.5
-    assert abs(array_statistics.z_scores(found, (RHO - 0.04) ** lags[:, None])).max() > 6
+    found = of_arrays.autocorrelation(ar_1(rng, 4000, 12))
+    assert abs(of_arrays.z_scores(found, RHO ** lags[:, None])).max() < 4.5
+    assert abs(of_arrays.z_scores(found, (RHO - 0.04) ** lags[:, None])).max() > 6
 
 
 # Arguments.
 
 
 def test_z_scores_of_equal_numbers_without_errors():
-    one = array_statistics.Measurement(np.array([1.0, 2.0]), np.array([0.0, 0.5]))
-    np.testing.assert_allclose(array_statistics.z_scores(one, np.array([1.0, 1.0])), [0, 2])
-    np.testing.assert_allclose(array_statistics.z_scores(one, one), [0, 0])
-    other = array_statistics.Measurement(np.array([0.0, 1.0]), np.array([2.0, 1.2]))
-    np.testing.assert_allclose(array_statistics.z_scores(one, other), [1 / 2, 1 / 1.3])
-    assert np.isinf(array_statistics.z_scores(one, np.array([0.0, 2.0]))[0])
+    one = of_arrays.Measurement(np.array([1.0, 2.0]), np.array([0.0, 0.5]))
+    np.testing.assert_allclose(of_arrays.z_scores(one, np.array([1.0, 1.0])), [0, 2])
+    np.testing.assert_allclose(of_arrays.z_scores(one, one), [0, 0])
+    other = of_arrays.Measurement(np.array([0.0, 1.0]), np.array([2.0, 1.2]))
+    np.testing.assert_allclose(of_arrays.z_scores(one, other), [1 / 2, 1 / 1.3])
+    assert np.isinf(of_arrays.z_scores(one, np.array([0.0, 2.0]))[0])
 
 
 def test_bad_arguments():
     x = np.random.default_rng(0).normal(size=(6, 8, 2))
     mean, spectrum, correlation = (
-        getattr(array_statistics, name) for name in ("mean_and_covariance", "power_spectrum", "autocorrelation")
+        getattr(of_arrays, name) for name in ("mean_and_covariance", "power_spectrum", "autocorrelation")
     )
     for function, argument, words in (
         (spectrum, x[:, 0], "needs at least one spatial axis"),

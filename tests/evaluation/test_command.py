@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation import __main__ as command
-from diffusion_jax.evaluation import metrics, named_metrics
+from diffusion_jax.metrics import of_arrays, of_features
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
 
@@ -21,11 +21,11 @@ def test_the_command_writes_records(tmp_path):
     command.main(["digits:train", samples])
     command.main(["digits:train", samples, "--batch_size=50"])  # takes the place of the first
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
-    own, all_of_them = (metrics.moments(by_hand(all_digits()[:n])) for n in (200, None))
-    assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(all_of_them, own), rel=1e-4)
+    own, all_of_them = (of_features.moments(by_hand(all_digits()[:n])) for n in (200, None))
+    assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(all_of_them, own), rel=1e-4)
     assert record["memorization"]["close_share"] > 0.9 and "fid" not in record
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
-    assert Image.open(tmp_path / record["memorization"]["picture"]).width > 6 * 64
+    assert Image.open(tmp_path / record["files"]["memorization"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
     assert not list(
         (tmp_path / "cache" / "diffusion_jax" / "features" / "samples").iterdir()
@@ -46,8 +46,8 @@ def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path):
     command.main([one, str(other), "--metrics=memorization", "--features=digits", "--output=a/b.c"])
     records = json.loads((tmp_path / "a" / "b.c" / "metrics.json").read_text())
     drawn = {path.name for path in (tmp_path / "a" / "b.c").glob("*.png")}
-    assert len(records) == 2 and {record["memorization"]["picture"] for record in records} == drawn
-    report, _ = named_metrics.memorization_report(*(by_hand(all_digits()[i : i + 40]) for i in (0, 40)))
+    assert len(records) == 2 and {record["files"]["memorization"] for record in records} == drawn
+    report, _ = of_features.memorization_report(*(by_hand(all_digits()[i : i + 40]) for i in (0, 40)))
     assert records[1]["memorization"]["close_share"] == pytest.approx(report["close_share"])
 
 
@@ -59,12 +59,12 @@ def a_function(batch):
 def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
     drawn = all_digits()
     function = ["--features=test_command:a_function", "--metrics=fid,precision_recall"]
-    reference = metrics.moments(a_function(drawn))
+    reference = of_features.moments(a_function(drawn))
     np.savez(tmp_path / "stats.npz", mu=reference.mean, sigma=reference.covariance)
     samples = save(tmp_path / "s.npz", drawn[:300])
     command.main([str(tmp_path / "stats.npz"), samples, *function])
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
-    exact = metrics.frechet_distance(reference, metrics.moments(a_function(drawn[:300])))
+    exact = of_features.frechet_distance(reference, of_features.moments(a_function(drawn[:300])))
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     assert (
         "precision" not in record and "precision_recall (the reference has statistics only)" in capsys.readouterr().out
@@ -74,11 +74,28 @@ def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
     command.main([both, samples, *function, "--output=both.json"])
     (record,) = json.loads((tmp_path / "both.json").read_text())
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
-    shares = metrics.precision_recall(a_function(drawn[:100]), a_function(drawn[:300]))
+    shares = of_features.precision_recall(a_function(drawn[:100]), a_function(drawn[:300]))
     assert (record["precision"], record["recall"]) == shares and record["reference_sha256"] != record["samples_sha256"]
     command.main([str(tmp_path / "stats.npz"), both, *function, "--output=swapped.json"])  # as samples, too
     (record,) = json.loads((tmp_path / "swapped.json").read_text())
     assert record["frechet_distance"] == pytest.approx(0, abs=1e-9 * np.trace(reference.covariance))
+
+
+def test_the_command_compares_arrays_and_images_by_their_values(tmp_path):
+    """Arrays are standardized by the channels of the reference; images can be compared by their gray levels."""
+    one, other = (300 + 10 * np.random.default_rng(seed).standard_normal((60, 2)).astype(np.float32) for seed in (0, 1))
+    np.save(tmp_path / "one.npy", one)
+    command.main([str(tmp_path / "one.npy"), save(tmp_path / "other.npz", other), "--output=arrays.json"])
+    (record,) = json.loads((tmp_path / "arrays.json").read_text())
+    mean, deviation = (f(one.astype(np.float64), axis=0) for f in (np.mean, np.std))
+    expected = of_arrays.energy_distance(*((x - mean) / deviation for x in (one, other)))
+    assert record["energy_distance"] == pytest.approx(expected.value, rel=1e-4)
+    assert record["features"] is None and "power_spectrum_z" not in record
+    drawn = [save(tmp_path / f"{i}.npz", all_digits()[i : i + 50]) for i in (0, 50)]
+    command.main([*drawn, "--metrics=energy_distance", "--output=images.json"])
+    (record,) = json.loads((tmp_path / "images.json").read_text())
+    expected = of_arrays.energy_distance(all_digits()[:50], all_digits()[50:100])
+    assert record["energy_distance"] == pytest.approx(expected.value, rel=1e-9)
 
 
 def refused(capsys, *arguments):

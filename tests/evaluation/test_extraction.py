@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from diffusion_jax import data
-from diffusion_jax.evaluation import example_sets, features, metrics, named_metrics
-from diffusion_jax.evaluation.named_metrics import METRICS
+from diffusion_jax import data, metrics
+from diffusion_jax.evaluation import example_sets, features
+from diffusion_jax.metrics import METRICS, of_features
+from diffusion_jax.runs import evaluate
 from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save, single_mesh
@@ -25,8 +26,8 @@ def test_the_digits_network_classifies_digits():
 def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 50)
     extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size, ProgressBar)
-    source = example_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:151])).examples
-    found = extraction.extract_set("x", source, tmp_path / str(batch_size))
+    source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
+    found = extraction.extract_set(source, tmp_path / str(batch_size))
     expected = by_hand(all_digits()[:151])
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
     assert found.moments.count == 151 and found.spatial is None
@@ -46,12 +47,12 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     extraction = features.FeaturePipeline(
         features.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
     )
-    source = example_sets.open_image_set(save(tmp_path / "x.npz", all_digits()[:90])).examples
+    source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
     with pytest.raises(KeyboardInterrupt):
-        extraction.extract_set("x", source, tmp_path / "parts")
-    found = extraction.extract_set("x", source, tmp_path / "parts")
+        extraction.extract_set(source, tmp_path / "parts")
+    found = extraction.extract_set(source, tmp_path / "parts")
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
-    extraction.extract_set("x", source, tmp_path / "parts")
+    extraction.extract_set(source, tmp_path / "parts")
     assert len(calls) == 6  # all of them now
     found.delete_cache()
     assert not any((tmp_path / "parts").iterdir())
@@ -71,47 +72,54 @@ def test_invalid_features_are_refused(tmp_path):
 
 
 def test_only_published_inception_has_the_names_of_its_metrics():
-    published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
-    names = [named_metrics.reported_name(metric, published) for metric in ("fid", "sfid", "is")]
+    names = [metrics.reported_name(metric, True, "tf1") for metric in ("fid", "sfid", "is")]
     assert names == ["fid", "sfid", "inception_score"]
-    for extractor, name in (
-        (published._replace(resize="clean"), "fid_clean"),
-        (published._replace(resize="clean", published=False), "frechet_distance_clean"),
-        (features.digits(), "frechet_distance"),
+    for options, name in (
+        ((True, "clean"), "fid_clean"),
+        ((False, "clean"), "frechet_distance_clean"),
+        ((False, None), "frechet_distance"),
     ):
-        assert named_metrics.reported_name("fid", extractor) == name
+        assert metrics.reported_name("fid", *options) == name
 
 
 def test_published_inception_has_all_metrics_and_others_have_fewer():
     """On arrays in place of features: which numbers there are, and that each is its own function's."""
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
-    extractor = features.FeatureExtractor("inception", "0", None, None, rng.normal(size=(6, 10)), "tf1", True)
-    sets = [features.SetFeatures(pool, metrics.moments(pool), metrics.moments(pool[:, :3]), "0") for pool in pools]
-    found, kid = named_metrics.compute_metrics(*sets, extractor, METRICS, print), metrics.kid(*pools, 100, 10)
-    assert found["fid"] == metrics.frechet_distance(sets[0].moments, sets[1].moments)
-    assert found["sfid"] == metrics.frechet_distance(sets[0].spatial, sets[1].spatial)
-    assert (found["kid"], found["kid_standard_error"]) == (kid.mean, kid.standard_error)
-    assert found["kid_subset_size"] == 10 and found["inception_score_split_size"] == 5000
-    assert found["inception_score"] == metrics.inception_score(pools[1] @ extractor.head).mean
-    assert (found["precision"], found["recall"]) == metrics.precision_recall(*pools)
-    assert (found["density"], found["coverage"]) == metrics.density_coverage(*pools)
+    moments, logits = [of_features.moments(pool) for pool in pools], pools[1] @ rng.normal(size=(6, 10))
+
+    def values(name, *inputs):
+        return METRICS[name].compute(*inputs, metrics.Options()).values
+
+    kid = of_features.kid(*pools, 100, 10)
+    assert values("fid", *moments) == values("sfid", *moments) == {"": of_features.frechet_distance(*moments)}
+    found = values("kid", *pools)
+    assert (found[""], found["_standard_error"], found["_subset_size"]) == (kid.mean, kid.standard_error, 10)
+    found = values("is", None, logits)
+    assert found[""] == of_features.inception_score(logits).mean and found["_split_size"] == 5000
+    found = values("precision_recall", *pools) | values("density_coverage", *pools)
+    assert (found["precision"], found["recall"]) == of_features.precision_recall(*pools)
+    assert (found["density"], found["coverage"]) == of_features.density_coverage(*pools)
+    published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
+    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments[0], None, "0"))
+    images = example_sets.ExampleSet("x", data.Digits("test", (8, 8), 1))
     without_images = ["sfid", "kid", "precision_recall", "density_coverage", "memorization"]
-    for options, missing in (
-        ((False, True, extractor), []),
-        ((True, False, extractor), without_images),
-        ((False, False, features.digits()), ["sfid", "is"]),
+    names = [name for name, metric in METRICS.items() if metric.needs_features(True)]
+    for reference, extractor, missing in (
+        (images, published, []),
+        (statistics, published, without_images),
+        (images, features.digits(), ["sfid", "is"]),
     ):
-        assert list(named_metrics.unavailable_metrics(*options, METRICS)) == missing
+        assert [name for name in names if evaluate._why_not(METRICS[name].needs, reference, extractor)] == missing
 
 
 def test_copies_of_the_reference_are_found():
     reference = np.random.default_rng(0).normal(size=(500, 8))
     fresh = np.random.default_rng(1).normal(size=(400, 8))
-    report, _ = named_metrics.memorization_report(reference, fresh)
+    report, _ = of_features.memorization_report(reference, fresh)
     assert report["close_share"] < 0.05
     fresh[:100] = reference[200:300] + 1e-3
-    report, near = named_metrics.memorization_report(reference, fresh)
+    report, near = of_features.memorization_report(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
     reference[10:20] = reference[:10]  # duplicates of its own must not hide them
-    assert named_metrics.memorization_report(reference, reference[:300])[0]["close_share"] == 1
+    assert of_features.memorization_report(reference, reference[:300])[0]["close_share"] == 1

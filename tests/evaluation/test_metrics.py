@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation import metrics
+from diffusion_jax.metrics import of_features
 
 
 def gaussian(seed, n, dimensions, scale=1.0, shift=0.0):
@@ -22,10 +22,10 @@ def test_commuting_covariances():
     """Where both have the same axes, the distance is sum (sqrt a - sqrt b)^2: also over fourteen orders of magnitude."""
     axes, rng = rotation(0, 60), np.random.default_rng(1)
     a, b = 10 ** rng.uniform(-12, 2, 60), 10 ** rng.uniform(-12, 2, 60)
-    one, other = (metrics.Moments(np.zeros(60), axes * values @ axes.T, 100) for values in (a, b))
+    one, other = (of_features.Moments(np.zeros(60), axes * values @ axes.T, 100) for values in (a, b))
     exact = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert metrics.frechet_distance(one, other) == pytest.approx(exact, rel=1e-8)
-    assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-12 * a.sum())
+    assert of_features.frechet_distance(one, other) == pytest.approx(exact, rel=1e-8)
+    assert of_features.frechet_distance(one, one) == pytest.approx(0, abs=1e-12 * a.sum())
 
 
 def test_fewer_images_than_dimensions():
@@ -34,12 +34,14 @@ def test_fewer_images_than_dimensions():
     cx, cy = x - x.mean(0), y - y.mean(0)
     cross = np.linalg.svd(cx @ cy.T, compute_uv=False).sum() / np.sqrt(29 * 39)
     exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (cx**2).sum() / 29 + (cy**2).sum() / 39 - 2 * cross
-    assert metrics.frechet_distance(metrics.moments(x), metrics.moments(y)) == pytest.approx(exact, rel=1e-12)
+    assert of_features.frechet_distance(of_features.moments(x), of_features.moments(y)) == pytest.approx(
+        exact, rel=1e-12
+    )
 
 
 def test_moments_in_chunks():
     x = gaussian(0, 100, 7, 3.0, 50.0)
-    whole, parts = metrics.moments(x), metrics.moments_of_chunks([x[:2], x[2:30], x[30:]])
+    whole, parts = of_features.moments(x), of_features.moments_of_chunks([x[:2], x[2:30], x[30:]])
     np.testing.assert_allclose(whole.covariance, np.cov(x, rowvar=False), rtol=1e-12)
     assert parts.count == whole.count == 100
     for one, other in ((whole.mean, parts.mean), (whole.covariance, parts.covariance)):
@@ -59,7 +61,7 @@ def test_kid_by_its_definition():
     pairs = [(i, j) for i in range(12) for j in range(12)]
     within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (12 * 11)
     exact = within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 144
-    found = metrics.kid(x, y, subsets=3, subset_size=12)
+    found = of_features.kid(x, y, subsets=3, subset_size=12)
     assert found.mean == pytest.approx(exact, rel=1e-12) and found.std == pytest.approx(0, abs=1e-12)
 
 
@@ -68,7 +70,7 @@ def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
 
     def repeated(shift, n, subsets, size):
         sets = [(gaussian(2 * i, n, 6), gaussian(2 * i + 1, n, 6, 1, shift)) for i in range(60)]
-        found = [metrics.kid(*pair, subsets, size) for pair in sets]
+        found = [of_features.kid(*pair, subsets, size) for pair in sets]
         return np.array([estimate.mean for estimate in found]), np.mean([estimate.standard_error for estimate in found])
 
     means, claimed = repeated(0, 400, 20, 100)
@@ -84,23 +86,23 @@ def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
 
 def test_inception_score():
     sure = 1e3 * np.eye(10)[np.arange(100) % 10]
-    assert metrics.inception_score(sure).mean == pytest.approx(10)  # every class, each certain
-    assert metrics.inception_score(np.zeros((50, 10))).mean == pytest.approx(1)  # no image says anything
+    assert of_features.inception_score(sure).mean == pytest.approx(10)  # every class, each certain
+    assert of_features.inception_score(np.zeros((50, 10))).mean == pytest.approx(1)  # no image says anything
     logits = gaussian(0, 25, 4)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     splits = [p[:10], p[10:20], p[20:]]  # the last one is kept
     scores = [np.exp(np.mean([sum(q * np.log(q / part.mean(0))) for q in part])) for part in splits]
-    found = metrics.inception_score(logits, split_size=10)
+    found = of_features.inception_score(logits, split_size=10)
     assert found.mean == pytest.approx(np.mean(scores), rel=1e-12) and found.std == pytest.approx(np.std(scores))
 
 
 def test_inception_score_of_sure_logits_of_one_class():
     """Then p(y) = p(y|x) and the score is 1, although p of the other classes is no float64."""
-    assert metrics.inception_score(1e3 * np.eye(10)[np.zeros(20, int)]).mean == pytest.approx(1, abs=1e-12)
+    assert of_features.inception_score(1e3 * np.eye(10)[np.zeros(20, int)]).mean == pytest.approx(1, abs=1e-12)
     some = 1e3 * np.eye(10)[np.arange(60) % 3]  # three of ten classes, in equal parts
-    assert metrics.inception_score(some).mean == pytest.approx(3, rel=1e-12)
-    assert metrics.inception_score(some.astype(np.float16)).mean == pytest.approx(3, rel=1e-12)
-    assert metrics.inception_score(1e300 * some).mean == pytest.approx(3, rel=1e-12)
+    assert of_features.inception_score(some).mean == pytest.approx(3, rel=1e-12)
+    assert of_features.inception_score(some.astype(np.float16)).mean == pytest.approx(3, rel=1e-12)
+    assert of_features.inception_score(1e300 * some).mean == pytest.approx(3, rel=1e-12)
 
 
 # ---- manifolds
@@ -121,34 +123,34 @@ def plain_manifolds(reference, samples, k):
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_manifolds_by_their_definitions(k, monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK", 32)  # several blocks, and a rest
+    monkeypatch.setattr(of_features, "_BLOCK", 32)  # several blocks, and a rest
     reference, samples = gaussian(0, 150, 6), gaussian(1, 170, 6, 0.8, 0.4)
     precision, recall, density, coverage = plain_manifolds(reference, samples, k)
-    assert metrics.precision_recall(reference, samples, k) == pytest.approx((precision, recall), abs=1e-12)
-    assert metrics.density_coverage(reference, samples, k) == pytest.approx((density, coverage), rel=1e-6)
+    assert of_features.precision_recall(reference, samples, k) == pytest.approx((precision, recall), abs=1e-12)
+    assert of_features.density_coverage(reference, samples, k) == pytest.approx((density, coverage), rel=1e-6)
     assert 0.05 < recall < 0.95 and 0.05 < coverage < 0.95
 
 
 def test_a_set_against_itself_and_against_one_far_away():
     x = gaussian(0, 60, 8)
-    assert metrics.precision_recall(x, x) == (1, 1) and metrics.density_coverage(x, x).coverage == 1
-    assert metrics.precision_recall(x, x + 100) == (0, 0) and metrics.density_coverage(x, x + 100) == (0, 0)
+    assert of_features.precision_recall(x, x) == (1, 1) and of_features.density_coverage(x, x).coverage == 1
+    assert of_features.precision_recall(x, x + 100) == (0, 0) and of_features.density_coverage(x, x + 100) == (0, 0)
 
 
 def test_equal_distances_count_as_equal():
     """One-hot features: all others are at the squared distance 2, but for rounding."""
     x = np.eye(30, dtype=np.float32)
-    assert metrics.density_coverage(x[:20], x[10:], k=3) == (20 * 20 / (3 * 20), 1)
-    assert metrics.precision_recall(x[:20], x[20:].repeat(5, axis=0)) == (1, 0)
+    assert of_features.density_coverage(x[:20], x[10:], k=3) == (20 * 20 / (3 * 20), 1)
+    assert of_features.precision_recall(x[:20], x[20:].repeat(5, axis=0)) == (1, 0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
 def test_shares_have_no_unit(scale):
     """Where squares of the features are no float32."""
     x, y = gaussian(0, 60, 6), gaussian(1, 50, 6, 0.7, 0.3)
-    assert metrics.precision_recall(x * scale, y * scale) == metrics.precision_recall(x, y)
-    assert metrics.density_coverage(x * scale, y * scale) == metrics.density_coverage(x, y)
-    one, other = metrics.nearest_neighbors(x * scale, y * scale, 2), metrics.nearest_neighbors(x, y, 2)
+    assert of_features.precision_recall(x * scale, y * scale) == of_features.precision_recall(x, y)
+    assert of_features.density_coverage(x * scale, y * scale) == of_features.density_coverage(x, y)
+    one, other = of_features.nearest_neighbors(x * scale, y * scale, 2), of_features.nearest_neighbors(x, y, 2)
     assert (one.indices == other.indices).all()
     np.testing.assert_array_equal(one.distances, scale * other.distances)
 
@@ -157,10 +159,10 @@ def test_features_of_few_bits():
     """Their metrics equal those of float64 features of the same values."""
     x, y = (np.asarray(jax.numpy.asarray(4 * gaussian(i, 40, 3)).astype("bfloat16")) for i in range(2))
     exact = x.astype(np.float64), y.astype(np.float64)
-    assert metrics.precision_recall(x, y) == pytest.approx(plain_manifolds(*exact, 3)[:2], abs=1e-12)
-    assert metrics.kid(x, y, 5, 20).mean == metrics.kid(*exact, 5, 20).mean
-    assert metrics.frechet_distance(*map(metrics.moments, (x, y))) == metrics.frechet_distance(
-        *map(metrics.moments, exact)
+    assert of_features.precision_recall(x, y) == pytest.approx(plain_manifolds(*exact, 3)[:2], abs=1e-12)
+    assert of_features.kid(x, y, 5, 20).mean == of_features.kid(*exact, 5, 20).mean
+    assert of_features.frechet_distance(*map(of_features.moments, (x, y))) == of_features.frechet_distance(
+        *map(of_features.moments, exact)
     )
 
 
@@ -168,17 +170,17 @@ def test_nearest_neighbors():
     x, q = gaussian(0, 80, 5), gaussian(1, 30, 5)
     q[3] = x[17]
     d = distances(q, x)
-    found = metrics.nearest_neighbors(x, q, k=4)
+    found = of_features.nearest_neighbors(x, q, k=4)
     assert (found.indices == np.argsort(d, axis=1)[:, :4]).all() and found.distances[3, 0] < 1e-6
     np.testing.assert_allclose(found.distances, np.sort(d, axis=1)[:, :4], atol=1e-6)
-    others = metrics.nearest_neighbors(x, x, others=True)
+    others = of_features.nearest_neighbors(x, x, others=True)
     d = distances(x, x) + np.diag(np.full(80, np.inf))
     assert (others.indices[:, 0] == d.argmin(1)).all()
 
 
 def test_float64_where_jax_has_it(x64):
     reference, samples = gaussian(0, 50, 6), gaussian(1, 50, 6)
-    assert metrics.precision_recall(reference, samples) == pytest.approx(plain_manifolds(reference, samples, 3)[:2])
+    assert of_features.precision_recall(reference, samples) == pytest.approx(plain_manifolds(reference, samples, 3)[:2])
 
 
 # ---- refusals
@@ -187,20 +189,23 @@ def test_float64_where_jax_has_it(x64):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: metrics.moments(x[:1]), "1 images are too few: a covariance needs 2"),
-        (lambda x: metrics.moments(x[0]), "not \\[N, D\\]"),
-        (lambda x: metrics.moments(np.where(np.arange(20)[:, None] == 3, np.nan, x)), "of 1 images are not finite"),
-        (lambda x: metrics.frechet_distance(metrics.moments(x), metrics.moments(x[:, :3])), "5 and of 3 dimensions"),
-        (lambda x: metrics.kid(x, x, subset_size=21), "a subset of 21 .* 2 ... 20"),
-        (lambda x: metrics.precision_recall(x, x[:3]), "3 images are too few: this needs 4"),
-        (lambda x: metrics.precision_recall(x, x, k=0), "k=0 must be at least 1"),
-        (lambda x: metrics.precision_recall(x, x.astype(np.complex64)), "features are complex64"),
-        (lambda x: metrics.precision_recall(x - 1.7e308 * np.sign(x), x), "too far apart"),
+        (lambda x: of_features.moments(x[:1]), "1 images are too few: a covariance needs 2"),
+        (lambda x: of_features.moments(x[0]), "not \\[N, D\\]"),
+        (lambda x: of_features.moments(np.where(np.arange(20)[:, None] == 3, np.nan, x)), "of 1 images are not finite"),
         (
-            lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], np.eye(4), 9)] * 2),
+            lambda x: of_features.frechet_distance(*(of_features.moments(x[:, :n]) for n in (5, 3))),
+            "5 and of 3 dimensions",
+        ),
+        (lambda x: of_features.kid(x, x, subset_size=21), "a subset of 21 .* 2 ... 20"),
+        (lambda x: of_features.precision_recall(x, x[:3]), "3 images are too few: this needs 4"),
+        (lambda x: of_features.precision_recall(x, x, k=0), "k=0 must be at least 1"),
+        (lambda x: of_features.precision_recall(x, x.astype(np.complex64)), "features are complex64"),
+        (lambda x: of_features.precision_recall(x - 1.7e308 * np.sign(x), x), "too far apart"),
+        (
+            lambda x: of_features.frechet_distance(*[of_features.Moments(x[0], np.eye(4), 9)] * 2),
             "are not \\[D\\] and \\[D, D\\]",
         ),
-        (lambda x: metrics.frechet_distance(*[metrics.Moments(x[0], np.nan * np.eye(5), 9)] * 2), "not finite"),
+        (lambda x: of_features.frechet_distance(*[of_features.Moments(x[0], np.nan * np.eye(5), 9)] * 2), "not finite"),
     ],
 )
 def test_what_cannot_be_measured_is_said(call, message):

@@ -3,16 +3,26 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import data
-from diffusion_jax.evaluation import array_statistics, example_sets, named_metrics
-from diffusion_jax.evaluation.example_sets import LazyExamples
-from diffusion_jax.evaluation.named_metrics import ARRAY_METRICS, compare_arrays
+from diffusion_jax import data, metrics
+from diffusion_jax.evaluation import example_sets
+from diffusion_jax.metrics import of_arrays
+from diffusion_jax.metrics.of_arrays import LazyExamples
 
-KEY = jax.random.key(0)
+ARRAY_METRICS = [name for name, metric in metrics.METRICS.items() if not metric.needs_features(False)]
+
+
+class Found:
+    """The results of metrics together: values and notes, and of memorization the neighbors."""
+
+    def __init__(self, reference, samples, names, normalization=None):
+        options = metrics.Options(normalization=normalization)
+        results = [metrics.METRICS[name].compute(reference, samples, options) for name in names]
+        self.values = {key: value for result in results for key, value in result.values.items()}
+        self.notes = [result.note for result in results if result.note]
+        self.last = results[-1]
 
 
 def series(seed, n=200, slope=0.8, length=16):
@@ -28,7 +38,7 @@ def series(seed, n=200, slope=0.8, length=16):
 
 @pytest.fixture(scope="module")
 def same():
-    return compare_arrays(KEY, series(1), series(2), ARRAY_METRICS)
+    return Found(series(1), series(2), ARRAY_METRICS)
 
 
 def test_equal_laws_are_within_their_limits(same):
@@ -45,7 +55,7 @@ def test_equal_laws_are_within_their_limits(same):
 
 def test_a_wrong_spectrum_is_found_where_it_is(same):
     """Of a process with the same mean and covariance at one position."""
-    found = compare_arrays(KEY, series(1), series(3, slope=0.5), ARRAY_METRICS).values
+    found = Found(series(1), series(3, slope=0.5), ARRAY_METRICS).values
     for name in ("power_spectrum", "autocorrelation"):
         assert abs(found[f"{name}_z"]) > 2 * found[f"{name}_z_limit"] and found[f"{name}_channel"] == 0, name
     assert found["autocorrelation_lag"] <= 3 and found["autocorrelation_deviation"] < -0.2
@@ -55,10 +65,10 @@ def test_a_wrong_spectrum_is_found_where_it_is(same):
 
 def test_a_shift_and_a_scale_are_found():
     x, y = series(1), series(2) * np.float32(1.2) + np.array([0, 0.5], np.float32)
-    values = compare_arrays(KEY, x, y, ("mean_and_covariance", "marginal_histograms")).values
+    values = Found(x, y, ("mean_and_covariance", "marginal_histograms")).values
     assert values["mean_channel"] == 1 and values["mean_deviation"] == pytest.approx(0.5, abs=0.1)
     assert values["covariance_channels"] == [1, 1] and values["covariance_deviation"] == pytest.approx(0.44, abs=0.15)
-    moments = [array_statistics.mean_and_covariance(part).mean for part in (x, y)]
+    moments = [of_arrays.mean_and_covariance(part).mean for part in (x, y)]
     error = np.hypot(moments[0].standard_error[1], moments[1].standard_error[1])
     assert values["mean_deviation_standard_error"] == pytest.approx(error)
     assert values["mean_z"] == pytest.approx(values["mean_deviation"] / error)
@@ -67,8 +77,8 @@ def test_a_shift_and_a_scale_are_found():
 
 def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
     x, y = series(1), 1.5 * series(2)
-    values = compare_arrays(KEY, x, y, ("power_spectrum",)).values
-    one, other = (array_statistics.power_spectrum(part) for part in (x, y))
+    values = Found(x, y, ("power_spectrum",)).values
+    one, other = (of_arrays.power_spectrum(part) for part in (x, y))
     shell = int(np.argmin(np.abs(one.frequencies - values["power_spectrum_frequency"])))
     at = shell, values["power_spectrum_channel"]
     ratio = other.value[at] / one.value[at]
@@ -79,7 +89,7 @@ def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
 
 @pytest.mark.parametrize("count", [1, 20, 500])
 def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
-    rng, limit = np.random.default_rng(0), named_metrics._largest_z(count)
+    rng, limit = np.random.default_rng(0), metrics.largest_z(count)
     exceeded = np.mean(np.abs(rng.standard_normal((4000, count))).max(axis=1) > limit)
     assert exceeded == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
 
@@ -87,16 +97,16 @@ def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
 def test_copies_of_the_data_are_found():
     x = series(1)
     copies = np.concatenate([series(2, 100), x[50:150]])
-    found = compare_arrays(KEY, x, copies, ("memorization",))
+    found = Found(x, copies, ("memorization",))
     assert 0.5 <= found.values["memorization"]["close_share"] < 0.55
-    np.testing.assert_array_equal(found.neighbors.indices[100:, 0], np.arange(50, 150))
-    np.testing.assert_array_equal(found.neighbor_samples, np.arange(200))
+    np.testing.assert_array_equal(found.last.neighbors.indices[100:, 0], np.arange(50, 150))
+    np.testing.assert_array_equal(found.last.rows, np.arange(200))
 
 
 def test_one_far_sample_does_not_hide_the_others():
     x, y = series(1), series(2) + np.float32(1)
     y[0] = 1e6
-    assert compare_arrays(KEY, x, y, ("marginal_histograms",)).values["histogram_distance"] > 0.3
+    assert Found(x, y, ("marginal_histograms",)).values["histogram_distance"] > 0.3
 
 
 def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
@@ -114,26 +124,27 @@ def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
         def read(self, indices):
             return {"x": self.x[indices]}
 
-    monkeypatch.setattr(named_metrics, "_ENERGY_EXAMPLES", 50)
-    monkeypatch.setattr(named_metrics, "_NEIGHBOR_BYTES", 100 * 4 * 32)
-    monkeypatch.setattr(named_metrics, "_MAX_COVARIANCE_CHANNELS", 1)
+    monkeypatch.setattr(metrics, "_ENERGY_EXAMPLES", 50)
+    monkeypatch.setattr(metrics, "_NEIGHBOR_BYTES", 100 * 4 * 32)
+    monkeypatch.setattr(metrics, "_MAX_COVARIANCE_CHANNELS", 1)
     in_memory = [example_sets.standardize(Rows(part), constants) for part in (x, y)]
     monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", 1000)
     lazy = [example_sets.standardize(Rows(part), constants) for part in (x, y)]
     assert all(isinstance(part, LazyExamples) for part in lazy)
     np.testing.assert_allclose(in_memory[0], series(1), atol=1e-4)
-    found = [compare_arrays(KEY, *sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]
+    found = [Found(*sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]
     assert found[0] == found[1]
     values = found[0]
     assert values["energy_distance_num_examples"] == [50, 50] and values["mean_and_covariance_num_channels"] == 1
     assert values["memorization"]["num_reference"] == values["memorization"]["num_samples"] == 100
-    np.testing.assert_array_equal(example_sets.select(x, 50), x[::4])
+    np.testing.assert_array_equal(of_arrays.select(x, 50), x[::4])
 
 
 def test_a_constant_channel_has_no_autocorrelation_and_finite_numbers():
-    notes, (x, y) = [], (series(1, 60), series(2, 60))
+    x, y = series(1, 60), series(2, 60)
     x[..., 1], y[..., 1] = 0, 1
-    values = compare_arrays(KEY, x, y, ARRAY_METRICS, log=notes.append).values
-    assert "autocorrelation_z" not in values and "channel 1 is constant" in notes[0]
+    found = Found(x, y, ARRAY_METRICS)
+    values = found.values
+    assert "autocorrelation_z" not in values and "channel 1 is constant" in found.notes[0]
     assert values["mean_z"] is None and values["mean_deviation"] == 1
     json.dumps(values, allow_nan=False)

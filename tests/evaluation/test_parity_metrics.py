@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from diffusion_jax.evaluation import metrics
 from diffusion_jax.evaluation.features import inception
+from diffusion_jax.metrics import of_features
 from helpers import inception_peer
 
 pytestmark = pytest.mark.parity
@@ -35,7 +35,7 @@ def test_frechet_distance(pair):
     """torch-fidelity's, and the formula with SciPy's root of the product, which is that of pytorch-fid and ADM."""
     from torch_fidelity import metric_fid
 
-    ours = metrics.frechet_distance(*map(metrics.moments, pair))
+    ours = of_features.frechet_distance(*map(of_features.moments, pair))
     theirs = [metric_fid.fid_features_to_statistics(t) for t in tensors(*pair)]
     expected = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
     assert ours == pytest.approx(expected, rel=1e-6)
@@ -52,7 +52,7 @@ def test_kid(pair):
     theirs = metric_kid.kid_features_to_metric(
         *tensors(samples, reference), kid_subsets=20, kid_subset_size=300, verbose=False
     )
-    ours = metrics.kid(reference, samples, subsets=20, subset_size=300)
+    ours = of_features.kid(reference, samples, subsets=20, subset_size=300)
     assert ours.mean == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_MEAN], rel=1e-6)
     assert ours.std == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_STD], rel=1e-6)
 
@@ -64,7 +64,7 @@ def test_precision_and_recall(pair):
     theirs = metric_prc.prc_features_to_metric(
         *tensors(samples, reference), prc_neighborhood=3, prc_batch_size=256, save_cpu_ram=False, verbose=False
     )
-    ours = metrics.precision_recall(reference, samples, k=3)
+    ours = of_features.precision_recall(reference, samples, k=3)
     assert ours.precision == pytest.approx(theirs[metric_prc.KEY_METRIC_PRECISION], rel=1e-6)
     assert ours.recall == pytest.approx(theirs[metric_prc.KEY_METRIC_RECALL], rel=1e-6)
     assert 0.1 < ours.precision < 0.99

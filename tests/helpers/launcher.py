@@ -16,7 +16,7 @@ _PRELOAD = (
     "diffusion_jax.cli",
     "diffusion_jax.runs.train",
     "diffusion_jax.runs.edit",
-    "diffusion_jax.runs.measure_likelihood",
+    "diffusion_jax.runs.evaluate",
 )
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from diffusion_jax.config import flatten
-from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
+from diffusion_jax.runs import evaluate as evaluate_mode
+from diffusion_jax.runs import workdir
 from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
 
@@ -49,5 +50,4 @@ def free_port() -> int:
 
 def evaluate(config, directory):
     """--mode=evaluate, in this process."""
-    measure_likelihood.run(config, directory)
-    sample_metrics.run(config, directory)
+    evaluate_mode.run(config, directory)

@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation import array_metrics, array_statistics
+from diffusion_jax.metrics import METRICS, Options, of_arrays
 from diffusion_jax.pictures import (
-    draw_autocorrelation,
-    draw_examples,
-    draw_histograms,
-    draw_spectra,
+    draw_curves,
+    draw_samples,
+    draw_trajectory,
     figures,
     to_array,
 )
-from diffusion_jax.pictures.samples import draw_array_trajectory
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
 
@@ -42,7 +40,7 @@ def names(figure):
 
 def test_series_are_lines_of_all_channels():
     x = drawn(0, 5, 40, 3)
-    figure = draw_examples(x, title="samples", captions=["0: a", "1: b"])
+    figure = draw_samples(x, title="samples", captions=["0: a", "1: b"])
     assert names(figure) == (
         ["0: a", "1: b", "example 2", "example 3", "example 4"],
         ["channel 0", "channel 1", "channel 2"],
@@ -57,7 +55,7 @@ def test_series_are_lines_of_all_channels():
 @pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
 def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
     x = drawn(1, 4, 40, len(factors)) * np.float32(factors)
-    figure = draw_examples(x, title="samples")
+    figure = draw_samples(x, title="samples")
     assert names(figure) == ([f"channel {c}" for c in range(len(factors))], [f"example {i}" for i in range(4)])
     for c, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(lines(axes), x[..., c])
@@ -68,7 +66,7 @@ def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
     x = drawn(5, 3, 6, 9, 3)
     x[..., 1] = np.abs(x[..., 1]) + 280
     x[..., 2] = np.linspace(-0.01, 1, 54).reshape(6, 9)
-    figure = draw_examples(x, title="fields", captions=["0: a", "1: b"])
+    figure = draw_samples(x, title="fields", captions=["0: a", "1: b"])
     shown, pictures = images(figure)
     assert len(shown) == 9 and len(figure.axes) == 9 + 3  # a color bar for each channel
     for i, picture in enumerate(pictures):
@@ -84,7 +82,7 @@ def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
 
 def test_volumes_are_slices_and_the_values_farthest_from_zero():
     x = drawn(7, 2, 4, 5, 6, 2)
-    shown, pictures = images(draw_examples(x, title="volumes"))
+    shown, pictures = images(draw_samples(x, title="volumes"))
     assert len(shown) == 2 * 2 * 6
     for row in range(4):
         volume = x[row // 2, ..., row % 2]
@@ -100,7 +98,7 @@ def test_volumes_are_slices_and_the_values_farthest_from_zero():
 
 def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
     x, reference = drawn(8, 500, 2), drawn(9, 300, 2) + 1
-    figure = draw_examples(x, title="vectors", reference=reference)
+    figure = draw_samples(x, title="vectors", reference=reference)
     assert [axes.get_xlabel() for axes in figure.axes] == ["channel 0", "channel 1", "channel 0"]
     for entry, axes in enumerate(figure.axes[:2]):
         for patch, values in zip(axes.patches, (x, reference), strict=True):
@@ -122,7 +120,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
     """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
     x = drawn(12, 4, 2, *shape) * np.array([100, 50, 10, 1]).reshape(-1, *[1] * (len(shape) + 1))
     headers, shown = ["t = 9", "t = 5", "t = 1", "sample"], None
-    figure = draw_array_trajectory(x, headers, title="being denoised", captions=["0: a", "1: b"])
+    figure = draw_trajectory(x, [9, 5, 1], title="being denoised", captions=["0: a", "1: b"])
     if len(shape) == 1:
         for axes, points in zip(figure.axes, x, strict=True):
             if shape[0] == 1:
@@ -152,7 +150,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
 
 def test_channels_of_different_sizes_have_rows_of_a_trajectory():
     x = drawn(13, 3, 5, 40, 2) * np.float32([1, 1000])
-    figure = draw_array_trajectory(x, "abc", title="series")
+    figure = draw_trajectory(x, [2, 1], title="series")
     assert len(figure.axes) == 3 * 2 * 3
     for i, axes in enumerate(figure.axes):
         row, column = divmod(i, 3)
@@ -175,13 +173,11 @@ def test_channels_of_different_sizes_have_rows_of_a_trajectory():
 )
 def test_large_sets_are_drawn_in_part(shape, num_axes):
     x = np.broadcast_to(drawn(22, *shape[1:]), shape)
-    figure = draw_examples(x, title="samples")
+    figure = draw_samples(x, title="samples")
     assert len(figure.axes) == num_axes and ("first" in figure.get_suptitle() or "1 of 4" in figure.get_suptitle())
-    figure = draw_array_trajectory(
-        np.broadcast_to(x[:40], (50, *x[:40].shape)), [str(49 - i) for i in range(50)], title=""
-    )
+    figure = draw_trajectory(np.broadcast_to(x[:40], (50, *x[:40].shape)), range(49, 0, -1), title="")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles[0] == "49" and titles[-1] == "0" and len(titles) == 10 and len(figure.axes) <= 66
+    assert titles[0] == "t = 49" and titles[-1] == "sample" and len(titles) == 10 and len(figure.axes) <= 66
     assert "10 of 50 times" in figure.get_suptitle()
 
 
@@ -189,14 +185,14 @@ def test_large_sets_are_drawn_in_part(shape, num_axes):
 def test_values_that_are_not_finite_are_counted_and_marked(shape):
     x = drawn(24, 4, *shape)
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
-    figure = draw_examples(x, title="not finite")
+    figure = draw_samples(x, title="not finite")
     counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # of volumes, those of slices and projections
     assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
     marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
     assert marked == (len(shape) > 2)  # those of vectors are counted only
     if len(shape) == 2:
         assert np.isnan(lines(figure.axes[0])[0][0])
-    to_array(draw_array_trajectory(np.stack([x, x]), "ab", title="not finite"))
+    to_array(draw_trajectory(np.stack([x, x]), [1], title="not finite"))
 
 
 @pytest.mark.parametrize("value", [3.0, -1e30, np.nan])
@@ -205,26 +201,27 @@ def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(sh
     """A name that Matplotlib cannot read as a formula would raise; very long names are shortened."""
     x, text = np.full((1, *shape), value, np.float32), "$\\frac{$ a" + 40 * "b"
     options = {"title": text, "captions": [text]}
-    for figure in (draw_examples(x, **options, reference=x), draw_array_trajectory(x[None], [text], **options)):
+    for figure in (draw_samples(x, **options, reference=x), draw_trajectory(x[None], [], **options)):
         assert to_array(figure).dtype == np.uint8
     assert figures.plain_text("a $x$\n" + 40 * "b", 12) == r"a \$x\$ bbb..."
 
 
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="at most three spatial axes"):
-        draw_examples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
+        draw_samples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
     with pytest.raises(ValueError, match="at least 1"):
-        draw_examples(np.zeros((0, 2)), title="")
+        draw_samples(np.zeros((0, 2)), title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):
-        draw_array_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
+        draw_trajectory(np.zeros((3, 2)), [2, 1], title="")
 
 
 # ---- Statistics of two sets
 
 
 def test_histograms_have_error_bars_and_their_distance():
-    result = array_metrics.marginal_histograms(drawn(16, 60, 20, 2), drawn(17, 50, 20, 2), bins=10, limits=(-4, 4))
-    figure = draw_histograms(result, title="histograms")
+    sets, options = (drawn(16, 60, 20, 2), drawn(17, 50, 20, 2)), {"bins": 50, "groups": 20}
+    result = of_arrays.marginal_histograms(*sets, **options, limits=of_arrays.value_range(sets[0]))
+    figure = draw_curves(curves_of("marginal_histograms", *sets), "histograms")
     for c, axes in enumerate(figure.axes):
         for patch, bars, statistic in zip(axes.patches, axes.containers, result[1:3], strict=True):
             np.testing.assert_array_equal(patch.get_data()[0], statistic.value[c])
@@ -236,6 +233,10 @@ def test_histograms_have_error_bars_and_their_distance():
     assert names(figure)[1] == ["data", "samples"] and "standard errors" in figure.get_suptitle()
 
 
+def curves_of(name, reference, samples):
+    return METRICS[name].compute(reference, samples, Options()).curves
+
+
 def curves(axes):
     """(x, value, standard error) of each curve with error bars."""
     for container in axes.containers:
@@ -245,8 +246,9 @@ def curves(axes):
 
 
 def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
-    one, other = (array_statistics.power_spectrum(drawn(seed, 30, 16, 2)) for seed in (18, 19))
-    figure = draw_spectra(one, other, title="spectra")
+    sets = [drawn(seed, 30, 16, 2) for seed in (18, 19)]
+    one, other = map(of_arrays.power_spectrum, sets)
+    figure = draw_curves(curves_of("power_spectrum", *sets), "spectra")
     for c, axes in enumerate(figure.axes):
         assert axes.get_xscale() == axes.get_yscale() == "log"
         for (x, value, error), spectrum in zip(curves(axes), (one, other), strict=True):
@@ -255,13 +257,14 @@ def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
             np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
         assert f"at frequency 0: {one.value[0, c]:.3g}" in axes.get_title()
     for length in (1, 8):
-        spectrum = array_statistics.power_spectrum(np.ones((4, length, 1)))
-        to_array(draw_spectra(spectrum, spectrum, title="without power, and of one position"))
+        x = np.ones((4, length, 1))
+        to_array(draw_curves(curves_of("power_spectrum", x, x), "without power, and of one position"))
 
 
 def test_autocorrelations_have_error_bars():
-    one, other = (array_statistics.autocorrelation(drawn(seed, 30, 400, 1)) for seed in (20, 21))
-    figure = draw_autocorrelation(one, other, title="autocorrelation")
+    sets = [drawn(seed, 30, 400, 1) for seed in (20, 21)]
+    one, other = map(of_arrays.autocorrelation, sets)
+    figure = draw_curves(curves_of("autocorrelation", *sets), "autocorrelation")
     for (x, value, error), result in zip(curves(figure.axes[0]), (one, other), strict=True):
         np.testing.assert_array_equal(x, result.lags)
         np.testing.assert_array_equal(value, result.value[:, 0])

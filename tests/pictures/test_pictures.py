@@ -43,7 +43,7 @@ def test_the_plot_of_one_step_has_only_the_decoder_term():
 def test_neighbors_have_captions(monkeypatch):
     """Images and other arrays: each sample before its nearest examples."""
     drawn = []
-    for module, name in ((samples, "draw_grid"), (samples, "draw_examples")):
+    for module, name in ((samples, "draw_grid"), (samples, "draw_samples")):
         monkeypatch.setattr(module, name, lambda *values, **options: drawn.append((*values, *options.values())))
     distances = np.array([[0.5, 1.5], [0.75, 2.5]])
     captions = ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
-from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model, workdir
+from diffusion_jax.metrics import of_arrays, of_features
+from diffusion_jax.runs import evaluate, measure_likelihood, train, trained_model, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -165,25 +165,25 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
     write_arrays("series", "x.npz", 60)
     x = examples("series", 60)
     run = a_run(tmp_path / "run", config, Rows(x))
-    sample_metrics.run(config, run)
+    evaluate.measure_samples(config, run)
     got, (path,) = record(run), (run / "samples").glob("*.npz")
     drawn, constants = np.load(path)["arr_0"], data.find_normalizations(config.data, Rows(x))["x"]
     assert drawn.dtype == np.float32 and abs(drawn.mean() - 300) < 30
     standardized = [constants.apply(part) for part in (x, drawn)]
-    energy = array_metrics.energy_distance(*standardized)
+    energy = of_arrays.energy_distance(*standardized)
     assert got["energy_distance"] == pytest.approx(energy.value, rel=1e-6)
     assert got["energy_distance_standard_error"] == pytest.approx(energy.standard_error, rel=1e-6)
-    sliced = array_metrics.sliced_wasserstein(jax.random.key(3), *standardized)
+    sliced = of_arrays.sliced_wasserstein(jax.random.key(3), *standardized)
     assert got["sliced_wasserstein"] == pytest.approx(sliced.value) and got["sliced_wasserstein_same_law"] > 0
     with np.load(run / got["files"]["statistics"]) as arrays:  # in the units of the data
         for side, part in (("reference", x), ("samples", drawn)):
-            moments, spectrum = array_statistics.mean_and_covariance(part), array_statistics.power_spectrum(part)
+            moments, spectrum = of_arrays.mean_and_covariance(part), of_arrays.power_spectrum(part)
             np.testing.assert_allclose(arrays[f"mean_{side}"], moments.mean.value, rtol=1e-5)
             np.testing.assert_allclose(
                 arrays[f"covariance_{side}_standard_error"], moments.covariance.standard_error, rtol=1e-4
             )
             np.testing.assert_allclose(arrays[f"spectrum_{side}"], spectrum.value, rtol=1e-4)
-            correlation = array_statistics.autocorrelation(part)
+            correlation = of_arrays.autocorrelation(part)
             np.testing.assert_allclose(arrays[f"autocorrelation_{side}"], correlation.value, rtol=1e-4, atol=1e-5)
         low, high = x.min(axis=(0, 1)), x.max(axis=(0, 1))
         np.testing.assert_allclose(arrays["histogram_edges"][:, [0, -1]].T, [low, high], rtol=1e-6)
@@ -196,7 +196,7 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
     assert "energy_distance  " in capsys.readouterr().out
     # Another metric of the same sets is added to the record.
     config.evaluation.metrics = ("energy_distance",)
-    sample_metrics.run(config, run)
+    evaluate.measure_samples(config, run)
     assert len(json.loads((run / "metrics.json").read_text())) == 1
     assert record(run)["sliced_wasserstein"] == got["sliced_wasserstein"]
     assert "power_spectrum_z" in record(run) and record(run)["files"].keys() == got["files"].keys()
@@ -212,10 +212,10 @@ def test_own_features_are_of_the_data_in_their_units(tmp_path, monkeypatch):
     x, path = examples("vectors", 50).astype(np.float64), tmp_path / "x.npz"
     write_arrays("vectors", path, 50)
     run = a_run(tmp_path / "run", config, Rows(x))
-    sample_metrics.run(config, run)
+    evaluate.measure_samples(config, run)
     got, (path,) = record(run), (run / "samples").glob("*.npz")
-    sets = [metrics.moments(part.astype(np.float64) ** 2 / 1e4) for part in (x, np.load(path)["arr_0"])]
-    assert got["frechet_distance"] == pytest.approx(metrics.frechet_distance(*sets), rel=1e-3)
+    sets = [of_features.moments(part.astype(np.float64) ** 2 / 1e4) for part in (x, np.load(path)["arr_0"])]
+    assert got["frechet_distance"] == pytest.approx(of_features.frechet_distance(*sets), rel=1e-3)
     assert 0 <= got["precision"] <= 1 and "histogram_distance" in got and "energy_distance" not in got
     assert got["features"] == "my_features:moments"
 
@@ -232,7 +232,7 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
     }
     config = config_of("vectors", **overrides, **{"data.data_dir": "x.npz", "sampling.conditions": given})
     run = a_run(tmp_path / "run", config, Rows(examples("vectors", 50), condition=conditions))
-    sample_metrics.run(config, run)
+    evaluate.measure_samples(config, run)
     (path,) = (run / "samples").glob("*.npz")
     drawn_with, rows = np.load(path)["condition"], np.arange(40)
     np.testing.assert_array_equal(drawn_with, conditions[rows % 5 if given else rows * 50 // 40])
@@ -257,7 +257,7 @@ def test_options_that_do_not_suit_the_data_are_refused(kind, overrides, words, t
     overrides = {"num_samples": 50, **overrides}
     config = config_of(kind, **{f"evaluation.{key}": value for key, value in overrides.items()})
     with pytest.raises(UserError, match=words):
-        sample_metrics.run(config, tmp_path, Rows(examples(kind, 50)))
+        evaluate.measure_samples(config, tmp_path, Rows(examples(kind, 50)))
 
 
 @pytest.mark.whole

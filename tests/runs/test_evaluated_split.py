@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, pictures, report
-from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
+from diffusion_jax.runs import evaluate, measure_likelihood, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
@@ -98,10 +98,10 @@ def test_held_out_examples_are_the_test_split(kind, images, whole_folder, tmp_pa
     normalized = data.Normalized(trained_on, found.trained.normalizations) if name == "x" else trained_on
     assert not rows(found.source) & rows(normalized) and len(rows(found.source) | rows(normalized)) == COUNT
     # Samples are compared with the split that was trained on, or with the other.
-    reference = sample_metrics.load_reference(config)
+    reference = evaluate.load_reference(config)
     assert reference.name.endswith(":train") and rows(reference.examples) == rows(trained_on)
     config.evaluation.reference_split = "test"
-    assert len(sample_metrics.load_reference(config).examples) == COUNT - len(trained_on)
+    assert len(evaluate.load_reference(config).examples) == COUNT - len(trained_on)
     config.evaluation.split = "train"
     assert LikelihoodRun(config, run).split == "train" and "(split 'train')" in capsys.readouterr().out
     # Examples of another place are measured as a whole, and so are those of a caller.

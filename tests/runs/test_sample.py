@@ -38,7 +38,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert path.with_name(f"{path.stem}_trajectory_x_0.png").exists()
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
-    assert example_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
+    assert example_sets.open_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
 def test_the_trajectory_is_of_the_first_samples(tmp_path, monkeypatch):

@@ -7,15 +7,15 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metrics
+from diffusion_jax.metrics import of_features
 from diffusion_jax.pretrained import PretrainedError
-from diffusion_jax.runs import metric_records, sample_metrics, train, trained_model
+from diffusion_jax.report.collect import collect, table_cells
+from diffusion_jax.runs import evaluate, train, trained_model
 from diffusion_jax.runs.sampling_setup import BatchSampler
 from diffusion_jax.runs.training_outputs import make_preview_sampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits
-from helpers.program import evaluate
 from helpers.work_directories import reuse_or_draw
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -23,20 +23,20 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.mark.whole
 def test_evaluate_measures_samples(run, capsys, monkeypatch):
-    evaluate(tiny_config(**FEW_SAMPLES), run)
+    evaluate.run(tiny_config(**FEW_SAMPLES), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     (path,) = (run / "samples").glob("*.npz")
     drawn = np.load(path)["arr_0"]
-    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
-    assert record["frechet_distance"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
     assert (record["weights"], record["step"], record["steps"], record["num_samples"]) == ("ema", 2, 2, 20)
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["seed"] == 0
     assert record["sampling"]["use_ema"] is True
     assert "64 dimensions: the distance is larger" in capsys.readouterr().out
     monkeypatch.setattr(BatchSampler, "__call__", None)  # nothing is drawn twice
-    evaluate(tiny_config(**FEW_SAMPLES), run)
+    evaluate.run(tiny_config(**FEW_SAMPLES), run)
     monkeypatch.undo()
-    evaluate(tiny_config(**FEW_SAMPLES | {"sampling.steps": 4}), run)
+    evaluate.run(tiny_config(**FEW_SAMPLES | {"sampling.steps": 4}), run)
     assert len(json.loads((run / "metrics.json").read_text())) == 2
 
 
@@ -47,7 +47,7 @@ def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
         stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
     stored["drawn_with"] = {"jax": "0.0.1"}
     np.savez(path, images, settings=np.array(json.dumps(stored)))
-    evaluate(tiny_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
+    evaluate.run(tiny_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
     assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
@@ -62,9 +62,9 @@ def test_the_requested_weights_are_measured(run, use_ema, monkeypatch):
         asked.append((config.sampling.use_ema, config.sampling.num_samples))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_metrics, "SampleFile", sample_file)
+    monkeypatch.setattr(evaluate, "SampleFile", sample_file)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tiny_config(**FEW_SAMPLES | {"evaluation.use_ema": use_ema}), run)
+        evaluate.run(tiny_config(**FEW_SAMPLES | {"evaluation.use_ema": use_ema}), run)
     assert asked == [(use_ema, 20)]
 
 
@@ -78,7 +78,7 @@ def test_the_requested_weights_are_measured(run, use_ema, monkeypatch):
 )
 def test_invalid_metric_options_are_refused(run, overrides, words):
     with pytest.raises((UserError, PretrainedError), match=words):
-        evaluate(tiny_config(**FEW_SAMPLES | overrides), run)
+        evaluate.run(tiny_config(**FEW_SAMPLES | overrides), run)
     assert not (run / "samples").exists()
 
 
@@ -94,8 +94,8 @@ def test_training_logs_the_frechet_distance(tmp_path):
     _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
     batch_sampler = make_preview_sampler(config, built, config.sampling.batch_size)
     drawn = np.concatenate([batch_sampler(params, 0, i) for i in range(5)])
-    moments = [metrics.moments(by_hand(x)) for x in (all_digits(), drawn)]
-    assert logged[4] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-4)
+    moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]
+    assert logged[4] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
     with pytest.raises(UserError, match="evaluation.every=2 must be a multiple of training.steps_per_call=4"):
         config = tiny_config(**{"evaluation.every": 2, "training.steps_per_call": 4, "training.log_every": 4})
         config.training.checkpoint_every = 4
@@ -104,7 +104,7 @@ def test_training_logs_the_frechet_distance(tmp_path):
 
 def test_the_message_names_the_weights_of_inception(tmp_path):
     with pytest.raises(UserError, match="https://github.com/mseitzer/pytorch-fid/releases/download/"):
-        sample_metrics.run(tiny_config(**FEW_SAMPLES, **{"evaluation.features": "inception"}), tmp_path)
+        evaluate.measure_samples(tiny_config(**FEW_SAMPLES, **{"evaluation.features": "inception"}), tmp_path)
 
 
 def test_the_table_has_bits_per_dimension(tmp_path):
@@ -112,12 +112,12 @@ def test_the_table_has_bits_per_dimension(tmp_path):
     bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
     bound["dataset"] = "cifar10"
     record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
-    pairs = [
-        (tmp_path, row)
-        for likelihood in (bound, bound | {"step": 400})
-        for row in metric_records.add_likelihood([record, record | {"weights": "raw"}], likelihood)
-    ]
-    columns, rows = metric_records.table_cells(pairs)
+    run = collect(tmp_path)
+    run.records, pairs = [record, record | {"weights": "raw"}], []
+    for likelihood in (bound, bound | {"step": 400}):
+        run.likelihood = likelihood
+        pairs += [(tmp_path, row) for row in run.measurements()]
+    columns, rows = table_cells(pairs)
     assert columns == ["run", "step", "weights", "frechet_distance", "bits_per_dim"]
     found = [[row.get(column, "") for column in columns[1:]] for row in rows]
     value = "3.704 ± 0.01"

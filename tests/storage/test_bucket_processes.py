@@ -26,12 +26,12 @@ ALL_MODES = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
+from diffusion_jax.runs import evaluate, sample
 
 if __name__ == "__main__":
     cli.main()
     command = cli.parse(sys.argv[1:])
-    for mode in (sample, measure_likelihood, sample_metrics):
+    for mode in (sample, evaluate):
         mode.run(command.config, command.workdir)
 """
 

@@ -26,6 +26,7 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kid",
+    "memorization_report",
     "moments",
     "moments_of_chunks",
     "nearest_neighbors",
@@ -235,6 +236,26 @@ def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> N
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
+
+
+def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
+    """(a report of whether samples are copies of reference images, the samples' k nearest neighbors).
+
+    reference, samples: features [N, D]. close_distance is the 1% quantile of the distances between reference images and their
+    nearest others; close_share is the share of samples at most that far from a reference image: about 0.01 for new images,
+    near 1 for copies.
+    """
+    neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
+    reference_distances = nearest_neighbors(reference, reference, others=True).distances[:, 0]
+    distinct = reference_distances[reference_distances > 0]  # duplicates do not show which distances are small
+    limit = np.quantile(distinct, 0.01) if distinct.size else 0.0
+    report = {
+        "nearest_distance_median": float(np.median(neighbors.distances[:, 0])),
+        "reference_nearest_distance_median": float(np.median(reference_distances)),
+        "close_distance": float(limit),
+        "close_share": float(np.mean(neighbors.distances[:, 0] <= limit)),
+    }
+    return report, neighbors
 
 
 def _radii(features: np.ndarray, k: int) -> np.ndarray:

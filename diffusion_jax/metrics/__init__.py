@@ -1,0 +1,384 @@
+"""Metrics of samples against a reference: pure functions of arrays, and `METRICS`, those that have a name in a config.
+
+`of_features` compares features [N, D] of two sets, and `of_arrays` the examples themselves, float arrays [n, *spatial, C].
+
+A metric is a function (reference, samples, options) -> `Result`, and one line of `METRICS`. The leaf `evaluation.metrics`,
+`--metrics` of the command, records, pictures and reports follow this table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.metrics import of_arrays, of_features
+from diffusion_jax.metrics.of_arrays import LazyExamples, Measurement, even_indices, select
+from diffusion_jax.metrics.of_features import Moments, Neighbors
+
+__all__ = [
+    "MAX_EXAMPLES",
+    "MEANINGS",
+    "METRICS",
+    "Curves",
+    "Metric",
+    "Options",
+    "Result",
+    "largest_z",
+    "reported_name",
+    "suitable_metrics",
+]
+
+MAX_EXAMPLES = 50_000  # of a set of arrays, as the metrics of images have it
+_KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
+_IS_SPLIT_SIZE = 5000
+_MANIFOLD_K, _DENSITY_K = 3, 5
+_GROUPS = 20  # of the jackknives
+_ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # examples of a set; products of two numbers in all distances
+_NEIGHBORS, _NEIGHBOR_PRODUCTS, _NEIGHBOR_BYTES = 5, 1e13, 2**31
+_MAX_COVARIANCE_CHANNELS = 512
+_BINS, _PROJECTIONS, _SLICED_EXAMPLES = 50, 256, 20_000
+_Examples = np.ndarray | LazyExamples
+
+
+class Options(NamedTuple):
+    """What metrics of examples depend on besides the two sets.
+
+    seed: of random directions. normalization: the examples are standardized, and examples * scale + offset are in the units
+    of the data; None if they are already. periodic: whether series are periodic.
+    """
+
+    seed: int = 0
+    normalization: Any = None
+    periodic: bool = False
+
+    def units(self, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, scale) of each channel [C]."""
+        if self.normalization is None:
+            return np.zeros(num_channels), np.ones(num_channels)
+        return np.asarray(self.normalization.offset), np.asarray(self.normalization.scale)
+
+
+class Curves(NamedTuple):
+    """A statistic of both sets to draw, with a panel for each channel, in the units of the data.
+
+    name: of the picture. x: float [K], or the edges of bins [C, K + 1]. reference, samples: values [K, C] with standard
+    errors. labels: of the axes. notes: a text for each channel, or (). logarithmic: both axes.
+    """
+
+    name: str
+    x: np.ndarray
+    reference: Measurement
+    samples: Measurement
+    labels: tuple[str, str]
+    notes: Sequence[str] = ()
+    logarithmic: bool = False
+
+
+class Result(NamedTuple):
+    """What a metric found.
+
+    values: its numbers and settings, as a record has them. arrays: statistics of both sets in the units of the data.
+    curves: a picture of them. neighbors, rows: for the samples at these rows, the nearest examples of the reference.
+    note: for the user.
+    """
+
+    values: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray] = {}
+    curves: Curves | None = None
+    neighbors: Neighbors | None = None
+    rows: np.ndarray | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric of samples against a reference.
+
+    compute: (reference, samples, options) -> Result, of what `needs` names:
+      moments, spatial: `Moments` of features, and of Inception's spatial features. pool: features [N, D].
+      logits: of Inception's classes [N, classes]. examples: standardized arrays [n, *spatial, C].
+      vectors: the features of images, and the examples of other data.
+    minimum: the smallest number of examples in each set. spatial_axes: that examples may have. names: in records, with
+    features of the published Inception and of others; the names of the numbers in its result are then endings of this one.
+    """
+
+    compute: Callable[[Any, Any, Options], Result]
+    needs: str
+    minimum: int
+    spatial_axes: tuple[int, ...] = (0, 1, 2, 3)
+    names: tuple[str, str] | None = None
+
+    def needs_features(self, of_images: bool) -> bool:
+        """Whether it compares features, of images or of other arrays."""
+        return self.needs != "examples" and (of_images or self.needs != "vectors")
+
+
+def reported_name(metric: str, published: bool, resize: str | None = None) -> str:
+    """The name of a metric in reports.
+
+    FID, sFID and KID are names for the published Inception only, and a resize other than TensorFlow 1's is part of the name.
+    """
+    names = METRICS[metric].names
+    return metric if names is None else names[not published] + ("" if resize in (None, "tf1") else f"_{resize}")
+
+
+def suitable_metrics(spatial_axes: int, of_images: bool, has_features: bool) -> tuple[str, ...]:
+    """The metrics for examples with so many spatial axes. has_features: whether there are features of them.
+
+    Those that compare features come first; images have only them by default.
+    """
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if spatial_axes in metric.spatial_axes and (has_features or not metric.needs_features(of_images))
+    )
+
+
+# ---- Features
+
+
+def _frechet_distance(reference: Moments, samples: Moments, options: Options) -> Result:
+    count, dimensions, note = samples.count, len(samples.mean), ""
+    if 0 < count <= dimensions:
+        note = (
+            f"{count:,} samples for {dimensions} dimensions: the distance is larger than with more samples; "
+            "compare it at equal numbers of samples only"
+        )
+    return Result({"": of_features.frechet_distance(reference, samples)}, note=note)
+
+
+def _kid(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
+    # A quarter of small sets, because the variance over subsets that are nearly a whole set is not informative.
+    size = min(_KID_SUBSET_SIZE, min(len(reference), len(samples)) // 4)
+    kid = of_features.kid(reference, samples, _KID_SUBSETS, size, _KID_SEED)
+    settings = {"_subsets": _KID_SUBSETS, "_subset_size": size, "_seed": _KID_SEED}
+    return Result({"": kid.mean, "_standard_error": kid.standard_error, "_std": kid.std, **settings})
+
+
+def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
+    score = of_features.inception_score(samples, _IS_SPLIT_SIZE)
+    return Result({"": score.mean, "_std": score.std, "_split_size": _IS_SPLIT_SIZE})
+
+
+def _precision_recall(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
+    shares = of_features.precision_recall(reference, samples, _MANIFOLD_K)
+    return Result(shares._asdict() | {"precision_recall_k": _MANIFOLD_K})
+
+
+def _density_coverage(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
+    shares = of_features.density_coverage(reference, samples, _DENSITY_K)
+    return Result(shares._asdict() | {"density_coverage_k": _DENSITY_K})
+
+
+def _memorization(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    """Of at most 50,000 examples, and fewer of large ones."""
+    dimensions = math.prod(reference.shape[1:])
+    count = min(MAX_EXAMPLES, max(math.sqrt(_NEIGHBOR_PRODUCTS / dimensions), 1000), _NEIGHBOR_BYTES / (4 * dimensions))
+    count = max(int(count), METRICS["memorization"].minimum)
+    rows = [even_indices(len(x), count) for x in (reference, samples)]
+    one, other = (np.asarray(x[i]).reshape(len(i), -1) for x, i in zip((reference, samples), rows, strict=True))
+    report, neighbors = of_features.memorization_report(one, other, _NEIGHBORS)
+    report |= {"num_reference": len(one), "num_samples": len(other)}
+    neighbors = neighbors._replace(indices=rows[0][neighbors.indices])
+    return Result({"memorization": report}, neighbors=neighbors, rows=rows[1])
+
+
+# ---- Examples
+
+
+def _energy_distance(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    # The time grows as the square of the number of examples.
+    count = int(min(_ENERGY_EXAMPLES, max(math.sqrt(_ENERGY_PRODUCTS / math.prod(reference.shape[1:])), 500)))
+    sets = [select(x, count) for x in (reference, samples)]
+    values = _named("energy_distance", of_arrays.energy_distance(*sets))
+    return Result(values | {"energy_distance_num_examples": [len(x) for x in sets]})
+
+
+def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    sets, key = [select(x, _SLICED_EXAMPLES) for x in (reference, samples)], jax.random.key(options.seed)
+    distance = of_arrays.sliced_wasserstein(key, *sets, projections=_PROJECTIONS, groups=_GROUPS)
+    settings = {"projections": _PROJECTIONS, "num_examples": [len(x) for x in sets], "seed": options.seed}
+    settings = {f"sliced_wasserstein_{name}": value for name, value in settings.items()}
+    return Result(_named("sliced_wasserstein", distance) | settings)
+
+
+def _marginal_histograms(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    # Samples beyond the range of the reference, which could widen the bins at will, do not count.
+    limits = of_arrays.value_range(reference)
+    histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
+    distances, errors = histograms.distance
+    channel = int(np.argmax(distances))
+    values = {
+        "histogram_distance": float(distances[channel]),
+        "histogram_distance_standard_error": float(errors[channel]),
+        "histogram_distance_same_law": float(histograms.same_law[channel]),
+        "histogram_distance_channel": channel,
+        "histogram_distance_bins": _BINS,
+    }
+    offset, scale = options.units(reference.shape[-1])
+    pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
+    arrays = {
+        "histogram_edges": edges,
+        "histogram_distance": distances,
+        "histogram_distance_standard_error": errors,
+        "histogram_distance_same_law": histograms.same_law,
+        **_both("histogram", pair),
+    }
+    notes = [
+        f"total variation {distance:.3g} ± {error:.2g}\nexpected for equal laws: {same_law:.2g}"
+        for distance, error, same_law in zip(distances, errors, histograms.same_law, strict=True)
+    ]
+    shares = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
+    labels = "value (data units)", "share of the values"
+    return Result(values, arrays, Curves("histograms", edges, *shares, labels, notes))
+
+
+def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    # Time and memory grow as the square of the number of channels.
+    channels = even_indices(reference.shape[-1], _MAX_COVARIANCE_CHANNELS)
+    shape = (*reference.shape[1:-1], len(channels))
+    sets = [LazyExamples(lambda rows, x=x: x[rows][..., channels], (len(x), *shape)) for x in (reference, samples)]
+    moments = [of_arrays.mean_and_covariance(x) for x in sets]
+    means, covariances = ([getattr(each, name) for each in moments] for name in ("mean", "covariance"))
+    values, (channel,) = _deviation("mean", means)
+    of_covariance, indices = _deviation("covariance", covariances)
+    values |= of_covariance
+    values["mean_channel"] = int(channels[channel])
+    values["covariance_channels"] = [int(channels[i]) for i in indices]
+    values["mean_and_covariance_z_limit"] = largest_z(len(channels) * (len(channels) + 3) // 2)
+    values["mean_and_covariance_num_channels"] = len(channels)
+    offset, scale = (each[channels] for each in options.units(reference.shape[-1]))
+    arrays = _both("mean", [_rescaled(each, scale, offset) for each in means])
+    arrays |= _both("covariance", [_rescaled(each, np.outer(scale, scale)) for each in covariances])
+    return Result(values, arrays)
+
+
+def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    spectra = [of_arrays.power_spectrum(x) for x in (reference, samples)]
+    values, (shell, channel) = _deviation("power_spectrum", spectra, relative=True)
+    frequencies = spectra[0].frequencies
+    values["power_spectrum_frequency"] = float(frequencies[shell])
+    values["power_spectrum_channel"] = channel
+    values["power_spectrum_z_limit"] = largest_z(spectra[0].value.size)
+    _, scale = options.units(reference.shape[-1])
+    spectra = [_rescaled(each, scale**2) for each in spectra]
+    arrays = {"spectrum_frequencies": frequencies, **_both("spectrum", spectra)}
+    notes = [  # the frequency 0 has no place on a logarithmic axis
+        "at frequency 0: " + ", ".join(f"{s.value[0, c]:.3g} ± {s.standard_error[0, c]:.1g}" for s in spectra)
+        for c in range(len(scale))
+    ]
+    others = (Measurement(each.value[1:], each.standard_error[1:]) for each in spectra)
+    labels = "frequency (cycles per position)", "power (data units squared)"
+    return Result(values, arrays, Curves("spectrum", frequencies[1:], *others, labels, notes, True))
+
+
+def _autocorrelation(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    try:
+        found = [of_arrays.autocorrelation(x, periodic=options.periodic) for x in (reference, samples)]
+    except ValueError as error:  # a constant channel, which the other metrics allow
+        return Result({}, note=f"no autocorrelation: {error}")
+    values, (lag, channel) = _deviation("autocorrelation", found)
+    values["autocorrelation_lag"] = int(found[0].lags[lag])
+    values["autocorrelation_channel"] = channel
+    values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
+    arrays = {"autocorrelation_lags": found[0].lags, **_both("autocorrelation", found)}
+    both = (Measurement(each.value, each.standard_error) for each in found)
+    labels = "lag (positions)", "autocorrelation"
+    return Result(values, arrays, Curves("autocorrelation", found[0].lags, *both, labels))
+
+
+def _named(name: str, distance: NamedTuple) -> dict[str, Any]:
+    """{name: value, name_standard_error: ...} of a distance."""
+    return {name if field == "value" else f"{name}_{field}": x for field, x in distance._asdict().items()}
+
+
+def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The statistic of the reference and of the samples with their standard errors, by names of arrays."""
+    return {
+        f"{name}_{side}{end}": np.asarray(getattr(statistic, field))
+        for side, statistic in zip(("reference", "samples"), pair, strict=True)
+        for field, end in (("value", ""), ("standard_error", "_standard_error"))
+    }
+
+
+def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
+    """A statistic of factor * x + shift."""
+    value, error = statistic.value * factor + shift, statistic.standard_error * np.abs(factor)
+    return statistic._replace(value=value, standard_error=error)
+
+
+def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """(deviation of the samples where its |z| is largest, with its standard error and z-score; the index there).
+
+    pair: the statistic of the reference and of the samples.
+    """
+    z = of_arrays.z_scores(pair[1], pair[0])
+    index = np.unravel_index(int(np.argmax(np.abs(np.nan_to_num(z, nan=0.0)))), z.shape)
+    (x, x_error), (y, y_error) = ((float(part.value[index]), float(part.standard_error[index])) for part in pair)
+    deviation, error = y - x, math.hypot(x_error, y_error)
+    if relative:
+        deviation, error = (y / x - 1, math.hypot(y_error, x_error * y / x) / x) if x else (math.inf, math.inf)
+    values = {f"{name}_deviation": deviation, f"{name}_deviation_standard_error": error, f"{name}_z": float(z[index])}
+    # JSON has no infinity: there is none unless a number of the data is 0, or has no error.
+    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    return finite, tuple(map(int, index))
+
+
+def largest_z(count: int) -> float:
+    """What the largest |z| of `count` independent z-scores exceeds with a probability of 5% if the laws are equal.
+
+    z-scores that depend on each other exceed it less often.
+    """
+    return NormalDist().inv_cdf((1 + 0.95 ** (1 / count)) / 2)
+
+
+# ---- The table of all metrics
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(_frechet_distance, "moments", 2, names=("fid", "frechet_distance")),
+    "sfid": Metric(_frechet_distance, "spatial", 2, names=("sfid", "spatial_frechet_distance")),
+    "kid": Metric(_kid, "pool", 8, names=("kid", "kernel_distance")),
+    "is": Metric(_inception_score, "logits", 1, names=("inception_score", "inception_score")),
+    "precision_recall": Metric(_precision_recall, "pool", _MANIFOLD_K + 1),
+    "density_coverage": Metric(_density_coverage, "pool", _DENSITY_K + 1),
+    "memorization": Metric(_memorization, "vectors", 2),
+    "energy_distance": Metric(_energy_distance, "examples", 4),
+    "sliced_wasserstein": Metric(_sliced_wasserstein, "examples", 2 * _GROUPS),
+    "marginal_histograms": Metric(_marginal_histograms, "examples", 2 * _GROUPS),
+    "mean_and_covariance": Metric(_mean_and_covariance, "examples", 2),
+    "power_spectrum": Metric(_power_spectrum, "examples", 2, spatial_axes=(1, 2, 3)),
+    "autocorrelation": Metric(_autocorrelation, "examples", 2, spatial_axes=(1,)),
+}
+_DISTANCE = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
+_MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal laws"
+# What the numbers of a record mean, by their reported names without the name of a resize.
+MEANINGS = {
+    "fid": f"Frechet Inception distance: {_DISTANCE}. Lower is better; it falls with the number of samples",
+    "frechet_distance": f"{_DISTANCE}. Lower is better; it falls with the number of samples",
+    "sfid": f"the same for spatial features of Inception: {_DISTANCE}",
+    "spatial_frechet_distance": f"of spatial features: {_DISTANCE}",
+    "kid": f"kernel Inception distance: {_MMD}",
+    "kernel_distance": _MMD,
+    "inception_score": "exp of the mean divergence of Inception's classes of an image from those of all; higher is better",
+    "precision": "share of samples within the manifold of the reference (nearest-neighbor balls): fidelity",
+    "recall": "share of reference images within the manifold of the samples: diversity",
+    "density": "mean number of reference balls that hold a sample, over k: fidelity, 1 for equal laws",
+    "coverage": "share of reference images whose ball holds a sample: diversity",
+    "close_share": "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
+    "0.01 for new images, near 1 for copies",
+    "energy_distance": "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal laws, within "
+    "a few same_law_std",
+    "sliced_wasserstein": "(mean over directions of W_2^2)^(1/2) of standardized data; for equal laws about same_law",
+    "histogram_distance": "total variation of the histograms of a channel, the largest of all channels; for equal laws "
+    "about same_law",
+    "mean_deviation": "samples minus data, of standardized channels, where |z| is largest",
+    "covariance_deviation": "samples minus data, of standardized channels at one position, where |z| is largest",
+    "power_spectrum_deviation": "samples / data - 1, at the frequency and channel where |z| is largest",
+    "autocorrelation_deviation": "samples minus data, at the lag and channel where |z| is largest",
+}

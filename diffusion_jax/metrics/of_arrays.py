@@ -1,0 +1,542 @@
+"""Statistics of sets of float arrays [n, *spatial, C], and distances of two sets, without a network of features.
+
+Vectors, series, fields and volumes are compared as they are: if channels have different units, divide each by its standard
+deviation first. Examples are independent draws, but the positions of an example may depend on each other: every standard
+error comes from the scatter over examples. Sums are float64 NumPy, over blocks of examples, so a set may be a memory map that
+is larger than memory, or `LazyExamples`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "Autocorrelation",
+    "EnergyDistance",
+    "LazyExamples",
+    "MarginalHistograms",
+    "MeanAndCovariance",
+    "Measurement",
+    "PowerSpectrum",
+    "SlicedWasserstein",
+    "as_example_pair",
+    "as_examples",
+    "autocorrelation",
+    "energy_distance",
+    "even_indices",
+    "marginal_histograms",
+    "mean_and_covariance",
+    "power_spectrum",
+    "read_blocks",
+    "relative_rounding",
+    "select",
+    "sliced_wasserstein",
+    "value_range",
+    "z_scores",
+]
+
+_BLOCK = 1024  # examples
+_MAX_BLOCK_BYTES = _MAX_PROJECTED_BYTES = 2**26
+
+
+# ---- Sets that may be larger than memory
+
+
+def even_indices(total: int, count: int) -> np.ndarray:
+    """`count` indices below `total`, evenly spread, or all of them if there are fewer."""
+    return np.arange(total) if count >= total else np.arange(count) * total // count
+
+
+def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExamples:
+    """`count` examples, evenly spread over the set, or all of them if it has fewer."""
+    indices = even_indices(len(x), count)
+    if isinstance(x, LazyExamples):
+        return LazyExamples(lambda rows: x[indices[rows]], (len(indices), *x.shape[1:]))
+    return x if len(indices) == len(x) else x[indices]
+
+
+class LazyExamples:
+    """Examples [n, *spatial, C] that are read when they are indexed; the metrics of this package take them as an array.
+
+    read: (indices int [b]) -> examples float32 [b, *spatial, C]. shape: of the whole set.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]):
+        self._read, self.shape, self.ndim = read, shape, len(shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
+        indices = np.arange(len(self))[key]
+        return self._read(indices) if indices.ndim else self._read(indices[None])[0]
+
+
+def as_examples(name: str, x: Any, minimum: int) -> np.ndarray:
+    """x as an array [n, *spatial, C] of at least `minimum` examples, without a copy of a NumPy array.
+
+    name: the name of x in the error message. Raises: ValueError for another shape, complex numbers, or fewer examples.
+    """
+    x = x if isinstance(x, LazyExamples) else np.asarray(x)
+    if x.ndim < 2 or not all(x.shape[1:]):
+        raise ValueError(f"{name} has shape {x.shape}; it must be [n, *spatial, C], vectors for instance [n, C]")
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise ValueError(f"{name} is {x.dtype}; it must have real numbers, float32 for instance")
+    if len(x) < minimum:
+        raise ValueError(f"{name} has {len(x)} examples; this needs at least {minimum}")
+    return cast(np.ndarray, x)
+
+
+def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of examples of one shape. Raises: ValueError as `as_examples`, and for examples of different shapes."""
+    reference, samples = as_examples("reference", reference, minimum), as_examples("samples", samples, minimum)
+    if reference.shape[1:] != samples.shape[1:]:
+        raise ValueError(
+            f"reference has examples of shape {reference.shape[1:]} and samples of {samples.shape[1:]}; "
+            "they must be equal"
+        )
+    return reference, samples
+
+
+def read_blocks(x: Any, floats_per_example: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the first example, examples float64 [b, *spatial, C]) of consecutive blocks.
+
+    floats_per_example: what the caller computes from each example, if that is more than the example itself; it limits b.
+    Raises: ValueError for values that are not finite.
+    """
+    width = max(math.prod(x.shape[1:]), floats_per_example or 0)
+    size = min(max(_MAX_BLOCK_BYTES // (8 * width), 1), _BLOCK)
+    for start in range(0, len(x), size):
+        block = np.asarray(x[start : start + size], np.float64)
+        finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"example {start + finite.argmin()} has values that are not finite; remove or repair it")
+        yield start, block
+
+
+# ---- Statistics of one set
+
+
+def relative_rounding(dtype: np.dtype) -> float:
+    """The ratio of standard deviation and magnitude that rounding alone can give a constant channel of a dtype.
+
+    This is the precision of the dtype, but at least 1e-12, because sums of float64 values are rounded, too.
+    """
+    return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
+
+
+class Measurement(NamedTuple):
+    """Estimated numbers and their standard errors, of one shape."""
+
+    value: Any
+    standard_error: Any
+
+
+def z_scores(one: Any, other: Any) -> np.ndarray:
+    """(one - other) / standard error of the difference, of two independent statistics.
+
+    one, other: values with the fields `value` and `standard_error`; `other` may be an array, the numbers of a known law.
+    z-scores of one statistic are correlated with each other, for example those of neighboring lags. Two equal numbers without
+    an error have the z-score 0.
+    """
+    exact = not hasattr(other, "standard_error")
+    difference = np.asarray(one.value) - np.asarray(other if exact else other.value)
+    error = np.hypot(one.standard_error, 0.0 if exact else other.standard_error)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0, 0.0, difference / error)
+
+
+class MeanAndCovariance(NamedTuple):
+    """mean: of each channel [C]. covariance: of the channels at one position [C, C]."""
+
+    mean: Measurement
+    covariance: Measurement
+
+
+def mean_and_covariance(x: Any) -> MeanAndCovariance:
+    """The mean of each channel and the covariance between channels, over all examples and positions of x [n, *spatial, C].
+
+    The covariance is E (x_c - mean_c)(x_d - mean_d) at one position, unbiased: for vectors it is that of `numpy.cov`.
+    Raises: ValueError for fewer than two examples, or values that are not finite.
+    """
+    x = as_examples("x", x, 2)
+    count, channels = len(x), x.shape[-1]
+    mean, covariance_of_mean = _channel_means(x)
+    total, squares = np.zeros((channels, channels)), np.zeros((channels, channels))
+    for _, block in read_blocks(x, channels**2):
+        flat = (block - mean).reshape(len(block), -1, channels)
+        products = np.matmul(flat.swapaxes(1, 2), flat) / flat.shape[1]
+        total += products.sum(axis=0)
+        squares += np.square(products).sum(axis=0)
+    error = _standard_error(total, squares, count)
+    # The estimated mean lies closer to the data than the true one, by its own covariance.
+    return MeanAndCovariance(
+        Measurement(mean, np.sqrt(np.diag(covariance_of_mean))), Measurement(total / count + covariance_of_mean, error)
+    )
+
+
+class PowerSpectrum(NamedTuple):
+    """A spectrum, averaged over K shells of frequencies as wide as the lowest frequency, in which k and -k meet.
+
+    frequencies: the mean of a shell's absolute frequencies, in cycles per position [K]. value, standard_error: [K, C].
+    num_averaged: how many frequencies each shell has [K].
+    """
+
+    frequencies: np.ndarray
+    value: np.ndarray
+    standard_error: np.ndarray
+    num_averaged: np.ndarray
+
+
+def power_spectrum(x: Any) -> PowerSpectrum:
+    """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting the mean of each channel.
+
+    With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions it is E |F(k)|^2 / N: that of white noise is its
+    variance at every frequency, and the mean over all frequencies, sum(num_averaged * value) / sum(num_averaged), is the
+    variance (Parseval). It is the spectrum of a periodic field. For other data it is the expected periodogram, whose lags are
+    weighted by 1 - |lag| / length. Raises: ValueError for vectors, fewer than two examples, or values that are not finite.
+    """
+    x = as_examples("x", x, 2)
+    if x.ndim < 3:
+        raise ValueError(f"x has shape {x.shape}; a power spectrum needs at least one spatial axis: [n, L, C]")
+    count, spatial, channels = len(x), x.shape[1:-1], x.shape[-1]
+    axes = tuple(range(1, len(spatial) + 1))
+    frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, spatial), indexing="ij"), axis=-1)
+    lengths = np.linalg.norm(frequencies, axis=-1).reshape(-1)
+    shell = np.round(lengths * max(spatial)).astype(int)
+    order = np.argsort(shell, kind="stable")  # frequencies of a shell are neighbors
+    _, starts, sizes = np.unique(shell[order], return_index=True, return_counts=True)
+    mean, _ = _channel_means(x)
+    total, squares = np.zeros((2, len(starts), channels))
+    for _, block in read_blocks(x, 4 * math.prod(spatial) * channels):
+        transform = np.fft.fftn(block - mean, axes=axes).reshape(len(block), -1, channels)
+        power = _squared_magnitude(transform) / math.prod(spatial)
+        # The estimated mean lies closer to the data than the true one, which lowers the power at frequency 0.
+        power[:, 0] *= count / (count - 1)
+        power = np.add.reduceat(power[:, order], starts, axis=1) / sizes[:, None]
+        total += power.sum(axis=0)
+        squares += np.square(power).sum(axis=0)
+    error = _standard_error(total, squares, count)
+    return PowerSpectrum(np.add.reduceat(lengths[order], starts) / sizes, total / count, error, sizes)
+
+
+class Autocorrelation(NamedTuple):
+    """lags: int [K]. value, standard_error: of each channel [K, C]; at lag 0 exactly 1."""
+
+    lags: np.ndarray
+    value: np.ndarray
+    standard_error: np.ndarray
+
+
+def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
+    """The autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, for lags up to L / 2.
+
+    It assumes a stationary series: one mean and variance for all positions, over which it averages. periodic: whether
+    position L is position 0 again, so that every lag has L pairs; otherwise lag h has L - h.
+
+    Raises: ValueError for another shape, fewer than two examples, values that are not finite, or a constant channel.
+    """
+    x = as_examples("x", x, 2)
+    if x.ndim != 3:
+        raise ValueError(
+            f"x has shape {x.shape}; an autocorrelation needs series [n, L, C], fields have `power_spectrum`"
+        )
+    count, length, channels = x.shape
+    lags = np.arange(length // 2 + 1)
+    pairs = np.full(len(lags), length) if periodic else length - lags
+    padded = length if periodic else 2 * length  # zeros, so that the ends of a series do not meet
+    mean, covariance_of_mean = _channel_means(x)
+    total, squares, with_variance = np.zeros((3, len(lags), channels))
+    for _, block in read_blocks(x, 4 * padded * channels):
+        transform = np.fft.rfft(block - mean, padded, axis=1)
+        power = _squared_magnitude(transform)
+        products = np.fft.irfft(power, padded, axis=1)[:, : len(lags)] / pairs[:, None]
+        total += products.sum(axis=0)
+        squares += np.square(products).sum(axis=0)
+        with_variance += (products * products[:, :1]).sum(axis=0)
+    # The estimated mean lies closer to the data than the true one, by its own variance.
+    covariance = total / count + np.diag(covariance_of_mean)
+    variance = covariance[0]
+    varies = variance > np.square(relative_rounding(x.dtype) * mean)
+    if not varies.all():
+        raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
+    value = covariance / variance
+    # Delta method: the ratio of two means has the error of the mean of (product at the lag - value * product at lag 0), over
+    # the variance.
+    centered = squares - 2 * value * with_variance + value**2 * squares[0]
+    error = _standard_error(total - value * total[0], centered, count) / variance
+    error[0] = 0.0
+    return Autocorrelation(lags, value, error)
+
+
+def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each channel [C], and the covariance of these means as estimates [C, C]."""
+    channels = x.shape[-1]
+    means = np.concatenate([block.reshape(len(block), -1, channels).mean(axis=1) for _, block in read_blocks(x)])
+    mean = means.mean(axis=0)
+    centered = means - mean
+    return mean, centered.T @ centered / ((len(x) - 1) * len(x))
+
+
+def _squared_magnitude(x: np.ndarray) -> np.ndarray:
+    """|x|^2 of complex numbers, without the square root."""
+    return np.square(np.real(x)) + np.square(np.imag(x))
+
+
+def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
+    """The standard error of total / count, from the sum of the squares of the summands."""
+    return np.sqrt(np.maximum(squares - np.square(total) / count, 0) / (count * (count - 1)))
+
+
+# ---- Energy distance
+
+
+class EnergyDistance(NamedTuple):
+    """value, standard_error: of the distance. same_law_std: the standard deviation if both distributions are equal.
+
+    To ask whether two distributions are equal, compare `value` with same_law_std; in one dimension about 2% of values exceed
+    3 same_law_std. The standard error is for distributions that differ, and too large for equal ones.
+    """
+
+    value: float
+    standard_error: float
+    same_law_std: float
+
+
+def energy_distance(reference: Any, samples: Any) -> EnergyDistance:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
+
+    The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
+    example. The errors are from Hoeffding's decomposition: same_law_std from the terms of second order, the only ones between
+    equal distributions, and the standard error from both orders. The time grows as the square of the number of examples.
+
+    Returns: EnergyDistance. Raises: ValueError for fewer than four examples, different shapes of examples, or values that are
+      not finite.
+    """
+    reference, samples = as_example_pair(reference, samples, 4)
+    center = np.asarray(sum(block.sum(axis=0) for _, block in read_blocks(reference))) / len(reference)
+    n, m = len(reference), len(samples)
+    rows, columns, squares = _distance_sums(reference, samples, center)
+    within = []
+    for x in (reference, samples):
+        sums, _, squared = _distance_sums(x, None, center)
+        within.append((sums, squared))
+    mean = rows.sum() / (n * m)
+    value = 2 * mean - sum(sums.sum() / (len(sums) * (len(sums) - 1)) for sums, _ in within)
+    # The variances of the kernel's parts that depend on both examples of a pair: doubly centered distances.
+    centered = squares - (rows**2).sum() / m - (columns**2).sum() / n + n * m * mean**2
+    cross = centered / ((n - 1) * (m - 1))
+    inner = [_centered_variance(sums, squared) for sums, squared in within]
+    second = 4 * cross / (n * m) + sum(2 * v / (k * (k - 1)) for v, k in zip(inner, (n, m), strict=True))
+    first = 0.0
+    for across, (sums, _), v, k, other in zip((rows, columns), within, inner, (n, m), (m, n), strict=True):
+        projection = across / other - sums / (k - 1)
+        first += 4 * (projection.var(ddof=1) - cross / other - v * (k - 2) / (k - 1) ** 2) / k
+    second = max(second, 0.0)
+    return EnergyDistance(float(value), float(np.sqrt(max(first, 0.0) + second)), float(np.sqrt(second)))
+
+
+def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sums of |x_i - y_j| over j [n] and over i [m], and the sum of squares; y None: of |x_i - x_j| for i != j."""
+    columns_of = x if y is None else y
+    rows, columns, total = np.zeros(len(x)), np.zeros(len(columns_of)), 0.0
+    for i, x_block in read_blocks(x):
+        a = (x_block - center).reshape(len(x_block), -1)
+        for j, y_block in read_blocks(columns_of):
+            b = (y_block - center).reshape(len(y_block), -1)
+            squares = np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)
+            if y is None and i == j:
+                np.fill_diagonal(squares, 0)
+            distances = np.sqrt(squares)
+            rows[i : i + len(a)] += distances.sum(axis=1)
+            columns[j : j + len(b)] += distances.sum(axis=0)
+            total += squares.sum()
+    return rows, columns, total
+
+
+def _centered_variance(sums: np.ndarray, squares: float) -> float:
+    """The unbiased variance of the doubly centered distances within a set (U-centering, Szekely and Rizzo 2014)."""
+    n = len(sums)
+    centered = squares - 2 * (sums**2).sum() / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
+    return centered / (n * (n - 3))
+
+
+# ---- Sliced Wasserstein
+
+
+class SlicedWasserstein(NamedTuple):
+    """value, standard_error: of the distance. same_law, same_law_std: of two sets of these sizes from one law.
+
+    The distance of finite sets is above 0 even if their laws are equal. same_law and same_law_std are its mean and standard
+    deviation when examples are assigned to the two sets at random; compare `value` with them.
+    """
+
+    value: float
+    standard_error: float
+    same_law: float
+    same_law_std: float
+
+
+def sliced_wasserstein(
+    key: jax.Array, reference: Any, samples: Any, *, projections: int = 256, groups: int = 20, permutations: int = 20
+) -> SlicedWasserstein:
+    """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
+
+    W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes.
+
+    Args:
+      key: draws the directions, the groups and the permutations.
+      projections: how many directions, at least 2.
+      groups: the standard error is a jackknife over so many groups of examples of both sets, plus the error of the choice of
+        directions. It is too large for equal laws, where the distance is not smooth.
+      permutations: of the examples over both sets, for `same_law`.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
+    """
+    reference, samples = as_example_pair(reference, samples, 2 * groups)
+    n, m = len(reference), len(samples)
+    key_directions, key_groups, key_permutations = jax.random.split(key, 3)
+    is_sample = np.arange(n + m) >= n
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key_groups, (4,))))
+    group = np.concatenate([rng.permutation(size) % groups for size in (n, m)])
+    # Which set an example is in; -1: in none.
+    assignments = [is_sample.astype(int)]
+    assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
+    assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
+    powers = np.empty((len(assignments), projections))  # W_2^2 of every assignment and direction
+    width = max(reference[0].size, n + m)
+    size = max(_MAX_PROJECTED_BYTES // (8 * width), 1)
+    for start in range(0, projections, size):
+        indices = np.arange(start, min(start + size, projections))
+        directions = _directions(key_directions, indices, reference[0].size)
+        projected = np.concatenate([_project(x, directions) for x in (reference, samples)])
+        order_of_values = projected.argsort(axis=0)
+        values = np.take_along_axis(projected, order_of_values, axis=0)
+        for i, assignment in enumerate(assignments):
+            powers[i, indices] = _wasserstein_power(values, assignment[order_of_values])
+    distances = np.sqrt(powers.mean(axis=1))
+    value, left_out, permuted = distances[0], distances[1 : groups + 1], distances[groups + 1 :]
+    data_variance = (groups - 1) * left_out.var()
+    direction_error = powers[0].std(ddof=1) / np.sqrt(projections)
+    if value > 0:
+        direction_error /= 2 * value
+    error = np.sqrt(data_variance + direction_error**2)
+    return SlicedWasserstein(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
+
+
+def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndarray:
+    """Unit vectors [D, len(indices)], each a function of the key and its index."""
+
+    def draw(i):
+        return jax.random.normal(jax.random.fold_in(key, i), (dimensions,), jnp.float32)
+
+    vectors = np.asarray(jax.vmap(draw)(indices), np.float64).T
+    return vectors / np.linalg.norm(vectors, axis=0)
+
+
+def _project(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    return np.concatenate([block.reshape(len(block), -1) @ directions for _, block in read_blocks(x)])
+
+
+def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
+    """W_2^2 [P] of sorted numbers [N, P] that belong to set 0, to set 1 or, at -1, to none."""
+    columns = values.shape[1]
+    x, y = (values.T[(assignment == i).T].reshape(columns, -1) for i in (0, 1))
+    n, m = x.shape[1], y.shape[1]
+    if n == m:
+        return np.square(x - y).mean(axis=1)
+    # Quantile functions are constant between multiples of 1/n and of 1/m, here in units of 1 / (n m).
+    ends = np.union1d(np.arange(1, n + 1, dtype=np.int64) * m, np.arange(1, m + 1, dtype=np.int64) * n)
+    lengths = np.diff(ends, prepend=0)
+    differences = np.square(x[:, (ends - 1) // m] - y[:, (ends - 1) // n])
+    return differences @ (lengths / (n * m))
+
+
+# ---- Histograms
+
+
+class MarginalHistograms(NamedTuple):
+    """edges: of the bins [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
+
+    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C].
+    same_law: the distance to expect from the errors of the shares alone [C].
+    """
+
+    edges: np.ndarray
+    reference: Measurement
+    samples: Measurement
+    distance: Measurement
+    same_law: np.ndarray
+
+
+def marginal_histograms(
+    reference: Any, samples: Any, bins: int = 50, *, limits: Any, groups: int = 20
+) -> MarginalHistograms:
+    """Histograms of the values of each channel at all positions, with common bins of equal width, and their distances.
+
+    Args:
+      limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins.
+      groups: the standard error of the distance is a jackknife over so many groups of examples. It is too large for equal
+        laws. Those of the shares are from the scatter over examples.
+    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
+    """
+    reference, samples = as_example_pair(reference, samples, 2 * groups)
+    low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in limits)
+    counts, histograms, sums = [], [], []
+    for x in (reference, samples):
+        total, squares, count = _group_shares(x, low, high, bins, groups)
+        mean = total.sum(axis=0) / len(x)
+        variance = np.maximum(squares / len(x) - mean**2, 0) / (len(x) - 1)
+        histograms.append(Measurement(mean, np.sqrt(variance)))
+        sums.append(total)
+        counts.append(count)
+
+    def distance(one, other):
+        return 0.5 * np.abs(one - other).sum(axis=-1)
+
+    left_out = distance(
+        *(
+            (total.sum(axis=0) - total) / (count.sum() - count)[:, None, None]
+            for total, count in zip(sums, counts, strict=True)
+        )
+    )
+    value, error = distance(*(h.value for h in histograms)), np.sqrt((groups - 1) * left_out.var(axis=0))
+    # E|z| of a normal z is its standard deviation times sqrt(2 / pi).
+    noise = np.hypot(*(h.standard_error for h in histograms))
+    same_law = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
+    edges = np.linspace(low, high, bins + 1, axis=-1)
+    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error), same_law)
+
+
+def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(lowest, highest) value of each channel [C] of examples [n, *spatial, C]; a constant channel has width 1."""
+    blocks = (block.reshape(-1, block.shape[-1]) for _, block in read_blocks(x))
+    ranges = np.array([(block.min(axis=0), block.max(axis=0)) for block in blocks])
+    low, high = ranges[:, 0].min(axis=0), ranges[:, 1].max(axis=0)
+    constant = low == high
+    return np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
+
+
+def _group_shares(
+    x: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int, groups: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over examples of the shares of each bin by group [G, C, bins], of their squares [C, bins], and counts [G]."""
+    channels = x.shape[-1]
+    total, squares = np.zeros((groups, channels, bins)), np.zeros((channels, bins))
+    for start, block in read_blocks(x, channels * bins):
+        values = block.reshape(len(block), -1, channels)
+        index = np.clip(np.floor((values - low) / (high - low) * bins), 0, bins - 1).astype(np.int64)
+        index += bins * (np.arange(channels) + channels * np.arange(len(block))[:, None, None])
+        counted = np.bincount(index.reshape(-1), minlength=len(block) * channels * bins)
+        shares = counted.reshape(len(block), channels, bins) / values.shape[1]
+        np.add.at(total, np.arange(start, start + len(block)) % groups, shares)
+        squares += np.square(shares).sum(axis=0)
+    return total, squares, np.bincount(np.arange(len(x)) % groups, minlength=groups)
