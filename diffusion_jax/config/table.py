@@ -434,8 +434,8 @@ EVALUATION: dict[str, Leaf] = {
     "metrics": Leaf(
         None,
         optional(Tuple(Choice(*METRICS), f"names from {', '.join(METRICS)}", minimum_length=1, shown="('fid',)")),
-        "Metrics of samples. None for all that suit the data: fid to memorization for images, memorization to "
-        "autocorrelation for other data, and all of them for other data with `evaluation.features`.",
+        "Metrics of samples. None for all that suit the data: those that compare features for images, those that compare "
+        "examples for other data, and both for other data with `evaluation.features`.",
     ),
     "reference_split": Leaf("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Leaf(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),

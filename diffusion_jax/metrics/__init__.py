@@ -131,7 +131,7 @@ def reported_name(metric: str, published: bool, resize: str | None = None) -> st
 def suitable_metrics(spatial_axes: int, of_images: bool, has_features: bool) -> tuple[str, ...]:
     """The metrics for examples with so many spatial axes. has_features: whether there are features of them.
 
-    Those that compare features come first; images have only them by default.
+    By default images have those of them that compare features, and other data all.
     """
     return tuple(
         name
@@ -347,13 +347,13 @@ METRICS: dict[str, Metric] = {
     "is": Metric(_inception_score, "logits", 1, names=("inception_score", "inception_score")),
     "precision_recall": Metric(_precision_recall, "pool", _MANIFOLD_K + 1),
     "density_coverage": Metric(_density_coverage, "pool", _DENSITY_K + 1),
-    "memorization": Metric(_memorization, "vectors", 2),
     "energy_distance": Metric(_energy_distance, "examples", 4),
     "sliced_wasserstein": Metric(_sliced_wasserstein, "examples", 2 * _GROUPS),
     "marginal_histograms": Metric(_marginal_histograms, "examples", 2 * _GROUPS),
     "mean_and_covariance": Metric(_mean_and_covariance, "examples", 2),
     "power_spectrum": Metric(_power_spectrum, "examples", 2, spatial_axes=(1, 2, 3)),
     "autocorrelation": Metric(_autocorrelation, "examples", 2, spatial_axes=(1,)),
+    "memorization": Metric(_memorization, "vectors", 2),
 }
 _DISTANCE = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
 _MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal laws"
