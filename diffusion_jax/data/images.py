@@ -117,14 +117,17 @@ class Folder(EncodedImages):
         self.num_classes = len(self.class_names)
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
-        if image_size is None:
-            with Image.open(root / files[0]) as image:
-                image_size = ImageOps.exif_transpose(image).size[::-1]
-        self._size = image_size
+        self._size = image_size or self._shape_of(root / files[0])
         index = {name: i for i, name in enumerate(self.class_names)}
         self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
         self._transparent: set[str] = set()
         self._animated: set[str] = set()
+
+    @staticmethod
+    def _shape_of(path: pathlib.Path) -> tuple[int, int]:
+        with Image.open(path) as image:
+            width, height = ImageOps.exif_transpose(image).size
+        return height, width
 
     def __len__(self) -> int:
         return len(self._files)

@@ -234,9 +234,9 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
         f"total variation {distance:.3g} ± {error:.2g}\nexpected for equal laws: {same_law:.2g}"
         for distance, error, same_law in zip(distances, errors, histograms.same_law, strict=True)
     ]
-    shares = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
+    one, other = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
     labels = "value (data units)", "share of the values"
-    return Result(values, arrays, Curves("histograms", edges, *shares, labels, notes))
+    return Result(values, arrays, Curves("histograms", edges, one, other, labels, notes))
 
 
 def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Options) -> Result:
@@ -273,9 +273,9 @@ def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) 
         "at frequency 0: " + ", ".join(f"{s.value[0, c]:.3g} ± {s.standard_error[0, c]:.1g}" for s in spectra)
         for c in range(len(scale))
     ]
-    others = (Measurement(each.value[1:], each.standard_error[1:]) for each in spectra)
+    one, other = (Measurement(each.value[1:], each.standard_error[1:]) for each in spectra)
     labels = "frequency (cycles per position)", "power (data units squared)"
-    return Result(values, arrays, Curves("spectrum", frequencies[1:], *others, labels, notes, True))
+    return Result(values, arrays, Curves("spectrum", frequencies[1:], one, other, labels, notes, logarithmic=True))
 
 
 def _autocorrelation(reference: _Examples, samples: _Examples, options: Options) -> Result:
@@ -288,9 +288,9 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
     arrays = {"autocorrelation_lags": found[0].lags, **_both("autocorrelation", found)}
-    both = (Measurement(each.value, each.standard_error) for each in found)
+    one, other = (Measurement(each.value, each.standard_error) for each in found)
     labels = "lag (positions)", "autocorrelation"
-    return Result(values, arrays, Curves("autocorrelation", found[0].lags, *both, labels))
+    return Result(values, arrays, Curves("autocorrelation", found[0].lags, one, other, labels))
 
 
 def _named(name: str, distance: NamedTuple) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.metrics import example_sets, of_arrays
+from diffusion_jax.metrics import of_arrays
 
 RHO = 0.7
 MIXING = np.array([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [-0.3, 0.2, 2.0]])
@@ -49,7 +49,7 @@ def check_calibrated(z):
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Blocks of at most five examples."""
-    monkeypatch.setattr(example_sets, "_BLOCK", 5)
+    monkeypatch.setattr(of_arrays, "_BLOCK", 5)
 
 
 # Mean and covariance.
