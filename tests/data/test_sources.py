@@ -102,3 +102,31 @@ def test_lists_are_arrays_and_classes_stay():
     batch = source.read(np.array([3, 0]))
     assert batch["x"].dtype == np.float64 and batch["label"].tolist() == [1, 0]
     assert data.describe(source) == "600 examples of 2 classes: 0 even, 1 odd"
+
+
+def test_a_line_of_the_registry_adds_a_data_set(monkeypatch):
+    class Stripes(data.NamedSource):
+        """Horizontal and vertical stripes."""
+
+        num_classes = 2
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+        def __len__(self):
+            return 10
+
+        def read(self, indices):
+            labels = np.asarray(indices, np.int32) % 2
+            return {"image": np.zeros((len(labels), 8, 8, 1), np.uint8), "label": labels}
+
+    monkeypatch.setitem(data.SOURCES, "stripes", Stripes)
+    config = dict(default().data) | {"dataset": "stripes", "image_size": 8, "channels": 1}
+    lines = []
+    loaded = data.load(config, log=lines.append)
+    assert data.is_in_memory(loaded) and len(loaded) == 10 and lines == ["10 images of 2 classes."]
+    assert data.has_splits(config) and data.origin(config) == "stripes:train"
+    data.check_location(config)
+    with pytest.raises(data.DataError, match="'stripes' defines its splits itself"):
+        data.load(config | {"holdout": 0.5})

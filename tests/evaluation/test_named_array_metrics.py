@@ -8,8 +8,9 @@ import pytest
 
 from diffusion_jax import data, metrics
 from diffusion_jax.evaluation import example_sets
-from diffusion_jax.metrics import of_arrays
+from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import LazyExamples
+from diffusion_jax.pictures import draw_curves
 
 ARRAY_METRICS = [name for name, metric in metrics.METRICS.items() if not metric.needs_features(False)]
 
@@ -148,3 +149,27 @@ def test_a_constant_channel_has_no_autocorrelation_and_finite_numbers():
     assert "autocorrelation_z" not in values and "channel 1 is constant" in found.notes[0]
     assert values["mean_z"] is None and values["mean_deviation"] == 1
     json.dumps(values, allow_nan=False)
+
+
+INPUTS = {
+    "moments": lambda x: of_features.moments(x.reshape(len(x), -1)),
+    "pool": lambda x: x.reshape(len(x), -1),
+    "examples": lambda x: x,
+}
+INPUTS |= {"spatial": INPUTS["moments"], "logits": INPUTS["pool"], "vectors": INPUTS["examples"]}
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_every_metric_gives_numbers_and_statistics_for_a_record(name):
+    metric, sets = metrics.METRICS[name], (series(1, 60), series(2, 50, slope=0.2))
+    assert all(len(x) >= metric.minimum for x in sets) and metric.needs_features(True) == (metric.needs != "examples")
+    found = metric.compute(*map(INPUTS[metric.needs], sets), metrics.Options())
+    json.dumps(found.values, allow_nan=False)
+    numbers = found.values.get("memorization", found.values)
+    assert any(isinstance(value, float) for value in numbers.values())
+    assert all(np.isfinite(array).all() for array in found.arrays.values())
+    if found.curves is not None:
+        assert len(draw_curves(found.curves, "both").axes) == 2
+        assert found.curves.reference.value.shape == found.curves.samples.standard_error.shape
+    again = metric.compute(*map(INPUTS[metric.needs], sets), metrics.Options())
+    assert again.values == found.values
