@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
@@ -107,7 +106,6 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
     parts = got["prior"] + got["transitions"] + got["decoder"]
     assert parts == pytest.approx(got["bits_per_dim"], rel=1e-9)
     assert (got["levels"], got["clip"], got["ode_dequantization"]) == (None, False, "none")
-    assert (got["split"], got["data_dir"]) == (None, "")
     assert "nats per dimension in the units of the data: prior" in capsys.readouterr().out
     with np.load(run / "likelihood.npz") as arrays:
         assert arrays["vlb"][0] == pytest.approx(got["decoder"], rel=1e-6)
@@ -147,20 +145,14 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
 
 
-def test_options_of_gray_levels_are_refused(tmp_path):
-    source = Rows(examples("vectors"))
-    for overrides, words in (
-        ({"evaluation.ode_dequantization": "uniform"}, "'uniform' is for data of gray levels; use None or 'none'"),
-        ({"data.levels": 256}, "levels=256, but the data are float32, not uint8: use data.levels=None"),
-    ):
-        config = config_of("vectors", **overrides, **{"evaluation.ode": True})
-        with pytest.raises((UserError, data.DataError), match=words):
-            data.load(config.data, source=source)
-            measure_likelihood.run(config, tmp_path, source)
+def test_dequantization_of_data_without_gray_levels_is_refused(tmp_path):
+    config = config_of("vectors", **{"evaluation.ode_dequantization": "uniform", "evaluation.ode": True})
+    with pytest.raises(UserError, match="'uniform' is for data of gray levels; use None or 'none'"):
+        measure_likelihood.run(config, tmp_path, Rows(examples("vectors")))
 
 
 @pytest.mark.whole
-def test_samples_are_compared_with_the_data(tmp_path, capsys):
+def test_samples_are_compared_with_the_data(tmp_path):
     config = config_of("series", **{"data.data_dir": "x.npz", "evaluation.num_samples": 48, "evaluation.seed": 3})
     write_arrays("series", "x.npz", 60)
     x = examples("series", 60)
@@ -189,11 +181,8 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
         np.testing.assert_allclose(arrays["histogram_edges"][:, [0, -1]].T, [low, high], rtol=1e-6)
         channel = got["histogram_distance_channel"]
         assert got["histogram_distance"] == arrays["histogram_distance"][channel] == arrays["histogram_distance"].max()
-    for name in ("histograms", "spectrum", "autocorrelation", "memorization"):
-        with Image.open(run / got["files"][name]) as picture:
-            assert picture.width > 100
+    assert all((run / got["files"][name]).exists() for name in ("histograms", "spectrum", "memorization"))
     assert got["memorization"]["num_samples"] == 48 and got["num_reference"] == 60 and got["features"] is None
-    assert "energy_distance  " in capsys.readouterr().out
     # Another metric of the same sets is added to the record.
     config.evaluation.metrics = ("energy_distance",)
     sample_metrics.run(config, run)
@@ -247,7 +236,6 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
             {"metrics": ("fid",)},
             "fid is not for data with 0 spatial axes and without evaluation.features=mod",
         ),
-        ("vectors", {"metrics": ("power_spectrum",)}, "power_spectrum is not for data with 0 spatial axes; use None"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
         ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, 8, 2\]"),
         ("series", {"num_samples": 39}, "num_samples=39 is too few: these metrics need at least 40"),

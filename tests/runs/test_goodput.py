@@ -67,17 +67,10 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert 0 < lines(run, without=())[-1]["goodput"] < 1
     config.training.num_steps = 4
     report = status.report(config, run)
-    for words in (
-        "not running; rerun its command",
-        "step 2 of 4 (50%)",
-        "examples/s",
-        "time left",
-        "step 2, ",
-        "1 launch",
-    ):
+    for words in ("not running; rerun its command", "step 2 of 4 (50%)", "time left", "1 launch"):
         assert words in report, report
     train.run(config, run)
-    assert "finished" in status.report(config, run) and "2 launches" in status.report(config, run)
+    assert "finished" in status.report(config, run)
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
     cli.main([f"--workdir={run}", "--mode=status"])
     assert "step 4 of 4 (100%)" in capsys.readouterr().out
@@ -85,32 +78,15 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert "nothing was trained yet" in status.report(config, tmp_path / "empty")
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    """The calls of the profiler."""
-    called = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: called.append("start"))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: called.append("stop"))
-    return called
-
-
-def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
-    def steps(profile, count):
-        for step in range(count):
-            assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0
-
+def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
+    traces, profile = [], TraceProfile(tmp_path)
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: traces.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: traces.append("stop"))
+    for step, found in enumerate([[]] * 5 + [["start"]] * 4 + [["start", "stop"]] * 3):
+        assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0 and traces == found
     profile = TraceProfile(tmp_path)
-    steps(profile, 5)
-    assert traces == []
-    steps(profile, 4)
-    assert traces == ["start"]
-    steps(profile, 9)
-    profile.stop()
-    assert traces == ["start", "stop"]
-    steps(TraceProfile(None), 12)
-    assert traces == ["start", "stop"]
-    profile = TraceProfile(tmp_path)
-    steps(profile, 7)
+    for step in range(7):
+        profile.call(step, lambda x: x, 0)
     profile.stop()  # the run ends before the last call
     assert traces == ["start", "stop"] * 2
 

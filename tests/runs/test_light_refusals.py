@@ -9,14 +9,12 @@ from helpers.paths import ROOT
 
 _COMMANDS_OF_FLAGS = [
     ["--help"],
-    ["--mode=trein"],
     ["--config=digits"],
     ["--config=digits", "--workdir=run", "--config.training.batch_size=-3"],
     ["--config=digits", "--workdir=run", "--mode=train_classifier"],
 ]
 _COMMANDS_OF_DATA = [
     ["--config=digits", "--workdir=run", "--config.data.dataset=folder", "--config.data.data_dir=nowhere"],
-    ["--config=digits", "--workdir=run", "--config.data.dataset=no_such_set"],
     ["--config=cifar10", "--workdir=run", "--config.data.data_dir=nowhere", "--config.data.download=False"],
 ]
 _HEAVY = ["flax", "optax", "orbax", "grain", "tensorflow", "matplotlib", "sklearn"]

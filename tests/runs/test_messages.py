@@ -17,21 +17,14 @@ from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
 
-@pytest.mark.parametrize(
-    ("misnamed", "setting", "words"),
-    [
-        ("cond", "model.condition_features", r"no conditions \(an array 'condition'\), but model.condition_features=1"),
-        ("labels", "model.num_classes", r"no labels \(an array 'label', or a subfolder .*\); use model.num_classes=0"),
-    ],
-)
-def test_misnamed_arrays_are_named(misnamed, setting, words, tmp_path):
+def test_misnamed_arrays_are_named(tmp_path):
     x, path, lines = examples("series"), tmp_path / "a.npz", []
-    np.savez(path, x=x, **{misnamed: np.zeros((len(x), 1))})
-    config = array_config("series", path, **{setting: 1})
+    np.savez(path, x=x, cond=np.zeros((len(x), 1)))
+    config = array_config("series", path, **{"model.condition_features": 1})
     source = load_data(config.data, log=lines.append)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"no conditions \(an array 'condition'\), but model.condition_features=1"):
         check_source(config, source)
-    assert f"Ignored arrays: '{misnamed}'; arrays are x or image, label, and condition." in lines
+    assert "Ignored arrays: 'cond'; arrays are x or image, label, and condition." in lines
 
 
 def test_misnamed_conditions_of_samples_are_named(tmp_path):
@@ -43,24 +36,11 @@ def test_misnamed_conditions_of_samples_are_named(tmp_path):
         read_conditions(array_config("series", "", **leaves))
 
 
-@pytest.mark.parametrize("steps", [1001, (10, 2000)])
-def test_too_many_steps_name_the_setting(steps):
-    config = tiny_config(**{"sampling.steps": steps})
+def test_too_many_steps_name_the_setting():
+    config = tiny_config(**{"sampling.steps": 1001})
     model, schedule = training.model_from_config(config), training.schedule_from_config(config.diffusion)
-    with pytest.raises(ValueError, match=rf"^sampling.steps={str(steps).replace('(', '.').replace(')', '.')}: "):
+    with pytest.raises(ValueError, match="^sampling.steps=1001: "):
         SamplingSetup(config, model, schedule, None)
-
-
-@pytest.mark.parametrize(
-    ("leaves", "words"),
-    [
-        ({"num_groups": 3}, r"^model.num_groups=3 does not divide a layer of 8 channels; use num_groups=1, or other"),
-        ({"num_heads": 3}, "^model.num_heads=3 does not divide an attention layer of 16 channels"),
-    ],
-)
-def test_fields_of_the_network_that_do_not_fit_are_named_as_settings(leaves, words):
-    with pytest.raises(ValueError, match=words):
-        training.create(tiny_config(**{f"model.{name}": value for name, value in leaves.items()}))
 
 
 @pytest.mark.parametrize(
@@ -84,23 +64,9 @@ def test_commands_without_effect_are_refused(arguments, words, tmp_path):
         cli.parse([argument.format(tmp_path) for argument in arguments])
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        ["main.py", "--help"],
-        ["main.py", "--config=digits", "--workdir={}", "--mode=status"],
-    ],
-    ids=["help", "status"],
-)
-def test_a_closed_output_ends_the_program_quietly(program, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, *(argument.format(tmp_path) for argument in program)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()  # before anything is written, as `| true` would
-    error = process.stderr.read()
-    assert process.wait(timeout=120) in ((0, 141) if "--help" in program else (141,))  # argparse ignores a broken pipe
-    assert not [line for line in error.splitlines() if "Warning" not in line], error
+def test_a_closed_output_ends_the_program_quietly(tmp_path):
+    arguments = [sys.executable, "main.py", "--config=digits", f"--workdir={tmp_path}", "--mode=status"]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written, as `| true` would
+        error = process.stderr.read()
+    assert process.returncode == 141 and not [line for line in error.splitlines() if "Warning" not in line], error

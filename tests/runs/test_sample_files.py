@@ -1,7 +1,6 @@
 """Samples in files: which are reused, and which are sampled again."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -59,28 +58,21 @@ def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
     store_settings(path, lambda settings: settings.update(classifier_digest="0" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 6
-    out = capsys.readouterr().out
-    assert re.search(r"Sampling again: .* other settings \(classifier_digest=0+\.\.\., now None\)", out)
+    assert "other settings (classifier_digest=000" in capsys.readouterr().out
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
 
 
-def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):
+def test_a_damaged_file_of_samples_is_sampled_again(run, drawn, capsys):
     config = tiny_config(**FEW_DRAWN)
     path = reuse_or_draw(config, run).path
-    for write in (
-        lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
-        lambda: path.write_bytes(b"PK\x03\x04 torn"),
-    ):
-        write()
-        reuse_or_draw(config, run)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Sampling again")]
-        assert "does not store the settings" in line and str(path) in line
-        with np.load(path) as arrays:
-            assert arrays["arr_0"].max() == 2
-    assert len(drawn) == 9
+    path.write_bytes(b"PK\x03\x04 torn")
+    reuse_or_draw(config, run)
+    assert "does not store the settings" in capsys.readouterr().out and len(drawn) == 6
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].max() == 2
 
 
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():
