@@ -13,46 +13,22 @@ from diffusion_jax import cli, config
 from helpers.paths import ROOT
 
 FOLDER = ROOT / "docs" / "recipes"
-PAGE = ROOT / "docs" / "guides" / "pods.md"
-RECIPES = sorted(FOLDER.iterdir())
-WITHOUT_COMMANDS = {"Dockerfile", "tpu_pod.sh"}
-WITH_COMMANDS = [path for path in RECIPES if path.name not in WITHOUT_COMMANDS]
+WITH_COMMANDS = [path for path in sorted(FOLDER.iterdir()) if path.name not in ("Dockerfile", "tpu_pod.sh")]
 RESUMABLE = (69, 75, 134, 137, 143)  # docs/guides/resume_and_faults.md
 RUN = "gs://BUCKET/cifar10"
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def name(path):
-    return path.name
-
-
-def commands_of_yaml(value):
-    """The command lines in a document: lists of words, and lines of scripts."""
-    if isinstance(value, dict):
-        return [command for child in value.values() for command in commands_of_yaml(child)]
-    if isinstance(value, list):
-        return [value] if value[:1] == ["diffusion-jax"] else [c for child in value for c in commands_of_yaml(child)]
-    return commands_of_script(value) if isinstance(value, str) else []
-
-
-def commands_of_script(text):
-    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
-    lines = text.replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
-        match = re.match(r"[^#]*?((?:\S*/|\s)diffusion-jax\s.*)", line)
-        if match:
-            found.append([re.sub(r"\$(\w+)", lambda m: variables[m[1]], word) for word in shlex.split(match[1])])
-    return found
-
-
 def commands(path):
-    text = path.read_text()
-    return commands_of_yaml(yaml.safe_load(text)) if path.suffix == ".yaml" else commands_of_script(text)
+    """The command lines of a recipe: lines of a shell, or lists of words in YAML."""
+    text = re.sub(r"\\\n\s*|\n\s*- (?=--)", " ", path.read_text())
+    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
+    lines = re.findall(r"^[^#\n]*?(?:\S*/|\s)(diffusion-jax\s.*)", text, re.MULTILINE)
+    return [[re.sub(r"\$(\w+)", lambda m: variables[m[1]], word) for word in shlex.split(line)] for line in lines]
 
 
-@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name)
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
 def test_the_command_line_parses_the_commands(path):
     assert commands(path)
     for _, *arguments in commands(path):

@@ -10,7 +10,6 @@ from diffusion_jax import data, errors, guidance, sampling, training
 from diffusion_jax.runs import sample, train, trained_model
 from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
-from diffusion_jax.training.state import initial_params
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
@@ -87,31 +86,6 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
     guided = guidance.classifier_free(network, condition, np.nan, 2.5)
     x_0 = sampling.sample(key_steps, schedule, guided, x_T, sampling.ddim(clip=False))
     np.testing.assert_allclose(the_samples(run)["arr_0"], np.asarray(x_0) * deviation + mean, rtol=2e-5)
-
-
-@pytest.mark.whole
-def test_guidance_drops_labels_and_conditions_together(tmp_path):
-    config = array_config(
-        "vectors", "", **CONDITIONAL, **{"model.num_classes": 2, "sampling.guidance_scale": 3.0, "sampling.steps": None}
-    )
-    model = training.model_from_config(config)
-    params = initial_params(jax.random.key(0), model, (3,))
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    schedule = training.schedule_from_config(config.diffusion)
-    setup = SamplingSetup(config, model, schedule, None)
-    x, time = jax.random.normal(jax.random.key(2), (2, 3)), np.array([10.0, 500.0], np.float32)
-    y, condition = np.array([0, 1]), np.array([[0.5], [-1.0]], np.float32)
-
-    def output(**given):
-        return model.apply({"params": params}, x, time, **given)
-
-    # The labels have no null label, so both outputs keep them.
-    found = setup.network(params, None, y, condition=condition)(x, time)
-    with_condition, without = (
-        output(y=y, condition=condition),
-        output(y=y, condition=np.full((2, 1), np.nan, np.float32)),
-    )
-    np.testing.assert_allclose(found, 3 * with_condition - 2 * without, rtol=1e-4, atol=1e-5)
 
 
 def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):

@@ -116,25 +116,6 @@ def test_interpolation_starts_and_ends_near_the_given_vectors(roots):
 
 
 @pytest.mark.whole
-def test_uint8_arrays_are_edited_in_uint8(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (24, 8, 2), dtype=np.uint8)
-    np.save(tmp_path / "data.npy", x)
-    config = array_config("series", tmp_path / "data.npy", **{"data.levels": 256, "diffusion.num_timesteps": 20})
-    untrained(tmp_path / "run", config)
-    np.save(tmp_path / "image.npy", x[0])
-    np.save(tmp_path / "mask.npy", known_values("series"))
-    config.editing.update(
-        task="replace", image=str(tmp_path / "image.npy"), mask=str(tmp_path / "mask.npy"), num_samples=2
-    )
-    edit.run(config, tmp_path / "run")
-    (path,) = (tmp_path / "run" / "samples").glob("*.npz")
-    with np.load(path) as arrays:
-        found = arrays["arr_0"]
-    assert found.dtype == np.uint8 and (found[0, 4:] != found[1, 4:]).any()
-    np.testing.assert_array_equal(found[:, :4], np.stack([x[0, :4]] * 2))
-
-
-@pytest.mark.whole
 def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypatch):
     root = roots("series")
     monkeypatch.chdir(root)

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
+from diffusion_jax.evaluation import array_metrics, array_statistics
 from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
@@ -177,8 +177,6 @@ def test_samples_are_compared_with_the_data(tmp_path):
             np.testing.assert_allclose(arrays[f"spectrum_{side}"], spectrum.value, rtol=1e-4)
             correlation = array_statistics.autocorrelation(part)
             np.testing.assert_allclose(arrays[f"autocorrelation_{side}"], correlation.value, rtol=1e-4, atol=1e-5)
-        low, high = x.min(axis=(0, 1)), x.max(axis=(0, 1))
-        np.testing.assert_allclose(arrays["histogram_edges"][:, [0, -1]].T, [low, high], rtol=1e-6)
         channel = got["histogram_distance_channel"]
         assert got["histogram_distance"] == arrays["histogram_distance"][channel] == arrays["histogram_distance"].max()
     assert all((run / got["files"][name]).exists() for name in ("histograms", "spectrum", "memorization"))
@@ -191,26 +189,8 @@ def test_samples_are_compared_with_the_data(tmp_path):
     assert "power_spectrum_z" in record(run) and record(run)["files"].keys() == got["files"].keys()
 
 
-@pytest.mark.whole
-def test_own_features_are_of_the_data_in_their_units(tmp_path, monkeypatch):
-    (tmp_path / "my_features.py").write_text("def moments(x):\n    return x.reshape(len(x), -1) ** 2 / 1e4\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    names = ("fid", "precision_recall", "marginal_histograms")
-    overrides = {"evaluation.features": "my_features:moments", "evaluation.metrics": names}
-    config = config_of("vectors", **overrides, **{"data.data_dir": "x.npz", "evaluation.num_samples": 40})
-    x, path = examples("vectors", 50).astype(np.float64), tmp_path / "x.npz"
-    write_arrays("vectors", path, 50)
-    run = a_run(tmp_path / "run", config, Rows(x))
-    sample_metrics.run(config, run)
-    got, (path,) = record(run), (run / "samples").glob("*.npz")
-    sets = [metrics.moments(part.astype(np.float64) ** 2 / 1e4) for part in (x, np.load(path)["arr_0"])]
-    assert got["frechet_distance"] == pytest.approx(metrics.frechet_distance(*sets), rel=1e-3)
-    assert 0 <= got["precision"] <= 1 and "histogram_distance" in got and "energy_distance" not in got
-    assert got["features"] == "my_features:moments"
-
-
 @pytest.mark.parametrize(("given", "expected"), [("", "those of the examples of"), ("c.npy", "c.npy")])
-def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path, monkeypatch):
+def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path):
     conditions = np.random.default_rng(3).standard_normal((50, 2)).astype(np.float32)
     np.save("c.npy", conditions[:5])
     write_arrays("vectors", "x.npz", 50, condition=conditions)

@@ -1,14 +1,13 @@
 """Evaluation names the examples that it measures: training data, or those that `data.holdout` left out."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, report
-from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
+from diffusion_jax import data
+from diffusion_jax.runs import sample_metrics, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
@@ -45,15 +44,6 @@ def copy_of(run, directory, config):
     shutil.copytree(run, directory)
     workdir.write_config(config, directory)
     return directory
-
-
-def test_training_images_are_called_train(images, whole_folder, tmp_path, capsys):
-    """In the record, the page and the command, and with a note."""
-    run = copy_of(whole_folder, tmp_path / "run", folder_config(images))
-    measure_likelihood.run(folder_config(images), run)
-    assert "Note: these are the images that the model was trained on (split 'train')" in capsys.readouterr().out
-    assert json.loads((run / "likelihood.json").read_text())["split"] == "train"
-    assert "4 examples of folder train" in report.write_report(run).read_text()
 
 
 def test_images_of_another_folder_have_no_split(images, whole_folder, tmp_path, capsys):

@@ -31,19 +31,13 @@ print(json.dumps(loaded))
 """
 
 
-def modules_after(commands, names, directory):
-    """[exit code, those of `names` that are loaded] after each command, all in one process."""
-    arguments = [sys.executable, "-c", _CODE, json.dumps(commands), json.dumps(names)]
-    out = subprocess.run(
-        arguments, cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    ).stdout
-    return json.loads(out.splitlines()[-1])
-
-
 def test_help_and_refused_flags_and_data_load_nothing_heavy(tmp_path):
-    *of_flags, last = modules_after(
-        [*_COMMANDS_OF_FLAGS, *_COMMANDS_OF_DATA], [*_HEAVY, "PIL", "tensorflow_datasets"], tmp_path
-    )
-    assert [code for code, _ in [*of_flags, last]] == [0] + [2] * (len(of_flags))
-    assert all(not names for _, names in of_flags[: len(_COMMANDS_OF_FLAGS)])
-    assert set(last[1]) == {"PIL", "tensorflow_datasets"}
+    names = [*_HEAVY, "PIL", "tensorflow_datasets"]
+    commands = [*_COMMANDS_OF_FLAGS, *_COMMANDS_OF_DATA]  # all in one process
+    arguments = [sys.executable, "-c", _CODE, json.dumps(commands), json.dumps(names)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(arguments, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout
+    loaded = json.loads(out.splitlines()[-1])
+    assert [code for code, _ in loaded] == [0] + [2] * (len(commands) - 1)
+    assert not any(found for _, found in loaded[: len(_COMMANDS_OF_FLAGS)])
+    assert set(loaded[-1][1]) == {"PIL", "tensorflow_datasets"}

@@ -7,24 +7,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli, training
-from diffusion_jax.data import load as load_data
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.sampling_conditions import read_conditions
 from diffusion_jax.runs.sampling_setup import SamplingSetup
-from diffusion_jax.runs.workdir import check_source
-from helpers.array_configs import array_config, examples
+from helpers.array_configs import array_config
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
-
-
-def test_misnamed_arrays_are_named(tmp_path):
-    x, path, lines = examples("series"), tmp_path / "a.npz", []
-    np.savez(path, x=x, cond=np.zeros((len(x), 1)))
-    config = array_config("series", path, **{"model.condition_features": 1})
-    source = load_data(config.data, log=lines.append)
-    with pytest.raises(UserError, match=r"no conditions \(an array 'condition'\), but model.condition_features=1"):
-        check_source(config, source)
-    assert "Ignored arrays: 'cond'; arrays are x or image, label, and condition." in lines
 
 
 def test_misnamed_conditions_of_samples_are_named(tmp_path):

@@ -19,14 +19,9 @@ PICTURE = np.zeros((4, 6, 3), np.uint8)
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """A work directory, and variables that keep the trackers on this machine."""
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_DATA_DIR": str(tmp_path),
-        "WANDB_CACHE_DIR": str(tmp_path),
-        "WANDB_CONFIG_DIR": str(tmp_path),
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
-    }.items():
-        monkeypatch.setenv(name, value)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     (tmp_path / "my_run").mkdir()
