@@ -136,7 +136,7 @@ def test_fields_that_refer_to_an_overridden_one_follow_it():
 
 def test_values_of_other_libraries_are_taken_as_python_values():
     given = {
-        "training": {"num_steps": np.array(7), "batch_size": jnp.int32(4), "profile": np.bool_(True)},
+        "training": {"num_steps": np.array(7), "profile": np.bool_(True)},
         "optimizer": {"learning_rate": jnp.float32(0.5), "grad_clip": 1},
         "model": {"attention_levels": np.array([0, 1]), "channel_multipliers": [1, 0.5], "dtype": jnp.bfloat16},
         "sampling": {"guidance_interval": np.array([0, np.inf]), "steps": range(1, 3)},
@@ -146,7 +146,6 @@ def test_values_of_other_libraries_are_taken_as_python_values():
     values = {name: flat[name] for name in config.flatten(given)}
     assert values == {
         "training.num_steps": 7,
-        "training.batch_size": 4,
         "training.profile": True,
         "optimizer.learning_rate": 0.5,
         "optimizer.grad_clip": 1.0,

@@ -146,7 +146,6 @@ def test_channels_of_different_sizes_have_rows_of_a_trajectory():
 @pytest.mark.parametrize(
     ("shape", "num_axes"),
     [
-        ((64, 40, 1), 12),
         ((64, 40, 30), 12),
         ((64, 6, 9, 30), 8 * 6 + 6),
         ((2, 6, 900, 1), 2 + 1),
