@@ -134,6 +134,7 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
         ({"sampling.guidance_scale": 2.0}, "guidance_scale=2.0 guides by conditions: set sampling.conditions=FILE"),
         ({"sampling.conditions": "wide.npy"}, r"holds float64 \[3, 2\]; this model takes numbers \[N, 1\]"),
         ({"sampling.conditions": "nan.npy"}, "row 1 has values that are not finite"),
+        ({"sampling.conditions": "misnamed.npz"}, "has no array 'condition', only 'cond', 'x'; save it under that name"),
         ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
     ],
 )  # fmt: skip
@@ -141,6 +142,7 @@ def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((3, 2)))
     np.save("nan.npy", np.array([[0.0], [np.nan]]))
+    np.savez("misnamed.npz", cond=np.zeros((3, 1)), x=np.zeros(3))
     with pytest.raises(errors.UserError, match=words):
         read_conditions(array_config("vectors", "", **{**CONDITIONAL, **overrides}))
 

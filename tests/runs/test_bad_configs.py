@@ -1,5 +1,8 @@
 """Commands that cannot be run: one clear line and exit code 2, in seconds."""
 
+import subprocess
+import sys
+
 import pytest
 
 from diffusion_jax import cli
@@ -7,6 +10,7 @@ from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, Us
 from diffusion_jax.runs import console, train, workdir
 from helpers.configs import tiny_config
 from helpers.launcher import launch
+from helpers.paths import ROOT
 
 # Leaf, value, and words of the message: what the leaf alone does not show.
 BAD = [
@@ -40,7 +44,17 @@ LAUNCHES = [
     (["--config={}/unknown_leaf.py"], ["--config=", "unknown_leaf.py: unknown leaf training.step; did you mean"]),
     (["--config={}/returning_none.py"], ["returning_none.py: a config must be a nested mapping", "not None"]),
     (["--config=configs/digitz.py"], ["configs/digitz.py: no such file", "such as digits"]),
+    (["--config={}/junk.npz"], ["junk.npz is not a Python file; give FILE.py with get_config()"]),
+    # flags without effect
+    (
+        [TRAIN, "--mode=edit", "--config.sampling.num_samples=4"],
+        ["sampling.num_samples=4 has no effect on --mode=edit; use --config.editing.num_samples=4"],
+    ),
     # work directories
+    (
+        [TRAIN, "--workdir={}/nowhere", "--mode=status"],
+        ["no such directory; --mode=status reads the directory of a run"],
+    ),
     ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),
     ([TRAIN, "--workdir="], ["--workdir=DIR is needed"]),
     ([TRAIN, "--workdir=/proc/run"], ["--workdir=/proc/run: ", "/proc", "; give another directory"]),
@@ -163,3 +177,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()  # the config was lost
     with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
         train.run(tiny_config(**{"model.channels": 16}), tmp_path)
+
+
+def test_a_closed_output_ends_the_program_quietly(tmp_path):
+    arguments = [sys.executable, "main.py", "--config=digits", f"--workdir={tmp_path}", "--mode=status"]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written, as `| true` would
+        error = process.stderr.read()
+    assert process.returncode == 141 and not [line for line in error.splitlines() if "Warning" not in line], error

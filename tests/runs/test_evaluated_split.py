@@ -39,13 +39,6 @@ def whole_folder(images, tmp_path_factory):
     return untrained(tmp_path_factory.mktemp("runs") / "run", folder_config(images))
 
 
-def copy_of(run, directory, config):
-    """A copy of a run that says it was trained with another config."""
-    shutil.copytree(run, directory)
-    workdir.write_config(config, directory)
-    return directory
-
-
 def test_images_of_another_folder_have_no_split(images, whole_folder, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
@@ -66,7 +59,8 @@ def test_other_weights_were_not_trained_on_the_folder(images, whole_folder, tmp_
 def test_held_out_examples_are_the_test_split(kind, images, whole_folder, tmp_path, capsys):
     if kind == "folder":
         config = folder_config(images, **{"data.holdout": 0.25})
-        run = copy_of(whole_folder, tmp_path / "run", config)
+        run = shutil.copytree(whole_folder, tmp_path / "run")
+        workdir.write_config(config, run)
     else:
         file = write_arrays("vectors", tmp_path / "x.npz", COUNT)
         config = array_config("vectors", file, **{"data.holdout": 0.25})
