@@ -2,7 +2,7 @@
 
 import jax
 
-from diffusion_jax import training
+from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.sample import SampleFile
@@ -11,8 +11,8 @@ from diffusion_jax.training.checkpoints import Checkpoints
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
-def untrained(directory, config):
-    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
+def untrained(directory, config, source=None):
+    """A work directory as training (on a source) leaves it, with weights at random: compiling a train step takes longest."""
     state = training.build_program(config).init()
     leaves, tree = jax.tree.flatten(state.params)
 
@@ -26,6 +26,8 @@ def untrained(directory, config):
         checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
         checkpoints.finish(1)
     workdir.write_config(config, directory)
+    if source is not None:
+        workdir.check_data(source, directory, data.find_normalizations(config.data, source))
     return directory
 
 

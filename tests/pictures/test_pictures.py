@@ -51,14 +51,12 @@ def test_grids_and_text_show_the_images():
 
 def test_a_grid_with_text_has_the_images_of_one_without():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    captions = ["1 cat", "", "2 cats", "1 cat", 50 * "d"]
-    plain, captioned = pictures.draw_grid(images), pictures.draw_grid(images, captions=captions)
-    texts = []
+    plain, captioned = pictures.draw_grid(images), pictures.draw_grid(images, captions=["cat", "", "2", "3", 50 * "d"])
     for i in range(5):
         top, left = i // 3 * (100 + LINE) + GAP, i % 3 * 100 + GAP
         np.testing.assert_array_equal(captioned[top : top + 96, left : left + 96 : 12][::12], images[i])
-        texts.append(captioned[top + 96 : top + 96 + LINE, left : left + 96])
-    assert (texts[0] == texts[3]).all() and (texts[0] != texts[4]).any() and (texts[1] == texts[1][0, 0]).all()
+        text = captioned[top + 96 : top + 96 + LINE, left : left + 96]
+        assert (text == text[0, 0]).all() == (i == 1)
     headed = pictures.draw_grid(images, " ".join(3 * [25 * "w"]), headers=["t = 999", "t = 0", "image"])
     np.testing.assert_array_equal(headed[4 * LINE :], plain)  # three lines of the title, and one of headers
     assert (headed[3 * LINE : 4 * LINE, GAP:100] > 150).any()

@@ -36,9 +36,7 @@ def roots(tmp_path_factory):
         if kind not in made:
             made[kind] = root = tmp_path_factory.mktemp(kind)
             config = array_config(kind, write_arrays(kind, root / "data.npz", condition=CONDITION), **BASE)
-            untrained(root / "run", config)
-            source = data.load(config.data)
-            workdir.check_data(source, root / "run", data.find_normalizations(config.data, source))
+            untrained(root / "run", config, data.load(config.data))
             first, second = examples(kind, 2, seed=1)
             known = known_values(kind)
             mask = known if kind == "vectors" else known[..., 0]
