@@ -1,6 +1,7 @@
 """Goodput over launches, the status of a directory, and profiles."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -14,17 +15,9 @@ from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
 
 
-class Clock:
-    def __init__(self, now=1000.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
 def launch(workdir, clock, first_step, train_seconds, last_step):
     """A launch that starts in 10 s, compiles for 20 s, trains, and saves for 5 s."""
-    times = LaunchTimes(workdir, clock)
+    times = LaunchTimes(workdir, lambda: clock.now)
     clock.now += 10
     with times.measure("compile"):
         clock.now += 20
@@ -37,7 +30,7 @@ def launch(workdir, clock, first_step, train_seconds, last_step):
 
 
 def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
-    clock = Clock()
+    clock = types.SimpleNamespace(now=1000.0)
     assert launch(tmp_path, clock, 0, 65, 65) == pytest.approx(65 / 100)
     clock.now += 50  # the machine was gone
     # The checkpoint was of step 52, so 13 of the 65 steps, 13 s, are done again.
