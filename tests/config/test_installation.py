@@ -70,8 +70,6 @@ def run(*command, cwd, code=0, **variables):
 @pytest.fixture
 def environment(tmp_path):
     """The executables of an environment with a wheel of this package and, by a .pth file, the packages of this one."""
-    if tuple(map(int, importlib.metadata.version("setuptools").split(".")[:1])) < (77,):
-        pytest.skip("setuptools 77 is needed to build the package without a download; pip install 'setuptools>=77'")
     source, home = tmp_path / "source", tmp_path / "environment"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "tests", "__pycache__")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: ignored(folder, names) if folder == str(ROOT) else [])
@@ -91,8 +89,6 @@ def environment(tmp_path):
 def test_an_installed_package_trains_from_any_directory(environment, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    _, err = run(environment / "python", "-c", "import configs", cwd=elsewhere, code=1)
-    assert "ModuleNotFoundError: No module named 'configs'" in err
     code = "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())"
     names, _ = run(environment / "python", "-c", code, cwd=elsewhere)
     assert names.split() == config.experiment_names()

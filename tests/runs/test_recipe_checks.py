@@ -69,11 +69,8 @@ def test_what_works_has_no_note(leaves):
     assert recipe_checks.notes(changed(default(), **leaves)) == []
 
 
-def test_classifiers_have_only_the_notes_that_concern_them():
-    config = changed(default_classifier(), **LONG, **{"diffusion.num_timesteps": 10})
-    assert recipe_checks.notes(config) == []
-    (note,) = recipe_checks.notes(changed(config, **{"optimizer.warmup_steps": 3000}))
-    assert note.startswith("optimizer.warmup_steps=3000")
+def test_classifiers_may_have_any_schedule():
+    assert recipe_checks.notes(changed(default_classifier(), **LONG, **{"diffusion.num_timesteps": 10})) == []
 
 
 def digits(**leaves):
