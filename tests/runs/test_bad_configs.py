@@ -169,14 +169,6 @@ def test_a_bad_leaf_is_refused(leaf, value, words, tmp_path):
     assert words in text and getattr(caught.value, "exit_code", 2) == 2 and len(text) < 500, text
 
 
-@pytest.mark.whole
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    (tmp_path / "config.json").unlink()  # the config was lost
-    with pytest.raises(CheckpointError, match="step 2 .* holds another state: params/"):
-        train.run(tiny_config(**{"model.channels": 16}), tmp_path)
-
-
 def test_a_closed_output_ends_the_program_quietly(tmp_path):
     arguments = [sys.executable, "main.py", "--config=digits", f"--workdir={tmp_path}", "--mode=status"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -5,12 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusion_jax import data, errors, training
 from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
+from helpers.array_configs import array_config, examples
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 
@@ -79,21 +79,6 @@ def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monke
 
 
 @pytest.mark.whole
-def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
-    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    train.run(tiny_config(), tmp_path)
-    (tmp_path / "checkpoints" / "5.partial").mkdir()  # of a save that was killed
-    for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
-        if file.is_file() and "ocdbt.process" in str(file):
-            file.unlink()
-    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
-    out = capsys.readouterr().out
-    assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
-    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
-
-
-@pytest.mark.whole
 def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
     train.run(tiny_config(), tmp_path)
     before = lines(tmp_path)
@@ -138,16 +123,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ]
 
 
-def test_other_images_are_refused(tmp_path):
-    """Of a folder that was changed, say, whose name and size are the same."""
+def test_other_data_are_refused(tmp_path):
+    """Other numbers or another number of examples; where they are stored does not matter."""
 
     def source(count, seed=0):
-        path = tmp_path / f"{count}_{seed}"
-        path.mkdir(exist_ok=True)
-        for i in range(count):
-            pixels = np.random.default_rng([seed, i]).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(path / f"{i:03}.png")
-        return data.Folder(str(path), (8, 8), 1)
+        path = tmp_path / f"{count}_{seed}.npz"
+        np.savez(path, x=examples("vectors", count, seed))
+        return data.load(array_config("vectors", path).data)
 
     run = tmp_path / "run"
     run.mkdir()
