@@ -48,7 +48,7 @@ def test_the_lists_of_exit_codes_agree():
 
 
 def run_recipe(folder, recipe, exit_codes, **variables):
-    """(exit code, calls of replaced commands) of a recipe. exit_codes: {command: one for each call}; further calls end with 0."""
+    """(exit code, calls of replaced commands) of a recipe. exit_codes: {command: one for each call, then 0}."""
     for command, numbers in exit_codes.items():
         path, left = folder / command, folder / f"{command}.left"
         left.write_text("".join(f"{number}\n" for number in numbers))
