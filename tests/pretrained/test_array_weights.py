@@ -156,8 +156,6 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         with pytest.raises(ValueError, match=words) as caught:
             net.sample(KEY, 3, **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="a diffusion model; use denoise_fn"):
-        plain.logits(jnp.zeros((1, 2)), jnp.zeros(1))
 
 
 @pytest.mark.whole

@@ -101,7 +101,6 @@ BROKEN = {
     "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
     "a conditional UNet": (folder_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is not supported"),
-    "a learned variance's channels": (folder_with(out_channels=6), "do not fit in_channels=3"),
     "a latent model": (latent, "vqvae is not supported"),
     "a folder without weights": (no_weights, "contains no weights"),
 }
