@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
-from helpers.samplers import MAKERS
+from helpers.samplers import MAKERS, METHODS
 
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 20))
@@ -133,8 +133,7 @@ SAMPLING = {
     f"sampling.{name}": lambda x, make=MAKERS[name]: [
         sampling.sample(KEY, FULL, f, x, make(), trajectory=True) for f in (network, exact)
     ]
-    for name in MAKERS
-    if " 1" not in name
+    for name in [*METHODS, "ddpm shifted"]
 }
 SAMPLING |= {
     "sampling.encode": lambda x: [

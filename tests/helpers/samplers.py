@@ -2,13 +2,14 @@
 
 from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import sampling
 
 
 def shift(x_t, time):
-    return 0.1 * x_t * time[:, None]
+    return 0.1 * x_t * jnp.expand_dims(time, tuple(range(1, x_t.ndim)))
 
 
 CHURN = {"churn": np.float64(5.0), "churn_range": (np.float64(0.1), 20.0), "churn_noise": np.float64(1.1)}
@@ -41,6 +42,10 @@ for order in (1, 2, 3):
         f"unipc {order}": unipc,
         f"unipc {order} bh1": partial(unipc, variant="bh1", lower_order_final=False),
     }
+METHODS = [  # where all rows would take too long
+    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "heun churn", "pndm", "plms"),
+    *("dpm_solver_pp 2", "dpm_solver_pp 3 sde", "dpm_solver_pp 3 singlestep", "deis 3", "unipc 3"),
+]
 NOISY = ("ddpm", "eta", "ancestral", "churn", "sde", "all")
 
 

@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax import process, sampling, schedules
 from diffusion_jax.sampling import noise_levels
 from helpers.gaussian_mixtures import FULL, S2, M, mixture
-from helpers.samplers import MAKERS, is_deterministic
+from helpers.samplers import MAKERS, METHODS, is_deterministic
 
 KEY = jax.random.key(0)
 FREE = {"clip": False}
@@ -73,14 +73,8 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     assert np.log2(errors[0] / errors[1]) > least
 
 
-ALL = [
-    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "heun churn", "pndm", "plms"),
-    *("dpm_solver_pp 2", "dpm_solver_pp 3 sde", "dpm_solver_pp 3 singlestep", "deis 3", "unipc 3"),
-]
-
-
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
     sampler = MAKERS[name](clip=False)
@@ -115,7 +109,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_prediction_gives_the_same_samples(name, x64):
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
     outs = [
@@ -126,7 +120,7 @@ def test_every_prediction_gives_the_same_samples(name, x64):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_solver_from_pure_noise(name):
     """A schedule whose alpha_bar ends at 0, with a network that predicts v; Gaussian data, whose spread must come out."""
     zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
