@@ -203,9 +203,8 @@ def compare(
     def inputs(needs: str) -> tuple[Any, Any]:
         """What the metrics need of the reference and of the samples."""
         if needs == "examples":
-            return standardize(reference.source, options.normalization), standardize(
-                samples.source, options.normalization
-            )
+            normalization = options.normalization
+            return standardize(reference.source, normalization), standardize(samples.source, normalization)
         if needs == "vectors":
             return inputs("pool" if of_images else "examples")
         if needs == "logits":
