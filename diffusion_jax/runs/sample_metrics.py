@@ -22,8 +22,9 @@ from diffusion_jax.evaluation import features, named_metrics
 from diffusion_jax.evaluation.example_sets import MAX_EXAMPLES, EvenRows, ExampleSet, NpzExamples
 from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
-from diffusion_jax.runs.sample import SampleFile, read_settings
+from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.set_metrics import ArrayOptions, record_metrics
 from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
 from diffusion_jax.storage import locations
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     if is_array:
         samples = EvenRows(samples, MAX_EXAMPLES)
         is_periodic = config.model.get("padding") == "periodic"
-        arrays = ArrayOptions(options.seed, file.trained.normalizations.get("x"), is_periodic)
+        arrays = ArrayOptions(options.seed, file.net.normalizations.get("x"), is_periodic)
     output, cache = workdir / "metrics.json", features_cache(workdir)
     try:
         record_metrics(
@@ -198,19 +199,19 @@ def _reference_conditions(config: ConfigDict, reference: data.Source) -> np.ndar
 
 def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
     """The settings that the metrics depend on besides the two sets and the features, as the record stores them."""
-    stored = broadcast_from_process_0(lambda: read_settings(file.path))
-    assert stored is not None  # the file has just been written or found to hold these settings
-    settings = stored["settings"]
+    settings = file.provenance.settings
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
     sampling |= {"classifier": config.sampling.classifier, "use_ema": config.evaluation.use_ema}
+    stored = broadcast_from_process_0(lambda: Provenance.read(file.path))
+    assert stored is not None  # the file has just been written or found to hold these settings
     return {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
-        "weights": file.trained.weights_kind,
-        "step": file.trained.step,
-        "steps": file.setup.schedule.num_timesteps,
+        "weights": settings["weights"],
+        "step": settings["step"],
+        "steps": settings["num_steps"],
         "sampling": sampling | {"batch_size": settings["batch_size"]},
         "weights_digest": settings["weights_digest"],
         "classifier_digest": settings["classifier_digest"],
-        "drawn_with": stored["drawn_with"],
+        "drawn_with": stored.details,
     }
