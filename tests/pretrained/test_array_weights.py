@@ -97,6 +97,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
                 assert name in ignored or new[group][name] == value, (path, group, name)
     summary = pretrained.format_summary(again)
     assert ("continuous" in summary) and (f"{SHAPES[kind][-1]} channels" in summary)
+    assert ("continuous in 0 ... 600" in summary) == bool(net.limits)
 
 
 @pytest.mark.whole

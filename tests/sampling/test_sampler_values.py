@@ -9,41 +9,9 @@ import pytest
 
 from diffusion_jax import editing, process, sampling, schedules
 from helpers.gaussian_mixtures import FULL, mixture
+from helpers.samplers import MAKERS, is_deterministic
 
 KEY = jax.random.key(0)
-MAKERS = {  # every sampler with every option off its default
-    "ddpm": lambda **k: sampling.ddpm(**k),
-    "ddpm small": lambda **k: sampling.ddpm("fixed_small", **k),
-    "ddpm shifted": lambda **k: sampling.ddpm(mean_shift=shift, **k),
-    "ddim": lambda **k: sampling.ddim(**k),
-    "ddim eta": lambda **k: sampling.ddim(np.float64(0.5), **k),
-    "ddim own eps": lambda **k: sampling.ddim(clipped_eps=False, **k),
-    "euler": lambda **k: sampling.euler(**k),
-    "euler_ancestral": lambda **k: sampling.euler_ancestral(**k),
-    "heun": lambda **k: sampling.heun(**k),
-    "heun churn": lambda **k: sampling.heun(
-        churn=np.float64(5.0), churn_range=(np.float64(0.1), 20.0), churn_noise=np.float64(1.1), **k
-    ),
-    "pndm": lambda **k: sampling.pndm(**k),
-    "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
-}
-for order in (1, 2, 3):
-    MAKERS |= {
-        f"dpm_solver_pp {order}": lambda n=order, **k: sampling.dpm_solver_pp(n, **k),
-        f"dpm_solver_pp {order} sde": lambda n=order, **k: sampling.dpm_solver_pp(n, sde=True, **k),
-        f"dpm_solver_pp {order} singlestep": lambda n=order, **k: sampling.dpm_solver_pp(n, singlestep=True, **k),
-        f"dpm_solver_pp {order} all": lambda n=order, **k: sampling.dpm_solver_pp(
-            n, sde=True, singlestep=True, lower_order_final=False, **k
-        ),
-        f"deis {order}": lambda n=order, **k: sampling.deis(n, **k),
-        f"deis {order} full": lambda n=order, **k: sampling.deis(n, lower_order_final=False, **k),
-        f"unipc {order}": lambda n=order, **k: sampling.unipc(n, **k),
-        f"unipc {order} bh1": lambda n=order, **k: sampling.unipc(n, variant="bh1", lower_order_final=False, **k),
-    }
-
-
-def shift(x_t, time):
-    return 0.1 * x_t * time[:, None]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -146,8 +114,7 @@ def test_float32_samples_are_the_same_under_x64(name):
     assert [out.dtype for out in outs] == [np.float32, np.float32, np.float64]
     scale = abs(outs[0]).max()
     np.testing.assert_allclose(outs[1], outs[0], atol=1e-5 * scale)
-    deterministic = not any(word in name for word in ("ddpm", "eta", "ancestral", "churn", "sde", "all"))
-    if deterministic:  # noise of another dtype is another draw
+    if is_deterministic(name):  # noise of another dtype is another draw
         np.testing.assert_allclose(outs[2], outs[0], atol=1e-4 * scale)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import training
+from diffusion_jax import timesteps, training
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import checkpoint_files, checkpoints
 from helpers.configs import tiny_config
@@ -274,3 +274,14 @@ def test_kills_between_orbax_s_commit_and_the_digests_lose_one_step_at_most(tmp_
         assert any(directory.glob("*.partial/0/_CHECKPOINT_METADATA"))  # Orbax has committed its step
         before = max(checkpoints.committed_steps(directory), default=0)
     assert before >= 10
+
+
+def test_a_history_of_losses_is_restored(tmp_path):
+    config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
+    built = training.build_program(config)
+    state = built.init()
+    history = timesteps.record(state.loss_history, jnp.arange(8), jnp.arange(8.0))
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        saved.save(1, state.replace(step=jnp.int32(1), loss_history=history))
+        saved.finish(1)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, built.abstract_state).loss_history, history)
