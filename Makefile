@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults fresh accelerator parity parity-slow mutants docs browser lint format reference pictures clean
+.PHONY: setup demo test test-all test-slow faults fresh accelerator parity mutants docs browser lint format reference pictures clean
 
 setup: $(STAMP)
 
@@ -56,10 +56,6 @@ accelerator: setup
 
 parity: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "parity and not slow"
-
-# The published networks at full width: gigabytes of memory.
-parity-slow: setup $(VENV)/installed-parity
-	$(BIN)/python -m pytest -q -m "parity and slow"
 
 # How many single-line mutants of the package the tests notice, into docs/results/reliability.md: an hour or two; a relaunch
 # goes on. make mutants MUTANTS="--core=5 --elsewhere=5" draws fewer.

@@ -61,7 +61,6 @@ def figure(text):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed."""
     directory = tmp_path_factory.mktemp("faults") / "whole"
     to_the_end(directory)
     return directory
@@ -77,9 +76,9 @@ def is_saving(directory):
 
 
 def wait_for_a_save(directory, process):
-    before, limit = checkpoints.committed_steps(directory / "checkpoints"), time.monotonic() + PATIENCE
+    before, limit = checkpoints.committed_steps(directory / "checkpoints"), time.monotonic() + 2 * PATIENCE
     while checkpoints.committed_steps(directory / "checkpoints") == before and process.poll() is None:
-        assert time.monotonic() < limit, "no checkpoint in two minutes"
+        assert time.monotonic() < limit, "no checkpoint in four minutes"
         time.sleep(0.05)
 
 
@@ -191,35 +190,6 @@ def joined(directory, *more, **variables):
     ]
 
 
-def until(condition, *processes):
-    limit = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < limit and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-
-
-def close_to(directory, whole):
-    one, two = lines(whole), lines(directory)
-    assert [row["step"] for row in two] == [row["step"] for row in one]
-    # The first steps agree up to the order of sums; later ones drift, as any two orders do.
-    np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_process_ends_its_peer(tmp_path, victim):
-    directory = tmp_path / "two"
-    pair = joined(directory)
-    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
-    pair[victim].kill()
-    began = time.monotonic()
-    code = pair[1 - victim].wait(timeout=PATIENCE)
-    seconds = time.monotonic() - began
-    text = directory.with_suffix(f".{1 - victim}.log").read_text()
-    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
-    pair[victim].wait()
-    figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
-
-
 def test_stuck_process_ends_both(tmp_path):
     """The data of one stands still, its heartbeats go on."""
     directory = tmp_path / "two"
@@ -287,68 +257,21 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_full_disk_of_one_process_ends_both(tmp_path, process):
-    """Of process 1 when it writes its part, or of process 0 when it commits the step: both report it in the same step."""
-    directory = tmp_path / "two"
-    program = tmp_path / "full.py"
-    program.write_text(FULL)
-    pair = joined(directory, "--config.mesh.fsdp=4", program=str(program), FULL=str(process))
-    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
-    began = time.monotonic()
-    codes = [process.wait(timeout=PATIENCE) for process in pair]
-    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
-    assert codes == [1, 1] and all("is the disk full?" in text for text in texts), texts
-    errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in texts]
-    assert errors[0] == errors[1] and len(errors[0]) == 1, texts
-    kept = checkpoints.committed_steps(directory / "checkpoints")
-    assert kept and kept[-1] < 30
-    seconds = time.monotonic() - began
-    figure(f"two processes, no room for process {process} at step 30: exit codes {codes} after {seconds:.0f} s")
-
-
-FULL = f"""
-import errno, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
-from diffusion_jax.training import checkpoint_files
-
-write_part, write_manifest = checkpoint_files.write_part, checkpoint_files.write_manifest
-
-
-def check_room(directory, process):
-    if os.environ["FULL"] == str(process) and directory.parent.name == "30.partial":
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def write(part, *arguments):
-    if "--process_id=1" in sys.argv:
-        check_room(part, 1)
-    return write_part(part, *arguments)
-
-
-def commit(directory, table):
-    check_room(directory, 0)
-    write_manifest(directory, table)
-
-
-checkpoint_files.write_part, checkpoint_files.write_manifest = write, commit
-cli.main()
-"""
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)])
 def test_signal_to_one_of_two_processes_saves_and_a_single_process_resumes(tmp_path, whole, number, code):
     directory = tmp_path / "two"
     pair = joined(directory)
-    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    wait_for_a_save(directory, pair[1])
     pair[1].send_signal(number)
     codes = [process.wait(timeout=PATIENCE) for process in pair]
     texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
     step = checkpoints.committed_steps(directory / "checkpoints")[-1]
     assert codes == [code] * 2 and all(f"at step {step}, which is saved" in text for text in texts), texts
     to_the_end(directory)
-    close_to(directory, whole)
+    one, two = lines(whole), lines(directory)
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    # The first steps agree up to the order of sums; later ones drift, as any two orders do.
+    np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
     figure(f"{number.name} to one of two: both saved step {step} and ended with {codes}; one process went on")
 
 

@@ -1,6 +1,7 @@
 """Work directories: made without training, and what a run left in its own."""
 
 import jax
+import numpy as np
 
 from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
@@ -33,6 +34,13 @@ def untrained(directory, config, source=None):
 
 def lines(directory, without=SPEED):
     return [{key: value for key, value in row.items() if key not in without} for row in read_metrics(directory)]
+
+
+def assert_close_losses(one, two):
+    """The losses of two runs agree up to the order of sums: the mean over a batch is one of partial means."""
+    one, two = lines(one), lines(two)
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
 
 
 def last_state(config, directory):

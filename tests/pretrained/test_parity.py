@@ -11,10 +11,10 @@ import pytest
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
-from diffusion_jax.pretrained import PretrainedError, diffusers, ho, openai
-from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, to_torch
+from diffusion_jax.pretrained import PretrainedError, diffusers, openai
+from diffusion_jax.pretrained.parameters import Tensors
 from helpers import torch_networks
-from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
+from helpers.published_files import LEARNED, SCHEDULER, worst, write_folder
 
 pytestmark = pytest.mark.parity
 
@@ -34,7 +34,6 @@ def weights_of(model):
 
 
 def save(model, path):
-    """As OpenAI publishes them: a plain state dict."""
     import torch
 
     torch.save(model.state_dict(), path)
@@ -50,23 +49,11 @@ def ours(net, x, times, y=None, low=None):
     return np.asarray(jax.jit(run)(net.params))
 
 
-def typed(text):
-    """The value of a flag, as OpenAI's scripts read it."""
-    if text in ("True", "False"):
-        return text == "True"
-    return int(text) if text.isdecimal() else float(text) if text.replace(".", "").isdecimal() else text
-
-
 def agree(what, ours, theirs):
-    """Within 2e-5 of the largest value."""
     error = worst(ours, theirs)
     print(f"| {what} | {error:.1e} |")
     assert theirs.std() > 0.1
     assert error < 2e-5, what
-
-
-def net_size(net):
-    return sum(leaf.size for leaf in jax.tree.leaves(net.params))
 
 
 def inputs(size, seed=1, count=2):
@@ -119,32 +106,6 @@ def test_openai_s_networks(name, tmp_path):
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["adm_imagenet64", "improved_cifar10", "adm_upsampler_64_256", "adm_classifier64"])
-def test_openai_s_networks_at_full_width(name, tmp_path):
-    """A network of each kind as it is published; gigabytes, and minutes."""
-    flags = {name: typed(value) for name, value in openai.parse_flags(README[name]).items()}
-    size, low, _ = openai.PRESETS[name]
-    taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
-    common = torch_networks.OPENAI["improved"][1]
-    if "classifier" in name:
-        function, known = "create_classifier", torch_networks.OPENAI["classifier"][1] | {"classifier_width": 128}
-    elif low:
-        function, known = "sr_create_model", torch_networks.OPENAI["adm upsampler"][1] | {"num_head_channels": -1}
-    else:
-        function, known = "create_model", {**common, "class_cond": False}
-    made = {**known, **taken, **({"use_fp16": False} if "classifier" not in name else {})}
-    if size == 32:
-        made["channel_mult"], made["attention_resolutions"] = "1,2,2,2", "16,8"
-    model = torch_networks.openai(function, made)
-    net = pretrained.load(save(model, tmp_path / "m.pt"), name)
-    x, times = inputs(min(size, 64), count=1)
-    y = np.array([7]) if flags.get("class_cond") else None
-    small = None if not low else np.random.default_rng(2).normal(size=(1, 16, 16, 3)).astype(np.float32)
-    theirs = torch_networks.run(model, x, times, y, small)
-    agree(f"OpenAI, {name}, {net_size(net):,} parameters", ours(net, x, times, y, small), theirs)
-
-
 @pytest.mark.parametrize("name", ["diffusers", "openai", "classifier", "upsampler"])
 def test_gradients(name, tmp_path):
     """Of a weighted sum of the output, by every parameter: theirs, put through the same map as weights, against ours."""
@@ -187,7 +148,6 @@ def test_gradients(name, tmp_path):
 
 
 def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
-    """The same DDIM samples from the same x_T."""
     import torch
     from diffusers import DDIMScheduler, DDPMPipeline
 
@@ -214,35 +174,6 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
     error = abs(np.asarray(samples) - x.numpy().transpose(0, 2, 3, 1)).max()
     print(f"| ten steps of DDIM in diffusers' scheduler (largest difference) | {error:.1e} |")
     assert error < 1e-4
-
-
-def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
-    """The same weights as TensorFlow wrote them and as a google/ddpm-* folder, through their own code's network."""
-    import tensorflow as tf
-
-    model = torch_networks.diffusers(torch_networks.PUBLISHED)
-    net = pretrained.load(write_folder(tmp_path / "f", {**torch_networks.PUBLISHED}, weights_of(model)))
-    shapes = parameter_shapes(net.model, (32, 32, 3))
-    import flax.traverse_util
-
-    flat = flax.traverse_util.flatten_dict(net.params)
-    port = {ho.NAMING(path, net.model): to_torch(np.asarray(flat[path]), path) for path in shapes}
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        made = [
-            tf.compat.v1.get_variable(f"{name}{suffix}", initializer=value)
-            for name, value in ho_variables(port).items()
-            for suffix in ("", "/ExponentialMovingAverage")
-        ]
-        session.run(tf.compat.v1.global_variables_initializer())
-        path = tf.compat.v1.train.Saver(made).save(session, str(tmp_path / "model.ckpt"), global_step=790000)
-    x, times = inputs(32)
-    read = pretrained.load(path)
-    assert read.variance == "fixed_large" and read.family.endswith("ddpm_cifar10")
-    agree(
-        "Ho et al., TensorFlow checkpoint, 35,746,307 parameters",
-        ours(read, x, times),
-        torch_networks.run(model, x, times),
-    )
 
 
 def test_files_of_pytorch_s_that_are_no_weights(tmp_path):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data, likelihood, training
+from diffusion_jax import data, likelihood, pretrained, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import array_metrics, array_statistics
-from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model
+from diffusion_jax.runs import measure_likelihood, sample_metrics, train
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -113,7 +113,7 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     measure_likelihood.run(config, run, source)
     got, built = report(run), training.build_program(config)
     assert got["standardization_bits"] == 0 and "normalization" not in json.loads((run / "data.json").read_text())
-    _, params = trained_model.load_weights(config, run, built.model, built.mesh, use_ema=True)
+    params = pretrained.load(run).params
 
     @jax.jit
     def bound(key, x, condition):
