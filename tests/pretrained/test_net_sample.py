@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, guidance, models, sampling, schedules
+from diffusion_jax.distributed import sharding
 from diffusion_jax.pretrained.model import make_model
 from helpers.networks import redraw
 
@@ -51,6 +52,17 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     assert not [line for line in compiled if "_draw" in line], compiled
     np.testing.assert_array_equal(again, images)
     assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
+
+
+@pytest.mark.whole
+def test_a_mesh_gives_the_same_samples_and_compiles_once(caplog):
+    net, n = net_of("v", num_classes=3, label_dropout=0.1), 2 * jax.device_count()
+    split = net.on_mesh(sharding.make_mesh({"data": -1, "fsdp": 1}))
+    options = {"y": 1, "sampler": sampling.ddim(), "steps": 4, "guidance_scale": 2.0}
+    np.testing.assert_allclose(split.sample(KEY, n, **options), net.sample(KEY, n, **options), atol=2e-4)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        other = split.with_params(jax.tree.map(lambda leaf: leaf * 1.1, split.params)).sample(KEY, n, **options)
+    assert isinstance(other, np.ndarray) and not [r for r in caplog.records if "Compiling draw" in r.getMessage()]
 
 
 @pytest.mark.whole
