@@ -53,7 +53,7 @@ class Model:
     normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from their units to the network's;
     an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1]. class_names: of
     the labels, () if they are not known. provenance: what made the weights: their name in files, and for those of a run
-    "step" and "weights", ema or raw. mesh: None for one device, otherwise the devices that `sample` splits its batch over.
+    "step" and "weights", ema or raw. mesh: the devices that `sample` splits its batch over; None for one.
     """
 
     family: str
@@ -107,14 +107,19 @@ class Model:
         """The weights of a run: ema, or raw; None for those of other projects and of single files."""
         return self.provenance.settings.get("weights")
 
+    @property
+    def num_devices(self) -> int:
+        """The number of devices that `sample` splits its batch over."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def with_params(self, params: Any) -> Model:
         """The same model with other parameters, which may be traced."""
         return dataclasses.replace(self, params=params)
 
-    def on_mesh(self, mesh: Mesh | None) -> Model:
-        """The same model with replicated parameters, whose batches are split over a mesh; None for one device."""
-        place = None if mesh is None else sharding.replicated(mesh)
-        return dataclasses.replace(self, params=jax.device_put(jax.device_get(self.params), place), mesh=mesh)
+    def on_mesh(self, mesh: Mesh) -> Model:
+        """The same model with replicated parameters, whose batches are split over the devices of a mesh."""
+        params = jax.device_put(jax.device_get(self.params), sharding.replicated(mesh))
+        return dataclasses.replace(self, params=params, mesh=mesh)
 
     def find_differences(self, other: Model) -> list[str]:
         """A phrase for each quantity in which the x_t or the output of another model differ, `other` first."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusion_jax import data, editing, pictures, pretrained, sampling
 from diffusion_jax.config import resolve
+from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range
@@ -272,7 +273,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises: UserError, PretrainedError.
     """
     config = resolve(config)
-    task, net = config.editing.task, open_model(config, workdir, on_one_device=True)
+    task, net = config.editing.task, open_model(config, workdir, sharding.one_device_mesh())
     with as_user_error("config"):
         settings = resolve_sampling(config, net)
         context = _Context(config, net, settings)
@@ -291,7 +292,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if edit.known is not None:  # exactly the numbers of the file, without the rounding of the normalization
             results = np.where(edit.known, edit.given[0], results).astype(results.dtype)
         check_finite(results)
-    made_by = settings.provenance(net, config)
+    made_by = settings.provenance(net)
     made_by |= {"editing": to_dict(config.editing), "given_digest": array_digest(edit.given)}
     common = f"{net.provenance.name}_{settings.name}"
     name = f"{task}_{common}_seed{config.sampling.seed}_{settings_digest(made_by)[:6]}"

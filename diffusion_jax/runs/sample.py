@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import diffusion_jax
 from diffusion_jax import pictures, schedules
 from diffusion_jax.config import is_continuous, resolve
+from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import save_npz
@@ -64,11 +65,10 @@ class SampleFile:
         for note in self.settings.notes:
             log(f"Note: {note}.")
         self.config, self.net = config, load_weights(net, config, workdir, options.use_ema)
-        devices = 1 if net.mesh is None else net.mesh.size
-        self.batch_size = -(-min(options.batch_size, options.num_samples) // devices) * devices
+        self.batch_size = -(-min(options.batch_size, options.num_samples) // net.num_devices) * net.num_devices
         self.provenance = Provenance(
             f"{self.net.provenance.name}_{self.settings.name}_seed{options.seed}_n{options.num_samples}",
-            self.settings.provenance(self.net, config) | {"batch_size": self.batch_size},
+            self.settings.provenance(self.net) | {"batch_size": self.batch_size},
             {
                 "diffusion_jax": diffusion_jax.__version__,
                 "jax": jax.__version__,
@@ -147,9 +147,10 @@ def _write_trajectory(file: SampleFile) -> None:
     rows = _TRAJECTORY_POINTS if len(file.net.example_shape) == 1 else _TRAJECTORY_ROWS
     rows = min(rows, file.batch_size, options.num_samples)
     steps = picture_steps(file.settings.schedule, options.trajectory - 1)
-    settings, net = file.settings, file.net.on_mesh(None)  # one process draws this, on one device
+    mesh = sharding.one_device_mesh()  # one process draws this
+    settings, net = file.settings, file.net.on_mesh(mesh)
     if settings.classifier is not None:
-        settings = dataclasses.replace(settings, classifier=settings.classifier.on_mesh(None))
+        settings = dataclasses.replace(settings, classifier=settings.classifier.on_mesh(mesh))
     key = jax.random.fold_in(jax.random.key(options.seed), 0)  # of the first batch of the file
     samples, frames = net.sample(key, rows, **settings.arguments(np.arange(rows)), trajectory=steps)
     arrays = {"x_t": to_examples(net, frames.x_t), "x_0": to_examples(net, frames.x_0)}

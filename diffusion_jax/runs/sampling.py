@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -53,35 +52,33 @@ _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
 class SamplingSettings:
     """`config.sampling` for one model, from `resolve_sampling`.
 
-    options: its leaves, with the clip that follows from the data. schedule: the steps of the sampler. classes: the requested
+    config: complete, with the clip that follows from the data. schedule: the steps of the sampler. classes: the requested
     classes, None if samples have none. labels: int32 [N], of which sample i has entry i modulo N, None without classes.
     conditions: [N, ...] in the units of the data, and small_images, uint8 [N, h, w, C] for an upsampler, of which sample i
     has row i modulo N; None for samples without. notes: lines to log.
     """
 
-    options: Mapping[str, Any]
-    clips_by_default: bool
+    config: ConfigDict
     sampler: sampling.Sampler
     schedule: schedules.Schedule
     classes: tuple[int, ...] | None
     labels: np.ndarray | None
     conditions: np.ndarray | None
     small_images: np.ndarray | None
-    noise_std: float | None
     classifier: pretrained.Model | None
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
 
     def arguments(self, indices: np.ndarray) -> dict[str, Any]:
         """The arguments of `pretrained.Model.sample` for the samples of these numbers."""
-        options = self.options
+        options = self.config.sampling
         return {
             "sampler": self.sampler,
             "steps": self.schedule,
             "y": _rows(self.labels, indices),
             "condition": _rows(self.conditions, indices),
             "low": _rows(self.small_images, indices),
-            "noise_std": self.noise_std,
+            "noise_std": options["low_resolution_noise"] if self.config.diffusion.conditioning_noise else None,
             "guidance_scale": options["guidance_scale"],
             "guidance_interval": options["guidance_interval"] or None,
             "guidance_rescale": options["guidance_rescale"],
@@ -97,13 +94,13 @@ class SamplingSettings:
         It shows the sampler, the steps, the classes and the guidance. A digest stands for all other options that differ from
         their defaults.
         """
-        options, num_steps = self.options, self.schedule.num_timesteps
+        options, num_steps = self.config.sampling.to_dict(), self.schedule.num_timesteps
         hashed = {
             name: value
             for name, value in options.items()
             if name not in (*LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
         }
-        if options["clip"] != self.clips_by_default:
+        if options["clip"] != clips_by_default(self.config):
             hashed["clip"] = options["clip"]
         if isinstance(options["steps"], tuple | list):
             hashed["steps"] = options["steps"]
@@ -122,12 +119,11 @@ class SamplingSettings:
         labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
         return condition_captions(conditions) if labels is None else class_captions(labels, self.class_names)
 
-    def provenance(self, net: pretrained.Model, config: ConfigDict) -> dict[str, Any]:
+    def provenance(self, net: pretrained.Model) -> dict[str, Any]:
         """The settings that decide the values of samples, except those of rounding, as JSON values."""
-        options = to_dict(config)
+        options = to_dict(self.config)
         sampling = {k: v for k, v in options["sampling"].items() if k not in (*LEAVES_WITHOUT_EFFECT, *FILES)}
-        sampling["clip"] = self.options["clip"]
-        if self.options["label"] is not None and self.classes is not None:  # a name and a number may be of one class
+        if sampling["label"] is not None and self.classes is not None:  # a name and a number may be of one class
             sampling["label"] = list(self.classes)
         return {
             **net.provenance.settings,
@@ -182,17 +178,14 @@ def resolve_sampling(
     normalization = net.normalizations.get("condition")
     if conditions is not None and normalization is not None:
         notes.append(normalization.describe_outside(conditions))
-    noise_std = options["low_resolution_noise"] if net.conditioning_noise else None
     return SamplingSettings(
-        options=types.MappingProxyType(options),
-        clips_by_default=clips_by_default(config),
+        config=config,
         sampler=sampler,
         schedule=schedule,
         classes=classes,
         labels=labels,
         conditions=conditions,
         small_images=small_images,
-        noise_std=noise_std,
         classifier=classifier,
         class_names=net.class_names,
         notes=tuple(filter(None, notes)),
@@ -272,7 +265,7 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
             f"sampling.classifier={path} was trained on data with other constants of data.normalization (data.json); "
             "train both on the same data"
         )
-    return classifier.on_mesh(net.mesh)
+    return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
 
 
 # ---- Samples

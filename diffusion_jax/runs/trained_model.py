@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained
@@ -30,17 +31,17 @@ __all__ = ["load_initial_weights", "load_weights", "normalization_differences", 
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 
-def open_model(config: ConfigDict, workdir: pathlib.Path, on_one_device: bool = False) -> pretrained.Model:
+def open_model(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh | None = None) -> pretrained.Model:
     """The diffusion model of a run, without its parameters, so that settings are checked before a long read.
 
-    on_one_device: of each process, instead of a batch that is split over all devices.
+    mesh: by default that of `config.mesh`.
     Raises: UserError for a wrong config or a directory that holds another run; CheckpointError, PretrainedError.
     """
     check_identity(config, workdir)
     if is_classifier(config):
         raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
     with as_user_error("config"):
-        net = pretrained.from_config(config, mesh=None if on_one_device else sharding.make_mesh(config.mesh))
+        net = pretrained.from_config(config, mesh=mesh or sharding.make_mesh(config.mesh))
     if _starts_from_other_weights(config, workdir):
         normalizations = _load(pretrained.describe, config, True).normalizations
     else:
@@ -73,6 +74,7 @@ def load_weights(net: pretrained.Model, config: ConfigDict, workdir: pathlib.Pat
     kind = "ema" if use_ema else "raw"
     name, settings = f"{pathlib.Path(config.init_from).stem}_{kind}", {"step": 0, "weights": kind}
     provenance = Provenance(name, settings, {"init_from": config.init_from})
+    assert net.mesh is not None
     return dataclasses.replace(net.with_params(other.params).on_mesh(net.mesh), provenance=provenance)
 
 

@@ -39,7 +39,7 @@ class PreviewSampler:
         num_images: the batch size, rounded down to a multiple of the number of devices.
         Raises: UserError or ValueError for settings that are not allowed.
         """
-        options, num_devices = to_dict(config), 1 if net.mesh is None else net.mesh.size
+        options, num_devices = to_dict(config), net.num_devices
         options["sampling"] |= {
             "sampler": "ddim",
             "steps": min(config.sampling.preview_steps, net.schedule.num_timesteps),
