@@ -20,7 +20,7 @@ from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import Provenance, array_digest, settings_digest
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.sampling import SamplingSettings, check_finite, resolve_sampling, to_examples
+from diffusion_jax.runs.sampling import SamplingSettings, check_finite, draw, resolve_sampling, to_examples
 from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
@@ -285,9 +285,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         log(f"Note: {note}.")
     log(f"Compiling {task} ...")
     num_rows = 1 if task == "interpolate" else config.editing.num_samples
-    arguments = settings.arguments(np.arange(num_rows)) | edit.arguments
+    key = jax.random.key(config.sampling.seed)
     with as_user_error("config"):
-        results = to_examples(net, net.sample(jax.random.key(config.sampling.seed), num_rows, **arguments))
+        results = to_examples(net, draw(net, settings, key, np.arange(num_rows), **edit.arguments))
     if context.is_continuous:
         if edit.known is not None:  # exactly the numbers of the file, without the rounding of the normalization
             results = np.where(edit.known, edit.given[0], results).astype(results.dtype)

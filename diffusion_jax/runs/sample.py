@@ -19,7 +19,7 @@ from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.sampling import FILES, check_finite, draw_batch, resolve_sampling, to_examples
+from diffusion_jax.runs.sampling import FILES, check_finite, draw, draw_batch, resolve_sampling, to_examples
 from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.workdir import write_config_if_untrained
 
@@ -95,14 +95,14 @@ class SampleFile:
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
         chunks = ChunkStore(self.path.parent / f".{self.provenance.name}_{self.provenance.digest}")
 
-        def draw(i: int) -> dict[str, np.ndarray]:
+        def compute(i: int) -> dict[str, np.ndarray]:
             with as_user_error("config"):  # for errors that occur only when the sampler is traced
                 samples = draw_batch(self.net, self.settings, options.seed, i, self.batch_size)
             check_finite(samples)
             return {"images": samples}
 
         stall_timeout = self.config.training.stall_timeout
-        num_batches = chunks.fill("Sampling", options.num_samples, self.batch_size, draw, stall_timeout)
+        num_batches = chunks.fill("Sampling", options.num_samples, self.batch_size, compute, stall_timeout)
         if jax.process_index() == 0:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
             self._write(samples)
@@ -152,7 +152,7 @@ def _write_trajectory(file: SampleFile) -> None:
     if settings.classifier is not None:
         settings = dataclasses.replace(settings, classifier=settings.classifier.on_mesh(mesh))
     key = jax.random.fold_in(jax.random.key(options.seed), 0)  # of the first batch of the file
-    samples, frames = net.sample(key, rows, **settings.arguments(np.arange(rows)), trajectory=steps)
+    samples, frames = draw(net, settings, key, np.arange(rows), trajectory=steps)
     arrays = {"x_t": to_examples(net, frames.x_t), "x_0": to_examples(net, frames.x_0)}
     arrays |= {"times": settings.schedule.timesteps[steps[::-1]], "samples": to_examples(net, samples)}
     directory, name = file.path.parent / "trajectories", file.provenance.name

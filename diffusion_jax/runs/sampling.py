@@ -34,6 +34,7 @@ __all__ = [
     "check_finite",
     "class_captions",
     "condition_captions",
+    "draw",
     "draw_batch",
     "parse_classes",
     "read_conditions",
@@ -271,16 +272,20 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 # ---- Samples
 
 
+def draw(net: pretrained.Model, settings: SamplingSettings, key, indices: np.ndarray, **arguments: Any) -> Any:
+    """`net.sample` with the settings of the samples of these numbers, and further arguments."""
+    with warnings.catch_warnings():  # `settings.notes` contains them, with the names of settings
+        warnings.simplefilter("ignore")
+        return net.sample(key, len(indices), **settings.arguments(indices) | arguments)
+
+
 def draw_batch(net: pretrained.Model, settings: SamplingSettings, seed: int, index: int, batch_size: int) -> np.ndarray:
     """Samples index B ... (index + 1) B - 1: uint8 [B, *spatial, C], or float32 in the units of continuous data.
 
     They are on every process, each of which calls this.
     """
     key = jax.random.fold_in(jax.random.key(seed), index)
-    with warnings.catch_warnings():  # `settings.notes` contains them, with the names of settings
-        warnings.simplefilter("ignore")
-        samples = net.sample(key, batch_size, **settings.arguments(index * batch_size + np.arange(batch_size)))
-    return to_examples(net, samples)
+    return to_examples(net, draw(net, settings, key, index * batch_size + np.arange(batch_size)))
 
 
 def to_examples(net: pretrained.Model, samples: Any) -> np.ndarray:

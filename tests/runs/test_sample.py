@@ -100,7 +100,7 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
 
 
 def test_sampling_without_a_run_is_refused(tmp_path):
-    with pytest.raises(errors.UserError, match="train first"):
+    with pytest.raises(errors.PretrainedError, match="train first"):
         sample.run(tiny_config(), tmp_path)
     with pytest.raises(errors.UserError, match="num_samples=0"):
         sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
