@@ -169,9 +169,8 @@ def load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
     diffusion = stored["diffusion"]
-    fields: dict[str, Any] = {name: stored[name] for name in _STORED_FIELDS} | {
-        n: tuple(stored[n]) for n in ("limits", "class_names")
-    }
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED_FIELDS}
+    fields |= {name: tuple(stored[name]) for name in ("limits", "class_names")}
     net = make_model(
         "diffusion_jax, one file",
         models.from_config(stored["model"], kinds[stored["kind"]]),

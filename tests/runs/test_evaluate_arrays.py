@@ -60,7 +60,7 @@ def exact_network(monkeypatch):
     """In place of the network, the exact one for standardized data that are Gaussian with the variance 1."""
 
     def denoise_fn(self, params, batch):
-        schedule = self.trained.schedule
+        schedule = self.net.schedule
 
         def network(x_t, time):
             sigma = jnp.sqrt(jax.nn.sigmoid(-schedule.log_snr(time)))
