@@ -46,7 +46,7 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     arrays = the_samples(tmp_path / "whole")
     assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
-    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 4
+    assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
 
 
 @pytest.mark.whole
