@@ -69,7 +69,7 @@ def main():
     for task, options in TASKS.items():
         edit = [*command, "--mode=edit", f"--config.editing.task={task}", *files, *options]
         subprocess.run(edit, check=True)
-        (path,) = (run / "samples").glob(f"edit_{task}_*.png")
+        (path,) = (run / "samples" / "edits").glob(f"{task}_*.png")
         shutil.copy(path, ROOT / "docs" / "images" / f"edit_{task}.png")
 
 

@@ -22,13 +22,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 import numpy as np
 
-from diffusion_jax import data, likelihood
+from diffusion_jax import data, likelihood, pretrained
 from diffusion_jax.config import resolve
 from diffusion_jax.data import synthetic
 from diffusion_jax.data.synthetic import FieldLaw, SeriesLaw
 from diffusion_jax.metrics.of_arrays import mean_and_covariance, power_spectrum
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.trained_model import TrainedModel
 
 # Bias of a trained network that an error bar allows, beside the Monte Carlo error.
 POWER_BIAS = 0.15  # of the power in a shell of frequencies, relative to the exact one
@@ -185,25 +184,22 @@ def principal_variances(name: str, law, scale: np.ndarray, spatial: tuple[int, .
     return np.array([1.0])
 
 
-def compare_likelihood(name: str, config, trained: TrainedModel, law) -> list[bool]:
+def compare_likelihood(name: str, config, net: pretrained.Model, law) -> list[bool]:
     """The variational bound of test data in nats per dimension, in their units, against the entropy."""
-    normalizations = trained.normalizations
+    normalizations = net.normalizations
     scale = np.asarray(normalizations["x"].scale, np.float64)
     source = data.Normalized(data.load({**config.data, "split": "test"}), normalizations)
     batch = source.read(np.arange(NUM_TEST))
     condition = batch.get("condition")
 
-    extra = {} if condition is None else {"condition": condition}
-    params = trained.params  # read here: a checkpoint cannot be read while a function is traced
-
     def denoise_fn(x_t, time):
-        return trained.model.apply({"params": params}, x_t, time, **extra)
+        return net.denoise_fn(x_t, time, condition=condition)
 
     bits = jax.jit(
         lambda key, x: (
             likelihood.bits_per_dim(
                 key,
-                trained.schedule,
+                net.schedule,
                 denoise_fn,
                 x,
                 prediction=config.diffusion.prediction,
@@ -218,7 +214,7 @@ def compare_likelihood(name: str, config, trained: TrainedModel, law) -> list[bo
     nats = np.asarray(bits, np.float64) * np.log(2) + np.log(scale).mean()
     spatial = tuple(config.data.image_size)
     entropy = law_at(law, spatial)[2] if spatial else law.entropy()
-    slack = exact_slack(trained.schedule, principal_variances(name, law, scale, spatial))
+    slack = exact_slack(net.schedule, principal_variances(name, law, scale, spatial))
     error = nats.std(ddof=1) / np.sqrt(NUM_TEST)
     good = entropy - 4 * error <= nats.mean() <= entropy + slack + EXCESS_NATS + 4 * error
     print(
@@ -253,9 +249,9 @@ def run(name: str, root: pathlib.Path, seed: int) -> bool:
     with np.load(path) as arrays:
         x, condition = arrays["arr_0"].astype(np.float64), arrays.get("condition")
     law = getattr(synthetic, name.upper())
-    trained = TrainedModel.open(config, workdir, use_ema=True)
+    net = pretrained.load(workdir)
     results = compare_gaussian(name, x, law) if x.ndim > 2 else compare_vectors(name, x, condition)
-    return all(results + compare_likelihood(name, config, trained, law))
+    return all(results + compare_likelihood(name, config, net, law))
 
 
 def sample_run(config, workdir: pathlib.Path) -> None:

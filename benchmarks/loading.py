@@ -37,12 +37,12 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
 
     from diffusion_jax import models
     from diffusion_jax.pretrained import diffusers, ho, openai, parameters
-    from diffusion_jax.pretrained.description import make_description
+    from diffusion_jax.pretrained.model import make_model
 
     model, rng = models.preset(name), np.random.default_rng(0)
     if name in ho.PRESETS:
         size, diffusion = ho.PRESETS[name]
-        description = make_description("", model, size, diffusion)
+        description = make_model("", model, size, diffusion)
         folder = directory / name
         (folder / "unet").mkdir(parents=True)
         unet, scheduler = diffusers.unet_to_config(description), diffusers.scheduler_to_config(description)
@@ -51,7 +51,7 @@ def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
         naming, path, flags = diffusers.NAMING, folder / "unet" / "diffusion_pytorch_model.safetensors", ""
     else:
         size, low, diffusion = openai.PRESETS[name]
-        description = make_description("", model, size, diffusion, low_resolution=low)
+        description = make_model("", model, size, diffusion, low_resolution=low)
         naming, folder, flags = openai.NAMING, None, name
         path = directory / f"{name}.safetensors"
     tensors = {}

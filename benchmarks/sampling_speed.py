@@ -32,34 +32,28 @@ def make_ours(dtype: str, images: int, small: bool):
     import jax
 
     from configs import cifar10
-    from diffusion_jax import training
-    from diffusion_jax.distributed import compiler
-    from diffusion_jax.images import to_uint8
+    from diffusion_jax import pretrained, training
+    from diffusion_jax.distributed import compiler, sharding
     from diffusion_jax.runs import devices
-    from diffusion_jax.runs.sampling_setup import SamplingSetup
+    from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
     from diffusion_jax.training.state import initial_params
 
     devices.start()
     config = cifar10.get_config()
     config.model.update(dtype=dtype, **({"channels": SMALL_CHANNELS} if small else {}))
     model, shape = training.model_from_config(config), (images, IMAGE_SIZE, IMAGE_SIZE, 3)
-    schedule = training.schedule_from_config(config.diffusion)
     params = jax.jit(lambda: initial_params(jax.random.key(0), model, shape[1:]))()
     x, time = jax.device_put((np.zeros(shape, np.float32), np.full(images, 500, np.float32)))
     apply = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t), compiler_options=compiler.options())
 
     @functools.cache
-    def sampler(name: str, steps: int):
+    def settings(name: str, steps: int):
         config.sampling.update(sampler=name, steps=steps)
-        setup = SamplingSetup(config, model, schedule, mesh=None)
-
-        def draw(params, seed):
-            return to_uint8(setup.draw(params, None, jax.random.key(seed), shape))
-
-        return jax.jit(draw, compiler_options=compiler.options())
+        net = pretrained.from_config(config, params, mesh=sharding.make_mesh(config.mesh))
+        return net, resolve_sampling(config, net, read_files=False)
 
     def draw(name: str, steps: int):
-        return lambda: np.asarray(sampler(name, steps)(params, np.uint32(0)))
+        return lambda: draw_batch(*settings(name, steps), 0, 0, images)
 
     functions = {f"{name} {steps}": draw(name, steps) for name in STEPS for steps in (STEPS[name], FEW_STEPS)}
     functions["calls"] = lambda: [jax.block_until_ready(apply(params, x, time)) for _ in range(FEW_STEPS)]

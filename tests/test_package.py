@@ -40,7 +40,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"process"},
     {"losses", "timesteps", "likelihood", "metrics", "sampling", "guidance", "editing"},
     {"config"},
-    {"distributed", "storage", "files"},
+    {"distributed", "storage", "files", "provenance"},
     {"data", "models"},
     {"training"},
     {"pretrained"},

@@ -25,6 +25,7 @@ __all__ = [
     "gather_params",
     "leaf_sharding",
     "make_mesh",
+    "one_device_mesh",
     "process_rows",
     "replicated",
     "split_axis",
@@ -56,6 +57,11 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
         )
     # The default axis type is Explicit, with which Linen layers cannot be traced.
     return jax.make_mesh((devices // fsdp, fsdp), DATA_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def one_device_mesh() -> Mesh:
+    """A mesh of the first device of this process, for programs that one process runs alone."""
+    return jax.make_mesh((1, 1), DATA_AXES, (AxisType.Auto, AxisType.Auto), devices=jax.local_devices()[:1])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -94,12 +94,8 @@ class ExampleSet:
 
 
 def sample_files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The .npz files of a run's samples, the newest first, without edits, trajectories and unfinished files."""
-    paths = [
-        path
-        for path in (workdir / "samples").glob("*.npz")
-        if not (path.name.startswith("edit_") or path.stem.endswith("_trajectory") or ".partial." in path.name)
-    ]
+    """The .npz files of a run's samples, the newest first, without unfinished files."""
+    paths = [path for path in (workdir / "samples").glob("*.npz") if ".partial." not in path.name]
     return sorted(paths, key=modified_time, reverse=True)
 
 

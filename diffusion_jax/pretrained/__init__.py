@@ -1,4 +1,4 @@
-"""Pretrained weights, read and written: every published DDPM, Improved DDPM and ADM, and the runs of this program.
+"""Model weights, read and written: every published DDPM, Improved DDPM and ADM, and the runs of this program.
 
     from diffusion_jax import pretrained, sampling
 
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,19 +20,23 @@ from typing import Any
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, list_names
 from diffusion_jax.models import MLP, Classifier, fields_of
 from diffusion_jax.pretrained import diffusers, ho, native, openai, parameters
-from diffusion_jax.pretrained.description import Pretrained, format_summary
 from diffusion_jax.pretrained.diffusers import save_diffusers
-from diffusion_jax.pretrained.native import is_workdir, save_safetensors
+from diffusion_jax.pretrained.model import Model, format_summary
+from diffusion_jax.pretrained.native import from_config, is_workdir, read_class_names, restore, save_safetensors
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
-    "Pretrained",
+    "Model",
     "PretrainedError",
     "config_leaves",
     "describe",
     "format_summary",
+    "from_config",
     "is_workdir",
     "load",
+    "read_class_names",
+    "restore",
     "save_diffusers",
     "save_safetensors",
 ]
@@ -39,8 +44,8 @@ __all__ = [
 Flags = str | Mapping[str, Any] | None
 
 
-def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pretrained:
-    """Pretrained weights with their network, schedule and settings.
+def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
+    """A trained network with its weights, schedule and settings.
 
     path: one of
       - a folder of diffusers (of a DDPMPipeline; UNet2DModel with a scheduler's config);
@@ -59,16 +64,16 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pret
     return _read_or_raise(path, flags, ema, with_params=True)
 
 
-def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Pretrained:
+def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
     """As `load`, but with None as the parameters, which are not read. Raises: as `load`, except for values."""
     return _read_or_raise(path, flags, ema, with_params=False)
 
 
-def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
+def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Model:
     """As `_read`, with every error of an invalid file as a PretrainedError."""
     try:
         flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
-        return _read(local_path(path), flags, ema, with_params)
+        net = _read(local_path(path), flags, ema, with_params)
     except (CheckpointError, DataError) as error:
         raise PretrainedError(str(error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -77,9 +82,12 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Pretrain
             f"{path} cannot be loaded: its content or the flags are invalid ({type(error).__name__}: {reason}); "
             "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
         ) from error
+    if net.provenance.settings:  # of a run
+        return net
+    return dataclasses.replace(net, provenance=Provenance(pathlib.Path(path).stem, {"family": net.family}))
 
 
-def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pretrained:
+def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Model:
     tensors = None
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
@@ -104,7 +112,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Pre
     )
 
 
-def config_leaves(description: Pretrained) -> dict[str, dict[str, Any]]:
+def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
     """Leaves of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(

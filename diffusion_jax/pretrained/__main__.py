@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             _convert(net, args)
 
 
-def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
+def _convert(net: pretrained.Model, args: argparse.Namespace) -> None:
     from diffusion_jax.report.model_card import card_path, write_card
 
     save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
@@ -53,7 +53,7 @@ def _convert(net: pretrained.Pretrained, args: argparse.Namespace) -> None:
     print(f"Written: {args.to}")
     to = pathlib.Path(args.to).expanduser()
     workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
-    if written := write_card(net, to, workdir, not args.raw):
+    if written := write_card(net, to, workdir):
         print(f"Model card, whose license is to be filled in: {written}")
     else:
         print(f"{card_path(to)} exists and stays as it is.")

@@ -23,7 +23,7 @@ from diffusion_jax.files import atomic_directory
 from diffusion_jax.models import UNet, fields_of
 from diffusion_jax.models.blocks import split_heads
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
+from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_clip, make_model
 
 __all__ = [
     "NAMING",
@@ -189,7 +189,7 @@ _FIELDS_STORED_OTHERWISE = (
 ).split()
 
 
-def unet_to_config(net: Pretrained) -> dict[str, Any]:
+def unet_to_config(net: Model) -> dict[str, Any]:
     """The config of UNet2DModel. Raises: PretrainedError that names the fields which UNet2DModel does not support."""
     model = net.model
     if not isinstance(model, UNet):
@@ -310,7 +310,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
     return leaves, None if table is None else np.asarray(table, np.float64), clip
 
 
-def scheduler_to_config(net: Pretrained) -> dict[str, Any]:
+def scheduler_to_config(net: Model) -> dict[str, Any]:
     """The config of DDPMScheduler. Raises: PretrainedError that names the fields which DDPMScheduler does not support."""
     schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     lost = []
@@ -353,7 +353,7 @@ def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | No
     return None
 
 
-def load_diffusers(folder: pathlib.Path, with_params: bool) -> Pretrained:
+def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
     """The network of a pipeline's folder; with its parameters if `with_params`. Raises: PretrainedError."""
     paths = find_configs(folder)
     assert paths is not None  # `pretrained.load` has found them
@@ -375,10 +375,10 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Pretrained:
         net = _describe(config, parameters.read_json(scheduler))
     except PretrainedError as error:
         raise PretrainedError(f"{network} or {scheduler}: {error}") from None
-    return dataclasses.replace(net, params=_load_params(network, net)) if with_params else net
+    return net.with_params(_load_params(network, net)) if with_params else net
 
 
-def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pretrained:
+def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
     """The network of a UNet2DModel's config and a scheduler's, without parameters."""
     size, model = config.get("sample_size"), unet_from_config(config)
     leaves, betas, clip = scheduler_from_config(scheduler)
@@ -391,9 +391,7 @@ def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pretra
             f"out_channels={model.out_channels} and variance_type={leaves['variance']!r} do not fit in_channels={channels}, "
             f"which would need {needed}"
         )
-    net = make_description(
-        f"diffusers, {config.get('_diffusers_version', '')}", model, size, leaves, channels, clip=clip
-    )
+    net = make_model(f"diffusers, {config.get('_diffusers_version', '')}", model, size, leaves, channels, clip=clip)
     if betas is None:
         return net
     return dataclasses.replace(net, schedule=schedules.from_betas(betas), diffusion=None)
@@ -402,7 +400,7 @@ def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pretra
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _load_params(network: pathlib.Path, net: Pretrained) -> dict:
+def _load_params(network: pathlib.Path, net: Model) -> dict:
     files = [f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next((network / file for file in files if (network / file).is_file()), None)
     if path is None:
@@ -417,7 +415,7 @@ def _load_params(network: pathlib.Path, net: Pretrained) -> dict:
     return parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, net.model))
 
 
-def save_diffusers(net: Pretrained, folder: str | os.PathLike) -> None:
+def save_diffusers(net: Model, folder: str | os.PathLike) -> None:
     """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
 
     Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.

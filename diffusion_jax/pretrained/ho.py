@@ -14,7 +14,7 @@ from typing import Any
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_description
+from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
 __all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
 
@@ -74,7 +74,7 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
 
 def load_ho(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
-) -> Pretrained:
+) -> Model:
     """The network of a checkpoint; with its parameters if `with_params`.
 
     flags: None for a published network, otherwise image_size, variance and other leaves of `config.diffusion`.
@@ -99,10 +99,10 @@ def load_ho(
             f"{path}: not a published network, so flags need image_size and variance (fixed_small or fixed_large)"
         )
     channels = tensors.shapes["conv_in.weight"][2 if is_tensorflow else 1]
-    net = make_description(f"Ho et al., {matches[0] if matches else 'another'}", model, size, diffusion, channels)
+    net = make_model(f"Ho et al., {matches[0] if matches else 'another'}", model, size, diffusion, channels)
     if not with_params:
         return net
     shapes = parameters.parameter_shapes(model, net.example_shape)
     convert = parameters.keep_layout if is_tensorflow else parameters.from_torch
     params = parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, model), convert)
-    return dataclasses.replace(net, params=params)
+    return net.with_params(params)

@@ -19,7 +19,7 @@ from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.blocks import split_heads
 from diffusion_jax.pretrained import parameters
-from diffusion_jax.pretrained.description import Pretrained, make_description
+from diffusion_jax.pretrained.model import Model, make_model
 
 __all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "load_params", "parse_flags"]
 
@@ -164,7 +164,7 @@ def is_openai(names) -> bool:
 
 def describe_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
-) -> tuple[Pretrained, bool]:
+) -> tuple[Model, bool]:
     """(the network of a state dict without parameters, whether its attention has the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None for the file's own name.
@@ -181,13 +181,13 @@ def describe_openai(
         raise PretrainedError(f"flags={flags!r} is not a preset of OpenAI's; known: {', '.join(PRESETS)}")
     size, low_resolution, diffusion = PRESETS[flags]
     model = preset(flags).clone(dropout=0.0) if without_dropout else preset(flags)
-    net = make_description(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
+    net = make_model(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
     return net, flags in _NEW_ATTENTION_ORDER
 
 
 def _describe_by_flags(
     path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], flags: Mapping[str, Any]
-) -> tuple[Pretrained, bool]:
+) -> tuple[Model, bool]:
     flags, missing = _check_flags(flags), []
 
     def require(*names: str, default: object = None) -> Any:
@@ -239,7 +239,7 @@ def _describe_by_flags(
             diffusion["variance"] = "learned_range"
     if diffusion["schedule"] == "linear":
         diffusion |= {"beta_start": 0.1 / diffusion["num_timesteps"], "beta_end": 20 / diffusion["num_timesteps"]}
-    net = make_description("OpenAI", model, size, diffusion, channels, low_resolution=low_resolution)
+    net = make_model("OpenAI", model, size, diffusion, channels, low_resolution=low_resolution)
     return net, flags.get("use_new_attention_order", False) and not is_classifier
 
 
@@ -271,13 +271,13 @@ def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> d
 
 def load_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
-) -> Pretrained:
+) -> Model:
     """The network of a state dict; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
     net, new_order = describe_openai(path, tensors, flags)
-    return dataclasses.replace(net, params=load_params(path, tensors, net, new_order)) if with_params else net
+    return net.with_params(load_params(path, tensors, net, new_order)) if with_params else net
 
 
-def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Pretrained, new_order: bool) -> dict:
+def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> dict:
     """The parameters. new_order: of the attention's q, k and v, as `describe_openai` returns it. Raises: PretrainedError."""
     # q, k and v are one tensor in the file and three layers here; the classifier's pooling has other names for the same.
     model: Any = net.model

@@ -9,8 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
+from diffusion_jax.provenance import Provenance
 
-__all__ = ["differences_from_defaults", "train_command"]
+__all__ = ["differences_from_defaults", "sample_command", "train_command"]
 
 
 def differences_from_defaults(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
@@ -46,3 +47,12 @@ def train_command(config: ConfigDict) -> str:
     mode = ["--mode=train_classifier"] if is_classifier else []
     changed = [f"--config.{leaf}={value}" for leaf, value in changes.items()]
     return shlex.join(["diffusion-jax", f"--config={name}", "--workdir=DIR", *mode, *changed])
+
+
+def sample_command(config: ConfigDict, provenance: Provenance) -> str:
+    """Draws the samples of a record again, with the newest weights of the run in the directory DIR. config: the run's."""
+    stored = config.sampling.to_dict() | {"clip": configs.resolve_clip(config)}
+    files = {name: path for name, path in provenance.details.items() if name in stored}
+    wanted = {name: _plain(value) for name, value in (provenance.settings["sampling"] | files).items()}
+    changed = [f"--config.sampling.{name}={value}" for name, value in wanted.items() if value != _plain(stored[name])]
+    return shlex.join(["diffusion-jax", "--workdir=DIR", "--mode=sample", *changed])

@@ -15,7 +15,7 @@ from diffusion_jax import pictures
 from diffusion_jax.evaluation.example_sets import modified_time, sample_files
 from diffusion_jax.files import map_array
 from diffusion_jax.report.collect import RunFiles
-from diffusion_jax.runs.sampling_conditions import class_captions
+from diffusion_jax.runs.sampling import class_captions
 
 __all__ = [
     "Budget",
@@ -108,8 +108,9 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
 
 
 def denoising(run: RunFiles, budget: Budget) -> Frames | None:
-    """The frames of the newest *_trajectory.npz of images."""
-    paths = [path for path in (run.directory / "samples").glob("*_trajectory.npz") if ".partial." not in path.name]
+    """The frames of the newest samples/trajectories/*.npz of images."""
+    folder = run.directory / "samples" / "trajectories"
+    paths = [path for path in folder.glob("*.npz") if ".partial." not in path.name]
     if not paths:
         return None
     path = max(paths, key=modified_time)
@@ -153,8 +154,8 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
 
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
-    """(the other pictures of the directory and of samples/, the newest first; the names of those that found no room)."""
-    paths = [*run.directory.glob("*.png"), *(run.directory / "samples").glob("*.png")]
+    """(other pictures of the directory and below samples/, the newest first; the names of pictures that found no room)."""
+    paths = [*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")]
     paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
     paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
     embedded = [(path.name, _embed_file(budget, path, path.name, run.notes)) for path in paths]

@@ -9,11 +9,9 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.files import write_text
-from diffusion_jax.pretrained import Pretrained, format_summary
+from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells
 from diffusion_jax.report.commands import train_command
-from diffusion_jax.storage.locations import committed_steps
-from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]
 
@@ -25,48 +23,42 @@ def card_path(to: pathlib.Path) -> pathlib.Path:
     return to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
 
 
-def write_card(
-    description: Pretrained, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool
-) -> pathlib.Path | None:
+def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pathlib.Path | None:
     """Writes the card of converted weights, and returns its path; None if there is one, which stays. Raises: OSError.
 
-    workdir: of the run whose weights they are. ema: whether they are the moving average.
+    workdir: of the run whose weights they are.
     """
     path = card_path(to)
     if path.exists():
         return None
-    write_text(path, model_card(description, to, workdir, ema))
+    write_text(path, model_card(net, to, workdir))
     return path
 
 
-def model_card(description: Pretrained, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool) -> str:
+def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
     """The card as Markdown that begins with metadata."""
     run = None if workdir is None else collect(workdir)
-    step = None if workdir is None else max(committed_steps(workdir / "checkpoints"), default=None)
-    weights = "ema" if ema else "raw"
-    if run is not None and run.config is not None and step is not None:
-        weights = weights_kind(run.config, step, ema)
     parts = [
-        f"---\n{_metadata(description, to, run)}---",
+        f"---\n{_metadata(net, to, run)}---",
         f"# {to.stem}",
         f"Weights of a diffusion model, written by `diffusion_jax.pretrained convert` (version {diffusion_jax.__version__}).",
         "**Fill in:** the license (here and above), what the model is for, and its limits.",
         "## Use\n\n" + _code(to),
-        f"## Network and diffusion\n\n```text\n{format_summary(description)}\n```",
-        "" if run is None else _training(run, weights, step),
-        "" if run is None else _metrics(run, weights, step),
+        f"## Network and diffusion\n\n```text\n{format_summary(net)}\n```",
+        "" if run is None else _training(run, net),
+        "" if run is None else _metrics(run, net),
         "## License\n\nTo be filled in. The license of the data may restrict the use of the weights.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(description: Pretrained, to: pathlib.Path, run: RunFiles | None) -> str:
+def _metadata(net: Model, to: pathlib.Path, run: RunFiles | None) -> str:
     """The lines of metadata; JSON values are YAML, too."""
     fields: dict[str, Any] = {
         "library_name": "diffusion_jax" if to.suffix == ".safetensors" else "diffusers",
         "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
     }
-    if description.is_images:
+    if net.is_images:
         fields["pipeline_tag"] = "unconditional-image-generation"
     if run is not None and run.config is not None:
         fields["datasets"] = [run.config.data.dataset]
@@ -87,7 +79,7 @@ def _code(to: pathlib.Path) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _training(run: RunFiles, weights: str, step: int | None) -> str:
+def _training(run: RunFiles, net: Model) -> str:
     """Data, steps, moving average, sampler and command."""
     config = run.config
     if config is None:
@@ -95,11 +87,11 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
     data = f"{config.data.dataset} ({config.data.split})"
     if "images" in run.data:
         data += f", {run.data['images']:,} examples"
-    ema = f"decay {config.ema.decay:g}" if weights == "ema" else "not used: these are the raw weights"
+    ema = f"decay {config.ema.decay:g}" if net.weights == "ema" else "not used: these are the raw weights"
     steps = "all" if config.sampling.steps is None else config.sampling.steps
     rows = {
         "data": data,
-        "training steps": "unknown" if step is None else f"{step:,} of batch {config.training.batch_size}",
+        "training steps": "unknown" if net.step is None else f"{net.step:,} of batch {config.training.batch_size}",
         "optimizer": f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.warmup_steps:,} steps of warm-up",
         "moving average (EMA)": ema,
         "sampler of the run": f"{config.sampling.sampler}, steps: {steps}",
@@ -108,10 +100,12 @@ def _training(run: RunFiles, weights: str, step: int | None) -> str:
     return "\n\n".join(["## Training", _table(("what", "value"), rows.items()), command])
 
 
-def _metrics(run: RunFiles, weights: str, step: int | None) -> str:
+def _metrics(run: RunFiles, net: Model) -> str:
     """The metrics of these weights."""
     records = [
-        record for record in run.measurements() if (record.get("weights"), record.get("step")) == (weights, step)
+        record
+        for record in run.measurements()
+        if (record.get("weights"), record.get("step")) == (net.weights, net.step)
     ]
     if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."

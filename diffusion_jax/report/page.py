@@ -12,7 +12,9 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
+from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.metrics import MEANINGS
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import commands, gallery
 from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
 from diffusion_jax.report.collect import RunFiles, format_value, table_cells
@@ -296,8 +298,11 @@ def _environment(run: RunFiles) -> Section | None:
 def _command(run: RunFiles) -> Section | None:
     if run.config is None:
         return None
-    command = f"# Train again, in a new directory DIR.\n{commands.train_command(run.config)}"
-    return _section("reproduce", "Command to reproduce", element("pre", command, tabindex=0, aria_label="Command"))
+    text = f"# Train again, in a new directory DIR.\n{commands.train_command(run.config)}"
+    provenance = next(filter(None, map(Provenance.read, sample_files(run.directory))), None)
+    if provenance is not None:
+        text += f"\n# Draw the newest samples again.\n{commands.sample_command(run.config, provenance)}"
+    return _section("reproduce", "Command to reproduce", element("pre", text, tabindex=0, aria_label="Command"))
 
 
 # ---- Sections of several runs

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +16,9 @@ from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.storage import locations
 from diffusion_jax.storage.locks import locked
 
-__all__ = ["ChunkStore", "options_digest"]
+__all__ = ["ChunkStore"]
 
 _LOCKS = contextlib.ExitStack()  # held until the program ends: chunks outlive the object that wrote them
-
-
-def options_digest(options: Mapping[str, Any], *more: Any) -> str:
-    """12 hexadecimal digits of a hash of JSON values: commands with different options get different digests."""
-    return hashlib.sha256(json.dumps([dict(options), *more], sort_keys=True).encode()).hexdigest()[:12]
 
 
 class ChunkStore:

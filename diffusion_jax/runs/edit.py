@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import pathlib
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffusion_jax import data, editing, pictures, sampling
-from diffusion_jax.config import is_continuous, resolve
-from diffusion_jax.distributed import compiler
+from diffusion_jax import data, editing, pictures, pretrained, sampling
+from diffusion_jax.config import resolve
+from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
-from diffusion_jax.images import to_model_range, to_uint8
-from diffusion_jax.runs.chunk_store import options_digest
+from diffusion_jax.images import to_model_range
+from diffusion_jax.provenance import Provenance, array_digest, settings_digest
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.sampling_conditions import read_conditions
-from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite
-from diffusion_jax.runs.trained_model import TrainedModel
+from diffusion_jax.runs.sampling import SamplingSettings, check_finite, draw, resolve_sampling, to_examples
+from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
 
@@ -38,29 +35,28 @@ class _Edit(NamedTuple):
     """One task on one example.
 
     given: [G, *spatial, C], uint8 or in the units of continuous data: examples that the picture shows before the results,
-    with their captions. apply: pure, (key, denoise_fn, make_sampler) -> float [N, *spatial, C] in the model's range;
-    make_sampler(clip=None) is `SamplingSetup.sampler`. known: where the results are `given[0]`; None for nowhere.
+    with their captions. arguments: of `pretrained.Model.sample`, the sampler or the algorithm of the task. known: where the
+    results are `given[0]`; None for nowhere.
     """
 
     given: np.ndarray
     captions: list[str]
-    apply: Callable
+    arguments: dict[str, Any]
     known: np.ndarray | None = None
 
 
 class _Context:
-    """The input of every task: options, the sampling setup, and the shape and the values of the data.
+    """The input of every task: options, the model, the sampling settings, and the shape and the values of the data.
 
     is_of_images: whether the files are images, and not .npy arrays.
     """
 
-    def __init__(self, config: ConfigDict, setup: SamplingSetup):
-        self.options, self.setup = config.editing, setup
-        self.shape = data.example_shape(config.data)
+    def __init__(self, config: ConfigDict, net: pretrained.Model, settings: SamplingSettings):
+        self.options, self.net, self.settings, self.sampler = config.editing, net, settings, settings.sampler
+        self.shape = net.example_shape
         self.size, self.channels = self.shape[:-1], self.shape[-1]
         self.num_samples = self.options.num_samples
-        self.is_continuous = is_continuous(config)
-        self._limits = config.data.limits if config.data.normalization == "limits" else ()
+        self.is_continuous = net.levels is None
         self.is_of_images = data.is_of_images(config.data)
 
     def _open(self, leaf: str) -> Any:
@@ -104,10 +100,10 @@ class _Context:
                 f"editing.{leaf} has values that are not finite; repair them (editing.task=inpaint generates values that "
                 "editing.mask leaves out)"
             )
-        if values.size and self._limits and (values.min() < self._limits[0] or values.max() > self._limits[1]):
+        if values.size and self.net.limits and (values.min() < self.net.limits[0] or values.max() > self.net.limits[1]):
             raise UserError(
                 f"editing.{leaf} has values from {values.min():g} to {values.max():g}, outside "
-                f"data.limits={tuple(self._limits)}; clip them"
+                f"data.limits={tuple(self.net.limits)}; clip them"
             )
         return example.astype(np.float64) if self.is_continuous and example.dtype.kind != "f" else example
 
@@ -153,65 +149,56 @@ class _Context:
     def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
         """Equal copies of an example, float32 [copies, *spatial, C] in the model's range."""
         if self.is_continuous:
-            x = jnp.asarray(data.to_model_units(example[None], self.setup.normalization))
+            x = jnp.asarray(data.to_model_units(example[None], self.net.normalizations.get("x")))
         else:
             x = to_model_range(jnp.asarray(example))[None]
         return jnp.repeat(x, copies, axis=0)
 
     def to_data(self, x) -> np.ndarray:
         """Examples [B, *spatial, C] in the model's range as uint8, or float32 in the units of continuous data."""
-        return (
-            data.to_data_units(np.asarray(x), self.setup.normalization)
-            if self.is_continuous
-            else np.asarray(to_uint8(x))
-        )
-
-    def sample(self, key, denoise_fn, sampler: sampling.Sampler) -> jax.Array:
-        """Samples from noise."""
-        key_noise, key_steps = jax.random.split(key)
-        x_T = jax.random.normal(key_noise, (self.num_samples, *self.shape))
-        x_0 = sampling.sample(key_steps, self.setup.schedule, denoise_fn, x_T, sampler)
-        assert isinstance(x_0, jax.Array)  # a trajectory is not requested
-        return x_0
+        return to_examples(self.net, data.to_data_units(np.asarray(x), self.net.normalizations.get("x")))
 
 
 def _inpaint(context: _Context) -> _Edit:
     """The tasks "inpaint", by RePaint, and "replace"."""
     image, mask, given = context.read_masked()
+    x_0 = context.to_model(image, context.num_samples)
     options = {name: context.options[name] for name in ("resamplings", "jump")}
 
-    def apply(key, denoise_fn, make_sampler):
-        x_0, sampler = context.to_model(image, context.num_samples), make_sampler()
-        if context.options.task == "replace":
-            return context.sample(key, denoise_fn, editing.replacement(sampler, x_0, jnp.asarray(mask)))
-        return editing.repaint(key, context.setup.schedule, denoise_fn, x_0, mask, sampler, **options)
+    def repaint(key, schedule, denoise_fn, sampler):
+        return editing.repaint(key, schedule, denoise_fn, x_0, mask, sampler, **options)
 
-    return _Edit(given, ["image", "known"], apply, mask)
+    arguments: dict[str, Any] = {"algorithm": repaint}
+    if context.options.task == "replace":
+        arguments = {"sampler": editing.replacement(context.sampler, x_0, jnp.asarray(mask))}
+    return _Edit(given, ["image", "known"], arguments, mask)
 
 
 def _sdedit(context: _Context) -> _Edit:
     image = context.read("image")
+    x_0, strength = context.to_model(image, context.num_samples), context.options.strength
 
-    def apply(key, denoise_fn, make_sampler):
-        schedule, strength = context.setup.schedule, context.options.strength
-        x_0 = context.to_model(image, context.num_samples)
-        return editing.sdedit(key, schedule, denoise_fn, x_0, make_sampler(), strength=strength)
+    def sdedit(key, schedule, denoise_fn, sampler):
+        return editing.sdedit(key, schedule, denoise_fn, x_0, sampler, strength=strength)
 
-    return _Edit(image[None], ["image"], apply)
+    return _Edit(image[None], ["image"], {"algorithm": sdedit})
 
 
 def _restore(context: _Context, measurement: editing.LinearOperator, y: jax.Array, caption: str) -> _Edit:
     """Samples with the measurement y [N, ...]: every predicted x_0 is projected onto it. Raises: UserError."""
-    if context.setup.parameterization["prediction"] == "x_prev" and context.setup.is_stochastic:
+    sampler: Any = context.sampler
+    if sampler.prediction == "x_prev" and _is_stochastic(sampler):
         raise UserError(
             f"editing.task={context.options.task!r} cannot act on an ancestral mean that the network predicts itself "
             "(diffusion.prediction='x_prev'): use sampling.sampler=ddim"
         )
+    projecting = dataclasses.replace(sampler, clip=editing.project(measurement, y, sampler.clip))
+    return _Edit(context.to_data(measurement.invert(y))[:1], [caption], {"sampler": projecting})
 
-    def apply(key, denoise_fn, make_sampler):
-        return context.sample(key, denoise_fn, make_sampler(lambda clip: editing.project(measurement, y, clip)))
 
-    return _Edit(context.to_data(measurement.invert(y))[:1], [caption], apply)
+def _is_stochastic(sampler: sampling.Sampler) -> bool:
+    """Whether two samples of a sampler of the config from the same x_T differ."""
+    return isinstance(sampler, sampling.ddpm) or getattr(sampler, "eta", 0) > 0
 
 
 def _colorize(context: _Context) -> _Edit:
@@ -244,33 +231,28 @@ def _interpolate(context: _Context) -> _Edit:
     if context.num_samples < 2:
         raise UserError(f"editing.num_samples={context.num_samples} is too few for interpolate: it must be at least 2")
     first, second = context.read("image"), context.read("other")
-    setup, t, num_steps = context.setup, context.options.level, context.setup.schedule.num_timesteps
+    settings, t = context.settings, context.options.level
+    num_steps = settings.schedule.num_timesteps
     if t is not None and t >= num_steps:
         raise UserError(f"editing.level={t} must be an index of the steps, 0 ... {num_steps - 1}, or None")
-    if t is None and setup.is_stochastic:
+    if t is None and _is_stochastic(context.sampler):
         raise UserError(
             "editing.task='interpolate' mixes the images' encodings, which only a deterministic sampler decodes: use "
             "sampling.sampler=ddim (eta 0) or heun, or give editing.level"
         )
-    if setup.classes is not None and len(setup.classes) > 1:
+    if settings.classes is not None and len(settings.classes) > 1:
         raise UserError("editing.task='interpolate' needs a single class: give sampling.class")
-    if setup.conditions is not None and len(setup.conditions) > 1:
+    if settings.conditions is not None and len(settings.conditions) > 1:
         raise UserError(
-            f"editing.task='interpolate' needs a single condition, and sampling.conditions has {len(setup.conditions)}: "
+            f"editing.task='interpolate' needs a single condition, and sampling.conditions has {len(settings.conditions)}: "
             "give a file with one row"
         )
-    weights = np.linspace(0, 1, context.num_samples)
+    weights, x_0, other = np.linspace(0, 1, context.num_samples), context.to_model(first), context.to_model(second)
 
-    def apply(key, denoise_fn, make_sampler):
-        x_0, other = context.to_model(first), context.to_model(second)
-        encoding = sampling.EncodeOptions()
-        if t is None:
-            names = setup.parameterization
-            encoding = sampling.EncodeOptions(prediction=names["prediction"], variance=names["variance"])
-        x = editing.interpolate(key, setup.schedule, denoise_fn, x_0, other, weights, make_sampler(), t=t, **encoding)
-        return x[:, 0]
+    def interpolate(key, schedule, denoise_fn, sampler):
+        return editing.interpolate(key, schedule, denoise_fn, x_0, other, weights, sampler, t=t)[:, 0]
 
-    return _Edit(np.stack([first, second]), ["image", "other"], apply)
+    return _Edit(np.stack([first, second]), ["image", "other"], {"algorithm": interpolate})
 
 
 TASKS = {
@@ -291,47 +273,36 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises: UserError, PretrainedError.
     """
     config = resolve(config)
-    trained = TrainedModel.open(config, workdir, config.sampling.use_ema)
+    task, net = config.editing.task, open_model(config, workdir, sharding.one_device_mesh())
     with as_user_error("config"):
-        setup = trained.sampling_setup(read_conditions(config))
-        context = _Context(config, setup)
-        edit = TASKS[config.editing.task](context)
-    # One process does this, on one device.
-    params, classifier_params = jax.device_get((trained.params, setup.classifier_params))
-    num_rows = 1 if config.editing.task == "interpolate" else config.editing.num_samples
-    rows = np.arange(num_rows)
-    labels, condition = setup.label(rows), setup.condition(rows)
-
-    def apply(params, classifier_params, key, y, condition):
-        denoise_fn = setup.network(params, classifier_params, y, condition=condition)
-        x = edit.apply(key, denoise_fn, partial(setup.sampler, classifier_params, y))
-        return x if is_continuous(config) else to_uint8(x)
-
+        settings = resolve_sampling(config, net)
+        context = _Context(config, net, settings)
+        edit = TASKS[task](context)
+    net = load_weights(net, config, workdir, config.sampling.use_ema)
     if jax.process_index() != 0:
         return
-    for note in setup.notes:
+    for note in settings.notes:
         log(f"Note: {note}.")
-    log(f"Compiling {config.editing.task} ...")
+    log(f"Compiling {task} ...")
+    num_rows = 1 if task == "interpolate" else config.editing.num_samples
+    key = jax.random.key(config.sampling.seed)
     with as_user_error("config"):
-        apply = jax.jit(apply, compiler_options=compiler.options())
-        key = jax.random.key(config.sampling.seed)
-        results = np.asarray(apply(params, classifier_params, key, labels, condition))
-    if is_continuous(config):
-        results = context.to_data(results)
+        results = to_examples(net, draw(net, settings, key, np.arange(num_rows), **edit.arguments))
+    if context.is_continuous:
         if edit.known is not None:  # exactly the numbers of the file, without the rounding of the normalization
             results = np.where(edit.known, edit.given[0], results).astype(results.dtype)
         check_finite(results)
-    given_digest = hashlib.sha256(edit.given.tobytes()).hexdigest()
-    name = f"edit_{config.editing.task}_{trained.weights_name}_{setup.name}_seed{config.sampling.seed}"
-    name += f"_{options_digest(to_dict(config.editing), given_digest)[:6]}"
-    path = workdir / "samples" / f"{name}.npz"
-    path.parent.mkdir(exist_ok=True)
-    save_npz(path, {"arr_0": results})
-    picture = path.with_suffix(".png")
+    made_by = settings.provenance(net)
+    made_by |= {"editing": to_dict(config.editing), "given_digest": array_digest(edit.given)}
+    common = f"{net.provenance.name}_{settings.name}"
+    name = f"{task}_{common}_seed{config.sampling.seed}_{settings_digest(made_by)[:6]}"
+    path = workdir / "samples" / "edits" / f"{name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_npz(path, {"arr_0": results} | Provenance(name, made_by, net.provenance.details).arrays())
     captions = [*edit.captions, *(f"result {i}" for i in range(1, len(results) + 1))]
-    if config.editing.task == "interpolate":
+    if task == "interpolate":
         captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
-    title = f"Edit: {config.editing.task.replace('_', ' ')}, {trained.weights_name}, {setup.name}"
-    pictures.save(picture, pictures.draw_edit(edit.given, results, captions, title))
+    title = f"Edit: {task.replace('_', ' ')}, {common}"
+    pictures.save(path.with_suffix(".png"), pictures.draw_edit(edit.given, results, captions, title))
     noun = "images" if context.is_of_images else "examples"
-    log(f"The given {noun} and {len(results)} results: {picture}; the results alone: {path}")
+    log(f"The given {noun} and {len(results)} results: {path.with_suffix('.png')}; the results alone: {path}")

@@ -32,9 +32,10 @@ from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name, suitable_metrics
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.runs import devices, measure_likelihood
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
-from diffusion_jax.runs.sample import SampleFile, read_settings
+from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
 from diffusion_jax.storage import locations
 from diffusion_jax.training.from_config import condition_shape
@@ -118,7 +119,7 @@ def measure_samples(config: ConfigDict, workdir: pathlib.Path, source: data.Sour
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"those of the examples of {reference.name}"
     is_periodic = config.model.get("padding") == "periodic"
-    metric_options = Options(options.seed, file.trained.normalizations.get("x"), is_periodic)
+    metric_options = Options(options.seed, file.net.normalizations.get("x"), is_periodic)
     output, cache = workdir / "metrics.json", features_cache(workdir)
     try:
         compare(reference, samples, names, output, pipeline, cache, metric_options, settings)
@@ -500,19 +501,19 @@ def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarr
 
 def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
     """The settings that the metrics depend on besides the two sets and the features, as the record stores them."""
-    stored = broadcast_from_process_0(lambda: read_settings(file.path))
-    assert stored is not None  # the file has just been written or found to hold these settings
-    settings = stored["settings"]
+    settings = file.provenance.settings
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
     sampling |= {"classifier": config.sampling.classifier, "use_ema": config.evaluation.use_ema}
+    stored = broadcast_from_process_0(lambda: Provenance.read(file.path))
+    assert stored is not None  # the file has just been written or found to hold these settings
     return {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
-        "weights": file.trained.weights_kind,
-        "step": file.trained.step,
-        "steps": file.setup.schedule.num_timesteps,
+        "weights": settings["weights"],
+        "step": settings["step"],
+        "steps": settings["num_steps"],
         "sampling": sampling | {"batch_size": settings["batch_size"]},
         "weights_digest": settings["weights_digest"],
         "classifier_digest": settings["classifier_digest"],
-        "drawn_with": stored["drawn_with"],
+        "drawn_with": stored.details,
     }

@@ -26,9 +26,10 @@ from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
-from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
+from diffusion_jax.provenance import params_digest, settings_digest
+from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log, progress_over
-from diffusion_jax.runs.trained_model import TrainedModel, params_digest
+from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.workdir import (
     check_source,
     digest_of_some,
@@ -53,10 +54,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     """
     config = resolve(config)
     likelihood_run = LikelihoodRun(config, workdir, source)
-    trained = likelihood_run.trained
+    net = likelihood_run.net
     log(
-        f"Measuring the bound of {likelihood_run.num_examples:,} {_noun(config)} with the {trained.weights_kind} weights of "
-        f"step {trained.step}."
+        f"Measuring the bound of {likelihood_run.num_examples:,} {_noun(config)} with the {net.weights} weights of "
+        f"step {net.step}."
     )
     terms, chunks = likelihood_run.measure()
     if jax.process_index() == 0:
@@ -107,28 +108,30 @@ class LikelihoodRun:
                     f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
                     "for continuous data (data.levels=None)"
                 )
-        self.trained = TrainedModel.open(config, workdir, options.use_ema)
-        self.params = self.trained.params
-        loaded, self.split = _load_source(config, source, self.trained.is_trained_here)
+        self.net = load_weights(open_model(config, workdir), config, workdir, options.use_ema)
+        assert self.net.mesh is not None
+        self.mesh = self.net.mesh
+        is_trained_here = "init_from" not in self.net.provenance.details
+        loaded, self.split = _load_source(config, source, is_trained_here)
         check_source(config, loaded)
         self.dataset = config.data.dataset if source is None else type(source).__name__
-        self.source = normalize(config, loaded, self.trained.normalizations)
+        self.source = normalize(config, loaded, self.net.normalizations)
         self.num_examples = min(options.num_examples or len(self.source), len(self.source))
-        devices = self.trained.mesh.size
+        devices = self.mesh.size
         self.batch_size = -(-min(options.batch_size, self.num_examples) // devices) * devices
         self.standardization_bits = 0.0
-        if is_continuous(config) and "x" in self.trained.normalizations:
-            scale = self.trained.normalizations["x"].scale
+        if is_continuous(config) and "x" in self.net.normalizations:
+            scale = self.net.normalizations["x"].scale
             self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
         options = to_dict(options) | {
             "clip": resolve_clip(config, "evaluation"),
             "ode_dequantization": self.dequantization,
         }
-        constants = {name: value.to_json() for name, value in self.trained.normalizations.items()}
+        constants = {name: value.to_json() for name, value in self.net.normalizations.items()}
         given = None if source is None else [len(self.source), digest_of_some(self.source)]
-        sizes = (self.trained.step, self.num_examples, self.batch_size)
-        self._digest = options_digest(
-            constants, given, options, to_dict(config.data), params_digest(self.params), *sizes
+        sizes = (self.net.step, self.num_examples, self.batch_size)
+        self._digest = settings_digest(
+            constants, given, options, to_dict(config.data), params_digest(self.net.params), *sizes
         )
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -147,10 +150,8 @@ class LikelihoodRun:
 
     def denoise_fn(self, params, batch) -> Callable:
         """The network for a batch, as a function of x_t and time."""
-        model = self.trained.model
-        y = batch["label"] if self.config.model.num_classes else None
-        condition = {"condition": batch["condition"]} if "condition" in batch else {}
-        return lambda x_t, time: model.apply({"params": params}, x_t, time, y, **condition)
+        net, y = self.net.with_params(params), batch["label"] if self.net.num_classes else None
+        return lambda x_t, time: net.denoise_fn(x_t, time, y, condition=batch.get("condition"))
 
     def measure(self) -> tuple[Terms, ChunkStore]:
         """The terms of the first `num_examples` examples.
@@ -158,11 +159,13 @@ class LikelihoodRun:
         Every batch is kept, so that a rerun continues after the last one; the caller deletes them when all files are written.
         Raises: UserError, also if the ODE solver fails.
         """
-        options, mesh, num_timesteps = self.config.evaluation, self.trained.mesh, self.trained.schedule.num_timesteps
+        options, mesh, num_timesteps = self.config.evaluation, self.mesh, self.net.schedule.num_timesteps
         num_examples, batch_size = self.num_examples, self.batch_size
         by_rows, own_rows = sharding.batch_sharding(mesh), sharding.process_rows(batch_size, mesh)
         with as_user_error("config.evaluation"):
-            jax.eval_shape(self._bound, self.params, np.uint32(0), np.int32(0), self.read(np.zeros(batch_size, int)))
+            jax.eval_shape(
+                self._bound, self.net.params, np.uint32(0), np.int32(0), self.read(np.zeros(batch_size, int))
+            )
         replicated = sharding.replicated(mesh)
         compiled = jax.jit(
             self._bound,
@@ -176,7 +179,7 @@ class LikelihoodRun:
             # The last batch is padded with copies of its last example, which are dropped again.
             batch = self.read(np.minimum(i * batch_size + own_rows, num_examples - 1))
             placed = {name: jax.make_array_from_process_local_data(by_rows, array) for name, array in batch.items()}
-            out = compiled(self.params, np.uint32(options.seed), np.int32(i), placed)
+            out = compiled(self.net.params, np.uint32(options.seed), np.int32(i), placed)
             out = multihost_utils.process_allgather(out, tiled=True)
             kept = {key: np.asarray(value)[: num_examples - i * batch_size] for key, value in out.items()}
             return _sum_over_examples(kept, num_timesteps)
@@ -198,7 +201,7 @@ class LikelihoodRun:
 
     def _bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
         """{"total", ..., "t", the tables, "ode"} of a batch; pure. index: of the batch."""
-        options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.trained.schedule
+        options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.net.schedule
         parameterization = {
             "prediction": diffusion.prediction,
             "variance": diffusion.variance,
@@ -312,7 +315,7 @@ def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> Terms:
 
 def _report(likelihood_run: LikelihoodRun, terms: Terms) -> dict[str, Any]:
     """The contents of likelihood.json."""
-    config, trained = likelihood_run.config, likelihood_run.trained
+    config, net = likelihood_run.config, likelihood_run.net
     options = config.evaluation
     transitions = terms.examples["total"] - terms.examples["prior"] - terms.examples["decoder"]
     report: dict[str, Any] = {}
@@ -330,14 +333,14 @@ def _report(likelihood_run: LikelihoodRun, terms: Terms) -> dict[str, Any]:
         # Already part of bits_per_dim and decoder: the density of standardized data has as many bits less.
         report["standardization_bits"] = likelihood_run.standardization_bits
     report |= {
-        "weights": trained.weights_kind,
-        "step": trained.step,
+        "weights": net.weights,
+        "step": net.step,
         "dataset": likelihood_run.dataset,
         "split": likelihood_run.split,
         "data_dir": options.data_dir,
         "num_examples": likelihood_run.num_examples,
         "levels": config.data.levels,
-        "num_timesteps": trained.schedule.num_timesteps,
+        "num_timesteps": net.schedule.num_timesteps,
         "prediction": config.diffusion.prediction,
         "variance": config.diffusion.variance,
         **{key: options[key] for key in ("strata", "cdf", "seed")},
@@ -351,7 +354,7 @@ def _report(likelihood_run: LikelihoodRun, terms: Terms) -> dict[str, Any]:
 
 
 def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any]) -> None:
-    config, workdir, trained = likelihood_run.config, likelihood_run.workdir, likelihood_run.trained
+    config, workdir, net = likelihood_run.config, likelihood_run.workdir, likelihood_run.net
     continuous = is_continuous(config)
     # Timesteps without examples are interpolated. The distortion is the root of the mean squared error of x_0.
     measured, all_steps = np.flatnonzero(terms.counts), np.arange(len(terms.counts))
@@ -359,14 +362,14 @@ def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any
     rate, distortion = map(np.asarray, likelihood.rate_distortion(terms.examples["prior"].mean(), vlb, x_0_mse))
     if continuous:  # of standardized data; otherwise on the scale 0-255
         distortion = np.sqrt(x_0_mse)
-    arrays = {"t": all_steps, "time": trained.schedule.timesteps, "count": terms.counts}
+    arrays = {"t": all_steps, "time": net.schedule.timesteps, "count": terms.counts}
     arrays |= terms.means | {f"{name}_standard_error": error for name, error in terms.standard_errors.items()}
     arrays |= {"rate": rate, "distortion": distortion}
     arrays |= {f"example_{name}": values for name, values in terms.examples.items()}
     save_npz(workdir / "likelihood.npz", arrays)
     write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     examples = f"{likelihood_run.dataset} {likelihood_run.split or ''}".strip()
-    title = f"{examples}, step {trained.step}, {trained.weights_kind} weights"
+    title = f"{examples}, step {net.step}, {net.weights} weights"
     unit, scale = _unit(config)
     # Continuous data have no lossless code.
     lossless, space = (

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, training
+from diffusion_jax import data, models, pretrained, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.preemption import Preemption
@@ -31,10 +31,10 @@ from diffusion_jax.runs.console import (
 )
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
-from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax.runs.sampling import resolve_sampling
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
 from diffusion_jax.runs.trained_model import load_initial_weights, normalization_differences, set_params
-from diffusion_jax.runs.training_outputs import PreviewPictures, TrainingFid, TrainingOutputs, make_preview_sampler
+from diffusion_jax.runs.training_outputs import PreviewPictures, PreviewSampler, TrainingFid, TrainingOutputs
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
@@ -67,33 +67,27 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
-        preview_sampler = make_preview_sampler(config, program, config.sampling.preview_samples)
-        fid_sampler = None
-        if config.evaluation.every:
-            fid_sampler = make_preview_sampler(config, program, config.sampling.batch_size)
-            if fid_sampler is None:
-                raise UserError(
-                    f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use "
-                    "evaluation.every=0"
-                )
+        net = pretrained.from_config(config, mesh=program.mesh)
+        samples_from_noise = isinstance(net.model, models.Conditional) and not net.low_resolution
+        if config.evaluation.every and not samples_from_noise:
+            raise UserError(
+                f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use "
+                "evaluation.every=0"
+            )
     saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
     if _is_finished(config, workdir, saved):
         return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
-    _, class_names = data.read_classes(loaded)
-    if isinstance(program.model, models.Conditional):
-        with as_user_error("config"):  # the errors of --mode=sample, except those of a guiding classifier's weights
-            SamplingSetup(config, program.model, program.schedule, program.mesh, class_names, load_classifier=False)
+    net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
+    if isinstance(net.model, models.Conditional):
+        with as_user_error("config"):  # the errors of --mode=sample, except those of the files that it reads
+            resolve_sampling(config, net, read_files=False)
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not saved:
         initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
-    training_fid = TrainingFid(config, workdir, fid_sampler, source) if fid_sampler else None
-    preview = None
-    if preview_sampler:
-        preview = PreviewPictures(workdir, preview_sampler, config.sampling.seed)
     kept = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
         locked(workdir / ".lock", f"is training in {workdir}"),
@@ -101,6 +95,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     ):
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
+        net = dataclasses.replace(net, normalizations=normalizations)
+        preview = training_fid = None
+        if config.sampling.preview_samples and samples_from_noise:
+            sampler = PreviewSampler(config, net, loaded, config.sampling.preview_samples, config.sampling.seed)
+            preview = PreviewPictures(workdir, sampler)
+        if config.evaluation.every:
+            sampler = PreviewSampler(config, net, loaded, config.sampling.batch_size, config.evaluation.seed)
+            training_fid = TrainingFid(config, workdir, sampler, source)
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, initial_weights)
         if initial_weights is not None:
@@ -120,10 +122,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
         normalized = normalize(config, loaded, normalizations)
-        for sampler in filter(None, (preview_sampler, fid_sampler)):
-            sampler.setup.normalization, sampler.setup.class_names = normalizations.get("x"), class_names
-            rows = np.linspace(0, len(normalized) - 1, sampler.batch_size).round().astype(int)
-            sampler.setup.conditions = normalized.read(rows).get("condition")
         _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
     advice = "Sample with --mode=sample."
     if is_upsampler(config):

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, pictures, training
-from diffusion_jax.config import is_upsampler
+from diffusion_jax import data, pictures, pretrained, training
 from diffusion_jax.distributed.preemption import Preemption
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
@@ -22,56 +21,67 @@ from diffusion_jax.runs.console import log
 from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.goodput import LaunchTimes
 from diffusion_jax.runs.metrics_files import RunMetrics
-from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
+from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.ema import weights_kind
 
-__all__ = ["PreviewPictures", "TrainingFid", "TrainingOutputs", "make_preview_sampler"]
+__all__ = ["PreviewPictures", "PreviewSampler", "TrainingFid", "TrainingOutputs"]
 
 
-def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, num_images: int) -> BatchSampler | None:
-    """A sampler of about `num_images` images with a few DDIM steps; None for models that cannot sample from noise alone."""
-    if num_images < 1 or not isinstance(program.model, models.Conditional) or is_upsampler(config):
-        return None
-    options = to_dict(config)
-    options["sampling"] |= {
-        "sampler": "ddim",
-        "steps": min(config.sampling.preview_steps, program.schedule.num_timesteps),
-        "spacing": None,
-        "eta": 0.0,
-        "guidance_scale": 1.0,
-        "classifier": "",
-        "label": None,
-    }
-    config, num_devices = ConfigDict(options), program.mesh.size
-    sampling_setup = SamplingSetup(config, program.model, program.schedule, program.mesh)
-    return BatchSampler(sampling_setup, max(1, num_images // num_devices) * num_devices)
+class PreviewSampler:
+    """Batches of samples by a few DDIM steps: `preview_sampler(params, batch)`; the second call compiles nothing."""
+
+    def __init__(self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int):
+        """net: without parameters. source: in the units of the data; samples get the conditions of evenly spread examples.
+
+        num_images: the batch size, rounded down to a multiple of the number of devices.
+        Raises: UserError or ValueError for settings that are not allowed.
+        """
+        options, num_devices = to_dict(config), net.num_devices
+        options["sampling"] |= {
+            "sampler": "ddim",
+            "steps": min(config.sampling.preview_steps, net.schedule.num_timesteps),
+            "spacing": None,
+            "eta": 0.0,
+            "guidance_scale": 1.0,
+            "classifier": "",
+            "label": None,
+        }
+        self.net, self._seed = net, seed
+        self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
+        if net.condition_shape is not None:
+            rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
+            conditions = source.read(rows)["condition"]
+        self.settings = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
+
+    def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
+        """Samples [N, *spatial, C], with the same random numbers at every call; every process calls this."""
+        return draw_batch(self.net.with_params(params), self.settings, self._seed, batch, self.batch_size)
 
 
 class PreviewPictures:
     """Pictures of samples, as PNG in `workdir` and as TensorBoard images."""
 
-    def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int):
-        self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
-        self._is_compiled = False
+    def __init__(self, workdir: pathlib.Path, sampler: PreviewSampler):
+        self._directory, self._sampler, self._is_compiled = workdir / "samples", sampler, False
 
     def draw(self, params: Any) -> np.ndarray:
-        """Samples [N, *spatial, C], the same random numbers at every call; every process calls this."""
+        """Samples [N, *spatial, C]; every process calls this."""
         if not self._is_compiled:
             log("Compiling the sampler of the pictures ...")
             self._is_compiled = True
-        return self._batch_sampler(params, self._seed)
+        return self._sampler(params)
 
     def write(self, step: int, samples: np.ndarray, run_metrics: RunMetrics, kind: str = "ema") -> None:
         """Writes a picture. A PNG that cannot be written is only logged, because a picture is not worth the run.
 
         kind: of the weights, "ema" or "raw", which the title then names.
         """
-        setup = self._batch_sampler.setup
-        captions = setup.class_captions(np.arange(len(samples)))
-        title = f"Samples after {step:,} training steps, by DDIM with {setup.schedule.num_timesteps} steps"
+        settings = self._sampler.settings
+        captions = None if settings.labels is None else settings.captions(len(samples))
+        title = f"Samples after {step:,} training steps, by DDIM with {settings.schedule.num_timesteps} steps"
         title += ", raw weights" if kind == "raw" else ""
         picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
@@ -89,15 +99,15 @@ class TrainingFid:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler, source: data.Source | None = None
+        self, config: ConfigDict, workdir: pathlib.Path, sampler: PreviewSampler, source: data.Source | None = None
     ):
         """Computes the features of the reference.
 
         source: the training data, if a caller gives them in place of `config.data`. Raises: UserError, DataError,
         PretrainedError.
         """
-        options, self._batch_sampler = config.evaluation, batch_sampler
-        self._seed, self._num_samples = options.seed, options.every_samples
+        options, self._sampler = config.evaluation, sampler
+        self._num_samples = options.every_samples
         try:
             self._pipeline = load_pipeline(config)
         except UserError as error:
@@ -110,12 +120,12 @@ class TrainingFid:
         self._reference = found.moments
         extractor = self._pipeline.extractor
         metric = reported_name("fid", extractor.published, extractor.resize)
-        self.name = f"{metric}_{self._num_samples}_ddim{batch_sampler.setup.schedule.num_timesteps}"
+        self.name = f"{metric}_{self._num_samples}_ddim{sampler.settings.schedule.num_timesteps}"
 
     def __call__(self, params: Any) -> float:
         """The distance for these parameters. Every call draws with the same random numbers."""
-        num_batches = -(-self._num_samples // self._batch_sampler.batch_size)
-        batches = [self._batch_sampler(params, self._seed, i) for i in range(num_batches)]
+        num_batches = -(-self._num_samples // self._sampler.batch_size)
+        batches = [self._sampler(params, i) for i in range(num_batches)]
         samples = np.concatenate(batches)[: self._num_samples]
         chunks = (self._pipeline(samples[i : i + CHUNK]).pool for i in range(0, self._num_samples, CHUNK))
         return of_features.frechet_distance(self._reference, of_features.moments_of_chunks(chunks))

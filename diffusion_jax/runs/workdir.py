@@ -142,13 +142,7 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
     directories = (
         [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
     )
-    for directory in filter(None, directories):
-        try:
-            stored = json.loads((local_path(directory) / "data.json").read_text())
-            return tuple(map(str, stored["classes"]))
-        except (OSError, ValueError, KeyError, TypeError):  # published weights
-            continue
-    return ()
+    return next(filter(None, map(pretrained.read_class_names, filter(None, directories))), ())
 
 
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:

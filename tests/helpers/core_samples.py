@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from diffusion_jax import schedules, training
+from diffusion_jax import pretrained, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.runs import trained_model
 
 
 def core_inputs(config, directory, steps=5, spacing="trailing"):
     """(respaced schedule, full schedule, model, EMA parameters) of a work directory, for sampling with the core alone."""
     built = training.build_program(config)
-    _, params = trained_model.load_weights(config, directory, built.model, built.mesh, True)
+    params = pretrained.load(directory).params
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 

@@ -80,7 +80,8 @@ def write_results(directory, classes=("zero", "one", "two")):
     pictures.save(samples / f"{name}.png", pictures.draw_grid(images))
     frames = rng.integers(0, 256, (2, 5, 4, 8, 8, 1), np.uint8)
     arrays = {"x_t": frames[0], "x_0": frames[1], "times": np.linspace(999.0, 99.0, 5), "samples": images[:4]}
-    save_npz(samples / f"{name}_trajectory.npz", arrays)
+    (samples / "trajectories").mkdir(exist_ok=True)
+    save_npz(samples / "trajectories" / f"{name}.npz", arrays)
     memorization = f"memorization_{name}_abcdef.png"
     distances = np.array([[0.5, 0.7, 0.9], [1.1, 1.2, 1.3]])
     pairs = pictures.draw_neighbors(images[:2], [0, 1], np.stack([images[1:4]] * 2), distances, "Pairs")

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import training
+from diffusion_jax import pretrained, training
 from diffusion_jax.distributed import compiler
-from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
+from diffusion_jax.pretrained import model
+from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
 from helpers.configs import a_batch, tiny_config
 
 PLATFORMS = ("tpu", "cuda")
@@ -44,14 +44,20 @@ def test_train_step_lowers_for_tpu_and_cuda(overrides):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm_solver_pp"])
-def test_samplers_lower_for_tpu_and_cuda(sampler):
+def test_samplers_lower_for_tpu_and_cuda(sampler, monkeypatch):
     config = ConfigDict(tiny_config(**{"sampling.sampler": sampler, "sampling.steps": 15}).to_dict())
     config.diffusion.schedule = "linear"
     built = training.build_program(config)
-    batch_sampler = BatchSampler(SamplingSetup(config, built.model, built.schedule, built.mesh), 2)
-    args = (built.abstract_state.params, None, np.uint32(0), np.int32(0), None, None)
-    text = exported(batch_sampler._sample_batch, *args)
-    assert "stablehlo.while" in text
+    net = pretrained.from_config(config, built.abstract_state.params, mesh=built.mesh)
+    program, texts = model._draw_on_mesh(built.mesh), []
+
+    def lower(*args):
+        texts.append(exported(program, *args))
+        return jnp.zeros((2, 8, 8, 1))
+
+    monkeypatch.setattr(model, "_draw_on_mesh", lambda mesh: lower)
+    draw_batch(net, resolve_sampling(config, net), 0, 0, 2)
+    assert "stablehlo.while" in texts[0]
 
 
 def test_gpu_options_are_known_to_the_compiler():

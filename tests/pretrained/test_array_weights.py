@@ -11,7 +11,7 @@ import pytest
 from diffusion_jax import data, models, pretrained, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
-from diffusion_jax.pretrained.description import make_description
+from diffusion_jax.pretrained.model import make_model
 from diffusion_jax.runs import train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.networks import TINY, redraw
@@ -28,7 +28,7 @@ def net_of(model, image_size, channels, **options):
     """Weights at random, for data with the offset 300 and the scale 10."""
     normalizations = {"x": Normalization((300.0,) * channels, (10.0,) * channels)}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
-    description = make_description("random", model, image_size, DIFFUSION, channels, **options)
+    description = make_model("random", model, image_size, DIFFUSION, channels, **options)
     params = jax.jit(lambda: model.init(KEY, **models.initial_inputs(model, description.example_shape))["params"])()
     return dataclasses.replace(description, params=redraw(params))
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, guidance, models, sampling, schedules
-from diffusion_jax.pretrained import description
+from diffusion_jax.distributed import sharding
+from diffusion_jax.pretrained.model import make_model
 from helpers.networks import redraw
 
 KEY = jax.random.key(0)
@@ -19,7 +20,7 @@ FIELDS = {"channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "atte
 def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields):
     model = models.UNet(**FIELDS | {"out_channels": 2 if variance.startswith("learned") else 1} | fields)
     diffusion = {"schedule": "cosine", "num_timesteps": 100, "prediction": prediction, "variance": variance}
-    found = description.make_description("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
+    found = make_model("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
     inputs = models.initial_inputs(found.model, found.example_shape)
     return dataclasses.replace(found, params=redraw(jax.jit(found.model.init)(jax.random.key(1), **inputs)["params"]))
 
@@ -51,6 +52,17 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     assert not [line for line in compiled if "_draw" in line], compiled
     np.testing.assert_array_equal(again, images)
     assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
+
+
+@pytest.mark.whole
+def test_a_mesh_gives_the_same_samples_and_compiles_once(caplog):
+    net, n = net_of("v", num_classes=3, label_dropout=0.1), 2 * jax.device_count()
+    split = net.on_mesh(sharding.make_mesh({"data": -1, "fsdp": 1}))
+    options = {"y": 1, "sampler": sampling.ddim(), "steps": 4, "guidance_scale": 2.0}
+    np.testing.assert_allclose(split.sample(KEY, n, **options), net.sample(KEY, n, **options), atol=2e-4)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        other = split.with_params(jax.tree.map(lambda leaf: leaf * 1.1, split.params)).sample(KEY, n, **options)
+    assert isinstance(other, np.ndarray) and not [r for r in caplog.records if "Compiling draw" in r.getMessage()]
 
 
 @pytest.mark.whole

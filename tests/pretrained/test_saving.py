@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 from diffusion_jax import pretrained, schedules
-from diffusion_jax.pretrained import PretrainedError, __main__, description, diffusers
+from diffusion_jax.pretrained import PretrainedError, __main__, diffusers
+from diffusion_jax.pretrained.model import make_clip, make_model
 from helpers import torch_networks
 from helpers.published_files import NARROW_FLAGS, SCHEDULER, stored, worst, write, write_folder
 from helpers.stored_networks import load, output
@@ -66,7 +67,7 @@ def test_what_diffusers_cannot_store_is_refused_by_field(fields, changes, words,
 def test_unusual_diffusions_come_back_from_diffusers(tmp_path):
     net, _ = load(tmp_path, "port_narrow")
     leaves = dict(net.diffusion) | {"schedule": "quadratic", "beta_end": 0.015, "beta_start": 2e-4, "prediction": "v"}
-    changed = description.make_description("x", net.model, (16, 16), leaves, clip=False, params=net.params)
+    changed = make_model("x", net.model, (16, 16), leaves, clip=False, params=net.params)
     pretrained.save_diffusers(changed, tmp_path / "out")
     again = pretrained.load(tmp_path / "out")
     assert (again.clip, again.prediction, again.variance) == (False, "v", "fixed_small")
@@ -82,7 +83,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     np.testing.assert_allclose(net.schedule.betas, [0.01, 0.02, 0.5])
     pretrained.save_diffusers(net, tmp_path / "out")
     np.testing.assert_array_equal(pretrained.load(tmp_path / "out").schedule.betas, net.schedule.betas)
-    net = dataclasses.replace(net, clip=description.make_clip(1.5))
+    net = dataclasses.replace(net, clip=make_clip(1.5))
     pretrained.save_safetensors(net, tmp_path / "x.safetensors")
     again = pretrained.load(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(again.schedule.betas, net.schedule.betas)

@@ -9,6 +9,7 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.config import experiment, override
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import commands
 from diffusion_jax.report.charts import make_series, training_charts
 from diffusion_jax.report.gallery import Budget
@@ -67,3 +68,15 @@ def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatc
     assert f"--config={name} " in command
     mode = "train_classifier" if "classifier" in name else "train"
     assert parsed(command, mode) == to_dict(config)
+
+
+def test_the_command_of_samples_has_what_differs_from_the_run():
+    config = experiment("digits")
+    sampling = config.sampling.to_dict() | {"clip": True, "sampler": "ddim", "label": [3]}
+    provenance = Provenance("step4_ema", {"sampling": sampling}, {"jax": "0", "conditions": "a b.npy"})
+    start, *changed = shlex.split(commands.sample_command(config, provenance).replace(" --mode=sample", "", 1))[1:]
+    assert start == "--workdir=DIR" and sorted(changed) == [
+        "--config.sampling.conditions=a b.npy",
+        "--config.sampling.label=(3,)",
+        "--config.sampling.sampler=ddim",
+    ]

@@ -99,10 +99,10 @@ def test_a_damaged_picture_and_trajectory_are_notes(tmp_path):
     write_run(tmp_path / "run")
     samples = tmp_path / "run" / "samples"
     (samples / "train_step00000500.png").write_bytes(b"\x89PNG damaged")
-    next(samples.glob("*_trajectory.npz")).write_bytes(b"PK")
+    next((samples / "trajectories").glob("*.npz")).write_bytes(b"PK")
     page = Page(write_report(tmp_path / "run"))
     assert "train_step00000500.png could not be read" in page.text
-    assert "_trajectory.npz could not be read" in page.text
+    assert "n12.npz could not be read" in page.text
 
 
 EVIL = '</script><script>alert("x")</script>'

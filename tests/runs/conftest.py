@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax.runs import train
-from diffusion_jax.runs.sampling_setup import BatchSampler
 from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.work_directories import untrained
 
@@ -48,9 +47,9 @@ def drawn(monkeypatch):
     """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
     calls = []
 
-    def draw(self, params, seed, batch=0):
-        calls.append((seed, batch))
-        return np.full((self.batch_size, 8, 8, 1), 10 * seed + batch, np.uint8)
+    def draw(net, settings, seed, index, batch_size):
+        calls.append((seed, index))
+        return np.full((batch_size, 8, 8, 1), 10 * seed + index, np.uint8)
 
-    monkeypatch.setattr(BatchSampler, "__call__", draw)
+    monkeypatch.setattr("diffusion_jax.runs.sample.draw_batch", draw)
     return calls

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import data, errors, guidance, sampling, training
-from diffusion_jax.runs import sample, train, trained_model
-from diffusion_jax.runs.sampling_conditions import read_conditions
-from diffusion_jax.runs.sampling_setup import SamplingSetup
+from diffusion_jax import data, errors, guidance, pretrained, sampling
+from diffusion_jax.provenance import params_digest
+from diffusion_jax.runs import sample, train
+from diffusion_jax.runs.sampling import read_conditions, resolve_sampling
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
@@ -17,7 +17,7 @@ CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
 
 
 def the_samples(directory):
-    (path,) = [path for path in (directory / "samples").glob("*.npz") if not path.stem.endswith("_trajectory")]
+    (path,) = (directory / "samples").glob("*.npz")
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -39,17 +39,14 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     train.run(config, tmp_path / "whole")
     for num_steps in (2, 4):
         train.run(array_config(kind, file, **overrides, **{"training.num_steps": num_steps}), tmp_path / "parts")
-    digests = [
-        trained_model.params_digest(trained_model.TrainedModel.open(config, tmp_path / name, True).params)
-        for name in ("whole", "parts")
-    ]
+    digests = [params_digest(pretrained.load(tmp_path / name).params) for name in ("whole", "parts")]
     assert digests[0] == digests[1]
     assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
     sample.run(config, tmp_path / "whole")
     arrays = the_samples(tmp_path / "whole")
     assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
-    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 4
+    assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
 
 
 @pytest.mark.whole
@@ -72,14 +69,12 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
     mean, deviation = examples("vectors").mean(axis=0), examples("vectors").std(axis=0)
     np.testing.assert_allclose(stored["x"]["offset"], mean, rtol=1e-6)
     np.testing.assert_allclose(stored["x"]["scale"], deviation, rtol=1e-5)
-    trained = trained_model.TrainedModel.open(config, run, True)
-    schedule = SamplingSetup(config, trained.model, trained.schedule, trained.mesh).schedule
+    net = pretrained.load(run)
+    schedule = resolve_sampling(config, net).schedule
     condition = ((wanted - CONDITIONS.mean()) / CONDITIONS.std()).astype(np.float32)
 
-    params = trained.params
-
     def network(x_t, time, condition):
-        return trained.model.apply({"params": params}, x_t, time, condition=condition)
+        return net.denoise_fn(x_t, time, condition=condition)
 
     key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
     x_T = jax.random.normal(key_noise, (2, 3))
@@ -154,5 +149,4 @@ def test_uint8_arrays_of_any_shape_have_gray_levels_and_are_clipped(tmp_path):
     source = data.load(config.data)
     np.testing.assert_array_equal(source.read([5, 2])["image"], x[[5, 2]])
     assert data.find_normalizations(config.data, source) == {}
-    model, schedule = training.model_from_config(config), training.schedule_from_config(config.diffusion)
-    assert SamplingSetup(config, model, schedule, None).sampler().clip is True
+    assert resolve_sampling(config, pretrained.from_config(config)).sampler.clip is True

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, training
+from diffusion_jax import data, pretrained
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs import sample, sampling_conditions, sampling_setup, workdir
+from diffusion_jax.runs import sample, sampling, workdir
 from diffusion_jax.runs.workdir import check_source
 from helpers.configs import conditional
 from helpers.work_directories import untrained
@@ -102,9 +102,8 @@ def trained(tmp_path_factory):
 def chosen(trained, label):
     directory, _ = trained
     config = conditional(**{"sampling.label": label})
-    built = training.build_program(config)
     names = workdir.read_class_names(config, directory)
-    return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh, names).classes
+    return sampling.resolve_sampling(config, pretrained.from_config(config, class_names=names)).classes
 
 
 @pytest.mark.whole
@@ -147,4 +146,4 @@ def test_samples_of_named_classes_have_labels_and_captions(trained):
     directory, names = trained
     drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), directory)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert sampling_conditions.class_captions(np.array([0, 8, 12]), names) == ["class 0", "class 8: 9", "class 12"]
+    assert sampling.class_captions(np.array([0, 8, 12]), names) == ["class 0", "class 8: 9", "class 12"]

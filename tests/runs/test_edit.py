@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, editing, errors, guidance, sampling, training
-from diffusion_jax.runs import edit, trained_model
+from diffusion_jax import data, editing, errors, guidance, pretrained, sampling, training
+from diffusion_jax.runs import edit
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config
 from helpers.core_samples import agree, core_inputs
 from helpers.work_directories import untrained
@@ -45,7 +45,7 @@ def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
     if task == "interpolate":
         overrides |= {"sampling.sampler": "ddim", "sampling.clip": False, "sampling.steps": None}
     edit.run(editing_config(files, **overrides), directory)
-    (path,) = (directory / "samples").glob(f"edit_{task}_*.npz")
+    (path,) = (directory / "samples" / "edits").glob(f"{task}_*.npz")
     with np.load(path) as arrays:
         images = arrays["arr_0"]
     assert path.with_suffix(".png").exists()
@@ -68,11 +68,10 @@ def test_every_editing_task_writes_a_picture_and_an_npz(root, files, task):
 def test_edits_equal_those_of_the_core(root, files):
     """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
     directory = root / "conditional"
-    built = training.build_program(conditional())
     walked, full, model, params = core_inputs(conditional(), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = trained_model.load_weights(its, root / "classifier", classifier, built.mesh, True)
+    guide = pretrained.load(root / "classifier").params
     y = jnp.full(3, 4)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
     plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
@@ -98,7 +97,7 @@ def test_edits_equal_those_of_the_core(root, files):
             (by_classifier | {"sampling.classifier_form": "mean"}, plain, sampling.ddpm(mean_shift=shift, **small)),
         ):
             edit.run(editing_config(files, **{**leaves, "editing.task": task}), directory)
-            (path,) = set((directory / "samples").glob(f"edit_{task}_*.npz")) - made
+            (path,) = set((directory / "samples" / "edits").glob(f"{task}_*.npz")) - made
             made.add(path)
             with np.load(path) as arrays:
                 agree(arrays["arr_0"], jax.jit(lambda n=network, s=sampler, r=run: r(n, s))())
@@ -147,7 +146,7 @@ def test_colorization_keeps_the_gray_values(tmp_path, files):
     untrained(tmp_path / "run", config)
     config.editing.update(task="colorize", image=str(files / "image.png"), num_samples=2)
     edit.run(config, tmp_path / "run")
-    (path,) = (tmp_path / "run" / "samples").glob("edit_colorize_*.npz")
+    (path,) = (tmp_path / "run" / "samples" / "edits").glob("colorize_*.npz")
     with np.load(path) as arrays:
         images = arrays["arr_0"].astype(int)
     with Image.open(files / "image.png") as image:

@@ -58,7 +58,7 @@ def configured(kind, root, task, **overrides):
 
 def results(config, root):
     edit.run(config, root / "run")
-    (path,) = (root / "run" / "samples").glob("*.npz")
+    (path,) = (root / "run" / "samples" / "edits").glob("*.npz")
     assert path.with_suffix(".png").exists()
     with np.load(path) as arrays:
         x = arrays["arr_0"]

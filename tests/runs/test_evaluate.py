@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, errors, likelihood, training
-from diffusion_jax.runs import chunk_store, measure_likelihood, trained_model
+from diffusion_jax import data, errors, likelihood, pretrained, training
+from diffusion_jax.runs import chunk_store, measure_likelihood
 from helpers.configs import tiny_config
 from helpers.program import evaluate
 from helpers.work_directories import untrained
@@ -41,7 +41,7 @@ def report(directory):
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.build_program(config)
-    _, params = trained_model.load_weights(config, directory, built.model, built.mesh, use_ema)
+    params = pretrained.load(directory, ema=use_ema).params
     source = data.load(ConfigDict({**config.data, "split": split}))
 
     @jax.jit

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data, likelihood, training
+from diffusion_jax import data, likelihood, pretrained, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import of_arrays
-from diffusion_jax.runs import evaluate, measure_likelihood, train, trained_model
+from diffusion_jax.runs import evaluate, measure_likelihood, train
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -60,7 +60,7 @@ def exact_network(monkeypatch):
     """In place of the network, the exact one for standardized data that are Gaussian with the variance 1."""
 
     def denoise_fn(self, params, batch):
-        schedule = self.trained.schedule
+        schedule = self.net.schedule
 
         def network(x_t, time):
             sigma = jnp.sqrt(jax.nn.sigmoid(-schedule.log_snr(time)))
@@ -113,7 +113,7 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     measure_likelihood.run(config, run, source)
     got, built = report(run), training.build_program(config)
     assert got["standardization_bits"] == 0 and "normalization" not in json.loads((run / "data.json").read_text())
-    _, params = trained_model.load_weights(config, run, built.model, built.mesh, use_ema=True)
+    params = pretrained.load(run).params
 
     @jax.jit
     def bound(key, x, condition):

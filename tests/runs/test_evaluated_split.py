@@ -62,7 +62,7 @@ def test_held_out_examples_are_the_test_split(tmp_path, capsys):
     def rows(source):
         return {row.tobytes() for row in source.read(np.arange(len(source)))["x"]}
 
-    normalized = data.Normalized(trained_on, found.trained.normalizations)
+    normalized = data.Normalized(trained_on, found.net.normalizations)
     assert not rows(found.source) & rows(normalized) and len(rows(found.source) | rows(normalized)) == COUNT
     # Samples are compared with the split that was trained on, or with the other.
     reference = evaluate.load_reference(config)

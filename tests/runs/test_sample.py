@@ -7,7 +7,7 @@ from PIL import Image
 from diffusion_jax import errors, schedules
 from diffusion_jax.evaluation import example_sets
 from diffusion_jax.runs import sample
-from diffusion_jax.runs.sampling_setup import BatchSampler, picture_steps
+from diffusion_jax.runs.sample import picture_steps
 from helpers.configs import conditional, tiny_config
 from helpers.work_directories import untrained
 
@@ -17,7 +17,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     sample.run(tiny_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
     with np.load(f"{path}.npz") as arrays:
-        assert arrays.files == ["arr_0", "settings"]
+        assert arrays.files == ["arr_0", "provenance"]
         images = arrays["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     with Image.open(f"{path}.png") as picture:
@@ -30,10 +30,11 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     (path,) = (trained / "samples").glob("step4_raw_ddim2_seed0_n3.npz")
     with np.load(path) as arrays:
         assert (arrays["arr_0"] != images).any()
-    with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
+    trajectory = path.parent / "trajectories" / path.name
+    with np.load(trajectory) as frames:
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
-        assert all(path.with_name(f"{path.stem}_trajectory{of}.png").exists() for of in ("", "_x_0"))
+        assert all(trajectory.with_name(f"{path.stem}{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert example_sets.open_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
@@ -49,7 +50,7 @@ def test_the_trajectory_is_of_the_first_samples(tmp_path):
         }
     )
     file = sample.run(config, untrained(tmp_path / "run", config))
-    with np.load(file.path) as arrays, np.load(file.path.with_name(f"{file.name}_trajectory.npz")) as frames:
+    with np.load(file.path) as arrays, np.load(file.path.parent / "trajectories" / file.path.name) as frames:
         assert np.abs(arrays["arr_0"][:4].astype(int) - frames["samples"]).max() <= 1
         assert len(np.unique(arrays["arr_0"], axis=0)) == 6
 
@@ -76,21 +77,21 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
         expected = arrays["arr_0"]
     whole.unlink()
     made = []
-    draw = BatchSampler.__call__
+    draw = sample.draw_batch
 
-    def third_breaks(self, *args):
+    def third_breaks(*args):
         made.append(1)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return draw(self, *args)
+        return draw(*args)
 
-    monkeypatch.setattr(BatchSampler, "__call__", third_breaks)
+    monkeypatch.setattr(sample, "draw_batch", third_breaks)
     with pytest.raises(KeyboardInterrupt):
         sample.run(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(BatchSampler, "__call__", lambda self, *args: made.append(1) or draw(self, *args))
+    monkeypatch.setattr(sample, "draw_batch", lambda *args: made.append(1) or draw(*args))
     sample.run(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left
     with np.load(whole) as arrays:
@@ -99,7 +100,7 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
 
 
 def test_sampling_without_a_run_is_refused(tmp_path):
-    with pytest.raises(errors.UserError, match="train first"):
+    with pytest.raises(errors.PretrainedError, match="train first"):
         sample.run(tiny_config(), tmp_path)
     with pytest.raises(errors.UserError, match="num_samples=0"):
         sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)

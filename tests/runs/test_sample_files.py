@@ -1,12 +1,10 @@
 """Samples in files: which are reused, and which are sampled again."""
 
-import json
-
 import numpy as np
 import pytest
 
-from diffusion_jax.runs import sample, trained_model
-from diffusion_jax.runs.sample import read_settings
+from diffusion_jax.provenance import Provenance, params_digest
+from diffusion_jax.runs import sample
 from helpers.configs import FEW_DRAWN, tiny_config
 from helpers.work_directories import reuse_or_draw
 
@@ -16,9 +14,10 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def store_settings(path, change):
     """Rewrites the settings beside the samples of a file; change(dict)."""
     with np.load(path) as arrays:
-        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
-    change(stored["settings"])
-    np.savez(path, images, settings=np.array(json.dumps(stored)))
+        images = arrays["arr_0"]
+    stored = Provenance.read(path)
+    change(stored.settings)
+    np.savez(path, images, **stored.arrays())
 
 
 def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
@@ -37,7 +36,7 @@ def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys):
     other = reuse_or_draw(tiny_config(**{"sampling.batch_size": 2}), run)
     assert other.path == one.path and len(drawn) == 1 + 2
     told = f"Sampling again: {one.path} was drawn with other settings (batch_size=3, now 2)."
-    assert told in capsys.readouterr().out and read_settings(one.path)["settings"]["batch_size"] == 2
+    assert told in capsys.readouterr().out and Provenance.read(one.path).settings["batch_size"] == 2
 
 
 def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
@@ -66,11 +65,11 @@ def test_a_damaged_file_of_samples_is_sampled_again(run, drawn, capsys):
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():
     tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
     same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
-    assert trained_model.params_digest(tree) == trained_model.params_digest(same)
+    assert params_digest(tree) == params_digest(same)
     for other in (
         {**tree, "b": np.float32(4)},
         {**tree, "b": np.float64(3)},
         {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
         {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
     ):
-        assert trained_model.params_digest(other) != trained_model.params_digest(tree)
+        assert params_digest(other) != params_digest(tree)

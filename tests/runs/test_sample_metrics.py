@@ -1,18 +1,19 @@
 """--mode=evaluate: metrics of samples; and the distance that training logs."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from diffusion_jax import training
+from diffusion_jax import data
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import of_features
 from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.report.collect import collect, table_cells
 from diffusion_jax.runs import evaluate, train, trained_model
-from diffusion_jax.runs.sampling_setup import BatchSampler
-from diffusion_jax.runs.training_outputs import make_preview_sampler
+from diffusion_jax.runs.training_outputs import PreviewSampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits
@@ -31,7 +32,7 @@ def test_evaluate_measures_samples(run, monkeypatch):
     assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
     assert (record["weights"], record["step"], record["steps"], record["num_samples"]) == ("ema", 1, 2, 20)
     assert record["sampling"]["sampler"] == "ddim" and record["sampling"]["use_ema"] is True
-    monkeypatch.setattr(BatchSampler, "__call__", None)  # nothing is drawn twice
+    monkeypatch.setattr("diffusion_jax.runs.sample.draw_batch", None)  # nothing is drawn twice
     evaluate.run(tiny_config(**FEW_SAMPLES), run)
     monkeypatch.undo()
     evaluate.run(tiny_config(**FEW_SAMPLES | {"evaluation.use_ema": False}), run)
@@ -41,14 +42,12 @@ def test_evaluate_measures_samples(run, monkeypatch):
 
 def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
     path = reuse_or_draw(tiny_config(**FEW_DRAWN), run).path
-    with np.load(path) as arrays:
-        stored, images = json.loads(str(arrays["settings"])), arrays["arr_0"]
-    stored["drawn_with"] = {"jax": "0.0.1"}
-    np.savez(path, images, settings=np.array(json.dumps(stored)))
+    stored = dataclasses.replace(Provenance.read(path), details={"jax": "0.0.1"})
+    np.savez(path, np.load(path)["arr_0"], **stored.arrays())
     evaluate.run(tiny_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
-    assert record["weights_digest"] == stored["settings"]["weights_digest"] and len(drawn) == 3
+    assert record["weights_digest"] == stored.settings["weights_digest"] and len(drawn) == 3
 
 
 @pytest.mark.parametrize(
@@ -73,10 +72,10 @@ def test_training_logs_the_frechet_distance(tmp_path):
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
-    built = training.build_program(config)
-    _, params = trained_model.load_weights(config, tmp_path / "run", built.model, built.mesh, use_ema=True)
-    batch_sampler = make_preview_sampler(config, built, config.sampling.batch_size)
-    drawn = np.concatenate([batch_sampler(params, 0, i) for i in range(5)])
+    net = trained_model.open_model(config, tmp_path / "run")
+    params = trained_model.load_weights(net, config, tmp_path / "run", True).params
+    sampler = PreviewSampler(config, net, data.load(config.data), config.sampling.batch_size, 0)
+    drawn = np.concatenate([sampler(params, i) for i in range(5)])
     moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]
     assert logged[4] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
 

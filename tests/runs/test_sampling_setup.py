@@ -8,7 +8,8 @@ from PIL import Image
 
 from diffusion_jax import errors, guidance, pretrained, sampling, schedules, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import sample, sampling_setup, trained_model, training_outputs
+from diffusion_jax.runs import sample, training_outputs
+from diffusion_jax.runs import sampling as sampling_settings
 from helpers.array_configs import array_config
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.core_samples import agree, core_inputs
@@ -28,7 +29,7 @@ def by_hand(network, walked, sampler, batches=2, size=4):
 
 def drawn(directory):
     """(images, labels) of the newest .npz, removed again."""
-    (path,) = [path for path in (directory / "samples").glob("step*.npz") if not path.stem.endswith("_trajectory")]
+    (path,) = (directory / "samples").glob("step*.npz")
     with np.load(path) as arrays:
         found = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
     path.unlink()
@@ -80,7 +81,7 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
     walked, full, model, params = core_inputs(conditional(**classes), directory)
     its = classifier_config(**{"diffusion.num_timesteps": T})
     classifier = training.model_from_config(its)
-    _, guide = trained_model.load_weights(its, root / "classifier", classifier, training.build_program(its).mesh, True)
+    guide = pretrained.load(root / "classifier").params
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(lambda x, time: classifier.apply({"params": guide}, x, time), y)
 
@@ -130,8 +131,7 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
 def of(leaves, **diffusion):
     config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
     config.diffusion.update(diffusion)
-    built = training.build_program(config)
-    return sampling_setup.SamplingSetup(config, built.model, built.schedule, built.mesh)
+    return sampling_settings.resolve_sampling(config, pretrained.from_config(config))
 
 
 @pytest.mark.whole
@@ -165,7 +165,7 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     cosine = {"schedule": "cosine", "num_timesteps": 1000}
     for sampler in ("heun", "pndm", "plms"):
         chosen = of({"sampler": sampler, "steps": 20}, **cosine)
-        assert chosen.name == f"{sampler}20" and chosen.warning is None
+        assert chosen.name == f"{sampler}20" and not chosen.notes
         with pytest.raises(errors.UserError, match="would be noise; use sampling.spacing=log_snr or more steps"):
             of({"sampler": sampler, "steps": 20, "spacing": "trailing"}, **cosine)
     assert of({"sampler": "ddim", "steps": 20}, **cosine).name == "ddim20"
@@ -180,9 +180,9 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     ):
         (note,) = of({"sampler": "ddim", "clip": False, **leaves}, **cosine).notes
         assert words in note
-    assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v").notes == []
+    assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v").notes == ()
     blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
-    assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.warning
+    assert "blurs the samples; use sampling.spacing=log_snr or more steps" in blurred.notes[0]
 
 
 def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp_path):
@@ -193,9 +193,9 @@ def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp
     ):
         config = array_config("vectors", tmp_path, **{"sampling.preview_steps": 20})
         config.diffusion.update(prediction=prediction, schedule=schedule)
-        built = training.build_program(config)
-        walked = training_outputs.make_preview_sampler(config, built, 2).setup.schedule
-        np.testing.assert_array_equal(walked.timesteps, schedules.respace(built.schedule, 20, spacing).timesteps)
+        net = pretrained.from_config(config)
+        walked = training_outputs.PreviewSampler(config, net, None, 2, 0).settings.schedule
+        np.testing.assert_array_equal(walked.timesteps, schedules.respace(net.schedule, 20, spacing).timesteps)
 
 
 @pytest.mark.whole

@@ -7,7 +7,7 @@ import pytest
 from diffusion_jax import pretrained
 from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.trained_model import TrainedModel
+from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.training_outputs import PreviewPictures
 from diffusion_jax.training.ema import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
@@ -54,9 +54,9 @@ def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, mo
     train.run(config, directory)
     state = jax.device_get(last_state(config, directory))
     jax.tree.map(np.testing.assert_array_equal, drawn[-1], state.params)
-    trained = TrainedModel.open(config, directory, True)
-    jax.tree.map(np.testing.assert_array_equal, trained.params, state.params)
-    assert trained.weights_kind == "raw"
+    net = load_weights(open_model(config, directory), config, directory, True)
+    jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
+    assert net.weights == "raw"
     note = "the EMA (ema.decay=0.9999) of step 4 still holds 100% of the random initial weights, so the raw weights are used"
     assert f"Note: {note}." in capsys.readouterr().out
     assert "_raw_" in sample.run(config, directory).path.name

@@ -108,16 +108,12 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    step, params = trained_model.load_weights(
-        config, tmp_path / "second", training.model_from_config(config), training.build_program(config).mesh, True
-    )
-    assert step == 0
-    jax.tree.map(np.testing.assert_array_equal, params, pretrained.load(first).params)
+    net = trained_model.open_model(config, tmp_path / "second")
+    begun = trained_model.load_weights(net, config, tmp_path / "second", True)
+    assert (begun.step, begun.provenance.name) == (0, "first_ema")
+    jax.tree.map(np.testing.assert_array_equal, begun.params, pretrained.load(first).params)
     train.run(config, tmp_path / "second")
-    step, params = trained_model.load_weights(
-        config, tmp_path / "second", training.model_from_config(config), training.build_program(config).mesh, True
-    )
-    assert step == 1
+    assert trained_model.load_weights(net, config, tmp_path / "second", True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
     code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
@@ -143,7 +139,7 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     assert trained_model.load_initial_weights(config, training.model_from_config(config))[1] == []
     config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
     config.init_from = str(first)
-    model, mesh = training.model_from_config(config), training.build_program(config).mesh
-    assert trained_model.load_initial_weights(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
+    net = trained_model.open_model(config, tmp_path / "none")
+    assert trained_model.load_initial_weights(config, net.model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        trained_model.load_weights(config, tmp_path / "none", model, mesh, True)
+        trained_model.load_weights(net, config, tmp_path / "none", True)

@@ -1,33 +1,32 @@
-"""A trained network, its schedule, and everything else that is needed to use it."""
+"""A trained network with everything that is needed to use it, and the program that samples from it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
+from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.images import to_model_range
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
 from diffusion_jax.pretrained import parameters
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.training.state import Network
 
-__all__ = [
-    "DIFFUSION_DEFAULTS",
-    "Pretrained",
-    "format_normalization",
-    "format_summary",
-    "make_clip",
-    "make_description",
-]
+__all__ = ["DIFFUSION_DEFAULTS", "Model", "format_normalization", "format_summary", "make_clip", "make_model"]
 
 # The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -42,8 +41,8 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A trained network with its description, as `pretrained.load` returns it.
+class Model:
+    """A trained network with everything that is needed to use it. `pretrained.load` and `pretrained.from_config` return one.
 
     family: a text that names the source. model: the network. channels: of an example. image_size: the size of each of its
     0 to 3 spatial axes, (height, width) for images. schedule: the one of training; its timesteps are the network times.
@@ -52,7 +51,9 @@ class Pretrained:
     0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: leaves of `config.diffusion`; None
     if the schedule is a table of betas, which no leaves describe. levels: gray levels of the data; None for continuous data.
     normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from their units to the network's;
-    an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1].
+    an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1]. class_names: of
+    the labels, () if they are not known. provenance: what made the weights: their name in files, and for those of a run
+    "step" and "weights", ema or raw. mesh: the devices that `sample` splits its batch over; None for one.
     """
 
     family: str
@@ -70,6 +71,9 @@ class Pretrained:
     levels: int | None = 256
     normalizations: Normalizations = field(default_factory=dict, repr=False)
     limits: tuple[float, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+    provenance: Provenance = field(default_factory=lambda: Provenance("weights"), repr=False)
+    mesh: Mesh | None = field(default=None, repr=False)
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -93,17 +97,57 @@ class Pretrained:
         """The number of classes; 0 for an unconditional network."""
         return self.model.num_classes
 
+    @property
+    def step(self) -> int | None:
+        """The training step of the weights; None for those of other projects and of single files."""
+        return self.provenance.settings.get("step")
+
+    @property
+    def weights(self) -> str | None:
+        """The weights of a run: ema, or raw; None for those of other projects and of single files."""
+        return self.provenance.settings.get("weights")
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices that `sample` splits its batch over."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def with_params(self, params: Any) -> Model:
+        """The same model with other parameters, which may be traced."""
+        return dataclasses.replace(self, params=params)
+
+    def on_mesh(self, mesh: Mesh) -> Model:
+        """The same model with replicated parameters, whose batches are split over the devices of a mesh."""
+        params = jax.device_put(jax.device_get(self.params), sharding.replicated(mesh))
+        return dataclasses.replace(self, params=params, mesh=mesh)
+
+    def find_differences(self, other: Model) -> list[str]:
+        """A phrase for each quantity in which the x_t or the output of another model differ, `other` first."""
+        differences = []
+        if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
+            names = ["prediction"]
+            if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
+                names.append("variance")  # fixed variances are an option of the sampler, not of the network
+            for name in names:
+                there, here = getattr(other, name), getattr(self, name)
+                differences += [f"{name}: {there!r} there, {here!r} here"] * (there != here)
+        if (self.levels is None) != (other.levels is None):
+            differences.append(f"data.levels: {other.levels} there, {self.levels} here")
+        tables = ("timesteps", "alpha_bar")
+        if not all(np.array_equal(getattr(self.schedule, name), getattr(other.schedule, name)) for name in tables):
+            differences.append("another noise schedule")
+        return differences
+
     def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None) -> jax.Array:
         """The output [B, *spatial, channels or 2 channels] of the network, as samplers and losses call it.
 
         y: labels int [B] of a network with classes. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
         network; noise_std: [B], that of their noise. condition: float [B, D] or [B, *spatial, K] of a network with
         conditions, in the network's units, as x_t: `normalizations["condition"].apply` converts the data's. Under jit the
-        parameters are constants of the program; for a large network use `model.apply` with the parameters as an argument.
+        parameters are constants of the program unless they are an argument of it: `net.with_params(params).denoise_fn`.
         Raises: TypeError for a classifier.
         """
-        if isinstance(self.model, Classifier):
-            raise TypeError("these weights are a classifier; use logits(x_t, time)")
+        self._check_is_diffusion_model("logits(x_t, time)")
         if self.low_resolution:
             if low is None or condition is not None:
                 raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
@@ -121,38 +165,51 @@ class Pretrained:
         steps=None,
         spacing: str | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        classifier: Model | None = None,
+        classifier_scale: float = 1.0,
+        classifier_form: str = "eps",
         low=None,
         noise_std=None,
         condition=None,
-    ) -> jax.Array | np.ndarray:
+        trajectory: bool | Sequence[int] | np.ndarray = False,
+        algorithm: Callable | None = None,
+    ) -> Any:
         """Examples [N, *spatial, C] float32: images of gray levels in [-1, 1], continuous data in their units.
 
         An offset of the data of more than 1000 times its scale makes it a float64 NumPy array. The first call compiles one
-        program, which later calls with the same sampler, number of examples and steps reuse for every key, labels, conditions
-        and guidance scale other than 1.
+        program, which later calls with the same sampler, number of examples and steps reuse for every key, labels,
+        conditions, parameters (`with_params`) and, without a mesh, guidance scale other than 1.
+
+        With a mesh every process calls this, the parameters may have any sharding on the mesh, and the result is a NumPy
+        array on every process.
 
         Args:
-          num_images: N, the number of examples, sampled in one batch.
-          y: a label for all examples or int [N], for a network with classes.
+          num_images: N, the number of examples, sampled in one batch; with a mesh a multiple of its number of devices.
+          y: a label for all examples or int [N], for a network with classes, or for the classifier.
           sampler: the ancestral `sampling.ddpm` by default. Its prediction is set to the network's, and so is its variance if
             the network's is learned. Its clip does not change, except that for continuous data True becomes the network's.
-          steps, spacing: as `schedules.respace`; by default the whole schedule, and for a number of steps the spacing that
-            suits the sampler.
-          guidance_scale: of classifier-free guidance, which drops the labels and the conditions for which the network has a
-            null (label_dropout, condition_dropout); 1 for none.
-          low, noise_std: the images to enlarge [N, h, w, C] in [-1, 1] and the standard deviation [N] of their noise, for a
-            super-resolution network.
+          steps, spacing: as `schedules.respace`, or a Schedule that it returned; by default the whole schedule, and for a
+            number of steps the spacing that suits the sampler.
+          guidance_scale, guidance_interval, guidance_rescale: of classifier-free guidance (`guidance.classifier_free`), which
+            drops the labels and conditions for which the network has a null (label_dropout, condition_dropout); 1 for none.
+          classifier: a model of a classifier of the same x_t, which guides with classifier_scale. classifier_form: "eps", or
+            "mean" for a shift of the mean of `sampling.ddpm`.
+          low, noise_std: the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and the standard deviation of their
+            noise, one number or [N], for a super-resolution network.
           condition: for a network with conditions one for all examples, [D] or [*spatial, K], or one for each, with the
             axis N in front, in the units of the data. With condition_dropout, None or a row of NaN for none.
+          trajectory: as `sampling.sample`; the result is then (examples, Trajectory), both in the units of the data.
+          algorithm: a function (key, schedule, denoise_fn, sampler) -> x_0 that replaces drawing x_T and `sampling.sample`,
+            such as one that calls `editing.repaint`. Each function is compiled once.
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
-        if not isinstance(self.model, Conditional):
-            raise TypeError("these weights are a classifier; use logits(x_t, time)")
+        self._check_is_diffusion_model("logits(x_t, time)")
         if sampler is not None and not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
-        if steps is None and spacing is not None:
-            raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
+        assert isinstance(self.model, Conditional)
         if guidance_scale != 1 and self.model.null_label is None:
             if self.model.null_condition is None:
                 raise ValueError(
@@ -164,9 +221,62 @@ class Pretrained:
             raise ValueError("low= is required by super-resolution networks and allowed for no other")
         if noise_std is not None and not self.conditioning_noise:
             raise ValueError("noise_std= needs a super-resolution network that was trained with conditioning_noise")
-        sampler = self._configure_sampler(sampler)
+        if self.mesh is not None:
+            sharding.check_divides(num_images, self.mesh, "num_images")
+        sampler, scales = self._configure_sampler(sampler), (guidance_scale, classifier_scale)
+        schedule = self._respace(sampler, steps, spacing)
+        shape = (num_images, *self.example_shape)
+        given = self._to_conditions(condition, num_images)
+        if low is not None:
+            low = to_model_range(low) if low.dtype == np.uint8 else low
+            given = upsampling.condition(low, shape, noise_std)
+        program = _Program(
+            model=self.model,
+            classifier=None if classifier is None else classifier.model,
+            sampler=sampler,
+            shape=shape,
+            is_guided=guidance_scale != 1,
+            interval=guidance_interval,
+            rescale=guidance_rescale,
+            classifier_form=classifier_form,
+            algorithm=algorithm,
+            trajectory=trajectory if isinstance(trajectory, bool) else tuple(np.asarray(trajectory).tolist()),
+            scales=None if self.mesh is None else scales,
+        )
+        arrays = {
+            "schedules": (schedule, self.schedule),
+            "y": self._check_labels(y, num_images, classifier),
+            "condition": given,
+            "scales": tuple(map(np.float32, scales)) if self.mesh is None else None,
+        }
+        all_params = self.params, None if classifier is None else classifier.params
+        if self.mesh is None:
+            result = _draw_on_one_device(program, all_params, key, arrays)
+        else:
+            key = np.asarray(jax.random.key_data(key))  # NumPy arrays are the same on every process
+            result = _draw_on_mesh(self.mesh)(program, all_params, key, jax.tree.map(np.asarray, arrays))
+            result = jax.tree.map(_gather, result)
+        if trajectory is False or algorithm is not None:
+            return self._to_data(result)
+        x_0, frames = result
+        return self._to_data(x_0), frames._replace(x_t=self._to_data(frames.x_t), x_0=self._to_data(frames.x_0))
+
+    def _to_data(self, x):
+        return to_data_units(x, self.normalizations.get("x"))
+
+    def _check_is_diffusion_model(self, instead: str) -> None:
+        """Raises: TypeError for a classifier. instead: the method to use."""
+        if isinstance(self.model, Classifier):
+            raise TypeError(f"these weights are a classifier; use {instead}")
+
+    def _respace(self, sampler: sampling.Sampler, steps, spacing: str | None) -> schedules.Schedule:
+        """The steps of `sample`. Raises: ValueError for steps on which the sampler is known to fail."""
         schedule = self.schedule
-        if steps is not None:
+        if steps is None and spacing is not None:
+            raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
+        if isinstance(steps, schedules.Schedule):
+            schedule = steps
+        elif steps is not None:
             if spacing is None and isinstance(steps, int | np.integer):
                 spacing = sampling.default_spacing(sampler, schedule)
             schedule = schedules.respace(schedule, steps, spacing)
@@ -175,24 +285,8 @@ class Pretrained:
             raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
         growth = sampling.find_error_growth(sampler, schedule)
         if growth:
-            warnings.warn(f"{growth}; use a number of steps with spacing='log_snr', or a clip", stacklevel=2)
-        shape = (num_images, *self.example_shape)
-        given = self._to_conditions(condition, num_images)
-        if low is not None:
-            given = upsampling.condition(low, shape, noise_std)
-        x = _sample(
-            self.params,
-            key,
-            schedule,
-            self._check_labels(y, num_images),
-            given,
-            jnp.float32(guidance_scale),
-            model=self.model,
-            sampler=sampler,
-            shape=shape,
-            use_guidance=guidance_scale != 1,
-        )
-        return to_data_units(x, self.normalizations.get("x"))
+            warnings.warn(f"{growth}; use a number of steps with spacing='log_snr', or a clip", stacklevel=3)
+        return schedule
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
         """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
@@ -250,18 +344,19 @@ class Pretrained:
             warnings.warn(f"{found}.", stacklevel=3)
         return jnp.asarray(to_model_units(values, normalization))
 
-    def _check_labels(self, y, num_images: int) -> jax.Array | None:
-        """y as int32 [N]; None for an unconditional network. Raises: ValueError."""
-        if not self.num_classes:
+    def _check_labels(self, y, num_images: int, classifier: Model | None) -> jax.Array | None:
+        """y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""
+        num_classes = self.num_classes or (0 if classifier is None else classifier.num_classes)
+        if not num_classes:
             if y is not None:
                 raise ValueError(f"this network has no classes, got y={y}; omit y")
             return None
         if y is None:
-            raise ValueError(f"this network has {self.num_classes} classes: give y, one label or {num_images}")
+            raise ValueError(f"this network has {num_classes} classes: give y, one label or {num_images}")
         if np.shape(y) not in ((), (num_images,)):
             raise ValueError(f"y must be one label or {num_images}, one for each example; got shape {np.shape(y)}")
         null_label = self.model.null_label is not None
-        y = labels.in_range(np.asarray(y), self.num_classes + null_label, null_label)
+        y = labels.in_range(np.asarray(y), num_classes + null_label, null_label)
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
@@ -271,17 +366,97 @@ class Pretrained:
         return apply_network(self.model, self.params, x_t, time)
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "shape", "use_guidance"))
-def _sample(params, key, schedule, y, condition, guidance_scale, *, model, sampler, shape, use_guidance):
-    """The program of `Pretrained.sample`. It depends on its arguments only, so that networks of one model share it."""
+class _Program(NamedTuple):
+    """Everything that `Model.sample` compiles a program for; arrays are arguments of the program.
+
+    scales: of guidance; None if they are arguments, so that they can be compared without compiling again.
+    """
+
+    model: Network
+    classifier: Network | None
+    sampler: sampling.Sampler
+    shape: tuple[int, ...]
+    is_guided: bool
+    interval: tuple[float, float] | None
+    rescale: float
+    classifier_form: str
+    algorithm: Callable | None
+    trajectory: bool | tuple[int, ...]
+    scales: tuple[float, float] | None
+
+
+def _draw(program: _Program, all_params, key, arrays: Mapping[str, Any], constrain: Callable = lambda x: x):
+    """The program of `Model.sample`, pure. constrain: places x_T on a mesh."""
+    (params, classifier_params), (schedule, full_schedule) = all_params, arrays["schedules"]
+    scale, classifier_scale = program.scales or arrays["scales"]
+    y, sampler = arrays["y"], program.sampler
+    given = {"y": y if program.model.num_classes else None, "condition": arrays["condition"]}
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def network(x_t, time, given):
+        return apply_network(program.model, params, x_t, time, **given)
+
+    denoise_fn: Callable = partial(network, given=given)
+    if program.is_guided:
+        assert isinstance(program.model, Conditional)
+        limits = {"interval": program.interval, "rescale": program.rescale}
+        denoise_fn = guidance.classifier_free(network, given, program.model.nulls_of(given), scale, **limits)
+    if program.classifier is not None:
+        classifier = program.classifier
+        log_prob = guidance.class_log_prob(lambda x, time: apply_network(classifier, classifier_params, x, time), y)
+        if program.classifier_form == "mean":
+            sampler = _shift_mean(sampler, guidance.log_prob_gradient(log_prob, classifier_scale))
+        else:
+            denoise_fn = guidance.classifier(
+                denoise_fn, log_prob, full_schedule, classifier_scale, prediction=sampler.prediction
+            )
+    if program.algorithm is not None:
+        return program.algorithm(key, schedule, denoise_fn, sampler)
     key_noise, key_steps = jax.random.split(key)
-    network = lambda x_t, time, given: apply_network(model, params, x_t, time, **given)  # noqa: E731
-    given = {name: value for name, value in (("y", y), ("condition", condition)) if value is not None}
-    denoise_fn = lambda x_t, time: network(x_t, time, given)  # noqa: E731
-    if use_guidance:
-        denoise_fn = guidance.classifier_free(network, given, model.nulls_of(given), guidance_scale)
-    x_T = jax.random.normal(key_noise, shape, jnp.float32)
-    return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler)
+    x_T = constrain(jax.random.normal(key_noise, program.shape, jnp.float32))
+    return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=program.trajectory)
+
+
+_draw_on_one_device = jax.jit(_draw, static_argnums=0)
+
+
+@functools.cache
+def _draw_on_mesh(mesh: Mesh) -> Callable:
+    """`_draw` with the batch split over the devices of a mesh. key: its data."""
+    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def constrain(x):
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def draw(program, all_params, key, arrays):
+        # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
+        # gradients or activations that would compete for the memory.
+        all_params = jax.lax.with_sharding_constraint(all_params, replicated)
+        placed = jax.tree.map(constrain, {name: arrays[name] for name in ("y", "condition")})
+        return _draw(program, all_params, jax.random.wrap_key_data(key), {**arrays, **placed}, constrain)
+
+    # None: parameters keep their own sharding.
+    return jax.jit(
+        draw, static_argnums=0, in_shardings=(None, replicated, replicated), compiler_options=compiler.options()
+    )
+
+
+def _gather(x: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
+    """The sampler, or the one that it wraps, with a shift of its mean. Raises: ValueError for another than ddpm."""
+    replace: Any = dataclasses.replace
+    inner = getattr(sampler, "sampler", None)
+    if isinstance(inner, sampling.Sampler):
+        return replace(sampler, sampler=_shift_mean(inner, shift))
+    if not isinstance(sampler, sampling.ddpm):
+        raise ValueError(
+            f"classifier_form='mean' shifts the ancestral mean of sampling.ddpm, and not {sampler}; use 'eps'"
+        )
+    return replace(sampler, mean_shift=shift)
 
 
 def make_clip(clip: bool | float) -> bool | Callable:
@@ -289,29 +464,29 @@ def make_clip(clip: bool | float) -> bool | Callable:
     return clip if isinstance(clip, bool) else partial(jnp.clip, min=-clip, max=clip)
 
 
-def make_description(
+def make_model(
     family: str,
     model: Network,
     image_size: int | Sequence[int],
     diffusion: Mapping[str, Any],
     channels: int = 3,
     **fields: Any,
-) -> Pretrained:
-    """A `Pretrained` without parameters, from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+) -> Model:
+    """A `Model` without parameters, from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
-    image_size: the size of each spatial axis, or one number for two axes. fields: further ones of `Pretrained`.
+    image_size: the size of each spatial axis, or one number for two axes. fields: further ones of `Model`.
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
     leaves = DIFFUSION_DEFAULTS | dict(diffusion)
     if fields.get("low_resolution"):
         noise = fields.get("conditioning_noise", 0.0)
         model = model.clone(condition_channels=upsampling.condition_channels(channels, noise))
-    return Pretrained(
+    return Model(
         family,
         model,
         channels,
         (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        training.schedule_from_config(leaves | {"loss": "simple"}),
+        training.schedule_from_config(leaves | {"loss": "classify" if isinstance(model, Classifier) else "simple"}),
         leaves["prediction"],
         leaves["variance"],
         diffusion=leaves,
@@ -319,7 +494,7 @@ def make_description(
     )
 
 
-def format_summary(net: Pretrained) -> str:
+def format_summary(net: Model) -> str:
     """The description of weights, one line for each setting."""
     shapes = parameters.parameter_shapes(net.model, net.example_shape)
     values = "continuous" if net.levels is None else f"{net.levels} levels"

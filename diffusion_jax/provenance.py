@@ -1,0 +1,79 @@
+"""The record of what made a file: it names the file, is stored in it, and decides whether the file is used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_jax.config import flatten
+from diffusion_jax.errors import shorten
+
+__all__ = ["Provenance", "array_digest", "params_digest", "settings_digest"]
+
+_ARRAY = "provenance"  # of an .npz
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """These settings made this file, or these weights.
+
+    name: readable, for file names: the weights, then the settings that are changed most often. settings: JSON values that
+    decide the content, up to rounding. details: facts that do not decide it, such as paths and versions.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits of a hash of the settings."""
+        return settings_digest(self.settings)
+
+    def differences(self, stored: Provenance) -> str:
+        """The settings in which a stored record differs from this one, in one line; "" for equal settings."""
+        old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
+        keys = [key for key in new | old if old.get(key) != new.get(key)]
+        changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in keys]
+        return shorten("; ".join(changes), 300)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The entry of an .npz that stores this record."""
+        return {_ARRAY: np.array(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Provenance | None:
+        """The record that an .npz stores; None for a file without one, and for a file that cannot be read."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**json.loads(str(arrays[_ARRAY])))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def settings_digest(*settings: Any) -> str:
+    """12 hexadecimal digits of a hash of JSON values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()[:12]
+
+
+def array_digest(array: np.ndarray | None) -> str | None:
+    """SHA-256 of the values of an array; None for None."""
+    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 of every name, shape, dtype and value of a tree of arrays; it does not depend on their devices."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()

@@ -1,0 +1,431 @@
+"""`config.sampling` for one model: sampler and steps, classes, conditions, guidance; batches of samples, and their name."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, models, pretrained, sampling, schedules
+from diffusion_jax.config import LEAVES, clips_by_default, is_upsampler, resolve, resolve_clip
+from diffusion_jax.errors import UserError, closest_names, list_names
+from diffusion_jax.images import to_uint8
+from diffusion_jax.provenance import array_digest, params_digest, settings_digest
+from diffusion_jax.runs.sampling_setup import (
+    LEAVES_WITHOUT_EFFECT,
+    resolve_spacing,
+    respace,
+    sampler_from_config,
+    unused_leaves,
+)
+from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.training import condition_shape
+
+__all__ = [
+    "FILES",
+    "SamplingSettings",
+    "check_finite",
+    "class_captions",
+    "condition_captions",
+    "draw",
+    "draw_batch",
+    "parse_classes",
+    "read_conditions",
+    "read_small_images",
+    "resolve_sampling",
+    "to_examples",
+]
+
+FILES = ("classifier", "low_resolution", "conditions")  # leaves of `config.sampling`, compared by their contents
+# Leaves that the name of a file shows.
+_NAMED_LEAVES = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
+_MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """`config.sampling` for one model, from `resolve_sampling`.
+
+    config: complete, with the clip that follows from the data. schedule: the steps of the sampler. classes: the requested
+    classes, None if samples have none. labels: int32 [N], of which sample i has entry i modulo N, None without classes.
+    conditions: [N, ...] in the units of the data, and small_images, uint8 [N, h, w, C] for an upsampler, of which sample i
+    has row i modulo N; None for samples without. notes: lines to log.
+    """
+
+    config: ConfigDict
+    sampler: sampling.Sampler
+    schedule: schedules.Schedule
+    classes: tuple[int, ...] | None
+    labels: np.ndarray | None
+    conditions: np.ndarray | None
+    small_images: np.ndarray | None
+    classifier: pretrained.Model | None
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def arguments(self, indices: np.ndarray) -> dict[str, Any]:
+        """The arguments of `pretrained.Model.sample` for the samples of these numbers."""
+        options = self.config.sampling
+        return {
+            "sampler": self.sampler,
+            "steps": self.schedule,
+            "y": _rows(self.labels, indices),
+            "condition": _rows(self.conditions, indices),
+            "low": _rows(self.small_images, indices),
+            "noise_std": options["low_resolution_noise"] if self.config.diffusion.conditioning_noise else None,
+            "guidance_scale": options["guidance_scale"],
+            "guidance_interval": options["guidance_interval"] or None,
+            "guidance_rescale": options["guidance_rescale"],
+            "classifier": self.classifier,
+            "classifier_scale": options["classifier_scale"],
+            "classifier_form": options["classifier_form"],
+        }
+
+    @property
+    def name(self) -> str:
+        """The part of a file name that distinguishes samples with different options.
+
+        It shows the sampler, the steps, the classes and the guidance. A digest stands for all other options that differ from
+        their defaults.
+        """
+        options, num_steps = self.config.sampling.to_dict(), self.schedule.num_timesteps
+        hashed = {
+            name: value
+            for name, value in options.items()
+            if name not in (*LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
+        }
+        if options["clip"] != clips_by_default(self.config):
+            hashed["clip"] = options["clip"]
+        if isinstance(options["steps"], tuple | list):
+            hashed["steps"] = options["steps"]
+        parts = [f"{options['sampler']}{num_steps}"] + [options["spacing"]] * (options["spacing"] is not None)
+        if options["label"] is not None and self.classes is not None:
+            classes = "class" + "-".join(map(str, self.classes))
+            if len(classes) > _MAX_CLASSES_IN_NAME:
+                classes, hashed["classes"] = f"{len(self.classes)}classes", self.classes
+            parts.append(classes)
+        if options["guidance_scale"] != 1:
+            parts.append(f"guided{options['guidance_scale']}")
+        return "_".join(parts + ([settings_digest(hashed)[:6]] if hashed else []))
+
+    def captions(self, count: int) -> list[str] | None:
+        """The classes or short conditions of the first samples; None if they have neither."""
+        labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
+        return condition_captions(conditions) if labels is None else class_captions(labels, self.class_names)
+
+    def provenance(self, net: pretrained.Model) -> dict[str, Any]:
+        """The settings that decide the values of samples, except those of rounding, as JSON values."""
+        options = to_dict(self.config)
+        sampling = {k: v for k, v in options["sampling"].items() if k not in (*LEAVES_WITHOUT_EFFECT, *FILES)}
+        if sampling["label"] is not None and self.classes is not None:  # a name and a number may be of one class
+            sampling["label"] = list(self.classes)
+        return {
+            **net.provenance.settings,
+            "weights_digest": params_digest(net.params),
+            "classifier_digest": None if self.classifier is None else params_digest(self.classifier.params),
+            "conditions_digest": array_digest(self.conditions),
+            "low_resolution_digest": array_digest(self.small_images),
+            "labels_digest": array_digest(self.labels),
+            "normalization": {name: value.to_json() for name, value in net.normalizations.items()},
+            "image_shape": list(net.example_shape),
+            "model": options["model"],
+            "diffusion": options["diffusion"],
+            "sampling": sampling,
+            "num_steps": self.schedule.num_timesteps,
+        }
+
+
+def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    return None if values is None else values[indices % len(values)]
+
+
+def resolve_sampling(
+    config: ConfigDict, net: pretrained.Model, conditions: np.ndarray | None = None, read_files: bool = True
+) -> SamplingSettings:
+    """Checks `config.sampling` for a model, before anything is compiled.
+
+    conditions: [N, ...] in the units of the data, in place of `sampling.conditions`. read_files: False leaves out the files
+    that the config names; classes are then checked only if no classifier guides.
+    Raises: UserError or ValueError for values that are not allowed, or do not fit the model or one another; DataError.
+    """
+    config = resolve(config)
+    config.sampling.clip = resolve_clip(config)
+    options = config.sampling.to_dict()
+    sampler = sampler_from_config(options, config["diffusion"])
+    schedule = respace(net.schedule, options, sampler)
+    _check_guidance(config, net)
+    warning = _check_steps(options, net.schedule, schedule, sampler)
+    classifier = _load_classifier(options, net) if options["classifier"] and read_files else None
+    classes = labels = small_images = None
+    num_classes = net.num_classes if classifier is None else classifier.num_classes
+    if read_files or not options["classifier"]:
+        classes = parse_classes(options["label"], num_classes, net.class_names)
+        labels = None if classes is None else np.array(classes, np.int32)
+    if read_files:
+        conditions = read_conditions(config) if conditions is None else conditions
+        small_images, given_labels = read_small_images(config)
+        if given_labels is not None and labels is not None and options["label"] is None:
+            if given_labels.dtype.kind not in "iu" or given_labels.min() < 0 or given_labels.max() >= num_classes:
+                raise UserError(f"the small images' labels (arr_1) must be classes in 0 ... {num_classes - 1}")
+            labels = given_labels.astype(np.int32)
+    notes = [warning, *(f"{leaf} has no effect here" for leaf in unused_leaves(options))]
+    normalization = net.normalizations.get("condition")
+    if conditions is not None and normalization is not None:
+        notes.append(normalization.describe_outside(conditions))
+    return SamplingSettings(
+        config=config,
+        sampler=sampler,
+        schedule=schedule,
+        classes=classes,
+        labels=labels,
+        conditions=conditions,
+        small_images=small_images,
+        classifier=classifier,
+        class_names=net.class_names,
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def _check_guidance(config: ConfigDict, net: pretrained.Model) -> None:
+    options, model = config.sampling, net.model
+    if options.guidance_scale != 1 and model.null_label is None and model.null_condition is None:
+        raise UserError(
+            f"sampling.guidance_scale={options.guidance_scale} needs a model trained with model.num_classes and "
+            "model.label_dropout above 0, or with conditions and model.condition_dropout above 0; use 1, or "
+            "sampling.classifier"
+        )
+    if options.low_resolution and not is_upsampler(config):
+        raise UserError(
+            f"sampling.low_resolution={options.low_resolution!r} is for models that enlarge images "
+            "(data.low_resolution)"
+        )
+    noise, maximum = options.low_resolution_noise, net.conditioning_noise
+    if noise > maximum:
+        raise UserError(
+            f"sampling.low_resolution_noise={noise} must lie in 0 ... {maximum}, the noise that the model was trained "
+            "with (diffusion.conditioning_noise)"
+        )
+    if options.classifier and options.classifier_form == "mean" and options.sampler != "ddpm":
+        raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
+
+
+def _check_steps(
+    options: Mapping[str, Any], full: schedules.Schedule, schedule: schedules.Schedule, sampler: sampling.Sampler
+) -> str | None:
+    """The reason why samples will look wrong on these steps, with advice; None if none is known.
+
+    Raises: UserError for steps on which the sampler is known to fail.
+    """
+    spacing = resolve_spacing(options, sampler, full)
+    advice = more = "more steps (sampling.steps)"
+    if spacing != "log_snr" and not full.zero_terminal_snr:
+        advice = f"sampling.spacing=log_snr or {more}"
+    problem = sampling.find_problem(sampler, schedule)
+    if problem is not None:
+        leaves = f"sampling.sampler={options['sampler']}"
+        if options["steps"] is not None:
+            leaves += f" with sampling.steps={options['steps']} and spacing {spacing}"
+        raise UserError(f"{leaves}: {problem}; use {advice}, or sampling.sampler=ddim")
+    blur, growth = sampling.find_blur(schedule), sampling.find_error_growth(sampler, schedule)
+    if growth is None:
+        return f"{blur}; use {advice}" if blur else None
+    steps = more if spacing == "log_snr" else "--config.sampling.spacing=log_snr"
+    if options["steps"] is None:
+        steps = "--config.sampling.steps=250 --config.sampling.spacing=log_snr"
+    return f"{growth}; use {steps}, --config.sampling.clip=True for data in [-1, 1], or a model that predicts v"
+
+
+def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
+    """The guiding classifier, on the devices of the model. Raises: UserError for one that does not suit the model."""
+    path = options["classifier"]
+    try:
+        classifier = pretrained.load(path, ema=options["use_ema"])
+    except pretrained.PretrainedError as error:
+        raise UserError(f"sampling.classifier={path}: {error}") from error
+    if not isinstance(classifier.model, models.Classifier):
+        raise UserError(f"sampling.classifier={path} holds no classifier; --mode=train_classifier makes one")
+    differences = net.find_differences(classifier)
+    if classifier.example_shape != net.example_shape:
+        differences.append(f"images: {classifier.example_shape} there, {net.example_shape} here")
+    if differences:
+        raise UserError(f"sampling.classifier={path} was trained on other x_t ({'; '.join(differences)})")
+    if net.num_classes not in (0, classifier.num_classes):
+        raise UserError(
+            f"sampling.classifier={path} has {classifier.num_classes} classes and the model has {net.num_classes}; they "
+            "must agree"
+        )
+    if classifier.normalizations.get("x") != net.normalizations.get("x"):
+        raise UserError(
+            f"sampling.classifier={path} was trained on data with other constants of data.normalization (data.json); "
+            "train both on the same data"
+        )
+    return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
+
+
+# ---- Samples
+
+
+def draw(net: pretrained.Model, settings: SamplingSettings, key, indices: np.ndarray, **arguments: Any) -> Any:
+    """`net.sample` with the settings of the samples of these numbers, and further arguments."""
+    with warnings.catch_warnings():  # `settings.notes` contains them, with the names of settings
+        warnings.simplefilter("ignore")
+        return net.sample(key, len(indices), **settings.arguments(indices) | arguments)
+
+
+def draw_batch(net: pretrained.Model, settings: SamplingSettings, seed: int, index: int, batch_size: int) -> np.ndarray:
+    """Samples index B ... (index + 1) B - 1: uint8 [B, *spatial, C], or float32 in the units of continuous data.
+
+    They are on every process, each of which calls this.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    return to_examples(net, draw(net, settings, key, index * batch_size + np.arange(batch_size)))
+
+
+def to_examples(net: pretrained.Model, samples: Any) -> np.ndarray:
+    """The result of `net.sample` as files contain it: uint8 for gray levels, or in the units of continuous data."""
+    return np.asarray(samples if net.levels is None else to_uint8(samples))
+
+
+def check_finite(samples: np.ndarray) -> None:
+    """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
+    if samples.dtype != np.uint8 and not np.isfinite(samples).all():
+        raise UserError(
+            "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
+            "sampling.clip=True",
+            exit_code=1,
+        )
+
+
+# ---- Classes
+
+
+def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Each label with its name, as "class 1: cats"; only the number if it has no other name."""
+    known = [names[y] if y < len(names) else "" for y in labels.tolist()]
+    pairs = zip(labels.tolist(), known, strict=True)
+    return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
+
+
+def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, ...] | None:
+    """The classes of `sampling.class`: all classes for None; None for a model without classes. Raises: UserError.
+
+    value: a class or several, each an index or a name; a string may list several, as in "3,cats".
+    """
+    if value is None:
+        return tuple(range(num_classes)) or None
+    if not num_classes:
+        raise UserError(f"sampling.class={value}, but the model has no classes (model.num_classes=0)")
+    classes = value
+    if isinstance(value, str) and value not in names:
+        classes = [part.strip(" '\"") for part in value.strip("()[] ,").split(",")]
+    indices = []
+    for y in classes if isinstance(classes, tuple | list) else (classes,):
+        if isinstance(y, str):
+            y = names.index(y) if y in names else int(y) if y.isdecimal() else y
+        elif str(y) in names and names.index(str(y)) != y:
+            raise UserError(
+                f"sampling.class={y} is ambiguous: {str(y)!r} is the name of class {names.index(str(y))}; give the name of "
+                f"the class, as in --config.sampling.class=\"'{y}'\""
+            )
+        if type(y) is not int or not 0 <= y < num_classes:
+            known = f" ({list_names(names, 20)})" if names else ""
+            near = closest_names(y, names, count=3) if isinstance(y, str) else []
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
+        indices.append(y)
+    return tuple(indices)
+
+
+# ---- Conditions
+
+
+def read_conditions(config: ConfigDict) -> np.ndarray | None:
+    """The conditions of samples [N, ...] in the units of the data; None without `sampling.conditions`.
+
+    Raises: UserError for a file that is missing or unreadable, or conditions that the model does not take.
+    """
+    options, shape = config.sampling, condition_shape(config)
+    leaf = f"sampling.conditions={options.conditions!r}"
+    expected = ", ".join(map(str, ("N", *(shape or ()))))
+    if not options.conditions:
+        file = f"sampling.conditions=FILE.npy, numbers [{expected}] in the units of the data"
+        if shape is not None and not config.model.condition_dropout:
+            raise UserError(f"this model needs conditions: set {file}")
+        if shape is not None and options.guidance_scale != 1 and not config.model.label_dropout:
+            raise UserError(f"sampling.guidance_scale={options.guidance_scale} guides by conditions: set {file}")
+        return None
+    if shape is None:
+        raise UserError(f"{leaf}: this model takes no conditions (model.condition_features, model.condition_channels)")
+    path = local_path(options.conditions)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray) and "condition" not in loaded:
+            raise UserError(
+                f"{leaf} has no array 'condition', only {list_names(map(repr, loaded), 8)}; save it under that name"
+            )
+        conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None
+    if conditions.dtype.kind not in "iuf" or conditions.shape[1:] != shape or not len(conditions):
+        raise UserError(
+            f"{leaf} holds {conditions.dtype} {list(conditions.shape)}; this model takes numbers [{expected}]"
+        )
+    finite = np.isfinite(conditions).reshape(len(conditions), -1).all(axis=1)
+    if not finite.all():
+        raise UserError(f"{leaf}: row {finite.argmin()} has values that are not finite")
+    return conditions
+
+
+def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
+    """The numbers of short conditions [N, D], such as "0.5, 2"; None for long ones and arrays."""
+    if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
+        return None
+    return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
+
+
+# ---- Small images
+
+
+def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(the images of `sampling.low_resolution`, uint8 [N, h, w, C], their labels [N] or None); (None, None) without one.
+
+    Raises: UserError, DataError.
+    """
+    path, side = config.sampling.low_resolution, config.data.low_resolution
+    if not side:
+        return None, None
+    if not path:
+        raise UserError(
+            "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
+        )
+    height, width, channels = data.example_shape(config.data)
+    size = (side, width * side // height)
+    source = local_path(path)
+    if source.is_dir():
+        folder = data.Folder(str(source), size, channels)
+        return folder.read(np.arange(len(folder)))["image"], None
+    try:
+        with np.load(source, allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays.get("arr_1")
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
+        ) from None
+    if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
+            f"{size[0]}x{size[1]} with {channels} channels"
+        )
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UserError(
+            f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}; there must be "
+            "one label for each image"
+        )
+    return images, labels
