@@ -263,12 +263,7 @@ def _interpolate(context: _Context) -> _Edit:
 
     def apply(key, denoise_fn, make_sampler):
         x_0, other = context.to_model(first), context.to_model(second)
-        encoding = sampling.EncodeOptions()
-        if t is None:
-            names = setup.parameterization
-            encoding = sampling.EncodeOptions(prediction=names["prediction"], variance=names["variance"])
-        x = editing.interpolate(key, setup.schedule, denoise_fn, x_0, other, weights, make_sampler(), t=t, **encoding)
-        return x[:, 0]
+        return editing.interpolate(key, setup.schedule, denoise_fn, x_0, other, weights, make_sampler(), t=t)[:, 0]
 
     return _Edit(np.stack([first, second]), ["image", "other"], apply)
 

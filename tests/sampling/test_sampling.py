@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, process, sampling, schedules
+from diffusion_jax import editing, sampling, schedules
 from helpers.jaxprs import calls, equations, loops
 
 NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
@@ -120,7 +120,7 @@ def test_samples_of_two_point_data_are_the_points():
     schedule = thousand("linear")
 
     def denoise_fn(x_t, time):  # E[x_0 | x_t] for x_0 = +-1
-        alpha_bar = process.lookup(schedule.alpha_bar, time.astype(jnp.int32), x_t)
+        alpha_bar = schedule.at(time.astype(jnp.int32), x_t).alpha_bar
         return jnp.tanh(jnp.sqrt(alpha_bar) * x_t / (1 - alpha_bar))
 
     x_T = jax.random.normal(jax.random.key(1), (2000, 1))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import process, sampling, schedules
-from diffusion_jax.sampling import noise_levels
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
 
 KEY = jax.random.key(0)
@@ -173,7 +172,7 @@ def test_every_solver_from_pure_noise(name):
     alpha_bar = np.append(FULL.alpha_bar[:-1], 0.0)
 
     def network(x, time):
-        alpha_bar_t = process.lookup(alpha_bar, jnp.round(time).astype(int), x)
+        alpha_bar_t = zero.at(jnp.round(time).astype(int), x).read(alpha_bar)
         # PNDM's half-way points and churn lie between the table's; at its end log alpha_bar falls too fast to interpolate.
         fraction = time % 1.0
         exact = jax.nn.sigmoid(zero.log_snr(time))[:, None]
@@ -199,8 +198,8 @@ def test_noise_levels_between_steps_include_pure_noise(prediction):
     x = jnp.array([[0.5, -1.0]])
 
     def x_0(x, alpha):
-        level = noise_levels.NoiseLevel(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
-        return noise_levels.denoise_between_steps(zero, network, x, level, prediction, "fixed_large", False).x_0
+        level = schedules.NoiseLevel(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
+        return sampling.Sampler(prediction=prediction, clip=False).denoise_between_steps(zero, network, x, level).x_0
 
     for alpha in (0.0, 1e-30, 0.6):
         alpha = jnp.float32(alpha)
