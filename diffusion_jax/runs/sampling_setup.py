@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from diffusion_jax.runs.sampling_conditions import class_captions, parse_classes
 
 __all__ = [
     "LEAVES_WITHOUT_EFFECT",
-    "SAMPLERS",
     "BatchSampler",
     "SamplingSetup",
     "check_finite",
@@ -34,19 +34,6 @@ __all__ = [
     "unused_leaves",
 ]
 
-# The samplers by name, each with the leaves of `config.sampling` that only it reads, its first arguments.
-SAMPLERS: dict[str, tuple[Callable[..., sampling.Sampler], tuple[str, ...]]] = {
-    "ddpm": (sampling.ddpm, ()),
-    "ddim": (sampling.ddim, ("eta",)),
-    "euler": (sampling.euler, ()),
-    "euler_ancestral": (sampling.euler_ancestral, ()),
-    "heun": (sampling.heun, ()),
-    "dpm_solver_pp": (sampling.dpm_solver_pp, ("order",)),
-    "unipc": (sampling.unipc, ("order",)),
-    "deis": (sampling.deis, ("order",)),
-    "pndm": (sampling.pndm, ()),
-    "plms": (functools.partial(sampling.pndm, runge_kutta=False), ()),
-}
 # Leaves of `config.sampling` that no sample depends on.
 LEAVES_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
 # Leaves that the name of a file shows.
@@ -57,10 +44,10 @@ _MAX_CLASSES_IN_NAME = 40
 def unused_leaves(options: Mapping) -> list[str]:
     """Leaves of `config.sampling` without effect, each with the setting that would use it."""
     unused = []
-    for leaf in ("eta", "order"):
-        readers = [name for name, (_, leaves) in SAMPLERS.items() if leaf in leaves]
-        if options[leaf] != LEAVES[f"sampling.{leaf}"].default and options["sampler"] not in readers:
-            unused.append(f"sampling.{leaf}={options[leaf]!r} (only with sampling.sampler={', '.join(readers)})")
+    for leaf, value in options.items():
+        readers = sampling.samplers_with(leaf)
+        if readers and options["sampler"] not in readers and value != LEAVES[f"sampling.{leaf}"].default:
+            unused.append(f"sampling.{leaf}={value!r} (only with sampling.sampler={', '.join(readers)})")
     if options["classifier_scale"] != 1 and not options["classifier"]:
         unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
     for leaf in ("guidance_interval", "guidance_rescale"):
@@ -72,23 +59,20 @@ def unused_leaves(options: Mapping) -> list[str]:
 def sampler_from_config(
     options: Mapping, parameterization: Mapping[str, Any], clip: Callable | None = None, **arguments
 ) -> sampling.Sampler:
-    """The sampler of `config.sampling`, whose `clip` is resolved.
+    """The sampler of `config.sampling`, whose `clip` is resolved: each argument is the setting of its name.
 
     parameterization: a mapping with `prediction` and `variance`, such as `config.diffusion`. clip: a function from the
     clipping of `sampling.clip` to the one to use instead. arguments: more arguments of the sampler.
     Raises: ValueError for values that the sampler does not take.
     """
-    make_sampler, leaves = SAMPLERS[options["sampler"]]
+    make_sampler = sampling.SAMPLERS[options["sampler"]]
     clipping = options["clip"]
     if clipping == "dynamic":
         clipping = process.dynamic_threshold(options["clip_quantile"])
-    return make_sampler(
-        *(options[leaf] for leaf in leaves),
-        clip=clipping if clip is None else clip(clipping),
-        prediction=parameterization["prediction"],
-        variance=parameterization["variance"],
-        **arguments,
-    )
+    settings = {**options, **{name: parameterization[name] for name in ("prediction", "variance")}}
+    settings["clip"] = clipping if clip is None else clip(clipping)
+    names = inspect.signature(make_sampler).parameters.keys() & settings.keys()
+    return make_sampler(**{name: settings[name] for name in names}, **arguments)
 
 
 def _resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
@@ -215,8 +199,7 @@ class SamplingSetup:
     @property
     def is_stochastic(self) -> bool:
         """Whether two samples from the same x_T differ."""
-        sampler, eta = self._options["sampler"], self._options["eta"]
-        return sampler in ("ddpm", "euler_ancestral") or (sampler == "ddim" and eta > 0)
+        return sampler_from_config(self._options, self.parameterization).is_stochastic
 
     @property
     def parameterization(self) -> dict[str, str]:

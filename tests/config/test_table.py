@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from diffusion_jax import config, models
+from diffusion_jax import config, models, sampling
 from diffusion_jax.config import values
 from diffusion_jax.evaluation import named_metrics, ode_likelihood
-from diffusion_jax.runs import edit, sampling_setup
+from diffusion_jax.runs import edit
 
 
 def wrong_value(kind):
@@ -65,7 +65,7 @@ def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():
         kind = kind.item if isinstance(kind, values.Tuple) else kind
         return kind.choices
 
-    assert names("sampling.sampler") == tuple(sampling_setup.SAMPLERS)
+    assert names("sampling.sampler") == tuple(sampling.SAMPLERS)
     assert names("editing.task") == tuple(edit.TASKS)
     metrics = named_metrics.METRICS + named_metrics.ARRAY_METRICS
     assert names("evaluation.metrics") == tuple(dict.fromkeys(metrics))

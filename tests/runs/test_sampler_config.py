@@ -29,7 +29,7 @@ OPTIONS = {  # every option of every sampler, off its usual value
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    assert OPTIONS.keys() == set(sampling_setup.SAMPLERS)
+    assert OPTIONS.keys() == set(sampling.SAMPLERS)
     options, made = OPTIONS[name]
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
