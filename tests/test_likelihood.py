@@ -268,6 +268,14 @@ def test_bad_arguments():
             likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, strata=strata)
     with pytest.raises(ValueError, match="twice the channels"):
         likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0, variance="learned")
+    for options, assumed, others in [
+        ({"gray_levels": None}, "clip=True", "clip=False"),
+        ({"clip": False}, "gray_levels=256", "gray_levels=None"),
+        ({}, "gray_levels=256 and clip=True", "gray_levels=None and clip=False"),
+    ]:
+        words = rf"x_0 has the value 1.5, outside of \[-1, 1\], the range for {assumed}; .* use {others} for other data"
+        with pytest.raises(ValueError, match=words):
+            likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, keep, x_0 + 1.5, **options)
 
 
 def test_the_bound_of_bfloat16_images_is_that_of_their_values():

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import editing, process, sampling, schedules
 
-NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+NAMES = list(schedules.SCHEDULES)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,7 @@ def test_spacings_of_the_noise_level_need_a_finite_one():
         ("ddim0", "no integer stride"),
         ("10,,5", "write"),
         ("2000", "must lie in 1"),
+        ("10,0,5", "section 1 has 333 steps; its count must lie in 1 ... 333, got 0"),
         (0, "whole number in 1"),
         (1001, "whole number in 1"),
         (2.5, "whole number"),

@@ -70,27 +70,17 @@ def run(*command, cwd, code=0, **variables):
 @pytest.fixture
 def environment(tmp_path):
     """The executables of an environment with a wheel of this package and, by a .pth file, the packages of this one."""
-    if tuple(map(int, importlib.metadata.version("setuptools").split(".")[:1])) < (77,):
-        pytest.skip("setuptools 77 is needed to build the package without a download; pip install 'setuptools>=77'")
     source, home = tmp_path / "source", tmp_path / "environment"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "tests", "__pycache__")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: ignored(folder, names) if folder == str(ROOT) else [])
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
     site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (site / "test_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [
-        "-m",
-        "pip",
-        "--python",
-        home / "bin" / "python",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-    ]
+    options = ["--no-deps", "--no-build-isolation", "--no-index"]
     found = str(importlib.metadata.distribution("setuptools").locate_file(""))  # it need not be among these packages
     path = {} if found == sysconfig.get_path("purelib") else {"PYTHONPATH": found}
-    run(sys.executable, *pip, source, cwd=tmp_path, **path)
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", *options]
+    run(*pip, source, cwd=tmp_path, **path)
     shutil.rmtree(source)
     return home / "bin"
 
@@ -99,19 +89,10 @@ def environment(tmp_path):
 def test_an_installed_package_trains_from_any_directory(environment, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    _, err = run(environment / "python", "-c", "import configs", cwd=elsewhere, code=1)
-    assert "ModuleNotFoundError: No module named 'configs'" in err
-    names, _ = run(
-        environment / "python",
-        "-c",
-        "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())",
-        cwd=elsewhere,
-    )
+    code = "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())"
+    names, _ = run(environment / "python", "-c", code, cwd=elsewhere)
     assert names.split() == config.experiment_names()
     flags = [f"--config.{leaf}={value}" for leaf, value in SMALL.items()]
-    out, _ = run(
-        environment / "diffusion-jax", "--config=digits", "--workdir=run", *flags, cwd=elsewhere, JAX_PLATFORMS="cpu"
-    )
+    command = [environment / "diffusion-jax", "--config=digits", "--workdir=run", *flags]
+    out, _ = run(*command, cwd=elsewhere, JAX_PLATFORMS="cpu")
     assert "Done: 20 steps" in out and (elsewhere / "run" / "checkpoints" / "20").is_dir()
-    _, err = run(environment / "diffusion-jax", "--config=digitz", "--workdir=run", cwd=elsewhere, code=2)
-    assert err == "error: --config=digitz: no such file or experiment; give a Python file, or a name such as digits\n"

@@ -24,36 +24,26 @@ def test_the_shape_of_examples():
         assert data.example_shape(CONFIG | {"image_size": size}) == shape
 
 
-class Numbers:
+def numbers(n):
     """A source whose image i is filled with i."""
-
-    num_classes, class_names = 0, ()
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def read(self, indices):
-        indices = np.asarray(indices, np.int32)
-        images = indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2)
-        return {"image": images, "label": indices}
+    indices = np.arange(n, dtype=np.int32)
+    images = indices.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(2, 1).repeat(2, 2)
+    return data.InMemory({"image": images, "label": indices})
 
 
 def test_batches_visit_every_example_once_per_epoch():
     """7 examples in batches of 3: batches span epochs, and 7 batches are exactly 3 epochs."""
-    batches = data.Batches(Numbers(7), seed=0, batch_size=3, num_steps=7)
+    batches = data.Batches(numbers(7), seed=0, batch_size=3, num_steps=7)
     seen = np.concatenate([batches[step]["label"] for step in range(7)])
     for epoch in seen.reshape(3, 7):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(7))
     assert (seen[:7] != seen[7:14]).any()  # another order each epoch
-    other = data.Batches(Numbers(7), seed=1, batch_size=3, num_steps=7)
+    other = data.Batches(numbers(7), seed=1, batch_size=3, num_steps=7)
     assert (np.concatenate([other[step]["label"] for step in range(7)]) != seen).any()
 
 
 def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
-    source = Numbers(10)
+    source = numbers(10)
     whole = data.Batches(source, 3, 4, 20)
     memory = data.Batches(data.InMemory.load(source), 3, 4, 20)
     halves = [data.Batches(source, 3, 4, 20, rows) for rows in (slice(0, 2), slice(2, 4))]
@@ -67,7 +57,7 @@ def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
 @pytest.mark.whole
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_starts_at_any_step(workers):
-    batches = data.Batches(Numbers(10), 3, 4, 12)
+    batches = data.Batches(numbers(10), 3, 4, 12)
     got = list(data.stream(batches, start=5, workers=workers))
     assert len(got) == 7
     for step, batch in enumerate(got, 5):
@@ -83,13 +73,7 @@ def test_digits_equal_those_of_scikit_learn():
         images, labels = data.Digits(split, (8, 8), 1).read(np.arange(chosen.sum())).values()
         np.testing.assert_array_equal(images[..., 0], np.round(digits.images[chosen] * 255 / 16))
         np.testing.assert_array_equal(labels, digits.target[chosen])
-
-
-def test_digits_load_as_train_and_test_split():
-    train, test = data.load(CONFIG), data.load({**CONFIG, "split": "test"})
-    assert len(train) + len(test) == 1797 and train.num_classes == 10
-    assert train.arrays["image"].shape[1:] == (8, 8, 1) and len(np.unique(train.arrays["image"])) == 17
-    assert set(np.unique(test.arrays["label"])) == set(range(10))
+    assert len(data.load(CONFIG)) == 1498 and data.load(CONFIG).num_classes == 10
     with pytest.raises(data.DataError, match="'train' and 'test'"):
         data.load({**CONFIG, "split": "validation"})
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -110,23 +109,3 @@ def test_a_disk_that_cannot_be_written_costs_a_line(folder, cache, monkeypatch, 
     (line,) = [line for line in log if "decoded images are not kept" in line]
     assert decoded and len(source) == 6 and str(cache) in line
     assert broken == "read-only" or not list(cache.iterdir())
-
-
-def test_launches_at_once_write_one_complete_file(folder, cache, monkeypatch):
-    expected, results, lines = examples(load(folder, cache_decoded=False)[0]), [], []
-    savez, all_have_written = np.savez, threading.Barrier(4, timeout=60)
-
-    def write_and_wait(*arguments, **arrays):
-        savez(*arguments, **arrays)
-        all_have_written.wait()
-
-    monkeypatch.setattr(np, "savez", write_and_wait)
-    threads = [threading.Thread(target=lambda: results.append(load(folder, lines.append)[0])) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not [line for line in lines if "are not kept" in line]
-    for source in [*results, load(folder)[0]]:
-        assert_equal(expected, examples(source))
-    assert [path.suffix for path in cache.iterdir()] == [".npz"]

@@ -33,8 +33,6 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One download; every other request is answered by an error."""
-
     def do_GET(self):
         self.server.requests += 1
         behavior, body = self.server.behavior, self.server.body
@@ -91,6 +89,7 @@ def check(source):
 
 
 def test_a_missing_data_set_is_prepared_once(server, tmp_path, capsys):
+    assert "prepare it with: python -c" in refusal(tmp_path, download=False) and server.requests == 0
     check(data.load(config(tmp_path / "new" / "tfds")))
     assert f"The data set 'local_fruit' is not in {tmp_path}/new/tfds: it is downloaded" in capsys.readouterr().out
     info = json.loads((tmp_path / "new/tfds/local_fruit/1.0.0/dataset_info.json").read_text())
@@ -99,18 +98,17 @@ def test_a_missing_data_set_is_prepared_once(server, tmp_path, capsys):
     assert server.requests == 1 and not capsys.readouterr().out
 
 
-def test_without_download_no_request_is_sent(server, tmp_path):
-    said = refusal(tmp_path, download=False)
-    assert "prepare it with: python -c" in said and server.requests == 0 and not list(tmp_path.iterdir())
-
-
-def test_a_rerun_succeeds_after_a_failed_download(server, tmp_path):
+def test_a_rerun_succeeds_after_a_failed_download_or_builder(server, tmp_path, monkeypatch):
     server.behavior = "404"
     said = refusal(tmp_path)
     assert f"the data set 'local_fruit' cannot be prepared in {tmp_path}: " in said and "HTTP code: 404" in said
     assert "; rerun the same command, set data.data_dir" in said
     server.behavior = "good"
+    monkeypatch.setattr(LocalFruit, "fault", KeyError("a builder's\nown fault"))
+    assert "KeyError: \"a builder's" in refusal(tmp_path)
+    monkeypatch.setattr(LocalFruit, "fault", None)
     check(data.load(config(tmp_path)))
+    assert server.requests == 2  # the archive is kept
 
 
 def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
@@ -127,14 +125,6 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
     assert "nowhere.invalid does not answer (nothing in 0 s); set data.data_dir to its directory, or prepare it" in said
     assert "on another machine with: python -c" in said and not list(tmp_path.iterdir())
     waiting.set()
-
-
-def test_the_error_of_a_builder_is_one_line(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(LocalFruit, "fault", KeyError("a builder's\nown fault"))
-    assert "KeyError: \"a builder's" in refusal(tmp_path)
-    monkeypatch.setattr(LocalFruit, "fault", None)
-    check(data.load(config(tmp_path)))
-    assert server.requests == 1  # the archive is kept
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,6 @@ def labeled(i):
             r'"x" as float64 \[\d+, 4\]; .* must be int64 \[\d+, 4\]',
         ),
         (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" as float64 \[\d+, 1\]; as for .* must be float64 \[\d+, 4\]'),
-        (lambda i: {"x": X[i[:100]]}, r'"x" as float64 \[100, 4\]; as for its first example'),
         (later(labeled, of_x), "returns 'x', but for its first example 'x', 'label'"),
         (later(of_x, labeled), "returns 'x', 'label', but for its first example 'x'"),
         (lambda i: {"x": X[i], "label": i % 4}, "labels from 0 to 3; num_classes=3 allows 0 ... 2"),
@@ -68,8 +67,7 @@ def test_a_batch_unlike_the_first_example_is_refused(memory_mb, function, words)
     ("arrays", "words"),
     [
         ({"label": np.zeros((600, 1), int)}, r'"label" as int64 \[4, 1\]; it must be integers \[n\]'),
-        ({"label": np.zeros(600)}, r'"label" as float64 \[4\]; it must be integers'),
-        ({"condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]$'),
+        ({"condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]'),
         ({"condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
         ({"labels": np.zeros(600, int)}, "optionally \"label\" and \"condition\"; got 'x', 'labels'"),
     ],
@@ -78,11 +76,6 @@ def test_labels_and_conditions_of_another_kind_are_refused(arrays, words):
     source = Function(lambda i: {"x": X[i]} | {name: array[i] for name, array in arrays.items()})
     with pytest.raises(data.DataError, match=words):
         data.load(leaves(), source=source)
-    if arrays.keys() == {"condition"} and words.endswith("$"):
-        series = {"image_size": (2,), "channels": 2}
-        source = Function(lambda i: {"x": X[i].reshape(-1, 2, 2), "condition": X[i, :3, None]})
-        with pytest.raises(data.DataError, match=r"\[4, 3, 1\]; it must be numbers \[n, D\] or \[n, 2, K\]"):
-            data.load(leaves(**series), source=source)
 
 
 class Lists:

@@ -1,18 +1,14 @@
 """Signals and the watchdog, without a run."""
 
-import os
 import signal
 import threading
 import time
 
 import pytest
 
-from diffusion_jax import cli
-from diffusion_jax.distributed import preemption, processes, watchdog
+from diffusion_jax.distributed import processes, watchdog
 from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
-from diffusion_jax.runs import devices, train
-from diffusion_jax.training.checkpoints import resume_hint
 from helpers.paths import ROOT
 from helpers.program import finish, start
 
@@ -74,37 +70,6 @@ def test_signal_ends_a_call_that_python_cannot_interrupt(tmp_path, numbers):
     reason = reason if len(numbers) == 1 else "stopped at once by a second Ctrl-C"
     assert code == exit_code and err == f"error: {reason}; nothing was saved yet\n"
     assert out.count("Press it again") == len(numbers) - 1
-
-
-@pytest.fixture
-def restored_handlers():
-    previous = {number: signal.getsignal(number) for number in ENDINGS}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", ENDINGS)
-def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatch, capfd, restored_handlers):
-    """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
-    ended, messages = threading.Event(), []
-
-    def barrier(name):
-        os.kill(os.getpid(), number)
-        assert ended.wait(20)
-
-    monkeypatch.setattr(preemption, "exit_now", lambda message, code: (messages.append((message, code)), ended.set()))
-    monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
-    monkeypatch.setattr(devices, "start", lambda: None)
-    monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
-    monkeypatch.setattr(processes, "barrier", barrier)
-    cli.main(["--config=digits", f"--workdir={tmp_path}"])
-    signal.getsignal(number)(number, None)
-    reason, exit_code = ENDINGS[number]
-    (in_the_barrier, code), (afterwards, second_code) = messages
-    assert code == second_code == exit_code
-    assert in_the_barrier == f"{reason}; {resume_hint(tmp_path)}"
-    assert afterwards == f"error: {reason}; {preemption.rerun_hint()}\n"
 
 
 @pytest.mark.parametrize(

@@ -14,35 +14,10 @@ from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
-from helpers.program import TWO_DEVICES, evaluate, finish, free_port, start, tiny_flags
-from helpers.work_directories import lines, untrained
+from helpers.program import ALL_MODES, evaluate, finish, run_together, start, tiny_flags
+from helpers.work_directories import assert_close_losses, untrained
 
 pytestmark = pytest.mark.whole
-
-# main.py, and then what else it can do, in the same processes: a launch costs more than its steps.
-ALL_MODES = f"""
-import pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
-from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
-
-if __name__ == "__main__":  # the processes that read data import this file, too
-    cli.main()
-    command = cli.parse(sys.argv[1:])
-    for mode in (sample, measure_likelihood, sample_metrics):
-        mode.run(command.config, command.workdir)
-"""
-
-
-def together(program, *flags):
-    """Two processes with two devices each, to their end."""
-    joined = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
-    pair = [start(*flags, *joined, f"--process_id={i}", program=str(program), XLA_FLAGS=TWO_DEVICES) for i in range(2)]
-    outputs = [finish(process) for process in pair]
-    assert all(code == 0 for code, _, _ in outputs), outputs
-    assert "on 4 cpu devices" in outputs[0][1]
-    assert not any(word in outputs[1][1] for word in ("jax ", "Training", "Sampling"))  # the first alone speaks
-
 
 OVERRIDES = {"model.num_classes": 10, "sampling.preview_samples": 0, "training.log_every": 1, "sampling.num_samples": 4}
 OVERRIDES |= {"evaluation.num_examples": 6, "evaluation.batch_size": 4, "evaluation.strata": 4}
@@ -55,20 +30,15 @@ def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
     program = directory.with_suffix(".py")
     program.write_text(ALL_MODES)
-    together(program, *tiny_flags(directory, **OVERRIDES))
+    first, second = run_together(2, *tiny_flags(directory, **OVERRIDES), program=program)
+    assert "on 4 cpu devices" in first
+    assert not any(word in second for word in ("jax ", "Training", "Sampling"))  # the first alone speaks
     return directory
 
 
-def close(one, two):
-    """Losses agree up to the order of sums: the mean over a batch is one of partial means."""
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
-
-
-@pytest.mark.whole
 def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_path):
     train.run(tiny_config(**OVERRIDES), tmp_path)
-    close(lines(tmp_path), lines(two))
+    assert_close_losses(tmp_path, two)
     evaluate(tiny_config(**OVERRIDES), tmp_path)
     reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
     assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
@@ -84,7 +54,7 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
             assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
     for path in (tmp_path, two):  # one device; before, four
         train.run(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
-    close(lines(tmp_path), lines(two))
+    assert_close_losses(tmp_path, two)
 
 
 CONFIG_OF_ARRAYS = """
@@ -102,7 +72,6 @@ def write_config(path, kind, data_file, overrides):
     return path
 
 
-@pytest.mark.whole
 def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditions(tmp_path):
     """Streamed by worker processes, as one process on one device."""
     conditions = np.linspace(-3, 5, 24)[:, None]
@@ -115,11 +84,11 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
     file = write_config(tmp_path / "config.py", "vectors", data_file, split)
     program = tmp_path / "program.py"
     program.write_text(ALL_MODES.replace("(sample, measure_likelihood, sample_metrics)", "(sample,)"))
-    together(program, f"--config={file}", f"--workdir={tmp_path / 'two'}")
+    run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", program=program)
     config = array_config("vectors", data_file, **overrides)
     train.run(config, tmp_path / "one")
     sample.run(config, tmp_path / "one")
-    close(lines(tmp_path / "one"), lines(tmp_path / "two"))
+    assert_close_losses(tmp_path / "one", tmp_path / "two")
     drawn = []
     for name in ("one", "two"):
         (path,) = (tmp_path / name / "samples").glob("*.npz")
@@ -141,7 +110,7 @@ def test_two_processes_measure_arrays_as_one(tmp_path):
         workdir.check_data(source, untrained(tmp_path / name, config), data.find_normalizations(config.data, source))
     evaluate(config, tmp_path / "one")
     file = write_config(tmp_path / "config.py", "series", data_file, overrides)
-    together("main.py", f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
+    run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
     reports, records = [], []
     for path in (tmp_path / "one", tmp_path / "two"):
         reports.append(json.loads((path / "likelihood.json").read_text()))

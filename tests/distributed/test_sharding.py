@@ -1,17 +1,15 @@
 """Meshes: the rule that splits a state, what its program sends, the same numbers on any mesh, and relaunches on another."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from configs import cifar10
-from diffusion_jax import training
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import compiler, sharding
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
@@ -35,28 +33,10 @@ def test_split_axis_is_the_longest_divisible_axis():
     assert sharding.split_axis((256,), 8) is None and sharding.split_axis((3, 3, 128, 256), 1) is None
 
 
-def test_each_of_eight_devices_holds_an_eighth_of_the_cifar10_state():
-    """By the rule alone: parameters, moments and EMA have the same shapes."""
-    config = cifar10.get_config()
-    shapes = training.build_program(config).abstract_state
-    leaves = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
-    parts = [1 if sharding.split_axis(leaf.shape, 8) is None else 8 for leaf in leaves]
-    held = sum(leaf.size / part for leaf, part in zip(leaves, parts, strict=True))
-    assert held <= 1.1 / 8 * sum(leaf.size for leaf in leaves)
-
-
-def assert_sends_parameters_alone(program):
-    """Two gathers of every split leaf, one leaf at a time, and one sum of the gradients; activations would come on top."""
-    split = program["params"] - program["whole"]
-    assert program["kinds"] == ["all-gather", "all-reduce"]
-    assert max(program["gathers"]) <= program["largest"]
-    assert split < sum(program["gathers"]) <= 2 * split
-    assert program["reduced"] <= 1.05 * program["params"]
-
-
 @pytest.mark.whole
 def test_program_gathers_parameters_and_sums_gradients(measured):
-    """Bytes counted from the leaves: parameters, two moments and the EMA."""
+    """Two gathers of every split leaf, one at a time, and one sum of the gradients; activations would come on top. Bytes are
+    counted from the leaves: parameters, two moments and the EMA."""
     program = measured["program"]
     split = program["params"] - program["whole"]
     state = 4 * (split / 8 + program["whole"])
@@ -64,7 +44,10 @@ def test_program_gathers_parameters_and_sums_gradients(measured):
     assert program["held"] <= program["arguments"] <= 1.01 * state  # and the batch and the running sums
     assert state <= 1.15 * 4 * program["params"] / 8  # a small network: more of it is biases and norms
     assert program["init_temporary"] < program["params"]  # not even one of the four copies was whole on a device
-    assert_sends_parameters_alone(program)
+    assert program["kinds"] == ["all-gather", "all-reduce"]
+    assert max(program["gathers"]) <= program["largest"]
+    assert split < sum(program["gathers"]) <= 2 * split
+    assert program["reduced"] <= 1.05 * program["params"]
 
 
 @pytest.mark.whole
@@ -89,13 +72,6 @@ def test_losses_are_equal_on_every_mesh(measured):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
-@pytest.mark.whole
-def test_checkpoint_resumes_on_another_mesh(measured):
-    for mesh, (whole, loss) in measured["relaunches"].items():
-        assert whole, mesh
-        np.testing.assert_allclose(loss, measured["trajectories"]["losses"]["1x1"][1], rtol=1e-5, err_msg=mesh)
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -109,3 +85,29 @@ def test_make_mesh_refuses_sizes_other_than_the_number_of_devices(overrides, wor
     monkeypatch.setattr("jax.device_count", lambda: 8)
     with pytest.raises(ValueError, match=words):
         sharding.make_mesh(tiny_config(**overrides).mesh)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "batch_size", "parts", "words"),
+    [
+        (8, 12, 1, "multiple of the 8 devices; nearest: 8 or 16"),
+        (8, 16, 4, "multiple of 32, the 8 devices times training.accumulation_steps=4; nearest: 32$"),
+        (1, 6, 4, "multiple of 4, the 1 device times training.accumulation_steps=4"),
+    ],
+)
+def test_a_batch_that_does_not_divide_names_the_nearest(num_devices, batch_size, parts, words):
+    mesh = dataclasses.make_dataclass("Mesh", ["size"])(num_devices)
+    with pytest.raises(ValueError, match=words):
+        sharding.check_divides(batch_size, mesh, "training.batch_size", parts)
+
+
+def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
+    compiler.options.cache_clear()
+    assert compiler.options() == {}
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
+    compiler.options.cache_clear()
+    assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler.options() == {}
+    compiler.options.cache_clear()

@@ -9,24 +9,51 @@
 import json
 import re
 import shlex
+from typing import NamedTuple
 
 import pytest
-from documents import markdown
 
 import configs.digits
 from diffusion_jax import cli
 from diffusion_jax.runs import recipe_checks, workdir
 from helpers import published_files
+from helpers.paths import ROOT
 
 KINDS = {"python", "py", "sh", "console", "text", "json", "toml", ""}
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
-WITH_PYTHON = [page for page in markdown.pages() if any(block.kind == "python" for block in markdown.blocks(page))]
-WITH_SHELL = [page for page in markdown.pages() if any(block.kind == "sh" for block in markdown.blocks(page))]
+BLOCK = re.compile(r"^ *(`{3,})[ ]*(\S*)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", markdown.pages(), ids=markdown.name)
+class Block(NamedTuple):
+    kind: str
+    text: str
+    line: int  # of its first line of text
+
+
+def pages():
+    """README.md, CONTRIBUTING.md and the pages of docs/, without notebooks, which Sphinx runs."""
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in paths if "_build" not in path.parts and not path.read_text().startswith("---\njupytext:")]
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path):
+    """The blocks between fences of backticks, from top to bottom."""
+    text = path.read_text()
+    return [Block(m[2], m[3], text.count("\n", 0, m.start(3)) + 1) for m in BLOCK.finditer(text)]
+
+
+WITH_PYTHON = [page for page in pages() if any(block.kind == "python" for block in blocks(page))]
+WITH_SHELL = [page for page in pages() if any(block.kind == "sh" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
 def test_blocks_are_of_a_known_kind(page):
-    for block in markdown.blocks(page):
+    assert "```" not in BLOCK.sub("", page.read_text()), "a block does not end"
+    for block in blocks(page):
         assert block.kind in KINDS or block.kind.startswith("{"), f"line {block.line}: {block.kind}"
         assert block.kind not in ("{code-block}", "{code}"), f"line {block.line}: write ```python, so that it is tested"
 
@@ -34,12 +61,12 @@ def test_blocks_are_of_a_known_kind(page):
 @pytest.mark.parametrize(
     "page",
     [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.whole) for page in WITH_PYTHON],
-    ids=markdown.name,
+    ids=name,
 )
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for block in markdown.blocks(page):
+    for block in blocks(page):
         if block.kind == "python":
             # The empty lines make the lines of a traceback those of the page.
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
@@ -86,9 +113,9 @@ def arguments(command, placeholders, empty):
     return replaced
 
 
-@pytest.mark.parametrize("page", WITH_SHELL, ids=markdown.name)
+@pytest.mark.parametrize("page", WITH_SHELL, ids=name)
 def test_the_command_line_parses_shell_blocks(page, placeholders, tmp_path):
-    for block in markdown.blocks(page):
+    for block in blocks(page):
         if block.kind != "sh":
             continue
         for command in commands(block.text):

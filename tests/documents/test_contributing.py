@@ -6,7 +6,6 @@ import numpy as np
 from documents import markdown
 
 from diffusion_jax import losses, sampling, schedules
-from diffusion_jax.config import table
 from diffusion_jax.runs import sampling_setup
 from diffusion_jax.sampling import ancestral
 from diffusion_jax.schedules import beta_schedules
@@ -52,12 +51,3 @@ def test_the_schedule_and_the_loss_are_found_by_name(monkeypatch):
         KEY, schedules.from_betas(betas), lambda x, time: jnp.zeros_like(x), jnp.zeros((4, 5)), **options
     )
     np.testing.assert_allclose(loss, abs(aux.eps).mean(1), rtol=1e-6)
-
-
-def test_names_of_a_registry_are_those_of_the_config():
-    for leaf, names in (
-        ("sampling.sampler", sampling.SAMPLERS),
-        ("diffusion.schedule", schedules.SCHEDULES),
-        ("diffusion.loss", losses.LOSSES),
-    ):
-        assert table.LEAVES[leaf].kind.choices == tuple(names)

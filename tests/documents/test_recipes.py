@@ -13,46 +13,22 @@ from diffusion_jax import cli, config
 from helpers.paths import ROOT
 
 FOLDER = ROOT / "docs" / "recipes"
-PAGE = ROOT / "docs" / "guides" / "pods.md"
-RECIPES = sorted(FOLDER.iterdir())
-WITHOUT_COMMANDS = {"Dockerfile", "tpu_pod.sh"}
-WITH_COMMANDS = [path for path in RECIPES if path.name not in WITHOUT_COMMANDS]
+WITH_COMMANDS = [path for path in sorted(FOLDER.iterdir()) if path.name not in ("Dockerfile", "tpu_pod.sh")]
 RESUMABLE = (69, 75, 134, 137, 143)  # docs/guides/resume_and_faults.md
 RUN = "gs://BUCKET/cifar10"
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def name(path):
-    return path.name
-
-
-def commands_of_yaml(value):
-    """The command lines in a document: lists of words, and lines of scripts."""
-    if isinstance(value, dict):
-        return [command for child in value.values() for command in commands_of_yaml(child)]
-    if isinstance(value, list):
-        return [value] if value[:1] == ["diffusion-jax"] else [c for child in value for c in commands_of_yaml(child)]
-    return commands_of_script(value) if isinstance(value, str) else []
-
-
-def commands_of_script(text):
-    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
-    lines = text.replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
-        match = re.match(r"[^#]*?((?:\S*/|\s)diffusion-jax\s.*)", line)
-        if match:
-            found.append([re.sub(r"\$(\w+)", lambda m: variables[m[1]], word) for word in shlex.split(match[1])])
-    return found
-
-
 def commands(path):
-    text = path.read_text()
-    return commands_of_yaml(yaml.safe_load(text)) if path.suffix == ".yaml" else commands_of_script(text)
+    """The command lines of a recipe: lines of a shell, or lists of words in YAML."""
+    text = re.sub(r"\\\n\s*|\n\s*- (?=--)", " ", path.read_text())
+    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
+    lines = re.findall(r"^[^#\n]*?(?:\S*/|\s)(diffusion-jax\s.*)", text, re.MULTILINE)
+    return [[re.sub(r"\$(\w+)", lambda m: variables[m[1]], word) for word in shlex.split(line)] for line in lines]
 
 
-@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name)
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
 def test_the_command_line_parses_the_commands(path):
     assert commands(path)
     for _, *arguments in commands(path):
@@ -71,56 +47,31 @@ def test_the_lists_of_exit_codes_agree():
     assert "|".join(map(str, RESUMABLE)) in guide
 
 
-class Shell:
-    """Runs a recipe with replaced commands, whose calls are written to a file."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        self.replace("sleep", "")
-
-    def replace(self, command, script):
-        path = self.bin / command
-        path.write_text(f'#!/bin/bash\necho "{command} $*" >> {self.folder}/calls\n{script}\n')
+def run_recipe(folder, recipe, exit_codes, **variables):
+    """(exit code, calls of replaced commands) of a recipe. exit_codes: {command: one for each call, then 0}."""
+    for command, numbers in exit_codes.items():
+        path, left = folder / command, folder / f"{command}.left"
+        left.write_text("".join(f"{number}\n" for number in numbers))
+        script = f"read -r code < {left}; sed -i 1d {left}; exit ${{code:-0}}"
+        path.write_text(f'#!/bin/bash\necho "{command} $*" >> {folder}/calls\n{script}\n')
         path.chmod(0o755)
-
-    def answer(self, command, lines):
-        """Makes a command end with the exit codes, one for each call."""
-        (self.folder / f"{command}.codes").write_text("".join(f"{line}\n" for line in lines))
-        codes = self.folder / f"{command}.codes"
-        self.replace(command, f"read -r code < {codes}; sed -i 1d {codes}; exit ${{code:-99}}")
-
-    def run(self, recipe, **variables):
-        environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOSTNAME": "host", **variables}
-        done = subprocess.run(
-            ["bash", str(FOLDER / recipe)], env=environment, cwd=self.folder, capture_output=True, timeout=60
-        )
-        return done.returncode
-
-    def calls(self, start):
-        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(start)]
-
-
-@pytest.fixture
-def shell(tmp_path):
-    return Shell(tmp_path)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOSTNAME": "host", **variables}
+    command = ["bash", str(FOLDER / recipe)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, timeout=60)
+    return done.returncode, (folder / "calls").read_text().splitlines()
 
 
 @needs_bash
 @pytest.mark.parametrize("last", [0, 1])
-def test_a_host_of_a_tpu_pod_is_relaunched_until_another_exit_code(shell, last):
-    shell.replace("gcloud", "cat > /dev/null")
-    shell.answer("docker", [*RESUMABLE, last])
-    assert shell.run("tpu_host.sh") == last
-    assert len(shell.calls("docker run")) == len(RESUMABLE) + 1
-    assert len(shell.calls(f"gcloud storage cp - {RUN}.failed")) == (last != 0)
+def test_a_host_of_a_tpu_pod_is_relaunched_until_another_exit_code(tmp_path, last):
+    exit_codes = {"docker": [*RESUMABLE, last], "gcloud": [], "sleep": []}
+    code, calls = run_recipe(tmp_path, "tpu_host.sh", exit_codes)
+    assert code == last and sum(call.startswith("docker run") for call in calls) == len(RESUMABLE) + 1
+    assert (f"gcloud storage cp - {RUN}.failed" in calls) == (last != 0)
 
 
 @needs_bash
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_a_slurm_job_is_requeued_after_resumable_exit_codes(shell, code):
-    shell.answer("srun", [code])
-    shell.replace("scontrol", "")
-    assert shell.run("slurm.sbatch", SLURM_JOB_ID="7") == code
-    assert shell.calls("scontrol") == (["scontrol requeue 7"] if code in RESUMABLE else [])
+def test_a_slurm_job_is_requeued_after_resumable_exit_codes(tmp_path, code):
+    ended, calls = run_recipe(tmp_path, "slurm.sbatch", {"srun": [code], "scontrol": []}, SLURM_JOB_ID="7")
+    assert ended == code and ("scontrol requeue 7" in calls) == (code in RESUMABLE)

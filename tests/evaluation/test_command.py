@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation import __main__ as command
-from diffusion_jax.evaluation import metrics, named_metrics
+from diffusion_jax.evaluation import metrics
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
 
@@ -33,22 +33,6 @@ def test_the_command_writes_records(tmp_path):
     command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
-
-
-def test_each_comparison_has_its_own_picture_beside_the_record(tmp_path):
-    """The same measurement replaces its picture; --output may be a folder, which is created. Gray and color are compared."""
-    one, other = save(tmp_path / "one.npz", all_digits()[:40]), tmp_path / "other"
-    other.mkdir()
-    for i, image in enumerate(all_digits()[40:80]):
-        Image.fromarray(image[..., 0]).save(other / f"{i:02}.png")
-    command.main([one, str(other), "--metrics=memorization", "--features=digits", "--output=a/b.c"])
-    command.main([str(other), one, "--metrics=memorization", "--features=digits", "--output=a/b.c/metrics.json"])
-    command.main([one, str(other), "--metrics=memorization", "--features=digits", "--output=a/b.c"])
-    records = json.loads((tmp_path / "a" / "b.c" / "metrics.json").read_text())
-    drawn = {path.name for path in (tmp_path / "a" / "b.c").glob("*.png")}
-    assert len(records) == 2 and {record["memorization"]["picture"] for record in records} == drawn
-    report, _ = named_metrics.memorization_report(*(by_hand(all_digits()[i : i + 40]) for i in (0, 40)))
-    assert records[1]["memorization"]["close_share"] == pytest.approx(report["close_share"])
 
 
 def a_function(batch):
@@ -93,24 +77,18 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     digit = all_digits()[:20]
     good = save(tmp_path / "good.npz", digit)
     floats = save(tmp_path / "floats.npz", digit / np.float32(127.5) - 1)
-    one = save(tmp_path / "one.npz", digit[:1])
     wider = save(tmp_path / "wider.npz", digit.repeat(2, axis=1).repeat(2, axis=2))
-    (tmp_path / "text.json").write_text("text")
     wide, negative = str(tmp_path / "wide.npz"), str(tmp_path / "negative.npz")
     np.savez(wide, mu=np.zeros(3), sigma=np.eye(3))
     np.savez(negative, mu=np.zeros(64), sigma=-np.eye(64))
     for arguments, words in (
         (("digits", floats), r"float32 \[20, 8, 8, 1\], not uint8 .*round\(\(x \+ 1\) \* 127.5\)"),
-        (("digits", one), "one.npz: 1 images are too few for fid, which needs 2"),
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
         ((wide, good, "--features=digits"), "statistics of 3 dimensions, and features of digits have 64"),
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
-        (("digits", good, "--features=nothing:here"), "cannot be imported"),
         (("digits", good, "--features=inception"), "--inception=PATH is needed"),
         ((good, wider), "8x8 images and .*wider.npz holds 16x16 images, .* not comparable; .*--image_size"),
-        ((good, good, "--features=digits", "--output=text.json"), "is not a valid metrics.json"),
-        ((wider, wider, "--features=digits"), "images of 8x8 pixels, not 16x16x1; .*--image_size=8"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments

@@ -104,22 +104,13 @@ def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
     x, y = (300 + 10 * series(seed) for seed in (1, 2))
     constants = data.Normalization((300.0, 300.0), (10.0, 10.0))
 
-    class Rows:
-        def __init__(self, x):
-            self.x = x
-
-        def __len__(self):
-            return len(self.x)
-
-        def read(self, indices):
-            return {"x": self.x[indices]}
-
     monkeypatch.setattr(named_metrics, "_ENERGY_EXAMPLES", 50)
     monkeypatch.setattr(named_metrics, "_NEIGHBOR_BYTES", 100 * 4 * 32)
     monkeypatch.setattr(named_metrics, "_MAX_COVARIANCE_CHANNELS", 1)
-    in_memory = [example_sets.standardize(Rows(part), constants) for part in (x, y)]
+    sources = [data.InMemory({"x": part}) for part in (x, y)]
+    in_memory = [example_sets.standardize(source, constants) for source in sources]
     monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", 1000)
-    lazy = [example_sets.standardize(Rows(part), constants) for part in (x, y)]
+    lazy = [example_sets.standardize(source, constants) for source in sources]
     assert all(isinstance(part, LazyExamples) for part in lazy)
     np.testing.assert_allclose(in_memory[0], series(1), atol=1e-4)
     found = [compare_arrays(KEY, *sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]

@@ -70,9 +70,6 @@ def test_precision_and_recall(pair):
     assert 0.1 < ours.precision < 0.99
 
 
-# ---- the Inception network
-
-
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
     """A state dict with the port's names and shapes."""
@@ -86,24 +83,14 @@ def weights_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=[(47, 33), (299, 299), (400, 301)], ids=["odd", "299", "larger"])
-def images(request):
-    return inception_peer.images(*request.param, 3)
-
-
 def close(ours, theirs, tolerance=1e-5):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape and theirs.std() > 1e-3 * np.abs(theirs).max()
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-def ours(path, images, resize):
-    extractor = inception(path, resize)
-    found = extractor.function(extractor.params, images)
-    return found, np.asarray(found.pool) @ extractor.head
-
-
-def test_pytorch_fid(weights_file, images, monkeypatch):
+@pytest.mark.parametrize("size", [(47, 33), (299, 299), (400, 301)])
+def test_pytorch_fid(weights_file, size, monkeypatch):
     """Its network with the resize inside, its fully connected layer, and its Mixed_6d for the spatial features."""
     import pytorch_fid.inception as theirs
     import torch
@@ -111,7 +98,7 @@ def test_pytorch_fid(weights_file, images, monkeypatch):
     monkeypatch.setattr(
         theirs, "load_state_dict_from_url", lambda *_, **__: torch.load(weights_file, weights_only=True)
     )
-    made, build = [], theirs.fid_inception_v3
+    images, made, build = inception_peer.images(*size, 3), [], theirs.fid_inception_v3
     monkeypatch.setattr(theirs, "fid_inception_v3", lambda: made.append(build()) or made[0])
     network = theirs.InceptionV3([3]).eval()
     seen = {}
@@ -120,19 +107,9 @@ def test_pytorch_fid(weights_file, images, monkeypatch):
         (pool,) = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
         pool = pool[:, :, 0, 0]
         logits = made[0].fc(pool)
-    found, unbiased = ours(weights_file, images, "pytorch")
+    extractor = inception(weights_file, "pytorch")
+    found = extractor.function(extractor.params, images)
     close(found.pool, pool)
-    close(unbiased + made[0].fc.bias.detach().numpy(), logits)
+    close(np.asarray(found.pool) @ extractor.head + made[0].fc.bias.detach().numpy(), logits)
     spatial = seen["spatial"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1)
     close(found.spatial, spatial)
-
-
-def test_torch_fidelity(weights_file, images):
-    """Which resizes as TensorFlow 1 did."""
-    theirs = inception_peer.torch_fidelity(weights_file, images)
-    found, unbiased = ours(weights_file, images, "tf1")
-    close(found.pool, theirs["pool"])
-    close(found.spatial, theirs["spatial"])
-    close(unbiased, theirs["logits"])
-    if images.shape[1:3] != (299, 299):
-        assert np.abs(np.asarray(found.pool) - np.asarray(ours(weights_file, images, "pytorch")[0].pool)).max() > 1e-4

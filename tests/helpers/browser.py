@@ -10,7 +10,6 @@ EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElemen
 
 @contextlib.contextmanager
 def chromium():
-    """The browser, for as long as the block runs."""
     from playwright.sync_api import sync_playwright
 
     path = shutil.which("chromium")

@@ -43,7 +43,6 @@ def a_batch(config, key=0, batch_size=None):
 
 
 def classifier_config(**overrides):
-    """The tiny config, as a classifier."""
     config = tiny_config()
     config.model = default_classifier().model
     config.model.update(TINY_CLASSIFIER | {"num_classes": 10})

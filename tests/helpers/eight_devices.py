@@ -1,13 +1,11 @@
-"""Measurements of test_sharding.py on eight virtual devices: `python -m helpers.eight_devices [slow]` prints JSON."""
+"""Measurements of test_sharding.py on eight virtual devices: `python -m helpers.eight_devices` prints JSON."""
 
 import functools
 import json
 import math
 import os
-import pathlib
 import re
 import sys
-import tempfile
 from unittest import mock
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -16,7 +14,6 @@ import numpy as np
 
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
-from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,40 +52,8 @@ def trajectories():
     return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(same, begun, split)))}
 
 
-def relaunches():
-    """A state after a step, restored on another mesh: {"mesh to mesh": [to the bit and in its place, the next loss]}."""
-    out = {}
-    for begun, others in (((2, 4), [(1, 4), (8, 1), (1, 1)]), ((8, 1), [(2, 4)])):
-        state, _ = build(*begun).train_step(build(*begun).init(), a_batch(on(*begun), 0))
-        with tempfile.TemporaryDirectory() as directory, Checkpoints(pathlib.Path(directory)) as checkpoints:
-            checkpoints.save(1, state)
-            checkpoints.finish(1)
-            for mesh in others:
-                restored = checkpoints.restore(build(*mesh).abstract_state)
-                same = jax.tree.map(np.array_equal, jax.device_get(state), jax.device_get(restored))
-                placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, build(*mesh).abstract_state)
-                _, metrics = build(*mesh).train_step(restored, a_batch(on(*mesh), 1))
-                out[f"{begun} to {mesh}"] = [all(jax.tree.leaves((same, placed))), float(metrics["loss"])]
-    return out
-
-
-VARIANTS = {
-    "everything": {
-        "diffusion.loss": "hybrid",
-        "diffusion.variance": "learned_range",
-        "diffusion.timestep_sampler": "loss_second_moment",
-        "training.accumulation_steps": 2,
-        "training.batch_size": 16,
-        "model.remat": True,
-    },
-    "bfloat16": {"model.dtype": "bfloat16"},
-    "upsampler": {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.2},
-}
-
-
-def collectives(built, config) -> dict:
-    """What the devices send in a train step: kinds of collectives, bytes of the gathered and of the summed arrays."""
-    compiled = built.train_step.lower(built.abstract_state, a_batch(config)).compile()
+def collectives(compiled) -> dict:
+    """What the devices send in a program: kinds of collectives, bytes of the gathered and of the summed arrays."""
     pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
     found = re.findall(pattern, compiled.as_text())
     sizes = {kind: [] for _, kind in found}
@@ -99,28 +64,22 @@ def collectives(built, config) -> dict:
         "kinds": sorted(sizes),
         "gathers": sizes.get("all-gather", []),
         "reduced": sum(sizes.get("all-reduce", [])),
-        "arguments": compiled.memory_analysis().argument_size_in_bytes,
     }
 
 
-def leaves_and_collectives(config) -> dict:
-    """Bytes of the parameters, of those that are not split and of the largest, and `collectives`."""
-    built = training.build_program(config)
-    params = jax.tree.leaves(built.abstract_state.params)
-    return {
-        "params": sum(leaf.size for leaf in params) * 4,
-        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
-        "largest": max(leaf.size for leaf in params) * 4,
-    } | collectives(built, config)
-
-
 def program():
-    """The train step of a network of 1.6 million parameters with fsdp=8."""
+    """Bytes of the state and of what the train step sends, for a network of 1.6 million parameters with fsdp=8."""
     config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
     built = training.build_program(config)
     state = built.abstract_state
     held = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
-    return leaves_and_collectives(config) | {
+    params = jax.tree.leaves(state.params)
+    compiled = built.train_step.lower(state, a_batch(config)).compile()
+    return collectives(compiled) | {
+        "params": sum(leaf.size for leaf in params) * 4,
+        "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
+        "largest": max(leaf.size for leaf in params) * 4,
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
         "held": sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in held),
         "init_temporary": built.init.func.lower(*built.init.args).compile().memory_analysis().temp_size_in_bytes,
         "convolutions": [_convolutions(remat) for remat in (False, (0,), True)],
@@ -139,5 +98,4 @@ if __name__ == "__main__":
     sys.stdout = sys.stderr  # what runs say
     found = {"program": program()}
     sharding.MIN_SPLIT_SIZE = 64  # the tiny network's leaves, too, are split from here on
-    found |= {"trajectories": trajectories(), "relaunches": relaunches()}
-    print(json.dumps(found), file=output)
+    print(json.dumps(found | {"trajectories": trajectories()}), file=output)

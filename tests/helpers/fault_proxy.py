@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import http.client
 import http.server
-import random
 import re
 import socket
 import threading
@@ -37,23 +36,20 @@ def kind_of(method, target, headers):
 class Rule:
     """A fault of some requests.
 
-    fault: "refuse" answers with `status` and `body`; "silence" waits `seconds`, then closes the connection; "cut" closes it
+    fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes it
     in the middle of the request's body; "lose" carries the request out and closes the connection without an answer;
     "truncate" closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale"
     repeats the first answer to a listing; "unconditional" removes the conditions of a write.
-    kind: of the requests it applies to, None for all. name: a part of their URLs. skip: so many requests are left alone
-    first. every: applies to each second one, for example. times: how often it applies.
+    kind: of the requests it applies to, None for all. skip: so many requests are left alone first. every: applies to each
+    second one, for example. times: how often it applies.
     """
 
     fault: str
     kind: str | None = None
-    name: str = ""
     times: float = 1
     skip: int = 0
     every: int = 1
-    probability: float = 1.0
     status: int = 503
-    body: bytes = b"injected"
     seconds: float = 60.0
     seen: int = 0
 
@@ -61,14 +57,14 @@ class Rule:
 class FaultProxy:
     """Forwards requests to `upstream`, an address such as http://127.0.0.1:8000, from its own `address`.
 
-    requests: (kind, URL path) of all requests; counts: by kind; injected: by fault. Random choices depend on the seed.
+    requests: (kind, URL path) of all requests; counts: by kind; injected: by fault.
     """
 
-    def __init__(self, upstream, seed=0):
+    def __init__(self, upstream):
         self.upstream = upstream
         self.requests, self.counts, self.injected = [], collections.Counter(), collections.Counter()
         self._rules, self._calls, self._first_answers = [], [], {}
-        self._random, self._mutex, self._closing = random.Random(seed), threading.Lock(), threading.Event()
+        self._mutex, self._closing = threading.Lock(), threading.Event()
         self._mutations = 0
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
         self._server.daemon_threads = True
@@ -102,11 +98,10 @@ class FaultProxy:
             self.requests.append((kind, urllib.parse.unquote(target.partition("?")[0])))
             self.counts[kind] += 1
             for rule in self._rules:
-                if rule.kind not in (None, kind) or rule.name not in urllib.parse.unquote(target) or rule.times < 1:
+                if rule.kind not in (None, kind) or rule.times < 1:
                     continue
                 rule.seen += 1
-                is_due = rule.seen > rule.skip and (rule.seen - rule.skip) % rule.every == 0
-                if is_due and self._random.random() < rule.probability:
+                if rule.seen > rule.skip and (rule.seen - rule.skip) % rule.every == 0:
                     rule.times -= 1
                     self.injected[rule.fault] += 1
                     return rule
@@ -140,7 +135,7 @@ def _make_handler(proxy):
             rule = proxy.choose(kind, self.path) or Rule("none")
             if rule.fault == "refuse":
                 self._read_body()
-                self._answer(rule.status, [], rule.body)
+                self._answer(rule.status, [], b"injected")
                 return
             if rule.fault in ("silence", "delay"):
                 proxy.wait(rule.seconds)

@@ -65,7 +65,6 @@ def torch_fidelity(weights_file, batch: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Writes the fixture."""
     import torch
 
     batch = images(33, 47, 2)

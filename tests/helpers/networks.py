@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_groups": 4}
 
@@ -13,6 +14,11 @@ def redraw(params, seed=1):
     return jax.tree.unflatten(
         structure, [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
+
+
+def silu(x):
+    """In NumPy."""
+    return x / (1 + np.exp(-x))
 
 
 def init(model, shape=(1, 8, 8, 3), y=None):

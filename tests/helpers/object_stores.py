@@ -1,5 +1,6 @@
 """Emulators of Google Cloud Storage and S3 on this machine, for tests and for the programs that tests start."""
 
+import collections
 import contextlib
 import json
 import subprocess
@@ -11,6 +12,8 @@ import uuid
 
 import pytest
 
+from diffusion_jax.storage.locations import MANIFEST
+from diffusion_jax.storage.objects import open_store
 from helpers.fault_proxy import FaultProxy
 
 S3_VARIABLES = {
@@ -102,6 +105,17 @@ def make_bucket(scheme, address):
             f"{address}/{name}", "PUT", b"", Authorization="AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4"
         )
     return f"{scheme}://{name}"
+
+
+def assert_complete_checkpoints(url, steps):
+    """The bucket holds these steps, each with the files that its manifest lists, and nothing else of checkpoints."""
+    store, found = open_store(url), collections.defaultdict(set)
+    for name in store.list("checkpoints/"):
+        found[name.split("/")[1]].add(name.split("/", 2)[2])
+    assert sorted(map(int, found)) == sorted(steps)
+    for step, names in found.items():
+        manifest = json.loads(store.read(f"checkpoints/{step}/{MANIFEST}"))
+        assert names == manifest.keys() | {MANIFEST}
 
 
 @pytest.fixture(scope="session")

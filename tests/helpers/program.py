@@ -11,6 +11,19 @@ from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
 
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+# main.py, and then what else it can do, in the same processes: a launch costs more than its steps.
+ALL_MODES = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.runs import measure_likelihood, sample, sample_metrics
+
+if __name__ == "__main__":  # the processes that read data import this file, too
+    cli.main()
+    command = cli.parse(sys.argv[1:])
+    for mode in (sample, measure_likelihood, sample_metrics):
+        mode.run(command.config, command.workdir)
+"""
 
 
 def tiny_flags(directory, **overrides):
@@ -45,6 +58,20 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def start_together(count, *flags, program="main.py"):
+    """The processes of one launch, started. With two devices each if they are two, so that both split and share arrays."""
+    joined = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
+    devices = {"XLA_FLAGS": TWO_DEVICES} if count == 2 else {}
+    return [start(*flags, *joined, f"--process_id={i}", program=str(program), **devices) for i in range(count)]
+
+
+def run_together(count, *flags, program="main.py"):
+    """What each process of a launch prints, which must end without an error."""
+    outputs = [finish(process) for process in start_together(count, *flags, program=program)]
+    assert all(code == 0 for code, _, _ in outputs), outputs
+    return [out for _, out, _ in outputs]
 
 
 def evaluate(config, directory):

@@ -164,7 +164,6 @@ def redraw(model, seed: int = 0):
 
 
 def diffusers(config: dict):
-    """diffusers' network of a config."""
     from diffusers import UNet2DModel
 
     return redraw(UNet2DModel(**config))
@@ -230,7 +229,6 @@ def run(model, *args, **more) -> np.ndarray:
 
 
 def main() -> None:
-    """Writes the fixtures that are not there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", help="a checkout of pesser/pytorch_diffusion")
     checkout = parser.parse_args().port

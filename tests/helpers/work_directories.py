@@ -1,9 +1,9 @@
 """Work directories: made without training, and what a run left in its own."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from diffusion_jax import training
+from diffusion_jax import data, training
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.metrics_files import read_metrics
 from diffusion_jax.runs.sample import SampleFile
@@ -12,24 +12,35 @@ from diffusion_jax.training.checkpoints import Checkpoints
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
-def untrained(directory, config):
-    """A work directory as training leaves it, with weights at random: compiling a train step would take longest."""
-    built = training.build_program(config)
-    state = built.init()
+def untrained(directory, config, source=None):
+    """A work directory as training (on a source) leaves it, with weights at random: compiling a train step takes longest."""
+    state = training.build_program(config).init()
     leaves, tree = jax.tree.flatten(state.params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    params = jax.tree.unflatten(tree, moved)
+
+    def moved(seed):
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        return [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+
+    params, ema_params = (jax.tree.unflatten(tree, moved(seed)) for seed in (2, 1))
     directory.mkdir()
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(1, state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
+        checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
         checkpoints.finish(1)
     workdir.write_config(config, directory)
+    if source is not None:
+        workdir.check_data(source, directory, data.find_normalizations(config.data, source))
     return directory
 
 
 def lines(directory, without=SPEED):
     return [{key: value for key, value in row.items() if key not in without} for row in read_metrics(directory)]
+
+
+def assert_close_losses(one, two):
+    """The losses of two runs agree up to the order of sums: the mean over a batch is one of partial means."""
+    one, two = lines(one), lines(two)
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
 
 
 def last_state(config, directory):

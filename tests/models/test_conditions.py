@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax import models
 from diffusion_jax.training.step import Microbatch
-from helpers.networks import TINY, apply, redraw
+from helpers.networks import TINY, apply, redraw, silu
 
 SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
 
@@ -17,10 +17,6 @@ def parameters(model, *inputs, **named):
     """Large enough for conditions to matter."""
     params = redraw(jax.jit(model.init)(jax.random.key(0), *inputs, **named)["params"])
     return jax.tree.map(lambda leaf: 3 * leaf, params)
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
 
 
 def without(params, *names):

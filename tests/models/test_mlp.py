@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from helpers.networks import apply, init, redraw
+from helpers.networks import apply, init, redraw, silu
 
 FIELDS = {"channels": 8, "num_res_blocks": 2, "dropout": 0.0}
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
 
 
 def dense(x, layer):

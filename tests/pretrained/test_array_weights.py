@@ -44,7 +44,6 @@ def vectors_net(**options):
 
 
 def untrained_run(config, directory):
-    """A work directory as training leaves it, with weights at random and the normalization of the data."""
     untrained(directory, config)
     source = data.load(config.data)
     workdir.check_data(source, directory, data.find_normalizations(config.data, source))
@@ -56,7 +55,6 @@ def untrained_run(config, directory):
     [
         ("vectors", VECTOR),
         ("vectors", {"diffusion.variance": "learned_range", "diffusion.loss": "hybrid"}),
-        ("vectors", {"data.normalization": "none"}),
         ("series", {"model.condition_channels": 2}),
         ("field", {"model.padding": "periodic", "data.normalization": "limits", "data.limits": (0.0, 600.0)}),
         ("volume", {}),
@@ -97,6 +95,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
                 assert name in ignored or new[group][name] == value, (path, group, name)
     summary = pretrained.format_summary(again)
     assert ("continuous" in summary) and (f"{SHAPES[kind][-1]} channels" in summary)
+    assert ("continuous in 0 ... 600" in summary) == bool(net.limits)
 
 
 @pytest.mark.whole
@@ -152,17 +151,12 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         (plain, {"condition": [1.0, 2.0]}, "takes no conditions; omit condition"),
         (needed, {}, r"needs condition, an array of shape \[2\] or \[3, 2\]"),
         (needed, {"condition": np.zeros((2, 2))}, r"of shape \[2\] or \[3, 2\]; got float64 \[2, 2\]"),
-        (needed, {"condition": ["a", "b"]}, "must be real numbers"),
-        (needed, {"condition": [np.nan, np.nan]}, "condition 0 has values that are not finite; correct it"),
         (dropped, {"condition": [[1, 2], [1, np.nan], [1, 2]]}, "condition 1 has .* finite; a row of NaN alone stands"),
         (dropped, {"guidance_scale": 2.0}, "guidance_scale=2.0 needs a condition"),
-        (plain, {"guidance_scale": 2.0}, "needs a network trained with label_dropout or condition_dropout"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words) as caught:
             net.sample(KEY, 3, **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="a diffusion model; use denoise_fn"):
-        plain.logits(jnp.zeros((1, 2)), jnp.zeros(1))
 
 
 @pytest.mark.whole
@@ -171,7 +165,6 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
     [
         (lambda: net_of(UNET.clone(spatial_dims=1), (8,), 2), "spatial_dims=1"),
         (vectors_net, "MLP: diffusers has no such network"),
-        (lambda: net_of(UNET.clone(condition_features=2), (4, 4), 3), "condition_features=2"),
         (lambda: net_of(UNET, (4, 5), 3), r"image_size=\(4, 5\), no multiple of 2"),
         (lambda: net_of(UNET, (4, 4), 3), "normalizations, the units of the data"),
     ],
@@ -180,13 +173,3 @@ def test_networks_of_other_data_are_refused_by_diffusers(net, words, tmp_path):
     with pytest.raises(PretrainedError, match=f"{words}.*; use save_safetensors"):
         pretrained.save_diffusers(net(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_normalization_is_exact_in_a_file(tmp_path):
-    """float64 numbers that have no short decimal form."""
-    net = net_of(models.MLP(channels=8, num_res_blocks=1), (), 1)
-    normalization = Normalization((np.pi * 1e5,), (np.nextafter(1.0, 2.0),))
-    pretrained.save_safetensors(
-        dataclasses.replace(net, normalizations={"x": normalization}), tmp_path / "x.safetensors"
-    )
-    assert pretrained.load(tmp_path / "x.safetensors").normalizations == {"x": normalization}

@@ -24,17 +24,6 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
         pretrained.load(write(tmp_path / "p.safetensors", stored("port_narrow")[0]))
 
 
-@pytest.mark.parametrize("leaf", ["prediction", "variance"])
-def test_flags_of_ho_with_an_unknown_name_are_refused(leaf, tmp_path):
-    path = write(tmp_path / "p.safetensors", stored("port_narrow")[0])
-    flags = {"image_size": 16, "variance": "fixed_small"} | {leaf: "other"}
-    with pytest.raises(
-        PretrainedError, match=f"flags are invalid .*diffusion.{leaf}='other' is unknown; use "
-    ) as caught:
-        pretrained.load(path, flags)
-    assert "\n" not in str(caught.value)
-
-
 def rewritten(change):
     """A maker of a broken file: the narrow network of OpenAI's after `change` of its weights."""
 
@@ -66,12 +55,6 @@ def no_weights(directory):
     return path, None
 
 
-def no_scheduler(directory):
-    path, _ = folder_with()(directory)
-    (path / "scheduler" / "scheduler_config.json").unlink()
-    return path, None
-
-
 def latent(directory):
     path, _ = folder_with()(directory)
     (path / "model_index.json").write_text('{"_class_name": "LDMPipeline", "unet": [], "scheduler": [], "vqvae": []}')
@@ -89,7 +72,6 @@ def web_page(directory):
 
 BROKEN = {
     "no such file": (lambda directory: (directory / "nothing.pt", None), "no such file or folder"),
-    "an empty folder": (lambda directory: (directory, None), "a folder of an unknown network"),
     "a web page": (web_page, "a web page"),
     "truncated safetensors": (truncated, "corrupted safetensors"),
     "a tensor missing": (rewritten(lambda w: w.pop("out.2.bias")), "1 tensors are missing (out.2.bias)"),
@@ -116,17 +98,11 @@ BROKEN = {
         "num_heads_upsample=2 is not supported",
     ),
     "an unknown preset": (with_flags("adm_imagenet1024"), "is not a preset of OpenAI's"),
-    "flags without values": (with_flags("image_size 64"), "neither the name of a preset nor pairs"),
-    "flags that are not JSON": (with_flags('{"image_size": '), "flags are invalid (JSONDecodeError"),
     "a flag of another type": (with_flags(NARROW_FLAGS.replace("False", "maybe")), "must be True or False"),
     "an unknown schedule": (with_flags(NARROW_FLAGS.replace("linear", "fancy")), "unknown schedule 'fancy'"),
     "a conditional UNet": (folder_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is not supported"),
-    "another width": (folder_with(in_channels=1, out_channels=1), "shapes differ"),
-    "no image size": (folder_with(sample_size=None), "has no sample_size"),
-    "a learned variance's channels": (folder_with(out_channels=6), "do not fit in_channels=3"),
     "a latent model": (latent, "vqvae is not supported"),
     "a folder without weights": (no_weights, "contains no weights"),
-    "a folder without a scheduler": (no_scheduler, "contains no scheduler_config.json"),
 }
 
 

@@ -12,12 +12,8 @@ from helpers import torch_networks
 def test_missing_fields_of_a_config_have_diffusers_defaults():
     """The published shapes also load with the library's defaults, which are different values."""
     bare = diffusers.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
-    assert (bare.embedding_cos_first, bare.embedding_freq_shift, bare.norm_epsilon, bare.head_channels) == (
-        True,
-        0,
-        1e-5,
-        8,
-    )
+    assert bare.embedding_cos_first is True and (bare.embedding_freq_shift, bare.head_channels) == (0, 8)
+    assert bare.norm_epsilon == 1e-5
     assert bare.downsample_padding == (1, 1) and bare.attention_levels == (1, 2, 3)
     published = diffusers.unet_from_config(torch_networks.PUBLISHED)
     assert published == models.preset("ddpm_cifar10").clone(dropout=0.0)
@@ -54,13 +50,8 @@ def test_scale_shift_without_a_norm_in_the_middle_is_named():
 
 def test_schedulers():
     leaves, table, clip = diffusers.scheduler_from_config({})
-    assert (leaves["schedule"], leaves["variance"], leaves["prediction"], table, clip) == (
-        "linear",
-        "fixed_small",
-        "eps",
-        None,
-        True,
-    )
+    assert leaves.items() >= {"schedule": "linear", "variance": "fixed_small", "prediction": "eps"}.items()
+    assert table is None and clip is True
     leaves, table, clip = diffusers.scheduler_from_config(
         {"trained_betas": [0.1, 0.2], "clip_sample_range": 2.0, "prediction_type": "v_prediction"}
         | {"variance_type": "fixed_large_log", "beta_schedule": "scaled_linear"}

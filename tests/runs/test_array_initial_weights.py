@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, pretrained, training
-from diffusion_jax.runs import train, trained_model, workdir
+from diffusion_jax.runs import train, trained_model
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -15,9 +15,7 @@ def weights(tmp_path_factory):
     """A directory with data.npz, an untrained run of these vectors, and net.safetensors."""
     root = tmp_path_factory.mktemp("weights")
     config = array_config("vectors", write_arrays("vectors", root / "data.npz"))
-    untrained(root / "run", config)
-    source = data.load(config.data)
-    workdir.check_data(source, root / "run", data.find_normalizations(config.data, source))
+    untrained(root / "run", config, data.load(config.data))
     pretrained.save_safetensors(pretrained.load(root / "run"), root / "net.safetensors")
     return root
 

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
-from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model, workdir
+from diffusion_jax.evaluation import array_metrics, array_statistics
+from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -42,13 +41,6 @@ class Rows:
 
     def read(self, indices):
         return {name: array[indices] for name, array in self.arrays.items()}
-
-
-def a_run(directory, config, source):
-    """A work directory as training on a source leaves it, with weights at random."""
-    untrained(directory, config)
-    workdir.check_data(source, directory, data.find_normalizations(config.data, source))
-    return directory
 
 
 def config_of(kind, **overrides):
@@ -81,13 +73,13 @@ def exact_network(monkeypatch):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", ["vectors", "series"])
-def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exact_network, capsys):
+def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exact_network):
     """For data of variance 1 the chain with the variance beta is q itself, so the bound is tight; and the ODE is exact."""
     x = examples(kind, 64)
     source = Rows(x)
     overrides = {"evaluation.ode": True, "evaluation.ode_trace": "exact", "diffusion.variance": "fixed_large"}
     config = config_of(kind, **overrides)
-    run = a_run(tmp_path / "run", config, source)
+    run = untrained(tmp_path / "run", config, source)
     measure_likelihood.run(config, run, source)
     got, channels = report(run), x.reshape(-1, x.shape[-1]).astype(np.float64)
     scale = channels.std(axis=0)
@@ -99,16 +91,11 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
     noise = total - expected
     assert abs(noise.mean()) < 4 * noise.std(ddof=1) / 8 and noise.std(ddof=1) / 8 < 0.1
     assert got["ode_nats_per_dim"] == pytest.approx(ode.mean()) and got["nats_per_dim"] == pytest.approx(total.mean())
-    for key in ("", "ode_"):
-        for end in ("", "_standard_error"):
-            bits = got[f"{key}bits_per_dim{end}"]
-            assert got[f"{key}nats_per_dim{end}"] == pytest.approx(bits * math.log(2), rel=1e-12)
+    assert got["bits_per_dim"] == pytest.approx(got["nats_per_dim"] / math.log(2), rel=1e-12)
     assert got["standardization_bits"] == pytest.approx(np.log2(scale).mean(), rel=1e-6)
     parts = got["prior"] + got["transitions"] + got["decoder"]
     assert parts == pytest.approx(got["bits_per_dim"], rel=1e-9)
     assert (got["levels"], got["clip"], got["ode_dequantization"]) == (None, False, "none")
-    assert (got["split"], got["data_dir"]) == (None, "")
-    assert "nats per dimension in the units of the data: prior" in capsys.readouterr().out
     with np.load(run / "likelihood.npz") as arrays:
         assert arrays["vlb"][0] == pytest.approx(got["decoder"], rel=1e-6)
         # E |x_0 - E[x_0 | x_t]|^2 = 1 - alpha_bar.
@@ -122,7 +109,7 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     conditions = np.random.default_rng(3).standard_normal((24, 2))
     source = Rows((examples("series") - 300) / 10, condition=conditions)
     config = config_of("series", **{"data.normalization": "none", "model.condition_features": 2})
-    run = a_run(tmp_path / "run", config, source)
+    run = untrained(tmp_path / "run", config, source)
     measure_likelihood.run(config, run, source)
     got, built = report(run), training.build_program(config)
     assert got["standardization_bits"] == 0 and "normalization" not in json.loads((run / "data.json").read_text())
@@ -147,24 +134,18 @@ def test_without_a_normalization_the_bits_are_those_of_the_core(tmp_path):
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
 
 
-def test_options_of_gray_levels_are_refused(tmp_path):
-    source = Rows(examples("vectors"))
-    for overrides, words in (
-        ({"evaluation.ode_dequantization": "uniform"}, "'uniform' is for data of gray levels; use None or 'none'"),
-        ({"data.levels": 256}, "levels=256, but the data are float32, not uint8: use data.levels=None"),
-    ):
-        config = config_of("vectors", **overrides, **{"evaluation.ode": True})
-        with pytest.raises((UserError, data.DataError), match=words):
-            data.load(config.data, source=source)
-            measure_likelihood.run(config, tmp_path, source)
+def test_dequantization_of_data_without_gray_levels_is_refused(tmp_path):
+    config = config_of("vectors", **{"evaluation.ode_dequantization": "uniform", "evaluation.ode": True})
+    with pytest.raises(UserError, match="'uniform' is for data of gray levels; use None or 'none'"):
+        measure_likelihood.run(config, tmp_path, Rows(examples("vectors")))
 
 
 @pytest.mark.whole
-def test_samples_are_compared_with_the_data(tmp_path, capsys):
+def test_samples_are_compared_with_the_data(tmp_path):
     config = config_of("series", **{"data.data_dir": "x.npz", "evaluation.num_samples": 48, "evaluation.seed": 3})
     write_arrays("series", "x.npz", 60)
     x = examples("series", 60)
-    run = a_run(tmp_path / "run", config, Rows(x))
+    run = untrained(tmp_path / "run", config, Rows(x))
     sample_metrics.run(config, run)
     got, (path,) = record(run), (run / "samples").glob("*.npz")
     drawn, constants = np.load(path)["arr_0"], data.find_normalizations(config.data, Rows(x))["x"]
@@ -179,21 +160,13 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
         for side, part in (("reference", x), ("samples", drawn)):
             moments, spectrum = array_statistics.mean_and_covariance(part), array_statistics.power_spectrum(part)
             np.testing.assert_allclose(arrays[f"mean_{side}"], moments.mean.value, rtol=1e-5)
-            np.testing.assert_allclose(
-                arrays[f"covariance_{side}_standard_error"], moments.covariance.standard_error, rtol=1e-4
-            )
             np.testing.assert_allclose(arrays[f"spectrum_{side}"], spectrum.value, rtol=1e-4)
             correlation = array_statistics.autocorrelation(part)
             np.testing.assert_allclose(arrays[f"autocorrelation_{side}"], correlation.value, rtol=1e-4, atol=1e-5)
-        low, high = x.min(axis=(0, 1)), x.max(axis=(0, 1))
-        np.testing.assert_allclose(arrays["histogram_edges"][:, [0, -1]].T, [low, high], rtol=1e-6)
         channel = got["histogram_distance_channel"]
         assert got["histogram_distance"] == arrays["histogram_distance"][channel] == arrays["histogram_distance"].max()
-    for name in ("histograms", "spectrum", "autocorrelation", "memorization"):
-        with Image.open(run / got["files"][name]) as picture:
-            assert picture.width > 100
+    assert all((run / got["files"][name]).exists() for name in ("histograms", "spectrum", "memorization"))
     assert got["memorization"]["num_samples"] == 48 and got["num_reference"] == 60 and got["features"] is None
-    assert "energy_distance  " in capsys.readouterr().out
     # Another metric of the same sets is added to the record.
     config.evaluation.metrics = ("energy_distance",)
     sample_metrics.run(config, run)
@@ -202,26 +175,8 @@ def test_samples_are_compared_with_the_data(tmp_path, capsys):
     assert "power_spectrum_z" in record(run) and record(run)["files"].keys() == got["files"].keys()
 
 
-@pytest.mark.whole
-def test_own_features_are_of_the_data_in_their_units(tmp_path, monkeypatch):
-    (tmp_path / "my_features.py").write_text("def moments(x):\n    return x.reshape(len(x), -1) ** 2 / 1e4\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    names = ("fid", "precision_recall", "marginal_histograms")
-    overrides = {"evaluation.features": "my_features:moments", "evaluation.metrics": names}
-    config = config_of("vectors", **overrides, **{"data.data_dir": "x.npz", "evaluation.num_samples": 40})
-    x, path = examples("vectors", 50).astype(np.float64), tmp_path / "x.npz"
-    write_arrays("vectors", path, 50)
-    run = a_run(tmp_path / "run", config, Rows(x))
-    sample_metrics.run(config, run)
-    got, (path,) = record(run), (run / "samples").glob("*.npz")
-    sets = [metrics.moments(part.astype(np.float64) ** 2 / 1e4) for part in (x, np.load(path)["arr_0"])]
-    assert got["frechet_distance"] == pytest.approx(metrics.frechet_distance(*sets), rel=1e-3)
-    assert 0 <= got["precision"] <= 1 and "histogram_distance" in got and "energy_distance" not in got
-    assert got["features"] == "my_features:moments"
-
-
 @pytest.mark.parametrize(("given", "expected"), [("", "those of the examples of"), ("c.npy", "c.npy")])
-def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path, monkeypatch):
+def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path):
     conditions = np.random.default_rng(3).standard_normal((50, 2)).astype(np.float32)
     np.save("c.npy", conditions[:5])
     write_arrays("vectors", "x.npz", 50, condition=conditions)
@@ -231,7 +186,7 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
         "evaluation.metrics": ("energy_distance",),
     }
     config = config_of("vectors", **overrides, **{"data.data_dir": "x.npz", "sampling.conditions": given})
-    run = a_run(tmp_path / "run", config, Rows(examples("vectors", 50), condition=conditions))
+    run = untrained(tmp_path / "run", config, Rows(examples("vectors", 50), condition=conditions))
     sample_metrics.run(config, run)
     (path,) = (run / "samples").glob("*.npz")
     drawn_with, rows = np.load(path)["condition"], np.arange(40)
@@ -247,7 +202,6 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path,
             {"metrics": ("fid",)},
             "fid is not for data with 0 spatial axes and without evaluation.features=mod",
         ),
-        ("vectors", {"metrics": ("power_spectrum",)}, "power_spectrum is not for data with 0 spatial axes; use None"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
         ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, 8, 2\]"),
         ("series", {"num_samples": 39}, "num_samples=39 is too few: these metrics need at least 40"),

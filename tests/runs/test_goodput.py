@@ -1,6 +1,7 @@
 """Goodput over launches, the status of a directory, and profiles."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -14,17 +15,9 @@ from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
 
 
-class Clock:
-    def __init__(self, now=1000.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
 def launch(workdir, clock, first_step, train_seconds, last_step):
     """A launch that starts in 10 s, compiles for 20 s, trains, and saves for 5 s."""
-    times = LaunchTimes(workdir, clock)
+    times = LaunchTimes(workdir, lambda: clock.now)
     clock.now += 10
     with times.measure("compile"):
         clock.now += 20
@@ -37,7 +30,7 @@ def launch(workdir, clock, first_step, train_seconds, last_step):
 
 
 def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
-    clock = Clock()
+    clock = types.SimpleNamespace(now=1000.0)
     assert launch(tmp_path, clock, 0, 65, 65) == pytest.approx(65 / 100)
     clock.now += 50  # the machine was gone
     # The checkpoint was of step 52, so 13 of the 65 steps, 13 s, are done again.
@@ -67,17 +60,10 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert 0 < lines(run, without=())[-1]["goodput"] < 1
     config.training.num_steps = 4
     report = status.report(config, run)
-    for words in (
-        "not running; rerun its command",
-        "step 2 of 4 (50%)",
-        "examples/s",
-        "time left",
-        "step 2, ",
-        "1 launch",
-    ):
+    for words in ("not running; rerun its command", "step 2 of 4 (50%)", "time left", "1 launch"):
         assert words in report, report
     train.run(config, run)
-    assert "finished" in status.report(config, run) and "2 launches" in status.report(config, run)
+    assert "finished" in status.report(config, run)
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
     cli.main([f"--workdir={run}", "--mode=status"])
     assert "step 4 of 4 (100%)" in capsys.readouterr().out
@@ -85,32 +71,15 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert "nothing was trained yet" in status.report(config, tmp_path / "empty")
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    """The calls of the profiler."""
-    called = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: called.append("start"))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: called.append("stop"))
-    return called
-
-
-def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
-    def steps(profile, count):
-        for step in range(count):
-            assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0
-
+def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
+    traces, profile = [], TraceProfile(tmp_path)
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: traces.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: traces.append("stop"))
+    for step, found in enumerate([[]] * 5 + [["start"]] * 4 + [["start", "stop"]] * 3):
+        assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0 and traces == found
     profile = TraceProfile(tmp_path)
-    steps(profile, 5)
-    assert traces == []
-    steps(profile, 4)
-    assert traces == ["start"]
-    steps(profile, 9)
-    profile.stop()
-    assert traces == ["start", "stop"]
-    steps(TraceProfile(None), 12)
-    assert traces == ["start", "stop"]
-    profile = TraceProfile(tmp_path)
-    steps(profile, 7)
+    for step in range(7):
+        profile.call(step, lambda x: x, 0)
     profile.stop()  # the run ends before the last call
     assert traces == ["start", "stop"] * 2
 

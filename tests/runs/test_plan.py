@@ -5,31 +5,9 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.config import resolve
-from diffusion_jax.config.table import MESH
 from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import plan
-from helpers.array_configs import array_config
 from helpers.configs import tiny_config
-
-
-@pytest.mark.whole
-def test_the_activations_of_an_example_grow_with_its_size():
-    sizes = [plan.activations_per_example(array_config("series", "", **{"data.image_size": (n,)})) for n in (8, 16, 32)]
-    # All is proportional to the length, but the time embedding and the few bytes of the middle's attention.
-    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
-
-
-@pytest.mark.whole
-def test_vectors_with_conditions_are_planned(capsys):
-    config = array_config("vectors", "", **{"model.condition_features": 2})
-    plan.run(config)
-    params = sum(leaf.size for leaf in jax.tree.leaves(training.build_program(config).abstract_state.params))
-    out = capsys.readouterr().out
-    assert f"parameters          {params:,}" in out and "image" not in out
-
-
-def test_every_device_of_the_config_has_its_memory():
-    assert MESH["device"].kind.allowed == f"{', '.join(plan.DEVICES)} or None".replace(", h100", " or h100")
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,12 @@
 
 import re
 
-import numpy as np
 import pytest
 
-from diffusion_jax import config as configs
 from diffusion_jax import data
 from diffusion_jax.config import default, default_classifier, experiment, experiment_names, override, resolve
-from diffusion_jax.runs import plan, recipe_checks, train
-from helpers.array_configs import array_config
-from helpers.configs import tiny_config, upsampler_config
-
-ARGUMENTS = {
-    "cifar10_improved": ("hybrid", "vlb"),
-    "imagenet64_improved": ("hybrid", "vlb", "conditional"),
-    "imagenet_adm": ("128", "256", "256_unconditional", "512"),
-    "imagenet_classifier": ("64", "128", "256", "512"),
-    "vectors": ("moons", "conditional"),
-}
+from diffusion_jax.runs import recipe_checks
+from helpers.configs import tiny_config
 
 
 def changed(base, **leaves):
@@ -27,19 +16,7 @@ def changed(base, **leaves):
 
 @pytest.mark.parametrize("name", experiment_names())
 def test_shipped_configs_have_no_notes(name):
-    for config in [experiment(name), *(experiment(f"{name}:{argument}") for argument in ARGUMENTS.get(name, ()))]:
-        assert recipe_checks.notes(resolve(config)) == []
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        upsampler_config(),
-        changed(experiment("digits"), **{"training.num_steps": 20}),  # of docs/start/install.md
-    ],
-)
-def test_trials_of_a_few_steps_have_no_notes(config):
-    assert recipe_checks.notes(config) == []
+    assert recipe_checks.notes(resolve(experiment(name))) == []
 
 
 LONG = {"training.num_steps": 2000, "optimizer.warmup_steps": 100, "ema.warmup": True}
@@ -55,10 +32,6 @@ NOTES = [
         LONG | {"ema.warmup": False},
         # 0.9999**2000 = 0.819, and 0.9999**23025 is the first power below 0.1
         "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the random initial weights",
-    ),
-    (
-        LONG | {"ema.warmup": False, "ema.decay": 1},
-        "at training.num_steps=2000 the EMA (ema.decay=1) still holds 100% of the random initial weights",
     ),
     (
         LONG | CONTINUOUS,
@@ -84,11 +57,10 @@ def test_each_problem_has_one_line_with_a_remedy_that_removes_it(leaves, start):
 @pytest.mark.parametrize(
     "leaves",
     [
+        {"training.num_steps": 20},  # a trial
         LONG | {"optimizer.warmup_steps": 1999},
         LONG | {"ema.warmup": False, "training.num_steps": 23_025},
-        LONG | {"ema.warmup": False, "init_from": "weights.pt"},
         LONG | CONTINUOUS | {"sampling.clip": True},
-        LONG | CONTINUOUS | {"data.normalization": "limits", "data.limits": "(0.0, 1.0)"},
         LONG | CONTINUOUS | {"diffusion.prediction": "x_0"},
         LONG | {"diffusion.num_timesteps": 500},  # alpha_bar 0.006
     ],
@@ -97,11 +69,8 @@ def test_what_works_has_no_note(leaves):
     assert recipe_checks.notes(changed(default(), **leaves)) == []
 
 
-def test_classifiers_have_only_the_notes_that_concern_them():
-    config = changed(default_classifier(), **LONG, **{"diffusion.num_timesteps": 10})
-    assert recipe_checks.notes(config) == []
-    (note,) = recipe_checks.notes(changed(config, **{"optimizer.warmup_steps": 3000}))
-    assert note.startswith("optimizer.warmup_steps=3000")
+def test_classifiers_may_have_any_schedule():
+    assert recipe_checks.notes(changed(default_classifier(), **LONG, **{"diffusion.num_timesteps": 10})) == []
 
 
 def digits(**leaves):
@@ -110,36 +79,15 @@ def digits(**leaves):
 
 
 def test_a_batch_that_repeats_examples_has_a_note():
-    config, source = digits(**{"training.batch_size": 1499})  # the split has 1,497 or 1,498
+    config, source = digits()
     config.training.batch_size = len(source)
     assert recipe_checks.notes(config, source) == []
     config.training.batch_size = len(source) + 1
     (note,) = recipe_checks.notes(config, source)
-    assert note == (
-        f"training.batch_size={len(source) + 1} exceeds the {len(source)} examples of the data, so every batch repeats some; "
-        "use --config.training.batch_size=1024"
-    )
+    assert note.endswith("every batch repeats some; use --config.training.batch_size=1024")
 
 
-@pytest.mark.parametrize(("levels", "allowed"), [(17, True), (16, False), (2, False), (256, True)])
-def test_other_gray_levels_than_those_of_the_images_have_a_note(levels, allowed):
-    found = recipe_checks.notes(*digits(**{"data.levels": levels}))
-    assert (found == []) == allowed
-    if not allowed:
-        (note,) = found
-        assert re.match(rf"data.levels={levels}, but the images contain the value \d+, .*; use data.levels=256", note)
-        with pytest.raises(data.DataError, match=f"data.levels={levels}"):
-            images = data.load(tiny_config().data).read(np.arange(64))["image"]
-            data.check_levels(images, levels)
-
-
-def test_train_and_plan_print_them(tmp_path, capsys, monkeypatch):
-    config = array_config("vectors", tmp_path / "x.npz", **{"training.batch_size": 32})
-    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32))
-    printed = []
-    monkeypatch.setattr(train, "_train", lambda *arguments: printed.append(capsys.readouterr().out))
-    train.run(config, tmp_path / "run")
-    (launch,) = printed
-    assert "Note: diffusion.prediction=eps" in launch and "use --config.training.batch_size=16.\n" in launch
-    plan.run(configs.resolve(config))
-    assert "Note: diffusion.prediction=eps" in capsys.readouterr().out
+def test_other_gray_levels_than_those_of_the_images_have_a_note():
+    assert recipe_checks.notes(*digits(**{"data.levels": 17})) == []
+    (note,) = recipe_checks.notes(*digits(**{"data.levels": 16}))
+    assert re.match(r"data.levels=16, but the images contain the value \d+, .*; use data.levels=256", note)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import errors, pictures, schedules
+from diffusion_jax import errors, schedules
 from diffusion_jax.evaluation import example_sets
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sampling_setup import BatchSampler, picture_steps
@@ -30,40 +30,31 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     (path,) = (trained / "samples").glob("step4_raw_ddim2_seed0_n3.npz")
     with np.load(path) as arrays:
         assert (arrays["arr_0"] != images).any()
-    with Image.open(path.with_name(f"{path.stem}_trajectory.png")) as picture:
-        width, height = picture.size
-        assert width >= 2 * 100 + 4 and height > 14 + 2 * 100 + 4 and (height - 2 * 100 - 4) % 14 == 0
     with np.load(path.with_name(f"{path.stem}_trajectory.npz")) as frames:
         assert frames["x_t"].shape == frames["x_0"].shape == (1, 2, 8, 8, 1)  # the first batch has two samples
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
-        assert path.with_name(f"{path.stem}_trajectory_x_0.png").exists()
+        assert all(path.with_name(f"{path.stem}_trajectory{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert example_sets.open_image_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
-def test_the_trajectory_is_of_the_first_samples(tmp_path, monkeypatch):
+def test_the_trajectory_is_of_the_first_samples(tmp_path):
     """The same noise and classes, also of a sampler that draws noise at every step, within a gray level of rounding."""
-    captions = []
-    for name in ("draw_samples", "draw_trajectory"):
-        draw = getattr(pictures, name)
-        monkeypatch.setattr(
-            pictures, name, lambda *given, draw=draw, **more: captions.append(given[-1]) or draw(*given, **more)
-        )
-    options = {
-        "sampling.steps": 6,
-        "sampling.sampler": "ddpm",
-        "sampling.spacing": "log_snr",
-        "sampling.trajectory": 12,
-    }
-    config = conditional(**options)
+    config = conditional(
+        **{
+            "sampling.steps": 6,
+            "sampling.sampler": "ddpm",
+            "sampling.spacing": "log_snr",
+            "sampling.trajectory": 12,
+        }
+    )
     file = sample.run(config, untrained(tmp_path / "run", config))
     with np.load(file.path) as arrays, np.load(file.path.with_name(f"{file.name}_trajectory.npz")) as frames:
         assert np.abs(arrays["arr_0"][:4].astype(int) - frames["samples"]).max() <= 1
         assert len(np.unique(arrays["arr_0"], axis=0)) == 6
-        assert captions[1] == captions[0][:4] and captions[1][3] == f"class {arrays['arr_1'][3]}"
 
 
-@pytest.mark.parametrize(("steps", "spacing"), [(50, "log_snr"), (50, "trailing"), (None, None), (12, "log_snr")])
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (None, None), (12, "log_snr")])
 def test_the_columns_of_a_trajectory_change_alike(steps, spacing):
     """Neighbors differ by at most a tenth more than an even share of the signal, or are neighbors among the steps."""
     schedule = schedules.from_betas(schedules.betas("cosine", 1000))

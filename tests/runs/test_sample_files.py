@@ -1,7 +1,6 @@
 """Samples in files: which are reused, and which are sampled again."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -32,25 +31,13 @@ def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
     assert len(drawn) == 6
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        ({"sampling.batch_size": 2}, "batch_size=3, now 2"),
-        ({"model.precision": "highest"}, "model.precision=default, now highest"),
-    ],
-)
-def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys, overrides, told):
+def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys):
     """Though their files have one name."""
-    config = {"sampling.batch_size": 3}
-    one = reuse_or_draw(tiny_config(**config), run)
-    before = len(drawn)
-    other = reuse_or_draw(tiny_config(**config | overrides), run)
-    assert other.path == one.path and len(drawn) > before
-    assert f"Sampling again: {one.path} was drawn with other settings ({told})." in capsys.readouterr().out
-    assert read_settings(one.path)["settings"]["batch_size"] == other.batch_size
-    sample.run(tiny_config(**config), run)  # --mode=sample, too
-    assert f"Sampling again: {one.path} was drawn with other settings" in capsys.readouterr().out
+    one = reuse_or_draw(tiny_config(**{"sampling.batch_size": 3}), run)
+    other = reuse_or_draw(tiny_config(**{"sampling.batch_size": 2}), run)
+    assert other.path == one.path and len(drawn) == 1 + 2
+    told = f"Sampling again: {one.path} was drawn with other settings (batch_size=3, now 2)."
+    assert told in capsys.readouterr().out and read_settings(one.path)["settings"]["batch_size"] == 2
 
 
 def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
@@ -59,28 +46,21 @@ def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
     store_settings(path, lambda settings: settings.update(classifier_digest="0" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 6
-    out = capsys.readouterr().out
-    assert re.search(r"Sampling again: .* other settings \(classifier_digest=0+\.\.\., now None\)", out)
+    assert "other settings (classifier_digest=000" in capsys.readouterr().out
     # The same step of a run that was begun again with another seed.
     store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
     reuse_or_draw(config, run)
     assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
 
 
-def test_samples_without_stored_settings_are_sampled_again(run, drawn, capsys):
+def test_a_damaged_file_of_samples_is_sampled_again(run, drawn, capsys):
     config = tiny_config(**FEW_DRAWN)
     path = reuse_or_draw(config, run).path
-    for write in (
-        lambda: np.savez(path, np.zeros((20, 8, 8, 1), np.uint8)),
-        lambda: path.write_bytes(b"PK\x03\x04 torn"),
-    ):
-        write()
-        reuse_or_draw(config, run)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Sampling again")]
-        assert "does not store the settings" in line and str(path) in line
-        with np.load(path) as arrays:
-            assert arrays["arr_0"].max() == 2
-    assert len(drawn) == 9
+    path.write_bytes(b"PK\x03\x04 torn")
+    reuse_or_draw(config, run)
+    assert "does not store the settings" in capsys.readouterr().out and len(drawn) == 6
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].max() == 2
 
 
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():

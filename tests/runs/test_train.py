@@ -1,19 +1,17 @@
 """--mode=train: files, resuming, corrupted checkpoints, and options that cannot be trained."""
 
+import fcntl
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusion_jax import data, errors, training
-from diffusion_jax.runs import metrics_files, train, workdir
+from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
-from diffusion_jax.storage.locks import LockHeldError
+from helpers.array_configs import array_config, examples
 from helpers.configs import tiny_config
 from helpers.work_directories import lines
 
@@ -35,9 +33,6 @@ def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         f"train_step0000000{step}.png" for step in (3, 4)
     ]
-    with Image.open(tmp_path / "samples" / "train_step00000004.png") as picture:
-        width, height = picture.size  # a grid of two, below a title
-        assert width >= 2 * 68 + 4 and height > 68 + 4 and picture.mode == "L"
 
 
 def test_rerunning_a_finished_run_does_nothing(trained, capsys):
@@ -56,20 +51,6 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
     train.run(tiny_config(**{"training.num_steps": 10, "training.log_every": 5}), tmp_path / "whole")
     by_step = {row["step"]: row for row in lines(tmp_path / "broken")}
     assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
-
-
-@pytest.mark.whole
-def test_logs_are_truncated_to_the_checkpoint(tmp_path):
-    """Lines after the last checkpoint, and a torn last line, are written anew and only once."""
-    train.run(tiny_config(), tmp_path)
-    metrics = metrics_files.RunMetrics(tiny_config(), tmp_path, step=4)
-    metrics.write_scalars(5, {"loss": 9.0})
-    metrics.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
-    rows = lines(tmp_path)
-    assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < 9
 
 
 def test_leaves_that_identify_a_run_must_not_change(trained):
@@ -99,21 +80,6 @@ def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monke
 
 
 @pytest.mark.whole
-def test_a_corrupted_checkpoint_is_set_aside(tmp_path, capsys):
-    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    train.run(tiny_config(), tmp_path)
-    (tmp_path / "checkpoints" / "5.partial").mkdir()  # of a save that was killed
-    for file in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
-        if file.is_file() and "ocdbt.process" in str(file):
-            file.unlink()
-    train.run(tiny_config(**{"training.num_steps": 6}), tmp_path)
-    out = capsys.readouterr().out
-    assert "The checkpoint of step 4 is damaged: params/" in out and "Continuing from step 2" in out
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "4.unreadable", "6"}
-    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
-
-
-@pytest.mark.whole
 def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
     train.run(tiny_config(), tmp_path)
     before = lines(tmp_path)
@@ -122,32 +88,13 @@ def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(
     assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
 
 
-HOLDER = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.flock(file, fcntl.LOCK_EX)
-file.write("process 1 of there")
-file.flush()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.whole
-def test_a_second_launch_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
-    """Another process holds the lock; killed, it holds it no longer."""
+def test_a_second_launch_is_refused_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_WAIT_SECONDS", 1.0)
-    train.run(tiny_config(**{"training.num_steps": 2}), tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    (tmp_path / ".lock").write_text("")
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(LockHeldError, match="process 1 of there is training in .*second launch"):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process locks it
+        with pytest.raises(locks.LockHeldError, match="another process is training in .*second launch"):
             train.run(tiny_config(), tmp_path)
-        assert sorted(tmp_path.rglob("*")) == before
-        holder.kill()
-    train.run(tiny_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_logged_fractions_of_time_add_up_to_one(trained):
@@ -177,16 +124,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ]
 
 
-def test_other_images_are_refused(tmp_path):
-    """Of a folder that was changed, say, whose name and size are the same."""
+def test_other_data_are_refused(tmp_path):
+    """Other numbers or another number of examples; where they are stored does not matter."""
 
     def source(count, seed=0):
-        path = tmp_path / f"{count}_{seed}"
-        path.mkdir(exist_ok=True)
-        for i in range(count):
-            pixels = np.random.default_rng([seed, i]).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(path / f"{i:03}.png")
-        return data.Folder(str(path), (8, 8), 1)
+        path = tmp_path / f"{count}_{seed}.npz"
+        np.savez(path, x=examples("vectors", count, seed))
+        return data.load(array_config("vectors", path).data)
 
     run = tmp_path / "run"
     run.mkdir()
@@ -194,8 +138,8 @@ def test_other_images_are_refused(tmp_path):
     (run / "checkpoints" / "1").mkdir(parents=True)
     workdir.check_data(source(5), run)
     (run / "checkpoints" / "1" / "digests.json").write_text("{}")
-    for same in (source(5), source(5)):
-        workdir.check_data(same, run)
+    workdir.check_data(source(5), run)
+    workdir.check_data(source(5), run)  # compared with the first
     for other in (source(6), source(5, seed=1)):
         with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
             workdir.check_data(other, run)
@@ -214,17 +158,8 @@ def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
     train.run(tiny_config(**{"training.num_steps": 10}), tmp_path / "single")
     train.run(tiny_config(**{"training.num_steps": 3}), tmp_path / "several")
     monkeypatch.setattr(training, "build_program", on_an_accelerator)
-    train.run(
-        tiny_config(
-            **{
-                "training.num_steps": 10,
-                "training.steps_per_call": 4,
-                "training.log_every": 4,
-                "training.checkpoint_every": 4,
-            }
-        ),
-        tmp_path / "several",
-    )
+    fours = dict.fromkeys(("training.steps_per_call", "training.log_every", "training.checkpoint_every"), 4)
+    train.run(tiny_config(**{"training.num_steps": 10}, **fours), tmp_path / "several")
     rows = lines(tmp_path / "several")
     assert [row["step"] for row in rows] == [2, 3, 4, 8, 10]
     np.testing.assert_allclose(rows[-1]["loss"], lines(tmp_path / "single")[-1]["loss"], rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Steps of the solvers against float64 NumPy: the first ones, the last ones, and those to x_0."""
+"""Steps of the solvers against float64 NumPy, with the noise of the sampler itself: the first, the last, those to x_0."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from diffusion_jax import sampling, schedules
+from helpers.gaussian_mixtures import FULL, S2, M, gaussian
+from helpers.samplers import MAKERS
 
 KEY = jax.random.key(0)
-SCHEDULE = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), [40, 150, 300, 450, 620, 800])
+SCHEDULE = schedules.respace(FULL, [40, 150, 300, 450, 620, 800])
 ALPHAS, SIGMAS, TIMES = SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar, SCHEDULE.timesteps
 X = np.array([[0.4, -1.2], [1.7, 0.1]])
 
@@ -71,46 +73,112 @@ def x_0_of(x, t):
     return (x - SIGMAS[t] * eps_of(x, TIMES[t])) / ALPHAS[t]
 
 
-def lam(t):
-    return np.log(ALPHAS[t] / SIGMAS[t])
+LAM = np.log(ALPHAS / SIGMAS)
 
 
-def first_order(x, x_0, t, to):
-    return SIGMAS[to] / SIGMAS[t] * x + ALPHAS[to] * (1 - np.exp(lam(t) - lam(to))) * x_0
+def noise_of(t):
+    return np.asarray(jax.random.normal(jax.random.fold_in(KEY, t), X.shape))
+
+
+def integral(rate, h, lams, values):
+    """rate int_0^h e^{-rate (h - u)} P(lams[0] + u) du, P the polynomial through values at lams, by Gauss's quadrature."""
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    u, powers = h / 2 * (nodes + 1), np.vander(np.subtract(lams, lams[0]), increasing=True)
+    polynomial = np.vander(u, len(lams), increasing=True) @ np.linalg.solve(powers, np.reshape(values, (len(lams), -1)))
+    return (rate * h / 2 * weights * np.exp(-rate * (h - u)) @ polynomial).reshape(X.shape)
 
 
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("singlestep", [False, True])
-def test_lower_order_final_reduces_the_order_of_the_last_step(singlestep, lower_order_final, x64):
-    """DPM-Solver++ 2M and 2S over two steps that stop at a noise level: the second is of order 2, or of order 1."""
-    d_2 = x_0_of(X, 2)
-    x_1 = first_order(X, d_2, 2, 1)
-    d_1 = x_0_of(x_1, 1)
-    slope = (d_1 - d_2) / (lam(1) - lam(2))
-    if lower_order_final:
-        x = first_order(x_1, d_1, 1, 0)
-    elif singlestep:  # from the first x of the group
-        x = first_order(X, d_2 + (lam(0) - lam(2)) / 2 * slope, 2, 0)
-    else:
-        x = first_order(x_1, d_1 + (lam(0) - lam(1)) / 2 * slope, 1, 0)
-    sampler = sampling.dpm_solver_pp(2, singlestep=singlestep, lower_order_final=lower_order_final, clip=False)
-    np.testing.assert_allclose(walk(sampler, 2, final_step=False), x, rtol=1e-9)
+@pytest.mark.parametrize("sde", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_pp_integrates_a_polynomial_through_x_0(order, sde, singlestep, lower_order_final, x64):
+    """DPM-Solver++ eq. 9, and the reverse SDE with twice the rate and its noise; singlestep: from the first x of a group.
+
+    Two values have the authors' h/2 (1 - e^-h) as their second weight. The steps differ in length, and stop at a noise level.
+    """
+    x, rate, seen = X, 1 + sde, []
+    for t in range(5, 0, -1):
+        allowed = min(order, t) if lower_order_final else order
+        if not singlestep:
+            seen = seen[: allowed - 1]
+        elif len(seen) == order or (lower_order_final and t == 1):
+            seen = []
+        if not singlestep or not seen:
+            x_first, first, path = x, t, 0.0
+        value = LAM[t], x_0_of(x, t)
+        seen = [*seen, value] if singlestep else [value, *seen]  # where the step starts comes first
+        lams, values = zip(*seen, strict=True)
+        h, length = LAM[t - 1] - LAM[t], LAM[t - 1] - LAM[first]
+        if len(seen) == 2:
+            slope = (values[1] - values[0]) / (lams[1] - lams[0])
+            drift = -np.expm1(-rate * length) * (values[0] + length / 2 * slope)
+        else:
+            drift = integral(rate, length, lams, values)
+        added = sde * SIGMAS[t - 1] * np.sqrt(-np.expm1(-2 * h)) * noise_of(t)
+        path = SIGMAS[t - 1] / SIGMAS[t] * np.exp(-h) * path + added
+        x = SIGMAS[t - 1] / SIGMAS[first] * np.exp(-sde * length) * x_first + ALPHAS[t - 1] * drift + path
+    options = {"sde": sde, "singlestep": singlestep, "lower_order_final": lower_order_final, "clip": False}
+    np.testing.assert_allclose(walk(sampling.dpm_solver_pp(order, **options), 5, final_step=False), x, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_deis_integrates_a_polynomial_through_eps(order, x64):
+    """DPM-Solver eq. 3.4: (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du."""
+    x, seen = X, []
+    for t in range(5, 0, -1):
+        seen = [(LAM[t], eps_of(x, TIMES[t])), *seen][:order]
+        x = ALPHAS[t - 1] / ALPHAS[t] * x + SIGMAS[t - 1] * integral(-1, LAM[t - 1] - LAM[t], *zip(*seen, strict=True))
+    sampler = sampling.deis(order, lower_order_final=False, clip=False)
+    np.testing.assert_allclose(walk(sampler, 5, final_step=False), x, rtol=1e-9)
+
+
+def test_ddim_with_half_the_noise(x64):
+    """DDIM eq. 12 with sigma of eq. 16."""
+    x = X
+    for t in range(5, 0, -1):
+        a, b = SCHEDULE.alpha_bar[[t, t - 1]]
+        sigma = 0.5 * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        x = np.sqrt(b) * x_0_of(x, t) + np.sqrt(1 - b - sigma**2) * eps_of(x, TIMES[t]) + sigma * noise_of(t)
+    np.testing.assert_allclose(walk(sampling.ddim(0.5, clip=False), 5, final_step=False), x, rtol=1e-9)
+
+
+RANGE = {"churn": 1.2, "churn_range": (1.0, 140.0), "churn_noise": 1.1}
+
+
+@pytest.mark.parametrize(("options", "factor"), [({}, 1.0), ({"churn": 20.0}, 2**0.5), (RANGE, 1.2)])
+def test_heun_is_edm_s_algorithm_2(options, factor, x64):
+    """In x / alpha and sigma / alpha, with the exact network of N(M, S2): raised inside the range, up to the grid's end."""
+    schedule = schedules.respace(FULL, [40, 150, 300, 620, 980, 990])
+    alphas, sigmas = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar / schedule.sqrt_alpha_bar
+    highest = FULL.sqrt_one_minus_alpha_bar[-1] / FULL.sqrt_alpha_bar[-1]
+    low, high = options.get("churn_range", (0.0, np.inf))
+    assert sigmas[1] < 1.0 < sigmas[2] and sigmas[4] < 140.0 < sigmas[5]
+    assert sigmas[4] * 1.2 < highest < sigmas[4] * 2**0.5
+
+    def eps(y, sigma):
+        return sigma * (y - M) / (S2 + sigma**2)
+
+    y = X / alphas[5]
+    for t in range(5, 0, -1):
+        sigma, lower = sigmas[t], sigmas[t - 1]
+        raised = min(sigma * factor, highest) if low < sigma < high else sigma
+        y = y + options.get("churn_noise", 1.0) * np.sqrt(raised**2 - sigma**2) * noise_of(t)
+        slope = eps(y, raised)
+        y = y + (lower - raised) / 2 * (slope + eps(y + (lower - raised) * slope, lower))
+    got = sampling.sample(KEY, schedule, gaussian(), X, sampling.heun(clip=False, **options), final_step=False)
+    np.testing.assert_allclose(got, alphas[0] * y, rtol=1e-6)
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("name", ["dpm_solver_pp", "singlestep", "sde", "deis", "unipc"])
+@pytest.mark.parametrize(
+    "name", ["dpm_solver_pp {}", "dpm_solver_pp {} singlestep", "dpm_solver_pp {} sde", "deis {}", "unipc {}"]
+)
 def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final, x64):
     """Whatever its place in a group, and of the first order even where the final steps are not lowered."""
-    options = {"lower_order_final": lower_order_final, "clip": False}
-    make = {
-        "dpm_solver_pp": sampling.dpm_solver_pp,
-        "singlestep": lambda order, **k: sampling.dpm_solver_pp(order, singlestep=True, **k),
-        "sde": lambda order, **k: sampling.dpm_solver_pp(order, sde=True, **k),
-        "deis": sampling.deis,
-        "unipc": sampling.unipc,
-    }[name]
-    x_0, kept = walk(make(order, **options), 2 * order - 1, trajectory=True)  # its last step would end a group
+    sampler = MAKERS[name.format(order)](lower_order_final=lower_order_final, clip=False)
+    x_0, kept = walk(sampler, 2 * order - 1, trajectory=True)  # its last step would end a group
     # UniPC corrects the x before, but its last step starts from the corrected one and predicts with the same x_0.
     np.testing.assert_allclose(x_0, kept.x_0[-1], rtol=1e-9)

@@ -9,41 +9,9 @@ import pytest
 
 from diffusion_jax import editing, process, sampling, schedules
 from helpers.gaussian_mixtures import FULL, mixture
+from helpers.samplers import MAKERS, is_deterministic
 
 KEY = jax.random.key(0)
-MAKERS = {  # every sampler with every option off its default
-    "ddpm": lambda **k: sampling.ddpm(**k),
-    "ddpm small": lambda **k: sampling.ddpm("fixed_small", **k),
-    "ddpm shifted": lambda **k: sampling.ddpm(mean_shift=shift, **k),
-    "ddim": lambda **k: sampling.ddim(**k),
-    "ddim eta": lambda **k: sampling.ddim(np.float64(0.5), **k),
-    "ddim own eps": lambda **k: sampling.ddim(clipped_eps=False, **k),
-    "euler": lambda **k: sampling.euler(**k),
-    "euler_ancestral": lambda **k: sampling.euler_ancestral(**k),
-    "heun": lambda **k: sampling.heun(**k),
-    "heun churn": lambda **k: sampling.heun(
-        churn=np.float64(5.0), churn_range=(np.float64(0.1), 20.0), churn_noise=np.float64(1.1), **k
-    ),
-    "pndm": lambda **k: sampling.pndm(**k),
-    "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
-}
-for order in (1, 2, 3):
-    MAKERS |= {
-        f"dpm_solver_pp {order}": lambda n=order, **k: sampling.dpm_solver_pp(n, **k),
-        f"dpm_solver_pp {order} sde": lambda n=order, **k: sampling.dpm_solver_pp(n, sde=True, **k),
-        f"dpm_solver_pp {order} singlestep": lambda n=order, **k: sampling.dpm_solver_pp(n, singlestep=True, **k),
-        f"dpm_solver_pp {order} all": lambda n=order, **k: sampling.dpm_solver_pp(
-            n, sde=True, singlestep=True, lower_order_final=False, **k
-        ),
-        f"deis {order}": lambda n=order, **k: sampling.deis(n, **k),
-        f"deis {order} full": lambda n=order, **k: sampling.deis(n, lower_order_final=False, **k),
-        f"unipc {order}": lambda n=order, **k: sampling.unipc(n, **k),
-        f"unipc {order} bh1": lambda n=order, **k: sampling.unipc(n, variant="bh1", lower_order_final=False, **k),
-    }
-
-
-def shift(x_t, time):
-    return 0.1 * x_t * time[:, None]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -54,15 +22,32 @@ def test_equal_options_make_equal_samplers(name):
     assert make(prediction="v") != a and make(clip=False) != a
     assert make(clip=process.dynamic_threshold()) == make(clip=process.dynamic_threshold(0.995))
     assert make(clip=process.dynamic_threshold(0.9)) != make(clip=process.dynamic_threshold())
-    namespace = {"inf": float("inf"), "ddpm": sampling.ddpm} | vars(sampling)
+    namespace = {"inf": float("inf"), type(a).__name__: type(a)} | vars(sampling)
     if name != "ddpm shifted":  # a function's repr cannot be read back
         assert eval(repr(a), namespace) == a  # the repr shows every option
     with pytest.raises(dataclasses.FrozenInstanceError):
         a.clip = False
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_sampler_knows_its_noise_and_where_it_calls_the_network(name):
+    schedule, x_T, times = schedules.respace(FULL, [40, 300, 620, 900]), jnp.array([[0.3, -1.0]]), []
+
+    def network(x, time):
+        times.append(float(time[0]))
+        return 0.3 * x
+
+    sampler = MAKERS[name](clip=False)
+    with jax.disable_jit():
+        a, b = (sampling.sample(jax.random.key(seed), schedule, network, x_T, sampler) for seed in (0, 1))
+    assert sampler.is_stochastic == bool((a != b).any())
+    assert sampler.calls_between_steps == bool(set(times) - set(schedule.timesteps))
+
+
 def test_equal_samplers_and_options_that_are_refused():
     assert sampling.euler() == sampling.ddim(0.0) and sampling.euler_ancestral() == sampling.ddim(eta=1)
+    assert sampling.plms() == sampling.pndm(runge_kutta=False)
     assert sampling.dpm_solver_pp() != sampling.dpm_solver_pp(3) != sampling.deis(3)
     with pytest.raises(TypeError, match="positional"):
         sampling.ddpm("fixed_small", "eps")
@@ -116,11 +101,11 @@ def test_a_custom_sampler():
     @dataclasses.dataclass(frozen=True)
     class shrunk_ddim(sampling.Sampler):
         factor: float = 0.9
-        prediction: str = "eps"
 
         def step(self, key, schedule, denoise_fn, x_t, t, state):
-            new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, state)
-            return sampling.Step(self.factor * new.x_prev, new.x_0)
+            x_0, eps = self.denoise(schedule, denoise_fn, x_t, t)
+            at = schedule.at(t, x_t)
+            return sampling.Step(self.factor * (at.alpha_prev * x_0 + at.sigma_prev * eps), x_0)
 
     schedule, x_T = schedules.respace(FULL, [500]), jnp.array([[0.3], [-1.0]])
     assert shrunk_ddim(0.5) == shrunk_ddim(0.5) != shrunk_ddim()
@@ -146,8 +131,7 @@ def test_float32_samples_are_the_same_under_x64(name):
     assert [out.dtype for out in outs] == [np.float32, np.float32, np.float64]
     scale = abs(outs[0]).max()
     np.testing.assert_allclose(outs[1], outs[0], atol=1e-5 * scale)
-    deterministic = not any(word in name for word in ("ddpm", "eta", "ancestral", "churn", "sde", "all"))
-    if deterministic:  # noise of another dtype is another draw
+    if is_deterministic(name):  # noise of another dtype is another draw
         np.testing.assert_allclose(outs[2], outs[0], atol=1e-4 * scale)
 
 

@@ -1,12 +1,15 @@
 """The solvers' orders of convergence and their behavior as pure functions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import process, sampling, schedules
-from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
+from helpers.gaussian_mixtures import FULL, S2, M, mixture
+from helpers.samplers import MAKERS, METHODS, is_deterministic
 
 KEY = jax.random.key(0)
 FREE = {"clip": False}
@@ -14,8 +17,6 @@ FULL_ORDER = FREE | {"lower_order_final": False}
 
 # name: (sampler, least order measured).
 DETERMINISTIC = {
-    "ddim": (sampling.ddim(**FREE), 0.9),
-    "euler": (sampling.euler(**FREE), 0.9),
     "dpm_solver_pp 1": (sampling.dpm_solver_pp(1, **FULL_ORDER), 0.9),
     "deis 1": (sampling.deis(1, **FULL_ORDER), 0.9),
     "dpm_solver_pp 2": (sampling.dpm_solver_pp(2, **FULL_ORDER), 1.8),
@@ -32,6 +33,11 @@ DETERMINISTIC = {
     "unipc 2": (sampling.unipc(2, **FULL_ORDER), 2.5),
     "unipc 2 bh1": (sampling.unipc(2, variant="bh1", **FULL_ORDER), 2.5),
     "unipc 3": (sampling.unipc(3, **FULL_ORDER), 2.5),
+}
+DETERMINISTIC |= {
+    name: (make(**FREE), 0.9)
+    for name, make in sampling.SAMPLERS.items()
+    if name not in DETERMINISTIC and is_deterministic(name)
 }
 TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
 
@@ -70,57 +76,10 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_solvers_converge_to_the_flow_of_a_gaussian(name, x64):
-    """x_s - a_s m = sqrt(v_s / v_t) (x_t - a_t m), which every solver tends to."""
-    sampler, least = DETERMINISTIC[name]
-    a = np.exp(np.interp([LOW, TOP], FULL.grid_timesteps, FULL.grid_log_alpha_bar))
-    v = a * S2 + 1 - a
-    truth = np.sqrt(a[0]) * M + np.sqrt(v[0] / v[1]) * (POINTS - np.sqrt(a[1]) * M)
-    errors = [np.sqrt(np.mean((walk(sampler, gaussian(), POINTS, n) - truth) ** 2)) for n in (48, 96)]
-    # These maps are linear, and where terms of two orders cancel at one number of steps the slope there says little.
-    assert errors[1] < 0.01 / 20 ** (least > 1) and errors[0] / errors[1] > 1.7
-
-
-def test_euler_ancestral_is_karras_s_step(x64):
-    """Euler to sigma_down and noise up to sigma (k-diffusion), written in sigma, against ddim(eta=1)."""
-    schedule = schedules.respace(FULL, 12, "karras")
-    x = jax.random.normal(KEY, (5, 2))
-    _, got = sampling.sample(KEY, schedule, gaussian(), x, sampling.euler_ancestral(**FREE), trajectory=True)
-    sigmas = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
-    for place, t in enumerate(range(11, 0, -1)):
-        sigma, lower, alpha = sigmas[t], sigmas[t - 1], schedule.sqrt_alpha_bar
-        up = np.sqrt(lower**2 * (sigma**2 - lower**2) / sigma**2)
-        down = np.sqrt(lower**2 - up**2)
-        x_t = got.x_t[place]
-        eps = gaussian()(x_t, jnp.full(5, schedule.timesteps[t]))
-        noise = jax.random.normal(jax.random.fold_in(KEY, t), x.shape)
-        expected = alpha[t - 1] * (x_t / alpha[t] + (down - sigma) * eps + up * noise)
-        np.testing.assert_allclose(got.x_t[place + 1], expected, rtol=1e-9)
-
-
-ALL = {
-    "ddpm": sampling.ddpm,
-    "ddim": sampling.ddim,
-    "euler": sampling.euler,
-    "euler_ancestral": sampling.euler_ancestral,
-    "dpm_solver_pp 2": lambda **k: sampling.dpm_solver_pp(2, **k),
-    "dpm_solver_pp 3 sde": lambda **k: sampling.dpm_solver_pp(3, sde=True, **k),
-    "dpm_solver_pp 3 singlestep": lambda **k: sampling.dpm_solver_pp(3, singlestep=True, **k),
-    "deis 3": lambda **k: sampling.deis(3, **k),
-    "unipc 3": lambda **k: sampling.unipc(3, **k),
-    "heun": sampling.heun,
-    "heun churn": lambda **k: sampling.heun(churn=10, **k),
-    "pndm": sampling.pndm,
-    "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
-}
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
-    sampler = ALL[name](clip=False)
+    sampler = MAKERS[name](clip=False)
     x_T = jax.random.normal(jax.random.key(1), (3, 2))
     traced = []
 
@@ -135,7 +94,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     assert len(traced) == 1  # other arrays, the same program
     stacked = jax.vmap(lambda x: run(KEY, schedule, x[None])[0])(x_T)
     assert stacked.shape == x_T.shape
-    if name not in ("ddpm", "euler_ancestral", "dpm_solver_pp 3 sde", "heun churn"):
+    if is_deterministic(name):
         np.testing.assert_allclose(stacked, x_0, rtol=2e-4, atol=1e-5)
     x_T = x_T[:1]
     slope = jax.grad(lambda x: run(KEY, schedule, x).sum())(x_T)
@@ -152,18 +111,18 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_prediction_gives_the_same_samples(name, x64):
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
     outs = [
-        sampling.sample(KEY, schedule, mixture(p), x_T, ALL[name](prediction=p, clip=False))
+        sampling.sample(KEY, schedule, mixture(p), x_T, MAKERS[name](prediction=p, clip=False))
         for p in ("eps", "x_0", "v", "score")
     ]
     np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-7)
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_solver_from_pure_noise(name):
     """A schedule whose alpha_bar ends at 0, with a network that predicts v; Gaussian data, whose spread must come out."""
     zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
@@ -183,11 +142,11 @@ def test_every_solver_from_pure_noise(name):
         return a * eps - s * x_0
 
     x_T = jax.random.normal(jax.random.key(1), (20_000, 1))
-    sampler = ALL[name](prediction="v", clip=False)
+    sampler = MAKERS[name](prediction="v", clip=False)
     x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(x_T)
     assert abs(x_0.mean() - M) < 0.02 and abs(x_0.std() - np.sqrt(S2)) < 0.05
     with pytest.raises(ValueError, match="predict v or x_0"):
-        sampling.sample(KEY, schedule, network, x_T, ALL[name]())
+        sampling.sample(KEY, schedule, network, x_T, MAKERS[name]())
 
 
 @pytest.mark.parametrize("prediction", ["v", "x_0"])
@@ -220,8 +179,8 @@ def test_learned_variances_do_not_change_deterministic_solvers():
     def doubled(x, time):
         return jnp.concatenate([mixture()(x, time), 7 * jnp.ones_like(x)], axis=-1)
 
-    for name in ("ddim", "dpm_solver_pp 2", "heun churn"):
-        make = ALL[name]
+    for name in ("ddim", "dpm_solver_pp", "heun churn"):
+        make = MAKERS[name]
         plain = sampling.sample(KEY, schedule, mixture(), x_T, make())
         learned = sampling.sample(KEY, schedule, doubled, x_T, make(variance="learned_range"))
         np.testing.assert_allclose(learned, plain, rtol=1e-5, atol=1e-6)
@@ -232,13 +191,11 @@ def test_learned_variances_do_not_change_deterministic_solvers():
 @pytest.mark.whole
 def test_the_clip_and_the_dynamic_threshold():
     threshold = process.dynamic_threshold(0.5)
-    x_0 = jnp.array([[0.1, -0.2, 0.3], [-4.0, 2.0, 1.0]])
-    np.testing.assert_allclose(threshold(x_0), [[0.1, -0.2, 0.3], [-1.0, 1.0, 0.5]])
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 4))
     wide = lambda x, time: 4 * mixture()(x, time)  # noqa: E731
-    for name in ("ddim", "dpm_solver_pp 2", "heun churn"):
+    for name in ("ddim", "dpm_solver_pp", "heun churn"):
         for clip in (True, threshold):
-            _, way = sampling.sample(KEY, schedule, wide, x_T, ALL[name](clip=clip), trajectory=True)
+            _, way = sampling.sample(KEY, schedule, wide, x_T, MAKERS[name](clip=clip), trajectory=True)
             assert abs(way.x_0).max() <= 1.0, name
     for quantile in (0.0, 1.1):
         with pytest.raises(ValueError, match="quantile"):
@@ -279,18 +236,26 @@ def test_memory_of_every_solver_is_flat_in_the_number_of_steps():
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
     for name in ("ddim", "heun", "unipc 3", "pndm", "dpm_solver_pp 3 singlestep"):
-        assert temporary_bytes(ALL[name], 1000) < 1.05 * temporary_bytes(ALL[name], 10), name
+        assert temporary_bytes(MAKERS[name], 1000) < 1.05 * temporary_bytes(MAKERS[name], 10), name
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_solvers_refuse_wrong_options():
-    for order in (0, 4):
+    for order in (0, 4, 2.0, True):
         for make in (sampling.dpm_solver_pp, sampling.deis, sampling.unipc):
             with pytest.raises(ValueError, match="order must be 1, 2 or 3"):
                 make(order)
     with pytest.raises(ValueError, match="bh1"):
         sampling.unipc(variant="bh3")
-    with pytest.raises(ValueError, match="churn"):
-        sampling.heun(churn=-1)
+    for name, bad in (
+        ("churn", -1),
+        ("churn", np.inf),
+        ("churn_noise", -1),
+        ("churn_range", (5, 1)),
+        ("churn_range", 1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(str(bad))}"):
+            sampling.heun(**{name: bad})
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jnp.ones((1, 1))
     with pytest.raises(ValueError, match="x_prev"):
         sampling.sample(KEY, schedule, mixture(), x_T, sampling.heun(churn=1, prediction="x_prev"))

@@ -10,32 +10,17 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, sampling, schedules
+from helpers.samplers import MAKERS
 
 MEANS, SDS, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.11, 0.16]), np.array([0.4, 0.6])
-SCHEDULES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 POINTS = 400
 COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
-SAMPLERS = {
-    "heun": sampling.heun,
-    "plms": lambda **k: sampling.pndm(runge_kutta=False, **k),
-    "dpm_solver_pp 2": sampling.dpm_solver_pp,
-    "dpm_solver_pp 3 singlestep": lambda **k: sampling.dpm_solver_pp(3, singlestep=True, **k),
-    "deis 3": lambda **k: sampling.deis(3, **k),
-    "ddim": sampling.ddim,
-}
-SLOW = {
-    "pndm": sampling.pndm,
-    "heun churn": lambda **k: sampling.heun(churn=5.0, **k),
-    "dpm_solver_pp 3": lambda **k: sampling.dpm_solver_pp(3, **k),
-    "dpm_solver_pp 2 singlestep": lambda **k: sampling.dpm_solver_pp(2, singlestep=True, **k),
-    "dpm_solver_pp 2 sde": lambda **k: sampling.dpm_solver_pp(2, sde=True, **k),
-    "dpm_solver_pp 3 sde": lambda **k: sampling.dpm_solver_pp(3, sde=True, **k),
-    "unipc 2": sampling.unipc,
-    "unipc 3": lambda **k: sampling.unipc(3, **k),
-    "deis 2": sampling.deis,
-    "ddpm": sampling.ddpm,
-    "euler_ancestral": sampling.euler_ancestral,
-}
+SAMPLERS = ["heun", "plms", "dpm_solver_pp", "dpm_solver_pp 3 singlestep", "deis 3", "ddim"]
+SLOW = [
+    *("heun churn", "dpm_solver_pp 3", "dpm_solver_pp 2 singlestep", "dpm_solver_pp 2 sde", "dpm_solver_pp 3 sde"),
+    "unipc 3",
+    *(name for name in sampling.SAMPLERS if name not in (*SAMPLERS, "euler")),
+]
 
 
 def network(schedule):
@@ -67,7 +52,7 @@ def distance(x):
 
 def combinations(steps):
     """(name of the schedule, spacing, respaced schedule) of all that there are."""
-    for name in SCHEDULES:
+    for name in schedules.SCHEDULES:
         full = schedules.from_betas(schedules.betas(name, 1000))
         for spacing in schedules.SPACINGS:
             if not (full.zero_terminal_snr and spacing in ("karras", "log_snr", "gaussian")):
@@ -77,7 +62,7 @@ def combinations(steps):
 @pytest.mark.parametrize("name", [*SAMPLERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_accepted_steps_give_samples_near_the_data(name):
     """Of the combinations of 10 steps that are neither refused nor noted."""
-    make, accepted = (SAMPLERS | SLOW)[name], []
+    make, accepted = MAKERS[name], []
     sampler, found = make(prediction="v", clip=False), list(combinations(10))
     # v needs no finite log SNR, so that one program serves every schedule.
     stacked = [dataclasses.replace(schedule, zero_terminal_snr=False) for _, _, schedule in found]
@@ -166,6 +151,14 @@ def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(full, steps, spac
     error, reason = np.sqrt(expected**2 - exact**2), sampling.find_error_growth(sampler, schedule)
     assert (error > 0.5) == grows
     assert abs(noted_error(reason) / error - 1) < 0.06 if grows else reason is None
+
+
+@pytest.mark.parametrize(("sigma", "grows"), [(0.99, False), (1.01, True)])
+def test_errors_below_a_noise_level_of_1_do_not_count(sigma, grows):
+    """3.7 times the deviation by two steps, from 6.18 to sigma to x_0, whose limit is 0.5: 0.48 without the second error."""
+    alpha_bar = 1 / (1 + np.array([sigma, 6.18]) ** 2)
+    schedule = schedules.from_betas(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+    assert (sampling.find_error_growth(sampling.pndm(clip=False), schedule) is not None) == grows
 
 
 def test_noise_of_the_sampler_replaces_errors_of_the_network():

@@ -10,11 +10,7 @@ from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.fruit_dataset import NAMES, LocalFruit
 
-
-@pytest.fixture
-def scheme():
-    """One service: they differ below ObjectStore only."""
-    return "gs"
+pytestmark = pytest.mark.parametrize("scheme", ["gs"])  # the services differ below ObjectStore only
 
 
 class BucketFruit(LocalFruit):

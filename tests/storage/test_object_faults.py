@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from diffusion_jax.errors import StorageError
-from diffusion_jax.storage import objects
+from diffusion_jax.storage import objects, s3
 
 
 @pytest.fixture
@@ -20,22 +20,6 @@ def store(bucket_url, proxy, scheme, monkeypatch):
     opened = objects.open_store(f"{bucket_url}/run")
     opened.write("there", b"there")
     return opened
-
-
-@pytest.fixture
-def impatient_store(bucket_url, store, scheme, monkeypatch):
-    """A store that gives up after two attempts."""
-    monkeypatch.setattr(objects, "_ATTEMPTS", 2)
-    if scheme == "s3":
-        monkeypatch.setitem(s3_options(), "retries", {"max_attempts": 1})
-        monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
-    return objects.open_store(store.url)
-
-
-def s3_options():
-    from diffusion_jax.storage import s3
-
-    return s3._OPTIONS
 
 
 def use_everything(store, tmp_path):
@@ -61,12 +45,10 @@ def use_everything(store, tmp_path):
 FAULTS = {
     "503": {"fault": "refuse", "status": 503},
     "429": {"fault": "refuse", "status": 429},
-    "500": {"fault": "refuse", "status": 500},
     "no answer": {"fault": "silence", "seconds": 0.1},
     "cut": {"fault": "cut"},
     "lost answer": {"fault": "lose"},
     "truncated answer": {"fault": "truncate"},
-    "slow": {"fault": "delay", "seconds": 0.1},
 }
 
 
@@ -94,20 +76,16 @@ def test_a_lost_answer_of_a_conditional_write_is_resolved(store, proxy, fault):
     assert store.read("x") == b"token 2"
 
 
-def test_a_truncated_download_leaves_nothing(impatient_store, proxy, tmp_path):
+def test_a_truncated_download_leaves_nothing(store, proxy, scheme, tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "_ATTEMPTS", 2)
+    if scheme == "s3":
+        monkeypatch.setitem(s3._OPTIONS, "retries", {"max_attempts": 1})
+        monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     proxy.inject("truncate", "read", times=1e9)
-    with pytest.raises(OSError, match=f"{impatient_store.url}/there: ") as caught:
-        impatient_store.download("there", tmp_path / "x")
+    with pytest.raises(OSError, match=f"{store.url}/there: ") as caught:
+        objects.open_store(store.url).download("there", tmp_path / "x")
     assert not list(tmp_path.iterdir()) and "\n" not in str(caught.value)
     assert not isinstance(caught.value, FileNotFoundError)
-
-
-def test_what_does_not_end_is_one_line(impatient_store, proxy):
-    proxy.inject("refuse", status=503, times=1e9)
-    before = len(proxy.requests)
-    with pytest.raises(OSError, match=f"{impatient_store.url}/there: ") as caught:
-        impatient_store.read("there")
-    assert "\n" not in str(caught.value) and len(proxy.requests) >= before + 2
 
 
 def test_a_refusal_is_not_retried(store, proxy):
@@ -123,7 +101,7 @@ def test_the_clients_stop_waiting_for_an_answer(store, proxy, scheme, monkeypatc
     if scheme == "gs":
         monkeypatch.setattr("diffusion_jax.storage.gcs._TIMEOUTS", aiohttp.ClientTimeout(sock_read=0.5))
     else:
-        monkeypatch.setitem(s3_options(), "read_timeout", 0.5)
+        monkeypatch.setitem(s3._OPTIONS, "read_timeout", 0.5)
     store = objects.open_store(store.url)
     store.write("x", b"1")
     for kind in ("read", "write", "find"):
@@ -145,10 +123,9 @@ def test_nothing_is_cached(bucket_url, proxy):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("options", [{"fault": "silence"}, {"fault": "refuse"}])
-def test_a_service_that_does_not_answer_is_refused_in_time(bucket_url, proxy, monkeypatch, options):
+def test_a_service_that_does_not_answer_is_refused_in_time(bucket_url, proxy, monkeypatch):
     monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 2.0)  # instead of 15 seconds
-    proxy.inject(**options, times=1e9)
+    proxy.inject("silence", times=1e9)
     with pytest.raises(StorageError, match=f"{bucket_url}/run cannot be listed \\(.*the network") as caught:
         objects.open_store(f"{bucket_url}/run")
     assert "\n" not in str(caught.value)

@@ -38,18 +38,11 @@ def test_missing_objects(store, tmp_path):
     with pytest.raises(FileNotFoundError):
         store.move("x", "y")
     assert not list(tmp_path.iterdir())
-    store.delete(["x", "y"])
+    store.write("z", b"1")
+    store.delete(["x", "z", "y"])
+    assert store.list() == {}
     with pytest.raises(ValueError, match="relative"):
         store.read("/x")
-
-
-def test_moves_and_deletes(store):
-    store.write("a/x", b"1")
-    store.move("a/x", "b/y z")
-    assert list(store.list()) == ["b/y z"] and store.read("b/y z") == b"1"
-    store.write("c", b"2")
-    store.delete(["b/y z", "missing", "c"])
-    assert store.list() == {}
 
 
 def test_conditional_writes(store):
@@ -72,22 +65,10 @@ def test_many_files(store, tmp_path):
     store.upload_all({tmp_path / f"{i}": f"many/{i}" for i in range(40)})
     assert len(store.list("many/")) == 40
     store.download_all({f"many/{i}": tmp_path / "new" / f"{i}" for i in range(40)})
-    assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == {
-        f"{i}": b"%d" % i for i in range(40)
-    }
+    assert all((tmp_path / "new" / f"{i}").read_bytes() == b"%d" % i for i in range(40))
     with pytest.raises(FileNotFoundError, match="many/40"):
         store.download_all({f"many/{i}": tmp_path / "more" / f"{i}" for i in range(30, 41)})
     assert not [path for path in (tmp_path / "more").iterdir() if path.suffix == ".partial"]
-
-
-def test_an_overwritten_local_file_is_complete_or_not_touched(store, tmp_path):
-    store.write("x", b"new")
-    (tmp_path / "x").write_bytes(b"old")
-    store.download("x", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == b"new"
-    with pytest.raises(FileNotFoundError):
-        store.download("y", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_urls():

@@ -36,7 +36,6 @@ def test_labels_are_needed_only_where_something_takes_them():
 
 
 def test_the_compiled_step_of_create_works_inside_scan_steps():
-    """As it does for single calls: the losses and the parameters of three batches."""
     config = array_config("vectors", "", **{"model.dropout": 0.0})
     batches = [{"x": np.random.default_rng(i).normal(size=(8, 3)).astype(np.float32)} for i in range(3)]
     state, train_step = training.create(config)
@@ -57,18 +56,7 @@ def test_weights_to_start_from_are_not_for_create():
     training.build_program(tiny_config(init_from="runs/old"))  # the program loads them itself
 
 
-# ------------------------------------------------------------------------------------ flips and levels
-
-
-@pytest.mark.parametrize(
-    "leaves",
-    [
-        {"levels": None},  # a field
-        {"image_size": (8,)},
-        {"image_size": (8, 8, 8)},
-        {"image_size": (8, 8, 8), "levels": None},
-    ],
-)
+@pytest.mark.parametrize("leaves", [{"levels": None}, {"image_size": (8,)}, {"image_size": (8, 8, 8)}])
 def test_only_images_are_mirrored(leaves):
     """A config without `random_flip` has True."""
     model = {"channels": 4, "channel_multipliers": (1,), "num_groups": 4, "num_res_blocks": 1, "attention_levels": ()}
@@ -110,21 +98,15 @@ def test_a_mirrored_image_has_its_condition_mirrored():
 
 
 def test_a_bound_of_gray_levels_is_not_trained_on_float_data():
-    """L_simple has no levels, and data.levels=None is a bound of continuous data."""
+    """data.levels=None is a bound of continuous data."""
     hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
-    for name, overrides in (("levels", hybrid), ("continuous", hybrid | {"data.levels": None}), ("simple", {})):
-        copies = 1 if name == "simple" else 2
-        _, state, run = recorded(
-            tiny_config(**overrides), lambda w, x_t, _, n=copies: w * jnp.concatenate([x_t] * n, -1)
-        )
-        if name == "levels":
-            with pytest.raises(ValueError, match="data.levels=17: the loss hybrid .* use data.levels=None"):
-                jax.jit(run)(state, {"x": floats()})
-        else:
-            assert np.isfinite(jax.jit(run)(state, {"x": floats()})[1]["loss"])
-
-
-# ------------------------------------------------------------------------------------ what a batch may be
+    output = lambda w, x_t, _: w * jnp.concatenate([x_t] * 2, -1)  # noqa: E731
+    _, state, run = recorded(tiny_config(**hybrid), output)
+    with pytest.raises(ValueError, match="data.levels=17: the loss hybrid .* use data.levels=None"):
+        run(state, {"x": floats()})
+    _, state, run = recorded(tiny_config(**hybrid, **{"data.levels": None}), output)
+    metrics = run(state, {"x": floats()})[1]
+    np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -146,16 +128,11 @@ def test_float_data_are_taken_as_they_are(dtype):
     ("batch", "words"),
     [
         ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.*got float(32|64); give float data.* as "x"'),
-        ({"image": IMAGE.astype(np.int32)}, r'batch\["image"\] must be uint8.*got int32; convert it to uint8'),
         ({"x": IMAGE}, r'batch\["x"\] must be float.*got uint8; give it as "image"'),
         ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
-        ({"images": IMAGE}, "either .*got 'images'"),
-        (IMAGE, "must be a dictionary"),
         ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[B, 8, 8, 1\].*data.channels.*got \[8, 8, 8, 3\]"),
         ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
-        ({"x": [[[[0.0]]]]}, r'batch\["x"\] must be an array; got list'),
         ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
-        ({"image": IMAGE, "label": np.zeros(8)}, r'batch\["label"\] must be int of shape \[8\]; got float'),
         ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
     ],
 )
@@ -172,7 +149,6 @@ def test_a_wrong_condition_is_refused():
             {"condition": np.zeros((8, 3))},
             r'batch\["condition"\] must be float of shape \[8, 2\]; got float.* \[8, 3\]',
         ),
-        ({"condition": np.zeros((8, 2), np.int32)}, r"got int32 \[8, 2\]"),
     ):
         with pytest.raises(ValueError, match=words):
             read_batch({"image": IMAGE} | condition, (8, 8, 1), takes_labels=False, condition_shape=(2,))

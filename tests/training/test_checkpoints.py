@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import training
+from diffusion_jax import timesteps, training
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import checkpoint_files, checkpoints
 from helpers.configs import tiny_config
@@ -35,6 +35,13 @@ def two_steps(tmp_path_factory):
             states[step] = jax.device_get(state)
         saved.finish(2)
     return directory, built.abstract_state, states
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path):
+    """`two_steps` with a directory of the test's own."""
+    source, *others = two_steps
+    return pathlib.Path(shutil.copytree(source, tmp_path / "checkpoints")), *others
 
 
 def restore(directory, abstract):
@@ -73,10 +80,8 @@ DATA = "params/ocdbt.process_0/d"
         ("_CHECKPOINT_METADATA", pathlib.Path.unlink, "_CHECKPOINT_METADATA is missing"),
     ],
 )
-def test_damage_is_named_and_the_step_before_restored(two_steps, tmp_path, capsys, part, damage, words):
-    source, abstract, states = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+def test_damage_is_named_and_the_step_before_restored(copied, capsys, part, damage, words):
+    directory, abstract, states = copied
     target = directory / "2" / part
     damage(max(files(target), key=lambda path: path.stat().st_size) if part == DATA else target)
     state = restore(directory, abstract)
@@ -90,10 +95,8 @@ def test_damage_is_named_and_the_step_before_restored(two_steps, tmp_path, capsy
 
 
 @pytest.mark.whole
-def test_weights_fall_back_as_well_and_change_nothing(two_steps, tmp_path, capsys):
-    source, abstract, states = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+def test_weights_fall_back_as_well_and_change_nothing(copied, capsys):
+    directory, abstract, states = copied
     flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)
     (directory / "7").mkdir()
     before = {path: path.read_bytes() for path in files(directory)}
@@ -109,10 +112,8 @@ def test_weights_fall_back_as_well_and_change_nothing(two_steps, tmp_path, capsy
     assert {path: path.read_bytes() for path in files(directory)} == before
 
 
-def test_no_whole_checkpoint_is_an_error_not_a_start_from_zero(two_steps, tmp_path):
-    source, abstract, _ = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+def test_no_whole_checkpoint_is_an_error_not_a_start_from_zero(copied):
+    directory, abstract, _ = copied
     for step in "12":
         (directory / step / "rest" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match=r"none of the checkpoints \[2, 1\]"):
@@ -133,10 +134,8 @@ def test_another_state_is_refused_and_nothing_set_aside(two_steps):
     assert checkpoints.committed_steps(directory) == [1, 2]
 
 
-def test_a_flipped_bit_of_any_file_is_found(two_steps, tmp_path):
-    source, _, _ = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+def test_a_flipped_bit_of_any_file_is_found(copied):
+    directory, _, _ = copied
     rng = np.random.default_rng(0)
     items = ("params", "ema_params", "rest")
     for path in files(directory / "2"):
@@ -148,11 +147,9 @@ def test_a_flipped_bit_of_any_file_is_found(two_steps, tmp_path):
     assert checkpoint_files.find_corruption(directory / "2", items) is None
 
 
-def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_commit_leaves_no_step(copied, monkeypatch):
     """And none of its files, which would take the room that the next one needs."""
-    source, abstract, states = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+    directory, abstract, states = copied
     state = restore(directory, abstract)
 
     def full(*_):
@@ -180,10 +177,8 @@ def test_a_save_that_fails_in_the_commit_leaves_no_step(two_steps, tmp_path, mon
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restore(directory, abstract)), states[2])
 
 
-def test_what_a_killed_save_or_removal_left_is_removed(two_steps, tmp_path):
-    source, _, _ = two_steps
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(source, directory)
+def test_what_a_killed_save_or_removal_left_is_removed(copied):
+    directory, _, _ = copied
     for name in ("3.partial/0/params/file", "1.removed/params/file"):
         (directory / name).parent.mkdir(parents=True)
         (directory / name).write_text("")
@@ -274,3 +269,14 @@ def test_kills_between_orbax_s_commit_and_the_digests_lose_one_step_at_most(tmp_
         assert any(directory.glob("*.partial/0/_CHECKPOINT_METADATA"))  # Orbax has committed its step
         before = max(checkpoints.committed_steps(directory), default=0)
     assert before >= 10
+
+
+def test_a_history_of_losses_is_restored(tmp_path):
+    config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
+    built = training.build_program(config)
+    state = built.init()
+    history = timesteps.record(state.loss_history, jnp.arange(8), jnp.arange(8.0))
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        saved.save(1, state.replace(step=jnp.int32(1), loss_history=history))
+        saved.finish(1)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, built.abstract_state).loss_history, history)

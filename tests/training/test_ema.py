@@ -1,7 +1,5 @@
 """The share of the initial weights in the EMA, and the weights that a run uses as long as it is large."""
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -45,29 +43,16 @@ def test_the_default_average_is_used_from_step_23025_on():
     assert weights_kind(from_weights, 1) == "ema"
 
 
-@pytest.fixture(scope="module")
-def early(tmp_path_factory):
-    """(config, directory, state, titles of pictures, parameters drawn with) of a run whose EMA is the initial weights."""
-    config = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2})
-    directory = tmp_path_factory.mktemp("early")
-    titles, drawn = [], []
-    with pytest.MonkeyPatch.context() as patch:
-        draw = PreviewPictures.draw
-        patch.setattr(
-            PreviewPictures, "draw", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
-        )
-        patch.setattr(
-            "diffusion_jax.runs.metrics_files.RunMetrics.write_image",
-            lambda self, step, name, picture, title: titles.append(title),
-        )
-        train.run(config, directory)
-    return config, directory, jax.device_get(last_state(config, directory)), titles, drawn
-
-
 @pytest.mark.whole
-def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(early, capsys):
-    config, directory, state, titles, drawn = early
-    assert len(titles) == 2 and all(title.endswith(", raw weights") for title in titles)
+def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
+    """Of a run whose EMA is the initial weights."""
+    config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
+    drawn, draw = [], PreviewPictures.draw
+    monkeypatch.setattr(
+        PreviewPictures, "draw", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
+    )
+    train.run(config, directory)
+    state = jax.device_get(last_state(config, directory))
     jax.tree.map(np.testing.assert_array_equal, drawn[-1], state.params)
     trained = TrainedModel.open(config, directory, True)
     jax.tree.map(np.testing.assert_array_equal, trained.params, state.params)
@@ -79,20 +64,3 @@ def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(early, capsy
     with pytest.warns(UserWarning, match="so the raw weights are used"):
         net = pretrained.load(directory)
     jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
-
-
-@pytest.mark.whole
-def test_a_run_from_weights_uses_its_average_at_once(early, tmp_path, capsys):
-    config, directory, _, _, _ = early
-    config = config.copy_and_resolve_references()
-    config.init_from = str(directory)
-    config.training.sample_every = 0
-    train.run(config, tmp_path)
-    state = jax.device_get(last_state(config, tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        net = pretrained.load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, net.params, state.ema_params)
-    trained = TrainedModel.open(config, tmp_path, True)
-    jax.tree.map(np.testing.assert_array_equal, trained.params, state.ema_params)
-    assert trained.weights_kind == "ema" and "raw weights" not in capsys.readouterr().out

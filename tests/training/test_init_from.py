@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import errors, models, pretrained, sampling, schedules, training
-from diffusion_jax.config import presets
+from diffusion_jax import errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
 from helpers.program import finish, start
-from helpers.published_files import CLASSIFIER_FLAGS, SCHEDULER, stored, write, write_folder
+from helpers.published_files import SCHEDULER, stored, write_folder
 from helpers.work_directories import untrained
 
 
@@ -149,72 +147,3 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     assert trained_model.load_initial_weights(config, model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
         trained_model.load_weights(config, tmp_path / "none", model, mesh, True)
-
-
-@pytest.mark.whole
-def test_wrong_weights_are_one_line_and_exit_code_2(folder, tmp_path):
-    for flags, words in (
-        ([f"--pretrained={tmp_path / 'nothing'}"], "no such file or folder"),
-        (["--config=configs/digits.py", f"--pretrained={folder}"], "is another network"),
-    ):
-        code, _, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}", *flags))
-        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
-
-
-def openai_upsampler(directory):
-    """An upsampler of OpenAI's form from 8 to 16 pixels, with classes, as a file of its names."""
-    model = models.UNet(
-        **{**presets.OPENAI, "channels": 32, "channel_multipliers": (1,), "num_res_blocks": 1},
-        scale_shift_norm=True,
-        attention_levels=(),
-        num_classes=4,
-        out_channels=6,
-    )
-    rng = np.random.default_rng(0)
-    made = {}
-    for path, shape in parameters.parameter_shapes(model, (16, 16, 6)).items():
-        value = parameters.to_torch(0.1 * rng.normal(size=shape).astype(np.float32), path)
-        made[openai.NAMING(path, model)] = value
-    for name in [name for name in made if ".q." in name]:
-        parts = [made.pop(name.replace(".q.", f".{layer}.")) for layer in "qkv"]
-        joined = np.concatenate(parts)
-        made[name.replace(".q.", ".qkv.")] = joined[..., None] if joined.ndim == 2 else joined
-    flags = "--large_size 16 --small_size 8 --num_heads 1 --diffusion_steps 1000 --noise_schedule linear"
-    return write(directory / "upsampler.safetensors", made), flags
-
-
-@pytest.mark.whole
-def test_upsamplers_of_openai_s_enlarge_samples_with_their_labels(tmp_path):
-    path, flags = openai_upsampler(tmp_path)
-    low = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    np.savez(tmp_path / "low.npz", low, np.array([3, 1, 2]))
-    config = small(config_from_weights(str(path), flags), **{"sampling.num_samples": 4})
-    assert config.data.low_resolution == 8 and config.diffusion.variance == "learned_range"
-    config.sampling.low_resolution = str(tmp_path / "low.npz")
-    sample.run(config, tmp_path / "out")
-    (found,) = (tmp_path / "out" / "samples").glob("upsampler_ema_ddim3_*.npz")
-    with np.load(found) as arrays:
-        np.testing.assert_array_equal(arrays["arr_1"], [3, 1, 2, 3])
-
-
-@pytest.mark.whole
-def test_classifiers_of_openai_s_guide(tmp_path):
-    """openai_classifier_narrow, of 10 classes at 8x8, guides a model of ours on the same schedule."""
-    published = write(tmp_path / "published.safetensors", stored("openai_classifier_narrow")[0])
-    path, other = tmp_path / "classifier.safetensors", tmp_path / "other.safetensors"
-    pretrained.save_safetensors(pretrained.load(published, {**CLASSIFIER_FLAGS, "noise_schedule": "linear"}), path)
-    pretrained.save_safetensors(pretrained.load(published, CLASSIFIER_FLAGS), other)
-    leaves = {"data.channels": 3, "diffusion.num_timesteps": 1000, "diffusion.schedule": "linear"}
-    leaves |= {"sampling.num_samples": 2, "sampling.batch_size": 2, "sampling.steps": 3, "sampling.trajectory": 0}
-    run = untrained(tmp_path / "run", tiny_config(**leaves))
-    drawn = []
-    for scale in (0.0, 20.0):
-        guided = {"sampling.classifier": str(path), "sampling.classifier_scale": scale}
-        found = sample.run(tiny_config(**{**leaves, **guided, "sampling.label": 3}), run).path
-        with np.load(found) as arrays:
-            drawn.append(arrays["arr_0"])
-    assert (drawn[0] != drawn[1]).any()
-    with pytest.raises(errors.UserError, match="sampling.classifier=.*do not determine"):
-        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(published)}), run)
-    with pytest.raises(errors.UserError, match="another noise schedule"):
-        sample.run(tiny_config(**{**leaves, "sampling.classifier": str(other)}), run)

@@ -9,7 +9,6 @@ import pytest
 
 from diffusion_jax import training
 from diffusion_jax.config import default
-from diffusion_jax.distributed import sharding
 from diffusion_jax.training import optimizer
 from helpers.configs import a_batch, tiny_config
 
@@ -22,49 +21,14 @@ def test_create_gives_a_state_and_a_step_that_learns():
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
     batch, losses = a_batch(config), []
     for _ in range(60):
-        state, metrics = train_step(state, batch)
+        before = state
+        state, metrics = train_step(before, batch)
         losses.append(float(metrics["loss"]))
+    assert before.params["conv_in"]["kernel"].is_deleted()  # donated
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
     assert int(state.step) == 60 and train_step._cache_size() == 1  # compiled once
     window = training.window_means(jax.device_get(state.window))
     np.testing.assert_allclose(window["loss"], np.mean(losses), rtol=1e-5)
-
-
-@pytest.mark.whole
-def test_the_state_is_donated():
-    config = tiny_config()
-    state, train_step = training.create(config)
-    new, _ = train_step(state, a_batch(config))
-    assert state.params["conv_in"]["kernel"].is_deleted() and not new.params["conv_in"]["kernel"].is_deleted()
-
-
-@pytest.mark.whole
-def test_one_step_is_adam_and_ema_in_numpy():
-    """From the gradient that Adam's own first moment tells: the update, the clip and the EMA."""
-    config = tiny_config(
-        **{"optimizer.learning_rate": 0.01, "optimizer.grad_clip": 0.5, "ema.warmup": False, "ema.decay": 0.9}
-    )
-    state, train_step = training.create(config)
-    before = jax.device_get(state)
-    after, metrics = train_step(state, a_batch(config))
-    after = jax.device_get(after)
-    adam = next(s for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
-    clipped = jax.tree.map(lambda m: m / 0.1, adam.mu)  # mu = 0.1 g after one step
-    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(clipped)))
-    np.testing.assert_allclose(norm, min(0.5, float(metrics["grad_norm"])), rtol=1e-4)
-    moved = jax.tree.map(lambda p, g: p - 0.01 * g / (np.abs(g) + 1e-8), before.params, clipped)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after.params, moved)
-    ema = jax.tree.map(lambda p, q: 0.9 * p + 0.1 * q, before.params, after.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema_params, ema)
-
-
-@pytest.mark.whole
-def test_a_learned_variance_doubles_the_output_and_logs_both_losses():
-    config = tiny_config(**{"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"})
-    state, train_step = training.create(config)
-    assert state.params["conv_out"]["kernel"].shape[-1] == 2 and state.loss_history is None
-    _, metrics = train_step(state, a_batch(config))
-    np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
 @pytest.mark.whole
@@ -116,31 +80,9 @@ def test_learning_rates():
     options.update(warmup_steps=0, decay_steps=300_000)
     np.testing.assert_allclose(optimizer.learning_rate(options)(100_000), 2e-4 * (1 - 1 / 3), rtol=1e-6)
     bad = default().optimizer
-    bad.update(schedule="cosine", decay_steps=10)
-    with pytest.raises(ValueError, match="exceed"):
-        optimizer.from_config(bad)
-    bad = default().optimizer
     bad.weight_decay = 0.1
     with pytest.raises(ValueError, match="adamw"):
         optimizer.from_config(bad)
-
-
-def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
-    from diffusion_jax.distributed import compiler
-
-    compiler.options.cache_clear()
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
-    assert compiler.options() == {}
-    compiler.options.cache_clear()
-    monkeypatch.delenv("XLA_FLAGS")
-    assert set(compiler.options()) <= {"xla_cpu_experimental_ynn_fusion_type"}
-    assert compiler.options(deterministic=True) == compiler.options()  # CPUs need nothing for it
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
-    compiler.options.cache_clear()
-    assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
-    assert compiler.options() == {}
-    compiler.options.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -148,17 +90,11 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
     [
         ({"model.kind": "mlp"}, "model.kind='mlp' is for vectors .*with 2 spatial axes need 'unet'"),
         ({"data.image_size": ()}, r"data.image_size=\(\), vectors, need model.kind='mlp'"),
-        (
-            {"model.kind": "mlp", "data.image_size": (), "model.num_heads": 2},
-            "model.[a-z_]*=.* has no effect on an MLP",
-        ),
-        ({"data.image_size": (8, 8, 8), "data.low_resolution": 4}, "data.low_resolution=4 is for images"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
         ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
         ({"diffusion.variance": "learned_range"}, "untrained"),
         ({"diffusion.loss": "hybrid"}, "use learned_range"),
         ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
-        ({"diffusion.loss": "vlb", "model.out_channels": 2}, "need 1"),
         ({"model.num_groups": 3}, "num_groups=3"),
         ({"diffusion.loss": "classify"}, "unknown leaf model.condition_channels: the model of a classifier"),
     ],
@@ -166,21 +102,6 @@ def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
 def test_configs_that_cannot_be_built(overrides, words):
     with pytest.raises(ValueError, match=words):
         training.create(tiny_config(**overrides))
-
-
-def test_a_batch_that_does_not_divide_names_the_nearest():
-    mesh = dataclasses.make_dataclass("Mesh", ["size"])(8)
-    with pytest.raises(ValueError, match="nearest: 8 or 16"):
-        sharding.check_divides(12, mesh, "training.batch_size")
-    with pytest.raises(ValueError, match="nearest: 8$"):
-        sharding.check_divides(3, mesh, "training.batch_size")
-    with pytest.raises(
-        ValueError, match=r"multiple of 32, the 8 devices times training.accumulation_steps=4; nearest: 32$"
-    ):
-        sharding.check_divides(16, mesh, "training.batch_size", 4)
-    one_device = dataclasses.make_dataclass("Mesh", ["size"])(1)
-    with pytest.raises(ValueError, match=r"multiple of 4, the 1 device times training.accumulation_steps=4"):
-        sharding.check_divides(6, one_device, "training.batch_size", 4)
 
 
 def test_all_seeds_have_one_program_of_the_initialization():
