@@ -1,9 +1,10 @@
 """The examples of CONTRIBUTING.md, each run as a part of the module that it extends."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from documents import markdown
 
 from diffusion_jax import losses, sampling, schedules
 from diffusion_jax.runs import sampling_setup
@@ -19,10 +20,11 @@ KEY = jax.random.key(0)
 
 def example(name, module):
     """What the block that defines `name` defines in a module."""
-    (block,) = [b for b in markdown.blocks(ROOT / "CONTRIBUTING.md") if f" {name}(" in b.text]
-    assert len(block.text.splitlines()) < 20
+    blocks = re.findall(r"^```py\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    (text,) = [block for block in blocks if f" {name}(" in block]
+    assert len(text.splitlines()) < 20
     namespace = dict(vars(module))
-    exec(block.text, namespace)
+    exec(text, namespace)
     return namespace[name]
 
 
