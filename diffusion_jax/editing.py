@@ -16,16 +16,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias, Unpack, overload
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Real, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.sampling import EncodeOptions, Sampler, Step, StepFn, Trajectory
+from diffusion_jax.sampling import Sampler, Step, StepFn
 from diffusion_jax.sampling.driver import check_sampler
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
@@ -58,7 +58,6 @@ def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
     return jnp.asarray(mask, bool)
 
 
-@overload
 def sdedit(
     key: Key[Array, ""],
     schedule: Schedule,
@@ -67,56 +66,20 @@ def sdedit(
     sampler: Sampler,
     *,
     strength: float = 0.5,
-    final_step: bool = True,
-    trajectory: Literal[False] = False,
-    progress: Callable[[int], None] | None = None,
-) -> Float[Array, "B *shape"]: ...
-@overload
-def sdedit(
-    key: Key[Array, ""],
-    schedule: Schedule,
-    denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
-    sampler: Sampler,
-    *,
-    strength: float = 0.5,
-    final_step: bool = True,
-    trajectory: Literal[True] | Sequence[int] | Int[np.ndarray, "K"],
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Float[Array, "B *shape"], Trajectory]: ...
-def sdedit(
-    key: Key[Array, ""],
-    schedule: Schedule,
-    denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
-    sampler: Sampler,
-    *,
-    strength: float = 0.5,
-    final_step: bool = True,
-    trajectory: bool | Sequence[int] | Int[np.ndarray, "K"] = False,
-    progress: Callable[[int], None] | None = None,
-) -> Float[Array, "B *shape"] | tuple[Float[Array, "B *shape"], Trajectory]:
+    **options: Any,
+) -> Any:
     """Image to image (Meng et al. 2022): x_0 is noised to the fraction `strength` of the schedule and denoised again.
 
     x_0: a sketch, a collage, a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
-    final_step, trajectory, progress: as `sampling.sample`, as is the result. Raises: ValueError for another strength.
+    options: final_step, trajectory and progress of `sampling.sample`. Returns: as `sampling.sample`.
+    Raises: ValueError for another strength.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
     start = max(round(strength * schedule.num_timesteps), 1) - 1
     key_noise, key_sample = jax.random.split(key)
     x_t = _add_noise(key_noise, schedule, x_0, start)
-    return sampling.sample(
-        key_sample,
-        schedule,
-        denoise_fn,
-        x_t,
-        sampler,
-        start=start,
-        final_step=final_step,
-        trajectory=trajectory,
-        progress=progress,
-    )
+    return sampling.sample(key_sample, schedule, denoise_fn, x_t, sampler, start=start, **options)
 
 
 def _add_noise(key, schedule, x_0, t):
@@ -139,10 +102,8 @@ def _as_mask_of(mask, x_0, several=False):
 
 def _replace_known(key, schedule, x_prev, x_0, mask, t):
     """x_{t-1} with its known pixels drawn from q(x_{t-1} | x_0); at t = 0 they are those of x_0."""
-    alpha = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, x_prev))
-    sigma = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_prev)
-    x_0 = x_0.astype(x_prev.dtype)
-    noised = alpha * x_0 + sigma * jax.random.normal(key, x_prev.shape, x_prev.dtype)
+    at, x_0 = schedule.at(t, x_prev), x_0.astype(x_prev.dtype)
+    noised = at.alpha_prev * x_0 + at.sigma_prev * jax.random.normal(key, x_prev.shape, x_prev.dtype)
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
 
 
@@ -158,26 +119,29 @@ class replacement(Sampler):
     x_0: Float[ArrayLike, "B *shape"]
     mask: Shaped[ArrayLike, "..."]
     prediction: str = dataclasses.field(init=False, repr=False)
+    variance: str = dataclasses.field(init=False, repr=False)
+    clip: Clip = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         check_sampler(self.sampler)
-        object.__setattr__(self, "prediction", self.sampler.prediction)
+        for name in ("prediction", "variance", "clip"):
+            object.__setattr__(self, name, getattr(self.sampler, name))
         super().__post_init__()
         object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
         object.__setattr__(self, "mask", _as_mask_of(self.mask, self.x_0, several=True))
 
+    @property
+    def is_stochastic(self) -> bool:
+        return True
+
+    @property
+    def calls_between_steps(self) -> bool:
+        return self.sampler.calls_between_steps
+
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: PyTree,
-    ) -> Step:
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         return self._step(self.sampler.step, key, schedule, denoise_fn, x_t, t, state)
 
     def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
@@ -255,7 +219,7 @@ def repaint(
         x_prev = _replace_known(key_known, schedule, new.x_prev, x_0, mask, t)
         # q(x_s | x_{t-1}) for s = noise_to, in one draw (the composition of several steps of DDPM eq. 2).
         s = jnp.maximum(noise_to, 0)
-        alpha = process.lookup(schedule.alpha_bar, s, x_t) / process.lookup(schedule.alpha_bar_prev, t, x_t)
+        alpha = schedule.at(s, x_t).alpha_bar / schedule.at(t, x_t).alpha_bar_prev
         noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
         x_s = jnp.sqrt(alpha) * x_prev + jnp.sqrt(jnp.maximum(1 - alpha, 0.0)) * noise
         return jnp.where(noise_to >= 0, x_s, x_prev).astype(x_t.dtype), None
@@ -355,7 +319,7 @@ def interpolate(
     sampler: Sampler,
     *,
     t: int | np.integer | None = None,
-    **encoding: Unpack[EncodeOptions],
+    **encoding: Any,
 ) -> Float[Array, "W B *shape"]:
     """Images between x (weight 0) and y (weight 1).
 
@@ -363,10 +327,9 @@ def interpolate(
     t an index: both are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every weight.
     A small t keeps details of both, a large t gives new images.
 
-    encoding: options of `sampling.encode` (order, start, clip), only with t None. The prediction and the variance are those
-      of the sampler; `start` is the index of the noise level at which the images are mixed, T - 1 by default.
-    Raises: ValueError for options of the encoding with an index t, for another prediction or variance than the sampler's, if
-      x and y differ in shape, and as `sampling.sample`.
+    encoding: order, start and clip of `sampling.encode`, only with t None; `start` is the index of the noise level at which
+      the images are mixed, T - 1 by default.
+    Raises: ValueError for options of the encoding with an index t, if x and y differ in shape, and as `sampling.sample`.
     """
     if t is not None and encoding:
         raise ValueError(
@@ -374,21 +337,13 @@ def interpolate(
             "images are encoded"
         )
     check_sampler(sampler)
-    own = EncodeOptions(prediction=sampler.prediction)
-    if (variance := getattr(sampler, "variance", None)) is not None:
-        own["variance"] = variance
-    for name, value in own.items():
-        if encoding.get(name, value) != value:
-            raise ValueError(
-                f"{name}={encoding[name]!r} of the encoding must be the sampler's, {value!r}; leave it out"
-            )
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must be equal")
     x, y = process.promote(x=x, y=y)
     key_x, key_y, key_sample = jax.random.split(key, 3)
     if t is None:
-        options = own | encoding
-        start, end = (sampling.encode(schedule, denoise_fn, image, **options) for image in (x, y))
+        own = {"prediction": sampler.prediction, "variance": sampler.variance}
+        start, end = (sampling.encode(schedule, denoise_fn, image, **own, **encoding) for image in (x, y))
     else:
         start, end = _add_noise(key_x, schedule, x, t), _add_noise(key_y, schedule, y, t)
 

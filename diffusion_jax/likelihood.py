@@ -283,8 +283,9 @@ def bits_per_dim(
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)
         x_t = process.q_sample(schedule, x_0, t, eps)
-        time = process.network_time(schedule, t, x_t)
-        output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
+        output = process.as_float("the output of denoise_fn", denoise_fn(x_t, schedule.at(t, x_t).time)).astype(
+            x_t.dtype
+        )
         term, reverse = _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
         eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")
         # Rows 1 and 2, 3 and 4, ... are the pairs of one stratum, whose sum is estimated as size (first + second) / 2.

@@ -4,6 +4,8 @@ Each draws one timestep for each example and returns one loss for each, so that 
 `LossAux` of its intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
 sum of both, which trains a learned variance). `classify` trains a classifier of noisy images from labels.
 
+`LOSSES` has the losses of the config by name.
+
 Data are batches [B, ..., C]. Continuous data, and others that are not in [-1, 1], need gray_levels=None in the bound.
 
 Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, including
@@ -37,8 +39,6 @@ __all__ = [
     "truncated_snr_weight",
     "vlb",
 ]
-
-LOSSES = ("simple", "vlb", "hybrid", "classify")
 
 
 class LossAux(NamedTuple):
@@ -240,6 +240,15 @@ def classify(
     return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
 
 
+# The losses of the config. An argument with the name of a setting, such as `weighting`, is set by it.
+LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
+    "simple": simple,
+    "vlb": vlb,
+    "hybrid": hybrid,
+    "classify": classify,
+}
+
+
 def _timestep_sampler(sampler: str | TimestepSampler) -> TimestepSampler:
     if callable(sampler):
         return sampler
@@ -273,7 +282,7 @@ def _draw_noise(key, schedule, x_0, timestep_sampler):
         for name, x in (("timesteps", t), ("weights", importance))
     )
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
-    time = process.network_time(schedule, t, x_0)
+    time = schedule.at(t, x_0).time
     return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
 
 
@@ -310,20 +319,17 @@ def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
 
 def _target(schedule, x_0, x_t, t, eps, prediction):
     """The quantity that the network is trained to predict."""
-    a, s = (
-        process.lookup(schedule.sqrt_alpha_bar, t, x_0),
-        process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_0),
-    )
+    at = schedule.at(t, x_0)
     if prediction == "eps":
         return eps
     if prediction == "x_0":
         return x_0
     if prediction == "v":
-        return a * eps - s * x_0
+        return at.alpha * eps - at.sigma * x_0
     if prediction == "x_prev":
         return process.q_posterior(schedule, x_0, x_t, t).mean
     if prediction == "score":
-        return -eps / s
+        return -eps / at.sigma
     raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
 
 
@@ -335,17 +341,15 @@ def _weight_of_target(schedule, aux, prediction, weighting):
         raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
-    def table(values):
-        return process.lookup(values, aux.t, aux.mse)
-
+    at = schedule.at(aux.t, aux.mse)
     # A lower bound keeps 1 / SNR finite where alpha_bar is 0, so that its product with the factor of v has its limit.
-    snr = jnp.maximum(table(schedule.snr), 1e-20)
+    snr = jnp.maximum(at.snr, 1e-20)
     eps_error_per_error = {
-        "eps": 1.0,
-        "x_0": snr,
-        "v": snr / (1 + snr),
-        "x_prev": snr / table(schedule.posterior_mean_coef_x_0) ** 2,
-        "score": table(schedule.sqrt_one_minus_alpha_bar) ** 2,
+        "eps": lambda: 1.0,
+        "x_0": lambda: snr,
+        "v": lambda: snr / (1 + snr),
+        "x_prev": lambda: snr / at.posterior_mean_coef_x_0**2,
+        "score": lambda: at.sigma**2,
     }
     weight = _per_example("the result of weighting", weight_fn(snr), len(snr))
-    return weight.astype(snr.dtype) * eps_error_per_error[prediction]
+    return weight.astype(snr.dtype) * eps_error_per_error[prediction]()

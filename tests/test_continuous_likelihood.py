@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffusion_jax import likelihood, process, schedules
+from diffusion_jax import likelihood, schedules
 
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 100, beta_start=1e-3, beta_end=0.12))
 OFFSET, SCALE = np.array([3.0, -20.0]), np.array([0.05, -40.0])
@@ -37,7 +37,7 @@ def test_the_bound_of_standardized_data_in_their_units(shape):
     n = 4000
     data = OFFSET + np.abs(SCALE) * np.random.default_rng(0).normal(size=(n, *shape))
     x = (data - OFFSET) / SCALE
-    bits = bound(lambda x, t: process.lookup(SCHEDULE.sqrt_one_minus_alpha_bar, t.astype(int), x) * x, x, "fixed_large")
+    bits = bound(lambda x, t: SCHEDULE.at(t.astype(int), x).sigma * x, x, "fixed_large")
     in_units = bits + float(likelihood.standardization_bits(SCALE))
     exact = -scipy.stats.norm(OFFSET, np.abs(SCALE)).logpdf(data).reshape(n, -1).mean(1) / np.log(2)
     ratio = SCHEDULE.betas[0] / SCHEDULE.fixed_large_variance[0]
@@ -61,7 +61,7 @@ def test_the_bound_of_a_correlated_series():
     x = (rng.normal(size=(n, length)) * np.sqrt(eigenvalues)) @ basis.T
 
     def exact(x, time):
-        a = process.lookup(SCHEDULE.alpha_bar, time.astype(int), x[:, 0])
+        a = SCHEDULE.at(time.astype(int), x[:, 0]).alpha_bar
         along = (x[..., 0] @ basis) / (a * eigenvalues + 1 - a)
         return jnp.sqrt(1 - a)[..., None] * (along @ basis.T)[..., None]
 

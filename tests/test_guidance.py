@@ -182,7 +182,7 @@ def test_mean_shift_is_the_eps_shift_to_first_order(x64):
     for steps in (100, 1000):
         schedule = schedules.respace(FULL, steps, "leading")
         t = jnp.array([steps // 2])
-        time = process.lookup(schedule.timesteps, t, t)
+        time = schedule.at(t, t).time
         eps = guidance.classifier(unconditional, log_prob, FULL)(x_t, time)
         by_eps = process.p_mean_variance(schedule, eps, x_t, t, clip=False).mean
         reverse = process.p_mean_variance(schedule, unconditional(x_t, time), x_t, t, clip=False)

@@ -33,12 +33,12 @@ def optimal(variance):
 
     def denoise_fn(x_t, time):
         t = time.astype(jnp.int32)
-        a = process.lookup(SCHEDULE.alpha_bar, t, x_t)
-        v = process.lookup(V, t, x_t)
-        eps = process.lookup(SCHEDULE.sqrt_one_minus_alpha_bar, t, x_t) * (x_t - jnp.sqrt(a) * M) / v
+        a = SCHEDULE.at(t, x_t).alpha_bar
+        v = SCHEDULE.at(t, x_t).read(V)
+        eps = SCHEDULE.at(t, x_t).sigma * (x_t - jnp.sqrt(a) * M) / v
         if variance != "learned_range":
             return eps
-        return jnp.concatenate([eps, jnp.broadcast_to(process.lookup(2 * FRACTION - 1, t, x_t), eps.shape)], -1)
+        return jnp.concatenate([eps, jnp.broadcast_to(SCHEDULE.at(t, x_t).read(2 * FRACTION - 1), eps.shape)], -1)
 
     return denoise_fn
 

@@ -16,7 +16,7 @@ def optimal(prediction, schedule=SCHEDULE):
 
     def denoise_fn(x_t, time):
         t = time.astype(jnp.int32)
-        alpha_bar = process.lookup(schedule.alpha_bar, t, x_t)
+        alpha_bar = schedule.at(t, x_t).alpha_bar
         x_0 = M + jnp.sqrt(alpha_bar) * S2 * (x_t - jnp.sqrt(alpha_bar) * M) / (alpha_bar * S2 + 1 - alpha_bar)
         if prediction == "x_0":
             return x_0

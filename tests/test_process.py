@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import process, schedules
 
-NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+NAMES = list(schedules.SCHEDULES)
 SCHEDULES = {name: schedules.from_betas(schedules.betas(name, 1000)) for name in NAMES}
 
 

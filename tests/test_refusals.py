@@ -73,7 +73,7 @@ def test_images_that_are_not_float(name, dtype):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, t: process.network_time(FULL, t, x),
+        lambda x, t: FULL.at(t, x).time,
         lambda x, t: process.q_mean_variance(FULL, x, t),
         lambda x, t: process.q_posterior(FULL, x, x, t),
         lambda x, t: process.to_x_0(FULL, x, x, t, "x_0"),
@@ -173,10 +173,6 @@ OF_ANOTHER_KIND = {
     "jump": (
         lambda: editing.repaint(KEY, FULL, network, X, X > 0, jump=5.0),
         "whole numbers of at least 1, got 10 and 5.0",
-    ),
-    "prediction of interpolate": (
-        lambda: editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), prediction="v"),
-        "prediction='v' of the encoding must be the sampler's, 'eps'",
     ),
     "guidance interval": (
         lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),

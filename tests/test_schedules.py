@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import editing, process, sampling, schedules
 
-NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+NAMES = list(schedules.SCHEDULES)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import likelihood, losses, process, schedules, timesteps
+from diffusion_jax import likelihood, losses, process, sampling, schedules, timesteps
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
@@ -277,10 +277,16 @@ MESH: dict[str, Leaf] = {
     ),
 }
 
+_SAMPLERS_ALONG_EPS = [
+    name
+    for name, make in sampling.SAMPLERS.items()
+    if (stability := make().stability) is not None and stability.along_eps
+]
+# A setting that has the name of a sampler's argument sets this argument.
 SAMPLING: dict[str, Leaf] = {
     "sampler": Leaf(
         "ddpm",
-        Choice("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm_solver_pp", "unipc", "deis", "pndm", "plms"),
+        Choice(*sampling.SAMPLERS),
         "Algorithm that draws the samples.",
     ),
     "steps": Leaf(
@@ -296,11 +302,15 @@ SAMPLING: dict[str, Leaf] = {
     "spacing": Leaf(
         None,
         optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
-        'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for heun, pndm, plms '
-        "and an unclipped eps network whose errors would grow, otherwise trailing.",
+        'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
+        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, otherwise trailing.",
     ),
-    "eta": Leaf(0.0, Number(minimum=0, maximum=1), "Noise of ddim: 0 is deterministic, 1 ancestral sampling."),
-    "order": Leaf(2, Choice(1, 2, 3), "Order of dpm_solver_pp, unipc and deis."),
+    "eta": Leaf(
+        0.0,
+        Number(minimum=0, maximum=1),
+        f"Noise of {', '.join(sampling.samplers_with('eta'))}: 0 is deterministic, 1 ancestral sampling.",
+    ),
+    "order": Leaf(2, Choice(1, 2, 3), f"Order of {', '.join(sampling.samplers_with('order'))}."),
     "clip": Leaf(
         None,
         OneOf(Boolean(), Choice("dynamic", None)),

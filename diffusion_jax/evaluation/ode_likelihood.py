@@ -207,7 +207,7 @@ def bits_per_dim(
     elif dequantization == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x, time = process.q_sample(schedule, x_0, first, eps), schedule.timesteps[0]
-        output = denoise_fn(x, process.network_time(schedule, first, x))
+        output = denoise_fn(x, schedule.at(first, x).time)
         output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
             schedule, output, x_0, x, first, prediction=prediction, variance=variance, gray_levels=gray_levels

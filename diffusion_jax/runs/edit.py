@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffusion_jax import data, editing, pictures, pretrained, sampling
+from diffusion_jax import data, editing, pictures, pretrained
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
@@ -186,19 +186,14 @@ def _sdedit(context: _Context) -> _Edit:
 
 def _restore(context: _Context, measurement: editing.LinearOperator, y: jax.Array, caption: str) -> _Edit:
     """Samples with the measurement y [N, ...]: every predicted x_0 is projected onto it. Raises: UserError."""
-    sampler: Any = context.sampler
-    if sampler.prediction == "x_prev" and _is_stochastic(sampler):
+    sampler = context.sampler
+    if sampler.prediction == "x_prev" and sampler.is_stochastic:
         raise UserError(
             f"editing.task={context.options.task!r} cannot act on an ancestral mean that the network predicts itself "
             "(diffusion.prediction='x_prev'): use sampling.sampler=ddim"
         )
     projecting = dataclasses.replace(sampler, clip=editing.project(measurement, y, sampler.clip))
     return _Edit(context.to_data(measurement.invert(y))[:1], [caption], {"sampler": projecting})
-
-
-def _is_stochastic(sampler: sampling.Sampler) -> bool:
-    """Whether two samples of a sampler of the config from the same x_T differ."""
-    return isinstance(sampler, sampling.ddpm) or getattr(sampler, "eta", 0) > 0
 
 
 def _colorize(context: _Context) -> _Edit:
@@ -235,7 +230,7 @@ def _interpolate(context: _Context) -> _Edit:
     num_steps = settings.schedule.num_timesteps
     if t is not None and t >= num_steps:
         raise UserError(f"editing.level={t} must be an index of the steps, 0 ... {num_steps - 1}, or None")
-    if t is None and _is_stochastic(context.sampler):
+    if t is None and context.sampler.is_stochastic:
         raise UserError(
             "editing.task='interpolate' mixes the images' encodings, which only a deterministic sampler decodes: use "
             "sampling.sampler=ddim (eta 0) or heun, or give editing.level"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -12,18 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, pretrained, sampling, schedules
+from diffusion_jax import data, models, pretrained, process, sampling, schedules
 from diffusion_jax.config import LEAVES, clips_by_default, is_upsampler, resolve, resolve_clip
 from diffusion_jax.errors import UserError, closest_names, list_names
 from diffusion_jax.images import to_uint8
 from diffusion_jax.provenance import array_digest, params_digest, settings_digest
-from diffusion_jax.runs.sampling_setup import (
-    LEAVES_WITHOUT_EFFECT,
-    resolve_spacing,
-    respace,
-    sampler_from_config,
-    unused_leaves,
-)
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
@@ -40,10 +34,15 @@ __all__ = [
     "read_conditions",
     "read_small_images",
     "resolve_sampling",
+    "respace",
+    "sampler_from_config",
     "to_examples",
+    "unused_leaves",
 ]
 
 FILES = ("classifier", "low_resolution", "conditions")  # leaves of `config.sampling`, compared by their contents
+# Leaves of `config.sampling` that no sample depends on.
+_LEAVES_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
 # Leaves that the name of a file shows.
 _NAMED_LEAVES = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
@@ -99,7 +98,7 @@ class SamplingSettings:
         hashed = {
             name: value
             for name, value in options.items()
-            if name not in (*LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
+            if name not in (*_LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
         }
         if options["clip"] != clips_by_default(self.config):
             hashed["clip"] = options["clip"]
@@ -123,7 +122,7 @@ class SamplingSettings:
     def provenance(self, net: pretrained.Model) -> dict[str, Any]:
         """The settings that decide the values of samples, except those of rounding, as JSON values."""
         options = to_dict(self.config)
-        sampling = {k: v for k, v in options["sampling"].items() if k not in (*LEAVES_WITHOUT_EFFECT, *FILES)}
+        sampling = {k: v for k, v in options["sampling"].items() if k not in (*_LEAVES_WITHOUT_EFFECT, *FILES)}
         if sampling["label"] is not None and self.classes is not None:  # a name and a number may be of one class
             sampling["label"] = list(self.classes)
         return {
@@ -223,7 +222,7 @@ def _check_steps(
 
     Raises: UserError for steps on which the sampler is known to fail.
     """
-    spacing = resolve_spacing(options, sampler, full)
+    spacing = _resolve_spacing(options, sampler, full)
     advice = more = "more steps (sampling.steps)"
     if spacing != "log_snr" and not full.zero_terminal_snr:
         advice = f"sampling.spacing=log_snr or {more}"
@@ -267,6 +266,74 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
             "train both on the same data"
         )
     return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
+
+
+# ---- Sampler and steps
+
+
+def sampler_from_config(options: Mapping[str, Any], parameterization: Mapping[str, Any]) -> sampling.Sampler:
+    """The sampler of `config.sampling`, whose `clip` is resolved: each argument is the setting of its name.
+
+    parameterization: a mapping with `prediction` and `variance`, such as `config.diffusion`.
+    Raises: ValueError for values that the sampler does not take.
+    """
+    make_sampler = sampling.SAMPLERS[options["sampler"]]
+    settings = {**options, **{name: parameterization[name] for name in ("prediction", "variance")}}
+    if options["clip"] == "dynamic":
+        settings["clip"] = process.dynamic_threshold(options["clip_quantile"])
+    names = inspect.signature(make_sampler).parameters.keys() & settings.keys()
+    return make_sampler(**{name: settings[name] for name in names})
+
+
+def unused_leaves(options: Mapping) -> list[str]:
+    """Leaves of `config.sampling` without effect, each with the setting that would use it."""
+    unused = []
+    for leaf, value in options.items():
+        readers = sampling.samplers_with(leaf)
+        if readers and options["sampler"] not in readers and value != LEAVES[f"sampling.{leaf}"].default:
+            unused.append(f"sampling.{leaf}={value!r} (only with sampling.sampler={', '.join(readers)})")
+    if options["classifier_scale"] != 1 and not options["classifier"]:
+        unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
+    for leaf in ("guidance_interval", "guidance_rescale"):
+        if options[leaf] and options["guidance_scale"] == 1:
+            unused.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
+    return unused
+
+
+def _resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
+    """`sampling.spacing`, or the default of the sampler and of the type of `sampling.steps`."""
+    if options["spacing"] is not None:
+        return options["spacing"]
+    return "openai" if isinstance(options["steps"], tuple | list) else sampling.default_spacing(sampler, schedule)
+
+
+def respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
+    """The schedule that the sampler uses: all of it, or `sampling.steps` of it. Raises: ValueError."""
+    steps = options["steps"]
+    if steps is None:
+        return schedule
+    spacing, is_sequence = _resolve_spacing(options, sampler, schedule), isinstance(steps, tuple | list)
+    if spacing == "given" and not is_sequence:
+        raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
+    if spacing == "openai" and not all(type(count) is int for count in (steps if is_sequence else (steps,))):
+        raise ValueError(
+            f"sampling.steps={steps!r} with spacing=openai must be a whole number, or several: (10, 15, 20)"
+        )
+    if is_sequence and spacing not in ("given", "openai"):
+        raise ValueError(
+            f"sampling.steps={steps!r} are several numbers, which spacing={spacing} does not take; use "
+            "sampling.spacing=openai (steps in equal sections of the chain) or given (network times)"
+        )
+    try:
+        if spacing == "given":
+            return schedules.respace(schedule, [float(t) for t in steps])
+        if spacing == "openai":
+            return schedules.respace(schedule, ",".join(map(str, steps)) if is_sequence else str(steps))
+        if spacing == "openai_ddim":
+            return schedules.respace(schedule, f"ddim{steps}")
+        return schedules.respace(schedule, steps, spacing)
+    except ValueError as error:
+        raise ValueError(f"sampling.steps={steps!r}: {error}") from error
 
 
 # ---- Samples

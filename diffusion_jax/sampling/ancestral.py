@@ -7,12 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
-from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.noise_levels import call_network
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, call_network
 from diffusion_jax.types import Clip, DenoiseFn
 
 __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
@@ -22,27 +19,20 @@ __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 class ddpm(Sampler):
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, and the clip of its code).
 
-    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1].
+    prediction, variance, clip: as `Sampler`.
     mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) as from
       `guidance.log_prob_gradient`; the mean is shifted by the variance times g, after the clip (ADM Algorithm 1).
-    Raises: ValueError for an unknown prediction or variance.
     """
 
     variance: str = "fixed_large"
     _: dataclasses.KW_ONLY
-    prediction: str = "eps"
-    clip: Clip = True
     mean_shift: DenoiseFn | None = None
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: PyTree,
-    ) -> Step:
+    @property
+    def stability(self) -> Stability:
+        return Stability(eta=1.0)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         output = call_network(schedule, denoise_fn, x_t, t)
         reverse = process.p_mean_variance(schedule, output, x_t, t, self.prediction, self.variance, self.clip)
         mean = reverse.mean
@@ -59,35 +49,26 @@ class ddim(Sampler):
     sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
     the ancestral sampler with the fixed small variance.
 
-    prediction, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1]. variance: a learned one means
-      that the output has a second half of the channels, which is ignored.
+    prediction, variance, clip: as `Sampler`.
     clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own, which is the
       default of diffusers (DDIM's own code never clips: clip=False).
-    Raises: ValueError for an eta outside [0, 1], or an unknown prediction or variance.
+    Raises: ValueError for an eta outside [0, 1].
     """
 
     eta: float | np.floating = 0.0
     _: dataclasses.KW_ONLY
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip: Clip = True
     clipped_eps: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {self.eta}")
-        self._floats("eta")
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: PyTree,
-    ) -> Step:
+    @property
+    def stability(self) -> Stability:
+        return Stability(eta=float(self.eta))
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
         if self.clipped_eps:
@@ -96,16 +77,13 @@ class ddim(Sampler):
             eps = process.to_eps(schedule, output, x_t, t, self.prediction)
         # sigma of eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
         # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
-        sigma = self.eta * jnp.sqrt(process.lookup(schedule.posterior_variance, t, x_t))
-        noise_fraction = (
-            process.lookup(schedule.betas, t, x_t) / process.lookup(schedule.sqrt_one_minus_alpha_bar, t, x_t) ** 2
-        )
-        direction_scale = jnp.sqrt(jnp.maximum(1 - self.eta**2 * noise_fraction, 0.0))
-        direction = process.lookup(schedule.sqrt_one_minus_alpha_bar_prev, t, x_t) * direction_scale
-        mean = jnp.sqrt(process.lookup(schedule.alpha_bar_prev, t, x_t)) * x_0 + direction * eps
+        at = schedule.at(t, x_t)
+        direction = at.sigma_prev * jnp.sqrt(jnp.maximum(1 - self.eta**2 * (at.beta / at.sigma**2), 0.0))
+        x_prev = at.alpha_prev * x_0 + direction * eps
         if self.eta > 0:
-            mean = mean + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
-        return Step(mean, x_0)
+            sigma = self.eta * jnp.sqrt(at.posterior_variance)
+            x_prev = x_prev + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
+        return Step(x_prev, x_0)
 
 
 def euler(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:

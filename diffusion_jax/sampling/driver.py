@@ -1,4 +1,4 @@
-"""The loop of every sampler.
+"""The base class of samplers, and the loop of all of them.
 
 A `Sampler` has pure methods and no loop; `sample` runs any of them from the noisiest index to 0 with `lax.scan`: one
 compiled program, and memory that does not grow with the number of steps unless the trajectory is returned.
@@ -6,6 +6,7 @@ compiled program, and memory that does not grow with the number of steps unless 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, overload
@@ -15,11 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
-from diffusion_jax.process import PREDICTIONS, VARIANCES, as_float, check_terminal_snr
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import DenoiseFn
+from diffusion_jax import process
+from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.types import Clip, DenoiseFn
 
-__all__ = ["Sampler", "Step", "StepFn", "Trajectory", "check_sampler", "first_index", "sample"]
+__all__ = [
+    "Denoised",
+    "Sampler",
+    "Stability",
+    "Step",
+    "StepFn",
+    "Trajectory",
+    "call_network",
+    "check_sampler",
+    "ddim_step",
+    "first_index",
+    "sample",
+]
+
+
+class Denoised(NamedTuple):
+    """The network's prediction: x_0 after the clip, and the eps computed from it."""
+
+    x_0: Float[Array, "B *shape"]
+    eps: Float[Array, "B *shape"]
 
 
 class Step(NamedTuple):
@@ -33,39 +53,77 @@ class Step(NamedTuple):
 StepFn: TypeAlias = Callable[..., Step]  # of the arguments of `Sampler.step`
 
 
+class Stability(NamedTuple):
+    """The effect of errors on a sampler, from which `find_problem` and `find_error_growth` judge its steps.
+
+    order: the number of the network's values that a step combines; extrapolation enlarges their errors.
+    eta: the share of ancestral noise, as `ddim`'s; noise replaces errors.
+    along_eps: whether steps are straight lines in x / alpha and sigma / alpha, as Heun's method; such steps must not span
+      many octaves of sigma, so that the spacing "log_snr" suits them. Others extrapolate x_0, as DPM-Solver++ 2M.
+    limit: the largest relative error of one step on Gaussian data with which samples are not noise, measured on mixtures;
+      None for no limit.
+    """
+
+    order: int = 1
+    eta: float = 0.0
+    along_eps: bool = False
+    limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
     """The step from x_t to x_{t-1}, as a value: samplers with equal options are equal and have equal hashes.
 
-    The samplers of this package are frozen dataclasses, so that one can be a static argument of `jax.jit`. To write your own,
-    derive a class and define `step`, and `init_state` if it has a state:
+    A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. To write your own, derive a class and
+    define `step`, and `init_state` if it has a state:
 
         @dataclasses.dataclass(frozen=True)
         class shrunk_ddim(sampling.Sampler):
             factor: float = 0.9
-            _: dataclasses.KW_ONLY
-            prediction: str = "eps"
 
             def step(self, key, schedule, denoise_fn, x_t, t, state):
-                new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, state)
-                return sampling.Step(self.factor * new.x_prev, new.x_0)
+                x_0, eps = self.denoise(schedule, denoise_fn, x_t, t)
+                at = schedule.at(t, x_t)
+                return sampling.Step(self.factor * (at.alpha_prev * x_0 + at.sigma_prev * eps), x_0)
 
-    prediction: the quantity that the network predicts; `sample` raises ValueError if it does not suit the schedule.
+    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1]. A learned variance
+      means that the output has a second half of the channels, which all samplers but `ddpm` ignore.
+    Raises: ValueError for an unknown prediction or variance, or prediction "x_prev", which is defined for a step of a
+      schedule only, with `calls_between_steps`. `sample` raises ValueError if the prediction does not suit the schedule.
     """
 
     prediction: str = "eps"
+    variance: str = "fixed_large"
+    clip: Clip = True
 
     def __post_init__(self):
-        """Raises: ValueError for an unknown prediction or variance."""
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}; known: {', '.join(PREDICTIONS)}")
-        variance = getattr(self, "variance", VARIANCES[0])
-        if variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
+        for field in dataclasses.fields(self):  # a NumPy float64 would promote float32 arrays under x64
+            if isinstance(value := getattr(self, field.name), np.floating):
+                object.__setattr__(self, field.name, float(value))
+        if self.prediction not in process.PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.prediction!r}; known: {', '.join(process.PREDICTIONS)}")
+        if self.variance not in process.VARIANCES:
+            raise ValueError(f"unknown variance {self.variance!r}; known: {', '.join(process.VARIANCES)}")
+        if self.prediction == "x_prev" and self.calls_between_steps:
+            raise ValueError(
+                f"{type(self).__name__} calls the network between the schedule's steps, where 'x_prev' is not defined; "
+                "use ddim, or another prediction"
+            )
 
-    def _floats(self, *names: str) -> None:
-        """Converts fields to Python floats, because a NumPy float64 would promote float32 arrays under x64."""
-        for name in names:
-            object.__setattr__(self, name, float(getattr(self, name)))
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether two samples from the same x_T differ; by default, whether its `stability` has ancestral noise."""
+        return self.stability is not None and self.stability.eta > 0
+
+    @property
+    def calls_between_steps(self) -> bool:
+        """Whether the network is also called at noise levels between those of the schedule."""
+        return False
+
+    @property
+    def stability(self) -> Stability | None:
+        """The effect of errors; None if it is not known, so that no steps are refused."""
+        return None
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
         """The state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
@@ -90,6 +148,53 @@ class Sampler:
         branch inside of a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
         """
         return [(self.step, num_steps)]
+
+    def denoise(
+        self, schedule: Schedule, denoise_fn: DenoiseFn, x_t: Float[Array, "B *shape"], t: Int[Array, ""]
+    ) -> Denoised:
+        """One network call at index t."""
+        output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
+        x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
+        return Denoised(x_0, process.to_eps(schedule, x_0, x_t, t, "x_0"))
+
+    def denoise_between_steps(
+        self, schedule: Schedule, denoise_fn: DenoiseFn, x: Float[Array, "B *shape"], level: NoiseLevel
+    ) -> Denoised:
+        """One network call at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
+        time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * level.lam).astype(x.dtype))
+        output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
+        output, _ = process.split_variance(output, x, self.variance)
+        if self.prediction == "x_0":
+            x_0 = output
+        elif self.prediction == "v":  # like x_0, without a division by alpha, which may be 0
+            x_0 = level.alpha * x - level.sigma * output
+        else:
+            eps = process.eps_at(level.alpha, level.sigma, output, x, self.prediction)
+            x_0 = (x - level.sigma * eps) / level.alpha
+        x_0 = process.clip_x_0(x_0, self.clip)
+        return Denoised(x_0, (x - level.alpha * x_0) / level.sigma)
+
+
+def call_network(
+    schedule: Schedule, denoise_fn: DenoiseFn, x_t: Float[Array, "B *shape"], t: Int[Array, ""]
+) -> Float[Array, "B *output_shape"]:
+    """The network's output at index t, in the dtype of x_t."""
+    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], schedule.at(t, x_t).time))
+    return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
+
+
+def ddim_step(
+    denoised: Denoised, eps: Float[Array, "B *shape"], current: NoiseLevel, target: NoiseLevel
+) -> Float[Array, "B *shape"]:
+    """The step from one noise level to another along a direction eps: DDIM's eq. 12 for the network's own eps.
+
+    (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that it is
+    defined for pure noise (alpha = 0), where the step is DDIM's for any eps.
+    """
+    slope = jnp.where(
+        current.alpha > 1e-10, target.sigma - target.alpha * current.sigma / jnp.maximum(current.alpha, 1e-10), 0.0
+    )
+    return target.alpha * denoised.x_0 + target.sigma * denoised.eps + slope * (eps - denoised.eps)
 
 
 def check_sampler(sampler: object) -> None:
@@ -178,12 +283,12 @@ def sample(
       score if the first step has alpha = 0 in float32, or a start or a kept index that is not an index of the steps.
     """
     check_sampler(sampler)
-    x_T = as_float("x_T", x_T)
+    x_T = process.as_float("x_T", x_T)
     if not x_T.ndim:
         raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
     total = schedule.num_timesteps
     first, last = first_index(schedule, start), 0 if final_step else 1
-    check_terminal_snr(schedule, sampler.prediction, first)
+    process.check_terminal_snr(schedule, sampler.prediction, first)
     if isinstance(trajectory, bool | np.bool_):
         indices = np.arange(last, first + 1) if trajectory else None
     else:

@@ -10,7 +10,7 @@ Each method here is one choice of polynomial, whose order is at most the number 
 order 1: it returns the predicted x_0.
 
 Common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in the n-th step from the end, which is
-necessary with few steps; `prediction`, `variance` and `clip` as `ddim`. All raise ValueError for another order.
+necessary with few steps; `prediction`, `variance` and `clip` as `Sampler`. All raise ValueError for another order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, PyTree
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
-from diffusion_jax.sampling.driver import Sampler, Step
-from diffusion_jax.sampling.noise_levels import denoise, noise_level, previous_noise_level
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Clip, DenoiseFn
+from diffusion_jax.sampling.driver import Sampler, Stability, Step
+from diffusion_jax.schedules import NoiseLevel, Schedule
 
 __all__ = ["History", "choose", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
 
@@ -59,17 +57,26 @@ class _Multistep(Sampler):
     order: int = 2
     _: dataclasses.KW_ONLY
     lower_order_final: bool = True
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip: Clip = True
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.order, bool) or not isinstance(self.order, int | np.integer) or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
 
+    @property
+    def stability(self) -> Stability:
+        return Stability(self.order)
+
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         return empty_history(x_T, num_steps, self.order - 1)
+
+
+def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]:
+    """The noise levels of the indices t, t + 1, ..., noisiest last.
+
+    Those above T - 1 are the level of T - 1: they belong to steps before the first, whose values are unused.
+    """
+    return [schedule.at(jnp.minimum(t + i, schedule.num_timesteps - 1), x).level for i in range(count)]
 
 
 def _step_order(max_order: int, history: History, t, lower_order_final: bool) -> jax.Array:
@@ -134,6 +141,14 @@ class dpm_solver_pp(_Multistep):
     singlestep: bool = False
 
     @property
+    def stability(self) -> Stability:
+        if self.singlestep or (self.sde and self.order == 3):
+            limit = 0.1 if self.order == 3 else None
+        else:
+            limit = 0.3 if self.order > 1 else None
+        return Stability(self.order, eta=float(self.sde), limit=limit)
+
+    @property
     def _rate(self) -> float:
         return 2.0 if self.sde else 1.0
 
@@ -150,18 +165,11 @@ class dpm_solver_pp(_Multistep):
                 total += (h**2 / 2 - first / rate) * curve
         return target.alpha * total
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: History,
-    ) -> Step:
-        order, current, target = self.order, noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        order, at = self.order, schedule.at(t, x_t)
+        current, target = at.level, at.previous
         h = target.lam - current.lam
-        x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
+        x_0 = self.denoise(schedule, denoise_fn, x_t, t).x_0
         values = (x_0, *state.values)
         x_scale, noise = target.sigma / current.sigma, 0.0
         if self.sde:
@@ -169,7 +177,7 @@ class dpm_solver_pp(_Multistep):
             noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
 
         if not self.singlestep:
-            nodes = [noise_level(schedule, t + i, x_t) for i in range(order)]
+            nodes = _levels(schedule, t, x_t, order)
             drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
             drift = choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
             return Step(x_scale * x_t + drift + noise, x_0, push(state, x_0))
@@ -180,7 +188,7 @@ class dpm_solver_pp(_Multistep):
         x_first, path = jnp.where(position == 0, x_t, x_first), x_scale * jnp.where(position == 0, 0.0, path) + noise
 
         def from_first(n):
-            nodes = [noise_level(schedule, t + n - 1 - i, x_t) for i in range(n)]
+            nodes = _levels(schedule, t, x_t, n)[::-1]
             h = target.lam - nodes[0].lam
             x_scale = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
             return x_scale * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
@@ -200,23 +208,16 @@ class deis(_Multistep):
     One network call for each step. Order 1 is DDIM.
     """
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: History,
-    ) -> Step:
-        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        at = schedule.at(t, x_t)
+        current, target = at.level, at.previous
         h = target.lam - current.lam
-        denoised = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip)
+        denoised = self.denoise(schedule, denoise_fn, x_t, t)
         values = (denoised.eps, *state.values)
         first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; the next with u^2 / 2
 
         def higher_order_terms(n):
-            slope, curve = _slopes(values[:n], _gaps([noise_level(schedule, t + i, x_t) for i in range(n)]))
+            slope, curve = _slopes(values[:n], _gaps(_levels(schedule, t, x_t, n)))
             return target.sigma * (first * slope + (first - h**2 / 2) * curve)
 
         changes = [jnp.zeros_like(x_t), *(higher_order_terms(n) for n in range(2, self.order + 1))]
@@ -243,6 +244,10 @@ class unipc(_Multistep):
         if self.variant not in ("bh1", "bh2"):
             raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
 
+    @property
+    def stability(self) -> Stability:
+        return Stability(self.order, limit=0.3 if self.order > 1 else None)
+
     def _update(self, p, corrector, current, target, nodes, x, values, new):
         """x at `target` with p values, and with the one at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
         h = current.lam - target.lam
@@ -267,19 +272,11 @@ class unipc(_Multistep):
             change = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
         return target.sigma / current.sigma * x - target.alpha * (zeroth * values[0] + scale * change)
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: History,
-    ) -> Step:
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         order, (last_x, last_order) = self.order, state.extra
-        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
-        nodes = [noise_level(schedule, t + i, x_t) for i in range(order + 1)]
-        x_0 = denoise(schedule, denoise_fn, x_t, t, self.prediction, self.variance, self.clip).x_0
+        nodes, target = _levels(schedule, t, x_t, order + 1), schedule.at(t, x_t).previous
+        current = nodes[0]
+        x_0 = self.denoise(schedule, denoise_fn, x_t, t).x_0
 
         def correct(p):
             return self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)

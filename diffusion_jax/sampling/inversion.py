@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax import process
-from diffusion_jax.sampling.driver import first_index
-from diffusion_jax.sampling.noise_levels import NoiseLevel, call_network, noise_level, previous_noise_level
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.sampling.driver import call_network, first_index
+from diffusion_jax.schedules import NoiseLevel, Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
-__all__ = ["EncodeOptions", "encode"]
-
-
-class EncodeOptions(TypedDict, total=False):
-    """The options of `encode`, for functions that pass them on."""
-
-    order: int
-    start: int | np.integer | None
-    prediction: str
-    variance: str
-    clip: Clip
+__all__ = ["encode"]
 
 
 def encode(
@@ -73,12 +60,12 @@ def encode(
         return (upper.alpha * x_0 + upper.sigma * eps).astype(x.dtype)
 
     def first_order(x, t):
-        lower, upper = previous_noise_level(schedule, t, x), noise_level(schedule, t, x)
+        lower, upper = schedule.at(t, x).previous, schedule.at(t, x).level
         # x is at the lower level, so v is converted there; x_0 and the score do not determine eps without noise (t = 0).
         return add_noise(x, predict_eps(x, t, lower if prediction == "v" else upper), lower, upper), None
 
     def second_order(x, t):
-        lower, upper = previous_noise_level(schedule, t, x), noise_level(schedule, t, x)
+        lower, upper = schedule.at(t, x).previous, schedule.at(t, x).level
         eps = predict_eps(x, t - 1, lower)
         next_eps = predict_eps(add_noise(x, eps, lower, upper), t, upper)
         return add_noise(x, (eps + next_eps) / 2, lower, upper), None
@@ -88,7 +75,7 @@ def encode(
         return x
     # x_0 has no eps, so the first step uses the eps at its end, which a first-order step approximates.
     guess, _ = first_order(x_0, jnp.int32(0))
-    lower, upper = previous_noise_level(schedule, 0, x_0), noise_level(schedule, 0, x_0)
+    lower, upper = schedule.at(0, x_0).previous, schedule.at(0, x_0).level
     x = add_noise(x_0, predict_eps(guess, jnp.int32(0), upper), lower, upper)
     x, _ = jax.lax.scan(second_order, x, jnp.arange(1, top + 1, dtype=jnp.int32))
     return x

@@ -9,23 +9,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float
 
-from diffusion_jax.sampling.driver import Sampler, Step, StepFn
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, StepFn, ddim_step
 from diffusion_jax.sampling.exponential import History, choose, empty_history, push
-from diffusion_jax.sampling.noise_levels import (
-    NoiseLevel,
-    ddim_step,
-    denoise,
-    denoise_between_steps,
-    noise_level,
-    noise_level_at_log_snr,
-    previous_noise_level,
-)
-from diffusion_jax.schedules import Schedule, cast_table
-from diffusion_jax.types import Clip, DenoiseFn
+from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
+from diffusion_jax.types import Clip
 
-__all__ = ["heun", "pndm"]
+__all__ = ["heun", "plms", "pndm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,17 +29,13 @@ class heun(Sampler):
     churn: S_churn; above 0 each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
       1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise of
       S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
-    prediction, variance, clip: as `ddim`.
-    Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order; with churn, for prediction
-      "x_prev", which is not defined between the steps of a schedule.
+    prediction, variance, clip: as `Sampler`; with churn not "x_prev".
+    Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
     """
 
     churn: float | np.floating = 0.0
     churn_range: tuple[float, float] = (0.0, float("inf"))
     churn_noise: float | np.floating = 1.0
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip: Clip = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +43,6 @@ class heun(Sampler):
             raise ValueError(f"churn must be a number of at least 0, got {self.churn}")
         if not 0 <= self.churn_noise < float("inf"):
             raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
-        self._floats("churn", "churn_noise")
         try:
             low, high = map(float, self.churn_range)
         except (TypeError, ValueError):  # not two, or not numbers
@@ -65,15 +51,19 @@ class heun(Sampler):
             raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range!r}")
         object.__setattr__(self, "churn_range", (low, high))
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: PyTree,
-    ) -> Step:
+    @property
+    def is_stochastic(self) -> bool:
+        return self.churn > 0
+
+    @property
+    def calls_between_steps(self) -> bool:
+        return self.churn > 0
+
+    @property
+    def stability(self) -> Stability:
+        return Stability(order=2, along_eps=True, limit=0.5)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         return self._step(t > 0, key, schedule, denoise_fn, x_t, t, state)
 
     def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
@@ -82,17 +72,17 @@ class heun(Sampler):
 
     def _step(self, corrected: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
         """A step with its second network call, or Euler's."""
-        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
-        options = self.prediction, self.variance, self.clip
+        at = schedule.at(t, x_t)
+        current, target = at.level, at.previous
         if self.churn:
             x_t, current = self._add_churn(key, schedule, x_t, current)
-            denoised = denoise_between_steps(schedule, denoise_fn, x_t, current, *options)
+            denoised = self.denoise_between_steps(schedule, denoise_fn, x_t, current)
         else:
-            denoised = denoise(schedule, denoise_fn, x_t, t, *options)
+            denoised = self.denoise(schedule, denoise_fn, x_t, t)
         euler = ddim_step(denoised, denoised.eps, current, target)
 
         def heun():
-            endpoint = denoise(schedule, denoise_fn, euler, t - 1, *options)
+            endpoint = self.denoise(schedule, denoise_fn, euler, t - 1)
             return ddim_step(denoised, (denoised.eps + endpoint.eps) / 2, current, target)
 
         return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
@@ -107,7 +97,7 @@ class heun(Sampler):
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
         added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))
         noise = added * jax.random.normal(key, x_t.shape, x_t.dtype)
-        target = noise_level_at_log_snr(-2 * jnp.log(raised))
+        target = NoiseLevel.at_log_snr(-2 * jnp.log(raised))
         return target.alpha * (x_t / alpha + noise), target
 
 
@@ -120,23 +110,20 @@ class pndm(Sampler):
 
     runge_kutta: the first three steps have four network calls each, two of them at the midpoint; False starts with the lower
       orders instead, with one call for each step and two in the first (PLMS).
-    prediction, variance, clip: as `ddim`; not "x_prev" with `runge_kutta`.
+    prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
     """
 
     runge_kutta: bool = True
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip: Clip = True
 
-    def step(
-        self,
-        key: Key[Array, ""],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
-        t: Int[Array, ""],
-        state: History,
-    ) -> Step:
+    @property
+    def calls_between_steps(self) -> bool:
+        return self.runge_kutta
+
+    @property
+    def stability(self) -> Stability:
+        return Stability(order=4, along_eps=True, limit=0.5)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         starting = (t > 0) & (state.steps_taken < self._num_starting)
         return self._step(starting, key, schedule, denoise_fn, x_t, t, state)
 
@@ -154,25 +141,25 @@ class pndm(Sampler):
 
     def _step(self, starting: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
         """A step with further network calls, or along a mean of the last eps."""
-        current, target = noise_level(schedule, t, x_t), previous_noise_level(schedule, t, x_t)
-        options = self.prediction, self.variance, self.clip
-        denoised = denoise(schedule, denoise_fn, x_t, t, *options)
+        at = schedule.at(t, x_t)
+        current, target = at.level, at.previous
+        denoised = self.denoise(schedule, denoise_fn, x_t, t)
         e_1, values = denoised.eps, state.values
 
         def eps_at_end(eps):
             """eps at the end of the step along `eps`."""
             x = ddim_step(denoised, eps, current, target)
-            return denoise(schedule, denoise_fn, x, t - 1, *options).eps
+            return self.denoise(schedule, denoise_fn, x, t - 1).eps
 
         def two_calls():
             return (e_1 + eps_at_end(e_1)) / 2
 
         def four_calls():
-            midpoint = noise_level_at_log_snr(schedule.log_snr(_midpoint(schedule, t, x_t.dtype)))
+            midpoint = NoiseLevel.at_log_snr(schedule.log_snr(_midpoint(schedule, t, x_t.dtype)))
 
             def eps_at_midpoint(eps):
                 x = ddim_step(denoised, eps, current, midpoint)
-                return denoise_between_steps(schedule, denoise_fn, x, midpoint, *options).eps
+                return self.denoise_between_steps(schedule, denoise_fn, x, midpoint).eps
 
             e_2 = eps_at_midpoint(e_1)
             e_3 = eps_at_midpoint(e_2)
@@ -192,6 +179,11 @@ class pndm(Sampler):
 
     def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
         return empty_history(x_T, num_steps, 3)
+
+
+def plms(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
+    """PLMS (Liu et al. 2022; Stable Diffusion's code): it is `pndm` without the Runge-Kutta steps."""
+    return pndm(runge_kutta=False, prediction=prediction, variance=variance, clip=clip)
 
 
 def _cond(

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffusion_jax.sampling.ancestral import ddim, ddpm
-from diffusion_jax.sampling.driver import Sampler, check_sampler
-from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
-from diffusion_jax.sampling.runge_kutta import heun, pndm
+from diffusion_jax.sampling.driver import Sampler, Stability, check_sampler
 from diffusion_jax.schedules import Schedule, respace
 
 __all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
 
 _DATA_STD = 0.5
 _NETWORK_ERROR = 0.05  # of eps where there is much noise: that of a small trained network
-# By order: about the norm of Adams-Bashforth weights, (3/2, -1/2) and so on, which multiplies independent errors.
+# By `Stability.order`: about the norm of Adams-Bashforth weights, (3/2, -1/2) and so on, which multiplies independent errors.
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
 
 
 def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
-    """The spacing for `schedules.respace` that suits a sampler: "log_snr" for heun and pndm, "trailing" for others.
+    """The spacing for `schedules.respace` that suits a sampler: "log_snr" if it steps along eps, otherwise "trailing".
 
     "log_snr" also if the errors of a network would grow on 50 steps of "trailing" (`find_error_growth`). "trailing" for all
     samplers if alpha_bar ends at 0, where the log SNR is not finite. schedule: not traced.
@@ -34,7 +31,8 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
     check_sampler(sampler)
     if schedule.zero_terminal_snr:
         return "trailing"
-    if isinstance(_innermost(sampler), heun | pndm):
+    stability = _innermost(sampler).stability
+    if stability is not None and stability.along_eps:
         return "log_snr"
     fifty = respace(schedule, min(50, schedule.num_timesteps), "trailing")
     return "log_snr" if find_error_growth(sampler, fifty) else "trailing"
@@ -43,18 +41,16 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
 def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
     """The reason why `sampler` fails on the steps of `schedule`, as the end of an error message, or None.
 
-    schedule: respaced, not traced. None for samplers from outside of this package.
+    schedule: respaced, not traced. None for samplers without `Sampler.stability`.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
-    sampler = _innermost(sampler)
-    limit = _limit(sampler)
-    sigma = _noise_levels(schedule)
-    if limit is None or len(sigma) < 2:
+    stability, sigma = _innermost(sampler).stability, _noise_levels(schedule)
+    if stability is None or stability.limit is None or len(sigma) < 2:
         return None
-    errors = _step_errors(sampler, sigma)
+    errors = _step_errors(stability, sigma)
     worst = int(np.argmax(errors))
-    if errors[worst] <= limit:
+    if errors[worst] <= stability.limit:
         return None
     ratio = sigma[worst] / sigma[worst + 1]
     return (
@@ -74,18 +70,18 @@ def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
     estimated as those of order 1 times a factor: 1.7 for order 2 and heun, 2.4 for order 3, 3.7 for pndm. The estimate is
     rough with fewer than about 10 steps, and with sde.
 
-    schedule: respaced, not traced. None for samplers from outside of this package.
+    schedule: respaced, not traced. None for samplers without `Sampler.stability`.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
     sampler = _innermost(sampler)
-    sigma = _noise_levels(schedule)
-    if not isinstance(sampler, ddpm | ddim | deis | dpm_solver_pp | unipc | heun | pndm) or not sigma.size:
+    stability, sigma = sampler.stability, _noise_levels(schedule)
+    if stability is None or not sigma.size:
         return None
     if callable(sampler.clip) or sampler.clip or sampler.prediction not in ("eps", "score"):
         return None
-    factor = _EXTRAPOLATION[_order(sampler)]
-    error = _error_of_samples(sampler, sigma)
+    factor = _EXTRAPOLATION[stability.order]
+    error = _error_of_samples(stability.eta, sigma)
     if factor * error <= 0.5:
         return None
     extrapolated = "; its extrapolation may enlarge them" if factor > 1 else ""
@@ -110,29 +106,12 @@ def _innermost(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def _limit(sampler: Sampler) -> float | None:
-    """The largest relative error of one step whose samples are not noise; measured on mixtures, see the test."""
-    if isinstance(sampler, heun | pndm):
-        return 0.5
-    if isinstance(sampler, dpm_solver_pp) and (sampler.singlestep or (sampler.sde and sampler.order == 3)):
-        return 0.1 if sampler.order == 3 else None
-    if isinstance(sampler, dpm_solver_pp | unipc) and sampler.order > 1:
-        return 0.3
-    return None
-
-
-def _order(sampler: Sampler) -> int:
-    """The order of a sampler's method for the probability flow."""
-    return 2 if isinstance(sampler, heun) else 4 if isinstance(sampler, pndm) else getattr(sampler, "order", 1)
-
-
-def _error_of_samples(sampler: Sampler, sigma: np.ndarray) -> float:
-    """The standard deviation of the network's errors in samples of N(0, 1), by DDIM steps of the sampler's eta.
+def _error_of_samples(eta: float, sigma: np.ndarray) -> float:
+    """The standard deviation of the network's errors in samples of N(0, 1), by DDIM steps with this eta.
 
     In y = x / alpha, the exact x_0 is y / (1 + sigma^2) and the exact eps is sigma y / (1 + sigma^2).
     """
     high, low = sigma, np.append(sigma[1:], 0.0)
-    eta = 1.0 if isinstance(sampler, ddpm) or getattr(sampler, "sde", False) else getattr(sampler, "eta", 0.0)
     eps_scale = low * np.sqrt(1 - eta**2 * (1 - (low / high) ** 2))  # y' = x_0 + eps_scale eps + noise
     kept = (1 + high * eps_scale) / (1 + high**2)
     kept_later = np.append(np.cumprod(kept[:0:-1])[::-1], 1.0)
@@ -147,12 +126,12 @@ def _noise_levels(schedule: Schedule) -> np.ndarray:
     return np.sqrt(1 / alpha_bar - 1)
 
 
-def _step_errors(sampler: Sampler, sigma: np.ndarray) -> np.ndarray:
+def _step_errors(stability: Stability, sigma: np.ndarray) -> np.ndarray:
     """The relative error of each step from sigma[i] to sigma[i + 1], with exact previous values; [len(sigma) - 1]."""
     high, low = sigma[:-1], sigma[1:]
     spread = np.hypot(_DATA_STD, sigma)  # x / alpha along the exact flow
     x_0, eps = _DATA_STD**2 / spread, sigma / spread
-    if isinstance(sampler, heun | pndm):
+    if stability.along_eps:
         euler = spread[:-1] + (low - high) * eps[:-1]
         predicted = spread[:-1] + (low - high) / 2 * (eps[:-1] + low / np.hypot(_DATA_STD, low) ** 2 * euler)
     else:  # DPM-Solver++ 2M; the others extrapolate in the same way

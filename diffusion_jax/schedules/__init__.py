@@ -6,10 +6,21 @@ every table that the posterior, the losses and the samplers read. `respace` sele
 
 Two times are never mixed. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables. The network
 time (float, the unit the network was trained on) is `schedule.timesteps[t]` and is all that a `denoise_fn` ever sees.
+`at = schedule.at(t, x)` has the values of index t in a shape that multiplies x: at.alpha * x_0 + at.sigma * eps is x_t.
 """
 
 from diffusion_jax.schedules.beta_schedules import SCHEDULES, betas
 from diffusion_jax.schedules.respacing import SPACINGS, respace
-from diffusion_jax.schedules.schedule import Schedule, cast_table, from_betas
+from diffusion_jax.schedules.schedule import NoiseLevel, Schedule, ScheduleStep, cast_table, from_betas
 
-__all__ = ["SCHEDULES", "SPACINGS", "Schedule", "betas", "cast_table", "from_betas", "respace"]
+__all__ = [
+    "SCHEDULES",
+    "SPACINGS",
+    "NoiseLevel",
+    "Schedule",
+    "ScheduleStep",
+    "betas",
+    "cast_table",
+    "from_betas",
+    "respace",
+]

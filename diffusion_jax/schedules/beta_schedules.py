@@ -43,7 +43,8 @@ def _cosine(num_timesteps, beta_start, beta_end):
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
-_BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+# name -> (number of timesteps, beta_start, beta_end) -> betas float64 [T]
+SCHEDULES: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "linear": _linear,
     "cosine": _cosine,
     "quadratic": _quadratic,
@@ -53,7 +54,6 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "warmup10": _warmup(0.1),
     "warmup50": _warmup(0.5),
 }
-SCHEDULES = tuple(_BETAS)  # the names that `betas` takes
 
 
 def betas(
@@ -79,10 +79,10 @@ def betas(
     Returns: float64 [T].
     Raises: ValueError for an unknown name, T < 1, or a start or end outside (0, 1].
     """
-    if name not in _BETAS:
-        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(_BETAS)}")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
     if not isinstance(num_timesteps, int | np.integer) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps!r}")
     if not (0 < beta_start <= 1 and 0 < beta_end <= 1):
         raise ValueError(f"beta_start and beta_end must lie in (0, 1], got {beta_start} and {beta_end}")
-    return _BETAS[name](int(num_timesteps), float(beta_start), float(beta_end))
+    return SCHEDULES[name](int(num_timesteps), float(beta_start), float(beta_end))

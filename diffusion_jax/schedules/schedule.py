@@ -1,18 +1,19 @@
-"""The `Schedule`: every table of a noise schedule, computed from its betas."""
+"""The `Schedule`: every table of a noise schedule, computed from its betas, and the values of one step."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Float64, Num
+from jaxtyping import Array, ArrayLike, Float, Float64, Integer, Num, Shaped
 
-__all__ = ["Schedule", "cast_table", "from_betas", "from_tables"]
+__all__ = ["NoiseLevel", "Schedule", "ScheduleStep", "cast_table", "from_betas", "from_tables"]
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +75,25 @@ class Schedule:
             f"alpha_bar {high:.6g} ... {low:.6g})"
         )
 
+    def at(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> ScheduleStep:
+        """The values of the tables at index t, of one row each or of all rows, in a shape that multiplies `like`.
+
+        Their shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is that of a float `like`,
+        float32 at least; with an int `like` it is float32, or float64 under x64. NaN where t lies outside 0 ... T - 1.
+        Raises: ValueError for a t that is not int, or whose shape does not begin that of `like`.
+        """
+        t = jnp.asarray(t)
+        shape, dtype = jnp.shape(like), jnp.result_type(like)
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
+        if t.shape != shape[: t.ndim]:
+            raise ValueError(
+                f"t has shape {t.shape} but x has {shape}; t must be one index, or one for each row of x: {shape[:1]}"
+            )
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        dtype = jnp.promote_types(dtype, jnp.float32) if is_float else jnp.result_type(float)
+        return ScheduleStep(self, t, dtype, (1,) * (len(shape) - t.ndim) if t.ndim else ())
+
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """log(alpha_bar / (1 - alpha_bar)) at any network time; equals log(snr) at `timesteps`.
 
@@ -88,6 +108,98 @@ class Schedule:
         """The network time at which `log_snr(time)` has a given value: the inverse of `log_snr`."""
         log_alpha_bar = -jax.nn.softplus(-_as_float(log_snr))
         return _interpolate(log_alpha_bar, self.grid_log_alpha_bar[::-1], self.grid_timesteps[::-1])
+
+
+class NoiseLevel(NamedTuple):
+    """alpha, sigma and lambda = log(alpha / sigma), half the log SNR, of x = alpha x_0 + sigma eps.
+
+    lambda is finite also where alpha or sigma is 0.
+    """
+
+    alpha: Float[Array, "..."]
+    sigma: Float[Array, "..."]
+    lam: Float[Array, "..."]
+
+    @classmethod
+    def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
+        """The level of any log SNR, also between a schedule's steps."""
+        return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr / 2)
+
+
+class _Table:
+    """An attribute of `ScheduleStep`: one table of the schedule, read where the attribute is used."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, step: ScheduleStep, owner: type) -> jax.Array:
+        return step.read(getattr(step.schedule, self._name))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScheduleStep:
+    """The step of a schedule at index t, from x_t to x_{t-1}: `schedule.at(t, x)` returns it.
+
+    Each attribute reads its table where it is used, so that no other table enters a program. With at = schedule.at(t, x):
+
+        x_t = at.alpha * x_0 + at.sigma * eps          # DDPM eq. 4
+
+    time: the network's time, in the shape of t. beta, alpha_bar, snr: as the tables of `Schedule`.
+    alpha, sigma: sqrt(alpha_bar) and sqrt(1 - alpha_bar).
+    alpha_bar_prev, alpha_prev, sigma_prev: the same one step earlier, 1, 1 and 0 at index 0.
+    posterior_variance, posterior_log_variance, posterior_mean_coef_x_0, posterior_mean_coef_x_t, fixed_large_variance: as the
+      tables of `Schedule`.
+    """
+
+    schedule: Schedule
+    t: Integer[Array, "..."]
+    dtype: Any
+    trailing_axes: tuple[int, ...]  # of size 1, behind those of t
+
+    beta = _Table("betas")
+    alpha_bar = _Table("alpha_bar")
+    alpha = _Table("sqrt_alpha_bar")
+    sigma = _Table("sqrt_one_minus_alpha_bar")
+    snr = _Table("snr")
+    alpha_bar_prev = _Table("alpha_bar_prev")
+    sigma_prev = _Table("sqrt_one_minus_alpha_bar_prev")
+    posterior_variance = _Table("posterior_variance")
+    posterior_log_variance = _Table("posterior_log_variance")
+    posterior_mean_coef_x_0 = _Table("posterior_mean_coef_x_0")
+    posterior_mean_coef_x_t = _Table("posterior_mean_coef_x_t")
+    fixed_large_variance = _Table("fixed_large_variance")
+
+    def read(self, table: Float[ArrayLike, "T"]) -> Float[Array, "..."]:
+        """Any table with a value for each index, such as weights of your own, at index t."""
+        values = self._gather(table)
+        return values.reshape(values.shape + self.trailing_axes) if self.trailing_axes else values
+
+    @property
+    def time(self) -> Float[Array, "..."]:
+        return self._gather(self.schedule.timesteps)
+
+    @property
+    def alpha_prev(self) -> Float[Array, "..."]:
+        return jnp.sqrt(self.alpha_bar_prev)
+
+    @property
+    def level(self) -> NoiseLevel:
+        """The noise level that the step starts from."""
+        return _noise_level(self.alpha, self.sigma)
+
+    @property
+    def previous(self) -> NoiseLevel:
+        """The noise level that the step ends at: no noise for index 0."""
+        return _noise_level(self.alpha_prev, self.sigma_prev)
+
+    def _gather(self, table) -> jax.Array:
+        table = jnp.asarray(cast_table(table, self.dtype))
+        return table.at[self.t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _noise_level(alpha: jax.Array, sigma: jax.Array) -> NoiseLevel:
+    # log(1e-22) is about -50, and 1 + exp(-50) == 1 even in float64: a finite value for "no noise" and for "pure noise".
+    return NoiseLevel(alpha, sigma, jnp.log(jnp.maximum(alpha, 1e-22)) - jnp.log(jnp.maximum(sigma, 1e-22)))
 
 
 def _as_float(x: ArrayLike) -> jax.Array:

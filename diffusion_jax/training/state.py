@@ -43,7 +43,7 @@ IMPORTANCE_SAMPLER = "loss_second_moment"
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
-_LOSS_TERMS = {"simple": (), "vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("accuracy",)}
+_LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("accuracy",)}
 
 
 @flax.struct.dataclass
@@ -105,7 +105,7 @@ def initial_state(
 
 def loss_terms(loss: str) -> tuple[str, ...]:
     """The values that a loss logs beside itself, which are fields of its second result."""
-    return _LOSS_TERMS[loss]
+    return _LOSS_TERMS.get(loss, ())
 
 
 def metric_names(loss: str) -> tuple[str, ...]:

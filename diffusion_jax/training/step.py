@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,16 +72,14 @@ _WHOLE_BATCH = Microbatch()
 
 
 def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """The function of `losses` that a config names, and its keyword arguments."""
-    diffusion = config["diffusion"]
-    prediction, weighting = {"prediction": diffusion["prediction"]}, {"weighting": diffusion["weighting"]}
-    bound = {"variance": diffusion["variance"], "gray_levels": config["data"]["levels"]}
-    return {
-        "simple": (losses.simple, prediction | weighting),
-        "vlb": (losses.vlb, prediction | bound),
-        "hybrid": (losses.hybrid, prediction | bound | weighting | {"vlb_weight": diffusion["vlb_weight"]}),
-        "classify": (losses.classify, {}),
-    }[diffusion["loss"]]
+    """The function of `losses` that a config names, and the settings that are its keyword arguments.
+
+    The timestep sampler is not one of them, because it may need the history of the losses.
+    """
+    loss = losses.LOSSES[config["diffusion"]["loss"]]
+    settings = {**config["diffusion"], "gray_levels": config["data"]["levels"]}
+    names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
+    return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
 def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:

@@ -13,20 +13,13 @@ def shift(x_t, time):
 
 
 CHURN = {"churn": np.float64(5.0), "churn_range": (np.float64(0.1), 20.0), "churn_noise": np.float64(1.1)}
-MAKERS = {
-    "ddpm": sampling.ddpm,
+MAKERS = sampling.SAMPLERS | {
     "ddpm small": partial(sampling.ddpm, "fixed_small"),
     "ddpm shifted": partial(sampling.ddpm, mean_shift=shift),
-    "ddim": sampling.ddim,
     "ddim eta": partial(sampling.ddim, np.float64(0.5)),
     "ddim own eps": partial(sampling.ddim, clipped_eps=False),
-    "euler": sampling.euler,
-    "euler_ancestral": sampling.euler_ancestral,
-    "heun": sampling.heun,
     "heun churn": partial(sampling.heun, churn=10),
     "heun churn range": partial(sampling.heun, **CHURN),
-    "pndm": sampling.pndm,
-    "plms": partial(sampling.pndm, runge_kutta=False),
 }
 for order in (1, 2, 3):
     dpm_solver_pp, deis, unipc = (
@@ -43,12 +36,11 @@ for order in (1, 2, 3):
         f"unipc {order} bh1": partial(unipc, variant="bh1", lower_order_final=False),
     }
 METHODS = [  # where all rows would take too long
-    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "heun churn", "pndm", "plms"),
-    *("dpm_solver_pp 2", "dpm_solver_pp 3 sde", "dpm_solver_pp 3 singlestep", "deis 3", "unipc 3"),
+    *sampling.SAMPLERS,
+    *("heun churn", "dpm_solver_pp 3 sde", "dpm_solver_pp 3 singlestep", "deis 3", "unipc 3"),
 ]
-NOISY = ("ddpm", "eta", "ancestral", "churn", "sde", "all")
 
 
 def is_deterministic(name):
     """Whether a sampler of that name draws no noise."""
-    return not any(word in name for word in NOISY)
+    return not MAKERS[name]().is_stochastic

@@ -8,29 +8,17 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import process, sampling, schedules
 from diffusion_jax.config import resolve
-from diffusion_jax.runs import sampling_setup
+from diffusion_jax.runs import sampling as sampling_settings
 from helpers.configs import conditional, tiny_config
 
-OPTIONS = {  # every option of every sampler, off its usual value
-    "ddpm": ({}, lambda **k: sampling.ddpm(**k)),
-    "ddim": ({"eta": 0.5}, lambda **k: sampling.ddim(0.5, **k)),
-    "euler": ({}, lambda **k: sampling.euler(**k)),
-    "euler_ancestral": ({}, lambda **k: sampling.euler_ancestral(**k)),
-    "heun": ({}, lambda **k: sampling.heun(**k)),
-    "dpm_solver_pp": ({"order": 3}, lambda **k: sampling.dpm_solver_pp(3, **k)),
-    "unipc": ({"order": 3}, lambda **k: sampling.unipc(3, **k)),
-    "deis": ({"order": 3}, lambda **k: sampling.deis(3, **k)),
-    "pndm": ({}, lambda **k: sampling.pndm(**k)),
-    "plms": ({}, lambda **k: sampling.pndm(runge_kutta=False, **k)),
-}
+OFF_DEFAULT = {"eta": 0.5, "order": 3}
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    assert OPTIONS.keys() == set(sampling_setup.SAMPLERS)
-    options, made = OPTIONS[name]
+    options = {leaf: value for leaf, value in OFF_DEFAULT.items() if name in sampling.samplers_with(leaf)}
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
     x_T = jax.random.normal(jax.random.key(2), (2, 3))
@@ -42,9 +30,9 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     def configured(**leaves):
         leaves = {"sampler": name, "clip": True, **leaves}
         leaves = {f"sampling.{leaf}": value for leaf, value in leaves.items()}
-        return run(sampling_setup.sampler_from_config(conditional(**leaves).sampling, diffusion))
+        return run(sampling_settings.sampler_from_config(conditional(**leaves).sampling, diffusion))
 
-    np.testing.assert_array_equal(configured(**options), run(made(prediction="v")))
+    np.testing.assert_array_equal(configured(**options), run(sampling.SAMPLERS[name](prediction="v", **options)))
     for leaf in options:
         without = {key: value for key, value in options.items() if key != leaf}
         assert (configured(**without) != configured(**options)).any(), leaf
@@ -60,7 +48,7 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
         ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
     ):
         options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
-        sampler = sampling_setup.sampler_from_config(options.sampling, diffusion)
+        sampler = sampling_settings.sampler_from_config(options.sampling, diffusion)
         x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
 
@@ -68,9 +56,11 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
 def test_given_steps_are_network_times():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(sampling_setup.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900])
+    np.testing.assert_allclose(
+        sampling_settings.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900]
+    )
     with pytest.raises(ValueError, match="needs sampling.steps="):
-        sampling_setup.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
+        sampling_settings.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +73,7 @@ def test_given_steps_are_network_times():
 )
 def test_openai_spacings_can_be_given_by_name(options, same):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    found = sampling_setup.respace(schedule, options, sampling.ddpm())
+    found = sampling_settings.respace(schedule, options, sampling.ddpm())
     np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
 
 
@@ -99,13 +89,13 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     with pytest.raises(ValueError, match=words) as caught:
         options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
-        sampling_setup.respace(schedule, options, sampling.ddpm())
+        sampling_settings.respace(schedule, options, sampling.ddpm())
     assert "\n" not in str(caught.value)
 
 
 def test_leaves_without_effect_are_listed():
     """Each alone, beside what reads it and beside what does not."""
-    assert sampling_setup.unused_leaves(tiny_config().sampling) == []
+    assert sampling_settings.unused_leaves(tiny_config().sampling) == []
     for leaf, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
         ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
@@ -114,6 +104,6 @@ def test_leaves_without_effect_are_listed():
         ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
     ):
         options = dict(tiny_config().sampling) | {leaf: value}
-        assert sampling_setup.unused_leaves(options | reader) == []
-        (line,) = sampling_setup.unused_leaves(options | other)
+        assert sampling_settings.unused_leaves(options | reader) == []
+        (line,) = sampling_settings.unused_leaves(options | other)
         assert line.startswith(f"sampling.{leaf}={value!r} (only ")

@@ -22,15 +22,32 @@ def test_equal_options_make_equal_samplers(name):
     assert make(prediction="v") != a and make(clip=False) != a
     assert make(clip=process.dynamic_threshold()) == make(clip=process.dynamic_threshold(0.995))
     assert make(clip=process.dynamic_threshold(0.9)) != make(clip=process.dynamic_threshold())
-    namespace = {"inf": float("inf"), "ddpm": sampling.ddpm} | vars(sampling)
+    namespace = {"inf": float("inf"), type(a).__name__: type(a)} | vars(sampling)
     if name != "ddpm shifted":  # a function's repr cannot be read back
         assert eval(repr(a), namespace) == a  # the repr shows every option
     with pytest.raises(dataclasses.FrozenInstanceError):
         a.clip = False
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_sampler_knows_its_noise_and_where_it_calls_the_network(name):
+    schedule, x_T, times = schedules.respace(FULL, [40, 300, 620, 900]), jnp.array([[0.3, -1.0]]), []
+
+    def network(x, time):
+        times.append(float(time[0]))
+        return 0.3 * x
+
+    sampler = MAKERS[name](clip=False)
+    with jax.disable_jit():
+        a, b = (sampling.sample(jax.random.key(seed), schedule, network, x_T, sampler) for seed in (0, 1))
+    assert sampler.is_stochastic == bool((a != b).any())
+    assert sampler.calls_between_steps == bool(set(times) - set(schedule.timesteps))
+
+
 def test_equal_samplers_and_options_that_are_refused():
     assert sampling.euler() == sampling.ddim(0.0) and sampling.euler_ancestral() == sampling.ddim(eta=1)
+    assert sampling.plms() == sampling.pndm(runge_kutta=False)
     assert sampling.dpm_solver_pp() != sampling.dpm_solver_pp(3) != sampling.deis(3)
     with pytest.raises(TypeError, match="positional"):
         sampling.ddpm("fixed_small", "eps")
@@ -84,11 +101,11 @@ def test_a_custom_sampler():
     @dataclasses.dataclass(frozen=True)
     class shrunk_ddim(sampling.Sampler):
         factor: float = 0.9
-        prediction: str = "eps"
 
         def step(self, key, schedule, denoise_fn, x_t, t, state):
-            new = sampling.ddim(prediction=self.prediction).step(key, schedule, denoise_fn, x_t, t, state)
-            return sampling.Step(self.factor * new.x_prev, new.x_0)
+            x_0, eps = self.denoise(schedule, denoise_fn, x_t, t)
+            at = schedule.at(t, x_t)
+            return sampling.Step(self.factor * (at.alpha_prev * x_0 + at.sigma_prev * eps), x_0)
 
     schedule, x_T = schedules.respace(FULL, [500]), jnp.array([[0.3], [-1.0]])
     assert shrunk_ddim(0.5) == shrunk_ddim(0.5) != shrunk_ddim()

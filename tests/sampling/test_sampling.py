@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax import editing, sampling, schedules
 from helpers.jaxprs import calls, equations, loops
 
-NAMES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
+NAMES = list(schedules.SCHEDULES)
 S2 = 0.25
 KEY = jax.random.key(0)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import process, sampling, schedules
-from diffusion_jax.sampling import noise_levels
 from helpers.gaussian_mixtures import FULL, S2, M, mixture
 from helpers.samplers import MAKERS, METHODS, is_deterministic
 
@@ -18,8 +17,6 @@ FULL_ORDER = FREE | {"lower_order_final": False}
 
 # name: (sampler, least order measured).
 DETERMINISTIC = {
-    "ddim": (sampling.ddim(**FREE), 0.9),
-    "euler": (sampling.euler(**FREE), 0.9),
     "dpm_solver_pp 1": (sampling.dpm_solver_pp(1, **FULL_ORDER), 0.9),
     "deis 1": (sampling.deis(1, **FULL_ORDER), 0.9),
     "dpm_solver_pp 2": (sampling.dpm_solver_pp(2, **FULL_ORDER), 1.8),
@@ -36,6 +33,11 @@ DETERMINISTIC = {
     "unipc 2": (sampling.unipc(2, **FULL_ORDER), 2.5),
     "unipc 2 bh1": (sampling.unipc(2, variant="bh1", **FULL_ORDER), 2.5),
     "unipc 3": (sampling.unipc(3, **FULL_ORDER), 2.5),
+}
+DETERMINISTIC |= {
+    name: (make(**FREE), 0.9)
+    for name, make in sampling.SAMPLERS.items()
+    if name not in DETERMINISTIC and is_deterministic(name)
 }
 TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
 
@@ -129,7 +131,7 @@ def test_every_solver_from_pure_noise(name):
     alpha_bar = np.append(FULL.alpha_bar[:-1], 0.0)
 
     def network(x, time):
-        alpha_bar_t = process.lookup(alpha_bar, jnp.round(time).astype(int), x)
+        alpha_bar_t = zero.at(jnp.round(time).astype(int), x).read(alpha_bar)
         # PNDM's half-way points and churn lie between the table's; at its end log alpha_bar falls too fast to interpolate.
         fraction = time % 1.0
         exact = jax.nn.sigmoid(zero.log_snr(time))[:, None]
@@ -155,8 +157,8 @@ def test_noise_levels_between_steps_include_pure_noise(prediction):
     x = jnp.array([[0.5, -1.0]])
 
     def x_0(x, alpha):
-        level = noise_levels.NoiseLevel(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
-        return noise_levels.denoise_between_steps(zero, network, x, level, prediction, "fixed_large", False).x_0
+        level = schedules.NoiseLevel(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
+        return sampling.Sampler(prediction=prediction, clip=False).denoise_between_steps(zero, network, x, level).x_0
 
     for alpha in (0.0, 1e-30, 0.6):
         alpha = jnp.float32(alpha)
@@ -177,7 +179,7 @@ def test_learned_variances_do_not_change_deterministic_solvers():
     def doubled(x, time):
         return jnp.concatenate([mixture()(x, time), 7 * jnp.ones_like(x)], axis=-1)
 
-    for name in ("ddim", "dpm_solver_pp 2", "heun churn"):
+    for name in ("ddim", "dpm_solver_pp", "heun churn"):
         make = MAKERS[name]
         plain = sampling.sample(KEY, schedule, mixture(), x_T, make())
         learned = sampling.sample(KEY, schedule, doubled, x_T, make(variance="learned_range"))
@@ -191,7 +193,7 @@ def test_the_clip_and_the_dynamic_threshold():
     threshold = process.dynamic_threshold(0.5)
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 4))
     wide = lambda x, time: 4 * mixture()(x, time)  # noqa: E731
-    for name in ("ddim", "dpm_solver_pp 2", "heun churn"):
+    for name in ("ddim", "dpm_solver_pp", "heun churn"):
         for clip in (True, threshold):
             _, way = sampling.sample(KEY, schedule, wide, x_T, MAKERS[name](clip=clip), trajectory=True)
             assert abs(way.x_0).max() <= 1.0, name

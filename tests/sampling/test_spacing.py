@@ -13,20 +13,13 @@ from diffusion_jax import editing, sampling, schedules
 from helpers.samplers import MAKERS
 
 MEANS, SDS, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.11, 0.16]), np.array([0.4, 0.6])
-SCHEDULES = ["linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "warmup10", "warmup50"]
 POINTS = 400
 COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
-SAMPLERS = ["heun", "plms", "dpm_solver_pp 2", "dpm_solver_pp 3 singlestep", "deis 3", "ddim"]
+SAMPLERS = ["heun", "plms", "dpm_solver_pp", "dpm_solver_pp 3 singlestep", "deis 3", "ddim"]
 SLOW = [
-    *(
-        "pndm",
-        "heun churn",
-        "dpm_solver_pp 3",
-        "dpm_solver_pp 2 singlestep",
-        "dpm_solver_pp 2 sde",
-        "dpm_solver_pp 3 sde",
-    ),
-    *("unipc 2", "unipc 3", "deis 2", "ddpm", "euler_ancestral"),
+    *("heun churn", "dpm_solver_pp 3", "dpm_solver_pp 2 singlestep", "dpm_solver_pp 2 sde", "dpm_solver_pp 3 sde"),
+    "unipc 3",
+    *(name for name in sampling.SAMPLERS if name not in (*SAMPLERS, "euler")),
 ]
 
 
@@ -59,7 +52,7 @@ def distance(x):
 
 def combinations(steps):
     """(name of the schedule, spacing, respaced schedule) of all that there are."""
-    for name in SCHEDULES:
+    for name in schedules.SCHEDULES:
         full = schedules.from_betas(schedules.betas(name, 1000))
         for spacing in schedules.SPACINGS:
             if not (full.zero_terminal_snr and spacing in ("karras", "log_snr", "gaussian")):

@@ -1,0 +1,421 @@
+"""The Gaussian diffusion process: q(x_t | x_0), q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t), and conversions of predictions.
+
+Everything here is a pure function of arrays and a `Schedule`. Shapes: x_0, x_t, eps and network outputs are float
+[B, ...] (images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index of the papers' t = 1 ... T. A scalar t
+applies to every row, and to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never another index's value.
+
+Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
+functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
+
+The prediction of a network is one of five quantities. Given x_t, each determines the others, because
+x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
+
+    eps      the noise itself (DDPM section 3.2)
+    x_0      the clean image
+    v        sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4)
+    x_prev   the mean of x_{t-1} (DDPM section 3.2, mu-tilde)
+    score    grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from diffusion_jax.schedules import Schedule
+from diffusion_jax.types import Clip, Index
+
+__all__ = [
+    "PREDICTIONS",
+    "VARIANCES",
+    "Gaussian",
+    "Reverse",
+    "as_batch",
+    "as_float",
+    "check_terminal_snr",
+    "clip_x_0",
+    "dynamic_threshold",
+    "eps_at",
+    "p_mean_variance",
+    "promote",
+    "q_mean_variance",
+    "q_posterior",
+    "q_sample",
+    "q_step",
+    "q_step_mean_variance",
+    "split_variance",
+    "to_eps",
+    "to_score",
+    "to_v",
+    "to_x_0",
+]
+
+PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """x as a jax array of float32, or of float64 if it is float64 and x64 is on: lower precisions are promoted.
+
+    name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images, and for
+    a tuple, a dict or None, which a network may return by mistake.
+    """
+    if x is None or isinstance(x, tuple | dict | str):  # jnp.asarray stacks a tuple
+        raise ValueError(f"{name} must be one float array; got {type(x).__name__}")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""
+        raise ValueError(f"{name} must be float; got {x.dtype}{advice}")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Float[Array, "B *shape"]:
+    """x as `as_float`. Raises: ValueError as `as_float`, and for a number or one vector."""
+    x = as_float(name, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} must have a batch axis, vectors [B, C] or arrays [B, ..., C]; got shape {x.shape}; give one example as "
+            f"{name}[None]"
+        )
+    return x
+
+
+def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """The arrays in their common dtype, float32 at least. Raises: ValueError as `as_float`."""
+    floats = [as_float(name, x) for name, x in arrays.items()]
+    dtype = jnp.result_type(*floats)
+    return tuple(x.astype(dtype) for x in floats)
+
+
+def check_same_shape(
+    name: str, value: Shaped[ArrayLike, "..."], other_name: str, other: Shaped[ArrayLike, "..."]
+) -> None:
+    """Raises ValueError if the two arrays differ in shape; the names are those of the error message."""
+    if jnp.shape(value) != jnp.shape(other):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(value)} but {other_name} has {jnp.shape(other)}; they must be equal"
+        )
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian; every field has the shape of x_t."""
+
+    mean: Float[Array, "B *shape"]
+    variance: Float[Array, "B *shape"]
+    log_variance: Float[Array, "B *shape"]
+
+
+def q_mean_variance(
+    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], t: Index
+) -> tuple[Float[Array, "B *shape"], Float[Array, "B *shape"]]:
+    """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4."""
+    x_0 = as_float("x_0", x_0)
+    at = schedule.at(t, x_0)
+    mean = at.alpha * x_0
+    return mean, jnp.broadcast_to(at.sigma**2, mean.shape)
+
+
+def q_sample(
+    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], t: Index, eps: Float[ArrayLike, "B *shape"]
+) -> Float[Array, "B *shape"]:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) for eps ~ N(0, I) (DDPM eq. 4).
+
+    Raises: ValueError if x_0 and eps differ in shape.
+    """
+    check_same_shape("eps", eps, "x_0", x_0)
+    x_0, eps = promote(x_0=x_0, eps=eps)
+    at = schedule.at(t, x_0)
+    return at.alpha * x_0 + at.sigma * eps
+
+
+def q_step_mean_variance(
+    schedule: Schedule, x_prev: Float[ArrayLike, "B *shape"], t: Index
+) -> tuple[Float[Array, "B *shape"], Float[Array, "B *shape"]]:
+    """Mean and variance of one forward step, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2).
+
+    x_prev: x_{t-1}, which is x_0 at index 0.
+    """
+    x_prev = as_float("x_prev", x_prev)
+    beta = schedule.at(t, x_prev).beta
+    mean = jnp.sqrt(1 - beta) * x_prev
+    return mean, jnp.broadcast_to(beta, mean.shape)
+
+
+def q_step(
+    schedule: Schedule, x_prev: Float[ArrayLike, "B *shape"], t: Index, eps: Float[ArrayLike, "B *shape"]
+) -> Float[Array, "B *shape"]:
+    """One forward step, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM eq. 2); x_prev as `q_step_mean_variance`."""
+    check_same_shape("eps", eps, "x_prev", x_prev)
+    x_prev, eps = promote(x_prev=x_prev, eps=eps)
+    mean, variance = q_step_mean_variance(schedule, x_prev, t)
+    return mean + jnp.sqrt(variance) * eps
+
+
+def q_posterior(
+    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], x_t: Float[ArrayLike, "B *shape"], t: Index
+) -> Gaussian:
+    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7.
+
+    At index 0 the mean is x_0 and the variance 0; the log variance there is the finite one of
+    `Schedule.posterior_log_variance`. Raises: ValueError if x_0 and x_t differ in shape.
+    """
+    check_same_shape("x_0", x_0, "x_t", x_t)
+    x_0, x_t = promote(x_0=x_0, x_t=x_t)
+    at = schedule.at(t, x_t)
+    mean = at.posterior_mean_coef_x_0 * x_0 + at.posterior_mean_coef_x_t * x_t
+    variances = (jnp.broadcast_to(value, mean.shape) for value in (at.posterior_variance, at.posterior_log_variance))
+    return Gaussian(mean, *variances)
+
+
+def to_x_0(
+    schedule: Schedule,
+    output: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
+    prediction: str = "eps",
+) -> Float[Array, "B *shape"]:
+    """x_0 from a network's output.
+
+    eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (DDPM eq. 15); v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v;
+    x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps.
+
+    prediction: the quantity that `output` is: eps, x_0, v, x_prev or score.
+    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step whose alpha is 0 in float32,
+      where they contain no information about x_0. The value of a traced t is unknown, so the result at that step is NaN
+      instead.
+    """
+    _check_output(schedule, output, x_t, t, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
+    at = schedule.at(t, x_t)
+    if prediction == "x_0":
+        return output
+    if prediction == "v":
+        return at.alpha * x_t - at.sigma * output
+    if prediction == "x_prev":
+        return (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0
+    alpha, sigma = at.alpha, at.sigma
+    eps = output if prediction == "eps" else -sigma * output
+    return (x_t - sigma * eps) / (jnp.where(alpha > 0, alpha, jnp.nan) if schedule.zero_terminal_snr else alpha)
+
+
+def eps_at(
+    alpha: Float[ArrayLike, "..."],
+    sigma: Float[ArrayLike, "..."],
+    output: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    prediction: str,
+) -> Float[Array, "B *shape"]:
+    """eps from a network's output at any noise level, x_t = alpha x_0 + sigma eps, also between a schedule's steps.
+
+    x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t.
+    Raises: ValueError for x_prev, which is defined for a step only, or an unknown prediction.
+    """
+    output, x_t = promote(output=output, x_t=x_t)
+    alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
+    if prediction == "eps":
+        return output
+    if prediction == "x_0":
+        return (x_t - alpha * output) / sigma
+    if prediction == "v":
+        return alpha * output + sigma * x_t
+    if prediction == "score":
+        return -sigma * output
+    raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: eps, x_0, v, score")
+
+
+def to_eps(
+    schedule: Schedule,
+    output: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
+    prediction: str = "eps",
+) -> Float[Array, "B *shape"]:
+    """eps from a network's output, as `eps_at`; arguments and errors as `to_x_0`."""
+    # Where alpha_bar is 0 only x_0 is undefined, so t is checked only on the way through `to_x_0`.
+    _check_output(schedule, output, x_t, None, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
+    if prediction == "x_prev":
+        output, prediction = to_x_0(schedule, output, x_t, t, prediction), "x_0"
+    at = schedule.at(t, x_t)
+    return eps_at(at.alpha, at.sigma, output, x_t, prediction)
+
+
+def to_v(
+    schedule: Schedule,
+    output: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
+    prediction: str = "eps",
+) -> Float[Array, "B *shape"]:
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
+    _check_output(schedule, output, x_t, None, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
+    if prediction == "v":
+        return output
+    x_0 = to_x_0(schedule, output, x_t, t, prediction)
+    eps = to_eps(schedule, output, x_t, t, prediction)
+    at = schedule.at(t, x_t)
+    return at.alpha * eps - at.sigma * x_0
+
+
+def to_score(
+    schedule: Schedule,
+    output: Float[ArrayLike, "B *shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
+    prediction: str = "eps",
+) -> Float[Array, "B *shape"]:
+    """grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021); arguments and errors as `to_x_0`."""
+    eps = to_eps(schedule, output, x_t, t, prediction)
+    return -eps / schedule.at(t, eps).sigma
+
+
+def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
+    """Raises ValueError if a visited step has alpha = 0 in float32 and the prediction does not determine x_0 there.
+
+    The check does not depend on the dtype of x. Of a traced schedule only the last step is known to have alpha = 0.
+
+    first: the highest index that is visited; the default is T - 1.
+    """
+    last = schedule.num_timesteps - 1
+    first = last if first is None else first
+    if not schedule.zero_terminal_snr or prediction not in ("eps", "score"):
+        return
+    lowest, exact = last, True  # the first index without signal, and whether its alpha_bar is 0 also in float64
+    if not isinstance(schedule.sqrt_alpha_bar, Tracer):
+        lowest = int(np.argmax(np.asarray(schedule.sqrt_alpha_bar) < np.finfo(np.float32).tiny))
+        exact = schedule.alpha_bar[lowest] == 0
+    if lowest <= first <= last:
+        problem = "alpha_bar is 0" if exact else "alpha = sqrt(alpha_bar) underflows in float32"
+        betas = "" if exact else "use fewer or smaller betas (linear: beta_start=0.1 / T, beta_end=20 / T), "
+        raise ValueError(
+            f"{problem} at index {first}: {prediction} does not determine x_0 there; predict v or x_0, {betas}"
+            f"or keep only the steps below index {lowest}: schedules.respace(schedule, range({lowest}))"
+        )
+
+
+def _check_output(schedule, output, x_t, t, prediction):
+    """Raises ValueError for a wrong prediction, shape or index; the values of a traced t are unknown."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
+    check_same_shape("output", output, "x_t", x_t)
+    known = t is not None and not isinstance(t, Tracer)
+    if known and schedule.zero_terminal_snr:
+        inside = np.asarray(t)[np.asarray(t) < schedule.num_timesteps]
+        if inside.size:
+            check_terminal_snr(schedule, prediction, int(inside.max()))
+
+
+class Reverse(NamedTuple):
+    """p(x_{t-1} | x_t) and the x_0 it was computed from; every field has the shape of x_t."""
+
+    mean: Float[Array, "B *shape"]
+    variance: Float[Array, "B *shape"]
+    log_variance: Float[Array, "B *shape"]
+    x_0: Float[Array, "B *shape"]
+
+
+def split_variance(
+    output: Float[ArrayLike, "*shape output_channels"], x_t: Float[ArrayLike, "*shape channels"], variance: str
+) -> tuple[Float[Array, "*shape channels"], Float[Array, "*shape channels"] | None]:
+    """Splits a network's output into the prediction and the values of a learned variance, its second half of the channels.
+
+    output: [B, ..., C] for a fixed variance, where the second result is None; [B, ..., 2 C] for a learned one (Improved DDPM
+    section 3.1). Raises: ValueError for another shape or an unknown variance.
+    """
+    output = as_float("output", output)
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
+    learned = variance.startswith("learned")
+    channels = jnp.shape(x_t)[-1]
+    expected = jnp.shape(x_t)[:-1] + (channels * (2 if learned else 1),)
+    if jnp.shape(output) != expected:
+        raise ValueError(
+            f"with variance={variance!r} and x_t {jnp.shape(x_t)} the network must return {expected}, but it "
+            f"returned {jnp.shape(output)}; a learned variance needs twice the channels of x_t, a fixed one the same number"
+        )
+    return (output[..., :channels], output[..., channels:]) if learned else (output, None)
+
+
+def clip_x_0(x_0: Float[ArrayLike, "*shape"], clip: Clip) -> Float[Array, "*shape"]:
+    """x_0 clipped to [-1, 1] (True), unchanged (False), or the result of the caller's function.
+
+    Raises: ValueError for any other `clip`.
+    """
+    x_0 = as_float("x_0", x_0)
+    if callable(clip):
+        return as_float("the result of clip", clip(x_0)).astype(x_0.dtype)
+    if not isinstance(clip, bool | np.bool_):
+        raise ValueError(f"clip must be True, False or a function of x_0, got {clip!r}")
+    return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+
+
+@dataclasses.dataclass(frozen=True)
+class dynamic_threshold:
+    """Imagen's dynamic threshold (Saharia et al. 2022, section 2.3) as a `clip`: x_0 [B, ...] -> clip(x_0, -s, s) / s.
+
+    s, of each example, is the quantile of |x_0|, at least 1. Raises: ValueError for a quantile outside (0, 1].
+    """
+
+    quantile: float | np.floating = 0.995
+
+    def __post_init__(self):
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+
+    def __call__(self, x_0: Float[ArrayLike, "B *shape"]) -> Float[Array, "B *shape"]:
+        x_0 = as_float("x_0", x_0)
+        s = jnp.quantile(jnp.abs(x_0), float(self.quantile), axis=tuple(range(1, x_0.ndim)), keepdims=True)
+        s = jnp.maximum(s, 1.0)
+        return jnp.clip(x_0, -s, s) / s
+
+
+def p_mean_variance(
+    schedule: Schedule,
+    output: Float[ArrayLike, "B *output_shape"],
+    x_t: Float[ArrayLike, "B *shape"],
+    t: Index,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: Clip = True,
+) -> Reverse:
+    """The model's reverse step p(x_{t-1} | x_t), from a network's output.
+
+    The output is converted to x_0, x_0 is clipped, and the mean is that of q(x_{t-1} | x_t, x_0) (DDPM eq. 7; with eps
+    and no clip this is eq. 11). DDPM's code clips although its Algorithm 2 does not. For `x_prev` the output itself is the
+    mean, as in OpenAI's code, and only the returned x_0 is clipped.
+
+    Args:
+      output: [B, ..., C], or [B, ..., 2 C] with a learned variance in the second half of the channels.
+      x_t: [B, ..., C].
+      prediction: eps, x_0, v, x_prev or score.
+      variance: sigma_t^2, one of
+        fixed_large    beta_t (optimal for x_0 ~ N(0, I), DDPM section 3.2)
+        fixed_small    the posterior variance beta-tilde_t (optimal for a single x_0)
+        learned        the output is the log variance
+        learned_range  exp(f log beta + (1 - f) log beta-tilde), f = (output + 1) / 2 (Improved DDPM eq. 15)
+      clip: True clips x_0 to [-1, 1], the range of images; False, for data that leave this range, does nothing; a function
+        x_0 -> x_0 is applied (`dynamic_threshold`).
+    Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the posterior variance of
+      index 1, as in OpenAI's code; samplers add no noise there.
+    Raises: ValueError as `to_x_0`, for a number of channels that does not match `variance`, and for another `clip`.
+    """
+    output, x_t = promote(output=output, x_t=x_t)
+    output, learned = split_variance(output, x_t, variance)
+    x_0 = clip_x_0(to_x_0(schedule, output, x_t, t, prediction), clip)
+    mean = output if prediction == "x_prev" else q_posterior(schedule, x_0, x_t, t).mean
+    at = schedule.at(t, x_t)
+    if learned is None:
+        log_variance = at.posterior_log_variance if variance == "fixed_small" else jnp.log(at.fixed_large_variance)
+    elif variance == "learned":
+        log_variance = learned
+    else:
+        fraction = (learned + 1) / 2
+        log_variance = fraction * jnp.log(at.beta) + (1 - fraction) * at.posterior_log_variance
+    log_variance = jnp.broadcast_to(log_variance, mean.shape)
+    return Reverse(mean, jnp.exp(log_variance), log_variance, x_0)

@@ -1,0 +1,55 @@
+"""The examples of CONTRIBUTING.md, each run as a part of the module that it extends."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import losses, sampling, schedules
+from diffusion_jax.runs import sampling as sampling_settings
+from diffusion_jax.sampling import ancestral
+from diffusion_jax.schedules import beta_schedules
+from diffusion_jax.training import step
+from helpers.configs import tiny_config
+from helpers.gaussian_mixtures import FULL, gaussian
+from helpers.paths import ROOT
+
+KEY = jax.random.key(0)
+
+
+def example(name, module):
+    """What the block that defines `name` defines in a module."""
+    blocks = re.findall(r"^```py\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    (text,) = [block for block in blocks if f" {name}(" in block]
+    assert len(text.splitlines()) < 20
+    namespace = dict(vars(module))
+    exec(text, namespace)
+    return namespace[name]
+
+
+def test_the_sampler_takes_its_settings_and_samples(monkeypatch):
+    monkeypatch.setitem(sampling.SAMPLERS, "renoise", example("renoise", ancestral))
+    x_T = jax.random.normal(KEY, (1000, 1))
+    for eta in (0.0, 0.5):
+        options = dict(tiny_config().sampling) | {"sampler": "renoise", "eta": eta, "clip": False}
+        sampler = sampling_settings.sampler_from_config(options, {"prediction": "eps", "variance": "fixed_small"})
+        assert (sampler.eta, sampler.variance, sampler.is_stochastic) == (eta, "fixed_small", eta > 0)
+        assert sampling_settings.unused_leaves(options) == []
+        x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), gaussian(), x_T, sampler)
+        assert np.isfinite(x).all() and abs(x.mean() - 0.3) < 0.1
+
+
+def test_the_schedule_and_the_loss_are_found_by_name(monkeypatch):
+    monkeypatch.setitem(schedules.SCHEDULES, "cubic", example("_cubic", beta_schedules))
+    betas = schedules.betas("cubic", 10)
+    np.testing.assert_allclose(betas[[0, -1]], [1e-4, 0.02])
+    monkeypatch.setitem(losses.LOSSES, "absolute", example("absolute", losses))
+    config = tiny_config()
+    config.diffusion.loss = "absolute"
+    loss_fn, options = step._loss_and_options(config)
+    assert options == {"prediction": config.diffusion.prediction}
+    loss, aux = loss_fn(
+        KEY, schedules.from_betas(betas), lambda x, time: jnp.zeros_like(x), jnp.zeros((4, 5)), **options
+    )
+    np.testing.assert_allclose(loss, abs(aux.eps).mean(1), rtol=1e-6)
