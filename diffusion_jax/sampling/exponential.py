@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from diffusion_jax.sampling.driver import Sampler, Stability, Step
 from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.types import Clip  # noqa: F401  # an annotation of the inherited __init__
 
 __all__ = ["History", "choose", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
 
