@@ -53,11 +53,11 @@ class heun(Sampler):
 
     @property
     def is_stochastic(self) -> bool:
-        return self.churn > 0
+        return bool(self.churn > 0)
 
     @property
     def calls_between_steps(self) -> bool:
-        return self.churn > 0
+        return bool(self.churn > 0)
 
     @property
     def stability(self) -> Stability:
