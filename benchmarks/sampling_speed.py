@@ -33,9 +33,8 @@ def make_ours(dtype: str, images: int, small: bool):
 
     from configs import cifar10
     from diffusion_jax import training
-    from diffusion_jax.distributed import compiler
+    from diffusion_jax.distributed import compiler, devices
     from diffusion_jax.images import to_uint8
-    from diffusion_jax.runs import devices
     from diffusion_jax.runs.sampling_setup import SamplingSetup
     from diffusion_jax.training.state import initial_params
 

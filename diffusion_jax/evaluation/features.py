@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +29,7 @@ from diffusion_jax.files import save_npz, user_cache
 from diffusion_jax.images import to_model_range
 from diffusion_jax.models.inception import IMAGE_SIZE, Activations, Inception
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES, load_inception
-from diffusion_jax.storage import locations
+from diffusion_jax.run_dir import RunDir
 
 __all__ = [
     "CHUNK",
@@ -237,13 +236,12 @@ class SetFeatures(NamedTuple):
     moments: Moments
     spatial: Moments | None
     digest: str
-    cache: pathlib.Path | None = None
+    cache: RunDir | None = None
 
     def delete_cache(self) -> None:
         """Removes the cached features of a set that is not measured again; one process calls this."""
         if self.cache:
-            shutil.rmtree(self.cache)
-            locations.removed(self.cache)
+            self.cache.delete(self.cache.path)
 
 
 def cache_directory() -> pathlib.Path:
@@ -305,15 +303,15 @@ class FeaturePipeline:
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
 
-    def extract_set(self, name: str, source: Source, directory: pathlib.Path) -> SetFeatures:
-        """Features of a source of images or arrays, cached below `directory`. name: of the source, for the progress bar."""
+    def extract_set(self, name: str, source: Source, cache: RunDir) -> SetFeatures:
+        """Features of a source of images or arrays, cached below `cache`. name: of the source, for the progress bar."""
         count, num_chunks = len(source), -(-len(source) // CHUNK)
         with self._progress_bar(f"Reading {name}", count, 0) as bar:
             digest = broadcast_from_process_0(lambda: value_digest(source, bar.update))
         key = (digest, self.extractor.digest, CHUNK, jax.default_backend())
-        directory = directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-        stored = broadcast_from_process_0(lambda: [int(p.stem) for p in directory.glob("*.npz") if p.stem.isdecimal()])
+        cache = cache.subdirectory(hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+        broadcast_from_process_0(lambda: cache.path.mkdir(parents=True, exist_ok=True))
+        stored = broadcast_from_process_0(lambda: [int(p.stem) for p in cache.path.glob("*.npz") if p.stem.isdecimal()])
         with self._progress_bar(f"Features of {name}", count, min(len(stored) * CHUNK, count)) as bar:
             for i in range(num_chunks):
                 if i in stored:
@@ -326,11 +324,12 @@ class FeaturePipeline:
                 features = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 if jax.process_index() == 0:
                     arrays = {kind: leaf for kind, leaf in features._asdict().items() if leaf is not None}
-                    save_npz(directory / f"{i}.npz", arrays)
+                    save_npz(cache / f"{i}.npz", arrays)
+                    cache.upload(cache / f"{i}.npz")
         multihost_utils.sync_global_devices("features written")
 
         def load(kind: str, i: int) -> np.ndarray:
-            with np.load(locations.fetch(directory / f"{i}.npz")) as arrays:
+            with np.load(cache.fetch(cache / f"{i}.npz")) as arrays:
                 return arrays[kind]
 
         pool = [load("pool", i) for i in range(min(num_chunks, -(-MAX_POOLED // CHUNK)))]
@@ -339,4 +338,4 @@ class FeaturePipeline:
         if self.extractor.name == "inception":
             spatial = moments_of_chunks(load("spatial", i) for i in range(num_chunks))
         multihost_utils.sync_global_devices("features read")
-        return SetFeatures(np.concatenate(pool)[:MAX_POOLED], moments, spatial, digest, directory)
+        return SetFeatures(np.concatenate(pool)[:MAX_POOLED], moments, spatial, digest, cache)

@@ -18,6 +18,7 @@ from diffusion_jax.config import resolve, resolve_clip
 from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.description import DIFFUSION_DEFAULTS, Pretrained, make_clip, make_description
+from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
@@ -67,7 +68,8 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Pretrained
     abstract = abstract_params(model, shape)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
-    with checkpoints.Checkpoints(path / "checkpoints", read_only=True) as saved:
+    run_dir = open_run_dir(path, read_only=True)
+    with checkpoints.Checkpoints(run_dir.subdirectory("checkpoints"), read_only=True) as saved:
         restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
     if restored is None:
         raise PretrainedError(f"{path} contains no finished checkpoint yet")

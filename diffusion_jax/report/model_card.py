@@ -12,8 +12,8 @@ from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Pretrained, format_summary
 from diffusion_jax.report.collect import RunFiles, collect
 from diffusion_jax.report.commands import train_command
+from diffusion_jax.run_dir import committed_steps, open_run_dir
 from diffusion_jax.runs.metric_records import add_likelihood, table_cells
-from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.ema import weights_kind
 
 __all__ = ["card_path", "model_card", "write_card"]
@@ -42,7 +42,7 @@ def write_card(
 
 def model_card(description: Pretrained, to: pathlib.Path, workdir: pathlib.Path | None, ema: bool) -> str:
     """The card as Markdown that begins with metadata."""
-    run = None if workdir is None else collect(workdir)
+    run = None if workdir is None else collect(open_run_dir(workdir))
     step = None if workdir is None else max(committed_steps(workdir / "checkpoints"), default=None)
     weights = "ema" if ema else "raw"
     if run is not None and run.config is not None and step is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pathlib
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from diffusion_jax.distributed import compiler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range, to_uint8
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling_conditions import read_conditions
@@ -283,14 +284,14 @@ TASKS = {
 }
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Edits `editing.image`: writes a picture of the given examples and the results, and an .npz of the results.
 
     The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data.
 
     Raises: UserError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     trained = TrainedModel.open(config, workdir, config.sampling.use_ema)
     with as_user_error("config"):
         setup = trained.sampling_setup(read_conditions(config))
@@ -333,5 +334,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
     title = f"Edit: {config.editing.task.replace('_', ' ')}, {trained.weights_name}, {setup.name}"
     pictures.save(picture, pictures.draw_edit(edit.given, results, captions, title))
+    workdir.upload(path, picture)
     noun = "images" if context.is_of_images else "examples"
     log(f"The given {noun} and {len(results)} results: {picture}; the results alone: {path}")

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from diffusion_jax.distributed import compiler, sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import log, progress_over
 from diffusion_jax.runs.sample_metrics import check_options
@@ -43,16 +43,17 @@ from diffusion_jax.training.from_config import condition_shape
 __all__ = ["LikelihoodRun", "Terms", "run"]
 
 _TABLES = ("vlb", "mse", "x_0_mse")
+_FILES = ("likelihood.json", "likelihood.npz", "likelihood_terms.png", "rate_distortion.png")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Measures the bits per dimension of `evaluation.split`; with `evaluation.likelihood=False` it only checks the config.
 
     source: examples that take the place of that split, in the units of the data.
     Raises: UserError, also for options of the sample metrics, which follow; DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     check_options(config)
     if not config.evaluation.likelihood:
         return
@@ -94,7 +95,7 @@ class LikelihoodRun:
     ODE, None without it.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None):
+    def __init__(self, config: ConfigDict, workdir: RunDir, source: data.Source | None = None):
         """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, workdir
@@ -169,7 +170,7 @@ class LikelihoodRun:
             out_shardings=by_rows,
             compiler_options=compiler.options(),
         )
-        chunks = ChunkStore(self.workdir / f".likelihood_{self._digest}")
+        chunks = ChunkStore(self.workdir.subdirectory(f".likelihood_{self._digest}"))
 
         def measure_batch(i: int) -> dict[str, np.ndarray]:
             # The last batch is padded with copies of its last example, which are dropped again.
@@ -375,9 +376,10 @@ def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any
     rate_picture = pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, (unit, space))
     pictures.save(workdir / "likelihood_terms.png", terms_picture)
     pictures.save(workdir / "rate_distortion.png", rate_picture)
+    workdir.upload(*(workdir / name for name in _FILES))
 
 
-def _log(report: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def _log(report: Mapping[str, Any], workdir: RunDir) -> None:
     unit, scale, of_data = "bits", 1.0, ""
     if "nats_per_dim" in report:
         unit, scale, of_data = "nats", math.log(2), " in the units of the data"
@@ -390,4 +392,4 @@ def _log(report: Mapping[str, Any], workdir: pathlib.Path) -> None:
     log(f"{with_error(f'{unit}_per_dim')} {unit} per dimension{of_data}: {terms}")
     if f"ode_{unit}_per_dim" in report:
         log(f"{with_error(f'ode_{unit}_per_dim')} {unit} per dimension by the probability-flow ODE")
-    log(f"Written to {workdir}: likelihood.json, likelihood.npz, likelihood_terms.png, rate_distortion.png")
+    log(f"Written to {workdir}: {', '.join(_FILES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from diffusion_jax.config import flatten, is_continuous, resolve, resolve_clip
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error, shorten
 from diffusion_jax.files import save_npz
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore, options_digest
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling_conditions import condition_captions, read_conditions, read_small_images
@@ -34,12 +36,12 @@ _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
     """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` the first of them, being denoised, as both.
 
     A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
     file.draw()
@@ -67,7 +69,9 @@ def _write_trajectory(file: SampleFile) -> None:
         )
         picture = pictures.draw_trajectory(x, arrays["times"], title, file.captions(rows))
         pictures.save(path.with_name(name), picture)
+        file.workdir.upload(path.with_name(name))
     save_npz(path.with_suffix(".npz"), arrays)
+    file.workdir.upload(path.with_suffix(".npz"))
     log(f"Samples being denoised: {path}")
 
 
@@ -80,14 +84,14 @@ class SampleFile:
     path: the .npz. settings: everything that decides the values. setup: the options of sampling.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, conditions: np.ndarray | None = None):
+    def __init__(self, config: ConfigDict, workdir: RunDir | str | os.PathLike, conditions: np.ndarray | None = None):
         """Loads the weights, after all checks of the config.
 
         conditions: [N, ...] in the units of the data, in place of `sampling.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
-        options = config.sampling
-        self.config, self.trained = config, TrainedModel.open(config, workdir, options.use_ema)
+        options, self.workdir = config.sampling, open_run_dir(workdir)
+        self.config, self.trained = config, TrainedModel.open(config, self.workdir, options.use_ema)
         trained = self.trained
         with as_user_error("config"):
             devices = trained.mesh.size
@@ -102,7 +106,7 @@ class SampleFile:
         self.name = (
             f"{trained.weights_name}_{trained.weights_kind}_{self.setup.name}_seed{options.seed}_n{options.num_samples}"
         )
-        self.path = workdir / "samples" / f"{self.name}.npz"
+        self.path = self.workdir / "samples" / f"{self.name}.npz"
         self.settings = self._settings({"images": images, "labels": labels})
 
     def draw(self, reuse: bool = False) -> None:
@@ -110,7 +114,7 @@ class SampleFile:
 
         reuse: does nothing if the file already holds samples of these settings.
         """
-        reason = broadcast_from_process_0(lambda: _why_not_reused(self.path, self.settings))
+        reason = broadcast_from_process_0(lambda: _why_not_reused(self.workdir.fetch(self.path), self.settings))
         if reuse and reason is None:
             return
         if reason:
@@ -119,7 +123,7 @@ class SampleFile:
         kind, noun = self.trained.weights_kind, "examples" if is_continuous(self.config) else "images"
         weights = f"{self.trained.weights_name} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
-        chunks = ChunkStore(self.path.parent / f".{self.name}_{options_digest(self.settings)}")
+        chunks = ChunkStore(self.workdir.subdirectory(f"samples/.{self.name}_{options_digest(self.settings)}"))
         batch_sampler = BatchSampler(self.setup, batch_size)
 
         def draw_batch(i: int) -> dict[str, np.ndarray]:
@@ -187,6 +191,7 @@ class SampleFile:
         shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
         picture = pictures.draw_samples(shown, f"Samples: {self.name}", self.captions(len(shown)))
         pictures.save(self.path.with_suffix(".png"), picture)
+        self.workdir.upload(self.path, self.path.with_suffix(".png"))
 
 
 def _digest(array: np.ndarray | None) -> str | None:

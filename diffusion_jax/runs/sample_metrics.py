@@ -5,7 +5,7 @@ Samples that are no images have metrics without features (`evaluation.array_metr
 
 from __future__ import annotations
 
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -22,11 +22,11 @@ from diffusion_jax.evaluation import features, named_metrics
 from diffusion_jax.evaluation.example_sets import MAX_EXAMPLES, EvenRows, ExampleSet, NpzExamples
 from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.sample import SampleFile, read_settings
 from diffusion_jax.runs.set_metrics import ArrayOptions, record_metrics
 from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
-from diffusion_jax.storage import locations
 from diffusion_jax.training.from_config import condition_shape
 
 __all__ = ["check_options", "features_cache", "load_pipeline", "load_reference", "run"]
@@ -35,13 +35,13 @@ _BLOCK = 1024
 _HOW_TO_GET_INCEPTION = f"evaluation.inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES})"
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Measures `evaluation.num_samples` samples against the reference; draws them unless they exist already.
 
     source: takes the place of the reference, in the units of the data.
     Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     check_options(config)
     options = config.evaluation
     if not options.num_samples:
@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     file = SampleFile(sampling_config, workdir, _reference_conditions(config, examples))
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    samples: data.Source = NpzExamples(locations.fetch(file.path))
+    samples: data.Source = NpzExamples(workdir.fetch(file.path))
     settings, arrays = _settings(config, file), None
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"those of the examples of {reference.name}"
@@ -89,9 +89,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
         arrays = ArrayOptions(options.seed, file.trained.normalizations.get("x"), is_periodic)
     output, cache = workdir / "metrics.json", features_cache(workdir)
     try:
-        record_metrics(
-            reference, ExampleSet(str(file.path), samples), metric_names, output, settings, pipeline, cache, arrays
-        )
+        sets = (reference, ExampleSet(str(file.path), samples))
+        workdir.upload(*record_metrics(*sets, metric_names, output, settings, pipeline, cache, arrays))
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     write_config_if_untrained(config, workdir)
@@ -176,9 +175,9 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
     return ExampleSet(names.get(dataset, f"{dataset}:{split}"), loaded)
 
 
-def features_cache(workdir: pathlib.Path) -> pathlib.Path:
+def features_cache(workdir: RunDir) -> RunDir:
     """Where features are kept. Every process must see it, so several processes use the work directory."""
-    return features.cache_directory() if jax.process_count() == 1 else workdir / ".features"
+    return RunDir(features.cache_directory()) if jax.process_count() == 1 else workdir.subdirectory(".features")
 
 
 # ---- Samples

@@ -14,7 +14,7 @@ import numpy as np
 
 import diffusion_jax
 from diffusion_jax import data, pictures
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import example_sets, features, named_metrics
 from diffusion_jax.evaluation.example_sets import ExampleSet, open_image_set, read_examples
@@ -23,7 +23,7 @@ from diffusion_jax.evaluation.metrics import Neighbors
 from diffusion_jax.evaluation.named_metrics import ARRAY_METRICS_OF_FEATURES, METRICS, ArrayComparison
 from diffusion_jax.files import save_npz
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
-from diffusion_jax.runs import devices
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import ProgressBar, log
 from diffusion_jax.runs.metric_records import add_record, read_records
 
@@ -65,7 +65,7 @@ def compare_sets(options: argparse.Namespace) -> None:
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
     pipeline = FeaturePipeline(extractor, mesh, options.batch_size, ProgressBar)
-    record_metrics(reference, samples, metric_names, output, {}, pipeline, features.cache_directory())
+    record_metrics(reference, samples, metric_names, output, {}, pipeline, RunDir(features.cache_directory()))
 
 
 class ArrayOptions(NamedTuple):
@@ -83,13 +83,14 @@ def record_metrics(
     output: pathlib.Path,
     settings: Mapping[str, Any],
     pipeline: FeaturePipeline | None,
-    cache: pathlib.Path,
+    cache: RunDir,
     arrays: ArrayOptions | None = None,
-) -> None:
+) -> list[pathlib.Path]:
     """Compares two sets and adds a record to `output`; writes pictures, and an .npz of the statistics of arrays, beside it.
 
     settings: more entries of the record. pipeline: None for metrics without features. cache: of features, a directory that
     every process sees. arrays: None for images. Every process calls this, and process 0 writes.
+    Returns: the files that this process has written.
     Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
     read_records(output)
@@ -103,14 +104,14 @@ def record_metrics(
     sets: list[SetFeatures] = []
     if pipeline and of_features:
         # Samples are rarely measured again: their features are kept only until the record is written.
-        folders = ((reference, cache / "references"), (samples, cache / "samples"))
-        sets = [_set_features(pipeline, each, folder) for each, folder in folders]
+        folders = ((reference, "references"), (samples, "samples"))
+        sets = [_set_features(pipeline, each, cache.subdirectory(folder)) for each, folder in folders]
     if jax.process_index() != 0:
-        return
+        return []
     log("Comparing ...")
     if extractor and sets:
         values = named_metrics.compute_metrics(sets[0], sets[1], extractor, of_features, log)
-    stem, written = pathlib.Path(samples.name).stem, ""
+    stem, written, paths = pathlib.Path(samples.name).stem, "", [output]
     if arrays is None:
         assert extractor is not None
         digests = [each.digest for each in sets]
@@ -118,6 +119,7 @@ def record_metrics(
         if "memorization" in of_features:
             picture = output.with_name(f"memorization_{stem}_{_tag(*digests, extractor.digest, extractor.resize)}.png")
             values["memorization"] = _image_memorization(reference, samples, sets, extractor.name, picture)
+            paths.append(picture)
     else:
         assert reference.examples is not None and samples.examples is not None
         pair, normalization = (reference.examples, samples.examples), arrays.normalization
@@ -131,6 +133,7 @@ def record_metrics(
             values["memorization"]["picture"] = files["memorization"]
         values |= {"files": files, "num_reference": len(pair[0]), "num_samples": len(pair[1]), "seed": arrays.seed}
         written = f", and beside it: {', '.join(files.values())}"
+        paths += [output.with_name(name) for name in files.values()]
     record = {
         **values,
         "reference": reference.name,
@@ -149,6 +152,7 @@ def record_metrics(
         each.delete_cache()
     _log_values(values)
     log(f"Written to {output}{written}")
+    return paths
 
 
 def _tag(*values: Any) -> str:
@@ -216,7 +220,7 @@ def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
         )
 
 
-def _set_features(pipeline: FeaturePipeline, images: ExampleSet, cache: pathlib.Path) -> SetFeatures:
+def _set_features(pipeline: FeaturePipeline, images: ExampleSet, cache: RunDir) -> SetFeatures:
     """Features of a set. Statistics that its file holds replace those of its images, which may be fewer."""
     found = None
     if images.examples is not None:

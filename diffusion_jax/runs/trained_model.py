@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,11 +22,12 @@ from diffusion_jax.data import Normalizations, example_shape
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.pretrained.description import format_normalization
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling_setup import SamplingSetup
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, model_from_config, schedule_from_config, stored_normalizations
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
@@ -50,7 +52,7 @@ class TrainedModel:
     """
 
     config: ConfigDict
-    workdir: pathlib.Path
+    workdir: RunDir
     use_ema: bool
     mesh: Mesh
     model: models.UNet | models.MLP
@@ -58,8 +60,9 @@ class TrainedModel:
     class_names: tuple[str, ...]
 
     @classmethod
-    def open(cls, config: ConfigDict, workdir: pathlib.Path, use_ema: bool) -> TrainedModel:
+    def open(cls, config: ConfigDict, workdir: RunDir | os.PathLike, use_ema: bool) -> TrainedModel:
         """Builds everything but the weights. Raises: UserError for a wrong config or a directory that holds another run."""
+        workdir = open_run_dir(workdir)
         check_identity(config, workdir)
         with as_user_error("config"):
             mesh = sharding.make_mesh(config.mesh)
@@ -123,7 +126,7 @@ class TrainedModel:
         return pathlib.Path(self.config.init_from).stem if is_initial else f"step{self.step}"
 
 
-def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_ema: bool) -> tuple[int, Any]:
+def load_weights(config: Mapping, workdir: RunDir, model, mesh: Mesh, use_ema: bool) -> tuple[int, Any]:
     """(step, parameters) of the newest intact checkpoint, or 0 and those of `config.init_from` if there is no checkpoint.
 
     The parameters are replicated on every device. A note is logged if the raw weights replace the EMA that `use_ema`
@@ -143,7 +146,7 @@ def load_weights(config: Mapping, workdir: pathlib.Path, model, mesh: Mesh, use_
         raise UserError(f"{workdir} holds no checkpoints; train first: python main.py --config=... --workdir={workdir}")
     shapes = abstract_params(model, example_shape(config["data"]))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
         restored = checkpoints.restore_weights(abstract, lambda step: weights_kind(config, step, use_ema))
     if restored is None:
         raise UserError(f"{workdir} holds no finished checkpoint yet; train longer")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -13,14 +12,14 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, training
 from diffusion_jax.config import is_upsampler
-from diffusion_jax.distributed.preemption import Preemption
+from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, named_metrics
 from diffusion_jax.evaluation.features import CHUNK
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_files import RunMetrics
+from diffusion_jax.runs.logging import LaunchTimes, RunMetrics
 from diffusion_jax.runs.sample_metrics import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.sampling_setup import BatchSampler, SamplingSetup
 from diffusion_jax.runs.step_timing import StepsInFlight
@@ -53,8 +52,8 @@ def make_preview_sampler(config: ConfigDict, program: training.TrainingProgram, 
 class PreviewPictures:
     """Pictures of samples, as PNG in `workdir` and as TensorBoard images."""
 
-    def __init__(self, workdir: pathlib.Path, batch_sampler: BatchSampler, seed: int):
-        self._directory, self._batch_sampler, self._seed = workdir / "samples", batch_sampler, seed
+    def __init__(self, workdir: RunDir, batch_sampler: BatchSampler, seed: int):
+        self._workdir, self._batch_sampler, self._seed = workdir, batch_sampler, seed
         self._is_compiled = False
 
     def draw(self, params: Any) -> np.ndarray:
@@ -75,8 +74,10 @@ class PreviewPictures:
         title += ", raw weights" if kind == "raw" else ""
         picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
-            self._directory.mkdir(exist_ok=True)
-            pictures.save(self._directory / f"train_step{step:08d}.png", picture)
+            path = self._workdir / "samples" / f"train_step{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            pictures.save(path, picture)
+            self._workdir.upload(path)
         except OSError as error:
             log(f"Note: the picture of step {step} could not be written: {error}.")
         run_metrics.write_image(step, "samples", picture, title)
@@ -89,7 +90,7 @@ class TrainingFid:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: pathlib.Path, batch_sampler: BatchSampler, source: data.Source | None = None
+        self, config: ConfigDict, workdir: RunDir, batch_sampler: BatchSampler, source: data.Source | None = None
     ):
         """Computes the features of the reference.
 
@@ -138,7 +139,7 @@ class TrainingOutputs:
     training_fid: TrainingFid | None
     launch: LaunchTimes
     in_flight: StepsInFlight
-    preemption: Preemption
+    signals: SignalHandler
 
     def __post_init__(self):
         self._logged_seconds = self.launch.seconds()
@@ -180,13 +181,13 @@ class TrainingOutputs:
             params = state.ema_params if kind == "ema" else state.params
             if self.preview and draws and not must_stop:
                 with self.watchdog.paused():
-                    is_drawn, samples = self.preemption.call(functools.partial(self.preview.draw, params))
+                    is_drawn, samples = self.signals.call(functools.partial(self.preview.draw, params))
                 if is_drawn and self.metrics:
                     self.preview.write(step, samples, self.metrics, kind)
                 must_stop = not is_drawn
             if self.training_fid and compares and not must_stop:
                 with self.watchdog.paused():
-                    is_known, distance = self.preemption.call(functools.partial(self.training_fid, params))
+                    is_known, distance = self.signals.call(functools.partial(self.training_fid, params))
                 if is_known:
                     name = self.training_fid.name
                     log(f"{name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))

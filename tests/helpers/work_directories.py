@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import training
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs import workdir
-from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.runs.logging import read_metrics
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -24,7 +25,7 @@ def untrained(directory, config):
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(1, state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
         checkpoints.finish(1)
-    workdir.write_config(config, directory)
+    workdir.write_config(config, RunDir(directory))
     return directory
 
 
@@ -33,7 +34,7 @@ def lines(directory, without=SPEED):
 
 
 def last_state(config, directory):
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(open_run_dir(directory).subdirectory("checkpoints"), read_only=True) as checkpoints:
         return checkpoints.restore(training.build_program(config).abstract_state)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, pretrained, training
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import train, trained_model, workdir
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -17,7 +18,7 @@ def weights(tmp_path_factory):
     config = array_config("vectors", write_arrays("vectors", root / "data.npz"))
     untrained(root / "run", config)
     source = data.load(config.data)
-    workdir.check_data(source, root / "run", data.find_normalizations(config.data, source))
+    workdir.check_data(source, RunDir(root / "run"), data.find_normalizations(config.data, source))
     pretrained.save_safetensors(pretrained.load(root / "run"), root / "net.safetensors")
     return root
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, pretrained
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import workdir
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.sampling_conditions import standardize_conditions
@@ -21,7 +22,7 @@ def test_the_range_of_a_run_is_stored_and_its_conditions_are_checked(tmp_path, c
     overrides = {"model.condition_features": 2, "sampling.conditions": str(given)}
     config = array_config("vectors", file, **overrides)
     run, source = untrained(tmp_path / "run", config), data.load(config.data)
-    workdir.check_data(source, run, data.find_normalizations(config.data, source))
+    workdir.check_data(source, RunDir(run), data.find_normalizations(config.data, source))
     stored = json.loads((run / "data.json").read_text())["normalization"]["condition"]
     assert (stored["low"], stored["high"]) == (LOW.tolist(), HIGH.tolist())
 

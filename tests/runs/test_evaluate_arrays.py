@@ -12,6 +12,7 @@ from PIL import Image
 from diffusion_jax import data, likelihood, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import array_metrics, array_statistics, metrics
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import measure_likelihood, sample_metrics, train, trained_model, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
@@ -47,7 +48,7 @@ class Rows:
 def a_run(directory, config, source):
     """A work directory as training on a source leaves it, with weights at random."""
     untrained(directory, config)
-    workdir.check_data(source, directory, data.find_normalizations(config.data, source))
+    workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
     return directory
 
 

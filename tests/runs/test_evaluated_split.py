@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, pictures, report
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import measure_likelihood, sample_metrics, workdir
 from diffusion_jax.runs.measure_likelihood import LikelihoodRun
 from helpers.array_configs import array_config, examples, write_arrays
@@ -88,7 +89,7 @@ def test_held_out_examples_are_the_test_split(kind, images, whole_folder, tmp_pa
         config = array_config("vectors", file, **{"data.holdout": 0.25})
         run = untrained(tmp_path / "run", config)
     trained_on = data.load(config.data)
-    workdir.check_data(trained_on, run, data.find_normalizations(config.data, trained_on))
+    workdir.check_data(trained_on, RunDir(run), data.find_normalizations(config.data, trained_on))
     found, name = LikelihoodRun(config, run), "image" if kind == "folder" else "x"
     assert found.split == "test" and "trained on" not in capsys.readouterr().out
 

@@ -7,8 +7,9 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.errors import LeaseLostError
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status, train
-from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
+from diffusion_jax.runs.logging import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
@@ -24,7 +25,7 @@ class Clock:
 
 def launch(workdir, clock, first_step, train_seconds, last_step):
     """A launch that starts in 10 s, compiles for 20 s, trains, and saves for 5 s."""
-    times = LaunchTimes(workdir, clock)
+    times = LaunchTimes(RunDir(workdir), clock)
     clock.now += 10
     with times.measure("compile"):
         clock.now += 20
@@ -116,11 +117,11 @@ def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
 
 
 def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):
-    times = LaunchTimes(tmp_path)
+    times = LaunchTimes(RunDir(tmp_path))
     times.begin(3)
     times.stop(ValueError("two\n lines"))
     assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
     times.stop(LeaseLostError("another launch writes there"))
     assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
-    LaunchTimes(tmp_path / "missing").stop(KeyboardInterrupt())
+    LaunchTimes(RunDir(tmp_path / "missing")).stop(KeyboardInterrupt())
     assert not (tmp_path / "missing").exists()

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, errors, training
-from diffusion_jax.runs import metrics_files, train, workdir
+from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs import logging, train, workdir
 from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
 from diffusion_jax.storage.locks import LockHeldError
@@ -62,7 +63,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
 def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     """Lines after the last checkpoint, and a torn last line, are written anew and only once."""
     train.run(tiny_config(), tmp_path)
-    metrics = metrics_files.RunMetrics(tiny_config(), tmp_path, step=4)
+    metrics = logging.RunMetrics(tiny_config(), RunDir(tmp_path), step=4)
     metrics.write_scalars(5, {"loss": 9.0})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -190,15 +191,15 @@ def test_other_images_are_refused(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    workdir.check_data(source(7), run)  # of a launch that saved nothing
+    workdir.check_data(source(7), RunDir(run))  # of a launch that saved nothing
     (run / "checkpoints" / "1").mkdir(parents=True)
-    workdir.check_data(source(5), run)
+    workdir.check_data(source(5), RunDir(run))
     (run / "checkpoints" / "1" / "digests.json").write_text("{}")
     for same in (source(5), source(5)):
-        workdir.check_data(same, run)
+        workdir.check_data(same, RunDir(run))
     for other in (source(6), source(5, seed=1)):
         with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
-            workdir.check_data(other, run)
+            workdir.check_data(other, RunDir(run))
 
 
 @pytest.mark.whole

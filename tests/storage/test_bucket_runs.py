@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
+from diffusion_jax.run_dir import BucketRunDir, committed_steps
 from diffusion_jax.runs import edit, sample, status, train
-from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.runs.logging import read_metrics
 from diffusion_jax.runs.workdir import load_config
-from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps
+from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.configs import tiny_config
 from helpers.program import evaluate
 from helpers.work_directories import last_state, lines
@@ -49,11 +49,11 @@ def local(tmp_path_factory):
 
 
 def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
-    train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))
-    second = mirror_workdir(url)
+    train.run(tiny_config(**{"training.num_steps": 2}), BucketRunDir(url))
+    second = BucketRunDir(url)
     train.run(tiny_config(), second)
-    assert lines(second) == lines(local) == lines(mirror_workdir(url))
-    states = (last_state(tiny_config(), path) for path in (mirror_workdir(url), local))
+    assert lines(second) == lines(local) == lines(BucketRunDir(url))
+    states = (last_state(tiny_config(), path) for path in (BucketRunDir(url), local))
     jax.tree.map(np.testing.assert_array_equal, *states)
     store = open_store(url)
     steps = names_of_steps(store)
@@ -69,9 +69,9 @@ def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
 def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cache):
     local = shutil.copytree(local, tmp_path / "local")
     config = tiny_config(**SAMPLES)
-    train.run(tiny_config(), mirror_workdir(url))
+    train.run(tiny_config(), BucketRunDir(url))
     picture = tmp_path / "picture.png"
-    workdir = mirror_workdir(url)
+    workdir = BucketRunDir(url)
     assert load_config(workdir).model.channels == 8
     for directory in (local, workdir):
         sample.run(config, directory)
@@ -96,14 +96,14 @@ def test_every_mode_writes_what_it_writes_locally(url, local, tmp_path, own_cach
 
 
 def test_weights_status_and_metrics_are_read_by_url(url, local):
-    train.run(tiny_config(), mirror_workdir(url))
+    train.run(tiny_config(), BucketRunDir(url))
     net, expected = pretrained.load(url), pretrained.load(local)
     jax.tree.map(np.testing.assert_array_equal, net.params, expected.params)
     assert [line["step"] for line in read_metrics(url)] == [2, 4]
-    shown = status.report(tiny_config(), mirror_workdir(url, read_only=True))
+    shown = status.report(tiny_config(), BucketRunDir(url, read_only=True))
     assert "step 4 of 4 (100%)" in shown and "checkpoint  step 4" in shown
     config = tiny_config(**{"training.num_steps": 2, "init_from": url})
-    train.run(config, mirror_workdir(f"{url}-next"))
+    train.run(config, BucketRunDir(f"{url}-next"))
     assert "init_from" in json.loads(open_store(f"{url}-next").read("config.json"))
 
 
@@ -115,7 +115,7 @@ def test_weights_status_and_metrics_are_read_by_url(url, local):
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local, fault, item):
-    train.run(tiny_config(), mirror_workdir(url))
+    train.run(tiny_config(), BucketRunDir(url))
     store = open_store(url)
     objects = {name: info for name, info in store.list(f"checkpoints/4/{item}/").items()}
     name = max(objects, key=lambda name: objects[name].size)
@@ -125,24 +125,24 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local
     else:
         content[len(content) // 2] ^= 1
         store.write(name, bytes(content))
-    train.run(tiny_config(), mirror_workdir(url))
+    train.run(tiny_config(), BucketRunDir(url))
     assert set(names_of_steps(store)) == {"2", "4", "4.unreadable"}
     jax.tree.map(
-        np.testing.assert_array_equal, *(last_state(tiny_config(), path) for path in (mirror_workdir(url), local))
+        np.testing.assert_array_equal, *(last_state(tiny_config(), path) for path in (BucketRunDir(url), local))
     )
-    assert lines(mirror_workdir(url)) == lines(local)
+    assert lines(BucketRunDir(url)) == lines(local)
 
 
 def test_a_step_without_a_manifest_does_not_exist_and_is_deleted(url, local):
-    train.run(tiny_config(), mirror_workdir(url))
+    train.run(tiny_config(), BucketRunDir(url))
     store = open_store(url)
     store.delete(["checkpoints/4/digests.json"])
-    reader = mirror_workdir(url)
+    reader = BucketRunDir(url)
     assert committed_steps(reader / "checkpoints") == [2]
-    with Checkpoints(reader / "checkpoints", read_only=True):
+    with Checkpoints(reader.subdirectory("checkpoints"), read_only=True):
         assert "4" in names_of_steps(store)  # a reader changes nothing
-    train.run(tiny_config(**{"training.num_steps": 2}), mirror_workdir(url))  # finished: nothing to do
-    train.run(tiny_config(**{"training.num_steps": 3}), mirror_workdir(url))
+    train.run(tiny_config(**{"training.num_steps": 2}), BucketRunDir(url))  # finished: nothing to do
+    train.run(tiny_config(**{"training.num_steps": 3}), BucketRunDir(url))
     assert set(names_of_steps(store)) == {"2", "3"}
 
 
@@ -150,8 +150,8 @@ def test_old_steps_are_deleted_from_the_bucket(url):
     config = tiny_config(
         **{"training.num_steps": 8, "training.checkpoints_kept": 2, "training.checkpoint_keep_every": 4}
     )
-    train.run(config, mirror_workdir(url))
+    train.run(config, BucketRunDir(url))
     assert sorted(names_of_steps(open_store(url))) == ["4", "6", "8"]
     config.training.num_steps = 10
-    train.run(config, mirror_workdir(url))
+    train.run(config, BucketRunDir(url))
     assert sorted(names_of_steps(open_store(url)), key=int) == ["4", "8", "10"]

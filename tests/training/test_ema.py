@@ -57,7 +57,7 @@ def early(tmp_path_factory):
             PreviewPictures, "draw", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
         )
         patch.setattr(
-            "diffusion_jax.runs.metrics_files.RunMetrics.write_image",
+            "diffusion_jax.runs.logging.RunMetrics.write_image",
             lambda self, step, name, picture, title: titles.append(title),
         )
         train.run(config, directory)

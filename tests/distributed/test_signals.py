@@ -8,10 +8,11 @@ import time
 import pytest
 
 from diffusion_jax import cli
-from diffusion_jax.distributed import preemption, processes, watchdog
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from diffusion_jax.distributed import devices, processes, signals, watchdog
+from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
-from diffusion_jax.runs import devices, train
+from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs import train
 from diffusion_jax.training.checkpoints import resume_hint
 from helpers.paths import ROOT
 from helpers.program import finish, start
@@ -48,13 +49,13 @@ def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
 
 
 IN_A_CALL = f"""
-import functools, hashlib, pathlib, sys
+import functools, hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed.preemption import Preemption, exit_on_signals
+from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.checkpoints import resume_hint
 
-hint = functools.partial(resume_hint, pathlib.Path(sys.argv[2]))
-with exit_on_signals(hint) if sys.argv[1] == "1" else Preemption(hint).install_handler():
+with SignalHandler(functools.partial(resume_hint, RunDir(sys.argv[2])), saves=sys.argv[1] == "2"):
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
 """
@@ -85,26 +86,26 @@ def restored_handlers():
 
 
 @pytest.mark.parametrize("number", ENDINGS)
-def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatch, capfd, restored_handlers):
+def test_signal_after_the_run_prints_the_rerun_hint(number, tmp_path, monkeypatch, restored_handlers):
     """In the barrier at the end the message has the newest checkpoint; after it, while the process exits, a general hint."""
     ended, messages = threading.Event(), []
 
     def barrier(name):
+        ended.clear()
         os.kill(os.getpid(), number)
         assert ended.wait(20)
 
-    monkeypatch.setattr(preemption, "exit_now", lambda message, code: (messages.append((message, code)), ended.set()))
-    monkeypatch.setattr(cli.os, "_exit", lambda code: messages.append((capfd.readouterr().err, code)))
+    monkeypatch.setattr(signals, "exit_now", lambda message, code: (messages.append((message, code)), ended.set()))
     monkeypatch.setattr(devices, "start", lambda: None)
     monkeypatch.setattr(train, "run", lambda _, workdir, **options: (workdir / "checkpoints" / "7").mkdir(parents=True))
     monkeypatch.setattr(processes, "barrier", barrier)
     cli.main(["--config=digits", f"--workdir={tmp_path}"])
-    signal.getsignal(number)(number, None)
+    barrier("after the run")
     reason, exit_code = ENDINGS[number]
     (in_the_barrier, code), (afterwards, second_code) = messages
     assert code == second_code == exit_code
-    assert in_the_barrier == f"{reason}; {resume_hint(tmp_path)}"
-    assert afterwards == f"error: {reason}; {preemption.rerun_hint()}\n"
+    assert in_the_barrier == f"{reason}; {resume_hint(RunDir(tmp_path))}"
+    assert afterwards == f"{reason}; {signals.rerun_hint()}"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import types
 
 import pytest
 
-from diffusion_jax.runs import devices
+from diffusion_jax.distributed import devices
 
 _FAULTS = """
 import resource, sys
-from diffusion_jax.runs import devices
+from diffusion_jax.distributed import devices
 sys.stdout, stdout = sys.stderr, sys.stdout
 devices.start()
 import jax, jax.numpy as jnp
