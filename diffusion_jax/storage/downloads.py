@@ -62,12 +62,10 @@ def is_small(name: str, found: Objects) -> bool:
     """Whether an object of a work directory is copied at once, not when it is read. found: all its objects.
 
     Samples are not. Of checkpoints only the manifest and Orbax's metadata of each committed step are, so that the steps are
-    known. TensorBoard events are never read again.
+    known. TensorBoard events and traces (plugins/) are never read again.
     """
     first, *others = parts = pathlib.PurePosixPath(name).parts
-    if parts[-1].startswith((EVENTS, LOCK, PROBE)):
-        return False
-    if first == "samples":
+    if first in ("samples", "plugins") or parts[-1].startswith((EVENTS, LOCK, PROBE)):
         return False
     return first != "checkpoints" or (len(others) == 2 and f"{first}/{others[0]}/{MANIFEST}" in found)
 
