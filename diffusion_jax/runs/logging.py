@@ -455,8 +455,8 @@ class LaunchTimes:
         if isinstance(error, StorageError | LeaseLostError):
             return
         is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)
-        text = with_urls(str(error)) if is_message else f"{type(error).__name__}: {error}"
-        self._launches[-1]["stopped_by"] = shorten(" ".join(text.split()) or type(error).__name__, 300)
+        text = str(error) if is_message else f"{type(error).__name__}: {error}"
+        self._launches[-1]["stopped_by"] = shorten(" ".join(with_urls(text).split()) or type(error).__name__, 300)
         with contextlib.suppress(Exception):
             self.record(self._launches[-1]["last_step"], is_last=True)
 
