@@ -95,10 +95,10 @@ class LikelihoodRun:
     ODE, None without it.
     """
 
-    def __init__(self, config: ConfigDict, workdir: RunDir, source: data.Source | None = None):
+    def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
         """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir = config, open_run_dir(workdir)
         self.dequantization = None
         if options.ode:
             self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")

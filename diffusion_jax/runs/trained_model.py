@@ -126,14 +126,14 @@ class TrainedModel:
         return pathlib.Path(self.config.init_from).stem if is_initial else f"step{self.step}"
 
 
-def load_weights(config: Mapping, workdir: RunDir, model, mesh: Mesh, use_ema: bool) -> tuple[int, Any]:
+def load_weights(config: Mapping, workdir: RunDir | os.PathLike, model, mesh: Mesh, use_ema: bool) -> tuple[int, Any]:
     """(step, parameters) of the newest intact checkpoint, or 0 and those of `config.init_from` if there is no checkpoint.
 
     The parameters are replicated on every device. A note is logged if the raw weights replace the EMA that `use_ema`
     requests (`training.ema.weights_kind`).
     Raises: UserError if there are no weights, or if `init_from` was trained for another diffusion; PretrainedError.
     """
-    replicated = sharding.replicated(mesh)
+    replicated, workdir = sharding.replicated(mesh), open_run_dir(workdir)
     if config["init_from"] and not committed_steps(workdir / "checkpoints"):
         net, differences = load_initial_weights(config, model, use_ema)
         if differences:

@@ -18,7 +18,7 @@ from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, shorten
 from diffusion_jax.files import write_text
-from diffusion_jax.run_dir import RunDir, committed_steps
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import progress_over
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training.from_config import condition_shape, stored_normalizations
@@ -152,8 +152,9 @@ def read_class_names(config: Mapping, workdir: RunDir | os.PathLike) -> tuple[st
     return ()
 
 
-def write_config(config: ConfigDict, workdir: RunDir) -> None:
+def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
     """Writes config.json, and creates the directory if it is missing."""
+    workdir = open_run_dir(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     workdir.upload(workdir / "config.json")

@@ -100,7 +100,7 @@ def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
         for step in range(count):
             assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0
 
-    profile = TraceProfile(tmp_path)
+    profile = TraceProfile(RunDir(tmp_path))
     steps(profile, 5)
     assert traces == []
     steps(profile, 4)
@@ -110,7 +110,7 @@ def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, traces):
     assert traces == ["start", "stop"]
     steps(TraceProfile(None), 12)
     assert traces == ["start", "stop"]
-    profile = TraceProfile(tmp_path)
+    profile = TraceProfile(RunDir(tmp_path))
     steps(profile, 7)
     profile.stop()  # the run ends before the last call
     assert traces == ["start", "stop"] * 2
