@@ -5,21 +5,11 @@
 `diffusion_jax.cli` has the modes and the flags, and the installed command `diffusion-jax` runs the same.
 """
 
-import os
 import signal
 import sys
 
-
-def _exit_before_imports(number: int, _) -> None:
-    """Ends the program during the imports of `cli`, which then installs handlers of its own."""
-    name, code = ("interrupted by Ctrl-C", 130) if number == signal.SIGINT else ("stopped by SIGTERM", 75)
-    os.write(2, f"error: {name}; nothing had started\n".encode())
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _exit_before_imports)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C prints no traceback; `cli` then handles it
 
     try:
         from diffusion_jax import cli

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax import training
-from diffusion_jax.runs import devices
+from diffusion_jax.distributed import devices
 from diffusion_jax.training.checkpoints import Checkpoints
 
 MEASURED = {

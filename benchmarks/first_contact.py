@@ -37,9 +37,15 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, training
 from diffusion_jax.config import default
 from diffusion_jax.distributed import sharding
-from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, is_multiprocess, join_processes, log
-from diffusion_jax.distributed.termination import exit_now
-from diffusion_jax.runs.devices import silence_libraries
+from diffusion_jax.distributed.devices import silence_libraries
+from diffusion_jax.distributed.processes import (
+    broadcast_from_process_0,
+    exit_now,
+    gather,
+    is_multiprocess,
+    join_processes,
+    log,
+)
 from diffusion_jax.runs.trained_model import set_params
 from diffusion_jax.training.checkpoints import Checkpoints
 

@@ -33,8 +33,7 @@ def make_ours(dtype: str, images: int, small: bool):
 
     from configs import cifar10
     from diffusion_jax import pretrained, training
-    from diffusion_jax.distributed import compiler, sharding
-    from diffusion_jax.runs import devices
+    from diffusion_jax.distributed import compiler, devices, sharding
     from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
     from diffusion_jax.training.state import initial_params
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs import cifar10, imagenet_adm, lsun_church_256
 from diffusion_jax.config import resolve
-from diffusion_jax.runs import devices, plan
+from diffusion_jax.distributed import devices
+from diffusion_jax.runs import plan
 
 CHIPS = ("v5e", "h100")
 NETWORKS = {

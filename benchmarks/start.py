@@ -41,7 +41,8 @@ def mark(part):
     marks.append((part, time.time()))
 from diffusion_jax import cli
 from diffusion_jax import data, training
-from diffusion_jax.runs import devices, train
+from diffusion_jax.distributed import devices
+from diffusion_jax.runs import train
 mark("import")
 devices.silence_libraries()
 devices.start()
@@ -180,7 +181,7 @@ def programs(presets: list[str], compiled: bool) -> None:
     """Prints two lines for each network: its train step, and a sampler of 50 steps of DDIM; the seconds are CPU seconds."""
     from diffusion_jax import models, training
     from diffusion_jax.config import default, preset_fields
-    from diffusion_jax.runs import devices
+    from diffusion_jax.distributed import devices
 
     devices.collect_garbage_rarely()  # as `devices.start`, which would also use the compilation cache
     columns = ["equations", "tracing", "lowering", *["compiling"] * compiled]

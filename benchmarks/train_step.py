@@ -27,8 +27,7 @@ def make_ours(batch_size: int, dtype: str):
 
     from configs import cifar10
     from diffusion_jax import training
-    from diffusion_jax.distributed import compiler
-    from diffusion_jax.runs import devices
+    from diffusion_jax.distributed import compiler, devices
 
     devices.start()
     config = cifar10.get_config()

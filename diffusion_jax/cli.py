@@ -9,30 +9,29 @@ weights (as `diffusion_jax.pretrained.load` takes them) from which any mode then
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
 import importlib
 import os
-import pathlib
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
-from diffusion_jax.distributed import preemption, processes
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_at_signals, exit_if_output_is_closed, exit_now
+from diffusion_jax.distributed import devices, processes, signals
 from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
-from diffusion_jax.runs import devices
-from diffusion_jax.storage.locations import find_mirror, with_urls
+from diffusion_jax.files import with_urls
+from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.locks import LockHeldError
 
-__all__ = ["MODES", "Command", "check_mode", "main", "make_parser", "parse", "run"]
+__all__ = ["MODES", "Command", "Parser", "check_mode", "main", "make_parser", "parse", "program", "run"]
 
 MODES = {
     "train": "train a diffusion model, or resume its training",
@@ -44,6 +43,7 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a run that failed; other errors of files are bad input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +52,28 @@ class Command:
 
     config: ConfigDict
     mode: str
-    workdir: pathlib.Path | None
+    workdir: RunDir | None
     flags: argparse.Namespace
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command, whose description is the docstring of a module; an invalid one is a UserError."""
+
+    def __init__(self, prog: str, description: str | None, **options):
+        formatter = argparse.RawTextHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command, without the overrides of leaves."""
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
-    parser = _Parser(
-        prog="diffusion-jax",
-        description=f"{__doc__}\nModes:\n{modes}",
+    parser = Parser(
+        "diffusion-jax",
+        f"{__doc__}\nModes:\n{modes}",
         epilog="--config.group.leaf=VALUE overrides a leaf of the config; docs/reference/configuration.md lists all leaves.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
@@ -144,13 +148,12 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
     return overrides
 
 
-def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
-    """The directory of a run; for a bucket, its local mirror. Raises: UserError if it cannot hold a run."""
-    if "://" in workdir:
-        from diffusion_jax.storage.locations import mirror_workdir
-
-        return mirror_workdir(workdir.rstrip("/"), with_samples=mode != "status", read_only=mode == "status")
-    path = pathlib.Path(workdir).expanduser()
+def _open_workdir(workdir: str, mode: str) -> RunDir:
+    """The directory of a run. Raises: UserError if it cannot hold a run."""
+    opened = open_run_dir(workdir, read_only=mode == "status")
+    if isinstance(opened, BucketRunDir):
+        return opened
+    path = opened.path
     if mode in ("status", "report") and not path.exists():
         raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -163,16 +166,16 @@ def _open_workdir(workdir: str, mode: str) -> pathlib.Path:
             raise UserError(
                 f"--workdir={workdir}: no directory can be made in {existing} ({error.strerror}); give another directory"
             ) from error
-    return path
+    return opened
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: pathlib.Path | None, weights: str, flags: str
+    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
     """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
-    if workdir is not None and any(workdir.glob("checkpoints/*/digests.json")):
+    if workdir is not None and committed_steps(workdir / "checkpoints"):
         stored = load_config(workdir)  # of a relaunch
         if stored is None or stored.init_from != weights:
             raise UserError(
@@ -212,8 +215,7 @@ def run(command: Command) -> None:
         from diffusion_jax.runs import plan
 
         devices.start_virtual(plan.num_virtual_devices(config))
-        with preemption.exit_on_signals():
-            return plan.run(config)
+        return plan.run(config)
     if mode == "status":
         from diffusion_jax.runs import status
 
@@ -222,29 +224,29 @@ def run(command: Command) -> None:
         from diffusion_jax.report import write_report
 
         path = write_report(workdir, config)
-        print(with_urls(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)"), flush=True)
+        processes.log(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
         return
     trains = mode in ("train", "train_classifier")
-    # SIGTERM is left to JAX's preemption service, which `join_processes` starts; below, only training uses the service.
-    with preemption.exit_on_signals(only_interrupts=True):
-        processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
-        devices.start()
-        if trains and not (workdir / "checkpoints").exists():  # a run that is finished needs no data
-            from diffusion_jax import data
+    processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
+    if not trains:
+        signals.PROGRAM.install()  # JAX's preemption service, which only training uses, has taken over SIGTERM
+    devices.start()
+    if trains and not (workdir / "checkpoints").exists():  # a run that is finished needs no data
+        from diffusion_jax import data
 
-            data.check_location(config.data)
-        # This import takes most of a second, so it follows the checks of flags.
-        function = importlib.import_module(f"diffusion_jax.runs.{'train' if trains else mode}").run
+        data.check_location(config.data)
+    # This import takes most of a second, so it follows the checks of flags.
+    function = importlib.import_module(f"diffusion_jax.runs.{'train' if trains else mode}").run
+    if trains:
         from diffusion_jax.training.checkpoints import resume_hint
 
-        hint = functools.partial(resume_hint, workdir) if trains else preemption.rerun_hint
-        with preemption.exit_on_signals(hint, only_interrupts=trains and processes.is_multiprocess()):
-            function(config, workdir)
-            _write_report(config, workdir)
-            processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
+        signals.PROGRAM.resume_hint = functools.partial(resume_hint, workdir)
+    function(config, workdir)
+    _write_report(config, workdir)
+    processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
 
 
-def _write_report(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _write_report(config: ConfigDict, workdir: RunDir) -> None:
     """Writes the report at the end of a mode; an error is one line, because the mode has done its work."""
     import jax
 
@@ -266,41 +268,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, 141 if the reader of its
     output ends, and `EXIT_PEER_LOST`.
     """
-    exit_at_signals("nothing had started")
+    with program():
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        signals.PROGRAM.resume_hint = signals.rerun_hint
+        try:
+            run(command)
+        except OSError as error:
+            raise _explain_os_error(error, command.workdir) from error
+        signals.PROGRAM.resume_hint = signals.rerun_hint  # while the process exits
+
+
+@contextlib.contextmanager
+def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Runs the block as a program: an error, a signal or the end of its reader ends it with one line and an exit code.
+
+    bad_input: types of exceptions that a wrong command raises, besides those of this package. Others are raised again.
+    """
+    signals.PROGRAM.resume_hint = lambda: "nothing had started"
+    signals.PROGRAM.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed by the shell
     devices.silence_libraries()
-    workdir = None
     try:
-        with exit_if_output_is_closed():
-            command = parse(sys.argv[1:] if arguments is None else arguments)
-            workdir = command.workdir
-            exit_at_signals(preemption.rerun_hint())  # also after `run`, while the process exits
-            run(command)
-    except preemption.StoppedBySignal as error:
+        with processes.exit_if_output_is_closed():
+            yield
+    except signals.StoppedBySignal as error:
         if error.is_computing:
             sys.stdout.flush()
-            exit_now(str(error), error.exit_code)
+            processes.exit_now(str(error), error.exit_code)
         _fail(str(error), error.exit_code)
     except Exception as error:
-        _fail_with(error, workdir)
+        _fail_with(error, bad_input)
 
 
-def _fail_with(error: Exception, workdir: pathlib.Path | None) -> None:
+def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
+    """The error of a directory that cannot be written, which is bad input, or of a bucket that fails; otherwise `error`."""
+    if isinstance(error, LockHeldError) or processes.is_peer_failure(error):
+        return error
+    if isinstance(workdir, BucketRunDir):  # it could be used when the program started
+        return UserError(str(error), exit_code=1)
+    if workdir is not None and error.errno not in _FULL_DISK and str(error.filename).startswith(str(workdir)):
+        return UserError(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written")
+    return error
+
+
+def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...]) -> None:
     """Ends the program with the exit code of an error; an unexpected error is raised again."""
     if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
         message = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
-        processes.abort_process(f"{message} ({error})", EXIT_PEER_LOST)
+        processes.abort_process(f"{message} ({error})", processes.EXIT_PEER_LOST)
     if isinstance(error, DiffusionJaxError):
         _fail(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
         _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2)
-    if isinstance(error, OSError):  # a directory that cannot be written is bad input; a full disk is a failed run
-        # A bucket could be used when the program started.
-        is_bucket = workdir is not None and bool(find_mirror(workdir)) and not isinstance(error, LockHeldError)
-        failed = is_bucket or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if not failed and workdir is not None and str(error.filename).startswith(str(workdir)):
-            _fail(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written", 2)
-        _fail(str(error), 1 if failed else 2)
+    if isinstance(error, OSError):
+        _fail(str(error), 1 if error.errno in _FULL_DISK else 2)
+    if isinstance(error, bad_input):
+        _fail(str(error), 2)
     if processes.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
         import jax
 

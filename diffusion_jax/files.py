@@ -1,25 +1,53 @@
-"""Files that are written completely or not at all; those of a mirror are uploaded, too."""
+"""Files that are written completely or not at all, the user's cache, and the places of local copies of objects in buckets."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import pathlib
+import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 
-from diffusion_jax.storage import locations
-
-__all__ = ["atomic_directory", "atomic_write", "map_array", "save_npz", "user_cache", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "atomic_write",
+    "downloads_root",
+    "map_array",
+    "mirrors_root",
+    "save_npz",
+    "user_cache",
+    "with_urls",
+    "write_text",
+]
 
 
 def user_cache() -> pathlib.Path:
     """The directory of everything that later runs can make again: programs, features, decoded images, downloads."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_jax"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "diffusion_jax"
+
+
+def downloads_root() -> pathlib.Path:
+    """The directory of copies of objects that are read: that of gs://BUCKET/NAME is gs/BUCKET/NAME below it."""
+    return user_cache() / "downloads"
+
+
+def mirrors_root() -> pathlib.Path:
+    """The directory of the mirrors of work directories that launches write: RANDOM/gs/BUCKET/NAME below it."""
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    return pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
+
+
+def with_urls(text: str) -> str:
+    """A text in which the URLs of objects replace the paths of their local copies."""
+    downloads, mirrors = re.escape(str(downloads_root())), re.escape(str(mirrors_root()))
+    return re.sub(rf"(?:{downloads}|{mirrors}/[^/]+)/(gs|s3)/", r"\1://", text)
 
 
 @contextlib.contextmanager
@@ -32,7 +60,6 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-        locations.written(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -53,7 +80,6 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         if path.exists():
             path.rmdir()  # Windows cannot replace a directory
         os.replace(temporary, path)
-        locations.written(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

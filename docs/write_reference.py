@@ -105,7 +105,7 @@ def command_line() -> str:
         "",
         _EXIT_CODES,
         *_command("python -m diffusion_jax.pretrained", pretrained.make_parser()),
-        *_command("python -m diffusion_jax.evaluation", evaluation.comparison_parser()),
+        *_command("python -m diffusion_jax.evaluation", evaluation.make_parser()),
         *_command("python -m diffusion_jax.report", report.make_parser()),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -40,7 +40,7 @@ def write_archive(path: pathlib.Path) -> None:
 def prepare(directory: str) -> None:
     """Prepares the data set in a directory, as a launch does for a missing one. Runs in the new environment."""
     sys.path.insert(0, str(ROOT))
-    from diffusion_jax.runs.devices import silence_libraries
+    from diffusion_jax.distributed.devices import silence_libraries
 
     silence_libraries()
     import tensorflow_datasets as tfds

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, sharding, agreement between processes, preemption and compiler options."""
+"""Devices and processes: the mesh, sharding, agreement between processes, signals and compiler options."""

@@ -1,26 +1,34 @@
-"""Several processes that work together by `jax.distributed`: start, agreement, and the loss of one of them."""
+"""The end of a process, and several that work together by `jax.distributed`: start, agreement, and the loss of one."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_now
 from diffusion_jax.errors import UserError
-from diffusion_jax.storage.locations import with_urls
+from diffusion_jax.files import with_urls
 
 __all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_PEER_LOST",
+    "EXIT_PREEMPTED",
     "abort_process",
     "barrier",
     "broadcast_from_process_0",
+    "exit_if_output_is_closed",
+    "exit_now",
     "gather",
     "is_multiprocess",
     "is_peer_failure",
@@ -30,9 +38,52 @@ __all__ = [
 
 T = TypeVar("T")
 
+# After these exit codes the same command resumes the run, unlike after 1 (the run failed) and 2 (bad input).
+EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: what shells report for SIGINT
+EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE of sysexits.h
+_EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: what shells report for SIGPIPE
+
+_LAST_LINE = threading.Lock()  # acquired by the writer of the last line and never released
+
 _ABORT_DELAY = 5.0  # seconds
 _BARRIER_TIMEOUT = 3600  # seconds
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
+
+
+def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
+    """Ends the process and its data workers from any thread with one line; nothing is cleaned up, as after SIGKILL.
+
+    If several threads call this, only the first writes its line. delay: seconds between the line and the end.
+    """
+    if message and _LAST_LINE.acquire(blocking=False):
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
+        # Not `print`, which another thread may be in.
+        os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
+    time.sleep(delay)
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():  # they would wait for this process
+            child.kill()
+    os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def exit_if_output_is_closed() -> Iterator[None]:
+    """Ends the process without a message if the reader of its standard output ends first, as in `... | head`."""
+    try:
+        try:
+            yield
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # fails, too, unless another pipe broke
+        except BrokenPipeError:
+            exit_now("", _EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
+        raise
 
 
 def join_processes(address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:

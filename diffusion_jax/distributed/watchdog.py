@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from diffusion_jax.distributed.processes import is_multiprocess
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST, exit_now
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST, exit_now, is_multiprocess
 
 __all__ = ["Watchdog", "watch_batches"]
 

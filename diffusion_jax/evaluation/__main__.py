@@ -6,35 +6,24 @@ The sets are each a file of arrays (.npz with samples in arr_0, or statistics mu
 images, the directory of a run (its newest samples), or a data set and its split, such as cifar10:train.
 """
 
-import argparse
-import sys
-
+from diffusion_jax.cli import Parser, program
+from diffusion_jax.distributed import signals
 from diffusion_jax.metrics import METRICS
-from diffusion_jax.runs.console import CommandParser, exit_with_error, reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        with reported_errors():
-            _compare(comparison_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        exit_with_error("interrupted; rerun the same command to resume with the cached features", 130)
+    """The command line; an error is one line and exit code 2. A rerun continues with the cached features."""
+    with program(bad_input=(ValueError,)):
+        args = make_parser().parse_args(argv)
+        from diffusion_jax.runs.evaluate import compare_sets  # imports TensorFlow, now silenced
+
+        signals.PROGRAM.resume_hint = signals.rerun_hint
+        compare_sets(args)
 
 
-def _compare(args: argparse.Namespace) -> None:
-    from diffusion_jax.runs import devices
-
-    devices.silence_libraries()
-    from diffusion_jax.runs.evaluate import compare_sets  # imports TensorFlow, now silenced
-
-    compare_sets(args)
-
-
-def comparison_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The arguments that compare two sets of examples."""
-    parser = CommandParser("python -m diffusion_jax.evaluation", __doc__)
+    parser = Parser("python -m diffusion_jax.evaluation", __doc__)
     add = parser.add_argument
     add("reference", help="the examples to compare with")
     add("samples", help="the examples to measure")

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import math
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.images import is_of_images
 from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
 from diffusion_jax.metrics.of_features import Moments
-from diffusion_jax.storage import locations
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
@@ -50,13 +49,12 @@ class SetFeatures(NamedTuple):
     moments: Moments
     spatial: Moments | None
     digest: str
-    cache: pathlib.Path | None = None
+    cache: RunDir | None = None
 
     def delete_cache(self) -> None:
         """Removes the cached features of a set that is not measured again; one process calls this."""
         if self.cache:
-            shutil.rmtree(self.cache)
-            locations.removed(self.cache)
+            self.cache.delete(self.cache.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from diffusion_jax.metrics import MAX_EXAMPLES
 from diffusion_jax.metrics.of_features import moments_of_chunks
 from diffusion_jax.models.inception import IMAGE_SIZE, Activations, Inception
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES, load_inception
-from diffusion_jax.storage import locations
+from diffusion_jax.run_dir import RunDir
 
 __all__ = [
     "CHUNK",
@@ -278,8 +278,8 @@ class FeaturePipeline:
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
 
-    def extract_set(self, examples: ExampleSet, directory: pathlib.Path) -> SetFeatures:
-        """Features of a set, cached below `directory`.
+    def extract_set(self, examples: ExampleSet, cache: RunDir) -> SetFeatures:
+        """Features of a set, cached below `cache`.
 
         Statistics that its file holds replace those of its examples, which may be fewer.
         """
@@ -291,9 +291,9 @@ class FeaturePipeline:
         with self._progress_bar(f"Reading {name}", count, 0) as bar:
             digest = broadcast_from_process_0(lambda: value_digest(source, bar.update))
         key = (digest, self.extractor.digest, CHUNK, jax.default_backend())
-        directory = directory / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-        stored = broadcast_from_process_0(lambda: [int(p.stem) for p in directory.glob("*.npz") if p.stem.isdecimal()])
+        cache = cache.subdirectory(hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+        broadcast_from_process_0(lambda: cache.path.mkdir(parents=True, exist_ok=True))
+        stored = broadcast_from_process_0(lambda: [int(p.stem) for p in cache.path.glob("*.npz") if p.stem.isdecimal()])
         with self._progress_bar(f"Features of {name}", count, min(len(stored) * CHUNK, count)) as bar:
             for i in range(num_chunks):
                 if i in stored:
@@ -306,21 +306,22 @@ class FeaturePipeline:
                 features = self._extract(read, size, lambda done, first=first: bar.update(first + done))
                 if jax.process_index() == 0:
                     arrays = {kind: leaf for kind, leaf in features._asdict().items() if leaf is not None}
-                    save_npz(directory / f"{i}.npz", arrays)
+                    save_npz(cache / f"{i}.npz", arrays)
+                    cache.upload(cache / f"{i}.npz")
         multihost_utils.sync_global_devices("features written")
 
         def load(kind: str, i: int) -> np.ndarray:
-            with np.load(locations.fetch(directory / f"{i}.npz")) as arrays:
+            with np.load(cache.fetch(cache / f"{i}.npz")) as arrays:
                 return arrays[kind]
 
         pool = np.concatenate([load("pool", i) for i in range(min(num_chunks, -(-MAX_EXAMPLES // CHUNK)))])[
             :MAX_EXAMPLES
         ]
         if statistics is not None:
-            return statistics._replace(pool=pool, cache=directory)
+            return statistics._replace(pool=pool, cache=cache)
         moments = moments_of_chunks(load("pool", i) for i in range(num_chunks))
         spatial = None
         if self.extractor.name == "inception":
             spatial = moments_of_chunks(load("spatial", i) for i in range(num_chunks))
         multihost_utils.sync_global_devices("features read")
-        return SetFeatures(pool, moments, spatial, digest, directory)
+        return SetFeatures(pool, moments, spatial, digest, cache)

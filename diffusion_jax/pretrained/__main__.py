@@ -12,17 +12,14 @@ not their moving average.
 import argparse
 import pathlib
 
-import absl.logging
-
 from diffusion_jax import pretrained
-from diffusion_jax.distributed.termination import exit_if_output_is_closed
-from diffusion_jax.runs.console import CommandParser, reported_errors
+from diffusion_jax.cli import Parser, program
 from diffusion_jax.storage.downloads import local_path
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The arguments of the command."""
-    parser = CommandParser("python -m diffusion_jax.pretrained", __doc__)
+    parser = Parser("python -m diffusion_jax.pretrained", __doc__)
     parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
     parser.add_argument("path", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
@@ -33,12 +30,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; an error is one line and exit code 2."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if (args.command == "convert") != (args.to is not None):
-        parser.error("convert needs PATH and TO, and inspect PATH alone")
-    absl.logging.set_verbosity(absl.logging.ERROR)  # hides Orbax's notes about reading
-    with reported_errors(), exit_if_output_is_closed():
+    with program(bad_input=(ValueError,)):
+        parser = make_parser()
+        args = parser.parse_args(argv)
+        if (args.command == "convert") != (args.to is not None):
+            parser.error("convert needs PATH and TO, and inspect PATH alone")
         net = pretrained.load(args.path, args.flags, not args.raw)
         print(pretrained.format_summary(net))
         if args.to is not None:

@@ -23,6 +23,7 @@ from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_clip, make_model
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.ema import raw_weights_note, weights_kind
@@ -98,7 +99,7 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
     net = from_config(config, normalizations=training.stored_normalizations(config, path), class_names=names)
     if not with_params:
         return net
-    net = restore(net, config, path, ema)
+    net = restore(net, config, open_run_dir(path, read_only=True), ema)
     if ema and net.weights == "raw":
         warnings.warn(f"{path}: {raw_weights_note(config, net.step or 0)}", stacklevel=2)
     return net
@@ -107,13 +108,13 @@ def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
 def read_class_names(directory: str | os.PathLike) -> tuple[str, ...]:
     """The names of the classes in data.json of a run; () for published weights, and if it cannot be read."""
     try:
-        stored = json.loads((local_path(directory) / "data.json").read_text())
+        stored = json.loads((local_path(directory, "data.json") / "data.json").read_text())
         return tuple(map(str, stored["classes"]))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 
 
-def restore(net: Model, config: Mapping[str, Any], workdir: pathlib.Path, ema: bool) -> Model:
+def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -> Model:
     """The model with the parameters of the newest intact checkpoint, replicated on its mesh or on one device.
 
     config: the run's. Raises: PretrainedError if there is none, or if its values are not finite; CheckpointError.
@@ -124,7 +125,7 @@ def restore(net: Model, config: Mapping[str, Any], workdir: pathlib.Path, ema: b
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
     restored = None
     if (workdir / "checkpoints").is_dir():
-        with checkpoints.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+        with checkpoints.Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as saved:
             restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
     if restored is None:
         raise PretrainedError(

@@ -17,30 +17,31 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import write_text
 from diffusion_jax.report.collect import collect
 from diffusion_jax.report.page import comparison_page, run_page
-from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.run_dir import RunDir, open_run_dir
 
 __all__ = ["NAME", "write_comparison", "write_report"]
 
 NAME = "report.html"
 
 
-def write_report(workdir: pathlib.Path | str, config: ConfigDict | None = None) -> pathlib.Path:
+def write_report(workdir: RunDir | str | os.PathLike, config: ConfigDict | None = None) -> pathlib.Path:
     """Writes report.html of a work directory, which may be in use, and returns its path.
 
     config: the run's, if the directory stores none. Raises: OSError if the file cannot be written.
     """
-    directory = pathlib.Path(workdir)
-    page = run_page(collect(directory, config))
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / NAME, page)
-    return directory / NAME
+    workdir = open_run_dir(workdir)
+    page, path = run_page(collect(workdir, config)), workdir / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    workdir.upload(path)
+    return path
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], output: pathlib.Path) -> None:
     """Writes a page about several work directories. Raises: UserError for one that does not exist, OSError."""
-    paths = [local_path(directory) for directory in directories]
-    for path, name in zip(paths, directories, strict=True):
-        if not path.is_dir():
-            raise UserError(f"{os.fspath(name)} is no directory; name work directories of runs")
-    runs = [collect(path) for path in paths]
+    opened = [open_run_dir(directory, read_only=True) for directory in directories]
+    for directory in opened:
+        if not directory.path.is_dir():
+            raise UserError(f"{directory} is no directory; name work directories of runs")
+    runs = [collect(directory) for directory in opened]
     write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))

@@ -14,12 +14,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax.errors import DiffusionJaxError, shorten
+from diffusion_jax.files import with_urls
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
 from diffusion_jax.runs.evaluate import read_records
-from diffusion_jax.runs.goodput import read_launches
-from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config, read_class_names
-from diffusion_jax.storage.locations import with_urls
 
 __all__ = ["RunFiles", "collect", "format_value", "table_cells"]
 
@@ -62,9 +62,10 @@ class RunFiles:
         return [record | bits if is_same else record for record, is_same in zip(self.records, same, strict=True)]
 
 
-def collect(workdir: pathlib.Path, config: ConfigDict | None = None) -> RunFiles:
+def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
     """Reads a work directory; nothing is loaded that is large. config: the run's, if the directory stores none."""
     notes: list[str] = []
+    workdir.fetch(workdir / "samples")
 
     def read(what: str, function: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -77,10 +78,10 @@ def collect(workdir: pathlib.Path, config: ConfigDict | None = None) -> RunFiles
     lines = read("The log", lambda: read_metrics(workdir), [])
     state = {} if config is None else read("The status", lambda: status.describe(config, workdir, lines), {})
     return RunFiles(
-        directory=workdir,
-        name=with_urls(str(workdir.absolute())).rstrip("/").rpartition("/")[2],
+        directory=workdir.path,
+        name=workdir.path.absolute().name,
         config=config,
-        status={name: with_urls(value) for name, value in state.items()},
+        status=state,
         lines=lines,
         launches=read_launches(workdir),
         data=read("data.json", lambda: _read_object(workdir / "data.json"), {}),

@@ -12,6 +12,7 @@ from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells
 from diffusion_jax.report.commands import train_command
+from diffusion_jax.run_dir import open_run_dir
 
 __all__ = ["card_path", "model_card", "write_card"]
 
@@ -37,7 +38,7 @@ def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pa
 
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
     """The card as Markdown that begins with metadata."""
-    run = None if workdir is None else collect(workdir)
+    run = None if workdir is None else collect(open_run_dir(workdir))
     parts = [
         f"---\n{_metadata(net, to, run)}---",
         f"# {to.stem}",

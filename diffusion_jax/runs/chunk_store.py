@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,27 +11,25 @@ import numpy as np
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.watchdog import watch_batches
 from diffusion_jax.files import save_npz
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import ProgressBar, log
-from diffusion_jax.storage import locations
-from diffusion_jax.storage.locks import locked
 
 __all__ = ["ChunkStore"]
-
-_LOCKS = contextlib.ExitStack()  # held until the program ends: chunks outlive the object that wrote them
 
 
 class ChunkStore:
     """Numbered chunks of arrays, one .npz each, in a separate directory. Process 0 writes, every process reads.
 
+    The directory is locked until `delete`, or as long as the object exists.
+
     finished: the numbers of the chunks that existed when the store was opened.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
-        broadcast_from_process_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-        self._lock = _LOCKS.enter_context(contextlib.ExitStack())
-        self._lock.enter_context(locked(directory / ".lock", "is already running this command"))
-        stems = broadcast_from_process_0(lambda: [path.stem for path in directory.glob("*.npz")])
+    def __init__(self, directory: RunDir):
+        self._directory, self._lock = directory, contextlib.ExitStack()
+        broadcast_from_process_0(lambda: directory.path.mkdir(parents=True, exist_ok=True))
+        self._lock.enter_context(directory.locked("is already running this command"))
+        stems = broadcast_from_process_0(lambda: [path.stem for path in directory.path.glob("*.npz")])
         self.finished = {int(stem) for stem in stems if stem.isdecimal()}
 
     def fill(
@@ -60,17 +57,16 @@ class ChunkStore:
     def save(self, i: int, **arrays: np.ndarray) -> None:
         """Writes chunk i, on process 0 only."""
         if jax.process_index() == 0:
-            save_npz(self._directory / f"{i}.npz", arrays)
+            path = self._directory / f"{i}.npz"
+            save_npz(path, arrays)
+            self._directory.upload(path)
 
     def load(self, i: int) -> dict[str, np.ndarray]:
         """The arrays of chunk i."""
-        with np.load(locations.fetch(self._directory / f"{i}.npz")) as arrays:
+        with np.load(self._directory.fetch(self._directory / f"{i}.npz")) as arrays:
             return dict(arrays)
 
     def delete(self) -> None:
         """Deletes all chunks; call it when the result files are written."""
         self._lock.close()
-        for path in self._directory.iterdir():
-            path.unlink()
-        self._directory.rmdir()
-        locations.removed(self._directory)
+        self._directory.delete(self._directory.path)

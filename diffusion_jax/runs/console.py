@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NoReturn
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diffusion_jax.distributed.processes import log
-from diffusion_jax.errors import DiffusionJaxError
 
 __all__ = [
-    "CommandParser",
     "ProgressBar",
-    "exit_with_error",
     "format_duration",
     "log",
     "log_compilation",
     "log_parameters",
     "progress_over",
-    "reported_errors",
 ]
-
-
-class CommandParser(argparse.ArgumentParser):
-    """The arguments of a `python -m` command, whose description is its module's docstring; an error is one line."""
-
-    def __init__(self, prog: str, description: str | None):
-        super().__init__(prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program without the usage, which would hide the line."""
-        exit_with_error(f"{message}; see {self.prog} --help")
-
-
-def exit_with_error(message: str, exit_code: int = 2) -> NoReturn:
-    """Ends the program with one line."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
-
-
-@contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """Ends the program with one line for the errors of bad input, and with exit code 2 or the code of the error."""
-    try:
-        yield
-    except DiffusionJaxError as error:
-        exit_with_error(str(error), error.exit_code)
-    except (ValueError, OSError) as error:
-        exit_with_error(str(error))
 
 
 @contextlib.contextmanager

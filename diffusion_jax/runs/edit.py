@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import Provenance, array_digest, settings_digest
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling import SamplingSettings, check_finite, draw, resolve_sampling, to_examples
 from diffusion_jax.runs.trained_model import load_weights, open_model
@@ -260,14 +261,14 @@ TASKS = {
 }
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Edits `editing.image`: writes a picture of the given examples and the results, and an .npz of the results.
 
     The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data.
 
     Raises: UserError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     task, net = config.editing.task, open_model(config, workdir, sharding.one_device_mesh())
     with as_user_error("config"):
         settings = resolve_sampling(config, net)
@@ -299,5 +300,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
     title = f"Edit: {task.replace('_', ' ')}, {common}"
     pictures.save(path.with_suffix(".png"), pictures.draw_edit(edit.given, results, captions, title))
+    workdir.upload(path, path.with_suffix(".png"))
     noun = "images" if context.is_of_images else "examples"
     log(f"The given {noun} and {len(results)} results: {path.with_suffix('.png')}; the results alone: {path}")

@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import diffusion_jax
 from diffusion_jax import data, pictures
 from diffusion_jax.config import resolve
 from diffusion_jax.data.sources import read_in_order
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import features
@@ -33,11 +34,11 @@ from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name, suitable_metrics
 from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.runs import devices, measure_likelihood
+from diffusion_jax.run_dir import RunDir, open_run_dir
+from diffusion_jax.runs import measure_likelihood
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
-from diffusion_jax.storage import locations
 from diffusion_jax.training.from_config import condition_shape
 
 __all__ = [
@@ -59,12 +60,12 @@ _WIDTH = 28  # of names in the log
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Measures the likelihood of `evaluation.split`, then samples, as far as the config enables them.
 
     Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     options = config.evaluation
     if not (options.likelihood or options.num_samples):
         raise UserError(
@@ -78,13 +79,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         measure_samples(config, workdir)
 
 
-def measure_samples(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Measures `evaluation.num_samples` samples against the reference; draws them unless they exist already.
 
     source: takes the place of the reference, in the units of the data.
     Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     options, names, of_images = config.evaluation, _metric_names(config), data.is_of_images(config.data)
     pipeline = None
     if any(METRICS[name].needs_features(of_images) for name in names):
@@ -114,7 +115,7 @@ def measure_samples(config: ConfigDict, workdir: pathlib.Path, source: data.Sour
     file = SampleFile(sampling_config, workdir, _reference_conditions(config, reference))
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    samples = ExampleSet(str(file.path), data.ArrayFiles(str(locations.fetch(file.path))))
+    samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     settings = _settings(config, file)
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"those of the examples of {reference.name}"
@@ -122,7 +123,8 @@ def measure_samples(config: ConfigDict, workdir: pathlib.Path, source: data.Sour
     metric_options = Options(options.seed, file.net.normalizations.get("x"), is_periodic)
     output, cache = workdir / "metrics.json", features_cache(workdir)
     try:
-        compare(reference, samples, names, output, pipeline, cache, metric_options, settings)
+        written = compare(reference, samples, names, output, pipeline, cache, metric_options, settings)
+        workdir.upload(*written)
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     write_config_if_untrained(config, workdir)
@@ -165,7 +167,7 @@ def compare_sets(arguments: argparse.Namespace) -> None:
     devices.start()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
     pipeline = FeaturePipeline(extractor, mesh, arguments.batch_size, ProgressBar) if extractor else None
-    cache = features.cache_directory()
+    cache = RunDir(features.cache_directory())
     compare(reference, samples, names, output, pipeline, cache, Options(normalization=normalization), {})
 
 
@@ -175,14 +177,15 @@ def compare(
     metric_names: Sequence[str],
     output: pathlib.Path,
     pipeline: FeaturePipeline | None,
-    cache: pathlib.Path,
+    cache: RunDir,
     options: Options,
     settings: Mapping[str, Any],
-) -> None:
+) -> list[pathlib.Path]:
     """Measures the samples against the reference and adds a record to `output`, with the settings.
 
     Pictures, and an .npz of the statistics of arrays, are written beside it. pipeline: None for metrics without features.
     cache: of features, a directory that every process sees. Every process calls this, and process 0 writes.
+    Returns: the files that this process has written.
     Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
     read_records(output)
@@ -194,10 +197,10 @@ def compare(
     sets = []
     if pipeline and any(METRICS[name].needs_features(of_images) for name in names):
         # Samples are rarely measured again: their features are kept only until the record is written.
-        folders = ((reference, cache / "references"), (samples, cache / "samples"))
-        sets = [pipeline.extract_set(each, folder) for each, folder in folders]
+        folders = ((reference, "references"), (samples, "samples"))
+        sets = [pipeline.extract_set(each, cache.subdirectory(folder)) for each, folder in folders]
     if jax.process_index() != 0:
-        return
+        return []
     log("Comparing ...")
 
     @functools.cache
@@ -251,6 +254,7 @@ def compare(
         each.delete_cache()
     _log_values(values)
     log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
+    return [output, *(output.with_name(name) for name in files.values())]
 
 
 def _possible_metrics(
@@ -483,9 +487,9 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
         return ExampleSet(data.origin(location), data.load(location, progress))
 
 
-def features_cache(workdir: pathlib.Path) -> pathlib.Path:
+def features_cache(workdir: RunDir) -> RunDir:
     """Where features are kept. Every process must see it, so several processes use the work directory."""
-    return features.cache_directory() if jax.process_count() == 1 else workdir / ".features"
+    return RunDir(features.cache_directory()) if jax.process_count() == 1 else workdir.subdirectory(".features")
 
 
 def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarray | None:

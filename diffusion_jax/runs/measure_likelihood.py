@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import params_digest, settings_digest
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log, progress_over
 from diffusion_jax.runs.trained_model import load_weights, open_model
@@ -43,16 +43,17 @@ from diffusion_jax.training.from_config import condition_shape
 __all__ = ["LikelihoodRun", "Terms", "run"]
 
 _TABLES = ("vlb", "mse", "x_0_mse")
+_FILES = ("likelihood.json", "likelihood.npz", "likelihood_terms.png", "rate_distortion.png")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Measures the bits per dimension of `evaluation.split`.
 
     source: examples that take the place of that split, in the units of the data.
     Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     likelihood_run = LikelihoodRun(config, workdir, source)
     net = likelihood_run.net
     log(
@@ -96,10 +97,10 @@ class LikelihoodRun:
     ODE, None without it.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None):
+    def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
         """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir = config, open_run_dir(workdir)
         self.dequantization = None
         if options.ode:
             self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
@@ -108,7 +109,7 @@ class LikelihoodRun:
                     f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
                     "for continuous data (data.levels=None)"
                 )
-        self.net = load_weights(open_model(config, workdir), config, workdir, options.use_ema)
+        self.net = load_weights(open_model(config, self.workdir), config, self.workdir, options.use_ema)
         assert self.net.mesh is not None
         self.mesh = self.net.mesh
         is_trained_here = "init_from" not in self.net.provenance.details
@@ -173,7 +174,7 @@ class LikelihoodRun:
             out_shardings=by_rows,
             compiler_options=compiler.options(),
         )
-        chunks = ChunkStore(self.workdir / f".likelihood_{self._digest}")
+        chunks = ChunkStore(self.workdir.subdirectory(f".likelihood_{self._digest}"))
 
         def measure_batch(i: int) -> dict[str, np.ndarray]:
             # The last batch is padded with copies of its last example, which are dropped again.
@@ -381,9 +382,10 @@ def _write(likelihood_run: LikelihoodRun, terms: Terms, report: Mapping[str, Any
     )
     picture = pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, units)
     pictures.save(workdir / "rate_distortion.png", picture)
+    workdir.upload(*(workdir / name for name in _FILES))
 
 
-def _log(report: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
+def _log(report: Mapping[str, Any], config: ConfigDict, workdir: RunDir) -> None:
     unit, scale = _unit(config)
 
     def with_error(key: str) -> str:
@@ -395,4 +397,4 @@ def _log(report: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -
     log(f"{with_error(f'{unit}_per_dim')} {unit} per dimension{where}: {terms}")
     if f"ode_{unit}_per_dim" in report:
         log(f"{with_error(f'ode_{unit}_per_dim')} {unit} per dimension by the probability-flow ODE")
-    log(f"Written to {workdir}: likelihood.json, likelihood.npz, likelihood_terms.png, rate_distortion.png")
+    log(f"Written to {workdir}: {', '.join(_FILES)}")

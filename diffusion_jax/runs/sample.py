@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import os
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling import FILES, check_finite, draw, draw_batch, resolve_sampling, to_examples
@@ -30,12 +31,12 @@ _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> SampleFile:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
     """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` the first of them, being denoised, as both.
 
     A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), open_run_dir(workdir)
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
     file.draw()
@@ -53,18 +54,19 @@ class SampleFile:
     path: the .npz. net: the model. settings: those of `config.sampling`. provenance: everything that decides the values.
     """
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, conditions: np.ndarray | None = None):
+    def __init__(self, config: ConfigDict, workdir: RunDir | str | os.PathLike, conditions: np.ndarray | None = None):
         """Loads the weights, after all checks of the config.
 
         conditions: [N, ...] in the units of the data, in place of `sampling.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
-        options, net = config.sampling, open_model(config, workdir)
+        self.workdir = open_run_dir(workdir)
+        options, net = config.sampling, open_model(config, self.workdir)
         with as_user_error("config"):
             self.settings = resolve_sampling(config, net, conditions)
         for note in self.settings.notes:
             log(f"Note: {note}.")
-        self.config, self.net = config, load_weights(net, config, workdir, options.use_ema)
+        self.config, self.net = config, load_weights(net, config, self.workdir, options.use_ema)
         self.batch_size = -(-min(options.batch_size, options.num_samples) // net.num_devices) * net.num_devices
         self.provenance = Provenance(
             f"{self.net.provenance.name}_{self.settings.name}_seed{options.seed}_n{options.num_samples}",
@@ -77,7 +79,7 @@ class SampleFile:
                 **{leaf: options[leaf] for leaf in FILES if options[leaf]},
             },
         )
-        self.path = workdir / "samples" / f"{self.provenance.name}.npz"
+        self.path = self.workdir / "samples" / f"{self.provenance.name}.npz"
 
     def draw(self, reuse: bool = False) -> None:
         """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
@@ -93,7 +95,8 @@ class SampleFile:
         name, kind = self.net.provenance.name, str(self.net.weights)
         weights = f"{name.removesuffix(f'_{kind}')} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
-        chunks = ChunkStore(self.path.parent / f".{self.provenance.name}_{self.provenance.digest}")
+        name = f"samples/.{self.provenance.name}_{self.provenance.digest}"
+        chunks = ChunkStore(self.workdir.subdirectory(name))
 
         def compute(i: int) -> dict[str, np.ndarray]:
             with as_user_error("config"):  # for errors that occur only when the sampler is traced
@@ -113,7 +116,7 @@ class SampleFile:
 
     def _find_difference(self) -> str | None:
         """Why the file does not hold the samples of these settings; "" if there is no file, None if it holds them."""
-        if not self.path.exists():
+        if not self.workdir.fetch(self.path).exists():
             return ""
         stored = Provenance.read(self.path)
         if stored is None:
@@ -131,6 +134,7 @@ class SampleFile:
         captions = self.settings.captions(len(shown))
         picture = pictures.draw_samples(shown, f"Samples: {self.provenance.name}", captions)
         pictures.save(self.path.with_suffix(".png"), picture)
+        self.workdir.upload(self.path, self.path.with_suffix(".png"))
 
 
 # ---- Samples being denoised
@@ -164,7 +168,9 @@ def _write_trajectory(file: SampleFile) -> None:
         x, title = np.concatenate([arrays[frames], arrays["samples"][None]]), f"The first samples of {name}, {what}"
         picture = pictures.draw_trajectory(x, arrays["times"], title, settings.captions(rows))
         pictures.save(directory / f"{name}{suffix}.png", picture)
+        file.workdir.upload(directory / f"{name}{suffix}.png")
     save_npz(directory / f"{name}.npz", arrays | file.provenance.arrays())
+    file.workdir.upload(directory / f"{name}.npz")
     log(f"Samples being denoised: {directory / f'{name}.png'}")
 
 

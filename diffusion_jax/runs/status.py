@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import pathlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import format_duration
-from diffusion_jax.runs.goodput import Goodput, read_goodput, read_launches
-from diffusion_jax.runs.metrics_files import read_metrics
-from diffusion_jax.storage.locations import committed_steps, with_urls
-from diffusion_jax.storage.locks import find_holder
+from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
 
 __all__ = ["describe", "report", "run", "sparkline"]
 
@@ -22,22 +20,23 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN_LOSSES = 40
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Prints the state of a work directory."""
-    print(with_urls(report(config, workdir)), flush=True)
+    print(report(config, workdir), flush=True)
 
 
-def report(config: ConfigDict, workdir: pathlib.Path) -> str:
+def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
     """The state of a work directory as lines of text."""
+    workdir = open_run_dir(workdir, read_only=True)
     rows = describe(config, workdir, read_metrics(workdir))
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The state of a work directory by name. lines: its metrics, as `read_metrics` returns them."""
     num_steps = config.training.num_steps
-    saved, holder = committed_steps(workdir / "checkpoints"), find_holder(workdir / ".lock")
+    saved, holder = committed_steps(workdir / "checkpoints"), workdir.find_holder()
     launches = read_launches(workdir)
     finished = [launch["last_step"] for launch in launches[-1:] if holder]  # lines may be an hour apart
     step = max([line["step"] for line in lines] + saved + finished, default=0)
@@ -67,7 +66,7 @@ def describe(config: ConfigDict, workdir: pathlib.Path, lines: Sequence[Mapping[
     return rows
 
 
-def _checkpoint(workdir: pathlib.Path, saved: Sequence[int]) -> str:
+def _checkpoint(workdir: RunDir, saved: Sequence[int]) -> str:
     if not saved:
         return "none yet"
     age = time.time() - (workdir / "checkpoints" / str(saved[-1])).stat().st_mtime

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import collections
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import log
-from diffusion_jax.storage import locations
 
 __all__ = ["StepsInFlight", "TraceProfile"]
 
@@ -76,18 +75,18 @@ class StepsInFlight:
 class TraceProfile:
     """Traces the sixth to the tenth call of the train step for XProf into the work directory; the first calls fill caches.
 
-    directory: None for no trace.
+    workdir: None for no trace.
     """
 
     _FIRST_CALL, _END = 5, 10
 
-    def __init__(self, directory: pathlib.Path | None):
-        self._directory, self._num_calls, self._is_tracing = directory, 0, False
+    def __init__(self, workdir: RunDir | None):
+        self._workdir, self._num_calls, self._is_tracing = workdir, 0, False
 
     def call(self, step: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of `function`, the train step from `step` on."""
-        if self._directory and self._num_calls == self._FIRST_CALL:
-            jax.profiler.start_trace(str(self._directory))
+        if self._workdir and self._num_calls == self._FIRST_CALL:
+            jax.profiler.start_trace(str(self._workdir.path))
             self._is_tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*arguments)
@@ -98,9 +97,9 @@ class TraceProfile:
 
     def stop(self, result: Any = None) -> None:
         """Ends the trace, if there is one, after `result` is computed."""
-        if self._directory and self._is_tracing:
+        if self._workdir and self._is_tracing:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
             self._is_tracing = False
-            locations.written(self._directory / "plugins")
-            log(f"A trace of the train step: xprof --logdir={self._directory} (pip install xprof).")
+            self._workdir.upload(self._workdir / "plugins")
+            log(f"A trace of the train step: xprof --logdir={self._workdir} (pip install xprof).")

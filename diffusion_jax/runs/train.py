@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, models, pretrained, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed import sharding
-from diffusion_jax.distributed.preemption import Preemption
-from diffusion_jax.distributed.processes import barrier, broadcast_from_process_0
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST, barrier, broadcast_from_process_0
+from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.console import (
     ProgressBar,
@@ -29,8 +29,7 @@ from diffusion_jax.runs.console import (
     log_parameters,
     progress_over,
 )
-from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_files import RunMetrics, check_writers
+from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.sampling import resolve_sampling
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
 from diffusion_jax.runs.trained_model import load_initial_weights, normalization_differences, set_params
@@ -43,21 +42,21 @@ from diffusion_jax.runs.workdir import (
     run_normalizations,
     write_config,
 )
-from diffusion_jax.storage.locks import locked
-from diffusion_jax.training.checkpoints import Checkpoints, committed_steps, resume_hint
+from diffusion_jax.training.checkpoints import Checkpoints, resume_hint
 
 __all__ = ["BatchLoader", "run"]
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = None) -> None:
+def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
       source: the data, in place of those that `config.data` names; its other leaves describe them.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
-    DataError, PretrainedError, CheckpointError, SaveError; preemption.StoppedBySignal after a signal.
+    DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
-    config, launch = resolve(config), LaunchTimes(workdir)
+    config, workdir = resolve(config), open_run_dir(workdir)
+    launch = LaunchTimes(workdir)
     options = config.training
     intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
@@ -87,11 +86,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     initial_weights = None
     if config.init_from and not saved:
         initial_weights = load_initial_weights(config, program.model)
-    broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True))
+    broadcast_from_process_0(lambda: workdir.path.mkdir(parents=True, exist_ok=True))
     kept = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
-        locked(workdir / ".lock", f"is training in {workdir}"),
-        Checkpoints(workdir / "checkpoints", *kept) as checkpoints,
+        workdir.locked(f"is training in {workdir}"),
+        Checkpoints(workdir.subdirectory("checkpoints"), *kept) as checkpoints,
     ):
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
@@ -131,12 +130,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, source: data.Source | None = 
     log(f"Done: {options.num_steps} steps, in {workdir}. {advice}")
 
 
-def _is_finished(config: ConfigDict, workdir: pathlib.Path, saved: list[int]) -> bool:
+def _is_finished(config: ConfigDict, workdir: RunDir, saved: list[int]) -> bool:
     """Whether there is an intact checkpoint of the last step, which is logged. saved: the steps of the checkpoints."""
     num_steps = config.training.num_steps
     if max(saved, default=0) < num_steps:
         return False
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
         newest = checkpoints.newest_intact_step() or 0
     if newest < num_steps:
         return False
@@ -170,7 +169,7 @@ def _restore_or_initialize(
 
 def _train(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: RunDir,
     program: training.TrainingProgram,
     checkpoints: Checkpoints,
     state: training.TrainState,
@@ -183,7 +182,8 @@ def _train(
     options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
     empty_window = program.empty_window
     state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
-    preemption, watchdog = Preemption(functools.partial(resume_hint, workdir)), Watchdog(options.stall_timeout)
+    signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
+    watchdog = Watchdog(options.stall_timeout)
     profile = TraceProfile(workdir if is_writer and options.profile else None)
     launch.begin(step)
     with contextlib.ExitStack() as stack:
@@ -204,7 +204,7 @@ def _train(
         stack.callback(profile.stop)
         in_flight = StepsInFlight(step)
         outputs = TrainingOutputs(
-            config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, preemption
+            config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, signals
         )
         is_timed = handles_signals = False
         while step < options.num_steps:
@@ -218,7 +218,7 @@ def _train(
                     batch, count = loader.next(step)
             in_flight.wait()
             if not handles_signals:  # before, there is nothing to save, and a signal ends the program at once
-                stack.enter_context(preemption.install_handler())
+                stack.enter_context(signals)
                 handles_signals = True
             watchdog.record_step()
             note = outputs.log_metrics(step, state)
@@ -241,15 +241,15 @@ def _train(
                 bar.update(in_flight.finished, note)
                 if is_writer:
                     launch.record(in_flight.finished)
-            if outputs.write(step, state, preemption.requested()):
+            if outputs.write(step, state, signals.requested()):
                 break
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
             if is_writer:
                 launch.record(step, is_last=True)
-            is_incomplete = step < options.num_steps or preemption.has_abandoned
-            stopped = preemption.stop_exception(step) if is_incomplete else None
+            is_incomplete = step < options.num_steps or signals.has_abandoned
+            stopped = signals.stop_exception(step) if is_incomplete else None
         if stopped:
             raise stopped
 

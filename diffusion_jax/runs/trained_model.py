@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,10 +20,10 @@ from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.pretrained.model import format_normalization
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, stored_normalizations
-from diffusion_jax.training.checkpoints import committed_steps
 from diffusion_jax.training.ema import raw_weights_note
 
 __all__ = ["load_initial_weights", "load_weights", "normalization_differences", "open_model", "set_params"]
@@ -31,12 +32,13 @@ __all__ = ["load_initial_weights", "load_weights", "normalization_differences", 
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 
-def open_model(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh | None = None) -> pretrained.Model:
+def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | None = None) -> pretrained.Model:
     """The diffusion model of a run, without its parameters, so that settings are checked before a long read.
 
     mesh: by default that of `config.mesh`.
     Raises: UserError for a wrong config or a directory that holds another run; CheckpointError, PretrainedError.
     """
+    workdir = open_run_dir(workdir)
     check_identity(config, workdir)
     if is_classifier(config):
         raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
@@ -49,17 +51,20 @@ def open_model(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh | None = No
     return dataclasses.replace(net, normalizations=normalizations, class_names=read_class_names(config, workdir))
 
 
-def _starts_from_other_weights(config: Mapping, workdir: pathlib.Path) -> bool:
+def _starts_from_other_weights(config: Mapping, workdir: RunDir) -> bool:
     return bool(config["init_from"]) and not committed_steps(workdir / "checkpoints")
 
 
-def load_weights(net: pretrained.Model, config: ConfigDict, workdir: pathlib.Path, use_ema: bool) -> pretrained.Model:
+def load_weights(
+    net: pretrained.Model, config: ConfigDict, workdir: RunDir | os.PathLike, use_ema: bool
+) -> pretrained.Model:
     """The model with the newest intact weights of its run, or those of `config.init_from` if there is no checkpoint.
 
     Every process calls this. A note is logged if the raw weights replace the EMA that `use_ema` requests
     (`training.ema.weights_kind`).
     Raises: UserError if `init_from` was trained for another diffusion; PretrainedError if there are no weights.
     """
+    workdir = open_run_dir(workdir)
     if not _starts_from_other_weights(config, workdir):
         net = pretrained.restore(net, config, workdir, use_ema)
         if use_ema and net.weights == "raw":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -12,15 +11,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures, pretrained, training
-from diffusion_jax.distributed.preemption import Preemption
+from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import of_features, reported_name
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
-from diffusion_jax.runs.goodput import LaunchTimes
-from diffusion_jax.runs.metrics_files import RunMetrics
+from diffusion_jax.runs.logging import LaunchTimes, RunMetrics
 from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
 from diffusion_jax.runs.step_timing import StepsInFlight
 from diffusion_jax.runs.workdir import to_dict
@@ -64,8 +63,8 @@ class PreviewSampler:
 class PreviewPictures:
     """Pictures of samples, as PNG in `workdir` and as TensorBoard images."""
 
-    def __init__(self, workdir: pathlib.Path, sampler: PreviewSampler):
-        self._directory, self._sampler, self._is_compiled = workdir / "samples", sampler, False
+    def __init__(self, workdir: RunDir, sampler: PreviewSampler):
+        self._workdir, self._sampler, self._is_compiled = workdir, sampler, False
 
     def draw(self, params: Any) -> np.ndarray:
         """Samples [N, *spatial, C]; every process calls this."""
@@ -85,8 +84,10 @@ class PreviewPictures:
         title += ", raw weights" if kind == "raw" else ""
         picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
         try:
-            self._directory.mkdir(exist_ok=True)
-            pictures.save(self._directory / f"train_step{step:08d}.png", picture)
+            path = self._workdir / "samples" / f"train_step{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            pictures.save(path, picture)
+            self._workdir.upload(path)
         except OSError as error:
             log(f"Note: the picture of step {step} could not be written: {error}.")
         run_metrics.write_image(step, "samples", picture, title)
@@ -98,9 +99,7 @@ class TrainingFid:
     name: of the metric, with the number of samples and steps, on which the distance depends.
     """
 
-    def __init__(
-        self, config: ConfigDict, workdir: pathlib.Path, sampler: PreviewSampler, source: data.Source | None = None
-    ):
+    def __init__(self, config: ConfigDict, workdir: RunDir, sampler: PreviewSampler, source: data.Source | None = None):
         """Computes the features of the reference.
 
         source: the training data, if a caller gives them in place of `config.data`. Raises: UserError, DataError,
@@ -148,7 +147,7 @@ class TrainingOutputs:
     training_fid: TrainingFid | None
     launch: LaunchTimes
     in_flight: StepsInFlight
-    preemption: Preemption
+    signals: SignalHandler
 
     def __post_init__(self):
         self._logged_seconds = self.launch.seconds()
@@ -190,13 +189,13 @@ class TrainingOutputs:
             params = state.ema_params if kind == "ema" else state.params
             if self.preview and draws and not must_stop:
                 with self.watchdog.paused():
-                    is_drawn, samples = self.preemption.call(functools.partial(self.preview.draw, params))
+                    is_drawn, samples = self.signals.call(functools.partial(self.preview.draw, params))
                 if is_drawn and self.metrics:
                     self.preview.write(step, samples, self.metrics, kind)
                 must_stop = not is_drawn
             if self.training_fid and compares and not must_stop:
                 with self.watchdog.paused():
-                    is_known, distance = self.preemption.call(functools.partial(self.training_fid, params))
+                    is_known, distance = self.signals.call(functools.partial(self.training_fid, params))
                 if is_known:
                     name = self.training_fid.name
                     log(f"{name} {distance:.4g} at step {step}" + (" (raw weights)" if kind == "raw" else ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import pathlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +18,9 @@ from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, shorten
 from diffusion_jax.files import write_text
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import progress_over
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.storage.locations import committed_steps
 from diffusion_jax.training.from_config import condition_shape, stored_normalizations
 
 __all__ = [
@@ -47,9 +47,9 @@ def to_dict(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def load_config(directory: pathlib.Path | str) -> ConfigDict | None:
+def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
     """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
-    path = local_path(directory) / "config.json"
+    path = local_path(directory, "config.json") / "config.json"
     if not path.exists():
         return None
     try:
@@ -73,7 +73,7 @@ def config_from_weights(path: str, flags: str = "") -> ConfigDict:
     return config
 
 
-def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_identity(config: ConfigDict, workdir: RunDir) -> None:
     """Raises: UserError that lists every differing leaf if the directory holds another run.
 
     A directory without a checkpoint holds no run: after a launch that failed or stopped before its first checkpoint, another
@@ -94,7 +94,7 @@ def check_identity(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(f"{workdir} holds another run ({listed}); {advice}")
 
 
-def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizations | None = None) -> None:
+def check_data(source: Source, workdir: RunDir, normalizations: Normalizations | None = None) -> None:
     """Writes data.json: the number of examples, a digest of 64 of them, the names of the classes, and the normalizations.
 
     source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
@@ -120,6 +120,7 @@ def check_data(source: Source, workdir: pathlib.Path, normalizations: Normalizat
         )
     if old is None:
         write_text(path, json.dumps(new) + "\n")
+        workdir.upload(path)
 
 
 def digest_of_some(source: Source) -> str:
@@ -133,7 +134,7 @@ def digest_of_some(source: Source) -> str:
     ).hexdigest()
 
 
-def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
+def read_class_names(config: Mapping, workdir: RunDir | os.PathLike) -> tuple[str, ...]:
     """The names of the classes of samples, or () if they are not known.
 
     They are read from data.json of the run, of the run that `init_from` names, or, for a model without classes, of the run
@@ -145,18 +146,21 @@ def read_class_names(config: Mapping, workdir: pathlib.Path) -> tuple[str, ...]:
     return next(filter(None, map(pretrained.read_class_names, filter(None, directories))), ())
 
 
-def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json."""
+def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
+    """Writes config.json, and creates the directory if it is missing."""
+    workdir = open_run_dir(workdir)
+    workdir.path.mkdir(parents=True, exist_ok=True)
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    workdir.upload(workdir / "config.json")
 
 
-def write_config_if_untrained(config: ConfigDict, workdir: pathlib.Path) -> None:
+def write_config_if_untrained(config: ConfigDict, workdir: RunDir) -> None:
     """Writes config.json of a launch that uses the weights of `init_from` in a directory without a checkpoint.
 
     The next launch then needs only the directory. The config of a run that has a checkpoint stays.
     """
     if config.init_from and not committed_steps(workdir / "checkpoints"):
-        broadcast_from_process_0(lambda: workdir.mkdir(parents=True, exist_ok=True) or write_config(config, workdir))
+        broadcast_from_process_0(lambda: write_config(config, workdir))
 
 
 # ---- Data
@@ -170,7 +174,7 @@ def normalize(config: ConfigDict, source: Source, normalizations: Normalizations
     return data.Normalized(source, normalizations, bounded)
 
 
-def run_normalizations(config: ConfigDict, source: Source, workdir: pathlib.Path) -> Normalizations:
+def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> Normalizations:
     """The normalizations of a run: the stored ones, or those of the training data at its first launch.
 
     Raises: DataError, CheckpointError.

@@ -1,4 +1,4 @@
-"""Local copies of data and weights in buckets: files and folders in the user's cache, work directories in a mirror."""
+"""Local copies of objects in buckets, which are downloaded once and again when they change."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Mapping
 
 from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import user_cache, write_text
-from diffusion_jax.storage.locations import add_url, find_mirror, is_safe, mirror_workdir
-from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
+from diffusion_jax.files import downloads_root, write_text
+from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
 
-__all__ = ["local_path"]
+__all__ = ["EVENTS", "LOCK", "MANIFEST", "copy_objects", "copy_path", "is_safe", "is_small", "local_path"]
 
+MANIFEST = "digests.json"
+EVENTS = "events.out.tfevents."
+LOCK = ".lock"
 _FILES_AT_ONCE = 256
-_WORKDIRS: dict[str, pathlib.Path] = {}  # read-only mirrors by URL
+_ATTEMPTS = 5
+_ANNOUNCED_BYTES = 1e6
+
+Objects = Mapping[str, ObjectInfo]
 
 
 def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
     """The local path of what a person named: a path as it is, with "~" expanded, or a copy of what a URL names.
 
-    Files that have not changed since the last call are not downloaded again. below: only the part of a folder whose names
-    begin with this is needed. The path of a URL that names nothing does not exist. Raises: StorageError, OSError; UserError
-    if the disk is too small.
+    Files that have not changed since the last call are not downloaded again. Of a work directory, only the samples and what
+    `is_small` selects are downloaded. below: only the part of a folder whose names begin with this is
+    needed. The path of a URL that names nothing does not exist. Raises: StorageError, OSError; UserError if the disk is too
+    small.
     """
     text = os.fspath(location)
     if not is_url(text):
@@ -33,46 +40,112 @@ def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
     parent, _, name = text.rstrip("/").rpartition("/")
     if parent.endswith(":/"):
         raise StorageError(f"{text} is a whole bucket; name a folder or a file in it")
-    store = open_store(parent)
-    if store.find(f"{name}/config.json"):
-        if text not in _WORKDIRS:
-            _WORKDIRS[text] = mirror_workdir(f"{parent}/{name}", read_only=True)
-        elif mirror := find_mirror(_WORKDIRS[text]):
-            mirror.refresh()
-        return _WORKDIRS[text]
-    info = store.find(name)
-    found = {name: info} if info else store.list(f"{name}/{below}")
-    return _download(store, name, below, {key: info for key, info in found.items() if is_safe(key) and key[-1] != "/"})
+    store, url = open_store(parent), f"{parent}/{name}"
+    if store.find(name):
+        copy_objects(store, downloads_root(), url, name, lambda key, _: key == name)
+    else:
+        folder = store.folder(name)
+
+        def is_needed(key: str, found: Objects) -> bool:
+            return "config.json" not in found or key.startswith("samples/") or is_small(key, found)
+
+        copy_objects(folder, downloads_root(), url, below, is_needed)
+    return copy_path(downloads_root(), url)
 
 
-def _download(store: ObjectStore, name: str, below: str, found: dict[str, ObjectInfo]) -> pathlib.Path:
-    """Downloads what has changed into the user's cache, and removes what has been deleted in the bucket."""
+def copy_path(root: pathlib.Path, url: str) -> pathlib.Path:
+    """The path of the copy of a URL below `root`, from which `files.with_urls` finds the URL again."""
+    return root / url.replace("://", "/", 1)
+
+
+def is_small(name: str, found: Objects) -> bool:
+    """Whether an object of a work directory is copied at once, not when it is read. found: all its objects.
+
+    Samples are not. Of checkpoints only the manifest and Orbax's metadata of each committed step are, so that the steps are
+    known. TensorBoard events and traces (plugins/) are never read again.
+    """
+    first, *others = parts = pathlib.PurePosixPath(name).parts
+    if first in ("samples", "plugins") or parts[-1].startswith((EVENTS, LOCK, PROBE)):
+        return False
+    return first != "checkpoints" or (len(others) == 2 and f"{first}/{others[0]}/{MANIFEST}" in found)
+
+
+def copy_objects(
+    store: ObjectStore,
+    root: pathlib.Path,
+    url: str,
+    prefix: str = "",
+    is_needed: Callable[[str, Objects], bool] = lambda name, found: True,
+) -> None:
+    """Downloads the objects that have changed since the last call, and removes the copies of those that are deleted.
+
+    The copy of an object is at `copy_path` of its URL. url: of all objects that are copied together, whose tags one file
+    below `root` stores. prefix: only objects whose names start with it are listed. is_needed: (name, listed objects) -> bool.
+    Raises: OSError; UserError if the disk is too small.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _copy_objects(store, root, url, prefix, is_needed)
+        except FileNotFoundError:  # deleted after it was listed
+            if attempt + 1 == _ATTEMPTS:
+                raise
+
+
+def _copy_objects(
+    store: ObjectStore, root: pathlib.Path, url: str, prefix: str, is_needed: Callable[[str, Objects], bool]
+) -> None:
     import filelock  # not installed with the core
 
-    root = user_cache() / "downloads" / hashlib.sha256(f"{store.url}/{name}".encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
-    add_url(root, store.url)
-    with filelock.FileLock(root / ".lock"):  # waits for other processes of this machine
-        tags: dict[str, str] = {}
+    directory, stem = copy_path(root, store.url), f".{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    with filelock.FileLock(root / f"{stem}.lock"):  # waits for other processes of this machine
+        tags: dict[str, str] = {}  # by URL
         with contextlib.suppress(OSError, ValueError):
-            tags = json.loads((root / ".tags").read_text())
-        for key in [key for key in tags if key.startswith(f"{name}/{below}") and key not in found]:
-            (root / key).unlink(missing_ok=True)
-            del tags[key]
-        missing = [key for key, info in found.items() if tags.get(key) != info.tag or not (root / key).is_file()]
-        size, free = sum(found[key].size for key in missing), shutil.disk_usage(root).free
+            tags = json.loads((root / f"{stem}.json").read_text())
+        listed = store.list(prefix)
+        needed = {name: listed[name] for name in listed if is_safe(name) and is_needed(name, listed)}
+        start = f"{store.url}/"
+        for name in [key.removeprefix(start) for key in tags if key.startswith(f"{start}{prefix}")]:
+            if name not in listed:
+                _remove(directory / name, directory)
+                del tags[start + name]
+                write_text(root / f"{stem}.json", json.dumps(tags))
+        missing = [
+            name
+            for name, info in needed.items()
+            if tags.get(start + name) != info.tag or not (directory / name).is_file()
+        ]
+        size, free = sum(needed[name].size for name in missing), shutil.disk_usage(root).free
         if size > free:
             raise UserError(
-                f"{store.url}/{name} has {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to "
-                "a directory of a larger disk, or mount the bucket"
+                f"{url} has {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory "
+                "of a larger disk, or mount the bucket"
             )
-        if missing:
-            print(f"Downloading {store.url}/{name}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
-        for start in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption the finished ones are not repeated
-            names = missing[start : start + _FILES_AT_ONCE]
-            for key in names:
-                (root / key).parent.mkdir(parents=True, exist_ok=True)
-            store.download_all({key: root / key for key in names})
-            tags |= {key: found[key].tag for key in names}
-            write_text(root / ".tags", json.dumps(tags))
-    return root / name
+        if size > _ANNOUNCED_BYTES:
+            print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
+        for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption the finished ones are not repeated
+            names = missing[first : first + _FILES_AT_ONCE]
+            store.download_all({name: directory / name for name in names})
+            for name in names:
+                modified = needed[name].modified
+                os.utime(directory / name, (modified, modified))
+                if name.endswith(f"/{MANIFEST}"):
+                    os.utime((directory / name).parent, (modified, modified))
+            tags |= {start + name: needed[name].tag for name in names}
+            write_text(root / f"{stem}.json", json.dumps(tags))
+
+
+def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
+    """Removes a file, and the directories below `root` that are empty then."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for parent in path.parents:
+            if parent == root:
+                break
+            parent.rmdir()
+
+
+def is_safe(name: str) -> bool:
+    """Whether an object's name is a path inside a directory."""
+    path = pathlib.PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

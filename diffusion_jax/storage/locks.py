@@ -1,4 +1,4 @@
-"""The lock on a work directory, for one launch at a time: on a local file, or, in a bucket, a lease.
+"""Locks for one launch at a time: on a local file, or a lease on an object in a bucket. Both have the same methods.
 
 The holder of a lease renews an object; another launch takes it over once it has not been renewed for the time of the lease.
 Every change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are
@@ -15,16 +15,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import filelock
 
-from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import LeaseLostError
-from diffusion_jax.storage.locations import find_mirror
 from diffusion_jax.storage.objects import ObjectStore
 
-__all__ = ["Lease", "LockHeldError", "find_holder", "locked"]
+__all__ = ["FileLock", "Lease", "LockHeldError"]
 
 _WAIT_SECONDS = 30.0  # for a lock that another launch holds, and how long a lease is valid without a renewal
 _RENEW_SECONDS = 10.0
@@ -33,51 +31,6 @@ _COUNTDOWN_SECONDS = 10.0
 
 class LockHeldError(OSError):
     """Another launch holds the lock; the message names it in one line."""
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path, activity: str) -> Iterator[None]:
-    """Holds an exclusive lock on `path` for all processes of this launch; in a mirror, the lease of its object.
-
-    Process 0 holds the lock, and waits half a minute for the one of another launch, which may be about to end.
-    activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
-    Raises: LockHeldError if another launch holds the lock, OSError.
-    """
-    mirror = find_mirror(path)
-    lease = Lease(mirror.store, mirror.name_of(path)) if mirror else None
-    with contextlib.ExitStack() as held:
-        if lease:
-            held.callback(lease.release)
-        holder = broadcast_from_process_0(lease.acquire if lease else lambda: _lock_file(path, held))
-        if holder:
-            raise LockHeldError(
-                f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
-            )
-        if mirror and lease:
-            mirror.refresh()  # another launch may have written until now
-            mirror.before_commit = lease.check
-        yield
-        if lease:
-            lease.check()
-
-
-def find_holder(path: pathlib.Path) -> str | None:
-    """The process that holds the lock on a path, such as "process 1 of HOST"; None if none does. Changes nothing.
-
-    Of a lease, also when it was last renewed, in local time: a killed process is named until another takes its lease over.
-    """
-    mirror = find_mirror(path)
-    if mirror:
-        return Lease(mirror.store, mirror.name_of(path)).find_holder()
-    if not path.exists():
-        return None
-    try:
-        with _file_lock(path).acquire(blocking=False):
-            return None
-    except filelock.Timeout:
-        return _read_holder(path)
-    except (OSError, NotImplementedError):  # it cannot be written, or without locks
-        return None
 
 
 def _this_process() -> str:
@@ -98,32 +51,59 @@ def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
     return False
 
 
-def _file_lock(path: pathlib.Path) -> filelock.BaseFileLock:
-    """The lock on a file. The process that holds the lock may take it again."""
-    return filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
+class FileLock:
+    """An exclusive lock on a file, which contains its holder. The process that holds the lock may take it again."""
 
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._lock = filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
+        self._is_held = False
 
-def _read_holder(path: pathlib.Path) -> str:
-    return path.read_text().strip() or "another process"
+    def find_holder(self) -> str | None:
+        """The process that holds the lock, such as "process 1 of HOST"; None if none does. Changes nothing."""
+        if not self._path.exists():
+            return None
+        try:
+            with self._lock.acquire(blocking=False):
+                return None
+        except filelock.Timeout:
+            return self._read_holder()
+        except (OSError, NotImplementedError):  # it cannot be written, or without locks
+            return None
 
+    def acquire(self) -> str | None:
+        """Takes the lock; waits half a minute for its holder, which may be about to end.
 
-def _lock_file(path: pathlib.Path, held: contextlib.ExitStack) -> str | None:
-    """Locks a file until `held` is closed. Returns: the process that holds the lock, None if it is this one."""
-
-    def is_free() -> bool:
-        with contextlib.suppress(filelock.Timeout):
-            held.enter_context(_file_lock(path).acquire(blocking=False))
-            return True
-        return False
-
-    try:
-        if not is_free() and not _wait(is_free, _read_holder(path), str(path)):
-            return _read_holder(path)
-    except (OSError, NotImplementedError) as error:  # a mounted bucket, or NFS without a lock daemon
-        print(f"Note: {path.parent} does not support locks ({error}): a second launch is not refused.", flush=True)
+        Returns: the process that holds it, None if it is this one. A file system without locks is used with a note.
+        """
+        try:
+            if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
+                return self._read_holder()
+        except (OSError, NotImplementedError) as error:  # a mounted bucket, or NFS without a lock daemon
+            directory = self._path.parent
+            print(f"Note: {directory} does not support locks ({error}): a second launch is not refused.", flush=True)
+            return None
+        self._path.write_text(_this_process())
         return None
-    path.write_text(_this_process())
-    return None
+
+    def check(self) -> None:
+        """Does nothing: a file stays locked until its process ends."""
+
+    def release(self) -> None:
+        """Frees the lock, if this object holds it."""
+        if self._is_held:
+            self._lock.release()
+        self._is_held = False
+
+    def _is_free(self) -> bool:
+        """Takes the lock if no other process holds it."""
+        with contextlib.suppress(filelock.Timeout):
+            self._lock.acquire(blocking=False)
+            self._is_held = True
+        return self._is_held
+
+    def _read_holder(self) -> str:
+        return self._path.read_text().strip() or "another process"
 
 
 class Lease:
@@ -139,7 +119,10 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_until_end, name="lease", daemon=True)
 
     def find_holder(self) -> str | None:
-        """The process that holds the lease, and when it was last renewed; None if none does. Raises: OSError."""
+        """The process that holds the lease, and when it was last renewed, in local time; None if none does.
+
+        A killed process is named until another takes its lease over. Raises: OSError.
+        """
         holder, info = self._read()[0].get("holder"), self._store.find(self._name)
         if holder is None or info is None:
             return None

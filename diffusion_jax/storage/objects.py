@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -87,6 +88,12 @@ class ObjectStore(abc.ABC):
         self._root = f"{self._bucket}/{folder}".rstrip("/")
         self.url = f"{scheme}://{self._root}"
         self._fs = filesystem
+
+    def folder(self, name: str) -> ObjectStore:
+        """The objects below a folder of this store."""
+        store = copy.copy(self)
+        store._root, store.url = f"{self._root}/{name}", f"{self.url}/{name}"
+        return store
 
     @abc.abstractmethod
     def _to_info(self, found: Mapping[str, Any]) -> ObjectInfo:

@@ -25,13 +25,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from diffusion_jax.storage import locations
-from diffusion_jax.storage.locations import MANIFEST, find_mirror
+from diffusion_jax.run_dir import BucketRunDir, RunDir
+from diffusion_jax.storage.downloads import MANIFEST
 
 __all__ = [
     "commit",
     "copy_to_host",
-    "delete_step",
     "find_corruption",
     "own_options",
     "remove_uncommitted",
@@ -70,8 +69,8 @@ def copy_to_host(tree: Any) -> Any:
     return jax.tree.unflatten(structure, copies)
 
 
-def write_part(part: pathlib.Path, items: Mapping[str, Any], directory: pathlib.Path) -> Table:
-    """Writes the arrays of this process into the directory `part`, and in a bucket uploads them for the step `directory`.
+def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, step: str) -> Table:
+    """Writes the arrays of this process into the directory `part`, and in a bucket uploads them for the step.
 
     If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk is a
     file of its own (zarr), so the files of all processes have different names and are together one checkpoint of Orbax.
@@ -115,11 +114,10 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], directory: pathlib.
     table = {path.relative_to(part).as_posix(): digest(path) for path in files}
     if not is_first:  # files of the step itself and of its items describe all arrays: those of process 0 are complete
         table = {name: value for name, value in table.items() if name.count("/") > 1}
-    mirror = find_mirror(directory)
-    if mirror:
-        name = mirror.name_of(directory)
+    if isinstance(run_dir, BucketRunDir):
+        name = run_dir.name_of(run_dir / step)
         uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
-        mirror.store.upload_all(uploads, before_overwriting=mirror.before_commit)
+        run_dir.store.upload_all(uploads, before_overwriting=run_dir.check_locks)
         if not is_first:
             shutil.rmtree(part.parent, ignore_errors=True)
     return table
@@ -131,25 +129,23 @@ def digest(path: pathlib.Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], directory: pathlib.Path) -> None:
+def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunDir, step: str) -> None:
     """Makes a step of the parts of all processes: now it exists. Process 0 calls it.
 
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
-    mirror, part = find_mirror(directory), parts[0]
-    table: Table = {}
+    part, table = parts[0], {}
     for files in tables:
         for name in table.keys() & files.keys():
             raise OSError(f"two processes have written {name}")
         table |= files
-    if mirror:
+    if isinstance(run_dir, BucketRunDir):
         write_manifest(part, table)
-        mirror.before_commit()
-        name = mirror.name_of(directory)
-        known = {f"{name}/{file}" for file in table}
-        mirror.store.delete(mirror.store.list(f"{name}/").keys() - known)  # of a failed save of the same step
-        mirror.store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
-        mirror.known_steps.add(int(directory.name))
+        run_dir.check_locks()
+        store, name = run_dir.store, run_dir.name_of(run_dir / step)
+        written = {f"{name}/{file}" for file in table}
+        store.delete(store.list(f"{name}/").keys() - written)  # of a failed save of the same step
+        store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
         for path in filter(pathlib.Path.is_dir, part.iterdir()):  # the mirror keeps the small files
             shutil.rmtree(path)
     else:
@@ -158,7 +154,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], directory: pa
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (other / name).rename(part / name)
         write_manifest(part, table)
-    part.rename(directory)
+    part.rename(run_dir / step)
 
 
 def write_manifest(directory: pathlib.Path, table: Table) -> None:
@@ -194,25 +190,14 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
     return None
 
 
-def delete_step(directory: pathlib.Path) -> None:
-    """Deletes a step, which no longer exists when the deletion begins."""
-    locations.removed(directory)
-    removed = directory.with_name(f"{directory.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)  # from an earlier launch
-    directory.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
-
-
-def remove_uncommitted(directory: pathlib.Path) -> None:
+def remove_uncommitted(run_dir: RunDir) -> None:
     """Deletes what interrupted launches left in the directory of all steps, also in a bucket, whose lease is held."""
     for pattern in ("*.partial", "*.removed"):
-        for path in directory.glob(pattern):
+        for path in run_dir.path.glob(pattern):
             shutil.rmtree(path)
-    mirror = find_mirror(directory)
-    if mirror is None:
+    if not isinstance(run_dir, BucketRunDir):
         return
-    prefix = f"{mirror.name_of(directory)}/"
-    steps = {name.removeprefix(prefix).split("/")[0] for name in mirror.store.list(prefix)}
-    for step in filter(str.isdecimal, steps):
-        if mirror.store.find(f"{prefix}{step}/{MANIFEST}") is None:
-            mirror.delete(directory / step)
+    prefix = f"{run_dir.name_of(run_dir.path)}/"
+    for step in {name.removeprefix(prefix).split("/")[0] for name in run_dir.store.list(prefix)}:
+        if step.isdecimal() and run_dir.store.find(f"{prefix}{step}/{MANIFEST}") is None:  # the list may be old
+            run_dir.delete(run_dir / step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -21,20 +22,20 @@ from etils import epath
 
 from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, log
 from diffusion_jax.errors import CheckpointError, SaveError
-from diffusion_jax.storage import locations
-from diffusion_jax.storage.locations import committed_steps, find_mirror
+from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
+from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.state import TrainState
 
-__all__ = ["Checkpoints", "committed_steps", "resume_hint"]
+__all__ = ["Checkpoints", "resume_hint"]
 
 _WEIGHTS = ("params", "ema_params")
 _ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
 
 
-def resume_hint(directory: pathlib.Path) -> str:
-    """How to resume a training run in `directory`, as the end of a message."""
-    steps = committed_steps(directory / "checkpoints")
+def resume_hint(workdir: RunDir) -> str:
+    """How to resume a training run in `workdir`, as the end of a message."""
+    steps = committed_steps(workdir / "checkpoints")
     if not steps:
         return "nothing was saved yet"
     return f"step {steps[-1]} is saved; rerun the same command to resume from it"
@@ -67,9 +68,10 @@ class Checkpoints:
     then process 0 commits the step.
     """
 
-    def __init__(self, directory: pathlib.Path, kept: int = 3, keep_every: int = 0, read_only: bool = False):
-        """read_only: changes nothing in the directory, so that a run in progress is not disturbed."""
-        self._directory, self._read_only = directory.absolute(), read_only
+    def __init__(self, directory: RunDir | os.PathLike, kept: int = 3, keep_every: int = 0, read_only: bool = False):
+        """directory: of all steps. read_only: changes nothing in it, so that a run in progress is not disturbed."""
+        self._run_dir = open_run_dir(directory, read_only)
+        self._directory, self._read_only = self._run_dir.path.absolute(), read_only
         self._kept, self._keep_every = kept, keep_every
         if not read_only:
             broadcast_from_process_0(self._clean_up)
@@ -107,7 +109,8 @@ class Checkpoints:
         """Writes the part of this process of a step, in the background. Returns: its "files", or an "error"."""
         try:
             part = self._part(step, jax.process_index())
-            report: dict[str, Any] = {"files": checkpoint_files.write_part(part, copies, self._directory / str(step))}
+            files = checkpoint_files.write_part(part, copies, self._run_dir, str(step))
+            report: dict[str, Any] = {"files": files}
         except Exception as error:  # Orbax and tensorstore raise many types for a full disk
             report = {"error": _first_line(error)}
         if jax.process_count() == 1:
@@ -123,16 +126,15 @@ class Checkpoints:
         try:
             for process, report in enumerate(reports):
                 if "error" in report:
-                    if mirror := find_mirror(self._directory):
-                        mirror.before_commit()  # raises if another launch has taken over the bucket
+                    self._run_dir.check_locks()  # raises if another launch has taken over the bucket
                     raise OSError(f"process {process}: {report['error']}" if len(reports) > 1 else report["error"])
             parts = [self._part(step, process) for process in range(len(reports))]
-            checkpoint_files.commit(parts, [report["files"] for report in reports], self._directory / str(step))
+            checkpoint_files.commit(parts, [report["files"] for report in reports], self._run_dir, str(step))
         finally:
             shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
         for old in self.steps()[: -self._kept]:
             if not self._keep_every or old % self._keep_every:
-                checkpoint_files.delete_step(self._directory / str(old))
+                self._run_dir.delete(self._directory / str(old))
 
     def check(self) -> None:
         """Finishes the last save if it is written, without waiting for it. Raises: SaveError if it has failed.
@@ -167,7 +169,8 @@ class Checkpoints:
 
     def _save_error(self, reason: BaseException | str) -> SaveError:
         steps = self.steps()
-        advice = "check the network and your permissions." if find_mirror(self._directory) else "is the disk full?"
+        is_bucket = isinstance(self._run_dir, BucketRunDir)
+        advice = "check the network and your permissions." if is_bucket else "is the disk full?"
         return SaveError(
             f"a checkpoint could not be written in {self._directory} ({_first_line(reason)}); {advice} "
             + (f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint")
@@ -234,7 +237,7 @@ class Checkpoints:
 
     def _fetch(self, step: int, items: Iterable[str]) -> None:
         for item in items:
-            locations.fetch(self._directory / str(step) / item)
+            self._run_dir.fetch(self._directory / str(step) / item)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
         """Raises: CheckpointError if the arrays have other names, types or shapes than `abstract`, which Orbax would cast.
@@ -274,11 +277,8 @@ class Checkpoints:
 
     def _mark_unreadable(self, name: str) -> str:
         """Renames the directory of a step, which then is no step any more. Returns: the new path."""
-        path, renamed = self._directory / name, self._directory / f"{name}.unreadable"
-        shutil.rmtree(renamed, ignore_errors=True)  # from an earlier launch
-        path.rename(renamed)
-        locations.moved(path, renamed)
-        return str(renamed)
+        self._run_dir.rename(self._directory / name, f"{name}.unreadable")
+        return str(self._directory / f"{name}.unreadable")
 
     def _uncommitted(self) -> list[str]:
         """Directories that are named like a step, but not committed."""
@@ -288,7 +288,7 @@ class Checkpoints:
     def _clean_up(self) -> None:
         """Creates the directory, removes what an interrupted launch left, and sets aside steps that are not committed."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        checkpoint_files.remove_uncommitted(self._directory)
+        checkpoint_files.remove_uncommitted(self._run_dir)
         for name in self._uncommitted():
-            log(f"The checkpoint of step {name} is damaged: {locations.MANIFEST} is missing.")
+            log(f"The checkpoint of step {name} is damaged: {MANIFEST} is missing.")
             log(f"Renamed it to {self._mark_unreadable(name)}.")

@@ -13,6 +13,7 @@ from diffusion_jax import data, models, process, schedules
 from diffusion_jax.config import is_classifier, is_continuous
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.state import Network
 
 __all__ = [
@@ -32,7 +33,7 @@ def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return (*data.example_shape(config["data"])[:-1], channels) if channels else None
 
 
-def stored_normalizations(config: Mapping[str, Any], workdir: pathlib.Path) -> data.Normalizations:
+def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.Path) -> data.Normalizations:
     """The normalizations of the data that a run was trained on, as its data.json stores them.
 
     Raises: CheckpointError if the file is missing, although the data have a scale, or cannot be read.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.training import checkpoints
 from helpers.paths import ROOT
 from helpers.program import TWO_DEVICES, free_port

@@ -9,6 +9,7 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.metrics import of_features
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import sample, train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
@@ -107,7 +108,9 @@ def test_two_processes_measure_arrays_as_one(tmp_path):
         data.ArrayFiles(data_file, "train", SHAPES["series"]),
     )
     for name in ("one", "two"):
-        workdir.check_data(source, untrained(tmp_path / name, config), data.find_normalizations(config.data, source))
+        workdir.check_data(
+            source, RunDir(untrained(tmp_path / name, config)), data.find_normalizations(config.data, source)
+        )
     evaluate(config, tmp_path / "one")
     file = write_config(tmp_path / "config.py", "series", data_file, overrides)
     run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")

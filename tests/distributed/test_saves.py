@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST
 from diffusion_jax.runs import train
-from diffusion_jax.storage.locations import MANIFEST
+from diffusion_jax.storage.downloads import MANIFEST
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT

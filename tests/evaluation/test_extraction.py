@@ -6,6 +6,7 @@ import pytest
 from diffusion_jax import data, metrics
 from diffusion_jax.evaluation import example_sets, features
 from diffusion_jax.metrics import METRICS, of_features
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import evaluate
 from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
@@ -27,7 +28,7 @@ def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypa
     monkeypatch.setattr(features, "CHUNK", 50)
     extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size, ProgressBar)
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
-    found = extraction.extract_set(source, tmp_path / str(batch_size))
+    found = extraction.extract_set(source, RunDir(tmp_path / str(batch_size)))
     expected = by_hand(all_digits()[:151])
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
     assert found.moments.count == 151 and found.spatial is None
@@ -49,10 +50,10 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     )
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
     with pytest.raises(KeyboardInterrupt):
-        extraction.extract_set(source, tmp_path / "parts")
-    found = extraction.extract_set(source, tmp_path / "parts")
+        extraction.extract_set(source, RunDir(tmp_path / "parts"))
+    found = extraction.extract_set(source, RunDir(tmp_path / "parts"))
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
-    extraction.extract_set(source, tmp_path / "parts")
+    extraction.extract_set(source, RunDir(tmp_path / "parts"))
     assert len(calls) == 6  # all of them now
     found.delete_cache()
     assert not any((tmp_path / "parts").iterdir())

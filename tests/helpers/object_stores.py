@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from diffusion_jax.storage.locations import MANIFEST
+from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.storage.objects import open_store
 from helpers.fault_proxy import FaultProxy
 

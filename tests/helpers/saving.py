@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import optax
 
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import SaveError
-from diffusion_jax.runs import devices
 from diffusion_jax.training import checkpoint_files
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.state import TrainState

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from diffusion_jax import data, training
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs import workdir
-from diffusion_jax.runs.metrics_files import read_metrics
+from diffusion_jax.runs.logging import read_metrics
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -28,7 +29,7 @@ def untrained(directory, config, source=None):
         checkpoints.finish(1)
     workdir.write_config(config, directory)
     if source is not None:
-        workdir.check_data(source, directory, data.find_normalizations(config.data, source))
+        workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
     return directory
 
 
@@ -44,7 +45,7 @@ def assert_close_losses(one, two):
 
 
 def last_state(config, directory):
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(open_run_dir(directory).subdirectory("checkpoints"), read_only=True) as checkpoints:
         return checkpoints.restore(training.build_program(config).abstract_state)
 
 

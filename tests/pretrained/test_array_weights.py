@@ -12,6 +12,7 @@ from diffusion_jax import data, models, pretrained, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.model import make_model
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.networks import TINY, redraw
@@ -46,7 +47,7 @@ def vectors_net(**options):
 def untrained_run(config, directory):
     untrained(directory, config)
     source = data.load(config.data)
-    workdir.check_data(source, directory, data.find_normalizations(config.data, source))
+    workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
 
 
 @pytest.mark.whole

@@ -11,6 +11,7 @@ from diffusion_jax import cli, pictures
 from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
+from diffusion_jax.run_dir import RunDir
 from helpers.simulated_runs import write_log, write_results, write_run
 
 SECTIONS = ["curves", "training-samples", "denoising", "samples", "likelihood", "metrics", "pictures", "launches"]
@@ -171,6 +172,6 @@ def test_the_mode_changes_nothing_but_the_page(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
-    cli._write_report(None, tmp_path / "run")
+    cli._write_report(None, RunDir(tmp_path / "run"))
     out = capsys.readouterr().out
     assert out.startswith("Note: ") and "could not be written" in out and out.count("\n") == 1

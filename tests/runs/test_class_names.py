@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.errors import UserError
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import sample, sampling, workdir
 from diffusion_jax.runs.workdir import check_source
 from helpers.configs import conditional
@@ -82,13 +83,13 @@ def test_class_names_are_stored_with_the_run_and_must_not_change(pets, tmp_path)
     run = tmp_path / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
     (run / "checkpoints" / "1" / "digests.json").write_text("{}")  # without a checkpoint nothing is compared
-    workdir.check_data(load(pets)[0], run)
+    workdir.check_data(load(pets)[0], RunDir(run))
     stored = json.loads((run / "data.json").read_text())
     assert stored["classes"] == ["birds", "cats", "dogs"]
-    workdir.check_data(load(pets)[0], run)
+    workdir.check_data(load(pets)[0], RunDir(run))
     (pets / "cats").rename(pets / "cots")
     with pytest.raises(UserError, match="classes birds, cats, dogs then, birds, cots, dogs now.*remove .*data.json"):
-        workdir.check_data(load(pets)[0], run)
+        workdir.check_data(load(pets)[0], RunDir(run))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import edit, workdir
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 from helpers.work_directories import untrained
@@ -143,6 +144,8 @@ def test_values_outside_the_limits_of_the_data_are_refused(roots, tmp_path):
     options = {"data.normalization": "limits", "data.limits": (0.0, 1.0), "editing.image": str(tmp_path / "high.npy")}
     config = configured("series", root, "sdedit", **options)
     untrained(tmp_path / "run", config)
-    workdir.check_data(data.load(config.data), tmp_path / "run", {"x": data.Normalization((0.5,) * 2, (0.5,) * 2)})
+    workdir.check_data(
+        data.load(config.data), RunDir(tmp_path / "run"), {"x": data.Normalization((0.5,) * 2, (0.5,) * 2)}
+    )
     with pytest.raises(errors.UserError, match=r"from 2.5 to 2.5, outside data.limits=\(0.0, 1.0\)"):
         edit.run(config, tmp_path / "run")

@@ -8,8 +8,9 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.errors import LeaseLostError
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status, train
-from diffusion_jax.runs.goodput import LaunchTimes, read_goodput, read_launches
+from diffusion_jax.runs.logging import LaunchTimes, read_goodput, read_launches
 from diffusion_jax.runs.step_timing import TraceProfile
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
@@ -17,7 +18,7 @@ from helpers.work_directories import lines
 
 def launch(workdir, clock, first_step, train_seconds, last_step):
     """A launch that starts in 10 s, compiles for 20 s, trains, and saves for 5 s."""
-    times = LaunchTimes(workdir, lambda: clock.now)
+    times = LaunchTimes(RunDir(workdir), lambda: clock.now)
     clock.now += 10
     with times.measure("compile"):
         clock.now += 20
@@ -72,12 +73,12 @@ def test_the_status_of_a_run(tmp_path, capsys):
 
 
 def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
-    traces, profile = [], TraceProfile(tmp_path)
+    traces, profile = [], TraceProfile(RunDir(tmp_path))
     monkeypatch.setattr("jax.profiler.start_trace", lambda directory: traces.append("start"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: traces.append("stop"))
     for step, found in enumerate([[]] * 5 + [["start"]] * 4 + [["start", "stop"]] * 3):
         assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0 and traces == found
-    profile = TraceProfile(tmp_path)
+    profile = TraceProfile(RunDir(tmp_path))
     for step in range(7):
         profile.call(step, lambda x: x, 0)
     profile.stop()  # the run ends before the last call
@@ -85,11 +86,11 @@ def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
 
 
 def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):
-    times = LaunchTimes(tmp_path)
+    times = LaunchTimes(RunDir(tmp_path))
     times.begin(3)
     times.stop(ValueError("two\n lines"))
     assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
     times.stop(LeaseLostError("another launch writes there"))
     assert read_launches(tmp_path)[0]["stopped_by"] == "ValueError: two lines"
-    LaunchTimes(tmp_path / "missing").stop(KeyboardInterrupt())
+    LaunchTimes(RunDir(tmp_path / "missing")).stop(KeyboardInterrupt())
     assert not (tmp_path / "missing").exists()

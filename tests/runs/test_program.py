@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED
+from diffusion_jax.distributed.processes import EXIT_INTERRUPTED
 from diffusion_jax.runs import train
 from helpers.configs import tiny_config
 from helpers.program import finish, start, tiny_flags

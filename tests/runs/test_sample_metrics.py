@@ -12,6 +12,7 @@ from diffusion_jax.metrics import of_features
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report.collect import collect, table_cells
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import evaluate, train, trained_model
 from diffusion_jax.runs.training_outputs import PreviewSampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
@@ -85,7 +86,7 @@ def test_the_table_has_bits_per_dimension(tmp_path):
     bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
     bound["dataset"] = "cifar10"
     record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
-    run = collect(tmp_path)
+    run = collect(RunDir(tmp_path))
     run.records, pairs = [record, record | {"weights": "raw"}], []
     for likelihood in (bound, bound | {"step": 400}):
         run.likelihood = likelihood

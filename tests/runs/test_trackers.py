@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import errors
-from diffusion_jax.runs import metrics_files, trackers
-from diffusion_jax.runs.trackers import Trackers
+from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs import logging
+from diffusion_jax.runs.logging import Trackers
 from helpers.array_configs import array_config
 
 PROJECT = "a_project"
@@ -40,12 +41,12 @@ def tracked_points(name, workdir):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", list(trackers.TRACKERS))
+@pytest.mark.parametrize("name", list(logging.TRACKERS))
 def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
     """The first launch is killed after it logged step 4; the second starts from the checkpoint of step 2."""
     pytest.importorskip(name)
     for steps in ((2, 4), (4, 6)):
-        tracker = Trackers([name], offline, PROJECT, {"seed": 0, "model": {"channels": 8}})
+        tracker = Trackers([name], RunDir(offline), PROJECT, {"seed": 0, "model": {"channels": 8}})
         for step in steps:
             tracker.write_scalars(step, {"loss": 1 / step, "grad_norm": 2.0})
             tracker.write_image(step, "samples", PICTURE, "Samples")
@@ -64,8 +65,8 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(method, tmp_path, monkeyp
     failing, other = mock.Mock(), mock.Mock()
     broken = failing if method == "open" else getattr(failing.return_value, method)
     broken.side_effect = ConnectionError("no route\nto host")
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": failing, "mlflow": other})
-    opened = Trackers(["wandb", "mlflow"], tmp_path, PROJECT, {})
+    monkeypatch.setattr(logging, "TRACKERS", {"wandb": failing, "mlflow": other})
+    opened = Trackers(["wandb", "mlflow"], RunDir(tmp_path), PROJECT, {})
     for step in (1, 2):
         opened.write_scalars(step, {"loss": 1.0})
         opened.write_image(step, "samples", PICTURE, "Samples")
@@ -80,4 +81,4 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = array_config("vectors", "", **{"logging.writers": ("tensorboard", "mlflow")})
     with pytest.raises(errors.UserError, match=r"has 'mlflow', which is not installed: pip install '.\[trackers\]'"):
-        metrics_files.check_writers(config)
+        logging.check_writers(config)

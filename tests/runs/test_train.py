@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, training
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
@@ -134,15 +135,15 @@ def test_other_data_are_refused(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    workdir.check_data(source(7), run)  # of a launch that saved nothing
+    workdir.check_data(source(7), RunDir(run))  # of a launch that saved nothing
     (run / "checkpoints" / "1").mkdir(parents=True)
-    workdir.check_data(source(5), run)
+    workdir.check_data(source(5), RunDir(run))
     (run / "checkpoints" / "1" / "digests.json").write_text("{}")
-    workdir.check_data(source(5), run)
-    workdir.check_data(source(5), run)  # compared with the first
+    workdir.check_data(source(5), RunDir(run))
+    workdir.check_data(source(5), RunDir(run))  # compared with the first
     for other in (source(6), source(5, seed=1)):
         with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
-            workdir.check_data(other, run)
+            workdir.check_data(other, RunDir(run))
 
 
 @pytest.mark.whole

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.distributed.termination import EXIT_PREEMPTED
-from diffusion_jax.storage.locations import mirror_workdir
+from diffusion_jax.distributed.processes import EXIT_PREEMPTED
+from diffusion_jax.run_dir import BucketRunDir
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.fault_proxy import MUTATING, FaultProxy
@@ -94,7 +94,7 @@ def runs(bucket_url, emulators, tmp_path):
 
 
 def assert_same(url, whole):
-    workdir = mirror_workdir(url, read_only=True)
+    workdir = BucketRunDir(url, read_only=True)
     assert lines(workdir) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, *(last_state(config(), path) for path in (workdir, whole)))
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.distributed.termination import EXIT_PEER_LOST
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST
+from diffusion_jax.run_dir import BucketRunDir
 from diffusion_jax.runs import train
-from diffusion_jax.storage.locations import mirror_workdir
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.object_stores import assert_complete_checkpoints
@@ -33,8 +33,8 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
     assert any(name.startswith("samples/") and name.endswith(".npz") for name in written)
     assert not any("/." in name for name in written), written
     train.run(tiny_config(**OVERRIDES, **{"training.num_steps": 6}), tmp_path / "one")
-    train.run(tiny_config(**OVERRIDES, **{"training.num_steps": 6}), mirror_workdir(url))  # one process, one device
-    assert_close_losses(tmp_path / "one", mirror_workdir(url))
+    train.run(tiny_config(**OVERRIDES, **{"training.num_steps": 6}), BucketRunDir(url))  # one process, one device
+    assert_close_losses(tmp_path / "one", BucketRunDir(url))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.faults)])
@@ -53,7 +53,7 @@ def test_a_killed_process_loses_nothing(bucket_url, count):
     assert all(code in (EXIT_PEER_LOST, -signal.SIGABRT, 134) for code in codes), codes
     run_together(count, *tiny_flags(url, **overrides))
     assert_complete_checkpoints(url, [8, 10, 12])
-    mirrors = mirror_workdir(url), mirror_workdir(whole)
+    mirrors = BucketRunDir(url), BucketRunDir(whole)
     assert lines(mirrors[0]) == lines(mirrors[1])
     config = tiny_config(**overrides | {"mesh.fsdp": 1})
     jax.tree.map(np.testing.assert_array_equal, *(last_state(config, path) for path in mirrors))

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
+from diffusion_jax import run_dir
 from diffusion_jax.errors import LeaseLostError
+from diffusion_jax.run_dir import BucketRunDir, RunDir
 from diffusion_jax.storage import locks, objects
-from diffusion_jax.storage.locations import find_mirror, mirror_workdir
-from diffusion_jax.storage.locks import LockHeldError, find_holder, locked
+from diffusion_jax.storage.locks import LockHeldError
 from helpers.paths import ROOT
 
 HERE = f"process {os.getpid()} of "
@@ -31,26 +32,26 @@ def set_times(monkeypatch, renew=0.1, wait=1.0):
 
 @pytest.fixture
 def workdir(bucket_url):
-    return mirror_workdir(f"{bucket_url}/run")
+    return BucketRunDir(f"{bucket_url}/run")
 
 
 def hold(workdir):
-    return locked(workdir / ".lock", "is training")
+    return workdir.locked("is training")
 
 
 def lease_of(workdir):
     """The lease that `hold` holds."""
-    return find_mirror(workdir).before_commit.__self__
+    return workdir._locks[-1]
 
 
 def stored(workdir):
-    return json.loads(find_mirror(workdir).store.read(".lock"))
+    return json.loads(workdir.store.read(".lock"))
 
 
 def abandon(workdir):
     """Leaves the lease of a process that was killed on another machine."""
     lease = {"holder": "process 7 of there", "token": "x", "count": 1}
-    find_mirror(workdir).store.write(".lock", json.dumps(lease).encode())
+    workdir.store.write(".lock", json.dumps(lease).encode())
 
 
 def wait_for(condition):
@@ -61,17 +62,16 @@ def wait_for(condition):
 
 
 def test_a_second_launch_is_refused_while_the_first_renews(workdir, capfd):
-    path = workdir / ".lock"
-    assert find_holder(path) is None
+    assert workdir.find_holder() is None
     with hold(workdir):
-        assert find_holder(path).startswith(HERE) and "last renewed at 20" in find_holder(path)
+        assert workdir.find_holder().startswith(HERE) and "last renewed at 20" in workdir.find_holder()
         with pytest.raises(LockHeldError, match=f"^{HERE}.* is training: a second launch must wait until it ends"):
-            hold(mirror_workdir(find_mirror(workdir).url)).__enter__()
+            hold(BucketRunDir(str(workdir))).__enter__()
         out = capfd.readouterr().out
         assert f"Note: {HERE}" in out and "waiting 1 s" in out and "Note: 0 s left." in out
         count = stored(workdir)["count"]
         wait_for(lambda: stored(workdir)["count"] > count + 1)
-    assert find_holder(path) is None
+    assert workdir.find_holder() is None
     with pytest.raises(ZeroDivisionError), hold(workdir):
         raise ZeroDivisionError
     with hold(workdir):
@@ -81,12 +81,12 @@ def test_a_second_launch_is_refused_while_the_first_renews(workdir, capfd):
 
 def test_an_abandoned_lease_is_taken_over_after_its_time(workdir, capfd):
     abandon(workdir)
-    assert find_holder(workdir / ".lock").startswith("process 7 of there (lease last renewed")
+    assert workdir.find_holder().startswith("process 7 of there (lease last renewed")
     with hold(workdir):
-        assert find_holder(workdir / ".lock").startswith(HERE)
+        assert workdir.find_holder().startswith(HERE)
     assert "Note: process 7 of there (lease last renewed at " in capfd.readouterr().out
-    find_mirror(workdir).store.write(".lock", b"no lease")
-    assert find_holder(workdir / ".lock").startswith("another process")
+    workdir.store.write(".lock", b"no lease")
+    assert workdir.find_holder().startswith("another process")
     with hold(workdir):
         pass
 
@@ -95,15 +95,15 @@ def test_an_abandoned_lease_is_taken_over_after_its_time(workdir, capfd):
 def test_a_lease_that_is_released_meanwhile_is_taken_at_once(workdir, monkeypatch, change):
     set_times(monkeypatch, wait=30)
     abandon(workdir)
-    threading.Timer(0.2, change, [find_mirror(workdir).store]).start()
+    threading.Timer(0.2, change, [workdir.store]).start()
     start = time.monotonic()
     with hold(workdir):
-        assert find_holder(workdir / ".lock").startswith(HERE) and time.monotonic() - start < 10
+        assert workdir.find_holder().startswith(HERE) and time.monotonic() - start < 10
 
 
 def test_one_of_many_launches_gets_the_lease(workdir):
     abandon(workdir)
-    leases = [locks.Lease(find_mirror(workdir).store, ".lock") for _ in range(8)]
+    leases = [locks.Lease(workdir.store, ".lock") for _ in range(8)]
     holders = []
     threads = [threading.Thread(target=lambda lease=lease: holders.append(lease.acquire())) for lease in leases]
     for thread in threads:
@@ -119,27 +119,29 @@ def test_a_holder_notices_that_it_was_replaced(workdir, monkeypatch):
     set_times(monkeypatch, renew=60)  # it does not renew
     message = f"^{HERE}.* has taken over .*this launch must stop"
     with pytest.raises(LeaseLostError, match=message) as at_the_end, hold(workdir):
-        other = mirror_workdir(find_mirror(workdir).url)
+        other = BucketRunDir(str(workdir))
         with hold(other):
             for _ in range(2):
                 with pytest.raises(LeaseLostError, match=message):
                     lease_of(workdir).check()
             lease_of(other).check()
+            with pytest.raises(LeaseLostError):
+                workdir.subdirectory("checkpoints").check_locks()
     assert at_the_end.value.exit_code == 2 and "\n" not in str(at_the_end.value)
-    assert find_holder(workdir / ".lock") is None
+    assert workdir.find_holder() is None
 
 
 def test_the_end_of_a_launch_leaves_the_lease_of_another(workdir, monkeypatch):
     set_times(monkeypatch, renew=60)
     with pytest.raises(LeaseLostError), hold(workdir):
         abandon(workdir)
-    assert find_holder(workdir / ".lock").startswith("process 7 of there")
+    assert workdir.find_holder().startswith("process 7 of there")
 
 
 def test_a_deleted_lease_is_lost_and_reported_once(workdir, capfd):
     with pytest.raises(LeaseLostError, match="another launch has taken over"), hold(workdir):
         lease = lease_of(workdir)
-        find_mirror(workdir).store.delete([".lock"])
+        workdir.store.delete([".lock"])
         wait_for(lambda: not lease._thread.is_alive())
         assert capfd.readouterr().out.count("Warning: ") == 1
 
@@ -147,7 +149,7 @@ def test_a_deleted_lease_is_lost_and_reported_once(workdir, capfd):
 @pytest.mark.whole
 def test_a_lease_survives_faults(workdir, proxy):
     """Renewals are refused, lost, unanswered and late; the holder notices nothing."""
-    lease = locks.Lease(objects.open_store(find_mirror(workdir).url), ".lock")  # which passes the proxy
+    lease = locks.Lease(objects.open_store(str(workdir)), ".lock")  # which passes the proxy
     assert lease.acquire() is None
     for fault in ("refuse", "lose", "cut", "silence", "delay"):
         injected = proxy.injected[fault]
@@ -155,44 +157,44 @@ def test_a_lease_survives_faults(workdir, proxy):
         wait_for(lambda fault=fault, injected=injected: proxy.injected[fault] == injected + 2)
         lease.check()
     lease.release()
-    assert find_holder(workdir / ".lock") is None
+    assert workdir.find_holder() is None
 
 
 def test_process_0_alone_holds_the_lease(workdir, monkeypatch):
-    monkeypatch.setattr(locks, "broadcast_from_process_0", lambda function: None)  # as process 1 sees it
+    monkeypatch.setattr(run_dir, "broadcast_from_process_0", lambda function: None)  # as process 1 sees it
     with hold(workdir):
-        assert not find_mirror(workdir).store.list()
-    monkeypatch.setattr(locks, "broadcast_from_process_0", lambda function: "process 1 of there")
+        assert not workdir.store.list()
+    monkeypatch.setattr(run_dir, "broadcast_from_process_0", lambda function: "process 1 of there")
     with pytest.raises(LockHeldError, match="process 1 of there is training"):
         hold(workdir).__enter__()
 
 
 HOLDER = """
-import pathlib, sys, time
-from diffusion_jax.storage.locks import locked
-with locked(pathlib.Path(sys.argv[1]) / ".lock", "is training"):
+import sys, time
+from diffusion_jax.run_dir import RunDir
+with RunDir(sys.argv[1]).locked("is training"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
-    path = tmp_path / ".lock"
-    assert find_holder(path) is None and not path.exists()
+    workdir, path = RunDir(tmp_path), tmp_path / ".lock"
+    assert workdir.find_holder() is None and not path.exists()
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         name = f"process {holder.pid} of "
-        assert find_holder(path).startswith(name)
+        assert workdir.find_holder().startswith(name)
         start = time.monotonic()
         with pytest.raises(LockHeldError, match=f"^{name}.* is training: a second launch must wait until it ends"):
-            hold(tmp_path).__enter__()
+            hold(workdir).__enter__()
         assert time.monotonic() - start >= 1
         out = capfd.readouterr().out
         assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out and " s left." in out
         threading.Timer(0.3, holder.kill).start()
-        with hold(tmp_path):  # waits for the end
+        with hold(RunDir(tmp_path)):  # waits for the end
             assert path.read_text().startswith(HERE)
-    assert find_holder(path) is None
+    assert workdir.find_holder() is None
 
 
 def test_a_directory_without_locks_is_used_with_a_note(tmp_path, monkeypatch, capfd):
@@ -200,5 +202,5 @@ def test_a_directory_without_locks_is_used_with_a_note(tmp_path, monkeypatch, ca
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with hold(tmp_path):
+    with hold(RunDir(tmp_path)):
         assert "does not support locks" in capfd.readouterr().out

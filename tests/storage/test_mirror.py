@@ -7,9 +7,9 @@ import pytest
 
 from diffusion_jax import files
 from diffusion_jax.errors import LeaseLostError, StorageError, UserError
+from diffusion_jax.run_dir import BucketRunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore
-from diffusion_jax.storage import downloads, locations
-from diffusion_jax.storage.locations import is_safe, mirror_workdir
+from diffusion_jax.storage.downloads import is_safe, local_path
 from diffusion_jax.storage.objects import open_store
 
 pytestmark = pytest.mark.parametrize("scheme", ["gs"])  # the services differ below ObjectStore only
@@ -26,18 +26,21 @@ def store(url):
 
 
 def test_finished_files_are_uploaded_and_partial_ones_are_not(url, store):
-    workdir = mirror_workdir(url)
+    workdir = BucketRunDir(url)
     files.write_text(workdir / "config.json", "{}")
     (workdir / "samples").mkdir()
     files.save_npz(workdir / "samples" / "a.npz", {"arr_0": np.arange(3)})
+    assert not store.list()
     with pytest.raises(RuntimeError), files.atomic_write(workdir / "broken.txt") as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    with files.atomic_directory(workdir / "export") as folder:
-        (folder / "model").mkdir()
-        (folder / "model" / "weights").write_bytes(b"w")
-    assert sorted(store.list()) == ["config.json", "export/model/weights", "samples/a.npz"]
+    (workdir / "plugins" / "trace").mkdir(parents=True)
+    (workdir / "plugins" / "trace" / "events").write_bytes(b"w")
+    workdir.upload(workdir / "config.json", *(workdir / name for name in ("samples", "plugins", "broken.txt")))
+    assert sorted(store.list()) == ["config.json", "plugins/trace/events", "samples/a.npz"]
     assert store.read("config.json") == b"{}"
+    assert str(workdir) == url and str(workdir.subdirectory("samples")) == f"{url}/samples"
+    assert files.with_urls(f"Written: {workdir / 'config.json'}.") == f"Written: {url}/config.json."
 
 
 def test_a_mirror_holds_the_small_files_and_committed_steps_only(url, store):
@@ -46,39 +49,45 @@ def test_a_mirror_holds_the_small_files_and_committed_steps_only(url, store):
     for step, names in ((10, ("_CHECKPOINT_METADATA", "params/d/0", "digests.json")), (20, ("_CHECKPOINT_METADATA",))):
         for name in names:
             store.write(f"checkpoints/{step}/{name}", b"{}")
-    workdir = mirror_workdir(url, with_samples=False)
-    found = {path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file()}
-    checkpoint = {"checkpoints/10/_CHECKPOINT_METADATA", "checkpoints/10/digests.json"}
-    assert found == {"config.json", "metrics/00000010.jsonl"} | checkpoint
-    assert (mirror_workdir(url) / "samples" / "a.png").exists()
+    workdir = BucketRunDir(url)
+
+    def found():
+        return {path.relative_to(workdir).as_posix() for path in workdir.path.rglob("*") if path.is_file()}
+
+    small = {"config.json", "metrics/00000010.jsonl"}
+    small |= {"checkpoints/10/_CHECKPOINT_METADATA", "checkpoints/10/digests.json"}
+    assert found() == small and committed_steps(workdir / "checkpoints") == [10]
+    workdir.fetch(workdir / "checkpoints" / "10" / "params")
+    workdir.fetch(workdir / "samples")
+    assert found() == small | {"checkpoints/10/params/d/0", "samples/a.png"}
 
 
 def test_refresh_follows_the_bucket(url, store):
     store.write("a", b"1")
-    store.write("b", b"1")
-    workdir = mirror_workdir(url)
+    store.write("folder/b", b"1")
+    workdir = BucketRunDir(url)
     store.write("a", b"2")
-    store.delete(["b"])
+    store.delete(["folder/b"])
     store.write("c", b"1")
-    locations.find_mirror(workdir / "x").refresh()
-    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == {"a": b"2", "c": b"1"}
+    workdir.refresh()
+    assert {path.name: path.read_bytes() for path in workdir.path.iterdir()} == {"a": b"2", "c": b"1"}
 
 
 def test_an_object_that_vanishes_after_it_was_listed_is_not_missed(url, store, monkeypatch):
     store.write("a", b"1")
     store.write("b", b"1")
-    mirror = locations.find_mirror(mirror_workdir(url) / "x")
+    workdir = BucketRunDir(url)
     store.write("a", b"2")
     store.write("b", b"2")
-    download = mirror.store.download
+    download = workdir.store.download
 
     def download_after_deletion(name, path):
         store.delete(["b"])
         download(name, path)
 
-    monkeypatch.setattr(mirror.store, "download", download_after_deletion)
-    mirror.refresh()
-    assert {path.name: path.read_bytes() for path in mirror.root.iterdir()} == {"a": b"2"}
+    monkeypatch.setattr(workdir.store, "download", download_after_deletion)
+    workdir.refresh()
+    assert {path.name: path.read_bytes() for path in workdir.path.iterdir()} == {"a": b"2"}
 
 
 def test_a_launch_that_was_replaced_overwrites_no_file_of_a_checkpoint(url, store, tmp_path):
@@ -97,70 +106,72 @@ def test_a_launch_that_was_replaced_overwrites_no_file_of_a_checkpoint(url, stor
     assert [store.read(name) for name in ("new", "other")] == [b"new", b"other"]
 
 
-def test_a_read_only_mirror_uploads_nothing(url, store):
+def test_a_reader_uploads_nothing_and_keeps_its_copy(url, store, own_cache):
     store.write("config.json", b"{}")
-    workdir = mirror_workdir(url, read_only=True)
-    with pytest.raises(PermissionError, match="is only read"):
-        files.write_text(workdir / "config.json", "changed")
-    assert store.read("config.json") == b"{}"
+    workdir = BucketRunDir(url, read_only=True)
+    for change in (workdir.upload, workdir.delete, lambda path: workdir.rename(path, "other")):
+        (workdir / "folder").mkdir(exist_ok=True)
+        with pytest.raises(PermissionError, match="is only read"):
+            change(workdir / "folder")
+    assert list(store.list()) == ["config.json"]
+    assert open_run_dir(url, read_only=True).path == workdir.path == open_run_dir(workdir.path).path
+    assert open_run_dir(workdir) is workdir and local_path(url) == workdir.path
 
 
 def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    first = mirror_workdir(url)
-    (first.parent / "dead").mkdir()
-    (first.parent / "dead.lock").touch()
-    second = mirror_workdir(url)
+    first, parent = BucketRunDir(url), files.mirrors_root()
+    (parent / "dead").mkdir()
+    (parent / "dead.lock").touch()
+    second = BucketRunDir(url)
     # The lock of a live process is respected between processes; this one cannot refuse itself.
-    assert second.exists() and not (first.parent / "dead").exists() and not (first.parent / "dead.lock").exists()
+    assert second.path.exists() and first.path != second.path
+    assert not (parent / "dead").exists() and not (parent / "dead.lock").exists()
 
 
 def test_another_machine_continues_after_finished_chunks(url, store):
-    chunks = ChunkStore(mirror_workdir(url) / "samples" / ".chunks")
+    chunks = ChunkStore(BucketRunDir(url).subdirectory("samples/.chunks"))
     chunks.save(3, images=np.arange(4))
     assert "samples/.chunks/3.npz" in store.list()
-    mirror = locations.find_mirror(mirror_workdir(url) / "x")
-    path = mirror.root / "samples" / ".chunks" / "3.npz"
-    assert path.exists()
-    path.unlink()  # as if it had been uploaded later, by process 0
-    with np.load(locations.fetch(path)) as arrays:
+    workdir = BucketRunDir(url)
+    with np.load(workdir.fetch(workdir / "samples" / ".chunks" / "3.npz")) as arrays:
         np.testing.assert_array_equal(arrays["images"], np.arange(4))
     chunks.delete()
-    assert not [name for name in store.list("samples/") if name.endswith(".npz")]
+    assert not store.list("samples/")
 
 
 def test_files_and_folders_are_downloaded_once(bucket_url, own_cache, capsys):
     store = open_store(bucket_url)
-    store.write("data/train/a.npy", b"1")
+    store.write("data/train/a.npy", b"1" * 1_000_001)
     store.write("data/train/b.npy", b"2")
     store.write("data/test/c.npy", b"3")
     store.write("weights.npz", b"w")
-    assert downloads.local_path(f"{bucket_url}/weights.npz").read_bytes() == b"w"
-    folder = downloads.local_path(f"{bucket_url}/data/", below="train/")
+    assert local_path(f"{bucket_url}/weights.npz").read_bytes() == b"w"
+    folder = local_path(f"{bucket_url}/data/", below="train/")
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")) == ["train/a.npy", "train/b.npy"]
     assert "2 files" in capsys.readouterr().out
-    assert downloads.local_path(f"{bucket_url}/data", below="train/") == folder and not capsys.readouterr().out
+    assert local_path(f"{bucket_url}/data", below="train/") == folder and not capsys.readouterr().out
 
     store.write("data/train/a.npy", b"changed")
     store.delete(["data/train/b.npy"])
-    downloads.local_path(f"{bucket_url}/data")
+    local_path(f"{bucket_url}/data")
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")) == ["test/c.npy", "train/a.npy"]
     assert (folder / "train" / "a.npy").read_bytes() == b"changed"
-    assert locations.with_urls(f"{folder}/test") == f"{bucket_url}/data/test"
+    assert files.with_urls(f"{folder}/test") == f"{bucket_url}/data/test"
 
 
 def test_a_url_that_names_nothing_has_a_path_that_does_not_exist(bucket_url, own_cache):
-    assert not downloads.local_path(f"{bucket_url}/nothing").exists()
+    assert not local_path(f"{bucket_url}/nothing").exists()
 
 
 def test_names_that_leave_the_mirror_and_whole_buckets_are_refused(bucket_url):
     assert is_safe("a/b") and not any(map(is_safe, ("../a", "a/../../b", "/a", "a\\..\\b")))
     with pytest.raises(StorageError, match="is a whole bucket"):
-        downloads.local_path(f"{bucket_url}/")
+        local_path(f"{bucket_url}/")
 
 
 def test_a_disk_that_is_too_small_is_named(bucket_url, own_cache, monkeypatch):
     open_store(bucket_url).write("weights.npz", b"w" * 100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result and type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="set XDG_CACHE_HOME to a directory of a larger disk"):
-        downloads.local_path(f"{bucket_url}/weights.npz")
+        local_path(f"{bucket_url}/weights.npz")

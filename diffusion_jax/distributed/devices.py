@@ -17,8 +17,8 @@ import absl.logging
 import jax
 
 import diffusion_jax
+from diffusion_jax.distributed.processes import log
 from diffusion_jax.files import user_cache
-from diffusion_jax.runs.console import log
 
 __all__ = [
     "collect_garbage_rarely",

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from diffusion_jax.runs import devices
+from diffusion_jax.distributed import devices
 
 
 @pytest.fixture

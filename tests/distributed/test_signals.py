@@ -7,7 +7,7 @@ import time
 import pytest
 
 from diffusion_jax.distributed import processes, watchdog
-from diffusion_jax.distributed.termination import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
+from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
 from helpers.paths import ROOT
 from helpers.program import finish, start
@@ -44,13 +44,13 @@ def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
 
 
 IN_A_CALL = f"""
-import functools, hashlib, pathlib, sys
+import functools, hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed.preemption import Preemption, exit_on_signals
+from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.checkpoints import resume_hint
 
-hint = functools.partial(resume_hint, pathlib.Path(sys.argv[2]))
-with exit_on_signals(hint) if sys.argv[1] == "1" else Preemption(hint).install_handler():
+with SignalHandler(functools.partial(resume_hint, RunDir(sys.argv[2])), saves=sys.argv[1] == "2"):
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
 """

@@ -1,0 +1,216 @@
+"""The directory of a run: where its files are, which launch may write them, and in a bucket, how they are uploaded.
+
+A run works on local files. Whatever writes one gets the `RunDir` and uploads the finished file, which for a local directory
+does nothing. An object appears completely or not at all, as a file that is renamed does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.errors import StorageError
+from diffusion_jax.files import downloads_root, mirrors_root, with_urls
+from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
+from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
+from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
+
+__all__ = ["BucketRunDir", "RunDir", "committed_steps", "open_run_dir"]
+
+
+def committed_steps(directory: pathlib.Path) -> list[int]:
+    """Steps with a committed checkpoint in a directory of checkpoints, in increasing order."""
+    paths = directory.glob(f"*/{MANIFEST}")
+    return sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
+
+
+class RunDir(os.PathLike):
+    """The local directory of a run, or a directory in it, which need not exist yet.
+
+    path: the local path. `run_dir / name` is a path in it, and str(run_dir) the name that people know.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path).expanduser()
+        self._locks: list[FileLock | Lease] = []  # that this launch holds
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def subdirectory(self, name: str) -> RunDir:
+        """A directory in this one, whose files are uploaded if these are."""
+        directory = copy.copy(self)
+        directory.path = self / name
+        return directory
+
+    def upload(self, *paths: pathlib.Path) -> None:
+        """Uploads finished files, or all files of directories. Raises: OSError."""
+
+    def fetch(self, path: pathlib.Path) -> pathlib.Path:
+        """The same path, after a file or directory that another process uploaded is downloaded. Raises: OSError."""
+        return path
+
+    def refresh(self) -> None:
+        """Downloads what other launches have changed. Raises: OSError."""
+
+    def delete(self, directory: pathlib.Path) -> None:
+        """Deletes a directory; a step of a checkpoint no longer exists when the deletion begins."""
+        removed = directory.with_name(f"{directory.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)  # from an earlier launch
+        directory.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+    def rename(self, directory: pathlib.Path, name: str) -> None:
+        """Renames a directory, which replaces another of that name."""
+        renamed = directory.with_name(name)
+        shutil.rmtree(renamed, ignore_errors=True)  # from an earlier launch
+        directory.rename(renamed)
+
+    @contextlib.contextmanager
+    def locked(self, activity: str) -> Iterator[None]:
+        """Holds the lock on the directory for all processes of this launch.
+
+        Process 0 holds the lock, and waits half a minute for the one of another launch, which may be about to end.
+        activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
+        Raises: LockHeldError if another launch holds the lock, LeaseLostError if one has taken it over, OSError.
+        """
+        lock = self._make_lock()
+        try:
+            holder = broadcast_from_process_0(lock.acquire)
+            if holder:
+                raise LockHeldError(
+                    f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
+                )
+            self.refresh()  # another launch may have written until now
+            self._locks.append(lock)
+            yield
+            lock.check()
+        finally:
+            if lock in self._locks:
+                self._locks.remove(lock)
+            lock.release()
+
+    def check_locks(self) -> None:
+        """Raises: LeaseLostError if another launch has taken over a lock. Process 0 calls it before it commits a step."""
+        for lock in self._locks:
+            lock.check()
+
+    def find_holder(self) -> str | None:
+        """The process that holds the lock on the directory, such as "process 1 of HOST"; None if none does."""
+        return self._make_lock().find_holder()
+
+    def _make_lock(self) -> FileLock | Lease:
+        return FileLock(self / LOCK)
+
+
+class BucketRunDir(RunDir):
+    """The directory of a run in a bucket, or a directory in it, with a local copy of its small files; others are fetched.
+
+    A launch that writes has a copy of its own, a mirror that is removed at the end; one that is read_only shares a copy in
+    the user's cache, and raises PermissionError instead of uploading.
+    """
+
+    def __init__(self, url: str, read_only: bool = False):
+        """Raises: StorageError if the bucket cannot be used, OSError."""
+        self.store = open_store(url.rstrip("/"), write=not read_only)
+        self._copies = downloads_root() if read_only else self._make_mirror()
+        self._root = copy_path(self._copies, self.store.url)
+        self._read_only = read_only
+        super().__init__(self._root)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.refresh()
+
+    def __str__(self) -> str:
+        return f"{self.store.url}/{self.name_of(self.path)}".removesuffix("/.")
+
+    def name_of(self, path: pathlib.Path) -> str:
+        """The name of the object of a file."""
+        return path.relative_to(self._root).as_posix()
+
+    def upload(self, *paths: pathlib.Path) -> None:
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+        self._writable_store().upload_all({str(file): self.name_of(file) for file in files})
+
+    def fetch(self, path: pathlib.Path) -> pathlib.Path:
+        name = self.name_of(path)
+
+        def is_needed(found: str, _: Objects) -> bool:
+            return f"{found}/".startswith(f"{name}/")
+
+        if not path.is_file():
+            copy_objects(self.store, self._copies, self.store.url, name, is_needed)
+        return path
+
+    def refresh(self) -> None:
+        if self.path == self._root:
+            copy_objects(self.store, self._copies, self.store.url, is_needed=is_small)
+        else:
+            self.fetch(self.path)
+
+    def delete(self, directory: pathlib.Path) -> None:
+        """Deletes a directory and its objects, the manifest first: then a step does not exist."""
+        store, name = self._writable_store(), self.name_of(directory)
+        store.delete([f"{name}/{MANIFEST}"])
+        store.delete(store.list(f"{name}/"))
+        if directory.exists():
+            super().delete(directory)
+
+    def rename(self, directory: pathlib.Path, name: str) -> None:
+        """Renames a directory and its objects, the manifest first, so that a step does not exist meanwhile."""
+        store, old, new = self._writable_store(), self.name_of(directory), self.name_of(directory.with_name(name))
+        super().rename(directory, name)
+        for found in sorted(store.list(f"{old}/"), key=lambda found: not found.endswith(f"/{MANIFEST}")):
+            store.move(found, new + found.removeprefix(old))
+
+    def _writable_store(self) -> ObjectStore:
+        if self._read_only:
+            raise PermissionError(f"{self} is only read")
+        return self.store
+
+    def _make_lock(self) -> FileLock | Lease:
+        return Lease(self.store, self.name_of(self / LOCK))
+
+    def _make_mirror(self) -> pathlib.Path:
+        """A directory that is removed at exit; those of processes that were killed are removed now."""
+        import filelock  # not installed with the core
+
+        parent = mirrors_root()
+        parent.mkdir(mode=0o700, exist_ok=True)
+        if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
+            raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")
+        with filelock.FileLock(parent / "lock"):  # no other process makes or removes one meanwhile
+            for path in parent.glob("*.lock"):
+                with contextlib.suppress(filelock.Timeout), filelock.FileLock(path, blocking=False):
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                    path.unlink(missing_ok=True)
+            directory = pathlib.Path(tempfile.mkdtemp(dir=parent))
+            self._mirror_lock = filelock.FileLock(directory.with_suffix(".lock"))
+            self._mirror_lock.acquire()
+        atexit.register(directory.with_suffix(".lock").unlink, missing_ok=True)
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        return directory
+
+
+def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) -> RunDir:
+    """The directory of a run by its path or URL, or by the path of a local copy, then read-only; a RunDir as it is.
+
+    read_only: of a bucket, as for BucketRunDir. Raises: StorageError if it cannot be used, OSError.
+    """
+    if isinstance(location, RunDir):
+        return location
+    text = os.fspath(location)
+    url = with_urls(text)
+    return BucketRunDir(url, read_only or url != text) if is_url(url) else RunDir(text)

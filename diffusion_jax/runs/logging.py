@@ -1,0 +1,491 @@
+"""The log of a run: lines of JSON, TensorBoard events, trackers, and goodput, where the wall time of its launches went.
+
+A local directory has metrics.jsonl, which grows. Objects of a bucket cannot grow, so each flush writes the new lines to
+metrics/<last step>.jsonl, and begins a new file of events. goodput.json has an entry for each launch, which is rewritten
+once a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import math
+import os
+import pathlib
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from diffusion_jax.config import flatten
+from diffusion_jax.distributed.devices import describe_environment
+from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, UserError, shorten
+from diffusion_jax.files import with_urls, write_text
+from diffusion_jax.run_dir import BucketRunDir, RunDir
+from diffusion_jax.runs.console import log
+from diffusion_jax.runs.workdir import to_dict
+from diffusion_jax.storage.downloads import EVENTS, local_path
+
+__all__ = [
+    "PARTS",
+    "TRACKERS",
+    "Goodput",
+    "LaunchTimes",
+    "RunMetrics",
+    "Trackers",
+    "check_writers",
+    "read_goodput",
+    "read_launches",
+    "read_metrics",
+]
+
+_LINES, _PARTS = "metrics.jsonl", "metrics"
+_SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
+_TENSORBOARD_GROUPS = {
+    **dict.fromkeys(("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "mse", "vlb", "accuracy"), "loss"),
+    **dict.fromkeys(("images_per_second", "seconds_left", "step_seconds", "goodput"), "time"),
+    **dict.fromkeys(("compute", "data_wait", "logging"), "time"),
+    **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), "optimizer"),
+}  # the others are metrics of samples
+
+
+def check_writers(config: ConfigDict) -> None:
+    """Raises: UserError for a tracker of `logging.writers` whose package is not installed."""
+    for name in config.logging.writers:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
+            )
+
+
+def read_metrics(workdir: RunDir | str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the metrics of a run: dictionaries with "step" and the means since the line before; [] if nothing is logged.
+
+    workdir: a path, or the URL of a work directory in a bucket. A last line that a killed run did not finish is left out.
+    """
+    lines = [line for path in _files(local_path(workdir, _PARTS)) for line in _read_lines(path)]
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def _files(workdir: RunDir | pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in (workdir / _LINES, *sorted((workdir / _PARTS).glob("*.jsonl"))) if path.exists()]
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
+def _as_text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+class RunMetrics:
+    """Writes the metrics of a launch to metrics.jsonl and to the writers of `logging.writers`.
+
+    step: where the launch starts: later lines are removed first, so that each step has its lines once. Raises: UserError
+    with exit code 1 if a file cannot be written; trackers never raise.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: RunDir, step: int):
+        self._workdir, self._last_flush = workdir, time.monotonic()
+        self._in_bucket = isinstance(workdir, BucketRunDir)
+        self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
+        stored, names = to_dict(config), config.logging.writers
+        self._writers: list[_TensorBoardEvents | Trackers] = []
+        with self._write_errors():
+            for path in _files(workdir):
+                text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
+                if text != path.read_text():
+                    write_text(path, text)
+                    workdir.upload(path)
+            if "tensorboard" in names:
+                self._writers.append(_TensorBoardEvents(workdir, step, stored))
+        trackers = [name for name in names if name in TRACKERS]
+        self._writers.append(Trackers(trackers, workdir, config.logging.project, stored))
+
+    def __enter__(self) -> RunMetrics:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with contextlib.suppress(*[UserError] if kind else []):  # the first error is the one to report
+            self.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the logs in {self._workdir} ({error}); is the disk full? The checkpoints are kept: free some "
+                "space and rerun the same command to resume from the newest",
+                exit_code=1,
+            ) from error
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers by name."""
+        with self._write_errors():
+            self._waiting.append({"step": step, **scalars})
+            if not self._in_bucket:
+                self._append(self._workdir / _LINES)
+            for writer in self._writers:
+                writer.write_scalars(step, scalars)
+        if self._in_bucket and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+
+    def _append(self, path: pathlib.Path) -> None:
+        with path.open("a") as file:
+            file.write(_as_text(self._waiting))
+            self._waiting = []
+
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        """Writes a uint8 image [H, W, C]. caption: what it shows."""
+        with self._write_errors():
+            for writer in self._writers:
+                writer.write_image(step, name, image, caption)
+
+    def flush(self) -> None:
+        """Makes sure that what was written survives a kill: call it before the checkpoint from which a rerun continues."""
+        self._last_flush = time.monotonic()
+        with self._write_errors():
+            if not self._in_bucket:
+                with (self._workdir / _LINES).open("a") as file:
+                    os.fsync(file.fileno())
+            elif self._waiting:
+                path = self._workdir / _PARTS / f"{self._waiting[-1]['step']:08d}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                self._append(path)
+                self._workdir.upload(path)
+            for writer in self._writers:
+                writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes all writers."""
+        with self._write_errors(), contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            self.flush()
+
+
+class _TensorBoardEvents:
+    """Writes event files with TensorBoard alone: the import of TensorFlow takes seconds.
+
+    The first event of a launch makes TensorBoard ignore the events of earlier launches beyond `step`.
+    """
+
+    def __init__(self, workdir: RunDir, step: int, config: Mapping[str, Any]):
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # imported here because other modes do not need it
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
+        self._workdir, self._in_bucket = workdir, isinstance(workdir, BucketRunDir)
+        self._open()
+        self._write(step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+        self._write(step, summary=text_pb("config", f"```json\n{json.dumps(config, indent=2)}\n```"))
+
+    def _open(self) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path = self._workdir / f"{EVENTS}{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(self._path.open("wb"))
+        self._write(0, file_version="brain.Event:2")
+        self._is_empty = True
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._records.write(self._event.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        self._is_empty = False
+
+    def _write_values(self, step: int, values: list[dict[str, Any]]) -> None:
+        summary = self._summary.Summary
+        self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        tags = {name: f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
+        self._write_values(step, [{"tag": tags[name], "simple_value": value} for name, value in scalars.items()])
+
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        height, width, channels = image.shape
+        png = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if channels == 1 else image).save(png, "PNG")
+        size = {"height": height, "width": width, "colorspace": channels}
+        self._write_values(step, [{"tag": name, "image": size | {"encoded_image_string": png.getvalue()}}])
+
+    def flush(self) -> None:
+        self._records.flush()
+        if self._in_bucket and not self._is_empty:
+            self.close()
+            self._open()
+
+    def close(self) -> None:
+        self._records.close()
+        if self._in_bucket:
+            if not self._is_empty:
+                self._workdir.upload(self._path)
+            self._path.unlink()
+
+
+# ---- Trackers: each is optional, sends in the background, and never ends a run when it fails. A relaunch continues the
+# runs whose ids trackers.json of the work directory has.
+
+_OPEN_SECONDS = 25.0  # for W&B to connect
+_MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default a server that is gone holds the start for minutes
+
+
+class _WandB:
+    """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
+
+    _package = "wandb"
+
+    def __init__(self, workdir: RunDir, project: str, title: str, config: Mapping[str, Any]):
+        self._module: Any = importlib.import_module(self._package)
+        run_id = _run_id(workdir, self._package, lambda: uuid.uuid4().hex[:8])
+        options = self._options(workdir, title, run_id)
+        self._run = self._module.init(project=project, config=dict(config), resume="allow", **options)
+
+    def _options(self, workdir: RunDir, title: str, run_id: str) -> dict[str, Any]:
+        settings = self._module.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
+        directory = None if isinstance(workdir, BucketRunDir) else workdir.path  # a mirror is removed at the end
+        return {"id": run_id, "name": title, "dir": directory, "settings": settings}
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        self._run.log({name: self._module.Image(image, caption=caption)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio(_WandB):
+    """trackio, which has W&B's functions. TRACKIO_DIR is its directory, TRACKIO_SPACE_ID a Space to send to."""
+
+    _package = "trackio"
+
+    def _options(self, workdir: RunDir, title: str, run_id: str) -> dict[str, Any]:
+        options = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
+        return options | {"name": f"{title}-{run_id}", "space_id": os.environ.get("TRACKIO_SPACE_ID")}
+
+
+class _MLflow:
+    """MLflow. MLFLOW_TRACKING_URI names the server."""
+
+    def __init__(self, workdir: RunDir, project: str, title: str, config: Mapping[str, Any]):
+        for name, value in _MLFLOW_LIMITS.items():
+            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+        self._mlflow: Any = importlib.import_module("mlflow")
+        self._client = self._mlflow.MlflowClient()
+
+        def create_run() -> str:
+            experiment = self._client.get_experiment_by_name(project)
+            experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
+            run_id = self._client.create_run(experiment_id, run_name=title).info.run_id
+            parameters = [self._mlflow.entities.Param(name, shorten(str(value), 500)) for name, value in config.items()]
+            for start in range(0, len(parameters), 100):  # a request holds at most 100
+                self._client.log_batch(run_id, params=parameters[start : start + 100], synchronous=False)
+            return run_id
+
+        self._id = _run_id(workdir, "mlflow", create_run)
+        self._client.update_run(self._id, status="RUNNING")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        now, metric = int(1000 * time.time()), self._mlflow.entities.Metric
+        metrics = [metric(name, value, now, step) for name, value in scalars.items()]
+        self._client.log_batch(self._id, metrics, synchronous=False)
+
+    def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        self._client.log_image(self._id, image, f"{name}/{step:08d}.png", synchronous=False)
+
+    def close(self) -> None:
+        self._mlflow.flush_async_logging()
+        self._client.set_terminated(self._id)
+
+
+TRACKERS: dict[str, Callable[[RunDir, str, str, Mapping[str, Any]], Any]] = {
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}
+
+
+def _run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
+    """The id of the run of a tracker: that of trackers.json, or a new one, which is stored there."""
+    path = workdir / "trackers.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if tracker not in stored:
+        stored[tracker] = create()
+        write_text(path, json.dumps(stored) + "\n")
+        workdir.upload(path)
+    return stored[tracker]
+
+
+class Trackers:
+    """Writes to the trackers of these names; one that fails is dropped with one line.
+
+    config: nested, as JSON values; trackers get it by full names.
+    """
+
+    def __init__(self, names: Sequence[str], workdir: RunDir, project: str, config: Mapping[str, Any]):
+        self._trackers: dict[str, Any] = {}
+        title = workdir.path.absolute().name
+        for name in names:
+            with self._drop_if_it_fails(name):
+                self._trackers[name] = TRACKERS[name](workdir, project, title, flatten(config))
+
+    @contextlib.contextmanager
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            log(f"Note: {name} failed ({reason}): the run continues without it.")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs numbers."""
+        self._call("write_scalars", step, scalars)
+
+    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
+        """Logs a uint8 image [H, W, C]. caption: what it shows."""
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        self._call("write_image", step, name, picture, caption)
+
+    def flush(self) -> None:
+        """Does nothing: trackers send in the background."""
+
+    def close(self) -> None:
+        """Ends the runs, which waits for what is left to be sent."""
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._drop_if_it_fails(name):
+                getattr(tracker, method)(*arguments)
+
+
+# ---- Goodput
+
+_GOODPUT = "goodput.json"
+_SECONDS_BETWEEN_WRITES = 60.0
+# The parts of a launch. start: reading and checking. input: the loop waits for data. output: lines and pictures.
+PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
+
+
+class Goodput(NamedTuple):
+    """fractions: of the wall time since the first launch, by part; their sum is 1.
+
+    train is the goodput: steps that count. repeated: steps that were lost in a kill and done again. idle: between launches.
+    """
+
+    fractions: dict[str, float]
+    wall_seconds: float
+    num_launches: int
+
+
+class LaunchTimes:
+    """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970.
+
+    Time inside `measure` counts for the part that it names. Other time counts for `start`, and after `begin` for `train`.
+    """
+
+    def __init__(self, workdir: RunDir, clock: Callable[[], float] = time.time):
+        self._workdir, self._clock, self._start = workdir, clock, clock()
+        self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
+        self._written = -math.inf
+        self._launches: list[dict[str, Any]] = [{}]  # the last is this one
+
+    def begin(self, step: int) -> None:
+        """Sets the step that the launch starts from; from now on, what is not measured is `train`."""
+        this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
+        self._launches = [*read_launches(self._workdir), this]
+        self._count_as("train")
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Counts the time of the block as a part, without the blocks inside that are measured themselves."""
+        outer = self._count_as(part)
+        try:
+            yield
+        finally:
+            self._count_as(outer)
+
+    def _count_as(self, part: str) -> str:
+        """Counts the time from now on as a part. Returns: the part that was counted until now."""
+        now, before = self._clock(), self._part
+        self._seconds[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each part up to now."""
+        self._count_as(self._part)
+        return dict(self._seconds)
+
+    def record(self, step: int, is_last: bool = False) -> None:
+        """Records that a step is finished, and writes the file at most once a minute unless `is_last`."""
+        self._launches[-1]["last_step"] = step
+        now = self._clock()
+        if is_last or now - self._written > _SECONDS_BETWEEN_WRITES:
+            self._launches[-1] |= {"end": now, "seconds": {part: round(s, 3) for part, s in self.seconds().items()}}
+            write_text(self._workdir / _GOODPUT, json.dumps(self._launches) + "\n")
+            self._workdir.upload(self._workdir / _GOODPUT)
+            self._written = now
+
+    def goodput(self) -> float:
+        """The goodput of the run up to now."""
+        this = self._launches[-1] | {"end": self._clock(), "seconds": self.seconds()}
+        return _goodput([*self._launches[:-1], this]).fractions["train"]
+
+    def stop(self, error: BaseException) -> None:
+        """Records the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
+        if isinstance(error, StorageError | LeaseLostError):
+            return
+        is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)
+        text = str(error) if is_message else f"{type(error).__name__}: {error}"
+        self._launches[-1]["stopped_by"] = shorten(" ".join(with_urls(text).split()) or type(error).__name__, 300)
+        with contextlib.suppress(Exception):
+            self.record(self._launches[-1]["last_step"], is_last=True)
+
+
+def read_goodput(workdir: RunDir | pathlib.Path) -> Goodput | None:
+    """The goodput of a run up to the end of its last launch; None without a launch that wrote its times."""
+    launches = read_launches(workdir)
+    return _goodput(launches) if launches else None
+
+
+def read_launches(workdir: RunDir | pathlib.Path) -> list[dict[str, Any]]:
+    """The launches of a run that finished a step or failed, as goodput.json has them; [] if there are none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((workdir / _GOODPUT).read_text())
+    return []
+
+
+def _goodput(launches: list[dict[str, Any]]) -> Goodput:
+    totals = dict.fromkeys([*PARTS, "repeated", "idle"], 0.0)
+    for launch, following in zip(launches, [*launches[1:], None], strict=True):
+        for part in PARTS:
+            totals[part] += launch["seconds"][part]
+        if following is None:
+            break
+        totals["idle"] += max(following["start"] - launch["end"], 0.0)
+        steps = launch["last_step"] - launch["first_step"]
+        if steps:
+            lost = min(max(launch["last_step"] - following["first_step"], 0), steps)
+            totals["repeated"] += launch["seconds"]["train"] * lost / steps
+    totals["train"] -= totals["repeated"]
+    wall = max(sum(totals.values()), 1e-9)
+    return Goodput({part: seconds / wall for part, seconds in totals.items()}, wall, len(launches))
