@@ -292,11 +292,11 @@ class Model:
         """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
-        fields = {name for name, field in getattr(sampler, "__dataclass_fields__", {}).items() if field.init}
+        fields = {field.name for field in dataclasses.fields(sampler) if field.init}
         changes: dict[str, Any] = {"prediction": self.prediction}
         if self.variance.startswith("learned"):
             changes["variance"] = self.variance
-        if self.levels is None and getattr(sampler, "clip", None) is True:  # the default, for data in [-1, 1]
+        if self.levels is None and sampler.clip is True:  # the default, for data in [-1, 1]
             changes["clip"] = self.clip
         inner = getattr(sampler, "sampler", None)
         if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
