@@ -12,7 +12,7 @@ from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """Appendix B of the paper; the other settings are in docs/reference/configuration.md."""
+    """Section 4 and appendix B of the paper; warm-up and gradient clipping are those of its code."""
     config = default()
     config.data.update(dataset="cifar10", image_size=32, channels=3, random_flip=True)
     config.model.update(channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2, dropout=0.1)

@@ -12,7 +12,7 @@ from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
 
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-# main.py, and then what else it can do, in the same processes: a launch costs more than its steps.
+# Trains, and then runs the other modes in the same processes: starting a process takes longer than its steps.
 ALL_MODES = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -62,14 +62,14 @@ def free_port() -> int:
 
 
 def start_together(count, *flags, program="main.py"):
-    """The processes of one launch, started. With two devices each if they are two, so that both split and share arrays."""
+    """Starts the processes of one launch. Two processes have two devices each, so that they both split and share arrays."""
     joined = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
     devices = {"XLA_FLAGS": TWO_DEVICES} if count == 2 else {}
     return [start(*flags, *joined, f"--process_id={i}", program=str(program), **devices) for i in range(count)]
 
 
 def run_together(count, *flags, program="main.py"):
-    """What each process of a launch prints, which must end without an error."""
+    """Returns what each process of a launch prints. All must end without an error."""
     outputs = [finish(process) for process in start_together(count, *flags, program=program)]
     assert all(code == 0 for code, _, _ in outputs), outputs
     return [out for _, out, _ in outputs]
