@@ -48,7 +48,8 @@ def test_a_work_directory_stands_for_its_newest_samples(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a run without samples"):
         example_sets.open_set(str(run.parent))
-    for i, name in enumerate(("b.npz", "a.npz", "edit_inpaint.npz", "c.partial.npz")):
+    (run / "edits").mkdir()
+    for i, name in enumerate(("b.npz", "a.npz", "edits/inpaint.npz", "c.partial.npz")):
         save(run / name, all_digits()[:2])
         os.utime(run / name, (i, i))
     assert example_sets.open_set(str(run.parent)).name == str(run / "a.npz")
