@@ -23,7 +23,7 @@ from benchmarks import diffusers_network, roofline
 from configs import cifar10, imagenet64_adm, imagenet_adm
 from diffusion_jax import data, sampling, schedules, training
 from diffusion_jax.config import default
-from diffusion_jax.distributed import compiler
+from diffusion_jax.distributed import devices
 
 _CONFIGS = {"cifar10": cifar10.get_config, "adm64": imagenet64_adm.get_config, "adm256": imagenet_adm.get_config}
 NETWORKS = tuple(_CONFIGS)
@@ -138,7 +138,7 @@ def measure_ours(case: Case) -> dict:
     else:
         short, x_T = schedules.respace(built.schedule, case.steps), jax.random.normal(jax.random.key(1), shape)
 
-        @functools.partial(jax.jit, compiler_options=compiler.options())
+        @functools.partial(jax.jit, compiler_options=devices.compiler_options())
         def generate(params, x_T, y):
             def denoise_fn(x_t, time):
                 return built.model.apply({"params": params}, x_t, time, y if built.model.num_classes else None)

@@ -24,7 +24,7 @@ import numpy as np
 
 from configs import cifar10
 from diffusion_jax import sampling, schedules, training
-from diffusion_jax.distributed import compiler
+from diffusion_jax.distributed import devices
 from diffusion_jax.runs import plan
 from diffusion_jax.training.state import initial_params
 
@@ -34,7 +34,7 @@ COUNTED_SIZES = (*SIZES, 128, 256)
 
 def seconds(function, *arguments, rounds: int = 5) -> float:
     """Median seconds of a compiled call, after two calls that are not counted."""
-    compiled = jax.jit(function, compiler_options=compiler.options()).lower(*arguments).compile()
+    compiled = jax.jit(function, compiler_options=devices.compiler_options()).lower(*arguments).compile()
     taken = []
     for _ in range(rounds + 2):
         start = time.perf_counter()

@@ -33,7 +33,7 @@ def make_ours(dtype: str, images: int, small: bool):
 
     from configs import cifar10
     from diffusion_jax import pretrained, training
-    from diffusion_jax.distributed import compiler, devices, sharding
+    from diffusion_jax.distributed import devices, sharding
     from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
     from diffusion_jax.training.state import initial_params
 
@@ -43,7 +43,7 @@ def make_ours(dtype: str, images: int, small: bool):
     model, shape = training.model_from_config(config), (images, IMAGE_SIZE, IMAGE_SIZE, 3)
     params = jax.jit(lambda: initial_params(jax.random.key(0), model, shape[1:]))()
     x, time = jax.device_put((np.zeros(shape, np.float32), np.full(images, 500, np.float32)))
-    apply = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t), compiler_options=compiler.options())
+    apply = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t), compiler_options=devices.compiler_options())
 
     @functools.cache
     def settings(name: str, steps: int):

@@ -223,7 +223,7 @@ def _sampler(config, built) -> tuple:
     import jax
 
     from diffusion_jax import sampling, schedules
-    from diffusion_jax.distributed import compiler
+    from diffusion_jax.distributed import devices
 
     short, sampler = schedules.respace(built.schedule, 50), sampling.ddim(variance=config.diffusion.variance)
 
@@ -233,7 +233,7 @@ def _sampler(config, built) -> tuple:
 
         return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampler)
 
-    program = jax.jit(generate, compiler_options=compiler.options())
+    program = jax.jit(generate, compiler_options=devices.compiler_options())
     return program, (built.abstract_state.params, *_shapes(config, "float32"))
 
 

@@ -27,7 +27,7 @@ def make_ours(batch_size: int, dtype: str):
 
     from configs import cifar10
     from diffusion_jax import training
-    from diffusion_jax.distributed import compiler, devices
+    from diffusion_jax.distributed import devices
 
     devices.start()
     config = cifar10.get_config()
@@ -37,7 +37,7 @@ def make_ours(batch_size: int, dtype: str):
     state = built.init()
     batch = {"image": np.zeros((batch_size, 32, 32, 3), np.uint8), "label": np.zeros(batch_size, np.int32)}
     x, time = np.zeros((batch_size, 32, 32, 3), np.float32), np.full(batch_size, 500.0, np.float32)
-    apply = jax.jit(lambda p, x, t: built.model.apply({"params": p}, x, t), compiler_options=compiler.options())
+    apply = jax.jit(lambda p, x, t: built.model.apply({"params": p}, x, t), compiler_options=devices.compiler_options())
 
     def step():
         nonlocal state
@@ -45,7 +45,9 @@ def make_ours(batch_size: int, dtype: str):
         jax.block_until_ready((state, metrics))
 
     functions = {"network call": lambda: jax.block_until_ready(apply(state.params, x, time)), "train step": step}
-    software = f"jax {jax.__version__} on {jax.default_backend()}, compiler options {compiler.options() or 'none'}"
+    software = (
+        f"jax {jax.__version__} on {jax.default_backend()}, compiler options {devices.compiler_options() or 'none'}"
+    )
     return functions, (sum(p.size for p in jax.tree.leaves(state.params)), software)
 
 

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, sharding, agreement between processes, signals and compiler options."""
+"""Devices and processes: the mesh, sharding, compiler options, agreement between processes, and signals."""

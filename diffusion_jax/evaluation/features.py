@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.config.values import import_function
-from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
 from diffusion_jax.files import save_npz, user_cache
@@ -236,7 +236,7 @@ class FeaturePipeline:
         self._params, self._compute = None, extractor.function
         if extractor.compiles:
             replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-            self._params, options = jax.device_put(extractor.params, replicated), compiler.options()
+            self._params, options = jax.device_put(extractor.params, replicated), devices.compiler_options()
             self._compute = jax.jit(
                 extractor.function, in_shardings=(replicated, rows), out_shardings=rows, compiler_options=options
             )

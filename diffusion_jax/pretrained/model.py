@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
-from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.images import to_model_range
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
 from diffusion_jax.pretrained import parameters
@@ -437,7 +437,7 @@ def _draw_on_mesh(mesh: Mesh) -> Callable:
 
     # None: parameters keep their own sharding.
     return jax.jit(
-        draw, static_argnums=0, in_shardings=(None, replicated, replicated), compiler_options=compiler.options()
+        draw, static_argnums=0, in_shardings=(None, replicated, replicated), compiler_options=devices.compiler_options()
     )
 
 

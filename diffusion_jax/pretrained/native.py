@@ -26,7 +26,7 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.ema import raw_weights_note, weights_kind
+from diffusion_jax.training.optimizer import raw_weights_note, weights_kind
 from diffusion_jax.training.state import abstract_params
 
 __all__ = [
@@ -91,7 +91,7 @@ def from_config(
 def load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
     """The network of a run; with the parameters of its newest checkpoint if `with_params`.
 
-    Warns if the raw weights replace the EMA (`training.ema.weights_kind`). Raises: PretrainedError, CheckpointError,
+    Warns if the raw weights replace the EMA (`training.optimizer.weights_kind`). Raises: PretrainedError, CheckpointError,
     DataError.
     """
     config = resolve(parameters.read_json(path / "config.json"))

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.distributed.watchdog import watch_batches
+from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
 from diffusion_jax.files import save_npz
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.console import ProgressBar, log

@@ -67,8 +67,7 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
-        self._last_line, self._note = self._start_time, ""
-        self._rich = None
+        self._last_line, self._rich = self._start_time, None
         if jax.process_index() == 0 and sys.stdout.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
@@ -85,9 +84,8 @@ class ProgressBar:
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` of the total are finished. note: other values to show (loss, speed)."""
-        self._note = note or self._note
         now = time.perf_counter()
-        notes = [self._note] if self._note else []
+        notes = [note] if note else []
         if done > self._initial:
             seconds = (now - self._start_time) / (done - self._initial) * (self._total - done)
             notes = [f"{format_duration(seconds)} left", *notes]

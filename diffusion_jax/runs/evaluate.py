@@ -39,7 +39,7 @@ from diffusion_jax.runs import measure_likelihood
 from diffusion_jax.runs.console import ProgressBar, log, progress_over
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
-from diffusion_jax.training.from_config import condition_shape
+from diffusion_jax.training import condition_shape
 
 __all__ = [
     "add_record",

@@ -18,9 +18,10 @@ import pathlib
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -36,11 +37,10 @@ from diffusion_jax.storage.downloads import EVENTS, local_path
 
 __all__ = [
     "PARTS",
-    "TRACKERS",
+    "WRITERS",
     "Goodput",
     "LaunchTimes",
     "RunMetrics",
-    "Trackers",
     "check_writers",
     "read_goodput",
     "read_launches",
@@ -58,9 +58,9 @@ _TENSORBOARD_GROUPS = {
 
 
 def check_writers(config: ConfigDict) -> None:
-    """Raises: UserError for a tracker of `logging.writers` whose package is not installed."""
+    """Raises: UserError for a writer of `logging.writers` whose package is not installed."""
     for name in config.logging.writers:
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
             )
@@ -94,28 +94,28 @@ def _as_text(lines: list[dict[str, Any]]) -> str:
 
 
 class RunMetrics:
-    """Writes the metrics of a launch to metrics.jsonl and to the writers of `logging.writers`.
+    """Writes the metrics of a launch to metrics.jsonl and to the writers of `logging.writers`; on process 0 only.
 
-    step: where the launch starts: later lines are removed first, so that each step has its lines once. Raises: UserError
-    with exit code 1 if a file cannot be written; trackers never raise.
+    step: where the launch starts: later lines are removed first, so that each step has its lines once. A writer that fails is
+    dropped with one line. Raises: UserError with exit code 1 if a line cannot be written.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir, step: int):
         self._workdir, self._last_flush = workdir, time.monotonic()
-        self._in_bucket = isinstance(workdir, BucketRunDir)
+        self._in_bucket, self._is_writer = isinstance(workdir, BucketRunDir), jax.process_index() == 0
         self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
-        stored, names = to_dict(config), config.logging.writers
-        self._writers: list[_TensorBoardEvents | Trackers] = []
+        self._writers: dict[str, Any] = {}
+        if not self._is_writer:
+            return
         with self._write_errors():
             for path in _files(workdir):
                 text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
                 if text != path.read_text():
                     write_text(path, text)
                     workdir.upload(path)
-            if "tensorboard" in names:
-                self._writers.append(_TensorBoardEvents(workdir, step, stored))
-        trackers = [name for name in names if name in TRACKERS]
-        self._writers.append(Trackers(trackers, workdir, config.logging.project, stored))
+        for name in config.logging.writers:
+            with self._drop_if_it_fails(name):
+                self._writers[name] = WRITERS[name](workdir, to_dict(config), step)
 
     def __enter__(self) -> RunMetrics:
         return self
@@ -135,30 +135,45 @@ class RunMetrics:
                 exit_code=1,
             ) from error
 
+    @contextlib.contextmanager
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._writers.pop(name, None)
+            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            log(f"Note: {name} failed ({reason}): the run continues without it.")
+
+    def _call_writers(self, method: str, *arguments: Any) -> None:
+        for name, writer in list(self._writers.items()):
+            with self._drop_if_it_fails(name):
+                getattr(writer, method)(*arguments)
+
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes numbers by name."""
-        with self._write_errors():
-            self._waiting.append({"step": step, **scalars})
-            if not self._in_bucket:
-                self._append(self._workdir / _LINES)
-            for writer in self._writers:
-                writer.write_scalars(step, scalars)
+        if not self._is_writer:
+            return
+        self._waiting.append({"step": step, **scalars})
+        if not self._in_bucket:
+            self._append(self._workdir / _LINES)
+        self._call_writers("write_scalars", step, scalars)
         if self._in_bucket and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
     def _append(self, path: pathlib.Path) -> None:
-        with path.open("a") as file:
+        with self._write_errors(), path.open("a") as file:
             file.write(_as_text(self._waiting))
             self._waiting = []
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         """Writes a uint8 image [H, W, C]. caption: what it shows."""
-        with self._write_errors():
-            for writer in self._writers:
-                writer.write_image(step, name, image, caption)
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        self._call_writers("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
         """Makes sure that what was written survives a kill: call it before the checkpoint from which a rerun continues."""
+        if not self._is_writer:
+            return
         self._last_flush = time.monotonic()
         with self._write_errors():
             if not self._in_bucket:
@@ -169,24 +184,26 @@ class RunMetrics:
                 path.parent.mkdir(exist_ok=True)
                 self._append(path)
                 self._workdir.upload(path)
-            for writer in self._writers:
-                writer.flush()
+        self._call_writers("flush")
 
     def close(self) -> None:
-        """Flushes and closes all writers."""
-        with self._write_errors(), contextlib.ExitStack() as stack:
-            for writer in self._writers:
-                stack.callback(writer.close)
+        """Flushes, and closes all writers."""
+        try:
             self.flush()
+        finally:
+            self._call_writers("close")
 
 
-class _TensorBoardEvents:
+# ---- Writers. Each takes the work directory, the config as JSON values, and the step from which the launch starts.
+
+
+class _TensorBoard:
     """Writes event files with TensorBoard alone: the import of TensorFlow takes seconds.
 
     The first event of a launch makes TensorBoard ignore the events of earlier launches beyond `step`.
     """
 
-    def __init__(self, workdir: RunDir, step: int, config: Mapping[str, Any]):
+    def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2  # imported here because other modes do not need it
         from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -217,11 +234,10 @@ class _TensorBoardEvents:
         tags = {name: f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
         self._write_values(step, [{"tag": tags[name], "simple_value": value} for name, value in scalars.items()])
 
-    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
-        height, width, channels = image.shape
+    def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
         png = io.BytesIO()
-        Image.fromarray(image.squeeze(-1) if channels == 1 else image).save(png, "PNG")
-        size = {"height": height, "width": width, "colorspace": channels}
+        image.save(png, "PNG")
+        size = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
         self._write_values(step, [{"tag": name, "image": size | {"encoded_image_string": png.getvalue()}}])
 
     def flush(self) -> None:
@@ -238,23 +254,39 @@ class _TensorBoardEvents:
             self._path.unlink()
 
 
-# ---- Trackers: each is optional, sends in the background, and never ends a run when it fails. A relaunch continues the
-# runs whose ids trackers.json of the work directory has.
-
 _OPEN_SECONDS = 25.0  # for W&B to connect
 _MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default a server that is gone holds the start for minutes
 
 
-class _WandB:
+class _Tracker:
+    """An experiment tracker, an optional package. A relaunch continues the run whose id trackers.json stores."""
+
+    def flush(self) -> None:
+        """Does nothing: trackers send in the background."""
+
+    @staticmethod
+    def run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
+        """The id of the run of a tracker: the one in trackers.json, or a new one, which is stored there."""
+        path = workdir / "trackers.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if tracker not in stored:
+            stored[tracker] = create()
+            write_text(path, json.dumps(stored) + "\n")
+            workdir.upload(path)
+        return stored[tracker]
+
+
+class _WandB(_Tracker):
     """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
 
     _package = "wandb"
 
-    def __init__(self, workdir: RunDir, project: str, title: str, config: Mapping[str, Any]):
+    def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
         self._module: Any = importlib.import_module(self._package)
-        run_id = _run_id(workdir, self._package, lambda: uuid.uuid4().hex[:8])
-        options = self._options(workdir, title, run_id)
-        self._run = self._module.init(project=project, config=dict(config), resume="allow", **options)
+        run_id = self.run_id(workdir, self._package, lambda: uuid.uuid4().hex[:8])
+        options = self._options(workdir, workdir.path.absolute().name, run_id)
+        project = config["logging"]["project"]
+        self._run = self._module.init(project=project, config=flatten(config), resume="allow", **options)
 
     def _options(self, workdir: RunDir, title: str, run_id: str) -> dict[str, Any]:
         settings = self._module.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
@@ -281,25 +313,28 @@ class _Trackio(_WandB):
         return options | {"name": f"{title}-{run_id}", "space_id": os.environ.get("TRACKIO_SPACE_ID")}
 
 
-class _MLflow:
+class _MLflow(_Tracker):
     """MLflow. MLFLOW_TRACKING_URI names the server."""
 
-    def __init__(self, workdir: RunDir, project: str, title: str, config: Mapping[str, Any]):
+    def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
         for name, value in _MLFLOW_LIMITS.items():
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         self._mlflow: Any = importlib.import_module("mlflow")
         self._client = self._mlflow.MlflowClient()
 
         def create_run() -> str:
+            project, title = config["logging"]["project"], workdir.path.absolute().name
             experiment = self._client.get_experiment_by_name(project)
             experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
             run_id = self._client.create_run(experiment_id, run_name=title).info.run_id
-            parameters = [self._mlflow.entities.Param(name, shorten(str(value), 500)) for name, value in config.items()]
+            parameters = [
+                self._mlflow.entities.Param(name, shorten(str(value), 500)) for name, value in flatten(config).items()
+            ]
             for start in range(0, len(parameters), 100):  # a request holds at most 100
                 self._client.log_batch(run_id, params=parameters[start : start + 100], synchronous=False)
             return run_id
 
-        self._id = _run_id(workdir, "mlflow", create_run)
+        self._id = self.run_id(workdir, "mlflow", create_run)
         self._client.update_run(self._id, status="RUNNING")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -315,66 +350,12 @@ class _MLflow:
         self._client.set_terminated(self._id)
 
 
-TRACKERS: dict[str, Callable[[RunDir, str, str, Mapping[str, Any]], Any]] = {
+WRITERS: dict[str, Callable[[RunDir, Mapping[str, Any], int], Any]] = {
+    "tensorboard": _TensorBoard,
     "wandb": _WandB,
     "mlflow": _MLflow,
     "trackio": _Trackio,
 }
-
-
-def _run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
-    """The id of the run of a tracker: that of trackers.json, or a new one, which is stored there."""
-    path = workdir / "trackers.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    if tracker not in stored:
-        stored[tracker] = create()
-        write_text(path, json.dumps(stored) + "\n")
-        workdir.upload(path)
-    return stored[tracker]
-
-
-class Trackers:
-    """Writes to the trackers of these names; one that fails is dropped with one line.
-
-    config: nested, as JSON values; trackers get it by full names.
-    """
-
-    def __init__(self, names: Sequence[str], workdir: RunDir, project: str, config: Mapping[str, Any]):
-        self._trackers: dict[str, Any] = {}
-        title = workdir.path.absolute().name
-        for name in names:
-            with self._drop_if_it_fails(name):
-                self._trackers[name] = TRACKERS[name](workdir, project, title, flatten(config))
-
-    @contextlib.contextmanager
-    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._trackers.pop(name, None)
-            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-            log(f"Note: {name} failed ({reason}): the run continues without it.")
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Logs numbers."""
-        self._call("write_scalars", step, scalars)
-
-    def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
-        """Logs a uint8 image [H, W, C]. caption: what it shows."""
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        self._call("write_image", step, name, picture, caption)
-
-    def flush(self) -> None:
-        """Does nothing: trackers send in the background."""
-
-    def close(self) -> None:
-        """Ends the runs, which waits for what is left to be sent."""
-        self._call("close")
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        for name, tracker in list(self._trackers.items()):
-            with self._drop_if_it_fails(name):
-                getattr(tracker, method)(*arguments)
 
 
 # ---- Goodput
@@ -397,7 +378,7 @@ class Goodput(NamedTuple):
 
 
 class LaunchTimes:
-    """Measures one launch on process 0, and writes it to goodput.json. clock: returns seconds since 1970.
+    """Measures one launch, and writes it to goodput.json. clock: returns seconds since 1970.
 
     Time inside `measure` counts for the part that it names. Other time counts for `start`, and after `begin` for `train`.
     """
@@ -405,7 +386,7 @@ class LaunchTimes:
     def __init__(self, workdir: RunDir, clock: Callable[[], float] = time.time):
         self._workdir, self._clock, self._start = workdir, clock, clock()
         self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
-        self._written = -math.inf
+        self._last_lap, self._written = dict(self._seconds), -math.inf
         self._launches: list[dict[str, Any]] = [{}]  # the last is this one
 
     def begin(self, step: int) -> None:
@@ -435,8 +416,16 @@ class LaunchTimes:
         self._count_as(self._part)
         return dict(self._seconds)
 
+    def lap(self) -> dict[str, float]:
+        """The seconds of each part since the last call."""
+        now, before = self.seconds(), self._last_lap
+        self._last_lap = now
+        return {part: now[part] - before[part] for part in now}
+
     def record(self, step: int, is_last: bool = False) -> None:
-        """Records that a step is finished, and writes the file at most once a minute unless `is_last`."""
+        """Records that a step is finished; process 0 writes the file, at most once a minute unless `is_last`."""
+        if jax.process_index() != 0:
+            return
         self._launches[-1]["last_step"] = step
         now = self._clock()
         if is_last or now - self._written > _SECONDS_BETWEEN_WRITES:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, pictures
 from diffusion_jax.config import is_continuous, resolve, resolve_clip
-from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
@@ -38,7 +38,7 @@ from diffusion_jax.runs.workdir import (
     to_dict,
     write_config_if_untrained,
 )
-from diffusion_jax.training.from_config import condition_shape
+from diffusion_jax.training import condition_shape
 
 __all__ = ["LikelihoodRun", "Terms", "run"]
 
@@ -172,7 +172,7 @@ class LikelihoodRun:
             self._bound,
             in_shardings=(replicated, replicated, replicated, by_rows),
             out_shardings=by_rows,
-            compiler_options=compiler.options(),
+            compiler_options=devices.compiler_options(),
         )
         chunks = ChunkStore(self.workdir.subdirectory(f".likelihood_{self._digest}"))
 

@@ -1,6 +1,7 @@
-"""`--mode=plan`: memory and FLOPs of a train step, and the settings with which it fits a kind of device. Writes nothing.
+"""`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of device.
 
-Everything follows from shapes, by the rule of `distributed/sharding.py`, and from traced programs; nothing is compiled.
+It writes nothing. The notes name settings with which a run cannot give good results; training logs them, too. Everything else
+follows from shapes, by the rule of `distributed/sharding.py`, and from traced programs; nothing is compiled.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, training
-from diffusion_jax.config import resolve
+from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import as_user_error
-from diffusion_jax.runs import recipe_checks
+from diffusion_jax.errors import DataError, as_user_error
 from diffusion_jax.runs.console import log
+from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "activations_per_example",
     "all_estimates",
     "estimate",
+    "log_notes",
+    "notes",
     "num_virtual_devices",
     "remat_choices",
     "run",
@@ -41,6 +45,9 @@ DEVICES = {"v4": 32e9, "v5e": 16e9, "a100": 80e9, "h100": 80e9}  # bytes of memo
 USABLE = 0.9  # of a device's memory; the rest is for the runtime, and for fragments between arrays
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
 _PRODUCTS = ("conv_general_dilated", "dot_general")
+_MAX_TRIAL_STEPS = 20  # shorter runs only show that the program works
+_MAX_TERMINAL_ALPHA_BAR = 0.01
+_NUM_CHECKED_IMAGES = 64
 
 Remat = bool | tuple[int, ...]
 
@@ -108,7 +115,7 @@ def run(config: ConfigDict) -> None:
     config, num_devices = resolve(config), jax.device_count()
     mesh, options, given = config.mesh, config.training, Settings.of(config)
     with as_user_error("config"):
-        recipe_checks.log_notes(config)
+        log_notes(config)
         training.build_program(config)  # checks the config
         choices = remat_choices(config) if mesh.device is not None else [given.remat]
         log(f"Tracing the network with model.remat={', '.join(map(str, choices))} ...")
@@ -259,3 +266,58 @@ def _with_remat(config: Mapping[str, Any], remat: Remat) -> dict[str, Any]:
 
 def _bytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+# ---- Notes
+
+
+def log_notes(config: ConfigDict, source: data.Source | None = None) -> None:
+    """Logs the `notes`, one line each."""
+    for note in notes(config, source):
+        log(f"Note: {note}.")
+
+
+def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
+    """The problems of a complete config, and of its training data if they are given; none of them stops the run."""
+    found, diffusion, num_steps = [], config.diffusion, config.training.num_steps
+    warmup_steps, share = config.optimizer.warmup_steps, initial_share(config, num_steps)
+    if num_steps > _MAX_TRIAL_STEPS and warmup_steps >= num_steps:
+        found.append(
+            f"optimizer.warmup_steps={warmup_steps} is not below training.num_steps={num_steps}, so the learning rate "
+            f"never reaches {config.optimizer.learning_rate:g}; use --config.optimizer.warmup_steps={num_steps // 20}, or "
+            "more steps"
+        )
+    if num_steps > _MAX_TRIAL_STEPS and share > MAX_INITIAL_SHARE:
+        decay, longer = config.ema.decay, ""
+        if decay < 1:
+            longer = f", or --config.training.num_steps={math.ceil(math.log(MAX_INITIAL_SHARE, decay))}"
+        found.append(
+            f"at training.num_steps={num_steps} the EMA (ema.decay={decay:g}) still holds {share:.0%} of the random initial "
+            f"weights, so samples use the raw weights; use --config.ema.warmup=True{longer}"
+        )
+    if not is_classifier(config):
+        if is_continuous(config) and diffusion.prediction in ("eps", "score") and not resolve_clip(config):
+            found.append(
+                f"diffusion.prediction={diffusion.prediction} of continuous data (data.levels=None) without a clip amplifies "
+                "the errors of the network at the first steps of a sampler; use --config.diffusion.prediction=v"
+            )
+        alpha_bar = training.schedule_from_config(diffusion).alpha_bar[-1]
+        if alpha_bar > _MAX_TERMINAL_ALPHA_BAR:
+            found.append(
+                f"diffusion.num_timesteps={diffusion.num_timesteps} with the schedule {diffusion.schedule} ends at alpha_bar="
+                f"{alpha_bar:.2g} instead of nearly 0, but samples start from pure noise; use "
+                "--config.diffusion.num_timesteps=1000, or --config.diffusion.schedule=cosine"
+            )
+    if source is not None:
+        batch_size, levels = config.training.batch_size, config.data.levels
+        if batch_size > len(source):
+            found.append(
+                f"training.batch_size={batch_size} exceeds the {len(source)} examples of the data, so every batch repeats "
+                f"some; use --config.training.batch_size={2 ** int(math.log2(len(source)))}"
+            )
+        if levels not in (None, 256):
+            try:
+                data.check_levels(source.read(np.arange(min(_NUM_CHECKED_IMAGES, len(source))))["image"], levels)
+            except DataError as error:
+                found.append(f"{error} (otherwise --mode=evaluate cannot measure the likelihood)")
+    return found

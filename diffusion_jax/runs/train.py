@@ -1,26 +1,35 @@
-"""`--mode=train` and `train_classifier`: trains a config, or resumes from the newest checkpoint."""
+"""`--mode=train` and `train_classifier`: trains a config, or resumes from the newest checkpoint.
+
+`run` checks the config, reads the data and restores the state; `_train` is the loop. A pass of the loop calls the train step,
+reads the next batch, and then writes what is due, in this order: metrics, a picture, the Frechet distance, a checkpoint. The
+outputs come before the checkpoint, so a run that is killed in between writes them again when it resumes.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import os
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, pretrained, training
+from diffusion_jax import data, models, pictures, pretrained, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
 from diffusion_jax.distributed import sharding
-from diffusion_jax.distributed.processes import EXIT_PEER_LOST, barrier, broadcast_from_process_0
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
 from diffusion_jax.distributed.signals import SignalHandler
-from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.evaluation.features import CHUNK
+from diffusion_jax.metrics import of_features, reported_name
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.console import (
     ProgressBar,
     format_duration,
@@ -29,22 +38,26 @@ from diffusion_jax.runs.console import (
     log_parameters,
     progress_over,
 )
+from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
-from diffusion_jax.runs.sampling import resolve_sampling
-from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile
+from diffusion_jax.runs.plan import log_notes
+from diffusion_jax.runs.sampling import SamplingSettings, draw_batch, resolve_sampling
 from diffusion_jax.runs.trained_model import load_initial_weights, normalization_differences, set_params
-from diffusion_jax.runs.training_outputs import PreviewPictures, PreviewSampler, TrainingFid, TrainingOutputs
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
     check_source,
     normalize,
     run_normalizations,
+    to_dict,
     write_config,
 )
 from diffusion_jax.training.checkpoints import Checkpoints, resume_hint
+from diffusion_jax.training.optimizer import weights_kind
 
-__all__ = ["BatchLoader", "run"]
+__all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
+
+_FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first ones fill caches
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
@@ -82,7 +95,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     if isinstance(net.model, models.Conditional):
         with as_user_error("config"):  # the errors of --mode=sample, except those of the files that it reads
             resolve_sampling(config, net, read_files=False)
-    recipe_checks.log_notes(config, loaded)
+    log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not saved:
         initial_weights = load_initial_weights(config, program.model)
@@ -95,19 +108,14 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
         net = dataclasses.replace(net, normalizations=normalizations)
-        preview = training_fid = None
+        preview = compare = None
         if config.sampling.preview_samples and samples_from_noise:
-            sampler = PreviewSampler(config, net, loaded, config.sampling.preview_samples, config.sampling.seed)
-            preview = PreviewPictures(workdir, sampler)
+            preview = PreviewSampler(config, net, loaded, config.sampling.preview_samples, config.sampling.seed)
         if config.evaluation.every:
             sampler = PreviewSampler(config, net, loaded, config.sampling.batch_size, config.evaluation.seed)
-            training_fid = TrainingFid(config, workdir, sampler, source)
+            compare = _make_frechet_distance(config, workdir, sampler, source)
         with launch.measure("restore"):
-            state = _restore_or_initialize(config, program, checkpoints, initial_weights)
-        if initial_weights is not None:
-            difference = normalization_differences(initial_weights[0].normalizations, normalizations)
-            if difference:
-                log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
+            state = _restore_or_initialize(config, program, checkpoints, initial_weights, normalizations)
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
@@ -121,7 +129,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
         normalized = normalize(config, loaded, normalizations)
-        _train(config, workdir, program, checkpoints, state, normalized, preview, training_fid, launch)
+        _train(config, workdir, program, checkpoints, state, normalized, preview, compare, launch)
     advice = "Sample with --mode=sample."
     if is_upsampler(config):
         advice = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
@@ -147,7 +155,8 @@ def _restore_or_initialize(
     config: ConfigDict,
     program: training.TrainingProgram,
     checkpoints: Checkpoints,
-    initial_weights: tuple[Any, list[str]] | None,
+    initial_weights: tuple[pretrained.Model, list[str]] | None,
+    normalizations: data.Normalizations,
 ) -> training.TrainState:
     """The state of the newest checkpoint, otherwise a new one.
 
@@ -164,6 +173,9 @@ def _restore_or_initialize(
     net, differences = initial_weights
     if differences:
         log(f"Note: they were trained for another diffusion ({'; '.join(differences)}).")
+    difference = normalization_differences(net.normalizations, normalizations)
+    if difference:
+        log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
     return set_params(state, program.abstract_state, net.params)
 
 
@@ -174,84 +186,111 @@ def _train(
     checkpoints: Checkpoints,
     state: training.TrainState,
     source: data.Source,
-    preview: PreviewPictures | None,
-    training_fid: TrainingFid | None,
+    preview: PreviewSampler | None,
+    compare: Callable[[Any], dict[str, float]] | None,
     launch: LaunchTimes,
 ) -> None:
-    """The train loop, from the step of `state` to the end. Raises: UserError, SaveError, StoppedBySignal."""
-    options, is_writer, step = config.training, jax.process_index() == 0, int(state.step)
-    empty_window = program.empty_window
-    state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
-    signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
-    watchdog = Watchdog(options.stall_timeout)
-    profile = TraceProfile(workdir if is_writer and options.profile else None)
+    """The train loop, from the step of `state` to the end.
+
+    source: normalized. preview draws the pictures and compare returns the Frechet distance, None if the config requests none.
+    Raises: UserError if a loss or gradient is not finite, SaveError, StoppedBySignal.
+    """
+    options, step, num_calls = config.training, int(state.step), 0
+    is_traced = options.profile and jax.process_index() == 0
+
+    def is_due(every: int) -> bool:
+        return every > 0 and (step == options.num_steps or step % every == 0)
+
+    state = _begin_window(config, program, state, step)
     launch.begin(step)
     with contextlib.ExitStack() as stack:
-        if is_writer:
-            stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
+        stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
         with launch.measure("start"):
             loader = BatchLoader(config, program, source, step)
             batch, count = loader.next(step)
-        compiled = {}
         with log_compilation("the train step"), launch.measure("compile"):
-            compiled[count] = _compile(program, count, state, batch)
+            compiled = {count: _compile(program, count, state, batch)}
             # Gloo ends processes that begin their first step more than 30 s apart, as slow compilations can be.
             barrier("compiled")
-        metrics = stack.enter_context(RunMetrics(config, workdir, step)) if is_writer else None
+        metrics = stack.enter_context(RunMetrics(config, workdir, step))
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
-        stack.enter_context(watchdog)
+        watchdog = stack.enter_context(Watchdog(options.stall_timeout))
         stack.callback(loader.close)
-        stack.callback(profile.stop)
-        in_flight = StepsInFlight(step)
-        outputs = TrainingOutputs(
-            config, step, metrics, checkpoints, watchdog, preview, training_fid, launch, in_flight, signals
-        )
-        is_timed = handles_signals = False
-        while step < options.num_steps:
+        tracing = stack.enter_context(contextlib.ExitStack())
+        signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
+        in_flight, note, logged_step = StepsInFlight(step), "", step
+        must_stop = is_timed = False
+        launch.lap()
+        while step < options.num_steps and not must_stop:
             if count not in compiled:
                 compiled[count] = _compile(program, count, state, batch)
-            state, step_metrics = profile.call(step, compiled[count], state, batch)
-            step += count
+            if is_traced and num_calls == _FIRST_TRACED:
+                tracing.enter_context(_trace(workdir, in_flight))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = compiled[count](state, batch)
+            step, num_calls = step + count, num_calls + 1
             in_flight.add(step, step_metrics["loss"])
-            if step < options.num_steps:
-                with launch.measure("input"):
-                    batch, count = loader.next(step)
+            if num_calls == _END_TRACED:
+                tracing.close()
+            with launch.measure("input"):
+                batch, count = loader.next(step)
             in_flight.wait()
-            if not handles_signals:  # before, there is nothing to save, and a signal ends the program at once
+            if num_calls == 1:  # before, there is nothing to save, and a signal ends the program at once
                 stack.enter_context(signals)
-                handles_signals = True
             watchdog.record_step()
-            note = outputs.log_metrics(step, state)
-            state = state if step % options.log_every else dataclasses.replace(state, window=empty_window())
-            if not is_timed and (seconds := in_flight.seconds_per_step()):
-                is_timed, num_left = True, options.num_steps - in_flight.finished
-                duration = f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-                log(
-                    f"A step takes {duration}; the {num_left:,} steps left take about "
-                    f"{format_duration(num_left * seconds)} on this device."
-                )
-                if num_left * seconds > 7 * 86400:
-                    batch_size = max(8, program.mesh.size * options.accumulation_steps)
-                    log(
-                        "Note: that is more than a week. To test this config, use another --workdir with "
-                        f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
-                    )
+
+            if is_due(options.log_every):
+                in_flight.drain()
+                means = training.window_means(_finite_window(state, checkpoints))
+                watchdog.record_step()
+                speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
+                logged_step = step
+                note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
+                with launch.measure("output"):
+                    launch.record(step)
+                    metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
+            state = _begin_window(config, program, state, step)
+            is_timed = is_timed or _log_time_left(config, program.mesh, in_flight)
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
-                if is_writer:
-                    launch.record(in_flight.finished)
-            if outputs.write(step, state, signals.requested()):
-                break
+                launch.record(in_flight.finished)
+
+            must_stop = signals.requested()
+            if preview and is_due(options.sample_every) and not must_stop:
+                in_flight.drain()
+                params, kind = _weights_to_sample(config, state, step)
+                with launch.measure("output"):
+                    with watchdog.paused():
+                        is_drawn, samples = signals.call(functools.partial(preview, params))
+                    if is_drawn:
+                        _write_picture(workdir, metrics, step, samples, preview.settings, kind)
+                must_stop = not is_drawn
+            if compare and is_due(config.evaluation.every) and not must_stop:
+                in_flight.drain()
+                params, kind = _weights_to_sample(config, state, step)
+                with launch.measure("output"):
+                    with watchdog.paused():
+                        is_known, distance = signals.call(functools.partial(compare, params))
+                    if is_known:
+                        text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
+                        log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
+                        metrics.write_scalars(step, distance)
+                must_stop = not is_known
+            if must_stop or is_due(options.checkpoint_every):
+                in_flight.drain()
+                with launch.measure("output"):
+                    _finite_window(state, checkpoints)
+                    metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
+                    with watchdog.paused(), launch.measure("save"):
+                        checkpoints.save(step, state)
+
         with watchdog.paused():
             with launch.measure("save"):
                 checkpoints.finish(step)
-            if is_writer:
-                launch.record(step, is_last=True)
-            is_incomplete = step < options.num_steps or signals.has_abandoned
-            stopped = signals.stop_exception(step) if is_incomplete else None
-        if stopped:
-            raise stopped
+            launch.record(step, is_last=True)
+            if step < options.num_steps or signals.has_abandoned:
+                raise signals.stop_exception(step)
 
 
 def _compile(program: training.TrainingProgram, count: int, state: training.TrainState, batch) -> jax.stages.Compiled:
@@ -259,6 +298,74 @@ def _compile(program: training.TrainingProgram, count: int, state: training.Trai
     function = program.train_step if count == 1 else program.train_steps
     assert function is not None
     return function.lower(state, batch).compile()
+
+
+@contextlib.contextmanager
+def _trace(workdir: RunDir, in_flight: StepsInFlight) -> Iterator[None]:
+    """Traces the calls of the train step in the block for XProf, into the work directory."""
+    jax.profiler.start_trace(str(workdir.path))
+    try:
+        yield
+        in_flight.drain()
+    finally:
+        jax.profiler.stop_trace()
+        workdir.upload(workdir / "plugins")
+        log(f"A trace of the train step: xprof --logdir={workdir} (pip install xprof).")
+
+
+def _begin_window(
+    config: ConfigDict, program: training.TrainingProgram, state: training.TrainState, step: int
+) -> training.TrainState:
+    """The state with an empty window of metrics if `training.log_every` divides the step, otherwise the state as it is."""
+    if step % config.training.log_every:
+        return state
+    return dataclasses.replace(state, window=program.empty_window())
+
+
+def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The sums of the steps since the last metrics. Raises: UserError if a loss or gradient was not finite."""
+    window = jax.device_get(state.window)
+    if window["nonfinite_step"] >= 0:
+        steps = checkpoints.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
+        raise UserError(
+            f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
+            "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
+            "optimizer.grad_clip=1.0, or model.dtype=float32",
+            exit_code=1,
+        )
+    return window
+
+
+def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: int) -> dict[str, float]:
+    """The speed of `num_steps` steps, and the fractions of their time. spent: the result of `LaunchTimes.lap`."""
+    seconds, logging = sum(spent.values()), spent["output"] + spent["save"]
+    return {
+        "images_per_second": num_steps * batch_size / (seconds - logging),  # the speed of training alone
+        "seconds_left": num_left * seconds / num_steps,
+        "step_seconds": seconds / num_steps,
+        "compute": spent["train"] / seconds,
+        "data_wait": spent["input"] / seconds,
+        "logging": logging / seconds,
+    }
+
+
+def _log_time_left(config: ConfigDict, mesh: Mesh, in_flight: StepsInFlight) -> bool:
+    """Logs how long the steps that are left will take. Returns: False as long as the duration of a step is not known."""
+    seconds_per_step = in_flight.seconds_per_step()
+    if not seconds_per_step:
+        return False
+    duration = f"{seconds_per_step:.3g} s" if seconds_per_step >= 1 else f"{1000 * seconds_per_step:.3g} ms"
+    num_left = config.training.num_steps - in_flight.finished
+    seconds = num_left * seconds_per_step
+    log(f"A step takes {duration}; the {num_left:,} steps left take about {format_duration(seconds)} on this device.")
+    if seconds > 7 * 86400:
+        batch_size = max(8, mesh.size * config.training.accumulation_steps)
+        log(
+            "Note: that is more than a week. To test this config, use another --workdir with "
+            f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
+        )
+    return True
 
 
 class BatchLoader:
@@ -284,12 +391,14 @@ class BatchLoader:
             self._stream.close()
 
     def next(self, step: int) -> tuple[Any, int]:
-        """The next batch and the number of steps it is for.
+        """The batch of the steps from `step` on and their number; (None, 0) after the last step.
 
         Several steps make one call if they end at a multiple of `steps_per_call`, so that a rerun with another
         `steps_per_call` skips no interval; the steps up to the first multiple, and those left at the end, are single.
         """
         count = self._options.steps_per_call
+        if step == self._options.num_steps:
+            return None, 0
         if not self._can_scan or step % count or step + count > self._options.num_steps:
             return self._place(self._read(), 0), 1
         batches = [self._read() for _ in range(count)]
@@ -311,3 +420,158 @@ class BatchLoader:
     def _place(self, batch, leading_axes: int):
         by_rows = sharding.batch_sharding(self._mesh, leading_axes)
         return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(by_rows, leaf), batch)
+
+
+class StepsInFlight:
+    """The calls of the train step that were dispatched and may not have finished: about a second of work.
+
+    jax returns from a call before the devices have computed it, and queues tens of calls, also on CPUs. Without a limit, a
+    run that is stopped would compute all of them before it saves, and its progress would be that of the queue.
+
+    finished: the step after the last call that has finished.
+    """
+
+    _SECONDS = 1.0  # hides pauses of the host, and is short for whoever stops the run
+    _MAX_CALLS = 32  # as many as jax queues on CPUs
+    _SLOW_CALL = 5.0  # seconds; the first call also loads the program, which hardly matters then
+
+    def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
+        self.finished = self._first = step
+        self._calls: collections.deque[tuple[int, jax.Array]] = collections.deque()
+        self._clock, self._last_time, self._limit = clock, 0.0, 0.0  # the limit is a number of steps
+        self._timed_seconds, self._timed_steps = 0.0, 0
+
+    def add(self, step: int, output: jax.Array) -> None:
+        """Adds a call. step: after the call. output: an array of the call, which no later call donates."""
+        if not self._calls:
+            self._last_time = self._clock()  # the devices were idle
+        self._calls.append((step, output))
+
+    def wait(self) -> None:
+        """Waits until no more steps are in flight than finish in about a second."""
+        self._wait(self._limit)
+
+    def drain(self) -> None:
+        """Waits until all calls have finished."""
+        self._wait(0)
+
+    def seconds_per_step(self) -> float | None:
+        """The mean duration of the finished steps without those of the first call; None before a second is measured."""
+        return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
+
+    def _wait(self, limit: float) -> None:
+        before, num_calls = self.finished, 0
+        while self._calls and (
+            self._calls[-1][0] - self.finished > limit
+            or len(self._calls) > self._MAX_CALLS
+            or self._calls[0][1].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+        ):
+            self.finished, output = self._calls.popleft()
+            jax.block_until_ready(output)
+            num_calls += 1
+        if not num_calls:
+            return
+        now, steps = self._clock(), self.finished - before
+        seconds, self._last_time = now - self._last_time, now
+        # At most one call more than before: calls that finished during a pause of the host look short.
+        self._limit = min(self._SECONDS * steps / max(seconds, 1e-6), self._limit + steps / num_calls)
+        if before > self._first or seconds > self._SLOW_CALL:
+            self._timed_seconds, self._timed_steps = self._timed_seconds + seconds, self._timed_steps + steps
+
+
+# ---- Samples
+
+
+class PreviewSampler:
+    """Batches of samples by a few DDIM steps: `preview_sampler(params, batch)`; the second call compiles nothing."""
+
+    def __init__(self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int):
+        """net: without parameters. source: in the units of the data; samples get the conditions of evenly spread examples.
+
+        num_images: the batch size, rounded down to a multiple of the number of devices.
+        Raises: UserError or ValueError for settings that are not allowed.
+        """
+        options, num_devices = to_dict(config), net.num_devices
+        options["sampling"] |= {
+            "sampler": "ddim",
+            "steps": min(config.sampling.preview_steps, net.schedule.num_timesteps),
+            "spacing": None,
+            "eta": 0.0,
+            "guidance_scale": 1.0,
+            "classifier": "",
+            "label": None,
+        }
+        self._net, self._seed, self._is_compiled = net, seed, False
+        self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
+        if net.condition_shape is not None:
+            rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
+            conditions = source.read(rows)["condition"]
+        self.settings = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
+
+    def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
+        """Samples [N, *spatial, C], with the same random numbers at every call; every process calls this."""
+        if not self._is_compiled:
+            log(f"Compiling the sampler of {self.batch_size} previews ...")
+            self._is_compiled = True
+        return draw_batch(self._net.with_params(params), self.settings, self._seed, batch, self.batch_size)
+
+
+def _weights_to_sample(config: ConfigDict, state: training.TrainState, step: int) -> tuple[Any, str]:
+    """(parameters, their kind): of the EMA, "ema", or the raw ones, "raw", as long as the EMA holds too much of the start."""
+    kind = weights_kind(config, step)
+    return (state.ema_params if kind == "ema" else state.params), kind
+
+
+def _write_picture(
+    workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, settings: SamplingSettings, kind: str
+) -> None:
+    """Writes a picture of samples on process 0: a PNG in `workdir`, and an image to the writers of metrics.
+
+    A PNG that cannot be written is only logged, because a picture is not worth the run. kind: of the weights, "ema" or "raw".
+    """
+    if jax.process_index() != 0:
+        return
+    captions = None if settings.labels is None else settings.captions(len(samples))
+    title = f"Samples after {step:,} training steps, by DDIM with {settings.schedule.num_timesteps} steps"
+    title += ", raw weights" if kind == "raw" else ""
+    picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
+    try:
+        path = workdir / "samples" / f"train_step{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pictures.save(path, picture)
+        workdir.upload(path)
+    except OSError as error:
+        log(f"Note: the picture of step {step} could not be written: {error}.")
+    metrics.write_image(step, "samples", picture, title)
+
+
+def _make_frechet_distance(
+    config: ConfigDict, workdir: RunDir, sampler: PreviewSampler, source: data.Source | None
+) -> Callable[[Any], dict[str, float]]:
+    """A function of parameters: the Frechet distance of `evaluation.every_samples` samples, always of the same noise.
+
+    Its name has the number of samples and steps, on which the distance depends. The features of the reference are computed
+    now. source: the training data, if a caller gives them in place of `config.data`.
+    Raises: UserError, DataError, PretrainedError.
+    """
+    options = config.evaluation
+    try:
+        pipeline = load_pipeline(config)
+    except UserError as error:
+        raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
+    reference = load_reference(config, None if options.reference_split else source)
+    try:
+        moments = pipeline.extract_set(reference, features_cache(workdir)).moments
+    except ValueError as error:
+        raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
+    num_samples, extractor = options.every_samples, pipeline.extractor
+    metric = reported_name("fid", extractor.published, extractor.resize)
+    name = f"{metric}_{num_samples}_ddim{sampler.settings.schedule.num_timesteps}"
+
+    def compare(params: Any) -> dict[str, float]:
+        num_batches = -(-num_samples // sampler.batch_size)
+        samples = np.concatenate([sampler(params, i) for i in range(num_batches)])[:num_samples]
+        chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
+        return {name: of_features.frechet_distance(moments, of_features.moments_of_chunks(chunks))}
+
+    return compare

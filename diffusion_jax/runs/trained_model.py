@@ -24,7 +24,7 @@ from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, stored_normalizations
-from diffusion_jax.training.ema import raw_weights_note
+from diffusion_jax.training.optimizer import raw_weights_note
 
 __all__ = ["load_initial_weights", "load_weights", "normalization_differences", "open_model", "set_params"]
 
@@ -61,7 +61,7 @@ def load_weights(
     """The model with the newest intact weights of its run, or those of `config.init_from` if there is no checkpoint.
 
     Every process calls this. A note is logged if the raw weights replace the EMA that `use_ema` requests
-    (`training.ema.weights_kind`).
+    (`training.optimizer.weights_kind`).
     Raises: UserError if `init_from` was trained for another diffusion; PretrainedError if there are no weights.
     """
     workdir = open_run_dir(workdir)

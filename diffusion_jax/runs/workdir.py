@@ -21,7 +21,7 @@ from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import progress_over
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.training.from_config import condition_shape, stored_normalizations
+from diffusion_jax.training import condition_shape, stored_normalizations
 
 __all__ = [
     "check_data",

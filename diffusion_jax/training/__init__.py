@@ -1,8 +1,10 @@
 """Training: from a config to a state and a compiled, sharded train step; checkpoints."""
 
-from diffusion_jax.training.build import TrainingProgram, build_program, create
+from diffusion_jax.training.batches import condition_shape
 from diffusion_jax.training.from_config import (
-    condition_shape,
+    TrainingProgram,
+    build_program,
+    create,
     model_from_config,
     schedule_from_config,
     stored_normalizations,

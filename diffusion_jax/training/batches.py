@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax import data
 from diffusion_jax.images import to_model_range
 
-__all__ = ["Examples", "check_settings", "random_flip", "read_batch"]
+__all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
 
 
 class Examples(NamedTuple):
@@ -19,6 +20,14 @@ class Examples(NamedTuple):
     x_0: jax.Array
     y: jax.Array | None = None
     condition: jax.Array | None = None
+
+
+def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None if the data have none."""
+    features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
+    if features:
+        return (features,)
+    return (*data.example_shape(config["data"])[:-1], channels) if channels else None
 
 
 def read_batch(

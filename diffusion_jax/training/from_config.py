@@ -1,36 +1,39 @@
-"""The schedule, the network, the shape of its condition and the normalizations of its data, from a config and its run."""
+"""From a config to its schedule and network, and to the initial state and the compiled, sharded train step."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from diffusion_jax import data, models, process, schedules
-from diffusion_jax.config import is_classifier, is_continuous
+from diffusion_jax.config import is_classifier, is_continuous, resolve
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.training.state import Network
+from diffusion_jax.training.batches import condition_shape
+from diffusion_jax.training.optimizer import from_config as optimizer_from_config
+from diffusion_jax.training.optimizer import learning_rate
+from diffusion_jax.training.state import Network, TrainState, empty_window, initial_state, metric_names
+from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
 
 __all__ = [
+    "TrainingProgram",
+    "build_program",
     "check_loss",
-    "condition_shape",
+    "create",
     "model_from_config",
     "schedule_from_config",
     "stored_normalizations",
 ]
-
-
-def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None if the data have none."""
-    features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
-    if features:
-        return (features,)
-    return (*data.example_shape(config["data"])[:-1], channels) if channels else None
 
 
 def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.Path) -> data.Normalizations:
@@ -155,3 +158,104 @@ def check_loss(config: Mapping[str, Any]) -> None:
         )
     if loss == "vlb" and weighting not in (None, "none"):
         raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the vlb has its own weights; use none")
+
+
+class TrainingProgram(NamedTuple):
+    """The programs and shapes that a config describes, before any array exists.
+
+    init: () -> TrainState, a compiled function with its seed. empty_window: () -> its window before the first step, compiled.
+    train_step: (state, batch) -> (state, metrics), compiled; it donates the state. train_steps: the same for batches with a
+    leading axis of `training.steps_per_call` steps, in one program; None for one step per call. abstract_state: the shapes,
+    dtypes and shardings of the state.
+    """
+
+    mesh: Mesh
+    model: Network
+    schedule: schedules.Schedule
+    init: functools.partial[TrainState]
+    empty_window: Wrapped
+    train_step: Wrapped
+    train_steps: Wrapped | None
+    abstract_state: TrainState
+
+
+def build_program(config: Mapping[str, Any]) -> TrainingProgram:
+    """Builds the network, the schedule and the compiled functions of a config.
+
+    config: any mapping that `config.resolve` takes, partial ones included; `init_from` is not read. Raises: ConfigError for a
+    value that its leaf does not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    """
+    config = resolve(config)
+    mesh = sharding.make_mesh(config["mesh"])
+    options = config["training"]
+    sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
+    schedule = schedule_from_config(config["diffusion"])
+    check_loss(config["diffusion"])
+    data.check_random_flip(config["data"])
+    model = model_from_config(config)
+    optimizer = optimizer_from_config(config["optimizer"])
+    shape = data.example_shape(config["data"])
+
+    # The seed is an argument, so that the compilation cache has one program for all seeds.
+    def init(seed) -> TrainState:
+        return initial_state(config, model, optimizer, shape, seed)
+
+    seed = np.uint32(config["seed"])
+    shapes = jax.eval_shape(init, seed)
+    state_shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+
+    def gather_params(loss_fn: Callable) -> Callable:
+        return sharding.gather_params(loss_fn, mesh, model.dtype, models.KEPT_NAMES if model.remat else ())
+
+    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
+
+    def compiled(function: TrainStep, leading: int) -> Wrapped:
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(state_shardings, sharding.batch_sharding(mesh, leading)),
+            out_shardings=(state_shardings, replicated),
+            compiler_options=devices.compiler_options(options["deterministic"]),
+        )
+
+    # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls, so the caller makes
+    # single calls there.
+    scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
+    return TrainingProgram(
+        mesh=mesh,
+        model=model,
+        schedule=schedule,
+        init=functools.partial(
+            jax.jit(init, out_shardings=state_shardings, compiler_options=devices.fast_compile_options()), seed
+        ),
+        empty_window=jax.jit(lambda: empty_window(metric_names(config["diffusion"]["loss"])), out_shardings=replicated),
+        train_step=compiled(train_step, 0),
+        train_steps=compiled(scan_steps(train_step), 1) if scans else None,
+        abstract_state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, state_shardings
+        ),
+    )
+
+
+def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
+    """(state, train_step) of a config, for use in other programs.
+
+    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial,
+    C], "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state. Float data,
+    already standardized, come as "x" [B, *spatial, C] instead of "image". "label" is needed only for `model.num_classes` or
+    the loss "classify", and "condition", float, only for a network that takes conditions. A config is any nested mapping,
+    partial or complete, as `config.resolve` takes it.
+
+    Float data need data.random_flip=False. They also need data.levels=None if the loss is vlb or hybrid.
+
+    Raises: as `build_program`; ValueError for a config with `init_from`, which only the program reads; train_step raises
+    ValueError for a batch of other names, types or shapes.
+    """
+    config = resolve(config)
+    if config["init_from"]:
+        raise ValueError(
+            f"init_from={config['init_from']!r}: training.create does not load weights; leave it out, and put those "
+            "of pretrained.load into the state: state.replace(params=..., ema_params=...)"
+        )
+    built = build_program(config)
+    return built.init(), built.train_step

@@ -16,10 +16,8 @@ from diffusion_jax import data, losses, timesteps
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.training.batches import Examples, check_settings, random_flip, read_batch
-from diffusion_jax.training.ema import ema_decay
-from diffusion_jax.training.from_config import condition_shape
-from diffusion_jax.training.optimizer import global_norm
+from diffusion_jax.training.batches import Examples, check_settings, condition_shape, random_flip, read_batch
+from diffusion_jax.training.optimizer import ema_decay, global_norm
 from diffusion_jax.training.state import (
     Network,
     TrainState,

@@ -8,39 +8,29 @@ import pytest
 
 from diffusion_jax.distributed import devices
 
+CALLS = [(-3, 2**30), (-8, 1), (-1, 2**31 - 1)]  # M_MMAP_THRESHOLD, M_ARENA_MAX, M_TRIM_THRESHOLD
 
-@pytest.fixture
-def calls(monkeypatch):
-    made = []
-    library = types.SimpleNamespace(mallopt=lambda *arguments: made.append(arguments) or 1)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+
+@pytest.mark.parametrize(
+    ("platforms", "variables", "accepts", "expected"),
+    [
+        ("cpu", {}, 1, CALLS),
+        ("cpu", {}, 0, CALLS[:1]),  # a library that refuses the threshold keeps its others
+        ("cpu", {"GLIBC_TUNABLES": "1"}, 1, []),  # the user configures it
+        ("", {}, 1, []),
+        ("cuda,cpu", {}, 1, []),
+        ("cpu", {}, None, []),  # another C library
+    ],
+)
+def test_freed_memory_is_kept_on_cpus(monkeypatch, platforms, variables, accepts, expected):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments) or accepts)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace() if accepts is None else library)
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
         monkeypatch.delenv(name)
-    return made
-
-
-@pytest.mark.parametrize("accepts", [1, 0])
-def test_freed_memory_is_kept_on_cpus(calls, monkeypatch, accepts):
-    """A library that refuses the threshold keeps its others."""
-    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments) or accepts)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    devices.start()
-    # M_MMAP_THRESHOLD, M_ARENA_MAX, M_TRIM_THRESHOLD
-    assert calls == [(-3, 2**30), (-8, 1), (-1, 2**31 - 1)][: 3 if accepts else 1]
-
-
-@pytest.mark.parametrize(("platforms", "variables"), [("", {}), ("cuda,cpu", {}), ("cpu", {"GLIBC_TUNABLES": "1"})])
-def test_freed_memory_is_returned_for_accelerators_and_if_variables_configure_it(
-    calls, monkeypatch, platforms, variables
-):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(devices, "_platforms", lambda: platforms)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_plugins")
     devices.start()
-    assert not calls
-
-
-def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
-    devices.start()
+    assert calls == expected

@@ -62,9 +62,9 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
 from diffusion_jax.distributed import sharding
-from diffusion_jax.training import checkpoint_files
+from diffusion_jax.training import checkpoints
 
-write_part, write_manifest = checkpoint_files.write_part, checkpoint_files.write_manifest
+write_part, write_manifest = checkpoints.write_part, checkpoints.write_manifest
 victim, moment = "--process_id=1" in sys.argv, os.environ["MOMENT"]
 
 
@@ -86,7 +86,7 @@ def commit(directory, table):
     write_manifest(directory, table)
 
 
-checkpoint_files.write_part, checkpoint_files.write_manifest = write, commit
+checkpoints.write_part, checkpoints.write_manifest = write, commit
 sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
 cli.main()
 """

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffusion_jax.distributed import compiler, sharding
+from diffusion_jax.distributed import devices, sharding
 from helpers.configs import tiny_config
 from helpers.paths import ROOT
 
@@ -103,11 +103,11 @@ def test_a_batch_that_does_not_divide_names_the_nearest(num_devices, batch_size,
 
 def test_the_compiler_option_is_a_user_s_to_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
-    compiler.options.cache_clear()
-    assert compiler.options() == {}
+    devices.compiler_options.cache_clear()
+    assert devices.compiler_options() == {}
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
-    compiler.options.cache_clear()
-    assert compiler.options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
-    assert compiler.options() == {}
-    compiler.options.cache_clear()
+    devices.compiler_options.cache_clear()
+    assert devices.compiler_options(deterministic=True) == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert devices.compiler_options() == {}
+    devices.compiler_options.cache_clear()

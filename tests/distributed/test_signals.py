@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diffusion_jax.distributed import processes, watchdog
+from diffusion_jax.distributed import processes
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
 from helpers.paths import ROOT
@@ -21,8 +21,8 @@ ENDINGS = {
 def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     ended = threading.Event()
     calls = []
-    monkeypatch.setattr(watchdog, "exit_now", lambda message, code: (calls.append((message, code)), ended.set()))
-    with watchdog.Watchdog(0.2) as dog:
+    monkeypatch.setattr(processes, "exit_now", lambda message, code: (calls.append((message, code)), ended.set()))
+    with processes.Watchdog(0.2) as dog:
         with dog.paused():  # a compilation
             assert not ended.wait(0.6)
         dog.record_step()
@@ -33,12 +33,12 @@ def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
 
 def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(watchdog, "exit_now", lambda *_: ended.set())
+    monkeypatch.setattr(processes, "exit_now", lambda *_: ended.set())
     # A single process waits for no other.
-    assert list(watchdog.watch_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
-    monkeypatch.setattr(watchdog, "is_multiprocess", lambda: True)
+    assert list(processes.watch_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
+    monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
     seen = []
-    for batch in watchdog.watch_batches(range(2), 0.2):
+    for batch in processes.watch_batches(range(2), 0.2):
         seen.append(ended.wait(0.5 if batch == 0 else 20))
     assert seen == [False, True]  # five times the duration of the first: 2.5 s
 

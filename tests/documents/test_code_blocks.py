@@ -15,7 +15,7 @@ import pytest
 
 import configs.digits
 from diffusion_jax import cli
-from diffusion_jax.runs import recipe_checks, workdir
+from diffusion_jax.runs import plan, workdir
 from helpers import published_files
 from helpers.paths import ROOT
 
@@ -122,6 +122,6 @@ def test_the_command_line_parses_shell_blocks(page, placeholders, tmp_path):
             try:
                 parsed = cli.parse(arguments(command, placeholders, tmp_path / "new"))
                 cli.check_mode(parsed.mode, parsed.config)
-                assert parsed.mode != "train" or not recipe_checks.notes(parsed.config)
+                assert parsed.mode != "train" or not plan.notes(parsed.config)
             except Exception as error:
                 raise AssertionError(f"{page}, block of line {block.line}: {command}\n{error}") from error

@@ -17,7 +17,7 @@ import optax
 
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import SaveError
-from diffusion_jax.training import checkpoint_files
+from diffusion_jax.training import checkpoints
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.state import TrainState
 
@@ -96,14 +96,14 @@ def fail(directory: pathlib.Path) -> dict:
     with Checkpoints(directory) as saved:
         saved.save(1, state)
         saved.finish(1)
-        for step, broken in ((2, (1, checkpoint_files, "write_part")), (3, (0, checkpoint_files, "write_manifest"))):
+        for step, broken in ((2, (1, checkpoints, "write_part")), (3, (0, checkpoints, "write_manifest"))):
             with full_disk(*broken):
                 saved.save(step, state)
                 try:
                     saved.finish(step)
                 except SaveError as error:
                     errors.append(str(error))
-        with full_disk(1, checkpoint_files, "write_part"):
+        with full_disk(1, checkpoints, "write_part"):
             saved.save(4, state)
             try:
                 while True:  # as the train loop does, at another speed on each process

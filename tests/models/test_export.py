@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_jax import pretrained, training
-from diffusion_jax.distributed import compiler
+from diffusion_jax.distributed import devices
 from diffusion_jax.pretrained import model
 from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
 from helpers.configs import a_batch, tiny_config
@@ -62,6 +62,6 @@ def test_samplers_lower_for_tpu_and_cuda(sampler, monkeypatch):
 
 def test_gpu_options_are_known_to_the_compiler():
     """Their names and values: what they do shows only on a GPU."""
-    jax.jit(lambda x: x + 1, compiler_options=compiler.DETERMINISTIC).lower(jnp.zeros(())).compile()
+    jax.jit(lambda x: x + 1, compiler_options=devices.DETERMINISTIC).lower(jnp.zeros(())).compile()
     with pytest.raises(Exception, match="xla_gpu_no_such_option"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_option": "1"}).lower(jnp.zeros(())).compile()

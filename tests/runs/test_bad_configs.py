@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import cli
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError
-from diffusion_jax.runs import console, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
@@ -115,7 +115,7 @@ def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypat
     def noting(*_):
         raise DataError("taken")
 
-    monkeypatch.setattr("diffusion_jax.runs.recipe_checks.log_notes", noting)
+    monkeypatch.setattr("diffusion_jax.runs.train.log_notes", noting)
     with pytest.raises((UserError, DataError)) as caught:
         train.run(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
     assert (words or "taken") in str(caught.value) and not (tmp_path / "run").exists()
@@ -152,12 +152,6 @@ def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
     parsed = cli.parse(flags).config
     assert (parsed.init_from, parsed.init_flags) == ("weights.pt", "preset")
     assert cli.parse([*flags, "--pretrained_flags=other"]).config.init_flags == "other"
-
-
-def test_bars_count_images(capsys):
-    """Of 300 images in two chunks: not "2/2"."""
-    assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
-    assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")
 
 
 @pytest.mark.parametrize(("leaf", "value", "words"), BAD, ids=[f"{leaf}={value}" for leaf, value, _ in BAD])

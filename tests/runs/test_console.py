@@ -1,6 +1,7 @@
-"""The table of parameters that a launch prints."""
+"""Terminal output: the table of parameters, durations and bars."""
 
 import numpy as np
+import pytest
 
 from diffusion_jax.runs import console
 
@@ -17,3 +18,16 @@ def test_the_table_of_parameters_has_a_row_for_each_level(capsys):
     header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert header == ["Level", "Arrays", "Parameters", "Share"]
     assert rows == [["conv_in", "2", "80", "69.0%"], ["down_0", "3", "36", "31.0%"]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(62, "1:02"), (3 * 3600 + 245, "3:04:05"), (2726 * 3600, "114 days"), (47 * 3600, "47:00:00")]
+)
+def test_durations(seconds, text):
+    assert console.format_duration(seconds) == text
+
+
+def test_bars_count_images(capsys):
+    """Of 300 images in two chunks: not "2/2"."""
+    assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
+    assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")

@@ -1,5 +1,6 @@
 """Goodput over launches, the status of a directory, and profiles."""
 
+import contextlib
 import json
 import types
 
@@ -11,7 +12,6 @@ from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status, train
 from diffusion_jax.runs.logging import LaunchTimes, read_goodput, read_launches
-from diffusion_jax.runs.step_timing import TraceProfile
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import lines
 
@@ -73,16 +73,17 @@ def test_the_status_of_a_run(tmp_path, capsys):
 
 
 def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
-    traces, profile = [], TraceProfile(RunDir(tmp_path))
-    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: traces.append("start"))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: traces.append("stop"))
-    for step, found in enumerate([[]] * 5 + [["start"]] * 4 + [["start", "stop"]] * 3):
-        assert profile.call(step, lambda x: 2 * x, 3.0) == 6.0 and traces == found
-    profile = TraceProfile(RunDir(tmp_path))
-    for step in range(7):
-        profile.call(step, lambda x: x, 0)
-    profile.stop()  # the run ends before the last call
-    assert traces == ["start", "stop"] * 2
+    """Also of a launch that ends before the tenth."""
+    events = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: events.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: events.append("stop"))
+    step = lambda name, step_num: (events.append(step_num), contextlib.nullcontext())[1]  # noqa: E731
+    monkeypatch.setattr("jax.profiler.StepTraceAnnotation", step)
+    data_file = write_arrays("vectors", tmp_path / "data.npz")
+    for num_steps in (11, 18):
+        config = array_config("vectors", data_file, **{"training.num_steps": num_steps, "training.profile": True})
+        train.run(config, tmp_path / "run")
+    assert events == [*range(5), "start", *range(5, 10), "stop", *range(10, 16), "start", 16, 17, "stop"]
 
 
 def test_the_error_of_a_launch_is_stored_and_never_raises(tmp_path):

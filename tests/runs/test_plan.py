@@ -1,10 +1,12 @@
-"""The plan: the bytes and FLOPs that it counts, and the settings that it proposes."""
+"""The plan: the bytes and FLOPs that it counts, the settings that it proposes, and notes about problems of a config."""
+
+import re
 
 import jax
 import pytest
 
-from diffusion_jax import training
-from diffusion_jax.config import resolve
+from diffusion_jax import data, training
+from diffusion_jax.config import default, default_classifier, experiment, experiment_names, override, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.runs import plan
 from helpers.configs import tiny_config
@@ -58,3 +60,74 @@ def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert words in out and "--config.mesh.fsdp=" in out and "'--config.model.remat=" in out
     assert "as given" in out and ("does not fit" in out) == (memory == 1e3)
+
+
+# ---- Notes
+
+LONG = {"training.num_steps": 2000, "optimizer.warmup_steps": 100, "ema.warmup": True}
+CONTINUOUS = {"data.levels": None, "data.random_flip": False}
+
+# Settings that differ from the defaults, and the start of the note.
+NOTES = [
+    (
+        LONG | {"optimizer.warmup_steps": 5000},
+        "optimizer.warmup_steps=5000 is not below training.num_steps=2000, so the learning rate never reaches 0.0002; ",
+    ),
+    (
+        LONG | {"ema.warmup": False},
+        # 0.9999**2000 = 0.819, and 0.9999**23025 is the first power below 0.1
+        "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the random initial weights",
+    ),
+    (
+        LONG | CONTINUOUS,
+        "diffusion.prediction=eps of continuous data (data.levels=None) without a clip amplifies the errors",
+    ),
+    (
+        LONG | {"diffusion.num_timesteps": 10},
+        # the product of 1 - beta is 0.904
+        "diffusion.num_timesteps=10 with the schedule linear ends at alpha_bar=0.9 instead of nearly 0",
+    ),
+]
+
+
+def changed(base, **settings):
+    return override(base, {name: str(value) for name, value in settings.items()})
+
+
+@pytest.mark.parametrize(("settings", "start"), NOTES)
+def test_each_problem_has_a_note_with_a_remedy_that_removes_it(settings, start):
+    config = changed(default(), **settings)
+    (note,) = plan.notes(config)
+    assert note.startswith(start) and "use --config." in note
+    for name, value in re.findall(r"--config\.(\S+)=(\w+)", note):
+        assert plan.notes(changed(config, **{name: value})) == [], name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *map(experiment, experiment_names()),
+        changed(default(), **{"training.num_steps": 20}),  # a trial
+        changed(default(), **LONG | {"optimizer.warmup_steps": 1999}),
+        changed(default(), **LONG | {"ema.warmup": False, "training.num_steps": 23_025}),
+        changed(default(), **LONG | CONTINUOUS | {"sampling.clip": True}),
+        changed(default(), **LONG | CONTINUOUS | {"diffusion.prediction": "x_0"}),
+        changed(default(), **LONG | {"diffusion.num_timesteps": 500}),  # alpha_bar 0.006
+        changed(default_classifier(), **LONG | {"diffusion.num_timesteps": 10}),
+    ],
+)
+def test_what_works_has_no_note(config):
+    assert plan.notes(resolve(config)) == []
+
+
+def test_data_that_do_not_fit_the_settings_have_a_note():
+    """A batch that repeats examples, and gray levels that are not those of the images."""
+    source = data.load(tiny_config().data)
+    for overrides, words in (
+        ({"training.batch_size": len(source)}, None),
+        ({"training.batch_size": len(source) + 1}, "every batch repeats some; use --config.training.batch_size=1024$"),
+        ({"data.levels": 17}, None),
+        ({"data.levels": 16}, r"data.levels=16, but the images contain the value \d+, .*; use data.levels=256"),
+    ):
+        notes = plan.notes(tiny_config(**overrides), source)
+        assert len(notes) == (words is not None) and all(re.search(words or "", note) for note in notes), notes

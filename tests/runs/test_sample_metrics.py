@@ -14,7 +14,7 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.report.collect import collect, table_cells
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import evaluate, train, trained_model
-from diffusion_jax.runs.training_outputs import PreviewSampler
+from diffusion_jax.runs.train import PreviewSampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits

@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_jax import errors, guidance, pretrained, sampling, schedules, training
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import sample, training_outputs
+from diffusion_jax.runs import sample, train
 from diffusion_jax.runs import sampling as sampling_settings
 from helpers.array_configs import array_config
 from helpers.configs import DRAWN, T, classifier_config, conditional, tiny_config, upsampler_config
@@ -194,7 +194,7 @@ def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp
         config = array_config("vectors", tmp_path, **{"sampling.preview_steps": 20})
         config.diffusion.update(prediction=prediction, schedule=schedule)
         net = pretrained.from_config(config)
-        walked = training_outputs.PreviewSampler(config, net, None, 2, 0).settings.schedule
+        walked = train.PreviewSampler(config, net, None, 2, 0).settings.schedule
         np.testing.assert_array_equal(walked.timesteps, schedules.respace(net.schedule, 20, spacing).timesteps)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from diffusion_jax.distributed.signals import StoppedBySignal
 from diffusion_jax.run_dir import committed_steps
-from diffusion_jax.runs import console, train, training_outputs
-from diffusion_jax.runs.step_timing import StepsInFlight
+from diffusion_jax.runs import train
+from diffusion_jax.runs.train import StepsInFlight
 from helpers.array_configs import array_config, write_arrays
 
 
@@ -132,16 +132,9 @@ def test_a_signal_abandons_a_picture_and_saves(tmp_path, monkeypatch, last):
 
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.sample_every": 2})
     config.training.update(num_steps=last, checkpoint_every=4, log_every=2)
-    monkeypatch.setattr(training_outputs.PreviewPictures, "draw", draw_forever)
+    monkeypatch.setattr(train.PreviewSampler, "__call__", draw_forever)
     with pytest.raises(StoppedBySignal) as stopped:
         train.run(config, tmp_path / "run")
     released.set()
     assert stopped.value.is_computing  # a regular exit would abort
     assert committed_steps(tmp_path / "run" / "checkpoints") == [2] and not (tmp_path / "run" / "samples").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(62, "1:02"), (3 * 3600 + 245, "3:04:05"), (2726 * 3600, "114 days"), (47 * 3600, "47:00:00")]
-)
-def test_durations(seconds, text):
-    assert console.format_duration(seconds) == text

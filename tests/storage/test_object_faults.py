@@ -111,17 +111,6 @@ def test_the_clients_stop_waiting_for_an_answer(store, proxy, scheme, monkeypatc
     assert proxy.injected["silence"] == 3
 
 
-def test_nothing_is_cached(bucket_url, proxy):
-    store, other = objects.open_store(bucket_url), objects.open_store(bucket_url)
-    assert store.list() == {} and store.find("x") is None
-    other.write("x", b"1")
-    assert list(store.list()) == ["x"] and store.find("x").size == 1
-    proxy.inject("stale", "list", times=2)
-    assert store.list() == {}  # the proxy repeats what it first answered
-    proxy.clear()
-    assert list(store.list()) == ["x"]
-
-
 @pytest.mark.whole
 def test_a_service_that_does_not_answer_is_refused_in_time(bucket_url, proxy, monkeypatch):
     monkeypatch.setattr(objects, "_OPEN_TIMEOUT", 2.0)  # instead of 15 seconds

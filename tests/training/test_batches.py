@@ -14,6 +14,7 @@ from helpers.recorded_steps import floats, recorded
 
 LABELS = {"model.num_classes": 10}
 IMAGE = np.zeros((8, 8, 8, 1), np.uint8)
+LABELED = {"image": IMAGE, "label": np.zeros(8, np.int32)}
 
 
 def traced(config, batch):
@@ -134,21 +135,14 @@ def test_float_data_are_taken_as_they_are(dtype):
         ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
         ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
         ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
+        (LABELED, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
+        (
+            LABELED | {"condition": np.zeros((8, 3))},
+            r'"condition"\] must be float of shape \[8, 2\]; got float.* \[8, 3\]',
+        ),
     ],
 )
 def test_a_wrong_batch_is_refused_in_one_line(batch, words):
     with pytest.raises(ValueError, match=words) as caught:
-        read_batch(batch, (8, 8, 1), takes_labels=True)
+        read_batch(batch, (8, 8, 1), takes_labels=True, condition_shape=(2,))
     assert "\n" not in str(caught.value)
-
-
-def test_a_wrong_condition_is_refused():
-    for condition, words in (
-        ({}, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
-        (
-            {"condition": np.zeros((8, 3))},
-            r'batch\["condition"\] must be float of shape \[8, 2\]; got float.* \[8, 3\]',
-        ),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read_batch({"image": IMAGE} | condition, (8, 8, 1), takes_labels=False, condition_shape=(2,))

@@ -1,4 +1,4 @@
-"""Runs that begin with weights of others: --pretrained, init_from, and classifiers and upsamplers of others behind them."""
+"""Runs that start from other weights: --pretrained and init_from."""
 
 import json
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import errors, pretrained, sampling, schedules, training
+from diffusion_jax import data, errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
 from diffusion_jax.runs import sample, train, trained_model, workdir
 from diffusion_jax.runs.workdir import config_from_weights
+from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
 from helpers.program import finish, start
 from helpers.published_files import SCHEDULER, stored, write_folder
@@ -122,24 +123,57 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.whole
-def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
-    first = untrained(tmp_path / "first", tiny_config())
-    config = tiny_config(**{"model.num_heads": 2, "model.norm_epsilon": 1e-5})
-    config.init_from = str(first)
-    with pytest.raises(
-        errors.UserError, match=r"model.norm_epsilon: 1e-06 there, 1e-05 here; model.num_heads: 1 there, 2 here"
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A directory with data.npz, an untrained run of these vectors, and net.safetensors."""
+    root = tmp_path_factory.mktemp("weights")
+    config = array_config("vectors", write_arrays("vectors", root / "data.npz"))
+    untrained(root / "run", config, data.load(config.data))
+    pretrained.save_safetensors(pretrained.load(root / "run"), root / "net.safetensors")
+    return root
+
+
+def initial(root, name="run", **overrides):
+    config = array_config("vectors", root / "data.npz", **{"init_from": str(root / name), **overrides})
+    return trained_model.load_initial_weights(config, training.model_from_config(config))
+
+
+def test_weights_are_compared_with_the_config(weights, tmp_path):
+    net, differences = initial(weights, "net.safetensors", **{"model.dropout": 0.5})  # which changes no weights
+    assert not differences and net.normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))
+    jax.tree.map(np.testing.assert_array_equal, net.params, pretrained.load(weights / "run").params)
+    assert initial(weights, **{"data.levels": 256})[1] == ["data.levels: None there, 256 here"]
+    assert initial(weights, **{"diffusion.prediction": "v"})[1] == ["prediction: 'eps' there, 'v' here"]
+    for overrides, words in (
+        ({"data.channels": 4}, "input channels: 3 there, 4 here"),
+        (
+            {"model.num_res_blocks": 2, "model.condition_features": 2},
+            "model.condition_features: 0 there, 2 here; model.num_res_blocks: 1 there, 2 here",
+        ),
     ):
-        trained_model.load_initial_weights(config, training.model_from_config(config))
-    config.init_from = str(tmp_path / "nothing")
+        with pytest.raises(errors.UserError, match=words):
+            initial(weights, **overrides)
     with pytest.raises(pretrained.PretrainedError, match="no such file or folder"):
-        trained_model.load_initial_weights(config, training.model_from_config(config))
-    config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
-    config.init_from = str(first)
-    assert trained_model.load_initial_weights(config, training.model_from_config(config))[1] == []
-    config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
-    config.init_from = str(first)
+        initial(weights, "nothing")
+    series = array_config("series", "", init_from=str(weights / "run"))
+    with pytest.raises(errors.UserError, match="holds weights of models.MLP, and the config describes models.UNet"):
+        trained_model.load_initial_weights(series, training.model_from_config(series))
+    config = array_config(
+        "vectors", weights / "data.npz", init_from=str(weights / "run"), **{"diffusion.prediction": "v"}
+    )
     net = trained_model.open_model(config, tmp_path / "none")
-    assert trained_model.load_initial_weights(config, net.model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
         trained_model.load_weights(net, config, tmp_path / "none", True)
+
+
+@pytest.mark.whole
+def test_fine_tuning_measures_its_own_data_and_says_so(weights, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", x=examples("vectors", seed=2) * 3)
+    config = array_config(
+        "vectors", tmp_path / "other.npz", **{"init_from": str(weights / "run"), "training.num_steps": 2}
+    )
+    train.run(config, tmp_path / "new")
+    out = capsys.readouterr().out
+    assert "Note: the data are scaled by their own constants, not those of the weights (x: (data - (" in out
+    own = training.stored_normalizations(config, tmp_path / "new")["x"]
+    np.testing.assert_allclose(own.offset, 3 * examples("vectors", seed=2).mean(axis=0), rtol=1e-6)

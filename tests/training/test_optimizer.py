@@ -36,3 +36,26 @@ def test_optimizer_clips_as_optax(size):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
             *(optax.tree.get(each, name) for each in (state, expected)),
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "rates"),
+    [
+        ({}, [0, 2500, 5000, 10**6], [0, 1e-4, 2e-4, 2e-4]),
+        ({"schedule": "cosine", "decay_steps": 15_000}, [2500, 10_000, 15_000, 20_000], [1e-4, 1e-4, 0, 0]),
+        ({"schedule": "linear", "decay_steps": 15_000}, [2500, 10_000, 15_000, 20_000], [1e-4, 1e-4, 0, 0]),
+        ({"schedule": "linear", "warmup_steps": 0, "decay_steps": 300_000}, [100_000], [2e-4 * (1 - 1 / 3)]),
+    ],
+)
+def test_learning_rates(settings, steps, rates):
+    options = default().optimizer
+    options.update(settings)
+    rate = optimizer.learning_rate(options)
+    np.testing.assert_allclose([rate(step) for step in steps], rates, rtol=1e-6, atol=1e-10)
+
+
+def test_weight_decay_needs_adamw():
+    options = default().optimizer
+    options.weight_decay = 0.1
+    with pytest.raises(ValueError, match="adamw"):
+        optimizer.from_config(options)

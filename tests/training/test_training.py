@@ -8,8 +8,6 @@ import optax
 import pytest
 
 from diffusion_jax import training
-from diffusion_jax.config import default
-from diffusion_jax.training import optimizer
 from helpers.configs import a_batch, tiny_config
 
 
@@ -65,24 +63,6 @@ def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
         state, _ = train_step(state, batch)
     changed = abs(np.asarray(state.params["class"]["embedding"]) - before).max(axis=1) > 0
     assert np.flatnonzero(changed).tolist() == [3, 10]
-
-
-def test_learning_rates():
-    options = default().optimizer
-    rate = optimizer.learning_rate(options)
-    np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4], rtol=1e-6)
-    options.update(schedule="cosine", decay_steps=15_000)
-    rate = optimizer.learning_rate(options)
-    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
-    options.schedule = "linear"
-    rate = optimizer.learning_rate(options)
-    np.testing.assert_allclose([rate(2500), rate(10_000), rate(15_000), rate(20_000)], [1e-4, 1e-4, 0, 0], atol=1e-10)
-    options.update(warmup_steps=0, decay_steps=300_000)
-    np.testing.assert_allclose(optimizer.learning_rate(options)(100_000), 2e-4 * (1 - 1 / 3), rtol=1e-6)
-    bad = default().optimizer
-    bad.weight_decay = 0.1
-    with pytest.raises(ValueError, match="adamw"):
-        optimizer.from_config(bad)
 
 
 @pytest.mark.parametrize(

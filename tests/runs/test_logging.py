@@ -1,4 +1,4 @@
-"""Experiment trackers, the real packages in their offline modes: what they hold, and that they never end a run."""
+"""The writers of metrics: lines, TensorBoard's events, and trackers, the real packages in their offline modes."""
 
 import importlib
 import json
@@ -7,15 +7,70 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 from diffusion_jax import errors
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import logging
-from diffusion_jax.runs.logging import Trackers
+from diffusion_jax.runs.logging import RunMetrics
 from helpers.array_configs import array_config
+from helpers.configs import tiny_config
+from helpers.work_directories import lines
+
+
+def read_events(directory):
+    events = event_accumulator.EventAccumulator(str(directory))
+    events.Reload()
+    return events
+
+
+def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
+    scalars = {"loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
+    picture = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+    with RunMetrics(tiny_config(), RunDir(tmp_path), step=0) as metrics:
+        metrics.write_scalars(2, scalars)
+        metrics.write_image(2, "samples", picture, "Samples after 2 steps")
+    events = read_events(tmp_path)
+    groups = ("loss/loss", "loss/loss_q1", "time/compute", "optimizer/grad_norm", "metrics/frechet_distance")
+    assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == dict(
+        zip(groups, scalars.values(), strict=True)
+    )
+    assert lines(tmp_path, without=()) == [{"step": 2, **scalars}]
+    (config,) = events.Tensors("config")
+    assert '"num_steps": 4' in tensor_util.make_ndarray(config.tensor_proto).item().decode()
+    (image,) = events.Images("samples")
+    assert (image.step, image.height, image.width) == (2, 8, 6)
+
+
+def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
+    """The first launch is killed in the middle of a line and of an event."""
+    for step in (0, 4):
+        metrics = RunMetrics(tiny_config(), RunDir(tmp_path), step)
+        for later in (3, 5, 7) if step == 0 else (5, 6):
+            metrics.write_scalars(later, {"loss": float(step)})
+        metrics.flush()
+        if step == 0:
+            for path in tmp_path.iterdir():
+                path.write_bytes(path.read_bytes()[:-3])
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 0.0), (5, 4.0), (6, 4.0)]
+    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss/loss")] == [
+        (3, 0.0),
+        (5, 4.0),
+        (6, 4.0),
+    ]
+
+
+# ---- Trackers
 
 PROJECT = "a_project"
 PICTURE = np.zeros((4, 6, 3), np.uint8)
+
+
+def open_metrics(names, workdir, step=0):
+    return RunMetrics(
+        array_config("vectors", "", **{"logging.writers": names, "logging.project": PROJECT}), RunDir(workdir), step
+    )
 
 
 @pytest.fixture
@@ -41,12 +96,12 @@ def tracked_points(name, workdir):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", list(logging.TRACKERS))
+@pytest.mark.parametrize("name", [name for name in logging.WRITERS if name != "tensorboard"])
 def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
     """The first launch is killed after it logged step 4; the second starts from the checkpoint of step 2."""
     pytest.importorskip(name)
     for steps in ((2, 4), (4, 6)):
-        tracker = Trackers([name], RunDir(offline), PROJECT, {"seed": 0, "model": {"channels": 8}})
+        tracker = open_metrics((name,), offline)
         for step in steps:
             tracker.write_scalars(step, {"loss": 1 / step, "grad_norm": 2.0})
             tracker.write_image(step, "samples", PICTURE, "Samples")
@@ -60,13 +115,13 @@ def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
         assert sorted(tracked_points(name, offline)) == [(2, 1 / 2), (4, 1 / 4), (4, 1 / 4), (6, 1 / 6)]
 
 
-@pytest.mark.parametrize("method", ["open", "write_scalars", "write_image", "close"])
+@pytest.mark.parametrize("method", ["open", "write_scalars", "write_image", "flush", "close"])
 def test_a_tracker_that_fails_is_dropped_with_one_line(method, tmp_path, monkeypatch, capsys):
     failing, other = mock.Mock(), mock.Mock()
     broken = failing if method == "open" else getattr(failing.return_value, method)
     broken.side_effect = ConnectionError("no route\nto host")
-    monkeypatch.setattr(logging, "TRACKERS", {"wandb": failing, "mlflow": other})
-    opened = Trackers(["wandb", "mlflow"], RunDir(tmp_path), PROJECT, {})
+    monkeypatch.setattr(logging, "WRITERS", {"wandb": failing, "mlflow": other})
+    opened = open_metrics(("wandb", "mlflow"), tmp_path)
     for step in (1, 2):
         opened.write_scalars(step, {"loss": 1.0})
         opened.write_image(step, "samples", PICTURE, "Samples")
@@ -74,11 +129,11 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(method, tmp_path, monkeyp
     line = "Note: wandb failed (ConnectionError: no route to host): the run continues without it.\n"
     assert capsys.readouterr().out == line and broken.call_count == 1
     called = [name for name, *_ in other.return_value.method_calls]
-    assert called == ["write_scalars", "write_image", "write_scalars", "write_image", "close"]
+    assert called == ["write_scalars", "write_image", "write_scalars", "write_image", "flush", "close"]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "mlflow" or None)
     config = array_config("vectors", "", **{"logging.writers": ("tensorboard", "mlflow")})
     with pytest.raises(errors.UserError, match=r"has 'mlflow', which is not installed: pip install '.\[trackers\]'"):
         logging.check_writers(config)
