@@ -205,21 +205,6 @@ def close_to(directory, whole):
     np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_process_ends_its_peer(tmp_path, victim):
-    directory = tmp_path / "two"
-    pair = joined(directory)
-    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
-    pair[victim].kill()
-    began = time.monotonic()
-    code = pair[1 - victim].wait(timeout=PATIENCE)
-    seconds = time.monotonic() - began
-    text = directory.with_suffix(f".{1 - victim}.log").read_text()
-    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
-    pair[victim].wait()
-    figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
-
-
 def test_stuck_process_ends_both(tmp_path):
     """The data of one stands still, its heartbeats go on."""
     directory = tmp_path / "two"

@@ -41,13 +41,17 @@ class Output:
         self.device.now = max(self.device.now, self.end)
 
 
-def train_simulated(durations):
-    """Dispatches a call of each duration. Returns: (StepsInFlight, device, seconds of work in flight after each wait)."""
+def train_simulated(durations, pauses=None):
+    """Dispatches a call of each duration; the host pauses after each.
+
+    Returns: (StepsInFlight, device, seconds of work in flight after each wait).
+    """
     device = Device()
     in_flight, work = StepsInFlight(0, clock=lambda: device.now), []
-    for step, seconds in enumerate(durations, 1):
+    pauses = [0.0] * len(durations) if pauses is None else pauses
+    for step, (seconds, pause) in enumerate(zip(durations, pauses, strict=True), 1):
         in_flight.add(step, device.dispatch(seconds))
-        device.now += 0.001  # the host
+        device.now += 0.001 + pause
         in_flight.wait()
         work.append(max(device.free - device.now, 0.0))
     return in_flight, device, work
@@ -73,13 +77,9 @@ def test_steps_that_become_slow_are_bounded_again():
 @pytest.mark.parametrize("seconds", [0.3, 0.45, 0.02])
 def test_irregular_pauses_do_not_let_work_pile_up(seconds):
     """Calls that finish during a pause are seen together, as if they were short."""
-    draw, device = np.random.default_rng(0), Device()
-    in_flight, work = StepsInFlight(0, clock=lambda: device.now), []
-    for step in range(1, 2000):
-        in_flight.add(step, device.dispatch(seconds * draw.uniform(0.95, 1.05)))
-        device.now += 0.001 + (draw.uniform(0, 3) if draw.random() < 0.05 else 0.0)
-        in_flight.wait()
-        work.append(max(device.free - device.now, 0.0))
+    draw, count = np.random.default_rng(0), 2000
+    pauses = np.where(draw.random(count) < 0.05, draw.uniform(0, 3, count), 0.0)
+    _, _, work = train_simulated(seconds * draw.uniform(0.95, 1.05, count), pauses)
     assert max(work) <= 2.0
 
 

@@ -158,9 +158,6 @@ def test_files_and_folders_are_downloaded_once(bucket_url, own_cache, capsys):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")) == ["test/c.npy", "train/a.npy"]
     assert (folder / "train" / "a.npy").read_bytes() == b"changed"
     assert files.with_urls(f"{folder}/test") == f"{bucket_url}/data/test"
-
-
-def test_a_url_that_names_nothing_has_a_path_that_does_not_exist(bucket_url, own_cache):
     assert not local_path(f"{bucket_url}/nothing").exists()
 
 
