@@ -508,8 +508,12 @@ def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
     settings = file.provenance.settings
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
     sampling |= {"classifier": config.sampling.classifier, "use_ema": config.evaluation.use_ema}
-    stored = broadcast_from_process_0(lambda: Provenance.read(file.path))
-    assert stored is not None  # the file has just been written or found to hold these settings
+
+    def read_details() -> Mapping[str, Any]:
+        stored = Provenance.read(file.path)
+        assert stored is not None  # the file has just been written or found to hold these settings
+        return stored.details
+
     return {
         "dataset": config.data.dataset,
         "init_from": config.init_from or None,
@@ -519,5 +523,5 @@ def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
         "sampling": sampling | {"batch_size": settings["batch_size"]},
         "weights_digest": settings["weights_digest"],
         "classifier_digest": settings["classifier_digest"],
-        "drawn_with": stored.details,
+        "drawn_with": broadcast_from_process_0(read_details),
     }
