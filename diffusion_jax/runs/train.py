@@ -110,9 +110,11 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         net = dataclasses.replace(net, normalizations=normalizations)
         preview = compare = None
         if config.sampling.preview_samples and samples_from_noise:
-            preview = PreviewSampler(config, net, loaded, config.sampling.preview_samples, config.sampling.seed)
+            count, seed = config.sampling.preview_samples, config.sampling.seed
+            preview = PreviewSampler(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:
-            sampler = PreviewSampler(config, net, loaded, config.sampling.batch_size, config.evaluation.seed)
+            count, seed = config.sampling.batch_size, config.evaluation.seed
+            sampler = PreviewSampler(config, net, loaded, count, seed, "the Frechet distance")
             compare = _make_frechet_distance(config, workdir, sampler, source)
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, initial_weights, normalizations)
@@ -485,10 +487,12 @@ class StepsInFlight:
 class PreviewSampler:
     """Batches of samples by a few DDIM steps: `preview_sampler(params, batch)`; the second call compiles nothing."""
 
-    def __init__(self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int):
+    def __init__(
+        self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int, purpose: str
+    ):
         """net: without parameters. source: in the units of the data; samples get the conditions of evenly spread examples.
 
-        num_images: the batch size, rounded down to a multiple of the number of devices.
+        num_images: the batch size, rounded down to a multiple of the number of devices. purpose: of the samples, for the log.
         Raises: UserError or ValueError for settings that are not allowed.
         """
         options, num_devices = to_dict(config), net.num_devices
@@ -501,7 +505,7 @@ class PreviewSampler:
             "classifier": "",
             "label": None,
         }
-        self._net, self._seed, self._is_compiled = net, seed, False
+        self._net, self._seed, self._purpose, self._is_compiled = net, seed, purpose, False
         self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
         if net.condition_shape is not None:
             rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
@@ -511,7 +515,7 @@ class PreviewSampler:
     def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
         """Samples [N, *spatial, C], with the same random numbers at every call; every process calls this."""
         if not self._is_compiled:
-            log(f"Compiling the sampler of {self.batch_size} previews ...")
+            log(f"Compiling the sampler of {self._purpose} ...")
             self._is_compiled = True
         return draw_batch(self._net.with_params(params), self.settings, self._seed, batch, self.batch_size)
 

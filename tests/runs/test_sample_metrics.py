@@ -75,7 +75,7 @@ def test_training_logs_the_frechet_distance(tmp_path):
     # Of the EMA weights, as the same draws made here say.
     net = trained_model.open_model(config, tmp_path / "run")
     params = trained_model.load_weights(net, config, tmp_path / "run", True).params
-    sampler = PreviewSampler(config, net, data.load(config.data), config.sampling.batch_size, 0)
+    sampler = PreviewSampler(config, net, data.load(config.data), config.sampling.batch_size, 0, "the test")
     drawn = np.concatenate([sampler(params, i) for i in range(5)])
     moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]
     assert logged[4] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)

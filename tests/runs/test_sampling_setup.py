@@ -194,7 +194,7 @@ def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp
         config = array_config("vectors", tmp_path, **{"sampling.preview_steps": 20})
         config.diffusion.update(prediction=prediction, schedule=schedule)
         net = pretrained.from_config(config)
-        walked = train.PreviewSampler(config, net, None, 2, 0).settings.schedule
+        walked = train.PreviewSampler(config, net, None, 2, 0, "the test").settings.schedule
         np.testing.assert_array_equal(walked.timesteps, schedules.respace(net.schedule, 20, spacing).timesteps)
 
 
