@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.runs import sample, train, trained_model, workdir
+from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.configs import tiny_config
 from helpers.program import finish, start
@@ -88,8 +88,8 @@ def test_training_begins_with_published_weights(folder, tmp_path):
         train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
     built = training.build_program(config)
-    weights, _ = trained_model.load_initial_weights(config, built.model)
-    state = trained_model.set_params(built.init(), built.abstract_state, weights.params)
+    weights, _ = pretrained.load_initial_weights(config, built.model)
+    state = train.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))
@@ -108,12 +108,12 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    net = trained_model.open_model(config, tmp_path / "second")
-    begun = trained_model.load_weights(net, config, tmp_path / "second", True)
+    net = workdir.open_model(config, tmp_path / "second")
+    begun = workdir.load_weights(net, config, tmp_path / "second", True)
     assert (begun.step, begun.provenance.name) == (0, "first_ema")
     jax.tree.map(np.testing.assert_array_equal, begun.params, pretrained.load(first).params)
     train.run(config, tmp_path / "second")
-    assert trained_model.load_weights(net, config, tmp_path / "second", True).step == 1
+    assert workdir.load_weights(net, config, tmp_path / "second", True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
     code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
@@ -130,16 +130,16 @@ def test_weights_of_another_network_are_refused_by_field(tmp_path, folder):
     with pytest.raises(
         errors.UserError, match=r"model.norm_epsilon: 1e-06 there, 1e-05 here; model.num_heads: 1 there, 2 here"
     ):
-        trained_model.load_initial_weights(config, training.model_from_config(config))
+        pretrained.load_initial_weights(config, training.model_from_config(config))
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(pretrained.PretrainedError, match="no such file or folder"):
-        trained_model.load_initial_weights(config, training.model_from_config(config))
+        pretrained.load_initial_weights(config, training.model_from_config(config))
     config = tiny_config(**{"model.dropout": 0.5, "model.remat": True})  # these change nothing
     config.init_from = str(first)
-    assert trained_model.load_initial_weights(config, training.model_from_config(config))[1] == []
+    assert pretrained.load_initial_weights(config, training.model_from_config(config))[1] == []
     config = tiny_config(**{"diffusion.prediction": "v", "diffusion.schedule": "linear"})
     config.init_from = str(first)
-    net = trained_model.open_model(config, tmp_path / "none")
-    assert trained_model.load_initial_weights(config, net.model)[1][0] == "prediction: 'eps' there, 'v' here"
+    net = workdir.open_model(config, tmp_path / "none")
+    assert pretrained.load_initial_weights(config, net.model)[1][0] == "prediction: 'eps' there, 'v' here"
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        trained_model.load_weights(net, config, tmp_path / "none", True)
+        workdir.load_weights(net, config, tmp_path / "none", True)
