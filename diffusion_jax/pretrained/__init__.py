@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -50,17 +51,18 @@ __all__ = [
     "PretrainedError",
     "config_leaves",
     "describe",
-    "format_normalization",
     "format_summary",
     "from_config",
     "is_workdir",
     "load",
     "load_initial_weights",
+    "normalization_differences",
     "open_run",
     "read_class_names",
     "restore",
     "save_diffusers",
     "save_safetensors",
+    "set_params",
 ]
 
 _METADATA_KEY = "diffusion_jax"  # of a file of `save_safetensors`
@@ -254,7 +256,7 @@ def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -
             f"{workdir} contains no finished checkpoint; train first: python main.py --config=... --workdir={workdir}"
         )
     step, params = restored
-    if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise PretrainedError(f"{workdir}: the checkpoint of step {step} contains values that are not finite")
     kind = weights_kind(config, step, ema)
     provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
@@ -310,7 +312,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: boo
     return net.read_params(path, tensors, lambda path, model: ".".join(path), parameters.keep_layout)
 
 
-# ---- Configs
+# ---- Configs, and runs that start from other weights
 
 
 def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
@@ -407,3 +409,24 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
         raise UserError(
             f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"
         )
+
+
+def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
+    """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
+    differences = []
+    for name in sorted(old.keys() | normalizations.keys()):
+        if old.get(name) != normalizations.get(name):
+            there, here = (
+                format_normalization(each[name]) if name in each else "none" for each in (old, normalizations)
+            )
+            differences.append(f"{name}: {there} there, {here} here")
+    return "; ".join(differences) or None
+
+
+def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:
+    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
+
+    def place(shapes):
+        return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)
+
+    return dataclasses.replace(state, params=place(abstract_state.params), ema_params=place(abstract_state.ema_params))

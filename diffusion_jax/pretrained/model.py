@@ -231,6 +231,8 @@ class Model:
         y = self.check_labels(y, num_images, classifier)
         shape, scales = (num_images, *self.example_shape), (guidance_scale, classifier_scale)
         given = self.check_condition(condition, num_images)
+        if given is not None:
+            given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
         if low is not None:
             low = to_model_range(low) if low.dtype == np.uint8 else low
             given = upsampling.condition(low, shape, noise_std if self.conditioning_noise else None)
@@ -370,8 +372,8 @@ class Model:
             )
         return changed
 
-    def check_condition(self, condition, num_examples: int) -> jax.Array | None:
-        """Conditions float32 [N, ...] in the network's units; None for a network without. Raises: ValueError."""
+    def check_condition(self, condition, num_examples: int) -> np.ndarray | None:
+        """Conditions [N, ...] in the units of the data; None for a network without. Raises: ValueError."""
         shape = self.condition_shape
         if shape is None:
             if condition is not None:
@@ -383,7 +385,7 @@ class Model:
         if condition is None:
             if not has_null:
                 raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
-            return jnp.full(rows, jnp.nan, jnp.float32)
+            return np.full(rows, np.nan, np.float32)
         values = np.asarray(condition)
         is_real = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)
         if values.shape not in (shape, rows) or not is_real:
@@ -403,7 +405,7 @@ class Model:
         normalization = self.normalizations.get("condition")
         if normalization and (found := normalization.describe_outside(values)):
             warnings.warn(f"{found}.", stacklevel=3)
-        return jnp.asarray(to_model_units(values, normalization))
+        return values
 
     def check_labels(self, y, num_images: int, classifier: Model | None = None) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""

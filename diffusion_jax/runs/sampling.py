@@ -163,7 +163,7 @@ def resolve_sampling(
     options = config.sampling.to_dict()
     classifier = labels = small_images = None
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         sampler = sampler_from_config(options, config["diffusion"])
         sampler, schedule = net.configure(sampler, *steps_from_config(options))
         if options["classifier"] and read_files:
@@ -180,7 +180,7 @@ def resolve_sampling(
             net.check_condition(conditions, 1 if conditions is None else len(conditions))
         has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
         net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, options["classifier_form"])
-    notes = [str(warning.message).removesuffix(".") for warning in caught]
+    notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
     return SamplingSettings(
         config=config,
         sampler=sampler,

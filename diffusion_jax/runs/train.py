@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,6 +19,7 @@ from diffusion_jax.distributed.processes import EXIT_PEER_LOST, barrier, broadca
 from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.console import (
@@ -44,7 +44,7 @@ from diffusion_jax.runs.workdir import (
 )
 from diffusion_jax.training.checkpoints import Checkpoints, resume_hint
 
-__all__ = ["BatchLoader", "normalization_differences", "run", "set_params"]
+__all__ = ["BatchLoader", "run"]
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
@@ -85,7 +85,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     recipe_checks.log_notes(config, loaded)
     initial_weights = None
     if config.init_from and not saved:
-        initial_weights = pretrained.load_initial_weights(config, program.model)
+        initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.path.mkdir(parents=True, exist_ok=True))
     kept = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
@@ -259,28 +259,6 @@ def _compile(program: training.TrainingProgram, count: int, state: training.Trai
     function = program.train_step if count == 1 else program.train_steps
     assert function is not None
     return function.lower(state, batch).compile()
-
-
-def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
-    """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
-    differences = []
-    for name in sorted(old.keys() | normalizations.keys()):
-        if old.get(name) != normalizations.get(name):
-            there, here = (
-                pretrained.format_normalization(each[name]) if name in each else "none"
-                for each in (old, normalizations)
-            )
-            differences.append(f"{name}: {there} there, {here} here")
-    return "; ".join(differences) or None
-
-
-def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:
-    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
-
-    def place(shapes):
-        return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)
-
-    return dataclasses.replace(state, params=place(abstract_state.params), ema_params=place(abstract_state.ema_params))
 
 
 class BatchLoader:

@@ -14,7 +14,7 @@ from diffusion_jax.models import upsampling
 from diffusion_jax.pretrained import PretrainedError, diffusers, ho, openai
 from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, to_torch
 from helpers import torch_networks
-from helpers.published_files import LEARNED, SCHEDULER, ho_variables, worst, write_folder
+from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
 
 pytestmark = pytest.mark.parity
 
@@ -50,12 +50,23 @@ def ours(net, x, times, y=None, low=None):
     return np.asarray(jax.jit(run)(net.params))
 
 
+def typed(text):
+    """The value of a flag, as OpenAI's scripts read it."""
+    if text in ("True", "False"):
+        return text == "True"
+    return int(text) if text.isdecimal() else float(text) if text.replace(".", "").isdecimal() else text
+
+
 def agree(what, ours, theirs):
     """Within 2e-5 of the largest value."""
     error = worst(ours, theirs)
     print(f"| {what} | {error:.1e} |")
     assert theirs.std() > 0.1
     assert error < 2e-5, what
+
+
+def net_size(net):
+    return sum(leaf.size for leaf in jax.tree.leaves(net.params))
 
 
 def inputs(size, seed=1, count=2):
@@ -106,6 +117,32 @@ def test_openai_s_networks(name, tmp_path):
         agree(
             f"OpenAI, {name}, {x.shape[1:3]}", ours(net, x, times, y, low), torch_networks.run(model, x, times, y, low)
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adm_imagenet64", "improved_cifar10", "adm_upsampler_64_256", "adm_classifier64"])
+def test_openai_s_networks_at_full_width(name, tmp_path):
+    """A network of each kind as it is published; gigabytes, and minutes."""
+    flags = {name: typed(value) for name, value in openai.parse_flags(README[name]).items()}
+    size, low, _ = openai.PRESETS[name]
+    taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
+    common = torch_networks.OPENAI["improved"][1]
+    if "classifier" in name:
+        function, known = "create_classifier", torch_networks.OPENAI["classifier"][1] | {"classifier_width": 128}
+    elif low:
+        function, known = "sr_create_model", torch_networks.OPENAI["adm upsampler"][1] | {"num_head_channels": -1}
+    else:
+        function, known = "create_model", {**common, "class_cond": False}
+    made = {**known, **taken, **({"use_fp16": False} if "classifier" not in name else {})}
+    if size == 32:
+        made["channel_mult"], made["attention_resolutions"] = "1,2,2,2", "16,8"
+    model = torch_networks.openai(function, made)
+    net = pretrained.load(save(model, tmp_path / "m.pt"), name)
+    x, times = inputs(min(size, 64), count=1)
+    y = np.array([7]) if flags.get("class_cond") else None
+    small = None if not low else np.random.default_rng(2).normal(size=(1, 16, 16, 3)).astype(np.float32)
+    theirs = torch_networks.run(model, x, times, y, small)
+    agree(f"OpenAI, {name}, {net_size(net):,} parameters", ours(net, x, times, y, small), theirs)
 
 
 @pytest.mark.parametrize("name", ["diffusers", "openai", "classifier", "upsampler"])

@@ -89,7 +89,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
     net = pretrained.load(folder)
     built = training.build_program(config)
     weights, _ = pretrained.load_initial_weights(config, built.model)
-    state = train.set_params(built.init(), built.abstract_state, weights.params)
+    state = pretrained.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))
