@@ -129,8 +129,8 @@ class Model:
         name_of: (path of a parameter, network) -> name of its tensor.
         """
         shapes = parameters.parameter_shapes(self.model, self.example_shape)
-        names = partial(name_of, model=self.model)
-        return self.with_params(parameters.build_params(path, shapes, tensors, names, convert))
+        params = parameters.build_params(path, shapes, tensors, lambda p: name_of(p, self.model), convert)
+        return self.with_params(params)
 
     def on_mesh(self, mesh: Mesh) -> Model:
         """The same model with replicated parameters, whose batches are split over the devices of a mesh."""
