@@ -46,7 +46,7 @@ from diffusion_jax.distributed.processes import (
     join_processes,
     log,
 )
-from diffusion_jax.runs.trained_model import set_params
+from diffusion_jax.pretrained import set_params
 from diffusion_jax.training.checkpoints import Checkpoints
 
 MAX_SECONDS = 600

@@ -5,6 +5,8 @@
     linear measurements  `project`: colorization, super-resolution, any y = A x_0, as the `clip` of any sampler
     between two images   `interpolate`
 
+`EDITS` has the edits of `--mode=edit` by name.
+
 A mask is 1 (or True) where pixels are known, and has x_0's shape or broadcasts to it.
 
 Results are float32, or float64 for float64 images under x64; lower precisions are promoted. Images that are not float raise
@@ -31,6 +33,8 @@ from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn
 
 __all__ = [
+    "EDITS",
+    "Edit",
     "LinearMap",
     "LinearOperator",
     "as_mask",
@@ -354,3 +358,89 @@ def interpolate(
         return sampling.sample(key_sample, schedule, denoise_fn, mixed, sampler, start=first)
 
     return jax.lax.map(sample_between, jnp.asarray(weights, start.dtype))
+
+
+# ---- Edits by name
+
+
+class Edit(NamedTuple):
+    """The result of a function of `EDITS`: what an edit passes to `pretrained.Model.sample`.
+
+    arguments: `sampler`, or `algorithm`, a function (key, schedule, denoise_fn, sampler) -> x_0. shown: a caption and the
+    measurement as examples [N, ...], for an edit of a measurement.
+    """
+
+    arguments: dict[str, Any]
+    shown: tuple[str, Array] | None = None
+
+
+def _inpaint(sampler: Sampler, image, mask, *, resamplings: int, jump: int) -> Edit:
+    def algorithm(key, schedule, denoise_fn, sampler):
+        return repaint(key, schedule, denoise_fn, image, mask, sampler, resamplings=resamplings, jump=jump)
+
+    return Edit({"algorithm": algorithm})
+
+
+def _replace(sampler: Sampler, image, mask) -> Edit:
+    return Edit({"sampler": replacement(sampler, image, jnp.asarray(mask))})
+
+
+def _sdedit(sampler: Sampler, image, *, strength: float) -> Edit:
+    def algorithm(key, schedule, denoise_fn, sampler):
+        return sdedit(key, schedule, denoise_fn, image, sampler, strength=strength)
+
+    return Edit({"algorithm": algorithm})
+
+
+def _restore(sampler: Sampler, operator: LinearOperator, y, caption: str) -> Edit:
+    """Samples with the measurement y [N, ...]: every predicted x_0 is projected onto it."""
+    if sampler.prediction == "x_prev" and sampler.is_stochastic:
+        raise ValueError(
+            "a projection cannot act on an ancestral mean that the network predicts itself (prediction='x_prev'): use the "
+            "sampler ddim"
+        )
+    clip = project(operator, y, sampler.clip)
+    return Edit({"sampler": dataclasses.replace(sampler, clip=clip)}, (caption, operator.invert(y)))
+
+
+def _colorize(sampler: Sampler, image) -> Edit:
+    if image.shape[-1] == 1:
+        raise ValueError("colorize needs a model of color images, and this one has 1 channel")
+    operator = gray(image.shape[-1])
+    return _restore(sampler, operator, operator.measure(image), "gray")
+
+
+def _super_resolution(sampler: Sampler, image, *, factor: int) -> Edit:
+    return _restore(sampler, average_pool(factor), image, "small")
+
+
+def _interpolate(sampler: Sampler, image, other, *, num_samples: int, level: int | None) -> Edit:
+    if num_samples < 2:
+        raise ValueError(f"num_samples={num_samples} is too few for interpolate: it must be at least 2")
+    if level is None and sampler.is_stochastic:
+        raise ValueError(
+            "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
+            "ddim (eta 0) or heun, or give level"
+        )
+    weights = np.linspace(0, 1, num_samples)
+
+    def algorithm(key, schedule, denoise_fn, sampler):
+        if level is not None and level >= schedule.num_timesteps:
+            raise ValueError(
+                f"level={level} must be an index of the steps, 0 ... {schedule.num_timesteps - 1}, or None"
+            )
+        return interpolate(key, schedule, denoise_fn, image[:1], other[:1], weights, sampler, t=level)[:, 0]
+
+    return Edit({"algorithm": algorithm})
+
+
+# The edits of a config by name. Each takes the sampler and, by their names, examples [N, ...] in the range of the network
+# (`image`, and `other` to mix with it), a `mask`, and further settings of `config.editing`.
+EDITS: dict[str, Callable[..., Edit]] = {
+    "inpaint": _inpaint,
+    "replace": _replace,
+    "sdedit": _sdedit,
+    "colorize": _colorize,
+    "super_resolution": _super_resolution,
+    "interpolate": _interpolate,
+}

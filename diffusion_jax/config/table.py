@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import editing, likelihood, losses, process, sampling, schedules, timesteps
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
@@ -381,7 +381,7 @@ SAMPLING: dict[str, Leaf] = {
 EDITING: dict[str, Leaf] = {
     "task": Leaf(
         "inpaint",
-        Choice("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate"),
+        Choice(*editing.EDITS),
         "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
     ),
     "image": Leaf("", PATH, "Image to edit; for data that are not images, an .npy of one example in their units."),

@@ -18,8 +18,8 @@ from diffusion_jax.data.normalization import (
     to_data_units,
     to_model_units,
 )
-from diffusion_jax.data.pipeline import Batches, stream
 from diffusion_jax.data.sources import (
+    Batches,
     CheckedSource,
     InMemory,
     NamedSource,
@@ -33,6 +33,7 @@ from diffusion_jax.data.sources import (
     is_of_images,
     read_classes,
     select_split,
+    stream,
 )
 from diffusion_jax.data.tfds import Tfds, natural_shape
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names

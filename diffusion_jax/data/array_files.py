@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.sources import NamedSource, check_examples, example_shape
+from diffusion_jax.data.sources import NamedSource, check_examples, classes_of_files, example_shape, find_files
 from diffusion_jax.errors import DataError, list_names
 from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
@@ -293,11 +293,10 @@ def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[n
 
 def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRows, np.ndarray | None, tuple[str, ...]]:
     """(the examples of the .npy files below a folder, their labels, the names of the classes). Raises: DataError."""
-    paths = [path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() == ".npy"]
-    files = sorted(path.parts for path in paths if not any(part.startswith(".") for part in path.parts))
+    files = [path for path in find_files(root) if path.suffix.lower() == ".npy"]
     if not files:
         raise DataError(f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}")
-    locations = [os.path.join(root, *file) for file in files]
+    locations = [str(root / file) for file in files]
     row_shapes = (shape, shape[:-1]) if shape[-1] == 1 else (shape,)
     lengths, dtypes = [], []
     for location in locations:
@@ -313,8 +312,6 @@ def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRow
             raise DataError(
                 f"{location} is {array.dtype}, but {locations[0]} is {dtypes[0]}; save all files as one type"
             )
-    examples = _FolderRows(locations, lengths, shape, dtypes[0])
-    if any(len(file) == 1 for file in files):
-        return examples, None, ()
-    classes, labels = np.unique([file[0] for file in files], return_inverse=True)
-    return examples, np.repeat(labels.astype(np.int32), lengths), tuple(classes.tolist())
+    classes, labels = classes_of_files(files)
+    labels = None if labels is None else np.repeat(labels, lengths)
+    return _FolderRows(locations, lengths, shape, dtypes[0]), labels, classes

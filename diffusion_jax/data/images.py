@@ -23,7 +23,15 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_jax.data.sources import InMemory, NamedSource, Source, check_image_leaves, read_classes
+from diffusion_jax.data.sources import (
+    InMemory,
+    NamedSource,
+    Source,
+    check_image_leaves,
+    classes_of_files,
+    find_files,
+    read_classes,
+)
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.files import map_array, user_cache
 from diffusion_jax.storage.downloads import local_path
@@ -105,21 +113,18 @@ class Folder(EncodedImages):
     def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
         root = self._find(directory)
         self._root, self._resizes, self._channels = root, image_size is not None, channels
-        paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
-        paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
-        files = sorted(p for p in paths if p.suffix.lower() in _SUFFIXES)
+        paths = find_files(root)
+        files = [p for p in paths if p.suffix.lower() in _SUFFIXES]
         self._skipped = collections.Counter(suffix for p in paths if (suffix := p.suffix.lower()) not in _SUFFIXES)
         if not files:
             skipped = f"; it has only {self._skipped_files()}" if self._skipped else ""
             raise DataError(f"no images below {directory!r}; known: {', '.join(sorted(_SUFFIXES))}{skipped}")
-        outside = [str(p) for p in files if len(p.parts) == 1]
-        self.class_names = () if outside else tuple(sorted({p.parts[0] for p in files}))
+        self.class_names, self._labels = classes_of_files(files)
         self.num_classes = len(self.class_names)
+        outside = [str(p) for p in files if len(p.parts) == 1]
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
         self._size = image_size or self._shape_of(root / files[0])
-        index = {name: i for i, name in enumerate(self.class_names)}
-        self._labels = np.array([] if outside else [index[p.parts[0]] for p in files], np.int32)
         self._transparent: set[str] = set()
         self._animated: set[str] = set()
 
@@ -169,7 +174,7 @@ class Folder(EncodedImages):
         if failures:
             raise UnreadableFilesError(failures)
         batch = {"image": np.stack(images)}
-        if self.num_classes:
+        if self._labels is not None:
             batch["label"] = self._labels[indices]
         return batch
 

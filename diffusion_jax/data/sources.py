@@ -1,19 +1,31 @@
-"""Sources of examples: their protocol, arrays in memory, sources made from another one, checks, and held-out examples."""
+"""Sources of examples: their protocol, arrays in memory, sources made from another one, checks, splits and batches.
+
+Batches are a function of (seed, step), so that a run resumes from the number of its last step. The examples form one endless
+sequence: every epoch is a new permutation, the epochs follow one another without a gap, and step s reads positions
+s B ... (s + 1) B - 1. A batch may span two epochs; no example is omitted.
+"""
 
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
+import pathlib
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from diffusion_jax.config.values import import_function
 from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
 
+if TYPE_CHECKING:
+    import grain
+
 __all__ = [
+    "Batches",
     "CheckedSource",
     "DerivedSource",
     "InMemory",
@@ -25,13 +37,17 @@ __all__ = [
     "check_image_leaves",
     "check_levels",
     "check_random_flip",
+    "classes_of_files",
+    "example_indices",
     "example_shape",
     "examples_of",
+    "find_files",
     "is_in_memory",
     "is_of_images",
     "read_classes",
     "read_in_order",
     "select_split",
+    "stream",
 ]
 
 _BLOCK_BYTES = 2**24
@@ -88,6 +104,20 @@ def read_classes(source: Source) -> tuple[int, tuple[str, ...]]:
 def examples_of(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """The examples of a batch, without labels and conditions."""
     return batch["image"] if "image" in batch else batch["x"]
+
+
+def find_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """The files below a folder, relative to it and in order of their paths, without hidden ones."""
+    found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """(the names of the subfolders, the label of each file int32 [N]); ((), None) if a file is in none of them."""
+    if any(len(path.parts) == 1 for path in files):
+        return (), None
+    names, labels = np.unique([path.parts[0] for path in files], return_inverse=True)
+    return tuple(names.tolist()), labels.astype(np.int32)
 
 
 def read_in_order(source: Source, size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -395,3 +425,71 @@ def select_split(source: NamedSource, loaded: Source, share: float, split: str) 
             "needs one: use another share"
         )
     return SelectedExamples(loaded, np.flatnonzero(held_out == (split == "test")))
+
+
+# ---- Batches
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+def example_indices(seed: int, num_examples: int, positions) -> np.ndarray:
+    """The index int64 [...] of the example at each position int [...] of the endless sequence."""
+    positions = np.asarray(positions, np.int64)
+    indices = np.empty_like(positions)
+    epochs = positions // num_examples
+    for epoch in np.unique(epochs).tolist():
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(seed, epoch, num_examples)[positions[in_epoch] % num_examples]
+    return indices
+
+
+class Batches:
+    """Batches by step: `batches[step]` is what the source reads: {"image": uint8 [rows, H, W, C], ...}.
+
+    batch_size: of all processes together. rows: a slice or indices, the rows of each batch that this process reads, by
+    default all.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, batch_size: int, num_steps: int, rows: slice | np.ndarray = slice(None)
+    ):
+        self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
+        self._rows = np.arange(batch_size)[rows]
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The batch of a step."""
+        indices = example_indices(self._seed, len(self._source), index * self._batch_size + self._rows)
+        return self._source.read(indices)
+
+
+def _ignore_ctrl_c(index: int, count: int) -> None:
+    """Ignores SIGINT in workers, because a terminal sends it to them too, and the main process still reads their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stream(
+    batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Iterates over the batches from step `start`, prefetched by Grain.
+
+    workers: processes that decode, whole batches each; 0 for a thread of this process, which suits data in memory.
+    prefetch: the number of batches that are read ahead (by each worker).
+    """
+    import grain  # it and absl's flags are imported here because refusals of other data do not need them
+    from absl import flags
+
+    dataset = grain.MapDataset.source(batches)[start:]
+    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
+    if workers:
+        # Grain reads absl flags before it starts workers; without absl's app.run they keep their defaults.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+    return iter(iterable)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.config.presets import UNET_PRESETS, preset_fields
-from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
-from diffusion_jax.models.unet import KEPT_NAMES, UNet
+from diffusion_jax.models.unet import KEPT_NAMES, Classifier, UNet
 
 __all__ = [
     "KEPT_NAMES",

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.models.blocks import ResBlock
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory
+from diffusion_jax.models.layers import LayerFactory, ResBlock
 
 __all__ = ["MLP"]
 

@@ -1,15 +1,20 @@
-"""The U-Net of the DDPM family, as one Flax Linen module, for series, images and volumes.
+"""The U-Net of the DDPM family, as one Flax Linen module, for series, images and volumes; and ADM's classifier.
 
 Its defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the
 time embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give
 OpenAI's (Improved DDPM, ADM). It contains no diffusion mathematics: it maps (x_t, network time) to an output of the same
 spatial shape.
 
+The classifier of noisy images, for classifier guidance (ADM, Dhariwal & Nichol 2021, section 4), is the downsampling path
+with attention pooling over the remaining positions.
+
 Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `mid_attn`, `up_3_upsample`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -17,11 +22,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from diffusion_jax.models.blocks import KEPT_INSIDE, Attention, ResBlock, downsample_2x, upsample_2x
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory
+from diffusion_jax.models.layers import (
+    KEPT_INSIDE,
+    Attention,
+    LayerFactory,
+    ResBlock,
+    downsample_2x,
+    split_heads,
+    upsample_2x,
+)
 
-__all__ = ["KEPT_NAMES", "Encoder", "UNet"]
+__all__ = ["KEPT_NAMES", "AttentionPool", "Classifier", "Encoder", "UNet"]
 
 # Names, for a policy of jax.checkpoint, of the activations that `remat` keeps for the backward pass: between blocks, and
 # inside those that are not recomputed.
@@ -245,3 +257,75 @@ class UNet(Encoder, Conditional):
                 else:
                     h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), _KEPT_BETWEEN)
         return h
+
+
+class AttentionPool(nn.Module):
+    """[B, *spatial, C] -> [B, features]: attention of the mean of all positions to them and to itself, as in CLIP.
+
+    The mean precedes the N positions (H W of an image), each of the N + 1 tokens has a learned position embedding, and one
+    attention layer with the mean as its only query is projected to `features`.
+    """
+
+    features: int
+    num_heads: int
+    head_channels: int | None
+    layers: LayerFactory
+
+    @nn.compact
+    def __call__(self, x) -> jax.Array:
+        """x: [B, *spatial, C]; returns [B, features]. Raises: ValueError for other sizes than at initialization."""
+        b, *spatial, c = x.shape
+        positions = math.prod(spatial)
+        heads, tokens = split_heads(c, self.num_heads, self.head_channels), positions + 1
+        if self.has_variable("params", "position") and self.get_variable("params", "position").shape[0] != tokens:
+            known = self.get_variable("params", "position").shape[0] - 1
+            raise ValueError(
+                f"the position embedding of this classifier fixes the image size: it has {known} positions after "
+                f"downsampling, and these images have {'x'.join(map(str, spatial))}; resize the images"
+            )
+        position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)
+        x = x.reshape(b, positions, c)
+        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + position
+        q, k, v = (
+            self.layers.dense(c, name)(part).reshape(b, -1, heads, c // heads)
+            for name, part in (("q", x[:, :1]), ("k", x), ("v", x))
+        )
+        return self.layers.dense(self.features, "proj")(self.layers.attend(q, k, v).reshape(b, c))
+
+
+class Classifier(Encoder):
+    """Logits of an image's class from x_t and its network time; the defaults are ADM's classifier of 128x128 ImageNet.
+
+    `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
+    probabilities. It accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields: `Encoder`'s, and
+
+    num_classes: the number of classes.
+    """
+
+    channel_multipliers: tuple[float, ...] = (1, 1, 2, 3, 4)
+    attention_levels: tuple[int, ...] = (2, 3, 4)
+    head_channels: int | None = 64
+    resample_blocks: bool = True
+    scale_shift_norm: bool = True
+    embedding_cos_first: bool = True
+    embedding_freq_shift: float = 0.0
+    downsample_padding: tuple[int, int] = (1, 1)
+    norm_epsilon: float = 1e-5
+    initializer: str = "openai"
+    dropout: float = 0.0
+    num_classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x_t, time, train: bool = False) -> jax.Array:
+        """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
+
+        Raises: ValueError for sizes not divisible by 2^(levels - 1), or other than at initialization.
+        """
+        self.check_input(x_t)
+        self.check_divisible(x_t, "its pooling reads every position")
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
+        h, _ = self.encode(x_t, self.embed_time(time), train)
+        layers = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
+        h = nn.silu(layers.norm("norm_out")(h))
+        return AttentionPool(self.num_classes, self.num_heads, self.head_channels, layers, name="pool")(h)

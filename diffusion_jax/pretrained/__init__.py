@@ -14,17 +14,37 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, list_names
-from diffusion_jax.models import MLP, Classifier, fields_of
-from diffusion_jax.pretrained import diffusers, ho, native, openai, parameters
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax import data, models, schedules, training
+from diffusion_jax.config import resolve, resolve_clip
+from diffusion_jax.distributed import sharding
+from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_names
+from diffusion_jax.pretrained import diffusers, ho, openai, parameters
 from diffusion_jax.pretrained.diffusers import save_diffusers
-from diffusion_jax.pretrained.model import Model, format_summary
-from diffusion_jax.pretrained.native import from_config, is_workdir, read_class_names, restore, save_safetensors
+from diffusion_jax.pretrained.model import (
+    DIFFUSION_DEFAULTS,
+    Model,
+    format_normalization,
+    format_summary,
+    make_clip,
+    make_model,
+)
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.training import checkpoints
+from diffusion_jax.training.optimizer import raw_weights_note, weights_kind
+from diffusion_jax.training.state import abstract_params
 
 __all__ = [
     "Model",
@@ -35,11 +55,20 @@ __all__ = [
     "from_config",
     "is_workdir",
     "load",
+    "load_initial_weights",
+    "normalization_differences",
+    "open_run",
     "read_class_names",
     "restore",
     "save_diffusers",
     "save_safetensors",
+    "set_params",
 ]
+
+_METADATA_KEY = "diffusion_jax"  # of a file of `save_safetensors`
+_STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
+# Fields of a network that its weights do not depend on.
+_FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 Flags = str | Mapping[str, Any] | None
 
@@ -100,16 +129,190 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Mod
     if flags:
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
     if tensors is None and is_workdir(path):
-        return native.load_workdir(path, ema, with_params)
+        return _load_workdir(path, ema, with_params)
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
-    if tensors is not None and native.is_native(tensors):
-        return native.load_file(path, tensors, with_params)
+    if tensors is not None and _METADATA_KEY in tensors.metadata:
+        return _load_file(path, tensors, with_params)
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
     raise PretrainedError(
         f"{path} is {found} of an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
         "directory with checkpoints, and files of Ho et al., of OpenAI and of this package"
     )
+
+
+# ---- Runs, and files of this package
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is a work directory with a config and checkpoints."""
+    path = local_path(path)
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+
+
+def from_config(
+    config: Mapping[str, Any],
+    params: Any = None,
+    *,
+    normalizations: data.Normalizations = types.MappingProxyType({}),
+    class_names: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> Model:
+    """The model that a config describes, with these parameters, for instance those of a `TrainState`.
+
+    config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model.
+    Raises: ConfigError for a value that its leaf does not allow; ValueError for a config that cannot be built.
+    """
+    config = resolve(config)
+    shape, diffusion = data.example_shape(config["data"]), config["diffusion"]
+    net = make_model(
+        "diffusion_jax",
+        training.model_from_config(config),
+        shape[:-1],
+        {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
+        shape[-1],
+        clip=bool(resolve_clip(config)),
+        low_resolution=config["data"]["low_resolution"],
+        conditioning_noise=diffusion["conditioning_noise"],
+        levels=config["data"]["levels"],
+        normalizations=normalizations,
+        limits=config["data"]["limits"] if config["data"]["normalization"] == "limits" else (),
+        class_names=tuple(class_names),
+        mesh=mesh,
+    )
+    return net.with_params(params)
+
+
+def _load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
+    """The network of a run; with the parameters of its newest checkpoint if `with_params`.
+
+    Warns if the raw weights replace the EMA (`training.optimizer.weights_kind`). Raises: PretrainedError, CheckpointError,
+    DataError.
+    """
+    config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
+    net = open_run(config, workdir)
+    if not with_params:
+        return net
+    net = restore(net, config, workdir, ema)
+    if ema and net.weights == "raw":
+        warnings.warn(f"{path}: {raw_weights_note(config, net.step or 0)}", stacklevel=2)
+    return net
+
+
+def open_run(config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None) -> Model:
+    """The model of a run without its parameters, for `restore`.
+
+    Raises: ValueError for a config that cannot be built; PretrainedError, CheckpointError.
+    """
+    net = from_config(config, mesh=mesh)
+    if _starts_from_other_weights(config, workdir):
+        normalizations = _initial_weights(describe, config).normalizations
+    else:
+        normalizations = training.stored_normalizations(config, workdir)
+    return dataclasses.replace(net, normalizations=normalizations, class_names=read_class_names(config, workdir))
+
+
+def _starts_from_other_weights(config: Mapping[str, Any], workdir: RunDir) -> bool:
+    return bool(config["init_from"]) and not committed_steps(workdir / "checkpoints")
+
+
+def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -> tuple[str, ...]:
+    """The names of the classes of samples, or () if they are not known.
+
+    They are read from data.json of the run, of the run that `init_from` names, or, for a model without classes, of the run
+    of the guiding classifier.
+    """
+
+    def read(directory: str | os.PathLike) -> tuple[str, ...]:
+        try:
+            stored = json.loads((local_path(directory, "data.json") / "data.json").read_text())
+            return tuple(map(str, stored["classes"]))
+        except (OSError, ValueError, KeyError, TypeError):  # published weights have none
+            return ()
+
+    has_classes = bool(config["model"]["num_classes"])
+    directories = [workdir, config["init_from"]] if has_classes else [config["sampling"]["classifier"]]
+    return next(filter(None, map(read, filter(None, directories))), ())
+
+
+def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -> Model:
+    """The model of `open_run` with the newest intact weights, replicated on its mesh or on one device.
+
+    If there is no checkpoint, those of `config.init_from`. Raises: PretrainedError if there are none, or if their values are
+    not finite; UserError if they were trained for another diffusion; CheckpointError.
+    """
+    if _starts_from_other_weights(config, workdir):
+        return _with_initial_weights(net, config, ema)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = place if net.mesh is None else sharding.replicated(net.mesh)
+    shapes = abstract_params(net.model, net.example_shape)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    restored = None
+    if (workdir / "checkpoints").is_dir():
+        with checkpoints.Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as saved:
+            restored = saved.restore_weights(abstract, lambda step: weights_kind(config, step, ema))
+    if restored is None:
+        raise PretrainedError(
+            f"{workdir} contains no finished checkpoint; train first: python main.py --config=... --workdir={workdir}"
+        )
+    step, params = restored
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+        raise PretrainedError(f"{workdir}: the checkpoint of step {step} contains values that are not finite")
+    kind = weights_kind(config, step, ema)
+    provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
+    return dataclasses.replace(net, params=params, provenance=provenance)
+
+
+def save_safetensors(net: Model, path: str | os.PathLike) -> None:
+    """Writes one file with the weights of any network, in Flax's layout, and their description as JSON metadata.
+
+    Raises: PretrainedError, OSError.
+    """
+    path = pathlib.Path(path).expanduser()
+    clip = net.clip if isinstance(net.clip, bool) else getattr(net.clip, "keywords", {}).get("max")
+    if clip is None:
+        raise PretrainedError("clip: a file can store only True, False and a range")
+    diffusion = net.diffusion
+    if diffusion is None:  # a table of betas, which is not in the leaves of a config
+        diffusion = {"prediction": net.prediction, "variance": net.variance}
+        diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
+    stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
+        "kind": type(net.model).__name__,
+        "model": models.fields_of(net.model),
+        "diffusion": dict(diffusion),
+        "clip": clip,
+        "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
+    }
+    flat = flax.traverse_util.flatten_dict(net.params, sep=".")
+    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
+
+
+def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Model:
+    """The network of a file of `save_safetensors`; with its parameters if `with_params`. Raises: PretrainedError."""
+    stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
+    diffusion = stored["diffusion"]
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED_FIELDS}
+    fields |= {name: tuple(stored[name]) for name in ("limits", "class_names")}
+    net = make_model(
+        "diffusion_jax, one file",
+        models.from_config(stored["model"], kinds[stored["kind"]]),
+        diffusion={name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
+        clip=make_clip(stored["clip"]),
+        normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
+        **fields,
+    )
+    if "betas" in diffusion:
+        table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
+        net = dataclasses.replace(net, schedule=table, diffusion=None)
+    if not with_params:
+        return net
+    return net.read_params(path, tensors, lambda path, model: ".".join(path), parameters.keep_layout)
+
+
+# ---- Configs, and runs that start from other weights
 
 
 def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
@@ -120,12 +323,12 @@ def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
             "program"
         )
     is_learned = description.variance.startswith("learned")
-    loss = "classify" if isinstance(description.model, Classifier) else "hybrid" if is_learned else "simple"
-    size, model = description.image_size, fields_of(description.model)
+    loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"
+    size, model = description.image_size, models.fields_of(description.model)
     model.pop("spatial_dims", None)  # no leaf: the number of sizes
     if description.low_resolution:
         del model["condition_channels"]  # follows from low_resolution
-    if isinstance(description.model, MLP):
+    if isinstance(description.model, models.MLP):
         model["kind"] = "mlp"
     normalization = "auto"
     if description.levels is None:
@@ -144,3 +347,86 @@ def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
         | ({} if description.is_images else {"random_flip": False}),
         "sampling": {"clip": description.clip},
     }
+
+
+def load_initial_weights(
+    config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
+) -> tuple[Model, list[str]]:
+    """(the model that `config.init_from` names, a phrase for each difference of its diffusion from the config).
+
+    Raises: UserError if it is another network; PretrainedError.
+    """
+    net = _initial_weights(load, config, use_ema)
+    _check_same_network(config, net, model)
+    return net, from_config(config).find_differences(net)
+
+
+def _initial_weights(read: Callable[..., Any], config: Mapping, use_ema: bool = True) -> Model:
+    """`load` or `describe` of `config.init_from`. Raises: PretrainedError."""
+    path = config["init_from"]
+    try:
+        return read(path, config["init_flags"] or None, use_ema)
+    except PretrainedError as error:
+        raise PretrainedError(f"init_from={path}: {error}") from error
+
+
+def _with_initial_weights(net: Model, config: Mapping[str, Any], use_ema: bool) -> Model:
+    """The model with the weights of `config.init_from`. Raises: UserError if they were trained for another diffusion."""
+    other, differences = load_initial_weights(config, net.model, use_ema)
+    if differences:
+        raise UserError(
+            f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use these "
+            "values, or train first"
+        )
+    kind = "ema" if use_ema else "raw"
+    name, settings = f"{pathlib.Path(config['init_from']).stem}_{kind}", {"step": 0, "weights": kind}
+    provenance = Provenance(name, settings, {"init_from": config["init_from"]})
+    net = net.with_params(other.params)
+    return dataclasses.replace(net if net.mesh is None else net.on_mesh(net.mesh), provenance=provenance)
+
+
+def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:
+    path = config["init_from"]
+    if type(net.model) is not type(model):
+        raise UserError(
+            f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
+            f"models.{type(model).__name__}"
+        )
+    loaded = net.model
+    if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
+        # An output with the channels of the data is written as None or as a number.
+        loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
+        model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
+    differences = [
+        f"model.{name}: {getattr(loaded, name)!r} there, {getattr(model, name)!r} here"
+        for name in sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
+        if getattr(loaded, name) != getattr(model, name)
+    ]
+    channels = config["data"]["channels"]
+    if net.channels != channels:
+        differences.append(f"input channels: {net.channels} there, {channels} here")
+    if differences:
+        raise UserError(
+            f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"
+        )
+
+
+def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
+    """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
+    differences = []
+    for name in sorted(old.keys() | normalizations.keys()):
+        if old.get(name) != normalizations.get(name):
+            there, here = (
+                format_normalization(each[name]) if name in each else "none" for each in (old, normalizations)
+            )
+            differences.append(f"{name}: {there} there, {here} here")
+    return "; ".join(differences) or None
+
+
+def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:
+    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
+
+    def place(shapes):
+        return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)
+
+    return dataclasses.replace(state, params=place(abstract_state.params), ema_params=place(abstract_state.ema_params))

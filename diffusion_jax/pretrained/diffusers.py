@@ -21,7 +21,7 @@ from diffusion_jax import schedules
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_directory
 from diffusion_jax.models import UNet, fields_of
-from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_clip, make_model
 
@@ -375,7 +375,7 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
         net = _describe(config, parameters.read_json(scheduler))
     except PretrainedError as error:
         raise PretrainedError(f"{network} or {scheduler}: {error}") from None
-    return net.with_params(_load_params(network, net)) if with_params else net
+    return net.read_params(*_open_weights(network), NAMING) if with_params else net
 
 
 def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
@@ -400,7 +400,8 @@ def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _load_params(network: pathlib.Path, net: Model) -> dict:
+def _open_weights(network: pathlib.Path) -> tuple[pathlib.Path, parameters.Tensors]:
+    """(the file of the weights, its tensors by diffusers' present names). Raises: PretrainedError."""
     files = [f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next((network / file for file in files if (network / file).is_file()), None)
     if path is None:
@@ -410,9 +411,7 @@ def _load_params(network: pathlib.Path, net: Model) -> dict:
         parts = name.split(".")
         return ".".join(_OLD_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
 
-    tensors = parameters.open_tensors(path).rename(new_name)
-    shapes = parameters.parameter_shapes(net.model, net.example_shape)
-    return parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, net.model))
+    return path, parameters.open_tensors(path).rename(new_name)
 
 
 def save_diffusers(net: Model, folder: str | os.PathLike) -> None:

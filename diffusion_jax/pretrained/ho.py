@@ -100,9 +100,5 @@ def load_ho(
         )
     channels = tensors.shapes["conv_in.weight"][2 if is_tensorflow else 1]
     net = make_model(f"Ho et al., {matches[0] if matches else 'another'}", model, size, diffusion, channels)
-    if not with_params:
-        return net
-    shapes = parameters.parameter_shapes(model, net.example_shape)
     convert = parameters.keep_layout if is_tensorflow else parameters.from_torch
-    params = parameters.build_params(path, shapes, tensors, lambda p: NAMING(p, model), convert)
-    return net.with_params(params)
+    return net.read_params(path, tensors, NAMING, convert) if with_params else net

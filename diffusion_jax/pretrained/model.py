@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -82,8 +83,8 @@ class Model:
 
     @property
     def is_images(self) -> bool:
-        """Whether the examples are images of gray levels."""
-        return self.levels is not None and len(self.image_size) == 2
+        """Whether the examples are images of gray levels with 1 or 3 channels."""
+        return self.levels is not None and len(self.image_size) == 2 and self.channels in (1, 3)
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
@@ -115,6 +116,21 @@ class Model:
     def with_params(self, params: Any) -> Model:
         """The same model with other parameters, which may be traced."""
         return dataclasses.replace(self, params=params)
+
+    def read_params(
+        self,
+        path: pathlib.Path,
+        tensors: parameters.Tensors,
+        name_of: Callable[[parameters.Path, Any], str],
+        convert: Callable = parameters.from_torch,
+    ) -> Model:
+        """The same model with the parameters of a file, as `parameters.build_params`.
+
+        name_of: (path of a parameter, network) -> name of its tensor.
+        """
+        shapes = parameters.parameter_shapes(self.model, self.example_shape)
+        params = parameters.build_params(path, shapes, tensors, lambda p: name_of(p, self.model), convert)
+        return self.with_params(params)
 
     def on_mesh(self, mesh: Mesh) -> Model:
         """The same model with replicated parameters, whose batches are split over the devices of a mesh."""
@@ -171,7 +187,7 @@ class Model:
         classifier_scale: float = 1.0,
         classifier_form: str = "eps",
         low=None,
-        noise_std=None,
+        noise_std=0.0,
         condition=None,
         trajectory: bool | Sequence[int] | np.ndarray = False,
         algorithm: Callable | None = None,
@@ -207,29 +223,19 @@ class Model:
           the sampler is known to fail; TypeError for a classifier.
         """
         self._check_is_diffusion_model("logits(x_t, time)")
-        if sampler is not None and not isinstance(sampler, sampling.Sampler):
-            raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
-        assert isinstance(self.model, Conditional)
-        if guidance_scale != 1 and self.model.null_label is None:
-            if self.model.null_condition is None:
-                raise ValueError(
-                    f"guidance_scale={guidance_scale} needs a network trained with label_dropout or condition_dropout; use 1"
-                )
-            if condition is None:
-                raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
-        if (low is not None) != bool(self.low_resolution):
-            raise ValueError("low= is required by super-resolution networks and allowed for no other")
-        if noise_std is not None and not self.conditioning_noise:
-            raise ValueError("noise_std= needs a super-resolution network that was trained with conditioning_noise")
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
-        sampler, scales = self._configure_sampler(sampler), (guidance_scale, classifier_scale)
-        schedule = self._respace(sampler, steps, spacing)
-        shape = (num_images, *self.example_shape)
-        given = self._to_conditions(condition, num_images)
+        sampler, schedule = self.configure(sampler, steps, spacing)
+        self.check_guidance(sampler, guidance_scale, condition is not None, classifier, classifier_form)
+        self.check_small_images(low is not None, noise_std)
+        y = self.check_labels(y, num_images, classifier)
+        shape, scales = (num_images, *self.example_shape), (guidance_scale, classifier_scale)
+        given = self.check_condition(condition, num_images)
+        if given is not None:
+            given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
         if low is not None:
             low = to_model_range(low) if low.dtype == np.uint8 else low
-            given = upsampling.condition(low, shape, noise_std)
+            given = upsampling.condition(low, shape, noise_std if self.conditioning_noise else None)
         program = _Program(
             model=self.model,
             classifier=None if classifier is None else classifier.model,
@@ -245,7 +251,7 @@ class Model:
         )
         arrays = {
             "schedules": (schedule, self.schedule),
-            "y": self._check_labels(y, num_images, classifier),
+            "y": y,
             "condition": given,
             "scales": tuple(map(np.float32, scales)) if self.mesh is None else None,
         }
@@ -269,9 +275,16 @@ class Model:
         if isinstance(self.model, Classifier):
             raise TypeError(f"these weights are a classifier; use {instead}")
 
-    def _respace(self, sampler: sampling.Sampler, steps, spacing: str | None) -> schedules.Schedule:
-        """The steps of `sample`. Raises: ValueError for steps on which the sampler is known to fail."""
-        schedule = self.schedule
+    def configure(
+        self, sampler: sampling.Sampler | None = None, steps=None, spacing: str | None = None
+    ) -> tuple[sampling.Sampler, schedules.Schedule]:
+        """The sampler and the steps that `sample` uses for these arguments.
+
+        Warns of steps on which samples will look wrong. Raises: ValueError for steps on which the sampler is known to fail.
+        """
+        if sampler is not None and not isinstance(sampler, sampling.Sampler):
+            raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
+        sampler, schedule = self._configure_sampler(sampler), self.schedule
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):
@@ -279,14 +292,64 @@ class Model:
         elif steps is not None:
             if spacing is None and isinstance(steps, int | np.integer):
                 spacing = sampling.default_spacing(sampler, schedule)
-            schedule = schedules.respace(schedule, steps, spacing)
-        problem = sampling.find_problem(sampler, schedule)
-        if problem:
-            raise ValueError(f"{sampler}: {problem}; use spacing='log_snr', more steps, or sampling.ddim()")
-        growth = sampling.find_error_growth(sampler, schedule)
-        if growth:
-            warnings.warn(f"{growth}; use a number of steps with spacing='log_snr', or a clip", stacklevel=3)
-        return schedule
+            try:
+                schedule = schedules.respace(schedule, steps, spacing)
+            except ValueError as error:
+                raise ValueError(f"steps={steps!r}: {error}") from error
+        advice = "more steps" if self.schedule.zero_terminal_snr else "spacing='log_snr' or more steps"
+        if problem := sampling.find_problem(sampler, schedule):
+            raise ValueError(f"{type(sampler).__name__}: {problem}; use {advice}, or the sampler ddim")
+        if growth := sampling.find_error_growth(sampler, schedule):
+            advice += ", a clip for data in [-1, 1], or a network that predicts v"
+            warnings.warn(f"{growth}; use {advice}", stacklevel=3)
+        elif blur := sampling.find_blur(schedule):
+            warnings.warn(f"{blur}; use {advice}", stacklevel=3)
+        return sampler, schedule
+
+    def check_guidance(
+        self,
+        sampler: sampling.Sampler,
+        guidance_scale: float,
+        has_condition: bool,
+        classifier: Model | None = None,
+        classifier_form: str = "eps",
+    ) -> None:
+        """Raises: ValueError for guidance that the network does not allow, or a classifier of another x_t."""
+        assert isinstance(self.model, Conditional)
+        if guidance_scale != 1 and self.model.null_label is None:
+            if self.model.null_condition is None:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale} needs a network trained with label_dropout or condition_dropout; "
+                    "use 1, or a classifier"
+                )
+            if not has_condition:
+                raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
+        if classifier is None:
+            return
+        if not isinstance(classifier.model, Classifier):
+            raise ValueError("the classifier holds another network; --mode=train_classifier makes a classifier")
+        differences = self.find_differences(classifier)
+        for name, there, here in (
+            ("shape", classifier.example_shape, self.example_shape),
+            ("classes", classifier.num_classes, self.num_classes or classifier.num_classes),
+        ):
+            differences += [f"{name}: {there} there, {here} here"] * (there != here)
+        if classifier.normalizations.get("x") != self.normalizations.get("x"):
+            differences.append("other constants of the normalization")
+        if differences:
+            raise ValueError(f"the classifier was trained on other data or x_t ({'; '.join(differences)})")
+        if classifier_form == "mean":
+            _shift_mean(sampler, guidance.log_prob_gradient)  # raises for samplers other than ddpm
+
+    def check_small_images(self, is_given: bool, noise_std) -> None:
+        """Raises: ValueError for small images or a noise on them that the network does not take."""
+        if is_given != bool(self.low_resolution):
+            raise ValueError("low= is required by super-resolution networks and allowed for no other")
+        if np.max(noise_std) > self.conditioning_noise:
+            raise ValueError(
+                f"noise_std={noise_std} must lie in 0 ... {self.conditioning_noise}, the noise that the network was "
+                "trained with (conditioning_noise)"
+            )
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
         """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
@@ -309,8 +372,8 @@ class Model:
             )
         return changed
 
-    def _to_conditions(self, condition, num_examples: int) -> jax.Array | None:
-        """Conditions float32 [N, ...] in the network's units; None for a network without. Raises: ValueError."""
+    def check_condition(self, condition, num_examples: int) -> np.ndarray | None:
+        """Conditions [N, ...] in the units of the data; None for a network without. Raises: ValueError."""
         shape = self.condition_shape
         if shape is None:
             if condition is not None:
@@ -322,7 +385,7 @@ class Model:
         if condition is None:
             if not has_null:
                 raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
-            return jnp.full(rows, jnp.nan, jnp.float32)
+            return np.full(rows, np.nan, np.float32)
         values = np.asarray(condition)
         is_real = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)
         if values.shape not in (shape, rows) or not is_real:
@@ -342,9 +405,9 @@ class Model:
         normalization = self.normalizations.get("condition")
         if normalization and (found := normalization.describe_outside(values)):
             warnings.warn(f"{found}.", stacklevel=3)
-        return jnp.asarray(to_model_units(values, normalization))
+        return values
 
-    def _check_labels(self, y, num_images: int, classifier: Model | None) -> jax.Array | None:
+    def check_labels(self, y, num_images: int, classifier: Model | None = None) -> jax.Array | None:
         """y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""
         num_classes = self.num_classes or (0 if classifier is None else classifier.num_classes)
         if not num_classes:
@@ -454,7 +517,7 @@ def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
         return replace(sampler, sampler=_shift_mean(inner, shift))
     if not isinstance(sampler, sampling.ddpm):
         raise ValueError(
-            f"classifier_form='mean' shifts the ancestral mean of sampling.ddpm, and not {sampler}; use 'eps'"
+            f"classifier_form='mean' shifts the mean of the sampler ddpm, and not of {type(sampler).__name__}; use 'eps'"
         )
     return replace(sampler, mean_shift=shift)
 

@@ -17,7 +17,7 @@ import numpy as np
 from diffusion_jax.config.presets import OPENAI
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
-from diffusion_jax.models.blocks import split_heads
+from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import Model, make_model
 
@@ -274,11 +274,11 @@ def load_openai(
 ) -> Model:
     """The network of a state dict; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
     net, new_order = describe_openai(path, tensors, flags)
-    return net.with_params(load_params(path, tensors, net, new_order)) if with_params else net
+    return load_params(path, tensors, net, new_order) if with_params else net
 
 
-def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> dict:
-    """The parameters. new_order: of the attention's q, k and v, as `describe_openai` returns it. Raises: PretrainedError."""
+def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> Model:
+    """The network with its parameters. new_order: as `describe_openai` returns it. Raises: PretrainedError."""
     # q, k and v are one tensor in the file and three layers here; the classifier's pooling has other names for the same.
     model: Any = net.model
     stored, joined = {}, {}
@@ -307,5 +307,4 @@ def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new
         return split.pop(name)
 
     layers = dataclasses.replace(tensors, shapes=dict.fromkeys((*stored, *joined), ()), read=read)
-    shapes = parameters.parameter_shapes(model, net.example_shape)
-    return parameters.build_params(path, shapes, layers, lambda p: NAMING(p, model))
+    return net.read_params(path, layers, NAMING)

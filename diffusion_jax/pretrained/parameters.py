@@ -23,8 +23,7 @@ import numpy as np
 
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_write
-from diffusion_jax.models import initial_inputs
-from diffusion_jax.training.state import Network
+from diffusion_jax.training.state import Network, abstract_params
 
 __all__ = [
     "Naming",
@@ -255,9 +254,7 @@ def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple
 
     shape: (*spatial, C) of an example. Raises: ValueError for fields that do not describe a network.
     """
-    # The key is an argument, as in `training.state.abstract_params`.
-    tree = jax.eval_shape(lambda key: model.init(key, **initial_inputs(model, shape))["params"], jax.random.key(0))
-    return flat_shapes(tree)
+    return flat_shapes(abstract_params(model, shape))
 
 
 def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.errors import DiffusionJaxError, shorten
 from diffusion_jax.files import with_urls
+from diffusion_jax.pretrained import read_class_names
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
 from diffusion_jax.runs.evaluate import read_records
 from diffusion_jax.runs.logging import read_launches, read_metrics
-from diffusion_jax.runs.workdir import load_config, read_class_names
+from diffusion_jax.runs.workdir import load_config
 
 __all__ = ["RunFiles", "collect", "format_value", "table_cells"]
 

@@ -29,11 +29,12 @@ from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log, progress_over
-from diffusion_jax.runs.trained_model import load_weights, open_model
 from diffusion_jax.runs.workdir import (
     check_source,
     digest_of_some,
+    load_weights,
     normalize,
+    open_model,
     rename_leaves_in_errors,
     to_dict,
     write_config_if_untrained,

@@ -15,14 +15,20 @@ from diffusion_jax.config import is_continuous, resolve
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error
-from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.chunk_store import ChunkStore
 from diffusion_jax.runs.console import log
-from diffusion_jax.runs.sampling import FILES, check_finite, draw, draw_batch, resolve_sampling, to_examples
-from diffusion_jax.runs.trained_model import load_weights, open_model
-from diffusion_jax.runs.workdir import write_config_if_untrained
+from diffusion_jax.runs.sampling import (
+    FILES,
+    check_finite,
+    draw,
+    draw_batch,
+    resolve_sampling,
+    to_examples,
+    write_examples,
+)
+from diffusion_jax.runs.workdir import load_weights, open_model, write_config_if_untrained
 
 __all__ = ["SampleFile", "picture_steps", "run"]
 
@@ -128,13 +134,10 @@ class SampleFile:
         rows = self.settings.arguments(np.arange(len(samples)))
         # The samples come first, for programs that read the first array.
         arrays = {"arr_0": samples, "arr_1": rows["y"], "condition": rows["condition"]}
-        arrays = {name: array for name, array in arrays.items() if array is not None}
-        save_npz(self.path, arrays | self.provenance.arrays())
         shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
         captions = self.settings.captions(len(shown))
         picture = pictures.draw_samples(shown, f"Samples: {self.provenance.name}", captions)
-        pictures.save(self.path.with_suffix(".png"), picture)
-        self.workdir.upload(self.path, self.path.with_suffix(".png"))
+        write_examples(self.workdir, "samples", self.provenance, arrays, picture)
 
 
 # ---- Samples being denoised
@@ -159,19 +162,18 @@ def _write_trajectory(file: SampleFile) -> None:
     samples, frames = draw(net, settings, key, np.arange(rows), trajectory=steps)
     arrays = {"x_t": to_examples(net, frames.x_t), "x_0": to_examples(net, frames.x_0)}
     arrays |= {"times": settings.schedule.timesteps[steps[::-1]], "samples": to_examples(net, samples)}
-    directory, name = file.path.parent / "trajectories", file.provenance.name
-    directory.mkdir(exist_ok=True)
-    for frames, suffix, what in (
-        ("x_t", "", "being denoised"),
-        ("x_0", "_x_0", "as predicted while they are denoised"),
-    ):
-        x, title = np.concatenate([arrays[frames], arrays["samples"][None]]), f"The first samples of {name}, {what}"
-        picture = pictures.draw_trajectory(x, arrays["times"], title, settings.captions(rows))
-        pictures.save(directory / f"{name}{suffix}.png", picture)
-        file.workdir.upload(directory / f"{name}{suffix}.png")
-    save_npz(directory / f"{name}.npz", arrays | file.provenance.arrays())
-    file.workdir.upload(directory / f"{name}.npz")
-    log(f"Samples being denoised: {directory / f'{name}.png'}")
+
+    def draw_picture(frames: str, what: str):
+        x = np.concatenate([arrays[frames], arrays["samples"][None]])
+        title = f"The first samples of {file.provenance.name}, {what}"
+        return pictures.draw_trajectory(x, arrays["times"], title, settings.captions(rows))
+
+    picture = draw_picture("x_t", "being denoised")
+    path = write_examples(file.workdir, "samples/trajectories", file.provenance, arrays, picture)
+    path_of_x_0 = path.with_name(f"{path.stem}_x_0.png")
+    pictures.save(path_of_x_0, draw_picture("x_0", "as predicted while they are denoised"))
+    file.workdir.upload(path_of_x_0)
+    log(f"Samples being denoised: {path.with_suffix('.png')}")
 
 
 def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:

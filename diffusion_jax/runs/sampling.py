@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pathlib
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, pretrained, process, sampling, schedules
-from diffusion_jax.config import LEAVES, clips_by_default, is_upsampler, resolve, resolve_clip
-from diffusion_jax.errors import UserError, closest_names, list_names
+from diffusion_jax import data, pictures, pretrained, process, sampling, schedules
+from diffusion_jax.config import LEAVES, clips_by_default, resolve, resolve_clip
+from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
+from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_uint8
-from diffusion_jax.provenance import array_digest, params_digest, settings_digest
+from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape
@@ -30,14 +33,16 @@ __all__ = [
     "condition_captions",
     "draw",
     "draw_batch",
+    "load_arrays",
     "parse_classes",
     "read_conditions",
     "read_small_images",
     "resolve_sampling",
-    "respace",
     "sampler_from_config",
+    "steps_from_config",
     "to_examples",
     "unused_leaves",
+    "write_examples",
 ]
 
 FILES = ("classifier", "low_resolution", "conditions")  # leaves of `config.sampling`, compared by their contents
@@ -52,16 +57,14 @@ _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
 class SamplingSettings:
     """`config.sampling` for one model, from `resolve_sampling`.
 
-    config: complete, with the clip that follows from the data. schedule: the steps of the sampler. classes: the requested
-    classes, None if samples have none. labels: int32 [N], of which sample i has entry i modulo N, None without classes.
-    conditions: [N, ...] in the units of the data, and small_images, uint8 [N, h, w, C] for an upsampler, of which sample i
-    has row i modulo N; None for samples without. notes: lines to log.
+    config: complete, with the clip that follows from the data. schedule: the steps of the sampler. labels int32 [N],
+    conditions [N, ...] in the units of the data, and small_images, uint8 [N, h, w, C] for an upsampler: sample i has row i
+    modulo N; None for samples without. notes: lines to log.
     """
 
     config: ConfigDict
     sampler: sampling.Sampler
     schedule: schedules.Schedule
-    classes: tuple[int, ...] | None
     labels: np.ndarray | None
     conditions: np.ndarray | None
     small_images: np.ndarray | None
@@ -78,7 +81,7 @@ class SamplingSettings:
             "y": _rows(self.labels, indices),
             "condition": _rows(self.conditions, indices),
             "low": _rows(self.small_images, indices),
-            "noise_std": options["low_resolution_noise"] if self.config.diffusion.conditioning_noise else None,
+            "noise_std": options["low_resolution_noise"],
             "guidance_scale": options["guidance_scale"],
             "guidance_interval": options["guidance_interval"] or None,
             "guidance_rescale": options["guidance_rescale"],
@@ -105,10 +108,11 @@ class SamplingSettings:
         if isinstance(options["steps"], tuple | list):
             hashed["steps"] = options["steps"]
         parts = [f"{options['sampler']}{num_steps}"] + [options["spacing"]] * (options["spacing"] is not None)
-        if options["label"] is not None and self.classes is not None:
-            classes = "class" + "-".join(map(str, self.classes))
+        if options["label"] is not None and self.labels is not None:
+            chosen = self.labels.tolist()
+            classes = "class" + "-".join(map(str, chosen))
             if len(classes) > _MAX_CLASSES_IN_NAME:
-                classes, hashed["classes"] = f"{len(self.classes)}classes", self.classes
+                classes, hashed["classes"] = f"{len(chosen)}classes", chosen
             parts.append(classes)
         if options["guidance_scale"] != 1:
             parts.append(f"guided{options['guidance_scale']}")
@@ -123,8 +127,8 @@ class SamplingSettings:
         """The settings that decide the values of samples, except those of rounding, as JSON values."""
         options = to_dict(self.config)
         sampling = {k: v for k, v in options["sampling"].items() if k not in (*_LEAVES_WITHOUT_EFFECT, *FILES)}
-        if sampling["label"] is not None and self.classes is not None:  # a name and a number may be of one class
-            sampling["label"] = list(self.classes)
+        if sampling["label"] is not None and self.labels is not None:  # a name and a number may be of one class
+            sampling["label"] = self.labels.tolist()
         return {
             **net.provenance.settings,
             "weights_digest": params_digest(net.params),
@@ -148,123 +152,55 @@ def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
 def resolve_sampling(
     config: ConfigDict, net: pretrained.Model, conditions: np.ndarray | None = None, read_files: bool = True
 ) -> SamplingSettings:
-    """Checks `config.sampling` for a model, before anything is compiled.
+    """Translates `config.sampling` into the arguments of `net.sample`, and checks them before anything is compiled.
 
     conditions: [N, ...] in the units of the data, in place of `sampling.conditions`. read_files: False leaves out the files
     that the config names; classes are then checked only if no classifier guides.
-    Raises: UserError or ValueError for values that are not allowed, or do not fit the model or one another; DataError.
+    Raises: UserError for values that are not allowed, or do not fit the model or one another; DataError.
     """
     config = resolve(config)
     config.sampling.clip = resolve_clip(config)
     options = config.sampling.to_dict()
-    sampler = sampler_from_config(options, config["diffusion"])
-    schedule = respace(net.schedule, options, sampler)
-    _check_guidance(config, net)
-    warning = _check_steps(options, net.schedule, schedule, sampler)
-    classifier = _load_classifier(options, net) if options["classifier"] and read_files else None
-    classes = labels = small_images = None
-    num_classes = net.num_classes if classifier is None else classifier.num_classes
-    if read_files or not options["classifier"]:
-        classes = parse_classes(options["label"], num_classes, net.class_names)
-        labels = None if classes is None else np.array(classes, np.int32)
-    if read_files:
-        conditions = read_conditions(config) if conditions is None else conditions
-        small_images, given_labels = read_small_images(config)
-        if given_labels is not None and labels is not None and options["label"] is None:
-            if given_labels.dtype.kind not in "iu" or given_labels.min() < 0 or given_labels.max() >= num_classes:
-                raise UserError(f"the small images' labels (arr_1) must be classes in 0 ... {num_classes - 1}")
-            labels = given_labels.astype(np.int32)
-    notes = [warning, *(f"{leaf} has no effect here" for leaf in unused_leaves(options))]
-    normalization = net.normalizations.get("condition")
-    if conditions is not None and normalization is not None:
-        notes.append(normalization.describe_outside(conditions))
+    classifier = labels = small_images = None
+    with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        sampler = sampler_from_config(options, config["diffusion"])
+        sampler, schedule = net.configure(sampler, *steps_from_config(options))
+        if options["classifier"] and read_files:
+            classifier = _load_classifier(options, net)
+        num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
+        if num_classes or read_files or not options["classifier"]:
+            labels = parse_classes(options["label"], num_classes, net.class_names)
+        if read_files:
+            conditions = read_conditions(config) if conditions is None else conditions
+            small_images, given_labels = read_small_images(config)
+            if given_labels is not None and labels is not None and options["label"] is None:
+                labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
+            net.check_small_images(small_images is not None, options["low_resolution_noise"])
+            net.check_condition(conditions, 1 if conditions is None else len(conditions))
+        has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
+        net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, options["classifier_form"])
+    notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
     return SamplingSettings(
         config=config,
         sampler=sampler,
         schedule=schedule,
-        classes=classes,
         labels=labels,
         conditions=conditions,
         small_images=small_images,
         classifier=classifier,
         class_names=net.class_names,
-        notes=tuple(filter(None, notes)),
+        notes=(*notes, *(f"{leaf} has no effect here" for leaf in unused_leaves(options))),
     )
 
 
-def _check_guidance(config: ConfigDict, net: pretrained.Model) -> None:
-    options, model = config.sampling, net.model
-    if options.guidance_scale != 1 and model.null_label is None and model.null_condition is None:
-        raise UserError(
-            f"sampling.guidance_scale={options.guidance_scale} needs a model trained with model.num_classes and "
-            "model.label_dropout above 0, or with conditions and model.condition_dropout above 0; use 1, or "
-            "sampling.classifier"
-        )
-    if options.low_resolution and not is_upsampler(config):
-        raise UserError(
-            f"sampling.low_resolution={options.low_resolution!r} is for models that enlarge images "
-            "(data.low_resolution)"
-        )
-    noise, maximum = options.low_resolution_noise, net.conditioning_noise
-    if noise > maximum:
-        raise UserError(
-            f"sampling.low_resolution_noise={noise} must lie in 0 ... {maximum}, the noise that the model was trained "
-            "with (diffusion.conditioning_noise)"
-        )
-    if options.classifier and options.classifier_form == "mean" and options.sampler != "ddpm":
-        raise UserError("sampling.classifier_form='mean' shifts the ancestral mean: use sampling.sampler='ddpm'")
-
-
-def _check_steps(
-    options: Mapping[str, Any], full: schedules.Schedule, schedule: schedules.Schedule, sampler: sampling.Sampler
-) -> str | None:
-    """The reason why samples will look wrong on these steps, with advice; None if none is known.
-
-    Raises: UserError for steps on which the sampler is known to fail.
-    """
-    spacing = _resolve_spacing(options, sampler, full)
-    advice = more = "more steps (sampling.steps)"
-    if spacing != "log_snr" and not full.zero_terminal_snr:
-        advice = f"sampling.spacing=log_snr or {more}"
-    problem = sampling.find_problem(sampler, schedule)
-    if problem is not None:
-        leaves = f"sampling.sampler={options['sampler']}"
-        if options["steps"] is not None:
-            leaves += f" with sampling.steps={options['steps']} and spacing {spacing}"
-        raise UserError(f"{leaves}: {problem}; use {advice}, or sampling.sampler=ddim")
-    blur, growth = sampling.find_blur(schedule), sampling.find_error_growth(sampler, schedule)
-    if growth is None:
-        return f"{blur}; use {advice}" if blur else None
-    steps = more if spacing == "log_snr" else "--config.sampling.spacing=log_snr"
-    if options["steps"] is None:
-        steps = "--config.sampling.steps=250 --config.sampling.spacing=log_snr"
-    return f"{growth}; use {steps}, --config.sampling.clip=True for data in [-1, 1], or a model that predicts v"
-
-
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
-    """The guiding classifier, on the devices of the model. Raises: UserError for one that does not suit the model."""
+    """The guiding classifier, on the devices of the model. Raises: UserError."""
     path = options["classifier"]
     try:
         classifier = pretrained.load(path, ema=options["use_ema"])
     except pretrained.PretrainedError as error:
         raise UserError(f"sampling.classifier={path}: {error}") from error
-    if not isinstance(classifier.model, models.Classifier):
-        raise UserError(f"sampling.classifier={path} holds no classifier; --mode=train_classifier makes one")
-    differences = net.find_differences(classifier)
-    if classifier.example_shape != net.example_shape:
-        differences.append(f"images: {classifier.example_shape} there, {net.example_shape} here")
-    if differences:
-        raise UserError(f"sampling.classifier={path} was trained on other x_t ({'; '.join(differences)})")
-    if net.num_classes not in (0, classifier.num_classes):
-        raise UserError(
-            f"sampling.classifier={path} has {classifier.num_classes} classes and the model has {net.num_classes}; they "
-            "must agree"
-        )
-    if classifier.normalizations.get("x") != net.normalizations.get("x"):
-        raise UserError(
-            f"sampling.classifier={path} was trained on data with other constants of data.normalization (data.json); "
-            "train both on the same data"
-        )
     return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
 
 
@@ -300,40 +236,20 @@ def unused_leaves(options: Mapping) -> list[str]:
     return unused
 
 
-def _resolve_spacing(options: Mapping, sampler: sampling.Sampler, schedule: schedules.Schedule) -> str:
-    """`sampling.spacing`, or the default of the sampler and of the type of `sampling.steps`."""
-    if options["spacing"] is not None:
-        return options["spacing"]
-    return "openai" if isinstance(options["steps"], tuple | list) else sampling.default_spacing(sampler, schedule)
-
-
-def respace(schedule: schedules.Schedule, options: Mapping, sampler: sampling.Sampler) -> schedules.Schedule:
-    """The schedule that the sampler uses: all of it, or `sampling.steps` of it. Raises: ValueError."""
-    steps = options["steps"]
+def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The arguments `steps` and `spacing` of `pretrained.Model.sample` for those of `config.sampling`. Raises: UserError."""
+    steps, spacing = options["steps"], options["spacing"]
     if steps is None:
-        return schedule
-    spacing, is_sequence = _resolve_spacing(options, sampler, schedule), isinstance(steps, tuple | list)
-    if spacing == "given" and not is_sequence:
-        raise ValueError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
-    if spacing == "openai" and not all(type(count) is int for count in (steps if is_sequence else (steps,))):
-        raise ValueError(
-            f"sampling.steps={steps!r} with spacing=openai must be a whole number, or several: (10, 15, 20)"
-        )
-    if is_sequence and spacing not in ("given", "openai"):
-        raise ValueError(
-            f"sampling.steps={steps!r} are several numbers, which spacing={spacing} does not take; use "
-            "sampling.spacing=openai (steps in equal sections of the chain) or given (network times)"
-        )
-    try:
-        if spacing == "given":
-            return schedules.respace(schedule, [float(t) for t in steps])
-        if spacing == "openai":
-            return schedules.respace(schedule, ",".join(map(str, steps)) if is_sequence else str(steps))
-        if spacing == "openai_ddim":
-            return schedules.respace(schedule, f"ddim{steps}")
-        return schedules.respace(schedule, steps, spacing)
-    except ValueError as error:
-        raise ValueError(f"sampling.steps={steps!r}: {error}") from error
+        return None, None
+    is_sequence = isinstance(steps, tuple | list)
+    if spacing == "given":
+        if not is_sequence:
+            raise UserError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
+        return [float(t) for t in steps], None
+    text = ",".join(map(str, steps if is_sequence else (steps,)))
+    if spacing == "openai_ddim":
+        return f"ddim{text}", None
+    return (text, None) if is_sequence and spacing in (None, "openai") else (steps, spacing)
 
 
 # ---- Samples
@@ -360,6 +276,26 @@ def to_examples(net: pretrained.Model, samples: Any) -> np.ndarray:
     return np.asarray(samples if net.levels is None else to_uint8(samples))
 
 
+def write_examples(
+    workdir: RunDir,
+    directory: str,
+    provenance: Provenance,
+    arrays: Mapping[str, np.ndarray | None],
+    picture: pictures.Picture,
+) -> pathlib.Path:
+    """Writes NAME.npz of the arrays that are not None and of the provenance, whose name it has, and NAME.png; uploads both.
+
+    Returns: the path of the .npz.
+    """
+    path = workdir / directory / f"{provenance.name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    save_npz(path, given | provenance.arrays())
+    pictures.save(path.with_suffix(".png"), picture)
+    workdir.upload(path, path.with_suffix(".png"))
+    return path
+
+
 def check_finite(samples: np.ndarray) -> None:
     """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
     if samples.dtype != np.uint8 and not np.isfinite(samples).all():
@@ -380,13 +316,13 @@ def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
     return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
 
 
-def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, ...] | None:
-    """The classes of `sampling.class`: all classes for None; None for a model without classes. Raises: UserError.
+def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray | None:
+    """The classes of `sampling.class`, int32: all classes for None; None for a model without classes. Raises: UserError.
 
     value: a class or several, each an index or a name; a string may list several, as in "3,cats".
     """
     if value is None:
-        return tuple(range(num_classes)) or None
+        return np.arange(num_classes, dtype=np.int32) if num_classes else None
     if not num_classes:
         raise UserError(f"sampling.class={value}, but the model has no classes (model.num_classes=0)")
     classes = value
@@ -407,7 +343,7 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, .
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
         indices.append(y)
-    return tuple(indices)
+    return np.array(indices, np.int32)
 
 
 # ---- Conditions
@@ -416,38 +352,34 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> tuple[int, .
 def read_conditions(config: ConfigDict) -> np.ndarray | None:
     """The conditions of samples [N, ...] in the units of the data; None without `sampling.conditions`.
 
-    Raises: UserError for a file that is missing or unreadable, or conditions that the model does not take.
+    Raises: UserError for a file that is missing or unreadable or has no rows, or if the model needs one.
     """
-    options, shape = config.sampling, condition_shape(config)
-    leaf = f"sampling.conditions={options.conditions!r}"
-    expected = ", ".join(map(str, ("N", *(shape or ()))))
-    if not options.conditions:
-        file = f"sampling.conditions=FILE.npy, numbers [{expected}] in the units of the data"
+    path, shape = config.sampling.conditions, condition_shape(config)
+    if not path:
         if shape is not None and not config.model.condition_dropout:
-            raise UserError(f"this model needs conditions: set {file}")
-        if shape is not None and options.guidance_scale != 1 and not config.model.label_dropout:
-            raise UserError(f"sampling.guidance_scale={options.guidance_scale} guides by conditions: set {file}")
-        return None
-    if shape is None:
-        raise UserError(f"{leaf}: this model takes no conditions (model.condition_features, model.condition_channels)")
-    path = local_path(options.conditions)
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray) and "condition" not in loaded:
+            expected = ", ".join(map(str, ("N", *shape)))
             raise UserError(
-                f"{leaf} has no array 'condition', only {list_names(map(repr, loaded), 8)}; save it under that name"
+                f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in the units of the "
+                "data"
             )
-        conditions = loaded if isinstance(loaded, np.ndarray) else loaded["condition"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f'{leaf} is neither an .npy nor an .npz with "condition": {error}') from None
-    if conditions.dtype.kind not in "iuf" or conditions.shape[1:] != shape or not len(conditions):
+        return None
+    loaded = load_arrays("sampling.conditions", path)
+    conditions = loaded if isinstance(loaded, np.ndarray) else loaded.get("condition")
+    if conditions is None or not conditions.size:
+        found = "an empty array" if conditions is not None else f"only {list_names(map(repr, loaded), 8)}"
         raise UserError(
-            f"{leaf} holds {conditions.dtype} {list(conditions.shape)}; this model takes numbers [{expected}]"
+            f"sampling.conditions={path!r} has {found}, and not numbers in an .npy or as 'condition' in an .npz"
         )
-    finite = np.isfinite(conditions).reshape(len(conditions), -1).all(axis=1)
-    if not finite.all():
-        raise UserError(f"{leaf}: row {finite.argmin()} has values that are not finite")
     return conditions
+
+
+def load_arrays(leaf: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of an .npy, or all arrays of an .npz by name, at the path that a leaf gives. Raises: UserError."""
+    try:
+        loaded = np.load(local_path(path), allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{leaf}={path!r} cannot be read as an .npy or .npz file: {error}") from None
 
 
 def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
@@ -467,6 +399,8 @@ def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray
     """
     path, side = config.sampling.low_resolution, config.data.low_resolution
     if not side:
+        if path:
+            raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
         return None, None
     if not path:
         raise UserError(
@@ -478,13 +412,10 @@ def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)
         return folder.read(np.arange(len(folder)))["image"], None
-    try:
-        with np.load(source, allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays.get("arr_1")
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0: {error}"
-        ) from None
+    arrays = load_arrays("sampling.low_resolution", path)
+    if isinstance(arrays, np.ndarray) or "arr_0" not in arrays:
+        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
         raise UserError(
             f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "

@@ -29,6 +29,7 @@ from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import of_features, reported_name
+from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.console import (
     ProgressBar,
@@ -42,7 +43,6 @@ from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_refe
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
 from diffusion_jax.runs.sampling import SamplingSettings, draw_batch, resolve_sampling
-from diffusion_jax.runs.trained_model import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,

@@ -10,18 +10,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.config import identity_leaves, is_classifier, resolve
 from diffusion_jax.data import Normalizations, Source
+from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import DataError, UserError, shorten
+from diffusion_jax.errors import DataError, UserError, as_user_error, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.console import progress_over
+from diffusion_jax.runs.console import log, progress_over
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
+from diffusion_jax.training.optimizer import raw_weights_note
 
 __all__ = [
     "check_data",
@@ -30,8 +33,9 @@ __all__ = [
     "config_from_weights",
     "digest_of_some",
     "load_config",
+    "load_weights",
     "normalize",
-    "read_class_names",
+    "open_model",
     "rename_leaves_in_errors",
     "run_normalizations",
     "to_dict",
@@ -67,7 +71,7 @@ def config_from_weights(path: str, flags: str = "") -> ConfigDict:
     config = load_config(path) if pretrained.is_workdir(path) else None
     if config is None:
         leaves = pretrained.config_leaves(description)
-        dataset = "folder" if description.is_images and description.channels in (1, 3) else "arrays"
+        dataset = "folder" if description.is_images else "arrays"
         config = resolve(leaves | {"data": leaves["data"] | {"dataset": dataset, "random_flip": False}})
     config.init_from, config.init_flags = path, flags
     return config
@@ -132,18 +136,6 @@ def digest_of_some(source: Source) -> str:
     return hashlib.sha256(
         b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
     ).hexdigest()
-
-
-def read_class_names(config: Mapping, workdir: RunDir | os.PathLike) -> tuple[str, ...]:
-    """The names of the classes of samples, or () if they are not known.
-
-    They are read from data.json of the run, of the run that `init_from` names, or, for a model without classes, of the run
-    of the guiding classifier.
-    """
-    directories = (
-        [workdir, config["init_from"]] if config["model"]["num_classes"] else [config["sampling"]["classifier"]]
-    )
-    return next(filter(None, map(pretrained.read_class_names, filter(None, directories))), ())
 
 
 def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
@@ -246,3 +238,33 @@ def rename_leaves_in_errors(leaves: Mapping[str, str]) -> Iterator[None]:
         for old, new in leaves.items():
             message = message.replace(f"{old}=", f"{new}=")
         raise DataError(message) from error
+
+
+# ---- The model
+
+
+def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | None = None) -> pretrained.Model:
+    """The diffusion model of a run, without its parameters, so that settings are checked before a long read.
+
+    mesh: by default that of `config.mesh`.
+    Raises: UserError for a wrong config or a directory that holds another run; CheckpointError, PretrainedError.
+    """
+    workdir = open_run_dir(workdir)
+    check_identity(config, workdir)
+    if is_classifier(config):
+        raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
+    with as_user_error("config"):
+        return pretrained.open_run(config, workdir, mesh or sharding.make_mesh(config.mesh))
+
+
+def load_weights(
+    net: pretrained.Model, config: ConfigDict, workdir: RunDir | os.PathLike, use_ema: bool
+) -> pretrained.Model:
+    """`pretrained.restore`; a note is logged if the raw weights replace the EMA that `use_ema` requests.
+
+    Every process calls this.
+    """
+    net = pretrained.restore(net, config, open_run_dir(workdir), use_ema)
+    if use_ema and net.weights == "raw":
+        log(f"Note: {raw_weights_note(config, net.step or 0)}.")
+    return net

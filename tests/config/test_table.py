@@ -8,7 +8,6 @@ from diffusion_jax import config, models, sampling
 from diffusion_jax.config import values
 from diffusion_jax.evaluation import ode_likelihood
 from diffusion_jax.metrics import METRICS
-from diffusion_jax.runs import edit
 
 
 def wrong_value(kind):
@@ -67,7 +66,6 @@ def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():
         return kind.choices
 
     assert names("sampling.sampler") == tuple(sampling.SAMPLERS)
-    assert names("editing.task") == tuple(edit.TASKS)
     assert names("evaluation.metrics") == tuple(METRICS)
     assert names("evaluation.ode_dequantization") == ode_likelihood.DEQUANTIZATIONS
 

@@ -1,6 +1,7 @@
-"""Arrays in files: .npy, .npz, folders, HDF5 and Zarr, read by index."""
+"""Arrays in files: .npy, .npz, folders, HDF5 and Zarr, read by index or refused in one line."""
 
 import pickle
+import sys
 import tracemalloc
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from diffusion_jax.data import array_files
 from diffusion_jax.data.array_files import ArrayFiles
-from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, message, save_npy, save_store
+from diffusion_jax.errors import DataError
+from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, load, message, save_npy, save_store
 
 
 def test_an_npy_file_is_read_in_any_order_and_repeatedly(tmp_path):
@@ -66,17 +68,12 @@ def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.zarr"])
-def test_a_file_has_images_or_other_numbers(tmp_path, name):
+def test_images_of_a_file_are_uint8(tmp_path, name):
     images = np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)
-    batch = ArrayFiles(save_store(tmp_path / name, image=images), "train", SHAPE).read(INDICES)
+    in_group = {} if name == "a.npz" else {"meta/time": X}  # which is not read
+    batch = ArrayFiles(save_store(tmp_path / name, image=images, **in_group), "train", SHAPE).read(INDICES)
     assert batch.keys() == {"image"}
     np.testing.assert_array_equal(batch["image"], images[INDICES])
-    for folder in ("both", "other", "wrong"):
-        (tmp_path / folder).mkdir()
-    assert "'x' and 'image'; keep one" in message(save_store(tmp_path / "both" / name, x=X, image=images))
-    found = message(save_store(tmp_path / "other" / name, alpha=X, beta=X))
-    assert "no array 'x' or 'image', only alpha, beta" in found
-    assert '"image" as float32, which must be uint8' in message(save_store(tmp_path / "wrong" / name, image=X))
 
 
 def test_a_folder_of_examples_and_of_several_examples(tmp_path):
@@ -183,3 +180,84 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
     batch = ArrayFiles(str(path), "train", shape).read([0, 1000, num_examples - 1])["x"]
     assert (batch[-1] == 3).all() and not batch[:-1].any() and tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "words"),
+    [
+        (
+            "a.npz",
+            {"x": X, "label": LABEL[:6]},
+            "label has the shape [6], and the examples [7, 3, 4, 2]; every example",
+        ),
+        ("a.npz", {"x": X, "label": LABEL.astype(float)}, "label is float64 [7], not integers [7]"),
+        ("a.npz", {"x": X, "label": LABEL - 1}, "label contains -1; labels are the numbers 0"),
+        ("a.npz", {"x": X, "label": LABEL.astype(np.uint64) + 2**32}, "label contains 4294967300; labels"),
+        ("a.npz", {"x": X > 0}, '"x" as bool; give real numbers'),
+        ("a.npz", {"x": X.astype(object)}, "Python objects"),
+        ("a.npz", {"x": X[:0]}, "has no examples"),
+        ("a.npz", {"x": X[..., [0, 0, 0]]}, "--config.data.image_size=(3,4) --config.data.channels=3"),
+        ("a.zarr", {"x": X, "image": X}, "'x' and 'image'; keep one"),
+        ("a.h5", {"alpha": X, "beta": X}, "no array 'x' or 'image', only alpha, beta"),
+        ("a.npz", {"image": X}, '"image" as float32, which must be uint8'),
+        ("a.h5", {"train/x": X}, "no array 'x' or 'image', and no others; save them under these names, outside groups"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_one_line(tmp_path, name, arrays, words):
+    path = save_store(tmp_path / name, **arrays)
+    found = message(path)
+    assert words in found and path in found
+
+
+class _Explodes:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    values = np.array([_Explodes()] * 3, dtype=object)
+    np.save(tmp_path / "a.npy", values, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", x=X[:3], label=values)
+    np.savez_compressed(tmp_path / "b.npz", x=values)
+    for name in ("a.npy", "a.npz", "b.npz"):
+        assert f"cannot read {tmp_path / name}: " in message(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "a.zarr"])
+def test_missing_damaged_and_removed_files(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    assert f"data.data_dir='{path}' is no such file or folder" in message(path)
+    np.save(path, X) if name == "a.npy" else save_store(path, x=X)
+    source = load(path) if path.is_dir() else None
+    file = next(f for f in path.rglob("c/**/*") if f.is_file()) if path.is_dir() else path
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"none"):
+        file.write_bytes(content)
+        if path.is_dir():  # a chunk
+            with pytest.raises(DataError, match=f"cannot read {path}: ") as info:
+                source.read(np.arange(7))
+            assert "\n" not in str(info.value)
+        else:
+            assert f"cannot read {path}: " in message(path)
+    module = {"a.zarr": "zarr", "a.h5": "h5py"}.get(name)
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+        found = message(path)
+        assert f"{name} needs {module} (" in found and found.endswith("pip install '.[arrays]'")
+
+
+def test_folders_of_files_that_do_not_fit(tmp_path):
+    assert "data.data_dir='' is empty; set it to an .npy, .npz" in message("")
+    assert "no .npy files below" in message(tmp_path)
+    path = save_npy(tmp_path / "a.npy", X)
+    for location in (path, tmp_path):
+        found = message(location, "test")
+        assert f"data.split='test': {location} has only 'train'; use data.split='train', or a folder that" in found
+    for values, words in (
+        (X[:, :2], "is float32 [7, 2, 4, 2]; every file must be an example [3, 4, 2]"),
+        (X.astype(float), f"is float64, but {path} is float32; save all files"),
+    ):
+        np.save(tmp_path / "b.npy", values)
+        assert f"{tmp_path / 'b.npy'} {words}" in message(tmp_path)
+    (tmp_path / "b.npy").rename(tmp_path / "test.npy")
+    assert "has the splits a, test; use one of them" in message(tmp_path)  # never trains on the test split

@@ -1,5 +1,7 @@
 """Batches as a function of (seed, step), and the three kinds of sources."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,35 +111,57 @@ def test_folder_resizes_and_converts_images_of_all_modes(folder, size, shape, ch
 def test_resize_crops_the_center(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200  # the middle square
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    source = data.load({**CONFIG, "dataset": "folder", "data_dir": str(tmp_path), "image_size": 10, "channels": 3})
-    np.testing.assert_array_equal(source.arrays["image"][0], 200)
-    assert source.num_classes == 0
+    np.testing.assert_array_equal(data.fit(Image.fromarray(pixels), (10, 10), 3), 200)
 
 
-def test_folder_scales_16_bit_images_and_has_no_classes_with_images_outside_subfolders(folder):
-    Image.fromarray(np.array([[0, 257, 65535, 32768]], np.uint16)).save(folder / "deep.png")
-    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": (1, 4)}
-    source = data.load(config)
-    assert len(source) == 5 and source.num_classes == 0
-    assert source.arrays["image"][2].ravel().tolist() == [0, 1, 255, 128]
+def load_logged(folder, **leaves):
+    lines = []
+    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "channels": 3, **leaves}
+    return data.load(config, log=lines.append), lines
 
 
-def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
-    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder)}
+def test_what_a_folder_does_not_read_is_logged(folder):
+    frames = [Image.fromarray(np.full((8, 8, 3), 100 * i, np.uint8)) for i in range(2)]
+    frames[0].save(folder / "cat" / "moves.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "cat" / "moves.webp", save_all=True, append_images=frames[1:], lossless=True)
+    (folder / "dog" / "LICENSE").write_text("no image")
+    source, lines = load_logged(folder)
+    notes = [
+        "Skipped other files: 1 without a suffix, 1 .gif (may be animated: convert them to PNG), 1 .txt.",
+        "Dropped the transparency of dog/clear.png.",
+        "Read only the first frame of cat/moves.webp.",
+    ]
+    assert lines == ["5 images of 2 classes: 0 cat, 1 dog.", *notes]
+    np.testing.assert_array_equal(source.arrays["image"][1], 0)  # cat/moves.webp
+    Image.fromarray(np.array([[0, 257, 65535, 32768]], np.uint16)).save(folder / "deep.png")  # scaled from 16 bits
+    source, lines = load_logged(folder, image_size=(1, 4), channels=1)
+    advice = "deep.png is outside the subfolders; move every image into the subfolder of its class"
+    assert lines[0] == "6 images without classes." and f"No classes: {advice}." in lines and source.num_classes == 0
+    assert source.arrays["image"][3].ravel().tolist() == [0, 1, 255, 128]
+
+
+def test_corrupted_images_are_listed_in_one_error(folder):
+    whole = (folder / "cat" / "wide.png").read_bytes()
+    (folder / "cat" / "gray.jpg").write_bytes(whole[:60])  # the first of all
+    for i in range(300):  # in two chunks
+        (folder / "dog" / f"bad{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(data.UnreadableFilesError, match="^cannot read 301 images: .* and 296 more; repair") as error:
+        load_logged(folder)
+    assert "\n" not in str(error.value) and len(error.value.failures) == 301
+    copy = pickle.loads(pickle.dumps(error.value))  # as from a worker process
+    assert str(copy) == str(error.value) and copy.failures == error.value.failures
+
+
+def test_folders_and_leaves_that_do_not_fit_are_refused(folder):
     (folder / "empty").mkdir()
     with pytest.raises(data.DataError, match="no images below"):
-        data.load({**config, "data_dir": str(folder / "empty")})
-    whole = (folder / "cat" / "wide.png").read_bytes()
-    (folder / "cat" / "wide.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.DataError, match="wide.png"):
-        data.load(config)
+        load_logged(folder / "empty")
     for wrong in ({"image_size": (1, 2, 3, 4)}, {"channels": 0}, {"image_size": "wide"}):
         with pytest.raises(ConfigError, match="must be"):
-            data.load({**config, **wrong})
+            load_logged(folder, **wrong)
     for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}):
         with pytest.raises(data.DataError, match="images"):
-            data.load({**config, **other})
+            load_logged(folder, **other)
 
 
 @pytest.mark.parametrize("function", [data.load, data.check_location])
@@ -152,9 +176,3 @@ def test_folder_refuses_missing_folders_and_corrupted_images(folder, tmp_path):
 def test_data_that_do_not_exist_are_refused(function, leaves, words):
     with pytest.raises(data.DataError, match=words):
         function({**CONFIG, **leaves})
-
-
-def test_data_that_exist_or_are_downloaded(tmp_path):
-    data.check_location({"dataset": "digits"})
-    data.check_location({"dataset": "folder", "data_dir": str(tmp_path)})
-    data.check_location({"dataset": "cifar10", "data_dir": str(tmp_path)})

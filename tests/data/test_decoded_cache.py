@@ -1,6 +1,5 @@
 """Decoded images in the user's cache: the same examples, never those of another source, and no error without a disk."""
 
-import errno
 import os
 
 import numpy as np
@@ -31,6 +30,7 @@ def folder(tmp_path):
 
 
 def load(folder, log=lambda line: None, **leaves):
+    """(the examples, whether they were decoded)."""
     decoded = []
 
     def progress(sizes, total):
@@ -38,33 +38,29 @@ def load(folder, log=lambda line: None, **leaves):
         return sizes
 
     config = {"dataset": "folder", "data_dir": str(folder), "image_size": 8, **leaves}
-    return data.load(config, progress, log), bool(decoded)
+    source = data.load(config, progress, log)
+    assert (source.num_classes, source.class_names) == (2, ("cats", "dogs"))
+    return source.read(np.arange(len(source))), bool(decoded)
 
 
-def examples(source):
-    return source.read(np.arange(len(source)))
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and type(b[name]) is np.ndarray
-        np.testing.assert_array_equal(a[name], b[name])
+def assert_decoded_as_without_cache(folder, expected=True, **leaves):
+    plain, _ = load(folder, cache_decoded=False, **leaves)
+    found, decoded = load(folder, **leaves)
+    assert decoded == expected and plain.keys() == found.keys()
+    for name in plain:
+        assert plain[name].dtype == found[name].dtype and type(found[name]) is np.ndarray
+        np.testing.assert_array_equal(plain[name], found[name])
 
 
 def test_the_second_launch_reads_the_same_examples_without_decoding(folder, cache):
-    plain, _ = load(folder, cache_decoded=False)
+    load(folder, cache_decoded=False)
     assert not cache.exists()
-    first, decoded = load(folder)
-    assert decoded and len(list(cache.iterdir())) == 1
-    second, decoded = load(folder)
-    assert not decoded and second.class_names == ("cats", "dogs") and second.num_classes == 2
-    assert isinstance(second.arrays["image"].base, np.memmap)
-    for source in (first, second):
-        assert_equal(examples(plain), examples(source))
+    assert_decoded_as_without_cache(folder)
+    assert len(list(cache.iterdir())) == 1
+    assert_decoded_as_without_cache(folder, expected=False)
 
 
-@pytest.mark.parametrize("change", ["content", "name", "size", "channels"])
+@pytest.mark.parametrize("change", ["content", "name", "size"])
 def test_a_changed_source_is_decoded_again(folder, change):
     load(folder)
     path, leaves = folder / "cats" / "1.png", {}
@@ -75,37 +71,25 @@ def test_a_changed_source_is_decoded_again(folder, change):
     elif change == "name":
         path.rename(folder / "dogs" / "9.png")
     else:
-        leaves = {"size": {"image_size": 6}, "channels": {"channels": 1}}[change]
-    source, decoded = load(folder, **leaves)
-    assert decoded
-    assert_equal(examples(load(folder, cache_decoded=False, **leaves)[0]), examples(source))
+        leaves = {"image_size": 6}
+    assert_decoded_as_without_cache(folder, **leaves)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
 def test_a_damaged_file_is_made_again(folder, cache, damage):
-    expected = examples(load(folder, image_size=64)[0])
+    images = load(folder, image_size=64)[0]["image"]
     (path,) = cache.iterdir()
     content = bytearray(path.read_bytes())
-    content[content.index(expected["image"].tobytes()) + 60_000] ^= 1
-    path.write_bytes({"flipped": content, "truncated": content[:-9], "empty": b""}[damage])
-    source, decoded = load(folder, image_size=64)
-    assert decoded
-    assert_equal(expected, examples(source))
+    content[content.index(images.tobytes()) + 60_000] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    assert_decoded_as_without_cache(folder, image_size=64)
     assert not load(folder, image_size=64)[1]
 
 
-@pytest.mark.parametrize("broken", ["full", "read-only"])
-def test_a_disk_that_cannot_be_written_costs_a_line(folder, cache, monkeypatch, broken):
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if broken == "full":
-        monkeypatch.setattr(np, "savez", fail)
-    else:
-        cache.parent.mkdir(parents=True)
-        cache.write_text("a file in place of the directory")
+def test_a_cache_that_cannot_be_written_costs_a_line(folder, cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file in place of the directory")
     log = []
-    source, decoded = load(folder, log.append)
+    assert load(folder, log.append)[1]
     (line,) = [line for line in log if "decoded images are not kept" in line]
-    assert decoded and len(source) == 6 and str(cache) in line
-    assert broken == "read-only" or not list(cache.iterdir())
+    assert str(cache) in line

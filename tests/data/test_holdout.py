@@ -87,20 +87,20 @@ def test_arrays_keep_their_side_in_another_order_and_with_others(tmp_path, memor
 
 
 def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
-    for function in (data.load, data.check_location):
-        with pytest.raises(data.DataError, match="data.holdout=0.3 is for .*cifar10' defines its splits itself"):
-            function(settings(dataset="cifar10", image_size=8, channels=1))
-    write_arrays("series", tmp_path / "x.npz")
-    with pytest.raises(data.DataError, match="data.split='validation': data.holdout=0.3 makes the splits"):
-        data.load(of_arrays(tmp_path / "x.npz", split="validation"))
-    with pytest.raises(data.DataError, match=r"data.holdout=1e-09 holds out 0 of 24 examples"):
-        data.load(of_arrays(tmp_path / "x.npz") | {"holdout": 1e-9})
-    with pytest.raises(data.DataError, match=r"data.holdout=0.999999999 holds out 24 of 24"):
-        data.load(of_arrays(tmp_path / "x.npz") | {"holdout": 0.999999999})
-    given = data.load(of_arrays(tmp_path / "x.npz") | {"holdout": 0})
-    with pytest.raises(data.DataError, match="not for a source that a program gives"):
-        data.load(of_arrays("") | {"normalization": "none"}, source=given)
-    np.save(tmp_path / "train.npy", examples("series"))
-    np.save(tmp_path / "test.npy", examples("series"))
-    with pytest.raises(data.DataError, match="has splits of its own"):
-        data.load(of_arrays(tmp_path))
+    file = write_arrays("series", tmp_path / "x.npz")
+    given = data.load(of_arrays(file) | {"holdout": 0})
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split in ("train", "test"):
+        np.save(splits / f"{split}.npy", examples("series"))
+    cifar10 = settings(dataset="cifar10", image_size=8, channels=1)
+    for function, config, words in (
+        (data.load, cifar10, "data.holdout=0.3 is for .*cifar10' defines its splits itself"),
+        (data.check_location, cifar10, "cifar10' defines its splits itself"),
+        (data.load, of_arrays(file, split="validation"), "'validation': data.holdout=0.3 makes the splits"),
+        (data.load, of_arrays(file) | {"holdout": 1e-9}, "data.holdout=1e-09 holds out 0 of 24 examples"),
+        (data.load, of_arrays(splits), "has splits of its own"),
+        (lambda config: data.load(config, source=given), of_arrays(""), "not for a source that a program gives"),
+    ):
+        with pytest.raises(data.DataError, match=words):
+            function(config)

@@ -144,35 +144,10 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
         of_arrays.autocorrelation(x)
 
 
-@pytest.mark.parametrize(
-    ("changes", "arrays", "words"),
-    [
-        ({}, {"image": np.zeros((3, 4, 2), np.uint8)}, "data.levels=None is for continuous .*use data.levels=256"),
-        ({"levels": 256}, {"x": np.zeros((3, 4, 2))}, "data.levels=256, but the data are float64.*use data.levels=None"),
-        ({}, {"x": np.zeros((3, 4, 2)), "image": np.zeros((3, 4, 2), np.uint8)}, "must return .* got 'x', 'image'"),
-        ({"random_flip": True}, {"x": np.zeros((3, 4, 2))}, "use data.random_flip=False"),
-    ],
-)  # fmt: skip
-def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):
-    with pytest.raises(data.DataError, match=words) as error:
-        data.check_examples(leaves(**changes), source_of(**arrays))
-    assert "\n" not in str(error.value)
-
-
-def hundred(config):
-    return source_of(x=np.full((100, *data.example_shape(config)), 2.0, np.float32))
-
-
-def failing(config):
-    raise RuntimeError("no such server")
-
-
-def test_a_source_is_found_by_the_name_of_its_function():
-    name = f"{__name__}:hundred"
-    assert len(data.load(leaves(dataset=name))) == 100
-    for name, words in (
-        (f"{__name__}:failing", "raises RuntimeError: no such server"),
-        ("no_module_of_this_name:f", "cannot be imported"),
-    ):
-        with pytest.raises(data.DataError, match=words):
-            data.load(leaves(dataset=name))
+def test_channels_of_a_condition_field_have_their_own_range():
+    normalization = data.Normalization((15.0, 0.0), (3.0, 0.5), (10.0, -1.0), (20.0, 1.0))
+    fields = np.tile(np.array([12.0, 0.5]), (4, 6, 8, 1))
+    fields[2, 3, 4, 0] = -3.0
+    np.testing.assert_allclose(normalization.apply(fields), (fields - [15, 0]) / [3, 0.5], rtol=1e-6)
+    note = "1 of 4 conditions are far outside the training data; samples may be noise: condition 2 has -3 at entry 0"
+    assert note in normalization.describe_outside(fields)

@@ -6,10 +6,7 @@ import http.server
 import importlib.util
 import io
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -22,11 +19,10 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from diffusion_jax import data
 from diffusion_jax.data import tfds as source_of_tfds
 from helpers.fruit_dataset import LocalFruit, archive, config
-from helpers.paths import ROOT
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the archive; `behavior`: "good", or how it fails."""
+    """Serves the archive; `behavior`: "good" or "404"."""
 
     behavior, requests = "good", 0
     body = archive()
@@ -42,11 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2])
-        self.wfile.flush()
-        if behavior == "stalls":
-            self.server.stalled.wait(200)
-        self.wfile.write(body[len(body) // 2 :])
+        self.wfile.write(body)
 
     def log_message(self, *_):
         """Nothing."""
@@ -55,13 +47,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     server = Server(("127.0.0.1", 0), Handler)
-    server.stalled = threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     use_url(monkeypatch, f"http://127.0.0.1:{server.server_port}/fruit.zip")
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     yield server
-    server.stalled.set()
     server.shutdown()
     server.server_close()
 
@@ -142,13 +132,6 @@ def test_missing_packages_are_named_with_the_extra(monkeypatch, tmp_path, module
     assert not list(tmp_path.iterdir())
 
 
-def test_unusable_directories(server, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "set data.data_dir" in refusal(tmp_path / "file" / "below")
-    (tmp_path / "half" / "local_fruit" / "1.0.0").mkdir(parents=True)
-    assert "is not a complete data set" in refusal(tmp_path / "half")
-
-
 def test_other_processes_wait_while_one_prepares(server, tmp_path):
     loaded = []
     with filelock.FileLock(tmp_path / ".prepare.lock"):
@@ -186,34 +169,6 @@ def test_parts_of_a_split_and_other_sizes(server, tmp_path, file_format):
         assert "in riegeli format, not array_record or tfrecord; prepare it with" in refusal(tmp_path)
         return
     (shard,) = (tmp_path / "local_fruit").rglob("*.tfrecord*")
-    whole = shard.read_bytes()
-    for cut in (whole[:-1], whole[: len(whole) // 2], b""):
-        shard.write_bytes(cut)
-        with pytest.raises(data.DataError, match="is corrupted: it has"):
-            data.load(part)
-    shard.unlink()
-    with pytest.raises(data.DataError, match="No such file"):
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(data.DataError, match="is corrupted: it has"):
         data.load(part)
-
-
-LAUNCH = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from diffusion_jax import data
-from helpers.fruit_dataset import LocalFruit, config
-LocalFruit.url, LocalFruit.url_infos = sys.argv[2], None
-data.load(config(sys.argv[3]))
-"""
-
-
-@pytest.mark.faults
-def test_a_launch_after_a_kill_begins_the_download_again(server, tmp_path):
-    server.behavior = "stalls"
-    launch = subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT / "tests"), LocalFruit.url, str(tmp_path)])
-    while not list(tmp_path.rglob("*.tmp.*/fruit.zip")):
-        assert launch.poll() is None
-        time.sleep(0.05)
-    launch.send_signal(signal.SIGKILL)
-    launch.wait(timeout=60)
-    server.behavior = "good"
-    check(data.load(config(tmp_path)))

@@ -63,19 +63,44 @@ def test_a_batch_unlike_the_first_example_is_refused(memory_mb, function, words)
     assert "\n" not in str(error.value) and "read at the indices" in str(error.value)
 
 
+IMAGES = np.zeros((600, 4), np.uint8)
+
+
 @pytest.mark.parametrize(
-    ("arrays", "words"),
+    ("changes", "arrays", "words"),
     [
-        ({"label": np.zeros((600, 1), int)}, r'"label" as int64 \[4, 1\]; it must be integers \[n\]'),
-        ({"condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]'),
-        ({"condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
-        ({"labels": np.zeros(600, int)}, "optionally \"label\" and \"condition\"; got 'x', 'labels'"),
+        ({}, {"x": X, "label": np.zeros((600, 1), int)}, r'"label" as int64 \[4, 1\]; it must be integers \[n\]'),
+        ({}, {"x": X, "condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]'),
+        ({}, {"x": X, "condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
+        ({}, {"x": X, "labels": X}, "optionally \"label\" and \"condition\"; got 'x', 'labels'"),
+        ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
+        ({}, {"image": IMAGES}, "data.levels=None is for continuous .*use data.levels=256"),
+        ({"levels": 256}, {"x": X}, "data.levels=256, but the data are float64.*use data.levels=None"),
+        ({"random_flip": True}, {"x": X}, "use data.random_flip=False"),
     ],
 )
-def test_labels_and_conditions_of_another_kind_are_refused(arrays, words):
-    source = Function(lambda i: {"x": X[i]} | {name: array[i] for name, array in arrays.items()})
-    with pytest.raises(data.DataError, match=words):
-        data.load(leaves(), source=source)
+def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):
+    with pytest.raises(data.DataError, match=words) as error:
+        data.check_examples(leaves(**changes), data.InMemory(arrays))
+    assert "\n" not in str(error.value)
+
+
+def hundred(config):
+    return data.InMemory({"x": np.full((100, *data.example_shape(config)), 2.0, np.float32)})
+
+
+def failing(config):
+    raise RuntimeError("no such server")
+
+
+def test_a_source_is_found_by_the_name_of_its_function():
+    assert len(data.load(leaves(dataset=f"{__name__}:hundred"))) == 100
+    for name, words in (
+        (f"{__name__}:failing", "raises RuntimeError: no such server"),
+        ("no_module_of_this_name:f", "cannot be imported"),
+    ):
+        with pytest.raises(data.DataError, match=words):
+            data.load(leaves(dataset=name))
 
 
 class Lists:

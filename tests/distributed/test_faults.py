@@ -225,9 +225,9 @@ STUCK = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion_jax import cli
-from diffusion_jax.data import pipeline
+from diffusion_jax import data
 
-read = pipeline.Batches.__getitem__
+read = data.Batches.__getitem__
 
 
 def stuck(self, step):
@@ -236,7 +236,7 @@ def stuck(self, step):
     return read(self, step)
 
 
-pipeline.Batches.__getitem__ = stuck
+data.Batches.__getitem__ = stuck
 cli.main()
 """
 

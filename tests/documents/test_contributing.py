@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import losses, sampling, schedules
+from diffusion_jax import editing, losses, sampling, schedules
 from diffusion_jax.runs import sampling as sampling_settings
 from diffusion_jax.sampling import ancestral
 from diffusion_jax.schedules import beta_schedules
@@ -53,3 +53,11 @@ def test_the_schedule_and_the_loss_are_found_by_name(monkeypatch):
         KEY, schedules.from_betas(betas), lambda x, time: jnp.zeros_like(x), jnp.zeros((4, 5)), **options
     )
     np.testing.assert_allclose(loss, abs(aux.eps).mean(1), rtol=1e-6)
+
+
+def test_the_edit_changes_an_example_up_to_its_level():
+    image, schedule = jnp.full((1000, 1), 0.3), schedules.respace(FULL, 20, "trailing")
+    for level in (0, 19):
+        edit = example("_renew", editing)(sampling.ddim(clip=False), image, level=level)
+        x = edit.arguments["algorithm"](KEY, schedule, gaussian(), sampling.ddim(clip=False))
+        assert (abs(x - image).mean() < 0.2) == (level == 0)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models.blocks import ResBlock, downsample_2x, upsample_2x
-from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory
+from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory, ResBlock, downsample_2x, upsample_2x
 from helpers.networks import redraw, silu
 
 

@@ -145,24 +145,3 @@ def test_gradients_are_finite_where_some_have_no_condition(kind):
     grads, of_condition = jax.jit(jax.grad(loss, (0, 1)))(params, c)
     assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(grads))
     assert (of_condition[0] == 0).all() and (of_condition[1:] != 0).all() and np.isfinite(of_condition).all()
-
-
-@pytest.mark.parametrize(
-    ("fields", "condition", "words"),
-    [
-        ({}, jnp.zeros((2, 2)), "a condition was given to a network without"),
-        ({"condition_dropout": 0.1}, None, "condition_dropout=0.1 needs conditions to drop"),
-        ({"condition_features": 2, "condition_dropout": 1.0}, None, r"condition_dropout must lie in \[0, 1\), got 1.0"),
-        ({"condition_features": 2}, None, r"needs a condition of shape \(2, 2\)"),
-        (
-            {"condition_features": 2},
-            jnp.zeros((2, 3)),
-            r"must be float of shape \(2, 2\), got float32 of shape \(2, 3\)",
-        ),
-        ({"condition_features": 2, "condition_channels": 1}, None, "a network takes one kind of condition"),
-    ],
-)
-def test_refusals(fields, condition, words):
-    model = models.UNet(**TINY, **fields, spatial_dims=1)
-    with pytest.raises(ValueError, match=words):
-        model.init(jax.random.key(0), jnp.zeros((2, 8, 3)), jnp.zeros(2), condition=condition)

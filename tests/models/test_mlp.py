@@ -76,21 +76,6 @@ def test_options_change_what_they_say():
     assert abs(dropped - exact).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("fields", "x", "words"),
-    [
-        ({}, jnp.zeros((1, 4, 2)), r"needs float vectors \[B, C\], got float32 of shape \(1, 4, 2\); a UNet takes"),
-        ({}, jnp.zeros((1, 2), int), "needs float vectors .* got int32"),
-        ({"initializer": "he"}, jnp.zeros((1, 2)), "'ho' or 'openai'"),
-        ({"dropout": 1.0}, jnp.zeros((1, 2)), r"dropout must lie in \[0, 1\)"),
-        ({"num_classes": 2}, jnp.zeros((1, 2)), "needs y"),
-    ],
-)
-def test_refusals(fields, x, words):
-    with pytest.raises(ValueError, match=words):
-        models.MLP(**{**FIELDS, **fields}).init(jax.random.key(0), x, jnp.zeros(1))
-
-
 def test_from_config_takes_the_leaves_of_its_kind():
     config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the defaults of the U-Net
     assert models.from_config(config) == models.MLP(channels=16)

@@ -124,28 +124,39 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(init(half)))
 
 
+IMAGE, VECTOR, TWO_SERIES, Y = (1, 8, 8, 3), (1, 2), (2, 8, 3), jnp.zeros(1, int)
+
+
 @pytest.mark.parametrize(
-    ("fields", "shape", "y", "words"),
+    ("kind", "shape", "fields", "inputs", "words"),
     [
-        ({}, (8, 8, 3), None, r"\[B, H, W, C\]"),
-        ({"num_groups": 3}, (1, 8, 8, 3), None, "num_groups=3"),
-        ({"initializer": "he"}, (1, 8, 8, 3), None, "'ho' or 'openai'"),
-        ({"num_heads": 3}, (1, 8, 8, 3), None, "num_heads=3 does not divide an attention layer of 16"),
-        ({"head_channels": 0}, (1, 8, 8, 3), None, "head_channels=0"),
-        (
-            {"label_dropout": 1.0, "num_classes": 2},
-            (1, 8, 8, 3),
-            jnp.zeros(1, int),
-            r"label_dropout must lie in \[0, 1\)",
-        ),
-        ({"attention_levels": (2,)}, (1, 8, 8, 3), None, "attention_levels must lie in 0 ... 1"),
-        ({"num_classes": 2}, (1, 8, 8, 3), None, "needs y"),
-        ({}, (1, 8, 8, 3), jnp.zeros(1, int), "without classes"),
+        ("UNet", (8, 8, 3), {"spatial_dims": 2}, {}, r"\[B, H, W, C\]"),
+        ("UNet", IMAGE, {"num_groups": 3}, {}, "num_groups=3"),
+        ("UNet", IMAGE, {"initializer": "he"}, {}, "'ho' or 'openai'"),
+        ("UNet", IMAGE, {"num_heads": 3}, {}, "num_heads=3 does not divide an attention layer of 16"),
+        ("UNet", IMAGE, {"head_channels": 0}, {}, "head_channels=0"),
+        ("UNet", IMAGE, {"attention_levels": (2,)}, {}, "attention_levels must lie in 0 ... 1"),
+        ("UNet", IMAGE, {"spatial_dims": 1}, {}, r"needs arrays \[B, L, C\], got shape \(1, 8, 8, 3\)"),
+        ("UNet", (1, 3), {"spatial_dims": 0}, {}, "spatial_dims=0 must be 1, 2 or 3; vectors need an MLP"),
+        ("UNet", IMAGE, {"padding": "reflect"}, {}, "padding='reflect' must be 'zeros' or 'periodic'"),
+        ("UNet", (1, 8, 9, 3), {"padding": "periodic"}, {}, r"needs sizes divisible by 2, .*padding='periodic' .*\(8, 9\)"),
+        ("UNet", IMAGE, {"num_classes": 2}, {}, "needs y"),
+        ("UNet", IMAGE, {}, {"y": Y}, "without classes"),
+        ("UNet", IMAGE, {"label_dropout": 1.0, "num_classes": 2}, {"y": Y}, r"label_dropout must lie in \[0, 1\)"),
+        ("UNet", TWO_SERIES, {}, {"condition": jnp.zeros((2, 2))}, "a condition was given to a network without"),
+        ("UNet", TWO_SERIES, {"condition_dropout": 0.1}, {}, "condition_dropout=0.1 needs conditions to drop"),
+        ("UNet", TWO_SERIES, {"condition_features": 2}, {}, r"needs a condition of shape \(2, 2\)"),
+        ("UNet", TWO_SERIES, {"condition_features": 2}, {"condition": jnp.zeros((2, 3))}, r"float of shape \(2, 2\), got"),
+        ("UNet", TWO_SERIES, {"condition_features": 2, "condition_channels": 1}, {}, "takes one kind of condition"),
+        ("MLP", (1, 4, 2), {}, {}, r"needs float vectors \[B, C\], got float32 of shape \(1, 4, 2\); a UNet takes"),
+        ("MLP", VECTOR, {"dropout": 1.0}, {}, r"dropout must lie in \[0, 1\)"),
     ],
-)
-def test_unet_refuses_invalid_fields_images_and_labels(fields, shape, y, words):
+)  # fmt: skip
+def test_fields_and_inputs_that_do_not_fit_are_refused(kind, shape, fields, inputs, words):
+    base = {"channels": 8, "num_res_blocks": 1} if kind == "MLP" else TINY | {"spatial_dims": len(shape) - 2}
+    model = getattr(models, kind)(**{**base, **fields})
     with pytest.raises(ValueError, match=words):
-        init(models.UNet(**{**TINY, **fields}), shape, y)
+        model.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), **inputs)
 
 
 def test_from_config_builds_a_unet_and_refuses_unknown_leaves():

@@ -2,15 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import data, errors, guidance, pretrained, sampling
+from diffusion_jax import data, errors, pretrained
 from diffusion_jax.provenance import params_digest
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.sampling import read_conditions, resolve_sampling
+from diffusion_jax.runs.sampling import resolve_sampling
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
+from helpers.work_directories import untrained
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
@@ -27,12 +27,12 @@ def the_samples(directory):
 )
 def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     file = write_arrays(kind, tmp_path / "data.npz", condition=CONDITIONS)
-    np.save(tmp_path / "conditions.npy", np.array([[1.0], [4.0]]))
+    np.savez(tmp_path / "conditions.npz", condition=np.array([[1.0], [4.0]]))
     overrides = {
         **CONDITIONAL,
         "training.sample_every": 4,
         "sampling.trajectory": 2,
-        "sampling.conditions": str(tmp_path / "conditions.npy"),
+        "sampling.conditions": str(tmp_path / "conditions.npz"),
         "sampling.guidance_scale": 2.0,
     }
     config = array_config(kind, file, **overrides)
@@ -47,40 +47,6 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
     assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
-
-
-@pytest.mark.whole
-def test_samples_are_those_of_the_core_in_the_units_of_the_data(tmp_path):
-    """Guided by conditions that the normalization of the run standardizes."""
-    file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS)
-    wanted = np.array([[1.0], [4.0]])
-    np.savez(tmp_path / "conditions.npz", condition=wanted)
-    overrides = {
-        **CONDITIONAL,
-        "sampling.conditions": str(tmp_path / "conditions.npz"),
-        "sampling.guidance_scale": 2.5,
-        "sampling.sampler": "ddim",
-        "sampling.num_samples": 2,
-    }
-    config, run = array_config("vectors", file, **overrides), tmp_path / "run"
-    train.run(config, run)
-    sample.run(config, run)
-    stored = json.loads((run / "data.json").read_text())["normalization"]
-    mean, deviation = examples("vectors").mean(axis=0), examples("vectors").std(axis=0)
-    np.testing.assert_allclose(stored["x"]["offset"], mean, rtol=1e-6)
-    np.testing.assert_allclose(stored["x"]["scale"], deviation, rtol=1e-5)
-    net = pretrained.load(run)
-    schedule = resolve_sampling(config, net).schedule
-    condition = ((wanted - CONDITIONS.mean()) / CONDITIONS.std()).astype(np.float32)
-
-    def network(x_t, time, condition):
-        return net.denoise_fn(x_t, time, condition=condition)
-
-    key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-    x_T = jax.random.normal(key_noise, (2, 3))
-    guided = guidance.classifier_free(network, condition, np.nan, 2.5)
-    x_0 = sampling.sample(key_steps, schedule, guided, x_T, sampling.ddim(clip=False))
-    np.testing.assert_allclose(the_samples(run)["arr_0"], np.asarray(x_0) * deviation + mean, rtol=2e-5)
 
 
 def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):
@@ -126,20 +92,38 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
     ("overrides", "words"),
     [
         ({"model.condition_dropout": 0.0}, r"set sampling.conditions=FILE.npy, numbers \[N, 1\] in the units"),
-        ({"sampling.guidance_scale": 2.0}, "guidance_scale=2.0 guides by conditions: set sampling.conditions=FILE"),
-        ({"sampling.conditions": "wide.npy"}, r"holds float64 \[3, 2\]; this model takes numbers \[N, 1\]"),
-        ({"sampling.conditions": "nan.npy"}, "row 1 has values that are not finite"),
-        ({"sampling.conditions": "misnamed.npz"}, "has no array 'condition', only 'cond', 'x'; save it under that name"),
+        ({"sampling.guidance_scale": 2.0}, "guidance_scale=2.0 needs a condition"),
+        ({"sampling.conditions": "wide.npy"}, r"of shape \[1\] or \[3, 1\]; got float64 \[3, 2\]"),
+        ({"sampling.conditions": "inf.npy"}, "condition 1 has values that are not finite"),
+        ({"sampling.conditions": "misnamed.npz"}, "has only 'cond', 'x'"),
         ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
     ],
 )  # fmt: skip
 def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((3, 2)))
-    np.save("nan.npy", np.array([[0.0], [np.nan]]))
+    np.save("inf.npy", np.array([[0.0], [np.inf]]))
     np.savez("misnamed.npz", cond=np.zeros((3, 1)), x=np.zeros(3))
+    config = array_config("vectors", "", **{**CONDITIONAL, **overrides})
     with pytest.raises(errors.UserError, match=words):
-        read_conditions(array_config("vectors", "", **{**CONDITIONAL, **overrides}))
+        resolve_sampling(config, pretrained.from_config(config))
+
+
+def test_the_range_of_the_conditions_of_a_run_is_stored_and_compared(tmp_path, capsys):
+    low, high, given = np.array([10.0, -1.0]), np.array([20.0, 1.0]), tmp_path / "c.npy"
+    file = write_arrays("vectors", tmp_path / "x.npz", condition=np.linspace(low, high, 24))
+    config = array_config("vectors", file, **{"model.condition_features": 2, "sampling.conditions": str(given)})
+    run = untrained(tmp_path / "run", config, data.load(config.data))
+    stored = json.loads((run / "data.json").read_text())["normalization"]["condition"]
+    assert (stored["low"], stored["high"]) == (low.tolist(), high.tolist())
+    for conditions, words in (
+        ([[12.0, 0.0], [20.9, -1.15], [15.0, 80.0]], "Note: 1 of 3 conditions are far outside the training data; "),
+        ([[12.0, 0.0], [20.9, -1.15]], None),  # within a tenth of the range
+    ):
+        np.save(given, np.array(conditions))
+        sample.SampleFile(config, run)
+        out = capsys.readouterr().out
+        assert words in out if words else "outside" not in out
 
 
 def test_uint8_arrays_of_any_shape_have_gray_levels_and_are_clipped(tmp_path):

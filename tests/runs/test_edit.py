@@ -118,7 +118,7 @@ def test_invalid_editing_options_are_refused(root, files):
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         (
             {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},
-            "editing.level=7 must be an index of the steps, 0 ... 4",
+            "level=7 must be an index of the steps, 0 ... 4",
         ),
     ):
         with pytest.raises(errors.UserError, match=words):

@@ -13,7 +13,7 @@ from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report.collect import collect, table_cells
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import evaluate, train, trained_model
+from diffusion_jax.runs import evaluate, train, workdir
 from diffusion_jax.runs.train import PreviewSampler
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
@@ -73,8 +73,8 @@ def test_training_logs_the_frechet_distance(tmp_path):
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
     # Of the EMA weights, as the same draws made here say.
-    net = trained_model.open_model(config, tmp_path / "run")
-    params = trained_model.load_weights(net, config, tmp_path / "run", True).params
+    net = workdir.open_model(config, tmp_path / "run")
+    params = workdir.load_weights(net, config, tmp_path / "run", True).params
     sampler = PreviewSampler(config, net, data.load(config.data), config.sampling.batch_size, 0, "the test")
     drawn = np.concatenate([sampler(params, i) for i in range(5)])
     moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]

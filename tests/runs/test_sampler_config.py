@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import process, sampling, schedules
-from diffusion_jax.config import resolve
+from diffusion_jax import pretrained, process, sampling, schedules
+from diffusion_jax.errors import UserError
 from diffusion_jax.runs import sampling as sampling_settings
 from helpers.configs import conditional, tiny_config
 
@@ -53,43 +53,37 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
 
 
-def test_given_steps_are_network_times():
-    schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    options = {"steps": (10, 300.5, 900), "spacing": "given"}
-    np.testing.assert_allclose(
-        sampling_settings.respace(schedule, options, sampling.ddim()).timesteps, [10, 300.5, 900]
-    )
-    with pytest.raises(ValueError, match="needs sampling.steps="):
-        sampling_settings.respace(schedule, {"steps": 5, "spacing": "given"}, sampling.ddim())
-
-
 @pytest.mark.parametrize(
-    ("options", "same"),
+    ("steps", "spacing", "same"),
     [
-        ({"steps": 250, "spacing": "openai"}, "250"),
-        ({"steps": (10, 15, 20), "spacing": None}, "10,15,20"),
-        ({"steps": 50, "spacing": "openai_ddim"}, "ddim50"),
+        (None, "karras", (range(1000),)),
+        (12, None, (12, "trailing")),
+        (250, "openai", ("250",)),
+        ((10, 15, 20), None, ("10,15,20",)),
+        (50, "openai_ddim", ("ddim50",)),
+        ((10, 300.5, 900), "given", ([10, 300.5, 900],)),
     ],
 )
-def test_openai_spacings_can_be_given_by_name(options, same):
-    schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    found = sampling_settings.respace(schedule, options, sampling.ddpm())
-    np.testing.assert_array_equal(found.timesteps, schedules.respace(schedule, same).timesteps)
+def test_steps_of_a_config_are_those_of_respace(steps, spacing, same):
+    net = pretrained.from_config(tiny_config(**{"diffusion.num_timesteps": 1000}))
+    arguments = sampling_settings.steps_from_config({"steps": steps, "spacing": spacing})
+    _, found = net.configure(sampling.ddpm(), *arguments)
+    np.testing.assert_array_equal(found.timesteps, schedules.respace(net.schedule, *same).timesteps)
 
 
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
-        ((1, 2), "trailing", r"\(1, 2\) are several numbers, .* use sampling.spacing=openai"),
-        ((1, 2.5), "openai", "must be a whole number, or several"),
-        ((5, 5), "openai_ddim", "several numbers"),
+        (5, "given", "sampling.spacing='given' needs sampling.steps="),
+        ((1, 2), "trailing", r"\(1, 2\) defines its own spacing; leave it out"),
+        ((1, 2.5), "openai", "cannot read the spacing '1,2.5'"),
+        ((5, 5), "openai_ddim", "cannot read the spacing 'ddim5,5'"),
     ],
 )
 def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
-    schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    with pytest.raises(ValueError, match=words) as caught:
-        options = resolve(tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})).sampling
-        sampling_settings.respace(schedule, options, sampling.ddpm())
+    config = tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})
+    with pytest.raises(UserError, match=words) as caught:
+        sampling_settings.resolve_sampling(config, pretrained.from_config(config))
     assert "\n" not in str(caught.value)
 
 

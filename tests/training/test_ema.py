@@ -8,7 +8,7 @@ from diffusion_jax import pretrained
 from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.train import PreviewSampler
-from diffusion_jax.runs.trained_model import load_weights, open_model
+from diffusion_jax.runs.workdir import load_weights, open_model
 from diffusion_jax.training.optimizer import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
 from helpers.work_directories import last_state

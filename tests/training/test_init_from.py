@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import data, errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.runs import sample, train, trained_model, workdir
+from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
@@ -89,8 +89,8 @@ def test_training_begins_with_published_weights(folder, tmp_path):
         train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
     built = training.build_program(config)
-    weights, _ = trained_model.load_initial_weights(config, built.model)
-    state = trained_model.set_params(built.init(), built.abstract_state, weights.params)
+    weights, _ = pretrained.load_initial_weights(config, built.model)
+    state = pretrained.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
     leaves = jax.tree.leaves((state.params, state.ema_params))
@@ -109,12 +109,12 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    net = trained_model.open_model(config, tmp_path / "second")
-    begun = trained_model.load_weights(net, config, tmp_path / "second", True)
+    net = workdir.open_model(config, tmp_path / "second")
+    begun = workdir.load_weights(net, config, tmp_path / "second", True)
     assert (begun.step, begun.provenance.name) == (0, "first_ema")
     jax.tree.map(np.testing.assert_array_equal, begun.params, pretrained.load(first).params)
     train.run(config, tmp_path / "second")
-    assert trained_model.load_weights(net, config, tmp_path / "second", True).step == 1
+    assert workdir.load_weights(net, config, tmp_path / "second", True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
     code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
@@ -135,7 +135,7 @@ def weights(tmp_path_factory):
 
 def initial(root, name="run", **overrides):
     config = array_config("vectors", root / "data.npz", **{"init_from": str(root / name), **overrides})
-    return trained_model.load_initial_weights(config, training.model_from_config(config))
+    return pretrained.load_initial_weights(config, training.model_from_config(config))
 
 
 def test_weights_are_compared_with_the_config(weights, tmp_path):
@@ -157,13 +157,13 @@ def test_weights_are_compared_with_the_config(weights, tmp_path):
         initial(weights, "nothing")
     series = array_config("series", "", init_from=str(weights / "run"))
     with pytest.raises(errors.UserError, match="holds weights of models.MLP, and the config describes models.UNet"):
-        trained_model.load_initial_weights(series, training.model_from_config(series))
+        pretrained.load_initial_weights(series, training.model_from_config(series))
     config = array_config(
         "vectors", weights / "data.npz", init_from=str(weights / "run"), **{"diffusion.prediction": "v"}
     )
-    net = trained_model.open_model(config, tmp_path / "none")
+    net = workdir.open_model(config, tmp_path / "none")
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        trained_model.load_weights(net, config, tmp_path / "none", True)
+        workdir.load_weights(net, config, tmp_path / "none", True)
 
 
 @pytest.mark.whole
