@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.metrics.of_arrays import as_examples
+
 __all__ = [
     "DensityCoverage",
     "Estimate",
@@ -321,13 +323,9 @@ def _for_distances(
 
 def _checked(features, minimum: int) -> np.ndarray:
     """Features [N, D] of at least `minimum` images, as real numbers in float32 or better. Raises: ValueError."""
-    features = np.asarray(features)
-    if features.ndim != 2 or not features.shape[1]:
+    features = as_examples("features", features, minimum)
+    if features.ndim != 2:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")
-    if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
-        raise ValueError(f"features are {features.dtype}; they must be real numbers, float32 for instance")
-    if len(features) < minimum:
-        raise ValueError(f"{len(features)} images are too few: this needs {minimum}")
     if features.dtype.itemsize < 4:
         features = features.astype(np.float32)
     if not np.isfinite(features).all():

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, training
 from diffusion_jax.config import resolve
+from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.runs import recipe_checks
-from diffusion_jax.runs.console import log
 from diffusion_jax.training.state import abstract_params
 
 __all__ = [

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.config import is_classifier, is_continuous, resolve_clip
+from diffusion_jax.console import log
 from diffusion_jax.errors import DataError
-from diffusion_jax.runs.console import log
 from diffusion_jax.training import schedule_from_config
 from diffusion_jax.training.ema import MAX_INITIAL_SHARE, initial_share
 

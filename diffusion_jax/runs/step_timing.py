@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from diffusion_jax.console import log
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs.console import log
 
 __all__ = ["StepsInFlight", "TraceProfile"]
 

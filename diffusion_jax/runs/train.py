@@ -14,14 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pretrained, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
-from diffusion_jax.distributed import sharding
-from diffusion_jax.distributed.processes import EXIT_PEER_LOST, barrier, broadcast_from_process_0
-from diffusion_jax.distributed.signals import SignalHandler
-from diffusion_jax.distributed.watchdog import Watchdog
-from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs import recipe_checks
-from diffusion_jax.runs.console import (
+from diffusion_jax.console import (
     ProgressBar,
     format_duration,
     log,
@@ -29,6 +22,13 @@ from diffusion_jax.runs.console import (
     log_parameters,
     progress_over,
 )
+from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed.processes import EXIT_PEER_LOST, barrier, broadcast_from_process_0
+from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.distributed.watchdog import Watchdog
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
+from diffusion_jax.runs import recipe_checks
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.sampling import resolve_sampling
 from diffusion_jax.runs.step_timing import StepsInFlight, TraceProfile

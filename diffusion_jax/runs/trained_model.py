@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import models, pretrained
 from diffusion_jax.config import is_classifier
+from diffusion_jax.console import log
 from diffusion_jax.data import Normalizations
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.pretrained.model import format_normalization
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import check_identity, read_class_names
 from diffusion_jax.training import TrainState, stored_normalizations
 from diffusion_jax.training.ema import raw_weights_note

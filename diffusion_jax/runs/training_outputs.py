@@ -11,13 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures, pretrained, training
+from diffusion_jax.console import log
 from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.distributed.watchdog import Watchdog
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import of_features, reported_name
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs.console import log
 from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics
 from diffusion_jax.runs.sampling import draw_batch, resolve_sampling

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, metrics
-from diffusion_jax.evaluation import example_sets, features
+from diffusion_jax.evaluation import compare, example_sets, features
 from diffusion_jax.metrics import METRICS, of_features
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import evaluate
-from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save, single_mesh
 
@@ -26,7 +24,7 @@ def test_the_digits_network_classifies_digits():
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 50)
-    extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size, ProgressBar)
+    extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size)
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
     found = extraction.extract_set(source, RunDir(tmp_path / str(batch_size)))
     expected = by_hand(all_digits()[:151])
@@ -45,9 +43,7 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
-    extraction = features.FeaturePipeline(
-        features.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
-    )
+    extraction = features.FeaturePipeline(features.from_function(judge_images, "mine", "1"), single_mesh(), 20)
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set(source, RunDir(tmp_path / "parts"))
@@ -55,7 +51,7 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
     extraction.extract_set(source, RunDir(tmp_path / "parts"))
     assert len(calls) == 6  # all of them now
-    found.delete_cache()
+    found.chunks.delete()
     assert not any((tmp_path / "parts").iterdir())
 
 
@@ -65,9 +61,7 @@ def test_invalid_features_are_refused(tmp_path):
         (lambda x: np.zeros((1, 2)), r"features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
-        extraction = features.FeaturePipeline(
-            features.from_function(function, "mine", "1"), single_mesh(), 4, ProgressBar
-        )
+        extraction = features.FeaturePipeline(features.from_function(function, "mine", "1"), single_mesh(), 4)
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
 
@@ -83,26 +77,20 @@ def test_only_published_inception_has_the_names_of_its_metrics():
         assert metrics.reported_name("fid", *options) == name
 
 
-def test_published_inception_has_all_metrics_and_others_have_fewer():
-    """On arrays in place of features: which numbers there are, and that each is its own function's."""
+def test_the_metrics_of_features_are_those_of_their_functions():
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
-    moments, logits = [of_features.moments(pool) for pool in pools], pools[1] @ rng.normal(size=(6, 10))
-
-    def values(name, *inputs):
-        return METRICS[name].compute(*inputs, metrics.Options()).values
-
-    kid = of_features.kid(*pools, 100, 10)
-    assert values("fid", *moments) == values("sfid", *moments) == {"": of_features.frechet_distance(*moments)}
-    found = values("kid", *pools)
+    logits, kid = pools[1] @ rng.normal(size=(6, 10)), of_features.kid(*pools, 100, 10)
+    found = METRICS["kid"].compute(*pools, metrics.Options()).values
     assert (found[""], found["_standard_error"], found["_subset_size"]) == (kid.mean, kid.standard_error, 10)
-    found = values("is", None, logits)
+    found = METRICS["is"].compute(None, logits, metrics.Options()).values
     assert found[""] == of_features.inception_score(logits).mean and found["_split_size"] == 5000
-    found = values("precision_recall", *pools) | values("density_coverage", *pools)
-    assert (found["precision"], found["recall"]) == of_features.precision_recall(*pools)
-    assert (found["density"], found["coverage"]) == of_features.density_coverage(*pools)
+
+
+def test_published_inception_has_all_metrics_and_others_have_fewer():
     published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
-    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments[0], None, "0"))
+    moments = of_features.Moments(np.zeros(2), np.eye(2), 9)
+    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments, None, "0"))
     images = example_sets.ExampleSet("x", data.Digits("test", (8, 8), 1))
     without_images = ["sfid", "kid", "precision_recall", "density_coverage", "memorization"]
     names = [name for name, metric in METRICS.items() if metric.needs_features(True)]
@@ -111,7 +99,7 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         (statistics, published, without_images),
         (images, features.digits(), ["sfid", "is"]),
     ):
-        assert [name for name in names if evaluate._why_not(METRICS[name].needs, reference, extractor)] == missing
+        assert [name for name in names if compare._why_not(METRICS[name].needs, reference, extractor)] == missing
 
 
 def test_copies_of_the_reference_are_found():

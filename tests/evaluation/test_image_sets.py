@@ -13,16 +13,6 @@ from helpers.image_files import all_digits, save
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_npz_files_are_read_by_index(tmp_path):
-    drawn = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)
-    plain, packed = save(tmp_path / "plain.npz", drawn, arr_1=np.arange(9)), tmp_path / "packed.npz"
-    np.savez_compressed(packed, drawn)
-    for path in (plain, str(packed)):
-        source = example_sets.open_set(path).examples
-        assert len(source) == 9
-        np.testing.assert_array_equal(source.read(np.array([7, 2]))["image"], drawn[[7, 2]])
-
-
 def test_a_folder_is_read_without_resizing(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import features
-from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs.console import ProgressBar
+from diffusion_jax.evaluation import features, inception
+from diffusion_jax.pretrained import PretrainedError
 from helpers import inception_peer
 from helpers.image_files import single_mesh
 
@@ -96,7 +95,7 @@ def test_the_tf1_resize_equals_tensorflow(shape):
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
     theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
-    ours = np.asarray(features.to_inception(drawn, "tf1")) * 128 + 128
+    ours = np.asarray(inception.to_inception(drawn, "tf1")) * 128 + 128
     np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
 
 
@@ -106,7 +105,7 @@ def test_the_clean_resize_equals_pillow():
         drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
         channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
         theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
-        ours = np.asarray(features.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        ours = np.asarray(inception.to_inception(drawn[None], "clean"))[0] * 128 + 128
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
@@ -115,7 +114,7 @@ def test_features_of_inception_equal_those_of_torch_fidelity(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
     extractor = features.inception(port)
     stored = np.load(inception_peer.FIXTURE)
-    extraction = features.FeaturePipeline(extractor, single_mesh(), 2, ProgressBar)
+    extraction = features.FeaturePipeline(extractor, single_mesh(), 2)
     found = extraction(stored["images"])
     for ours, theirs in (
         (found.pool, stored["pool"]),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.metrics import METRICS, Options, of_arrays
+from diffusion_jax.metrics import Curves
+from diffusion_jax.metrics.of_arrays import Measurement
 from diffusion_jax.pictures import (
     draw_curves,
     draw_samples,
@@ -192,50 +193,26 @@ def test_what_cannot_be_drawn_is_refused():
 # ---- Statistics of two sets
 
 
-def test_histograms_have_error_bars_and_their_distance():
-    sets, options = (drawn(16, 60, 20, 2), drawn(17, 50, 20, 2)), {"bins": 50, "groups": 20}
-    result = of_arrays.marginal_histograms(*sets, **options, limits=of_arrays.value_range(sets[0]))
-    figure = draw_curves(curves_of("marginal_histograms", *sets), "histograms")
+@pytest.mark.parametrize(("kind", "length"), [("bins", 50), ("logarithmic", 9), ("linear", 200)])
+def test_statistics_have_error_bars_for_both_sets(kind, length):
+    rng, every = np.random.default_rng(0), 3 if length == 200 else 1
+    pair = [Measurement(0.5 + rng.random((length, 2)), 0.1 * rng.random((length, 2))) for _ in range(2)]
+    x = np.sort(rng.random((2, length + 1))) if kind == "bins" else 1 + np.arange(length)
+    figure = draw_curves(Curves("name", x, *pair, ("x", "y"), logarithmic=kind == "logarithmic"), "title")
     for c, axes in enumerate(figure.axes):
-        for patch, bars, statistic in zip(axes.patches, axes.containers, result[1:3], strict=True):
-            np.testing.assert_array_equal(patch.get_data()[0], statistic.value[c])
-            np.testing.assert_array_equal(patch.get_data()[1], result.edges[c])
-            ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
-            np.testing.assert_allclose(ends.mean(axis=1), statistic.value[c])
-            np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[c], atol=1e-12)
+        assert (axes.get_xscale() == axes.get_yscale() == "log") == (kind == "logarithmic")
+        for container, statistic in zip(axes.containers, pair, strict=True):
+            line, _, (bars,) = container.lines
+            ends = np.array(bars.get_segments())[:, :, 1]
+            np.testing.assert_allclose(ends.mean(axis=1), statistic.value[::every, c])
+            np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[::every, c], atol=1e-12)
+            if kind != "bins":
+                np.testing.assert_array_equal(line.get_data(), [x, statistic.value[:, c]])
+        for patch, statistic in zip(axes.patches, pair, strict=kind == "bins"):
+            np.testing.assert_array_equal(patch.get_data()[0], statistic.value[:, c])
+            np.testing.assert_array_equal(patch.get_data()[1], x[c])
 
 
-def curves_of(name, reference, samples):
-    return METRICS[name].compute(reference, samples, Options()).curves
-
-
-def curves(axes):
-    """(x, value, standard error) of each curve with error bars."""
-    for container in axes.containers:
-        line, _, (bars,) = container.lines
-        ends = np.array(bars.get_segments())[:, :, 1]
-        yield line.get_xdata(), line.get_ydata(), np.ptp(ends, axis=1) / 2
-
-
-def test_spectra_are_on_logarithmic_axes_without_the_frequency_zero():
-    sets = [drawn(seed, 30, 16, 2) for seed in (18, 19)]
-    one, other = map(of_arrays.power_spectrum, sets)
-    figure = draw_curves(curves_of("power_spectrum", *sets), "spectra")
-    for c, axes in enumerate(figure.axes):
-        assert axes.get_xscale() == axes.get_yscale() == "log"
-        for (x, value, error), spectrum in zip(curves(axes), (one, other), strict=True):
-            np.testing.assert_array_equal(x, spectrum.frequencies[1:])
-            np.testing.assert_array_equal(value, spectrum.value[1:, c])
-            np.testing.assert_allclose(error, spectrum.standard_error[1:, c])
-    x = np.ones((4, 8, 1))
-    to_array(draw_curves(curves_of("power_spectrum", x, x), "without power"))
-
-
-def test_autocorrelations_have_error_bars():
-    sets = [drawn(seed, 30, 400, 1) for seed in (20, 21)]
-    one, other = map(of_arrays.autocorrelation, sets)
-    figure = draw_curves(curves_of("autocorrelation", *sets), "autocorrelation")
-    for (x, value, error), result in zip(curves(figure.axes[0]), (one, other), strict=True):
-        np.testing.assert_array_equal(x, result.lags)
-        np.testing.assert_array_equal(value, result.value[:, 0])
-        np.testing.assert_allclose(error, result.standard_error[::3, 0], atol=1e-12)
+def test_curves_without_a_positive_value_are_drawn():
+    zero = Measurement(np.zeros((4, 1)), np.zeros((4, 1)))
+    to_array(draw_curves(Curves("name", np.arange(1, 5), zero, zero, ("x", "y"), logarithmic=True), "without power"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pictures
-from diffusion_jax.pictures import samples
+from diffusion_jax.pictures import figures
 from diffusion_jax.pictures.grids import GAP, LINE
 
 
@@ -29,7 +29,7 @@ def test_the_plot_of_one_step_has_only_the_decoder_term():
 def test_samples_stand_before_their_neighbors(monkeypatch):
     drawn = []
     for name in ("draw_grid", "draw_samples"):
-        monkeypatch.setattr(samples, name, lambda x, *more, **options: drawn.append((x, [*more, *options.values()])))
+        monkeypatch.setattr(figures, name, lambda x, *more, **options: drawn.append((x, [*more, *options.values()])))
     distances = np.array([[0.5, 1.5], [0.75, 2.5]])
     captions = ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]
     for x in (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 2), np.float32)):

@@ -36,16 +36,9 @@ def test_a_card_is_filled_from_the_run(run, tmp_path):
     assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
     for text in ("1,498 examples", "1,000 of batch 64", "0.1067 ± 0.04", "3.21 ± 0.02", "--config=digits_conditional"):
         assert text in card, text
-
-
-def test_metrics_of_other_weights_are_left_out(run, tmp_path):
-    directory, net = run
-    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)
+    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics are of other weights
     assert "Nothing was measured of these weights" in card
-
-
-def test_a_card_of_published_weights_has_no_run(run, tmp_path):
-    card = model_card(run[1], tmp_path / "x.safetensors", None)
+    card = model_card(net, tmp_path / "x.safetensors", None)  # as of published weights
     assert front_matter(card)["library_name"] == "diffusion_jax"
     assert "## Training" not in card and "network times 0 ..." in card
 

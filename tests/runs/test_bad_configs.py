@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from diffusion_jax import cli
+from diffusion_jax import cli, console
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError
-from diffusion_jax.runs import console, train, workdir
+from diffusion_jax.runs import train, workdir
 from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT

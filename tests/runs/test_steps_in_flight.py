@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax import console
 from diffusion_jax.distributed.signals import StoppedBySignal
 from diffusion_jax.run_dir import committed_steps
-from diffusion_jax.runs import console, train, training_outputs
+from diffusion_jax.runs import train, training_outputs
 from diffusion_jax.runs.step_timing import StepsInFlight
 from helpers.array_configs import array_config, write_arrays
 

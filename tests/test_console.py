@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diffusion_jax.runs import console
+from diffusion_jax import console
 
 PARAMS = {
     "conv_in": {"kernel": np.zeros((3, 3, 1, 8)), "bias": np.zeros(8)},
